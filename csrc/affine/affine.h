@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// Affine transforms of single elements: scale maps, forward, inverse and VJP, for scalars (CUDA) and Vecs (CPU).
+//
+// A scale map sends a raw parameter u to a scale s(u) > 0.  With v = gain u + offset, log s is
+//   exp v | clamp tanh(v/clamp) | 0.636 clamp atan(v/clamp) | log(sigmoid v + eps) | log(softplus v + eps) |
+//   v / (1 + |v/clamp|) | 0.
+// An element moves by  y = s x + t  or, with the shift first,  y = s (x + t);  "reciprocal" replaces s by 1/s and so
+// serves the inverse direction and dividing layers alike.
+#pragma once
+
+#include "core/math.h"
+
+// Plain data is the same for every SIMD level: it lives outside their namespaces.
+namespace pfk {
+
+enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclip, kAdditive };
+constexpr int kScaleKinds = 7;
+
+enum AffineFlags : int { kInverse = 1, kSwap = 2, kShiftFirst = 4, kDivide = 8, kFromOutput = 16 };
+
+struct ScaleNumbers {
+  double clamp, gain, offset, eps, max_scale;
+};
+
+// ---- where the elements lie ------------------------------------------------------------------------------------
+// Per sample, the transformed elements form `rows` rows of `length` consecutive elements of x; the passing ones
+// `copy_rows` rows of `copy_length`.  Parameters of consecutive elements are `p_step` apart.  All in elements.
+struct AffineGeometry {
+  int64_t samples;
+  int64_t rows, length, x_start, x_row, x_sample;
+  int64_t copy_rows, copy_length, copy_start, copy_row;
+  int64_t shift_start, raw_start, p_row, p_step, p_sample;
+  int64_t mask_row, mask_step;  // in the boolean mask [C, *space]
+};
+
+// Pointers are to elements of the storage type; forward leaves the gradients null, backward the log-dets.
+struct AffineArgs {
+  AffineGeometry g;
+  ScaleNumbers numbers;
+  int kind, flags;
+  const void* in;      // forward: input; backward: what was kept
+  const void* raw;     // null for the additive map
+  const void* shift;
+  const uint8_t* mask; // null: every element of a row is transformed
+  void* out;           // forward: output; backward: gradient of the input
+  const void* grad_out;
+  const void* grad_log_det;  // accumulation type
+  void* grad_raw;
+  void* grad_shift;
+  double* partial;     // CPU: log-det of each task, [samples, chunks]
+  int64_t chunk, chunks;  // elements of a task, tasks of a sample
+};
+
+}  // namespace pfk
+
+PFK_BEGIN
+
+// The numbers in the type they are computed in, with the flags resolved.
+template <class T>
+struct AffineMap {
+  T clamp, inverse_clamp, gain, offset, eps, max_scale;
+  bool inverse, reciprocal, shift_first, from_output;
+};
+
+template <class T>
+PFK_HD AffineMap<T> affine_map(const ScaleNumbers& n, int flags) {
+  const bool inverse = flags & kInverse, divide = flags & kDivide;
+  return {T(n.clamp),     T(1.0 / n.clamp),     T(n.gain), T(n.offset), T(n.eps), T(n.max_scale), inverse,
+          inverse != divide, bool(flags & kShiftFirst), bool(flags & kFromOutput)};
+}
+
+// factor = s or 1/s, log_factor its logarithm, slope = d log_factor / du.
+template <class V>
+struct Scale {
+  V factor, log_factor, slope;
+};
+
+// log s and d log s / dv of the maps that bound the logarithm itself.
+template <int kKind, class V>
+PFK_HD Scale<V> bounded_scale(V v, const AffineMap<Lane<V>>& m) {
+  using T = Lane<V>;
+  if constexpr (kKind == kTanh) {
+    const Tanh<V> th = tanh_(v * V(m.inverse_clamp));
+    return {V(T(0)), V(m.clamp) * th.value, th.slope};
+  } else if constexpr (kKind == kAtan) {
+    const V r = v * V(m.inverse_clamp);
+    return {V(T(0)), V(T(0.636) * m.clamp) * atan_(r), V(T(0.636)) / (V(T(1)) + r * r)};
+  } else if constexpr (kKind == kSoftclip) {
+    const V d = V(T(1)) / (V(T(1)) + abs_(v * V(m.inverse_clamp)));
+    return {V(T(0)), v * d, d * d};
+  } else {
+    return {V(T(0)), v, V(T(1))};
+  }
+}
+
+// s, log s and d log s / dv of the maps that bound the scale from below.
+template <int kKind, class V>
+PFK_HD Scale<V> floored_scale(V v, const AffineMap<Lane<V>>& m) {
+  using T = Lane<V>;
+  if constexpr (kKind == kSigmoid) {
+    const V e = exp_(-abs_(v));
+    const V d = V(T(1)) / (V(T(1)) + e);
+    const V big = d, small = e * d;  // sigmoid of |v| and of -|v|
+    const V sig = select(v < T(0), small, big), complement = select(v < T(0), big, small);
+    if (m.eps == T(0)) return {sig, min_(v, V(T(0))) - log1p_(e), complement};
+    const V s = sig + V(m.eps);
+    return {s, log_(s), sig * complement / s};
+  } else {  // softplus; far to the left it is exp, whose logarithm survives its underflow
+    const V e = exp_(-abs_(v));
+    const V plus = max_(v, V(T(0))) + log1p_(e);
+    const V sig = select(v < T(0), e, V(T(1))) / (V(T(1)) + e);
+    const V s = plus + V(m.eps);
+    V log_s = log_(s), slope = sig / s;
+    if (m.eps == T(0)) {
+      log_s = select(v < T(-30), v, log_s);
+      slope = select(v < T(-30), V(T(1)), slope);
+    }
+    const V top = V(m.max_scale);
+    return {min_(s, top), select(s > top, log_(top), log_s), select(s > top, V(T(0)), slope)};
+  }
+}
+
+template <int kKind, class V>
+PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
+  using T = Lane<V>;
+  const V v = u * V(m.gain) + V(m.offset);
+  const T sign = m.reciprocal ? T(-1) : T(1);
+  Scale<V> s;
+  if constexpr (kKind == kAdditive) {
+    return {V(T(1)), V(T(0)), V(T(0))};
+  } else if constexpr (kKind == kSigmoid || kKind == kSoftplus) {
+    s = floored_scale<kKind>(v, m);
+    if (m.reciprocal) s.factor = V(T(1)) / s.factor;
+  } else {
+    s = bounded_scale<kKind>(v, m);
+    if (kKind == kExp && m.eps > T(0)) {
+      const V e = exp_(v);
+      s.log_factor = log_(e + V(m.eps));
+      s.slope = e / (e + V(m.eps));
+    }
+    s.factor = exp_(s.log_factor * V(sign));
+  }
+  s.log_factor = s.log_factor * V(sign);
+  s.slope = s.slope * V(sign * m.gain);
+  return s;
+}
+
+// ---- one element, either direction -----------------------------------------------------------------------------
+template <class V>
+PFK_HD V affine_apply(V in, V factor, V t, const AffineMap<Lane<V>>& m) {
+  if (m.inverse) return m.shift_first ? in * factor - t : (in - t) * factor;
+  return m.shift_first ? (in + t) * factor : in * factor + t;
+}
+
+// Whether apply's VJP below reads t (else t may be anything).
+template <class T>
+PFK_HD bool vjp_reads_shift(const AffineMap<T>& m) {
+  return m.from_output ? m.shift_first == m.inverse : m.shift_first != m.inverse;
+}
+
+template <class V>
+struct AffineGrad {
+  V in, raw, shift;
+};
+
+// Given the upstream gradients of the element and of log_factor, and what was kept of the element: its input, or
+// (from_output) its output.  `moved` is d out / d log_factor: the scaled part of the output, without its shift.
+template <class V>
+PFK_HD AffineGrad<V> affine_vjp(V kept, V t, V grad_out, V grad_log, const Scale<V>& s,
+                                const AffineMap<Lane<V>>& m) {
+  const V grad_in = grad_out * s.factor;
+  V moved, grad_shift;
+  if (m.inverse) {  // x = (y - t) / s, or y / s - t
+    moved = m.from_output ? (m.shift_first ? kept + t : kept)
+                          : (m.shift_first ? kept : kept - t) * s.factor;
+    grad_shift = m.shift_first ? -grad_out : -grad_in;
+  } else {  // y = s x + t, or s (x + t)
+    moved = m.from_output ? (m.shift_first ? kept : kept - t)
+                          : (m.shift_first ? kept + t : kept) * s.factor;
+    grad_shift = m.shift_first ? grad_in : grad_out;
+  }
+  return {grad_in, (grad_out * moved + grad_log) * s.slope, grad_shift};
+}
+
+PFK_END

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+// Affine transforms on the CPU.
+//
+// Floor, forward: x and the parameters read once, y written once (coupling with half the channels transformed:
+// 3 floats an element of x... 12 bytes); backward 16.  A task is a fixed chunk of one sample, so results do not
+// depend on the number of threads.  Rows long enough, of the type computed in, are read and written in place; short,
+// strided or 16-bit rows are packed into block buffers in L1 first, so that the vector loop is the same for all.
+#include "affine/affine.h"
+#include "core/half.h"
+#include "core/simd.h"
+
+PFK_DECLARE_LEVELS(void affine_forward(const AffineArgs&, int, int64_t, int64_t);
+                   void affine_backward(const AffineArgs&, int, int64_t, int64_t))
+
+PFK_BEGIN
+
+constexpr int kBlock = 512;     // elements of a block: seven float buffers are 14 KiB of L1
+constexpr int kDirectRow = 64;  // shorter rows are packed
+
+// Pointers of one block, elements consecutive.  Forward leaves the gradients null.
+template <class T>
+struct Block {
+  const T *in, *raw, *shift, *grad_out;
+  const uint8_t* mask;
+  T *out, *grad_raw, *grad_shift;
+};
+
+template <class T>
+struct Context {
+  AffineMap<T> map;
+  Vec<T> grad_log_det;
+  bool reads_shift;
+};
+
+template <int kKind, class T>
+static PFK_HD void forward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>& log_det,
+                                Mask<T> valid) {
+  using V = Vec<T>;
+  const V in = V::load(b.in + i), t = V::load(b.shift + i);
+  const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? t : V::load(b.raw + i), c.map);
+  V out = affine_apply(in, s.factor, t, c.map);
+  if (b.mask != nullptr) {
+    const Mask<T> m = Mask<T>::load(b.mask + i);
+    out = select(m, out, in);
+    valid = mask_and(valid, m);
+  }
+  log_det += select(valid, s.log_factor, V(T(0)));
+  out.store(b.out + i);
+}
+
+template <int kKind, class T>
+static PFK_HD void backward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>&, Mask<T>) {
+  using V = Vec<T>;
+  const V kept = V::load(b.in + i), grad_out = V::load(b.grad_out + i), zero = T(0);
+  const V t = c.reads_shift ? V::load(b.shift + i) : zero;
+  const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? zero : V::load(b.raw + i), c.map);
+  AffineGrad<V> g = affine_vjp(kept, t, grad_out, c.grad_log_det, s, c.map);
+  if (b.mask != nullptr) {
+    const Mask<T> m = Mask<T>::load(b.mask + i);
+    g = {select(m, g.in, grad_out), select(m, g.raw, zero), select(m, g.shift, zero)};
+  }
+  g.in.store(b.out + i);
+  g.shift.store(b.grad_shift + i);
+  if (kKind != kAdditive) g.raw.store(b.grad_raw + i);
+}
+
+template <class T>
+static PFK_HD Mask<T> first_lanes(int n) {
+  uint8_t flags[Vec<T>::kLanes];
+  for (int i = 0; i < Vec<T>::kLanes; ++i) flags[i] = i < n;
+  return Mask<T>::load(flags);
+}
+
+// One block of n elements; returns its log-det.  The last, partial vector goes through padded copies.
+template <int kKind, bool kBackward, class T>
+static double run_block(const Block<T>& b, int n, const Context<T>& c) {
+  constexpr int w = Vec<T>::kLanes;
+  Vec<T> log_det = T(0);
+  const Mask<T> all = Vec<T>(T(0)) == T(0);
+  auto step = [&](const Block<T>& block, int i, Mask<T> valid) {
+    if constexpr (kBackward) {
+      backward_step<kKind>(block, i, c, log_det, valid);
+    } else {
+      forward_step<kKind>(block, i, c, log_det, valid);
+    }
+  };
+  int i = 0;
+  for (; i + w <= n; i += w) step(b, i, all);
+  if (i < n) {
+    T in[w] = {}, raw[w] = {}, shift[w] = {}, grad_out[w] = {}, out[w], grad_raw[w], grad_shift[w];
+    uint8_t mask[w] = {};
+    const size_t m = n - i, bytes = m * sizeof(T);
+    memcpy(in, b.in + i, bytes);
+    memcpy(shift, b.shift + i, bytes);
+    if (kKind != kAdditive) memcpy(raw, b.raw + i, bytes);
+    if (kBackward) memcpy(grad_out, b.grad_out + i, bytes);
+    if (b.mask != nullptr) memcpy(mask, b.mask + i, m);
+    const Block<T> tail{in, raw, shift, grad_out, b.mask ? mask : nullptr, out, grad_raw, grad_shift};
+    step(tail, 0, first_lanes<T>(n - i));
+    memcpy(b.out + i, out, bytes);
+    if (kBackward) memcpy(b.grad_shift + i, grad_shift, bytes);
+    if (kBackward && kKind != kAdditive) memcpy(b.grad_raw + i, grad_raw, bytes);
+  }
+  return sum_lanes(log_det);
+}
+
+template <class T>
+using BlockFunction = double (*)(const Block<T>&, int, const Context<T>&);
+
+template <bool kBackward, class T>
+static BlockFunction<T> block_function(int kind) {
+  static constexpr BlockFunction<T> table[kScaleKinds] = {
+      run_block<kExp, kBackward, T>,      run_block<kTanh, kBackward, T>,
+      run_block<kAtan, kBackward, T>,     run_block<kSigmoid, kBackward, T>,
+      run_block<kSoftplus, kBackward, T>, run_block<kSoftclip, kBackward, T>,
+      run_block<kAdditive, kBackward, T>};
+  return table[kind];
+}
+
+// Typed pointers of one sample.
+template <class S>
+struct Sample {
+  const S *in, *raw, *shift, *grad_out;
+  S *out, *grad_raw, *grad_shift;
+};
+
+template <class S>
+static Sample<S> sample_pointers(const AffineArgs& a, int64_t n) {
+  const AffineGeometry& g = a.g;
+  auto at = [](auto* p, int64_t offset) { return p == nullptr ? nullptr : p + offset; };
+  const int64_t x = n * g.x_sample + g.x_start, p = n * g.p_sample;
+  return {at(static_cast<const S*>(a.in), x),
+          at(static_cast<const S*>(a.raw), p + g.raw_start),
+          at(static_cast<const S*>(a.shift), p + g.shift_start),
+          at(static_cast<const S*>(a.grad_out), x),
+          at(static_cast<S*>(a.out), x),
+          at(static_cast<S*>(a.grad_raw), p + g.raw_start),
+          at(static_cast<S*>(a.grad_shift), p + g.shift_start)};
+}
+
+// Buffers of a packed block, and the walk over the row pieces that make it up.
+template <class S, class T>
+struct Packed {
+  alignas(64) T in[kBlock], raw[kBlock], shift[kBlock], grad_out[kBlock];
+  alignas(64) T out[kBlock], grad_raw[kBlock], grad_shift[kBlock];
+  alignas(64) uint8_t mask[kBlock];
+
+  template <class F>
+  static void pieces(const AffineGeometry& g, int64_t begin, int n, F f) {
+    int64_t row = begin / g.length, i = begin % g.length;
+    for (int done = 0; done < n;) {
+      const int64_t room = g.length - i;
+      const int count = static_cast<int>(room < n - done ? room : n - done);
+      f(row * g.x_row + i, row * g.p_row + i * g.p_step, row * g.mask_row + i * g.mask_step, count,
+        done);
+      done += count;
+      i = 0;
+      ++row;
+    }
+  }
+
+  void load(const AffineArgs& a, const Sample<S>& s, int64_t begin, int n) {
+    pieces(a.g, begin, n, [&](int64_t x, int64_t p, int64_t m, int count, int to) {
+      gather(s.in + x, 1, count, in + to);
+      gather(s.shift + p, a.g.p_step, count, shift + to);
+      if (a.kind != kAdditive) gather(s.raw + p, a.g.p_step, count, raw + to);
+      if (s.grad_out != nullptr) gather(s.grad_out + x, 1, count, grad_out + to);
+      for (int j = 0; a.mask != nullptr && j < count; ++j) mask[to + j] = a.mask[m + j * a.g.mask_step];
+    });
+  }
+
+  void store(const AffineArgs& a, const Sample<S>& s, int64_t begin, int n) {
+    pieces(a.g, begin, n, [&](int64_t x, int64_t p, int64_t, int count, int from) {
+      scatter(out + from, 1, count, s.out + x);
+      if (s.grad_shift != nullptr) scatter(grad_shift + from, a.g.p_step, count, s.grad_shift + p);
+      if (s.grad_raw != nullptr) scatter(grad_raw + from, a.g.p_step, count, s.grad_raw + p);
+    });
+  }
+};
+
+// The passing elements of this task: forward copies them, backward passes their gradient.
+template <class S>
+static void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
+  const AffineGeometry& g = a.g;
+  if (g.copy_length == 0) return;
+  const S* from = static_cast<const S*>(a.grad_out != nullptr ? a.grad_out : a.in);
+  from += n * g.x_sample + g.copy_start;
+  S* to = static_cast<S*>(a.out) + n * g.x_sample + g.copy_start;
+  if (g.copy_rows == 1) {
+    const int64_t begin = chunk * g.copy_length / a.chunks;
+    const int64_t end = (chunk + 1) * g.copy_length / a.chunks;
+    memcpy(to + begin, from + begin, (end - begin) * sizeof(S));
+    return;
+  }
+  for (int64_t row = chunk * g.copy_rows / a.chunks; row < (chunk + 1) * g.copy_rows / a.chunks;
+       ++row) {
+    memcpy(to + row * g.copy_row, from + row * g.copy_row, g.copy_length * sizeof(S));
+  }
+}
+
+template <bool kBackward, class S>
+static void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end) {
+  using T = Compute<S>;
+  const AffineGeometry& g = a.g;
+  const BlockFunction<T> run = block_function<kBackward, T>(a.kind);
+  Context<T> c{affine_map<T>(a.numbers, a.flags), Vec<T>(T(0)), true};
+  c.reads_shift = vjp_reads_shift(c.map);
+  const bool direct = sizeof(S) == sizeof(T) && (g.rows == 1 || g.length >= kDirectRow) &&
+                      g.p_step == 1 && (a.mask == nullptr || g.mask_step == 1);
+  Packed<S, T> packed;
+  const Block<T> buffers{packed.in,   packed.raw,
+                         packed.shift, packed.grad_out,
+                         a.mask ? packed.mask : nullptr, packed.out,
+                         packed.grad_raw, packed.grad_shift};
+  const int64_t features = g.rows * g.length;
+  for (int64_t task = task_begin; task < task_end; ++task) {
+    const int64_t n = task / a.chunks, chunk = task % a.chunks;
+    const int64_t end = (chunk + 1) * a.chunk < features ? (chunk + 1) * a.chunk : features;
+    const Sample<S> s = sample_pointers<S>(a, n);
+    if (kBackward) c.grad_log_det = static_cast<const T*>(a.grad_log_det)[n];
+    double log_det = 0;
+    for (int64_t begin = chunk * a.chunk; begin < end;) {
+      int64_t count = end - begin < kBlock ? end - begin : kBlock;
+      if constexpr (sizeof(S) == sizeof(T)) {
+        if (direct) {
+          const int64_t row = begin / g.length, i = begin % g.length;
+          if (g.length - i < count) count = g.length - i;
+          const int64_t x = row * g.x_row + i, p = row * g.p_row + i;
+          const Block<T> b{s.in + x, s.raw + p, s.shift + p, s.grad_out + x,
+                           a.mask ? a.mask + row * g.mask_row + i : nullptr,
+                           s.out + x, s.grad_raw + p, s.grad_shift + p};
+          log_det += run(b, static_cast<int>(count), c);
+          begin += count;
+          continue;
+        }
+      }
+      packed.load(a, s, begin, static_cast<int>(count));
+      log_det += run(buffers, static_cast<int>(count), c);
+      packed.store(a, s, begin, static_cast<int>(count));
+      begin += count;
+    }
+    if (!kBackward) a.partial[task] = log_det;
+    copy_passing<S>(a, n, chunk);
+  }
+}
+
+template <bool kBackward>
+static void run_dtype(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case 0: return run_tasks<kBackward, float>(a, begin, end);
+    case 1: return run_tasks<kBackward, double>(a, begin, end);
+    case 2: return run_tasks<kBackward, BFloat16>(a, begin, end);
+    default: return run_tasks<kBackward, Float16>(a, begin, end);
+  }
+}
+
+void affine_forward(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
+  run_dtype<false>(a, dtype, begin, end);
+}
+void affine_backward(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
+  run_dtype<true>(a, dtype, begin, end);
+}
+
+PFK_END
+
+#if PFK_SIMD_LEVEL == 0
+#include "affine/affine_host.h"
+
+namespace pfk {
+namespace {
+
+constexpr int64_t kChunk = 16384;  // elements of a task: enough work for a thread, small enough to share out
+
+void plan_tasks(AffineArgs& a) {
+  const int64_t features = a.g.rows * a.g.length;
+  a.chunk = kChunk;
+  a.chunks = features > kChunk ? (features + kChunk - 1) / kChunk : 1;
+}
+
+std::tuple<Tensor, Tensor> run_forward(AffineTensors t) {
+  Tensor y = empty_like_canonical(t.x), log_det = empty_per_sample(y, t.args.g.samples);
+  AffineArgs& a = t.args;
+  plan_tasks(a);
+  a.out = y.mutable_data_ptr();
+  std::vector<double> partial(a.g.samples * a.chunks);
+  a.partial = partial.data();
+  const int dtype = dtype_of(y);
+  parallel_tasks(a.g.samples * a.chunks, a.g.x_sample / a.chunks, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(affine_forward, a, dtype, begin, end);
+  });
+  auto reduce = [&](auto* result) {
+    for (int64_t n = 0; n < a.g.samples; ++n) {
+      double sum = 0;
+      for (int64_t c = 0; c < a.chunks; ++c) sum += partial[n * a.chunks + c];
+      result[n] = static_cast<std::remove_reference_t<decltype(*result)>>(sum);
+    }
+  };
+  if (dtype == kFloat64) {
+    reduce(static_cast<double*>(log_det.mutable_data_ptr()));
+  } else {
+    reduce(static_cast<float*>(log_det.mutable_data_ptr()));
+  }
+  return {y, log_det};
+}
+
+Tensor run_backward(AffineTensors& t, const Tensor& grad_y, const Tensor& grad_log_det) {
+  const Tensor gy = with_format(grad_y, t.x.channels_last);
+  const Tensor gl = torch::stable::contiguous(grad_log_det);
+  Tensor grad_x = empty_like_canonical(t.x);
+  AffineArgs& a = t.args;
+  plan_tasks(a);
+  a.out = grad_x.mutable_data_ptr();
+  a.grad_out = gy.const_data_ptr();
+  a.grad_log_det = gl.const_data_ptr();
+  const int dtype = dtype_of(grad_x);
+  parallel_tasks(a.g.samples * a.chunks, a.g.x_sample / a.chunks, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(affine_backward, a, dtype, begin, end);
+  });
+  return grad_x;
+}
+
+std::tuple<Tensor, Tensor> affine(const Tensor& x, const std::optional<Tensor>& raw,
+                                  const Tensor& shift, int64_t kind, std::vector<double> numbers,
+                                  int64_t flags) {
+  return run_forward(elementwise_tensors(x, raw, shift, kind, numbers, flags));
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_grad(const Tensor& grad_y, const Tensor& grad_log_det,
+                                               const Tensor& kept, const std::optional<Tensor>& raw,
+                                               const Tensor& shift, int64_t kind,
+                                               std::vector<double> numbers, int64_t flags) {
+  AffineTensors t = elementwise_tensors(kept, raw, shift, kind, numbers, flags);
+  Tensor grad_raw = empty_like_canonical({kind == kAdditive ? t.shift : t.raw, t.x.channels_last});
+  Tensor grad_shift = empty_like_canonical({t.shift, t.x.channels_last});
+  t.args.grad_raw = grad_raw.mutable_data_ptr();
+  t.args.grad_shift = grad_shift.mutable_data_ptr();
+  Tensor grad_x = run_backward(t, grad_y, grad_log_det);
+  return {grad_x, grad_raw, grad_shift};
+}
+
+std::tuple<Tensor, Tensor> coupling(const Tensor& x, const Tensor& params,
+                                    const std::optional<Tensor>& mask, int64_t layout, int64_t kind,
+                                    std::vector<double> numbers, int64_t flags) {
+  return run_forward(coupling_tensors(x, params, mask, layout, kind, numbers, flags));
+}
+
+std::tuple<Tensor, Tensor> coupling_grad(const Tensor& grad_y, const Tensor& grad_log_det,
+                                         const Tensor& kept, const Tensor& params,
+                                         const std::optional<Tensor>& mask, int64_t layout,
+                                         int64_t kind, std::vector<double> numbers, int64_t flags) {
+  AffineTensors t = coupling_tensors(kept, params, mask, layout, kind, numbers, flags);
+  const bool feature_major = layout % kRawFirst == kFeatureMajor;
+  Tensor grad_params = empty_like_canonical({t.shift, t.x.channels_last && !feature_major});
+  t.args.grad_raw = t.args.grad_shift = grad_params.mutable_data_ptr();
+  Tensor grad_x = run_backward(t, grad_y, grad_log_det);
+  return {grad_x, grad_params};
+}
+
+}  // namespace
+}  // namespace pfk
+
+STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
+  m.impl("affine", TORCH_BOX(&pfk::affine));
+  m.impl("affine_backward", TORCH_BOX(&pfk::affine_grad));
+  m.impl("affine_coupling", TORCH_BOX(&pfk::coupling));
+  m.impl("affine_coupling_backward", TORCH_BOX(&pfk::coupling_grad));
+}
+#endif

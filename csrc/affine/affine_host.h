@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// From tensors to AffineArgs: the memory layout of every split and parameter layout, once for CPU and CUDA.
+#pragma once
+
+#include "affine/affine.h"
+#include "core/host.h"
+
+namespace pfk {
+
+enum ParamsLayout : int { kBlocked, kInterleaved, kFeatureMajor, kRawFirst = 3 };  // + kRawFirst
+
+inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last, bool masked,
+                                        int layout, int kind, int flags) {
+  const int64_t half = x.channels / 2, first = x.channels - half, s = x.space;
+  const bool swap = flags & kSwap;
+  const int64_t moved = masked ? x.channels : swap ? first : half;
+  const int64_t start = masked || swap ? 0 : first;
+  const int64_t passing = x.channels - moved, copy_start = swap ? first : 0;
+  AffineGeometry g{};
+  g.samples = x.samples;
+  g.x_sample = x.features();
+  if (channels_last) {
+    g.rows = g.copy_rows = s;
+    g.length = moved, g.copy_length = passing;
+    g.x_row = g.copy_row = x.channels;
+    g.x_start = start, g.copy_start = copy_start;
+    g.mask_row = 1, g.mask_step = s;
+  } else {
+    g.rows = g.copy_rows = 1;
+    g.length = moved * s, g.copy_length = passing * s;
+    g.x_start = start * s, g.copy_start = copy_start * s;
+    g.mask_step = 1;
+  }
+  const bool raw_first = layout >= kRawFirst;
+  if (kind == kAdditive) {  // shifts alone: every layout is the blocked one
+    g.p_sample = moved * s;
+    g.p_step = 1;
+    g.p_row = channels_last ? moved : 0;
+    return g;
+  }
+  g.p_sample = 2 * moved * s;
+  int64_t second = 0;
+  switch (layout % kRawFirst) {
+    case kBlocked:
+      g.p_step = 1;
+      g.p_row = channels_last ? 2 * moved : 0;
+      second = channels_last ? moved : moved * s;
+      break;
+    case kInterleaved:
+      if (channels_last || s == 1) {
+        g.p_step = 2;
+        g.p_row = channels_last ? 2 * moved : 0;
+        second = 1;
+      } else {  // one row a channel
+        g.rows = moved, g.length = s, g.x_row = s;
+        g.mask_row = s;
+        g.p_step = 1;
+        g.p_row = 2 * s;
+        second = s;
+      }
+      break;
+    default:  // feature-major, contiguous [N, moved, *space, 2]
+      g.p_step = channels_last ? 2 * s : 2;
+      g.p_row = channels_last ? 2 : 0;
+      second = 1;
+  }
+  (raw_first ? g.shift_start : g.raw_start) = second;
+  return g;
+}
+
+// x, raw and shift of one shape and format: a single row a sample.
+inline AffineGeometry elementwise_geometry(const ImageShape& x) {
+  AffineGeometry g{};
+  g.samples = x.samples;
+  g.rows = 1;
+  g.length = g.x_sample = g.p_sample = x.features();
+  g.p_step = 1;
+  return g;
+}
+
+inline ScaleNumbers scale_numbers(const std::vector<double>& n) {
+  STD_TORCH_CHECK(n.size() == 5, "scale_map takes 5 numbers");
+  return {n[0], n[1], n[2], n[3], n[4]};
+}
+
+struct AffineTensors {
+  Canonical x;  // forward: input; backward: what was kept
+  Tensor raw, shift;
+  std::optional<Tensor> mask;
+  AffineArgs args;
+};
+
+inline AffineTensors elementwise_tensors(const Tensor& x, const std::optional<Tensor>& raw,
+                                         const Tensor& shift, int64_t kind,
+                                         const std::vector<double>& numbers, int64_t flags) {
+  const Canonical c = canonical(x);
+  AffineTensors t{c, raw ? with_format(*raw, c.channels_last) : Tensor(),
+                  with_format(shift, c.channels_last), std::nullopt, {}};
+  t.args.g = elementwise_geometry(image_shape(x));
+  t.args.numbers = scale_numbers(numbers);
+  t.args.kind = static_cast<int>(kind), t.args.flags = static_cast<int>(flags);
+  t.args.in = c.tensor.const_data_ptr();
+  t.args.raw = raw ? t.raw.const_data_ptr() : nullptr;
+  t.args.shift = t.shift.const_data_ptr();
+  return t;
+}
+
+inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
+                                      const std::optional<Tensor>& mask, int64_t layout,
+                                      int64_t kind, const std::vector<double>& numbers,
+                                      int64_t flags) {
+  const Canonical c = canonical(x);
+  const ImageShape shape = image_shape(x);
+  const bool feature_major = layout % kRawFirst == kFeatureMajor;
+  AffineTensors t{c, Tensor(), with_format(params, c.channels_last && !feature_major), std::nullopt,
+                  {}};
+  if (mask) t.mask = torch::stable::contiguous(*mask);
+  AffineArgs& a = t.args;
+  a.g = coupling_geometry(shape, c.channels_last, mask.has_value(), static_cast<int>(layout),
+                          static_cast<int>(kind), static_cast<int>(flags));
+  a.numbers = scale_numbers(numbers);
+  a.kind = static_cast<int>(kind), a.flags = static_cast<int>(flags);
+  a.in = c.tensor.const_data_ptr();
+  a.shift = a.raw = t.shift.const_data_ptr();  // one tensor; the geometry knows both starts
+  a.mask = mask ? static_cast<const uint8_t*>(t.mask->const_data_ptr()) : nullptr;
+  return t;
+}
+
+}  // namespace pfk

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// 16-bit storage on the CPU: loaded to float, computed in float, rounded to nearest even on the way back.
+// gather/scatter move a run of elements, any storage type and stride, between memory and a block buffer in L1.
+#pragma once
+
+#include "core/vec.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+PFK_BEGIN
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type a storage type is computed in.
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+static PFK_HD float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+static PFK_HD uint32_t float_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+static PFK_HD float widen(float x) { return x; }
+static PFK_HD double widen(double x) { return x; }
+static PFK_HD float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+static PFK_HD float widen(Float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  // 2^112 moves the 5-bit exponent to the 8-bit one, subnormals included
+  const float scaled = bits_to_float(rest << 13) * bits_to_float(0x77800000u);
+  const uint32_t value = rest >= 0x7c00u ? (0x7f800000u | (rest << 13)) : float_to_bits(scaled);
+  return bits_to_float(sign | value);
+#endif
+}
+
+static PFK_HD void narrow(float x, float* p) { *p = x; }
+static PFK_HD void narrow(double x, double* p) { *p = x; }
+static PFK_HD void narrow(float x, BFloat16* p) {
+  const uint32_t u = float_to_bits(x);
+  const uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  p->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded >> 16);
+}
+static PFK_HD void narrow(float x, Float16* p) {
+#if defined(__F16C__)
+  p->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+  const uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
+  uint32_t h;
+  if (rest >= 0x7f800000u) {
+    h = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  } else if (rest >= 0x477ff000u) {
+    h = 0x7c00u;  // rounds beyond the largest finite half
+  } else if (rest < 0x38800000u) {
+    // below 2^-14: let a float addition round to the spacing of the subnormals
+    h = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | h);
+#endif
+}
+
+template <class S, class T>
+static inline void gather(const S* from, int64_t step, int64_t count, T* to) {
+  if (step == 1) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      memcpy(to, from, count * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i * step]);
+  }
+}
+
+template <class S, class T>
+static inline void scatter(const T* from, int64_t step, int64_t count, S* to) {
+  if (step == 1) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      memcpy(to, from, count * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i * step);
+  }
+}
+
+PFK_END

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one place that speaks LibTorch's stable ABI (target 2.11): tensors in, shapes and memory formats, tensors out.
+// Included by registrations only, never by code that is compiled for a SIMD level above the baseline.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace pfk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// How kernels name element types (Float16 and BFloat16 are storage only).
+enum DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8 };
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::Double: return kFloat64;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    case ScalarType::Byte: return kUInt8;
+    default: STD_TORCH_CHECK(false, "pyflowkern: dtype without a kernel");
+  }
+  return kFloat32;
+}
+
+// The dtype of log-dets and parameter sums.
+inline ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// [N, C, *space], space flattened.
+struct ImageShape {
+  int64_t samples, channels, space;
+  int64_t features() const { return channels * space; }
+  int64_t numel() const { return samples * channels * space; }
+};
+
+inline ImageShape image_shape(const Tensor& t) {
+  const auto sizes = t.sizes();
+  ImageShape s{sizes[0], sizes.size() > 1 ? sizes[1] : 1, 1};
+  for (size_t d = 2; d < sizes.size(); ++d) s.space *= sizes[d];
+  return s;
+}
+
+// Dense with the channels innermost, as torch.channels_last (4-D) and channels_last_3d (5-D) lay them out.
+inline bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  const int64_t dim = t.dim();
+  if (dim != 4 && dim != 5) return false;
+  int64_t expected = 1;
+  auto fits = [&](int64_t d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+    return true;
+  };
+  if (!fits(1)) return false;
+  for (int64_t d = dim - 1; d >= 2; --d) {
+    if (!fits(d)) return false;
+  }
+  return fits(0);
+}
+
+// The formats kernels take; anything else is copied here, once, and nowhere else.
+struct Canonical {
+  Tensor tensor;
+  bool channels_last;
+};
+inline Canonical canonical(const Tensor& t) {
+  if (t.is_contiguous()) return {t, false};
+  if (is_channels_last(t)) return {t, true};
+  return {torch::stable::contiguous(t), false};
+}
+inline Tensor with_format(const Tensor& t, bool channels_last) {
+  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (is_channels_last(t)) return t;
+  return torch::stable::contiguous(t, t.dim() == 5 ? torch::headeronly::MemoryFormat::ChannelsLast3d
+                                                   : torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Uninitialised, shaped and laid out like a canonical tensor.
+inline Tensor empty_like_canonical(const Canonical& c) {
+  return c.channels_last ? torch::stable::empty_like(c.tensor)
+                         : torch::stable::new_empty(c.tensor, c.tensor.sizes());
+}
+inline Tensor empty_per_sample(const Tensor& t, int64_t samples) {
+  return torch::stable::new_empty(t, {samples}, accumulation_type(t));
+}
+
+// Runs f(begin, end) over tasks of about `work` elements each; a thread gets 8,192 elements at least.
+template <class F>
+void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
+  const int64_t grain = work >= 8192 ? 1 : 8192 / (work > 0 ? work : 1);
+  torch::stable::parallel_for(0, tasks, grain, f);
+}
+
+}  // namespace pfk

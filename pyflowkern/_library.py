@@ -1,0 +1,139 @@
+"""Find and load the op libraries, and decide who serves a call: a kernel or the reference.
+
+Two shared objects implement the ``pyflowkern`` operator namespace, ``libpyflowkern_cpu.so`` and
+``libpyflowkern_cuda.so``; the second is loaded only by a torch that was built with CUDA, because a CPU
+torch does not export the symbols it needs.  Importing never fails and never compiles: a load error is kept,
+shown by :func:`show_config` and raised by :func:`require_kernels`; until then every public function runs
+its pure-PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyflowkern._version import __version__
+
+__all__ = ["LIBRARY", "kernel_serves", "load", "require_kernels", "show_config", "use_reference"]
+
+#: Schemas are defined here, in Python; the loaded objects only implement them.
+LIBRARY = torch.library.Library("pyflowkern", "DEF")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_loaded: dict[str, Path] = {}
+_errors: dict[str, str] = {}
+_force_reference = False
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    """Yield where the shared object may lie: next to this file, else in the installed wheel."""
+    if override := os.environ.get("PYFLOWKERN_LIBRARY_DIR"):
+        yield Path(override) / name
+        return
+    yield Path(__file__).parent / "lib" / name
+    try:  # running from a source tree beside an installed wheel of the same version
+        dist = metadata.distribution("pyflowkern")
+    except metadata.PackageNotFoundError:
+        return
+    if dist.version == __version__:
+        yield Path(str(dist.locate_file("pyflowkern/lib"))) / name
+
+
+def _load(device: str) -> None:
+    name = f"libpyflowkern_{device}.so"
+    path = next((p for p in _candidates(name) if p.is_file()), None)
+    if path is None:
+        _errors[device] = (
+            f"{name} was not built or not installed; build it with "
+            "`pip install . --no-build-isolation` (needs a C++20 compiler"
+            + (", nvcc" if device == "cuda" else "")
+            + ")"
+        )
+        return
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        _errors[device] = f"{path} could not be loaded by torch {torch.__version__}: {error}"
+    else:
+        _loaded[device] = path
+
+
+def load() -> None:
+    """Load what this torch can use.  Called once, after every schema has been defined."""
+    _load("cpu")
+    if torch.version.cuda is None:
+        _errors["cuda"] = f"torch {torch.__version__} was built without CUDA"
+    else:
+        _load("cuda")
+
+
+def require_kernels(device: str = "cpu") -> None:
+    """Raise RuntimeError with the reason and the remedy when no kernels serve ``device``."""
+    if device not in _loaded:
+        raise RuntimeError(f"no pyflowkern kernels for {device}: {_errors.get(device, 'unknown device')}")
+
+
+@contextmanager
+def use_reference(enabled: bool = True) -> Iterator[None]:
+    """Run every op of the block as its pure-PyTorch reference.
+
+    Example:
+        >>> import torch, pyflowkern
+        >>> with pyflowkern.use_reference():
+        ...     y, log_det = pyflowkern.ops.actnorm(torch.ones(2, 3), torch.zeros(3), torch.zeros(3))
+    """
+    global _force_reference
+    before, _force_reference = _force_reference, enabled
+    try:
+        yield
+    finally:
+        _force_reference = before
+
+
+def _in_functorch() -> bool:
+    """Whether torch.func transforms this call: the kernels have no batching rule, the reference needs none."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def kernel_serves(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
+    """Whether a kernel takes these tensors: one loaded device, known dtypes, no functional transform."""
+    if _force_reference:
+        return False
+    first = next(t for t in tensors if t is not None)
+    if first.device.type not in _loaded:
+        return False
+    for t in tensors:
+        if t is not None and (t.device != first.device or t.dtype not in dtypes):
+            return False
+    return torch.compiler.is_compiling() or not _in_functorch()
+
+
+def show_config() -> str:
+    """Return a page that says which backend serves each device and op, and why.
+
+    Example:
+        >>> import pyflowkern
+        >>> print(pyflowkern.show_config())  # doctest: +ELLIPSIS
+        pyflowkern ...
+    """
+    lines = [f"pyflowkern {__version__}, torch {torch.__version__} (CUDA {torch.version.cuda})"]
+    for device in ("cpu", "cuda"):
+        if device in _loaded:
+            lines.append(f"{device}: kernels from {_loaded[device]}")
+        else:
+            lines.append(f"{device}: reference, because {_errors.get(device, 'not loaded')}")
+    if _force_reference:
+        lines.append("use_reference() is on: every op runs its reference")
+    try:
+        from pyflowkern import _C
+    except ImportError as error:
+        lines.append(f"build facts: none ({error})")
+    else:
+        lines += [f"{key}: {value}" for key, value in _C.build_info().items()]
+    return "\n".join(lines)

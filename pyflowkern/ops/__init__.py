@@ -1,0 +1,71 @@
+"""Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
+
+from pyflowkern import _library
+from pyflowkern.ops.affine import (
+    affine,
+    affine_coupling,
+    affine_coupling_reference,
+    affine_reference,
+    channel_split_sizes,
+    checkerboard_mask,
+)
+from pyflowkern.ops.density import (
+    bits_per_dim,
+    bits_per_dim_reference,
+    normal_log_prob,
+    normal_log_prob_reference,
+)
+from pyflowkern.ops.linear import (
+    glow_step,
+    glow_step_reference,
+    householder_matrix,
+    householder_matrix_reference,
+    invertible_linear,
+    invertible_linear_reference,
+    plu_matrix,
+    plu_matrix_reference,
+    slogdet_inverse,
+    slogdet_inverse_reference,
+)
+from pyflowkern.ops.preprocess import (
+    dequantize,
+    dequantize_reference,
+    logit,
+    logit_reference,
+    quantize,
+    quantize_reference,
+)
+from pyflowkern.ops.scale_map import ScaleMap, scale_map
+
+__all__ = [
+    "ScaleMap",
+    "affine",
+    "affine_coupling",
+    "affine_coupling_reference",
+    "affine_reference",
+    "bits_per_dim",
+    "bits_per_dim_reference",
+    "channel_split_sizes",
+    "checkerboard_mask",
+    "dequantize",
+    "dequantize_reference",
+    "glow_step",
+    "glow_step_reference",
+    "householder_matrix",
+    "householder_matrix_reference",
+    "invertible_linear",
+    "invertible_linear_reference",
+    "logit",
+    "logit_reference",
+    "normal_log_prob",
+    "normal_log_prob_reference",
+    "plu_matrix",
+    "plu_matrix_reference",
+    "quantize",
+    "quantize_reference",
+    "scale_map",
+    "slogdet_inverse",
+    "slogdet_inverse_reference",
+]
+
+_library.load()

@@ -1,0 +1,123 @@
+"""What every op file shares: registration, argument checks, memory formats and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import LIBRARY
+
+__all__ = [
+    "accumulation_dtype",
+    "check_batched",
+    "check_floating",
+    "check_same_device",
+    "check_shape",
+    "empty_canonical",
+    "full_precision",
+    "gradient_of_reference",
+    "register",
+    "sum_per_sample",
+]
+
+
+def register(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Define ``pyflowkern::<schema>``, its fake and, if given, its autograd formula."""
+    name = "pyflowkern::" + schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(name, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def gradient_of_reference(
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Return the VJP of ``reference`` at ``inputs`` as a differentiable expression.
+
+    A backward kernel has no derivative of its own.  When a backward pass is itself recorded
+    (``create_graph=True``), the op's backward calls this instead.  The inputs are aliased first: one of them
+    is often computed from another (a coupling's parameters from its input), and partial derivatives are wanted.
+    """
+    aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+    wanted = [t for t in aliases if t is not None and t.requires_grad]
+    outputs = reference(*aliases)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if t is not None and t.requires_grad else None for t in aliases]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of log-dets and parameter sums: float32 at least, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_per_sample(t: Tensor) -> Tensor:
+    """Sum everything but the batch axis, ``[N, ...] -> [N]``, in the accumulation dtype."""
+    return t.to(accumulation_dtype(t.dtype)).flatten(1).sum(1) if t.dim() > 1 else t
+
+
+def empty_canonical(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an empty tensor as a kernel would: channels_last if ``t`` is, else contiguous."""
+    if not t.is_contiguous():
+        for rank, fmt in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if t.dim() == rank and t.is_contiguous(memory_format=fmt):
+                return torch.empty_like(t, dtype=dtype, memory_format=fmt)
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def full_precision(t: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on: a matrix product would round to half behind our back."""
+    if torch.is_autocast_enabled(t.device.type):
+        return torch.autocast(t.device.type, enabled=False)
+    return nullcontext()
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    """Raise TypeError unless ``t`` is a real floating-point tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+
+
+def check_batched(name: str, t: Tensor, min_dim: int = 2) -> None:
+    """Raise unless ``t`` is a floating tensor ``[N, C, *space]`` of at least ``min_dim`` axes."""
+    check_floating(name, t)
+    if t.dim() < min_dim:
+        raise ValueError(
+            f"{name} must have a batch axis, channels second, then space ([N, C, *space]), "
+            f"got shape {tuple(t.shape)}"
+        )
+
+
+def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless ``t`` has exactly this shape."""
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors lie on one device."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"all tensors must be on one device, got {devices}")

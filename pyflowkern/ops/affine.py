@@ -1,0 +1,492 @@
+r"""Affine transforms and affine coupling, fused with their log-determinant.
+
+Forward and inverse of one element with raw scale ``u`` and shift ``t``, where :math:`s = s(u)` is a
+:class:`~pyflowkern.ops.ScaleMap`:
+
+.. math:: y = s x + t, \qquad x = (y - t) / s, \qquad \log\det = \pm\sum \log s .
+
+With :math:`\ell' = d \log s / du` and upstream gradients :math:`\bar y, \bar\ell`, the forward direction has
+
+.. math:: \bar x = s \bar y, \quad \bar t = \bar y, \quad \bar u = (\bar y\, s x + \bar\ell)\, \ell',
+
+where :math:`s x = y - t` can be had from the output alone, so that a layer may keep either ``x`` or ``y``.
+
+A coupling (Dinh, Sohl-Dickstein and Bengio 2017) leaves one part of ``x`` as it is and transforms the other with
+parameters that a network computed from the first part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import kernel_serves
+from pyflowkern.ops._registry import (
+    accumulation_dtype,
+    check_batched,
+    check_floating,
+    check_same_device,
+    check_shape,
+    empty_canonical,
+    gradient_of_reference,
+    register,
+)
+from pyflowkern.ops.scale_map import KINDS, ScaleMap
+from pyflowkern.ops.scale_map import scale_map as _scale_map
+
+__all__ = [
+    "affine",
+    "affine_coupling",
+    "affine_coupling_reference",
+    "affine_reference",
+    "channel_split_sizes",
+    "checkerboard_mask",
+]
+
+Save = Literal["input", "output"]
+_LAYOUTS = ("blocked", "interleaved", "feature_major")
+_INVERSE, _SWAP, _SHIFT_FIRST, _DIVIDE, _FROM_OUTPUT = 1, 2, 4, 8, 16
+
+
+# --- public functions ---------------------------------------------------------------------------------------
+
+
+def affine(
+    x: Tensor,
+    raw_scale: Tensor | None,
+    shift: Tensor,
+    *,
+    scale_map: str | ScaleMap = "exp",
+    inverse: bool = False,
+    save: Save = "input",
+) -> tuple[Tensor, Tensor]:
+    r"""Transform every element: :math:`y = s(u) x + t`, with the log-determinant of each sample.
+
+    Args:
+        x: input ``[N, ...]``.
+        raw_scale: raw scale ``u``, broadcastable to ``x``; None for the additive map.
+        shift: shift ``t``, broadcastable to ``x``.
+        scale_map: a name (exp, tanh, atan, sigmoid, softplus, softclip, additive) or a ScaleMap.
+        inverse: return ``x`` from ``y``, and the log-determinant of that direction.
+        save: which side of the transform the backward pass keeps.
+
+    Returns:
+        ``(y, log_det)``, ``y`` shaped and typed like ``x``, ``log_det`` ``[N]`` in nats, float32 or float64.
+
+    Raises:
+        TypeError: for tensors that are not floating-point.
+        ValueError: for shapes that do not broadcast to ``x``, an unknown map or ``save``.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import affine
+        >>> x = torch.randn(4, 3)
+        >>> y, log_det = affine(x, torch.zeros(4, 3), torch.ones(4, 3))
+        >>> bool(torch.allclose(y, x + 1)), tuple(log_det.shape)
+        (True, (4,))
+    """
+    smap = _scale_map(scale_map)
+    _check_save(save)
+    check_batched("x", x, min_dim=1)
+    if raw_scale is None and smap.kind != "additive":
+        raise ValueError(f"raw_scale may be None for the additive map only, not for {smap.kind!r}")
+    raw = None if smap.kind == "additive" else raw_scale
+    check_same_device(x=x, raw_scale=raw, shift=shift)
+    shift = _broadcast("shift", shift, x)
+    raw = None if raw is None else _broadcast("raw_scale", raw, x)
+    if not kernel_serves(x, shift, raw):
+        return affine_reference(x, raw, shift, scale_map=smap, inverse=inverse, save=save)
+    flags = _flags(smap, inverse=inverse, save=save)
+    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.affine.default(
+        x, raw, shift, smap.code, smap.numbers, flags
+    )
+    return out
+
+
+def affine_coupling(
+    x: Tensor,
+    params: Tensor,
+    *,
+    split: str | Tensor = "channel",
+    swap: bool = False,
+    scale_map: str | ScaleMap = "tanh",
+    params_layout: str = "blocked",
+    inverse: bool = False,
+    save: Save = "input",
+) -> tuple[Tensor, Tensor]:
+    r"""Transform one part of ``x`` and pass the other, reading and writing each element once.
+
+    Args:
+        x: input ``[N, C, *space]``, contiguous or channels_last.
+        params: shift ``t`` and raw scale ``u`` of the transformed part (the shift alone for the additive map), in
+            ``params_layout``. ``channel`` split: ``[N, 2 Ct, *space]`` for ``Ct`` transformed channels. Masks: ``[N,
+            2 C, *space]``, of which only transformed positions are read, or, for a mask over channels, ``[N, 2 Ct,
+            *space]``.
+        split: ``"channel"``: the first ``C - C // 2`` channels pass, the last ``C // 2`` are transformed.
+            ``"checkerboard"``: positions whose coordinates sum to an odd number are transformed, in all channels.
+            A boolean mask ``[C]`` or ``[C, *space]``: True is transformed.
+        swap: exchange the roles of the two parts.
+        scale_map: a name or a :class:`ScaleMap`.
+        params_layout: ``"blocked"`` (all shifts, then all raw scales on the channel axis), ``"interleaved"`` (channel
+            ``2 c`` the shift, ``2 c + 1`` the raw scale) or ``"feature_major"`` (a last axis of size 2); append
+            ``"_raw_first"`` where the raw scale comes before the shift.
+        inverse: invert the transform.
+        save: which side of the transform the backward pass keeps.
+
+    Returns:
+        ``(y, log_det)``: ``y`` like ``x``; ``log_det`` ``[N]`` in nats, float32 or float64.
+
+    Raises:
+        TypeError: for tensors that are not floating-point (or a mask that is not boolean).
+        ValueError: for shapes that do not fit, and unknown names.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import affine_coupling
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> params = torch.randn(2, 4, 8, 8)  # 2 transformed channels: 2 shifts, 2 raw scales
+        >>> y, log_det = affine_coupling(x, params)
+        >>> back, _ = affine_coupling(y, params, inverse=True)
+        >>> bool(torch.allclose(back, x, atol=1e-5))
+        True
+    """
+    smap = _scale_map(scale_map)
+    _check_save(save)
+    check_batched("x", x)
+    check_floating("params", params)
+    layout, raw_first = _parse_layout(params_layout)
+    mask = _mask_of(split, x)
+    check_same_device(x=x, params=params, mask=mask)
+    params = _check_params(x, params, split, swap, smap, layout)
+    mask = ~mask if mask is not None and swap else mask
+    swap = swap and mask is None
+    if not kernel_serves(x, params):
+        return _coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
+    flags = _flags(smap, inverse=inverse, swap=swap, save=save)
+    code = _LAYOUTS.index(layout) + (len(_LAYOUTS) if raw_first else 0)
+    dtype = torch.promote_types(x.dtype, params.dtype)
+    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.affine_coupling.default(
+        x.to(dtype), params.to(dtype), mask, code, smap.code, smap.numbers, flags
+    )
+    return out if dtype == x.dtype else (out[0].to(x.dtype), out[1])
+
+
+def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
+    """Return how many channels pass and how many are transformed by a ``"channel"`` split."""
+    first, last = channels - channels // 2, channels // 2
+    return (last, first) if swap else (first, last)
+
+
+def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number."""
+    if len(event_shape) < 2:
+        raise ValueError(f"a checkerboard needs [C, *space], got event shape {tuple(event_shape)}")
+    space = event_shape[1:]
+    parity = torch.zeros(space, dtype=torch.int64, device=device)
+    for axis, size in enumerate(space):
+        shape = [1] * len(space)
+        shape[axis] = size
+        parity = parity + torch.arange(size, device=device).view(shape)
+    return (parity % 2 == 1).expand(event_shape).contiguous()
+
+
+# --- references ---------------------------------------------------------------------------------------------
+
+
+def affine_reference(
+    x: Tensor,
+    raw_scale: Tensor | None,
+    shift: Tensor,
+    *,
+    scale_map: str | ScaleMap = "exp",
+    inverse: bool = False,
+    save: Save = "input",
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`affine` in plain PyTorch, differentiable by autograd to any order."""
+    smap = _scale_map(scale_map)
+    y, log_scale = _affine_elements(x, raw_scale, shift, smap, inverse)
+    return y, log_scale.expand(x.shape).reshape(x.shape[0], -1).sum(1)
+
+
+def affine_coupling_reference(
+    x: Tensor,
+    params: Tensor,
+    *,
+    split: str | Tensor = "channel",
+    swap: bool = False,
+    scale_map: str | ScaleMap = "tanh",
+    params_layout: str = "blocked",
+    inverse: bool = False,
+    save: Save = "input",
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`affine_coupling` in plain PyTorch, differentiable by autograd to any order."""
+    smap = _scale_map(scale_map)
+    layout, raw_first = _parse_layout(params_layout)
+    mask = _mask_of(split, x)
+    params = _check_params(x, params, split, swap, smap, layout)
+    mask = ~mask if mask is not None and swap else mask
+    return _coupling_reference(x, params, mask, layout, raw_first, smap, swap and mask is None, inverse)
+
+
+def _affine_elements(
+    x: Tensor, raw: Tensor | None, shift: Tensor, smap: ScaleMap, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
+    work = accumulation_dtype(torch.promote_types(x.dtype, shift.dtype))
+    v, t = x.to(work), shift.to(work)
+    log_scale = torch.zeros_like(t) if raw is None else smap.log_scale(raw.to(work))
+    if inverse != smap.divide:
+        log_scale = -log_scale
+    scale = torch.exp(log_scale)
+    if smap.shift_first:
+        y = v * scale - t if inverse else (v + t) * scale
+    else:
+        y = (v - t) * scale if inverse else v * scale + t
+    return y.to(x.dtype), log_scale
+
+
+def _coupling_reference(
+    x: Tensor,
+    params: Tensor,
+    mask: Tensor | None,
+    layout: str,
+    raw_first: bool,
+    smap: ScaleMap,
+    swap: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    shift, raw = _split_params(params, layout, raw_first, smap)
+    if mask is not None:
+        # masked positions get harmless parameters, so that garbage there reaches neither y nor its gradient
+        shift = torch.where(mask, shift, 0.0)
+        raw = None if raw is None else torch.where(mask, raw, 0.0)
+        y, log_scale = _affine_elements(torch.where(mask, x, 0.0), raw, shift, smap, inverse)
+        return torch.where(mask, y, x), torch.where(mask, log_scale, 0.0).flatten(1).sum(1)
+    first = x.shape[1] - x.shape[1] // 2
+    parts = [x[:, :first], x[:, first:]]
+    which = 0 if swap else 1
+    parts[which], log_scale = _affine_elements(parts[which], raw, shift, smap, inverse)
+    return torch.cat(parts, 1), log_scale.flatten(1).sum(1)
+
+
+def _split_params(
+    params: Tensor, layout: str, raw_first: bool, smap: ScaleMap
+) -> tuple[Tensor, Tensor | None]:
+    """Return shift and raw scale as views of ``params``, each shaped like the part they belong to."""
+    if smap.kind == "additive":
+        return (params.squeeze(-1) if layout == "feature_major" else params), None
+    if layout == "blocked":
+        a, b = params.chunk(2, 1)
+    elif layout == "interleaved":
+        a, b = params[:, 0::2], params[:, 1::2]
+    else:
+        a, b = params.unbind(-1)
+    return (b, a) if raw_first else (a, b)
+
+
+# --- argument checks ----------------------------------------------------------------------------------------
+
+
+def _check_save(save: str) -> None:
+    if save not in ("input", "output"):
+        raise ValueError(f"save must be 'input' or 'output', got {save!r}")
+
+
+def _broadcast(name: str, t: Tensor, x: Tensor) -> Tensor:
+    check_floating(name, t)
+    try:
+        return t.to(x.dtype).expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must be broadcastable to x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
+        ) from None
+
+
+def _parse_layout(name: str) -> tuple[str, bool]:
+    base = name.removesuffix("_raw_first")
+    if base not in _LAYOUTS:
+        raise ValueError(
+            f"params_layout must be one of {', '.join(_LAYOUTS)}, optionally with '_raw_first', got {name!r}"
+        )
+    return base, base != name
+
+
+def _mask_of(split: str | Tensor, x: Tensor) -> Tensor | None:
+    """Return the boolean mask ``[C, *space]`` of a split, None for the channel split."""
+    event = tuple(x.shape[1:])
+    if isinstance(split, str):
+        if split == "channel":
+            if x.shape[1] < 2:
+                raise ValueError(f"split='channel' needs at least 2 channels, got x of shape {tuple(x.shape)}")
+            return None
+        if split == "checkerboard":
+            return checkerboard_mask(event, x.device)
+        raise ValueError(f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}")
+    if split.dtype != torch.bool:
+        raise TypeError(f"a split mask must be boolean, got {split.dtype}")
+    if tuple(split.shape) == event:
+        return split
+    check_shape("split", split, event[:1])
+    return split.view(-1, *[1] * (len(event) - 1)).expand(event)
+
+
+def _check_params(
+    x: Tensor, params: Tensor, split: str | Tensor, swap: bool, smap: ScaleMap, layout: str
+) -> Tensor:
+    """Check the shape of ``params``; spread parameters of transformed channels alone over all channels."""
+    n, c, *space = x.shape
+    per = 1 if smap.kind == "additive" else 2
+
+    def shape(size: int) -> tuple[int, ...]:
+        return (n, size, *space, per) if layout == "feature_major" else (n, per * size, *space)
+
+    full = shape(channel_split_sizes(c, swap)[1] if isinstance(split, str) and split == "channel" else c)
+    if tuple(params.shape) == full:
+        return params
+    if isinstance(split, Tensor) and split.dim() == 1 and params.dim() == len(full):
+        by_channel = split ^ swap
+        size = params.shape[1] if layout == "feature_major" else params.shape[1] // per
+        # counting True on a GPU would wait for it: there the caller's word is taken
+        known = split.device.type == "cpu" and not torch.compiler.is_compiling()
+        if 0 < size < c and tuple(params.shape) == shape(size) and (not known or size == int(by_channel.sum())):
+            index = (by_channel.cumsum(0) - 1).clamp(0, size - 1)
+            if layout == "blocked":
+                index = torch.cat([index + i * size for i in range(per)])
+            elif layout == "interleaved":
+                index = torch.stack([per * index + i for i in range(per)], 1).flatten()
+            return params.index_select(1, index)
+    raise ValueError(
+        f"params must have shape {full} for x of shape {tuple(x.shape)}, layout {layout!r} and map "
+        f"{smap.kind!r}, got {tuple(params.shape)}"
+    )
+
+
+def _flags(smap: ScaleMap, *, inverse: bool, save: Save, swap: bool = False) -> int:
+    return (
+        _INVERSE * inverse
+        + _SWAP * swap
+        + _SHIFT_FIRST * smap.shift_first
+        + _DIVIDE * smap.divide
+        + _FROM_OUTPUT * (save == "output")
+    )
+
+
+# --- schema, fake, autograd ---------------------------------------------------------------------------------
+
+
+def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_canonical(x), x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _fake_affine_backward(
+    grad_y: Tensor, grad_log_det: Tensor, kept: Tensor, raw: Tensor | None, shift: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = empty_canonical(kept)
+    return like, torch.empty_like(like), torch.empty_like(like)
+
+
+def _fake_coupling_backward(
+    grad_y: Tensor, grad_log_det: Tensor, kept: Tensor, params: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    grad_x = empty_canonical(kept)
+    if grad_x.is_contiguous() or params.dim() != kept.dim():
+        return grad_x, torch.empty_like(params, memory_format=torch.contiguous_format)
+    fmt = torch.channels_last if kept.dim() == 4 else torch.channels_last_3d
+    return grad_x, torch.empty_like(params, memory_format=fmt)
+
+
+def _map_of(kind: int, numbers: list[float], flags: int) -> ScaleMap:
+    return ScaleMap(
+        KINDS[kind], *numbers, shift_first=bool(flags & _SHIFT_FIRST), divide=bool(flags & _DIVIDE)
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the input or the output, and the parameters: never an intermediate."""
+    x, *params = inputs[:3]
+    *ctx.plan, flags = inputs[3:]
+    ctx.flags = flags
+    ctx.save_for_backward(output[0] if flags & _FROM_OUTPUT else x, *params)
+
+
+def _kept_input(kept: Tensor, flags: int, invert: Any) -> Tensor:
+    """Return the op's input from what was kept, differentiably."""
+    return invert(kept) if flags & _FROM_OUTPUT else kept
+
+
+def _affine_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
+    kept, raw, shift = ctx.saved_tensors
+    kind, numbers = ctx.plan
+    if torch.is_grad_enabled():
+        smap, inverse = _map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
+
+        def forward(x: Tensor, u: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
+            return affine_reference(x, u, t, scale_map=smap, inverse=inverse)
+
+        def invert(y: Tensor) -> Tensor:
+            return affine_reference(y, raw, shift, scale_map=smap, inverse=not inverse)[0]
+
+        x = _kept_input(kept, ctx.flags, invert)
+        grads = gradient_of_reference(forward, (x, raw, shift), (grad_y, grad_log_det))
+    else:
+        grads = list(
+            torch.ops.pyflowkern.affine_backward.default(
+                grad_y, grad_log_det, kept, raw, shift, kind, numbers, ctx.flags
+            )
+        )
+        if raw is None:
+            grads[1] = None
+    return (*grads, None, None, None)
+
+
+def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
+    kept, params, mask = ctx.saved_tensors
+    code, kind, numbers = ctx.plan
+    if torch.is_grad_enabled():
+        smap, inverse = _map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
+        layout, raw_first = _LAYOUTS[code % len(_LAYOUTS)], code >= len(_LAYOUTS)
+        swap = bool(ctx.flags & _SWAP)
+
+        def forward(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+            return _coupling_reference(x, p, mask, layout, raw_first, smap, swap, inverse)
+
+        def invert(y: Tensor) -> Tensor:
+            return _coupling_reference(
+                y, params, mask, layout, raw_first, smap, swap, not inverse
+            )[0]
+
+        x = _kept_input(kept, ctx.flags, invert)
+        grads = gradient_of_reference(forward, (x, params), (grad_y, grad_log_det))
+    else:
+        grads = torch.ops.pyflowkern.affine_coupling_backward.default(
+            grad_y, grad_log_det, kept, params, mask, code, kind, numbers, ctx.flags
+        )
+    return (*grads, None, None, None, None, None)
+
+
+register(
+    "affine(Tensor x, Tensor? raw, Tensor shift, int kind, float[] numbers, int flags)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    setup_context=_keep,
+    backward=_affine_backward,
+)
+register(
+    "affine_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor? raw, Tensor shift,"
+    " int kind, float[] numbers, int flags) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_affine_backward,
+)
+register(
+    "affine_coupling(Tensor x, Tensor params, Tensor? mask, int layout, int kind, float[] numbers,"
+    " int flags) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    setup_context=_keep,
+    backward=_coupling_backward,
+)
+register(
+    "affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor params,"
+    " Tensor? mask, int layout, int kind, float[] numbers, int flags) -> (Tensor, Tensor)",
+    fake=_fake_coupling_backward,
+)

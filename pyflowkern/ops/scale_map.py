@@ -1,0 +1,123 @@
+"""Scale maps: how an affine flow turns an unconstrained parameter into a positive scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["ScaleMap", "scale_map"]
+
+Kind = Literal["exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive"]
+KINDS: tuple[Kind, ...] = ("exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive")
+
+
+@dataclass(frozen=True)
+class ScaleMap:
+    r"""A map from a raw parameter ``u`` to a scale ``s > 0``, with :math:`v = \text{gain}\,u + \text{offset}`.
+
+    ========== ========================================== =============================================
+    kind       scale                                      used by
+    ========== ========================================== =============================================
+    exp        ``exp(v) + eps``                           RealNVP, normflows, survae, torchflows
+    tanh       ``exp(clamp tanh(v / clamp))``             RealNVP, FrEIA AllInOneBlock
+    atan       ``exp(0.636 clamp atan(v / clamp))``       FrEIA GLOWCouplingBlock (Ardizzone et al. 2019)
+    sigmoid    ``sigmoid(v) + eps``, usually offset 2     Glow (Kingma and Dhariwal 2018), nflows
+    softplus   ``min(softplus(v) + eps, max_scale)``      nflows MAF
+    softclip   ``exp(v / (1 + |v / clamp|))``             zuko
+    additive   1                                          NICE (Dinh et al. 2014)
+    ========== ========================================== =============================================
+
+    Args:
+        kind: one of the names above.
+        clamp: bound of ``|log s|`` for tanh and softclip; 0.999 times it for atan.
+        gain: factor on the raw parameter.
+        offset: added after the gain.
+        eps: least scale, added to exp, sigmoid and softplus scales.
+        max_scale: upper limit of a softplus scale, with zero gradient beyond.
+        shift_first: ``y = s (x + t)`` instead of ``y = s x + t``.
+        divide: use ``1 / s`` in place of ``s``.
+
+    Raises:
+        ValueError: for an unknown kind, a clamp that is not positive, or a negative eps.
+
+    Example:
+        >>> from pyflowkern.ops import ScaleMap
+        >>> ScaleMap("sigmoid", offset=2.0, eps=1e-3).kind
+        'sigmoid'
+    """
+
+    kind: Kind
+    clamp: float = 2.0
+    gain: float = 1.0
+    offset: float = 0.0
+    eps: float = 0.0
+    max_scale: float = math.inf
+    shift_first: bool = False
+    divide: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"scale_map must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not self.clamp > 0:
+            raise ValueError(f"clamp must be positive, got {self.clamp}")
+        if self.eps < 0 or (self.eps > 0 and self.kind not in ("exp", "sigmoid", "softplus")):
+            raise ValueError(f"eps must be >= 0, and 0 for {self.kind!r}, got {self.eps}")
+        if self.max_scale != math.inf and self.kind != "softplus":
+            raise ValueError(f"max_scale belongs to 'softplus', not {self.kind!r}")
+
+    @property
+    def code(self) -> int:
+        """The kind as the kernels number it."""
+        return KINDS.index(self.kind)
+
+    @property
+    def numbers(self) -> list[float]:
+        """The constants as the kernels take them."""
+        return [self.clamp, self.gain, self.offset, self.eps, self.max_scale]
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        """Return ``log s`` of the raw parameter, elementwise (before ``divide``)."""
+        v = raw * self.gain + self.offset
+        if self.kind == "exp":
+            return v if self.eps == 0 else torch.log(torch.exp(v) + self.eps)
+        if self.kind == "tanh":
+            return self.clamp * torch.tanh(v / self.clamp)
+        if self.kind == "atan":
+            return 0.636 * self.clamp * torch.atan(v / self.clamp)
+        if self.kind == "sigmoid":
+            if self.eps == 0:
+                return torch.nn.functional.logsigmoid(v)
+            return torch.log(torch.sigmoid(v) + self.eps)
+        if self.kind == "softplus":
+            # far left softplus(v) = exp(v), whose logarithm is v even where exp(v) has underflowed
+            left = v < -30.0
+            positive = torch.nn.functional.softplus(v, threshold=40.0) + self.eps
+            log = torch.log(torch.where(left, 1.0, positive).clamp(max=self.max_scale))
+            return torch.where(left, v if self.eps == 0 else torch.log(torch.exp(v) + self.eps), log)
+        if self.kind == "softclip":
+            return v / (1 + torch.abs(v / self.clamp))
+        return torch.zeros_like(raw)
+
+
+_PRESETS = {
+    "exp": ScaleMap("exp"),
+    "tanh": ScaleMap("tanh"),
+    "atan": ScaleMap("atan"),
+    "sigmoid": ScaleMap("sigmoid", offset=2.0),
+    "softplus": ScaleMap("softplus", eps=1e-3),
+    "softclip": ScaleMap("softclip", clamp=-math.log(1e-3)),
+    "additive": ScaleMap("additive"),
+}
+
+
+def scale_map(spec: str | ScaleMap) -> ScaleMap:
+    """Return the :class:`ScaleMap` of a name (with its usual constants) or pass one through."""
+    if isinstance(spec, ScaleMap):
+        return spec
+    if spec not in _PRESETS:
+        raise ValueError(f"scale_map must be a ScaleMap or one of {', '.join(_PRESETS)}, got {spec!r}")
+    return _PRESETS[spec]
