@@ -18,10 +18,12 @@ from pyflowkern.ops.density import (
 from pyflowkern.ops.linear import (
     glow_step,
     glow_step_reference,
-    householder_matrix,
-    householder_matrix_reference,
     invertible_linear,
     invertible_linear_reference,
+)
+from pyflowkern.ops.matrix import (
+    householder_matrix,
+    householder_matrix_reference,
     plu_matrix,
     plu_matrix_reference,
     slogdet_inverse,
