@@ -1,0 +1,291 @@
+"""A flow: a bijection from data to latent, and a base distribution there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.flows._build import parse_shape
+from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
+from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
+
+__all__ = ["Flow"]
+
+
+class Flow(Bijection):
+    r"""A density model: :math:`\log p(x) = \log p_Z(f(x)) + \log|\det \partial f / \partial x|`.
+
+    ``forward`` maps data to a latent ``z`` that is always one tensor ``[N, D]``;
+    :meth:`split_latents` gives the parts of a multi-scale flow.
+
+    With ``bits`` set the flow models pixels: ``preprocess`` is a
+    :class:`~pyflowkern.nn.Dequantize`.  A uint8 ``x`` gets fresh noise at every call, its
+    ``log_prob`` is that of the pixel levels and ``bits_per_dim`` the usual figure for discrete
+    data.  A floating ``x`` is a point of ``[0, 1]`` and ``log_prob`` its density there;
+    ``bits_per_dim`` adds ``bits``, which makes the two comparable.  Samples are floats in
+    ``[0, 1]``, or uint8 with ``quantized=True``.
+
+    Args:
+        bijection: data to latent.
+        event_shape: shape of one ``x``.
+        base: the latent's distribution: a module with ``log_prob(z[N, D]) -> [N]`` and
+            ``sample(n, *, temperature, generator) -> [n, D]``; None for the standard normal.
+        bits: bits a pixel of integer data, 1 to 8; None for real data.
+        alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
+
+    Raises:
+        ValueError: for an event shape without positive sizes, bits or alpha out of range.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows, nn
+        >>> flow = flows.Flow(nn.Sequential(nn.ActNorm(2), nn.InvertibleLinear(2)), (2,))
+        >>> log_prob = flow.log_prob(torch.randn(16, 2))
+        >>> tuple(log_prob.shape), tuple(flow.sample(5).shape)
+        ((16,), (5, 2))
+    """
+
+    def __init__(
+        self,
+        bijection: Bijection,
+        event_shape: Sequence[int],
+        *,
+        base: torch.nn.Module | None = None,
+        bits: int | None = None,
+        alpha: float = 0.05,
+        context_features: int = 0,
+    ) -> None:
+        super().__init__()
+        self.event_shape = parse_shape(event_shape)
+        self.dims = math.prod(self.event_shape)
+        self.context_features = context_features
+        self.preprocess = None if bits is None else Dequantize(bits, alpha)
+        self.bijection = bijection
+        self.base = StandardNormal(self.dims) if base is None else base
+        self._latent_shape = bijection.output_shape(self.event_shape)
+        # a dtype and a device for flows without parameters, too
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map data to latent.
+
+        Args:
+            x: ``[N, *event_shape]`` in the flow's dtype; with ``bits`` also uint8.
+            context: ``[N, K]`` for a conditional flow.
+
+        Returns:
+            ``(z, log_det)``: ``[N, D]`` and ``[N]``.
+
+        Raises:
+            TypeError: for another dtype.
+            ValueError: for another shape, or a context that does not fit.
+        """
+        self._check_data("x", x)
+        self._check_context(context, x.shape[0])
+        if self.preprocess is None:
+            z, log_det = self.bijection(x, context)
+            return z.flatten(1), log_det
+        y, first = self.preprocess(x)
+        if not x.is_floating_point():
+            y = y.to(self._anchor.dtype)
+        z, log_det = self.bijection(y, context)
+        return z.flatten(1), first + log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latent ``[N, D]`` to data; return ``(x, log_det[N])``."""
+        if z.dim() != 2 or z.shape[1] != self.dims:
+            raise ValueError(f"z must have shape [N, {self.dims}], got {tuple(z.shape)}")
+        self._check_dtype("z", z)
+        self._check_context(context, z.shape[0])
+        x, log_det = self.bijection.inverse(z.reshape(z.shape[0], *self._latent_shape), context)
+        if self.preprocess is not None:
+            x, last = self.preprocess.inverse(x)
+            log_det = log_det + last
+        return x, log_det
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the log-density of ``x`` in nats, ``[N]``."""
+        z, log_det = self(x, context)
+        log_prob: Tensor = self.base.log_prob(z) + log_det  # type: ignore[operator]
+        return log_prob
+
+    def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Return :math:`-\log_2 p(x) / D`, ``[N]``; with ``bits`` that of discrete pixels."""
+        result = ops.bits_per_dim(self.log_prob(x, context), self.dims)
+        if self.preprocess is not None and x.is_floating_point():
+            return result + self.preprocess.bits  # density on [0, 1] to probability of a level
+        return result
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        quantized: bool = False,
+    ) -> Tensor:
+        """Draw ``n`` samples, without gradient.
+
+        Args:
+            n: how many.
+            context: ``[n, K]``, or one context ``[K]`` or ``[1, K]`` for all.
+            temperature: factor on the latents.
+            generator: source of randomness.
+            quantized: return uint8 pixels (flows with ``bits``).
+
+        Returns:
+            ``[n, *event_shape]``.
+
+        Raises:
+            ValueError: for n or temperature below 0, a context of another shape, or ``quantized``
+                without ``bits``.
+            TypeError: for an n that is not an int.
+        """
+        if quantized and self.preprocess is None:
+            raise ValueError(
+                "quantized=True needs a flow made with bits=..., this one has bits=None"
+            )
+        x, _ = self.inverse(
+            self._latents(n, temperature, generator), self._expand_context(context, n)
+        )
+        return self.preprocess.quantize(x) if quantized and self.preprocess is not None else x
+
+    def sample_and_log_prob(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` samples and their log-densities under this flow in one pass, with gradients.
+
+        Args and errors are those of :meth:`sample`; the density is that of temperature 1.
+        """
+        z = self._latents(n, temperature, generator)
+        x, log_det = self.inverse(z, self._expand_context(context, n))
+        return x, self.base.log_prob(z) - log_det  # type: ignore[operator]
+
+    @torch.no_grad()
+    def interpolate(
+        self, x0: Tensor, x1: Tensor, steps: int, context: Tensor | None = None
+    ) -> Tensor:
+        """Go from ``x0`` to ``x1`` along straight lines in latent space.
+
+        Args:
+            x0: start ``[N, *event_shape]``.
+            x1: end, of the same shape.
+            steps: number of points, both ends among them.
+            context: ``[N, K]``, used at both ends and between.
+
+        Returns:
+            ``[steps, N, *event_shape]``.
+
+        Raises:
+            ValueError: for steps below 2 or different shapes.
+        """
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2, got {steps}")
+        if x0.shape != x1.shape:
+            raise ValueError(
+                f"x0 and x1 must have one shape, got {tuple(x0.shape)} and {tuple(x1.shape)}"
+            )
+        z0, z1 = self(x0, context)[0], self(x1, context)[0]
+        n = z0.shape[0]
+        t = torch.linspace(0, 1, steps, dtype=z0.dtype, device=z0.device).view(-1, 1, 1)
+        z = torch.lerp(z0, z1, t).reshape(steps * n, self.dims)
+        repeated = None if context is None else context.repeat(steps, 1)
+        return self.inverse(z, repeated)[0].reshape(steps, n, *self.event_shape)
+
+    def split_latents(self, z: Tensor) -> list[Tensor]:
+        """Return the latents ``[N, C, *space]`` of each level as a list, finest first."""
+        if isinstance(self.bijection, MultiScale):
+            return self.bijection.split_latents(z)
+        return [z.reshape(z.shape[0], *self._latent_shape)]
+
+    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
+        """Return a :class:`torch.distributions.Distribution` of the data.
+
+        Args:
+            context: ``[*batch, K]``: its leading axes become the batch shape.
+
+        Example:
+            >>> import torch
+            >>> from pyflowkern import flows
+            >>> d = flows.RealNVP(2, steps=2, hidden=8).distribution()
+            >>> x = d.rsample((3, 4))
+            >>> d.event_shape, tuple(x.shape), tuple(d.log_prob(x).shape)
+            (torch.Size([2]), (3, 4, 2), (3, 4))
+        """
+        return FlowDistribution(self, context)
+
+    def transform(self, context: Tensor | None = None, **options: Any) -> BijectionTransform:
+        """Return the flow as a torch Transform; it knows its own event shapes."""
+        options.pop("event_dim", None)
+        return BijectionTransform(self, context, len(self.event_shape), 1, **options)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(D,)``."""
+        return (self.dims,)
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of one ``x``."""
+        return self.event_shape
+
+    def _latents(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
+        if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
+            raise TypeError(f"n must be an int, got {type(n).__name__}")
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        z: Tensor = self.base.sample(n, temperature=temperature, generator=generator)  # type: ignore[operator]
+        return z
+
+    def _expand_context(self, context: Tensor | None, n: int) -> Tensor | None:
+        if context is not None and (
+            context.dim() == 1 or (context.dim() == 2 and context.shape[0] == 1)
+        ):
+            return context.expand(n, context.shape[-1])
+        return context
+
+    def _check_data(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 1 + len(self.event_shape) or tuple(x.shape[1:]) != self.event_shape:
+            want = ", ".join(str(size) for size in self.event_shape)
+            raise ValueError(f"{name} must have shape [N, {want}], got {tuple(x.shape)}")
+        if self.preprocess is None or x.dtype != torch.uint8:
+            self._check_dtype(name, x)
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        if not x.is_floating_point():
+            hint = "uint8 in a flow made with bits=8" if self.preprocess is None else "uint8"
+            raise TypeError(f"{name} must be {self._anchor.dtype} (or {hint}), got {x.dtype}")
+        if x.dtype != self._anchor.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{name} must have the flow's dtype {self._anchor.dtype}, got {x.dtype}; "
+                "convert one of them, as by flow.to(x.dtype)"
+            )
+
+    def _check_context(self, context: Tensor | None, n: int) -> None:
+        if not self.context_features:
+            if context is not None:
+                raise ValueError(
+                    "context was given, but the flow was made with context_features=0"
+                )
+            return
+        want = (n, self.context_features)
+        if context is None or tuple(context.shape) != want:
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(f"context must have shape {want}, got {got}")
+        if not context.is_floating_point():
+            raise TypeError(f"context must be a floating-point tensor, got {context.dtype}")

@@ -1,0 +1,128 @@
+"""The base distribution of a flow, and the flow as a torch distribution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, constraints
+
+from pyflowkern import ops
+from pyflowkern.nn._base import broadcast_shapes, independent
+
+if TYPE_CHECKING:
+    from pyflowkern.flows._base import Flow
+
+__all__ = ["FlowDistribution", "StandardNormal"]
+
+
+class StandardNormal(torch.nn.Module):
+    r"""The standard normal: :math:`\log p(z) = -\tfrac12 (|z|^2 + D \log 2\pi)`.
+
+    Args:
+        dims: ``D``.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> base = flows.StandardNormal(2)
+        >>> base.log_prob(torch.zeros(3, 2))
+        tensor([-1.8379, -1.8379, -1.8379])
+    """
+
+    zero: Tensor
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        if dims < 1:
+            raise ValueError(f"dims must be at least 1, got {dims}")
+        self.dims = dims
+        # follows the module's dtype and device, so that samples do
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of ``z`` ``[N, D]``, ``[N]``."""
+        return ops.normal_log_prob(z)
+
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw ``[n, D]`` with standard deviation ``temperature``."""
+        z = torch.randn(
+            n, self.dims, generator=generator, dtype=self.zero.dtype, device=self.zero.device
+        )
+        return z if temperature == 1.0 else temperature * z
+
+    def distribution(self) -> Independent[Normal]:
+        """Return the same as a :class:`torch.distributions.Independent`."""
+        return Independent(
+            Normal(self.zero.expand(self.dims), torch.ones_like(self.zero).expand(self.dims)), 1
+        )
+
+
+class FlowDistribution(Distribution):
+    """A flow as a :class:`torch.distributions.Distribution`: each call is one pass.
+
+    Args:
+        flow: the flow.
+        context: ``[*batch, K]`` for a conditional flow.
+        batch_shape: batch shape, by default that of the context.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> d = flows.FlowDistribution(flows.RealNVP(2, steps=2, hidden=8))
+        >>> tuple(d.sample((5,)).shape)
+        (5, 2)
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self, flow: Flow, context: Tensor | None = None, batch_shape: torch.Size | None = None
+    ) -> None:
+        self.flow, self.context = flow, context
+        if batch_shape is None:
+            batch_shape = torch.Size() if context is None else context.shape[:-1]
+        super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The unit interval for flows of pixels, else the real line."""
+        each = constraints.real if self.flow.preprocess is None else constraints.unit_interval
+        return independent(each, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        """Return the distribution with another batch shape."""
+        shape = torch.Size(batch_shape)
+        context = (
+            None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
+        )
+        return FlowDistribution(self.flow, context, shape)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``[*sample_shape, *batch_shape, *event_shape]``, with gradients."""
+        lead = torch.Size(sample_shape) + self.batch_shape
+        z = self.flow.base.sample(lead.numel())  # type: ignore[operator]
+        x, _ = self.flow.inverse(z, self._context(lead))
+        return x.reshape(lead + self.event_shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``[*sample_shape, *batch_shape, *event_shape]``, without gradients."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of ``[*sample, *batch, *event]``, one number an event."""
+        cut = value.dim() - len(self.event_shape)
+        lead = broadcast_shapes(value.shape[:cut], self.batch_shape)
+        x = value.expand(*lead, *value.shape[cut:]).reshape(lead.numel(), *value.shape[cut:])
+        return self.flow.log_prob(x, self._context(lead)).reshape(lead)
+
+    def _context(self, lead: torch.Size) -> Tensor | None:
+        if self.context is None:
+            return None
+        size = self.context.shape[-1]
+        return self.context.expand(*lead, size).reshape(lead.numel(), size)

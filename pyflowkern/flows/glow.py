@@ -1,0 +1,118 @@
+"""Glow: invertible 1x1 convolutions between couplings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from pyflowkern.flows._base import Flow
+from pyflowkern.flows._build import check_positive, check_space, parse_event, squeezed
+from pyflowkern.nn import (
+    MLP,
+    AffineCoupling,
+    Bijection,
+    ConvNet,
+    GlowStep,
+    MultiScale,
+    Sequential,
+    Split,
+    Squeeze,
+)
+from pyflowkern.ops import ScaleMap
+
+__all__ = ["Glow"]
+
+
+class Glow(Flow):
+    """Glow: levels of squeeze, ``steps`` times (ActNorm, 1x1 convolution, coupling), and split.
+
+    On vectors there are no levels: ``steps`` times ActNorm, invertible matrix and coupling.
+
+    Args:
+        event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D`` (at least 2)
+            for vectors.
+        levels: number of levels (not for vectors); ``2 ** levels`` must divide each spatial size.
+        steps: steps a level.
+        hidden: width of the conditioners.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
+        bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
+        alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
+        scale_map: scale of the couplings: a name or a :class:`~pyflowkern.ops.ScaleMap`.
+        parameterization: of the 1x1 convolutions: ``"plu"``, ``"dense"`` or ``"householder"``.
+        conditioner: factory ``(in, out) -> module`` for the couplings, in place of the three
+            convolutions (a two-layer MLP for vectors).
+
+    Raises:
+        ValueError: for sizes that do not divide, fewer than 2 dimensions, or a count below 1.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> flow = flows.Glow((3, 8, 8), levels=2, steps=2, hidden=16, bits=8)
+        >>> x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+        >>> flow.bits_per_dim(x).mean().backward()
+        >>> flow.sample(2, quantized=True).dtype
+        torch.uint8
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        *,
+        levels: int = 3,
+        steps: int = 8,
+        hidden: int = 64,
+        context_features: int = 0,
+        bits: int | None = None,
+        alpha: float = 0.05,
+        scale_map: str | ScaleMap = "tanh",
+        parameterization: str = "plu",
+        conditioner: Callable[[int, int], torch.nn.Module] | None = None,
+    ) -> None:
+        shape = parse_event(event_shape)
+        check_positive(levels=levels, steps=steps, hidden=hidden)
+        vector = len(shape) == 1
+        options: dict[str, Any] = {"hidden": hidden, "context_features": context_features}
+        convolutional = partial(ConvNet, spatial_dims=max(len(shape) - 1, 1), **options)
+        if conditioner is None:
+            conditioner = partial(MLP, **options) if vector else convolutional
+
+        def level(channels: int) -> list[Bijection]:
+            layers: list[Bijection] = []
+            for _ in range(steps):
+                layers.append(GlowStep(channels, parameterization=parameterization))
+                layers.append(AffineCoupling(channels, conditioner, scale_map=scale_map))
+            return layers
+
+        if vector:
+            bijection: Bijection = Sequential(*level(shape[0]))
+        else:
+            check_space(shape, levels)
+            bijection = _multi_scale(shape, levels, level, convolutional)
+        super().__init__(
+            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+        )
+
+
+def _multi_scale(
+    shape: tuple[int, ...],
+    levels: int,
+    level: Callable[[int], list[Bijection]],
+    prior: Callable[[int, int], torch.nn.Module],
+) -> MultiScale:
+    stack: list[Bijection] = []
+    splits: list[Split] = []
+    event = shape
+    for i in range(levels):
+        event = squeezed(event)
+        stack.append(Sequential(Squeeze(), *level(event[0])))
+        if i < levels - 1:
+            split = Split(event[0], prior)
+            splits.append(split)
+            event = (split.kept, *event[1:])
+    return MultiScale(shape, stack, splits)

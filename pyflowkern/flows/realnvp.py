@@ -1,0 +1,142 @@
+"""RealNVP: checkerboard and channel couplings on images, residual networks on vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from pyflowkern.flows._base import Flow
+from pyflowkern.flows._build import check_positive, check_space, parse_event, squeezed
+from pyflowkern.nn import (
+    ActNorm,
+    AffineCoupling,
+    Bijection,
+    MultiScale,
+    ResidualConvNet,
+    ResidualMLP,
+    Sequential,
+    Split,
+    Squeeze,
+    checkerboard_mask,
+)
+from pyflowkern.ops import ScaleMap
+
+__all__ = ["RealNVP"]
+
+
+class RealNVP(Flow):
+    """RealNVP: affine couplings with alternating masks, in a multi-scale architecture on images.
+
+    Each level has ``steps`` checkerboard couplings, a squeeze, ``steps`` channel couplings, and
+    factors half of the channels out; the last has ``steps + 1`` checkerboard couplings alone.
+    ActNorm stands in for the original's batch normalisation, which would let one sample change
+    another's density.  On vectors there are ``steps`` couplings of alternating halves, with
+    residual MLPs.
+
+    Args:
+        event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D`` (at least 2)
+            for vectors.
+        levels: number of levels (not for vectors); ``2 ** levels`` must divide each spatial size.
+        steps: couplings of one kind a level.
+        hidden: width of the conditioners.
+        blocks: residual blocks of a conditioner.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
+        bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
+        alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
+        scale_map: scale of the couplings: a name or a :class:`~pyflowkern.ops.ScaleMap`.
+        conditioner: factory ``(in, out) -> module`` in place of the residual networks.
+
+    Raises:
+        ValueError: for sizes that do not divide, fewer than 2 dimensions, or a count below 1.
+
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> flow = flows.RealNVP(2, steps=4, hidden=16)
+        >>> (-flow.log_prob(torch.randn(32, 2)).mean()).backward()
+        >>> tuple(flow.sample(5).shape)
+        (5, 2)
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        *,
+        levels: int = 2,
+        steps: int = 3,
+        hidden: int = 64,
+        blocks: int = 2,
+        context_features: int = 0,
+        bits: int | None = None,
+        alpha: float = 0.05,
+        scale_map: str | ScaleMap = "tanh",
+        conditioner: Callable[[int, int], torch.nn.Module] | None = None,
+    ) -> None:
+        shape = parse_event(event_shape)
+        check_positive(levels=levels, steps=steps, hidden=hidden)
+        options: dict[str, Any] = {
+            "hidden": hidden,
+            "blocks": blocks,
+            "context_features": context_features,
+        }
+        vector = len(shape) == 1
+        if conditioner is None:
+            conditioner = (
+                partial(ResidualMLP, **options)
+                if vector
+                else partial(ResidualConvNet, spatial_dims=len(shape) - 1, **options)
+            )
+        coupling = partial(AffineCoupling, conditioner=conditioner, scale_map=scale_map)
+        if vector:
+            bijection: Bijection = Sequential(*_channel_couplings(shape[0], steps, coupling))
+        else:
+            check_space(shape, levels)
+            bijection = _multi_scale(shape, levels, steps, coupling)
+        super().__init__(
+            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+        )
+
+
+def _multi_scale(
+    shape: tuple[int, ...], levels: int, steps: int, coupling: Callable[..., Bijection]
+) -> MultiScale:
+    stack: list[Bijection] = []
+    splits: list[Split] = []
+    event = shape
+    for i in range(levels):
+        last = i == levels - 1
+        layers = _checkerboard_couplings(event, steps + last, coupling)
+        if not last:
+            event = squeezed(event)
+            layers += [Squeeze(), *_channel_couplings(event[0], steps, coupling)]
+            split = Split(event[0])
+            splits.append(split)
+            event = (split.kept, *event[1:])
+        stack.append(Sequential(*layers))
+    return MultiScale(shape, stack, splits)
+
+
+def _checkerboard_couplings(
+    event: tuple[int, ...], steps: int, coupling: Callable[..., Bijection]
+) -> list[Bijection]:
+    layers: list[Bijection] = []
+    for i in range(steps):
+        layers += [
+            ActNorm(event[0]),
+            coupling(event[0], split=checkerboard_mask(event), swap=i % 2 == 1),
+        ]
+    return layers
+
+
+def _channel_couplings(
+    channels: int, steps: int, coupling: Callable[..., Bijection]
+) -> list[Bijection]:
+    layers: list[Bijection] = []
+    for i in range(steps):
+        layers += [ActNorm(channels), coupling(channels, swap=i % 2 == 1)]
+    return layers

@@ -1,0 +1,254 @@
+"""What a layer is: a module with two directions, each with its log-determinant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from pyflowkern.ops._registry import accumulation_dtype, check_batched
+
+__all__ = ["Bijection", "BijectionTransform", "Sequential", "check_channels", "zero_log_det"]
+
+
+class Bijection(torch.nn.Module):
+    r"""An invertible map :math:`z = f(x)` with the log-determinant of the direction that ran.
+
+    Subclasses write ``forward(x, context=None) -> (z, log_det)`` and
+    ``inverse(z, context=None) -> (x, log_det)``, with ``log_det`` of shape ``[N]``, float32 at
+    least.  A layer that changes the shape of an event also overrides :meth:`output_shape` and
+    :meth:`input_shape`.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> class Double(nn.Bijection):
+        ...     def forward(self, x, context=None):
+        ...         return 2 * x, x.new_full(x.shape[:1], x[0].numel() * 0.6931)
+        ...     def inverse(self, z, context=None):
+        ...         return z / 2, z.new_full(z.shape[:1], -z[0].numel() * 0.6931)
+        >>> z, log_det = Double()(torch.ones(3, 2))
+        >>> tuple(z.shape), tuple(log_det.shape)
+        ((3, 2), (3,))
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map data ``[N, ...]`` to latent; return ``(z, log_det[N])``."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latent ``[N, ...]`` to data; return ``(x, log_det[N])`` of this direction."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the event shape of ``forward(x)[0]`` for events ``x`` of this shape."""
+        return shape
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the event shape of ``inverse(z)[0]`` for events ``z`` of this shape."""
+        return shape
+
+    def transform(
+        self, context: Tensor | None = None, *, event_dim: int = 1, cache_size: int = 0
+    ) -> BijectionTransform:
+        """Return this layer as a :class:`torch.distributions.Transform` from data to latent.
+
+        Args:
+            context: context ``[*batch, K]`` of every call.
+            event_dim: axes of one event: 1 for vectors, 3 for images ``[C, H, W]``.
+            cache_size: 1 keeps the last call, so that its log-determinant costs no second pass.
+
+        Example:
+            >>> import torch
+            >>> from pyflowkern import nn
+            >>> t = nn.ActNorm(2).eval().transform()
+            >>> tuple(t.log_abs_det_jacobian(torch.ones(5, 4, 2), t(torch.ones(5, 4, 2))).shape)
+            (5, 4)
+        """
+        return BijectionTransform(self, context, event_dim, event_dim, cache_size=cache_size)
+
+
+class BijectionTransform(Transform):
+    """A :class:`Bijection` as a torch Transform; all leading axes go through the layer at once.
+
+    Args:
+        bijection: the layer.
+        context: context ``[*batch, K]``, broadcast against the leading axes.
+        domain_dim: axes of one event of the data.
+        codomain_dim: axes of one event of the latent.
+        cache_size: 1 keeps the last call and its log-determinant.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Independent, Normal, TransformedDistribution
+        >>> from pyflowkern import nn
+        >>> base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+        >>> density = TransformedDistribution(base, [nn.ActNorm(2).eval().transform().inv])
+        >>> tuple(density.log_prob(torch.zeros(7, 2)).shape)
+        (7,)
+    """
+
+    bijective = True
+
+    def __init__(
+        self,
+        bijection: Bijection,
+        context: Tensor | None = None,
+        domain_dim: int = 1,
+        codomain_dim: int = 1,
+        *,
+        cache_size: int = 0,
+    ) -> None:
+        super().__init__(cache_size=cache_size)
+        self.bijection, self.context = bijection, context
+        self.domain_dim, self.codomain_dim = domain_dim, codomain_dim
+        self.domain = independent(constraints.real, domain_dim)
+        self.codomain = independent(constraints.real, codomain_dim)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def with_cache(self, cache_size: int = 1) -> BijectionTransform:
+        """Return the same transform with another cache size."""
+        return BijectionTransform(
+            self.bijection, self.context, self.domain_dim, self.codomain_dim, cache_size=cache_size
+        )
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, log_det = self._batched(self.bijection, x, self.domain_dim)
+        self._remember(x, log_det)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, log_det = self._batched(self.bijection.inverse, y, self.codomain_dim)
+        self._remember(x, -log_det)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the log-determinant of the forward direction at ``x``, one number an event."""
+        if self._last is not None and self._last[0] is x:
+            return self._last[1]
+        return self._batched(self.bijection, x, self.domain_dim)[1]
+
+    def forward_shape(self, shape: tuple[int, ...]) -> torch.Size:
+        """Return the shape of ``y`` for ``x`` of this shape."""
+        return _replace_event(shape, self.domain_dim, self.bijection.output_shape)
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> torch.Size:
+        """Return the shape of ``x`` for ``y`` of this shape."""
+        return _replace_event(shape, self.codomain_dim, self.bijection.input_shape)
+
+    def _remember(self, x: Tensor, log_det: Tensor) -> None:
+        if self._cache_size:
+            self._last = (x, log_det)
+
+    def _batched(
+        self, direction: Callable[..., tuple[Tensor, Tensor]], t: Tensor, event_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run one direction with all leading axes as one batch axis."""
+        cut = t.dim() - event_dim
+        lead, event = t.shape[:cut], t.shape[cut:]
+        context = self.context
+        if context is not None:
+            lead = broadcast_shapes(lead, context.shape[:-1])
+            t = t.expand(*lead, *event)
+            context = context.expand(*lead, context.shape[-1]).reshape(
+                lead.numel(), context.shape[-1]
+            )
+        out, log_det = direction(t.reshape(lead.numel(), *event), context)
+        return out.reshape(*lead, *out.shape[1:]), log_det.reshape(lead)
+
+
+class Sequential(Bijection):
+    r"""Bijections one after another: :math:`\log\det = \sum_i \log\det_i`.
+
+    Args:
+        *layers: bijections, data side first.
+
+    Raises:
+        TypeError: for a layer that is not a :class:`Bijection`.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> flow = nn.Sequential(nn.ActNorm(4), nn.InvertibleLinear(4), nn.Reverse(4)).eval()
+        >>> z, log_det = flow(torch.randn(3, 4))
+        >>> len(flow), tuple(z.shape)
+        (3, (3, 4))
+    """
+
+    def __init__(self, *layers: Bijection) -> None:
+        super().__init__()
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Bijection):
+                raise TypeError(f"layers[{i}] must be a Bijection, got {type(layer).__name__}")
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the layers in order."""
+        total = zero_log_det(x)
+        for layer in self.layers:
+            x, log_det = layer(x, context)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the inverses in reverse order."""
+        total = zero_log_det(z)
+        for layer in reversed(list(self)):
+            z, log_det = layer.inverse(z, context)
+            total = total + log_det
+        return z, total
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the event shape after the last layer."""
+        for layer in self:
+            shape = layer.output_shape(shape)
+        return shape
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the event shape before the first layer."""
+        for layer in reversed(list(self)):
+            shape = layer.input_shape(shape)
+        return shape
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.layers)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Bijection:
+        return self.layers[index]  # type: ignore[return-value]
+
+
+def zero_log_det(x: Tensor) -> Tensor:
+    """Return the log-determinant of a volume-preserving map, ``[N]`` zeros."""
+    return x.new_zeros(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+
+
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """Raise unless ``x`` is a floating tensor ``[N, channels, *space]``."""
+    check_batched(name, x)
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{name} must have {channels} channels on axis 1 ([N, C, *space]), "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
+    """Return the constraint over events of ``event_dim`` axes."""
+    return constraints.independent(constraint, event_dim)  # type: ignore[no-untyped-call]
+
+
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """Return what the shapes broadcast to."""
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _replace_event(
+    shape: tuple[int, ...], event_dim: int, map_event: Callable[[tuple[int, ...]], tuple[int, ...]]
+) -> torch.Size:
+    cut = len(shape) - event_dim
+    return torch.Size((*shape[:cut], *map_event(tuple(shape[cut:]))))

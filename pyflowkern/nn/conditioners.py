@@ -1,0 +1,268 @@
+"""Conditioners: the networks that compute a coupling's parameters, zero at first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["MLP", "ConvNet", "ResidualConvNet", "ResidualMLP"]
+
+Activation = Callable[[], torch.nn.Module]
+
+
+class _Conditioner(torch.nn.Module):
+    """Context as a bias per channel: the same as concatenating it, broadcast over space."""
+
+    def __init__(self, hidden: int, context_features: int) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("hidden", hidden, 1),
+            ("context_features", context_features, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.context_features = context_features
+        self.context = (
+            torch.nn.Linear(context_features, hidden, bias=False) if context_features else None
+        )
+
+    def _add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
+        if self.context is None:
+            if context is not None:
+                raise ValueError(
+                    "context was given, but this conditioner was made with context_features=0"
+                )
+            return h
+        want = (h.shape[0], self.context_features)
+        if context is None or tuple(context.shape) != want:
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(f"context must have shape {want}, got {got}")
+        bias: Tensor = self.context(context)
+        return h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
+
+
+class MLP(_Conditioner):
+    """A multilayer perceptron on vectors ``[N, in_features] -> [N, out_features]``, zero at first.
+
+    Args:
+        in_features: input size.
+        out_features: output size.
+        hidden: width.
+        layers: number of hidden layers.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
+        activation: makes the non-linearity.
+
+    Raises:
+        ValueError: for a width or number of layers below 1, or a context of another shape.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> net = nn.MLP(2, 4, hidden=8, context_features=3)
+        >>> net(torch.randn(1, 2), torch.randn(1, 3)).tolist()
+        [[0.0, 0.0, 0.0, 0.0]]
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden: int = 64,
+        layers: int = 2,
+        context_features: int = 0,
+        activation: Activation = torch.nn.ReLU,
+    ) -> None:
+        super().__init__(hidden, context_features)
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
+        self.first = torch.nn.Linear(in_features, hidden)
+        body: list[torch.nn.Module] = [activation()]
+        for _ in range(layers - 1):
+            body += [torch.nn.Linear(hidden, hidden), activation()]
+        self.body = torch.nn.Sequential(*body)
+        self.last = _zero(torch.nn.Linear(hidden, out_features))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, out_features]``."""
+        out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
+        return out
+
+
+class ResidualMLP(_Conditioner):
+    r"""A residual network on vectors, :math:`h \leftarrow h + W_2 a(W_1 a(h))`, zero at first.
+
+    Args:
+        in_features: input size.
+        out_features: output size.
+        hidden: width.
+        blocks: number of residual blocks.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
+        activation: makes the non-linearity.
+
+    Raises:
+        ValueError: for a width below 1, or a context of another shape.
+
+    Source: He et al., "Identity mappings in deep residual networks" (2016), as used by Durkan et
+    al. (2019).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> tuple(nn.ResidualMLP(2, 4, hidden=8)(torch.randn(5, 2)).shape)
+        (5, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden: int = 64,
+        blocks: int = 2,
+        context_features: int = 0,
+        activation: Activation = torch.nn.ReLU,
+    ) -> None:
+        super().__init__(hidden, context_features)
+        self.first = torch.nn.Linear(in_features, hidden)
+        self.blocks = torch.nn.ModuleList(
+            _block(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation)
+            for _ in range(blocks)
+        )
+        self.last = torch.nn.Sequential(activation(), _zero(torch.nn.Linear(hidden, out_features)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, out_features]``."""
+        h = self._add_context(self.first(x), context)
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.last(h)
+        return out
+
+
+class ConvNet(_Conditioner):
+    """The three convolutions of Glow, 3x3, 1x1 and 3x3; zero at first.
+
+    Args:
+        in_channels: input channels.
+        out_channels: output channels.
+        hidden: channels between.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
+        spatial_dims: 1, 2 or 3.
+        activation: makes the non-linearity.
+
+    Raises:
+        ValueError: for a width below 1, spatial_dims out of range, or a context of another shape.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> tuple(nn.ConvNet(2, 4, hidden=8)(torch.randn(5, 2, 6, 6)).shape)
+        (5, 4, 6, 6)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        hidden: int = 64,
+        context_features: int = 0,
+        spatial_dims: int = 2,
+        activation: Activation = torch.nn.ReLU,
+    ) -> None:
+        super().__init__(hidden, context_features)
+        self.first = _conv(spatial_dims, in_channels, hidden, 3)
+        self.body = torch.nn.Sequential(
+            activation(), _conv(spatial_dims, hidden, hidden, 1), activation()
+        )
+        self.last = _zero(_conv(spatial_dims, hidden, out_channels, 3))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, out_channels, *space]``."""
+        out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
+        return out
+
+
+class ResidualConvNet(_Conditioner):
+    """A residual network of 3x3 convolutions, zero at first.
+
+    It has no batch normalisation, unlike the original: that would let one sample change another's
+    density.
+
+    Args:
+        in_channels: input channels.
+        out_channels: output channels.
+        hidden: channels between.
+        blocks: number of residual blocks.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
+        spatial_dims: 1, 2 or 3.
+        activation: makes the non-linearity.
+
+    Raises:
+        ValueError: for a width below 1, spatial_dims out of range, or a context of another shape.
+
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> tuple(nn.ResidualConvNet(2, 4, hidden=8, spatial_dims=1)(torch.randn(5, 2, 6)).shape)
+        (5, 4, 6)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        hidden: int = 64,
+        blocks: int = 2,
+        context_features: int = 0,
+        spatial_dims: int = 2,
+        activation: Activation = torch.nn.ReLU,
+    ) -> None:
+        super().__init__(hidden, context_features)
+        self.first = _conv(spatial_dims, in_channels, hidden, 3)
+        self.blocks = torch.nn.ModuleList(
+            _block(
+                _conv(spatial_dims, hidden, hidden, 3),
+                _conv(spatial_dims, hidden, hidden, 3),
+                activation,
+            )
+            for _ in range(blocks)
+        )
+        self.last = torch.nn.Sequential(
+            activation(), _zero(_conv(spatial_dims, hidden, out_channels, 1))
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, out_channels, *space]``."""
+        h = self._add_context(self.first(x), context)
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.last(h)
+        return out
+
+
+def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+    conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 1]
+    return conv(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def _block(
+    first: torch.nn.Module, second: torch.nn.Module, activation: Activation
+) -> torch.nn.Module:
+    return torch.nn.Sequential(activation(), first, activation(), second)
+
+
+def _zero(layer: torch.nn.Module) -> torch.nn.Module:
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)
+    return layer

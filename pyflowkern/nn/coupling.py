@@ -1,0 +1,293 @@
+"""Coupling layers: one part of the input decides how the other is moved and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.ops import ScaleMap, channel_split_sizes, checkerboard_mask
+
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Conditioner",
+    "Split",
+    "channel_mask",
+    "checkerboard_mask",
+]
+
+#: A module, called as ``g(h)`` or ``g(h, context)``, or a factory ``(in, out) -> module``.
+Conditioner = torch.nn.Module | Callable[[int, int], torch.nn.Module]
+
+
+def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
+    """Return a boolean mask ``[C]``, True where a coupling transforms.
+
+    Args:
+        channels: number of channels.
+        interleaved: take channels 1, 3, 5, ... in place of the last half.
+
+    Example:
+        >>> from pyflowkern.nn import channel_mask
+        >>> channel_mask(5).tolist()
+        [False, False, False, True, True]
+    """
+    index = torch.arange(channels)
+    return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
+
+
+class AffineCoupling(Bijection):
+    r"""Affine coupling: one part of ``x`` decides how the other is scaled and shifted.
+
+    .. math:: z_a = x_a, \qquad z_b = s(u)\, x_b + t, \qquad (t, u) = g(x_a, \text{context}).
+
+    The log-determinant is :math:`\sum \log s(u)`; the conditioner ``g`` is never inverted.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        conditioner: ``g``: a module, or a factory ``(in_channels, out_channels) -> module`` such
+            as ``functools.partial(nn.MLP, hidden=64)``.  It is called as ``g(x_a)``, or
+            ``g(x_a, context)`` when the layer is given a context, and returns shifts first, then
+            raw scales, on the channel axis. For a channel split it sees and serves its part of
+            the channels alone; for masks it sees all of ``x``, zero where transformed.
+        split: ``"channel"``, ``"checkerboard"`` or a boolean mask ``[C]`` or ``[C, *space]``,
+            True is transformed.
+        swap: exchange the two parts.
+        scale_map: how ``u`` becomes a scale: a name or a :class:`~pyflowkern.ops.ScaleMap`.
+
+    Raises:
+        ValueError: for fewer than 2 channels with a channel split, an unknown split or map, a
+            mask of another size.
+        TypeError: for a conditioner that cannot be called or a mask that is not boolean.
+
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from pyflowkern import nn
+        >>> layer = nn.AffineCoupling(4, partial(nn.MLP, hidden=16))
+        >>> x = torch.randn(8, 4)
+        >>> z, log_det = layer(x)
+        >>> bool(torch.allclose(layer.inverse(z)[0], x, atol=1e-5))
+        True
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        conditioner: Conditioner,
+        *,
+        split: str | Tensor = "channel",
+        swap: bool = False,
+        scale_map: str | ScaleMap = "tanh",
+    ) -> None:
+        super().__init__()
+        self.channels, self.swap = channels, swap
+        self.scale_map = ops.scale_map(scale_map)
+        self.split = "mask" if isinstance(split, Tensor) else split
+        _check_split(split, channels)
+        # the mask is structure, not state: it follows the module's device but is not saved
+        self.register_buffer(
+            "mask", split if isinstance(split, Tensor) else None, persistent=False
+        )
+        passes, moves = (
+            channel_split_sizes(channels, swap) if split == "channel" else (channels, channels)
+        )
+        per_element = 1 if self.scale_map.kind == "additive" else 2
+        self.conditioner = build_conditioner(conditioner, passes, per_element * moves)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
+        return self._run(x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        return self._run(z, context, inverse=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        check_channels("z" if inverse else "x", x, self.channels)
+        split = self._split_for(x)
+        params = condition(self.conditioner, self._passing(x, split), context)
+        return ops.affine_coupling(
+            x, params, split=split, swap=self.swap, scale_map=self.scale_map, inverse=inverse
+        )
+
+    def _split_for(self, x: Tensor) -> str | Tensor:
+        if self.mask is not None:
+            return self.mask
+        return (
+            checkerboard_mask(tuple(x.shape[1:]), x.device)
+            if self.split == "checkerboard"
+            else "channel"
+        )
+
+    def _passing(self, x: Tensor, split: str | Tensor) -> Tensor:
+        """Return what the conditioner may see."""
+        if isinstance(split, str):
+            first = channel_split_sizes(self.channels)[0]
+            return x[:, first:] if self.swap else x[:, :first]
+        mask = split.view(-1, *[1] * (x.dim() - 2)) if split.dim() == 1 else split
+        # select, not multiply: NaN where transformed must not reach the parameters
+        return torch.where(mask ^ self.swap, 0.0, x)
+
+
+class AdditiveCoupling(AffineCoupling):
+    r"""Additive coupling, which preserves volume: :math:`z_a = x_a,\; z_b = x_b + g(x_a)`.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        conditioner: as for :class:`AffineCoupling`, but it returns shifts alone.
+        split: as for :class:`AffineCoupling`.
+        swap: exchange the two parts.
+
+    Raises:
+        ValueError: as :class:`AffineCoupling`.
+        TypeError: as :class:`AffineCoupling`.
+
+    Source: Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation" (2014).
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from pyflowkern import nn
+        >>> mask = nn.channel_mask(4, interleaved=True)
+        >>> layer = nn.AdditiveCoupling(4, partial(nn.MLP, hidden=16), split=mask)
+        >>> layer(torch.randn(3, 4))[1].tolist()
+        [0.0, 0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conditioner: Conditioner,
+        *,
+        split: str | Tensor = "channel",
+        swap: bool = False,
+    ) -> None:
+        super().__init__(channels, conditioner, split=split, swap=swap, scale_map="additive")
+
+
+class Split(Bijection):
+    r"""Factor out half of the channels, standardised by a prior learned from the half that stays.
+
+    .. math::
+        z_a = x_a, \qquad z_b = (x_b - \mu(x_a)) / \sigma(x_a), \qquad
+        \log\det = -\sum \log\sigma .
+
+    So a standard normal base serves all levels of a multi-scale flow, and the prior's scale
+    stands in the log-determinant.  The output keeps all channels; :meth:`partition` parts it into
+    what goes on to the next level and what is latent, :meth:`join` puts the two together again.
+
+    Args:
+        channels: channels ``C`` of the input; ``C // 2`` of them become latent.
+        conditioner: the prior: a module or factory as for :class:`AffineCoupling`, returning
+            means first, then raw scales; None for a fixed standard normal prior.
+        scale_map: how the raw scale becomes ``sigma``.  The default bounds ``|log sigma|`` by
+            6.9, so that samples of an unfinished model stay finite.
+
+    Raises:
+        ValueError: for fewer than 2 channels, or an unknown map.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from pyflowkern import nn
+        >>> split = nn.Split(4, partial(nn.ConvNet, hidden=8))
+        >>> y, log_det = split(torch.randn(2, 4, 8, 8))
+        >>> kept, latent = split.partition(y)
+        >>> tuple(kept.shape), tuple(latent.shape)
+        ((2, 2, 8, 8), (2, 2, 8, 8))
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conditioner: Conditioner | None = None,
+        *,
+        scale_map: str | ScaleMap = "softclip",
+    ) -> None:
+        super().__init__()
+        _check_split("channel", channels)
+        self.channels = channels
+        self.kept, self.factored = channel_split_sizes(channels)
+        self.scale_map = ops.scale_map(scale_map)
+        per_element = 1 if self.scale_map.kind == "additive" else 2
+        self.prior = (
+            None
+            if conditioner is None
+            else build_conditioner(conditioner, self.kept, per_element * self.factored)
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standardise the last ``C // 2`` channels; return ``(z, log_det[N])``."""
+        return self._run("x", x, context, inverse=True)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        return self._run("z", z, context, inverse=False)
+
+    def partition(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(kept, latent)`` of the output, as views."""
+        return z[:, : self.kept], z[:, self.kept :]
+
+    def join(self, kept: Tensor, latent: Tensor) -> Tensor:
+        """Return the input of :meth:`inverse` from its two parts."""
+        return torch.cat([kept, latent], 1)
+
+    def _run(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        check_channels(name, x, self.channels)
+        if self.prior is None:
+            return x, zero_log_det(x)
+        params = condition(self.prior, x[:, : self.kept], context)
+        return ops.affine_coupling(x, params, scale_map=self.scale_map, inverse=inverse)
+
+
+def build_conditioner(conditioner: Conditioner, inputs: int, outputs: int) -> torch.nn.Module:
+    """Return the module, or what the factory makes of ``(inputs, outputs)``."""
+    if isinstance(conditioner, torch.nn.Module):
+        return conditioner
+    if not callable(conditioner):
+        raise TypeError(
+            "conditioner must be a torch.nn.Module or a factory (in, out) -> module, "
+            f"got {type(conditioner).__name__}"
+        )
+    module = conditioner(inputs, outputs)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"a conditioner factory must return a torch.nn.Module, got {type(module).__name__}"
+        )
+    return module
+
+
+def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
+    """Call a conditioner; one that knows nothing of contexts is not bothered with None."""
+    out: Tensor = conditioner(h) if context is None else conditioner(h, context)
+    return out
+
+
+def _check_split(split: str | Tensor, channels: int) -> None:
+    if isinstance(split, Tensor):
+        if split.dtype != torch.bool:
+            raise TypeError(f"split must be a boolean mask, got {split.dtype}")
+        if split.dim() == 0 or split.shape[0] != channels:
+            raise ValueError(
+                f"split must be a mask [{channels}] or [{channels}, *space], "
+                f"got shape {tuple(split.shape)}"
+            )
+    elif split not in ("channel", "checkerboard"):
+        raise ValueError(
+            f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
+        )
+    elif channels < (2 if split == "channel" else 1):
+        raise ValueError(f"channels must be at least 2 for a channel split, got {channels}")

@@ -1,0 +1,59 @@
+"""The fused first half of a Glow step: ActNorm and the 1x1 convolution in one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.nn.linear import InvertibleLinear
+from pyflowkern.nn.normalization import ActNorm
+
+__all__ = ["GlowStep"]
+
+
+class GlowStep(Bijection):
+    r"""ActNorm then 1x1 convolution, fused: :math:`z = W(\exp(\ell)\,(x + b))`.
+
+    :math:`\log\det = |\text{space}|\,(\sum_c \ell_c + \log|\det W|)`.  The parts are
+    :class:`ActNorm` (``.actnorm``) and :class:`InvertibleLinear` (``.linear``); only the pass
+    over the data is one.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        parameterization: of the matrix: ``"plu"``, ``"dense"`` or ``"householder"``.
+
+    Raises:
+        ValueError: for less than one channel, an unknown parameterization, or an input of another
+            shape.
+        RuntimeError: by the inverse, when a dense matrix is singular.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> step = nn.GlowStep(4)
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> z, log_det = step(x)
+        >>> bool(torch.allclose(step.inverse(z)[0], x, atol=1e-4))
+        True
+    """
+
+    def __init__(self, channels: int, *, parameterization: str = "plu") -> None:
+        super().__init__()
+        self.channels = channels
+        self.actnorm = ActNorm(channels)
+        self.linear = InvertibleLinear(channels, parameterization=parameterization)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
+        check_channels("x", x, self.channels)
+        self.actnorm.initialize(x)
+        return ops.glow_step(x, self.actnorm.log_scale, self.actnorm.bias, *self.linear.matrix())
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        check_channels("z", z, self.channels)
+        matrix = self.linear.matrix(inverse=True)
+        return ops.glow_step(z, self.actnorm.log_scale, self.actnorm.bias, *matrix, inverse=True)

@@ -1,0 +1,168 @@
+"""Invertible linear maps of the channels: on vectors, or as a 1x1 convolution on images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.nn._base import Bijection, check_channels
+
+__all__ = ["InvertibleConv1x1", "InvertibleLinear"]
+
+_Matrix = tuple[Tensor, Tensor]
+
+
+class InvertibleLinear(Bijection):
+    r"""Multiply the channels of every pixel by an invertible matrix: :math:`z = W x`.
+
+    The log-determinant is :math:`|\text{space}| \log|\det W|`.
+
+    The matrix starts as a random rotation.  Parameterizations:
+
+    ============ ========================================= ==================================
+    plu          ``W = P L (U + diag(sign e^log_diag))``   never singular, ``log|W|`` is a sum
+    dense        ``W`` itself                              any matrix, costs an LU per step
+    householder  a product of ``C`` reflections            rotations only, ``log|W| = 0``
+    ============ ========================================= ==================================
+
+    In eval mode and without gradients the matrix and its inverse are kept until a parameter
+    changes (in place, by assignment, ``train()``, ``load_state_dict``, ``to``).  Only writing
+    through ``parameter.data`` in place goes unseen.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        parameterization: ``"plu"``, ``"dense"`` or ``"householder"``.
+
+    Raises:
+        ValueError: for less than one channel or an unknown parameterization.
+        RuntimeError: by the inverse of a singular dense matrix; its forward gives
+            ``log_det = -inf``.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018);
+    Tomczak and Welling, "Improving variational auto-encoders using Householder flow" (2016).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> layer = nn.InvertibleLinear(4)
+        >>> x = torch.randn(8, 4)
+        >>> z, log_det = layer(x)
+        >>> bool(torch.allclose(layer.inverse(z)[0], x, atol=1e-5))
+        True
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int, *, parameterization: str = "plu") -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        if parameterization not in ("plu", "dense", "householder"):
+            raise ValueError(
+                "parameterization must be 'plu', 'dense' or 'householder', "
+                f"got {parameterization!r}"
+            )
+        self.channels, self.parameterization = channels, parameterization
+        self._cache: dict[bool, tuple[tuple[Any, ...], _Matrix]] = {}
+        rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
+        if parameterization == "plu":
+            p, lower, upper = torch.linalg.lu(rotation)
+            diag = upper.diagonal()
+            self.register_buffer("permutation", p.argmax(1))
+            self.register_buffer("sign", diag.sign())
+            self.lower = torch.nn.Parameter(lower.tril(-1))
+            self.upper = torch.nn.Parameter(upper.triu(1))
+            self.log_diag = torch.nn.Parameter(diag.abs().log())
+        elif parameterization == "dense":
+            self.weight = torch.nn.Parameter(rotation)
+        else:
+            self.vectors = torch.nn.Parameter(torch.randn(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Multiply every pixel of ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
+        check_channels("x", x, self.channels)
+        return ops.invertible_linear(x, *self.matrix())
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        check_channels("z", z, self.channels)
+        return ops.invertible_linear(z, *self.matrix(inverse=True), inverse=True)
+
+    def matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Return ``W``, or its inverse, and ``log |det W|`` (of ``W`` in both cases)."""
+        key = self._cache_key()
+        if key is None:
+            return self._compute(inverse)
+        if inverse not in self._cache or not _same(self._cache[inverse][0], key):
+            self._cache[inverse] = (key, self._compute(inverse))
+        return self._cache[inverse][1]
+
+    def _compute(self, inverse: bool) -> _Matrix:
+        if self.parameterization == "plu":
+            factors = (self.permutation, self.lower, self.upper, self.log_diag, self.sign)
+            return ops.plu_matrix(*factors, inverse=inverse), self.log_diag.sum()
+        if self.parameterization == "householder":
+            rotation = ops.householder_matrix(self.vectors)
+            return (rotation.mT if inverse else rotation), rotation.new_zeros(())
+        sign, log_abs_det, inverse_weight = ops.slogdet_inverse(self.weight)
+        if not inverse:
+            return self.weight, log_abs_det
+        # the one place that looks at the device: once a weight, when the cache serves
+        if not torch.compiler.is_compiling() and bool(sign == 0):
+            raise RuntimeError(
+                f"{type(self).__name__} has no inverse: its dense weight [{self.channels}, "
+                f"{self.channels}] is singular; parameterization='plu' cannot become so"
+            )
+        return inverse_weight, log_abs_det
+
+    def _cache_key(self) -> tuple[Any, ...] | None:
+        """Return what the cached matrices depend on; None where they may not be kept."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        try:
+            return tuple((p, p._version, p.data_ptr()) for p in self.parameters())
+        except RuntimeError:  # inference tensors have no version, functorch's no storage
+            return None
+
+    def train(self, mode: bool = True) -> InvertibleLinear:
+        """Set the mode and forget the cached matrices."""
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._cache.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}
+
+
+class InvertibleConv1x1(InvertibleLinear):
+    """An invertible 1x1 convolution: :class:`InvertibleLinear` by the name it has on images.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, H, W]``.
+        parameterization: ``"plu"``, ``"dense"`` or ``"householder"``.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> z, log_det = nn.InvertibleConv1x1(4)(torch.randn(2, 4, 8, 8))
+        >>> tuple(z.shape)
+        (2, 4, 8, 8)
+    """
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(
+        p is q and rest == other for (p, *rest), (q, *other) in zip(a, b, strict=True)
+    )

@@ -1,0 +1,107 @@
+"""The multi-scale architecture: after each level half of the channels leave as latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.nn._base import Bijection, BijectionTransform
+from pyflowkern.nn.coupling import Split
+
+__all__ = ["MultiScale"]
+
+
+class MultiScale(Bijection):
+    """Levels with a :class:`Split` between them; the latents of all stand side by side.
+
+    Args:
+        event_shape: shape of one input, ``(C, *space)``.
+        levels: the levels, data side first.
+        splits: one split fewer than levels.
+
+    Raises:
+        ValueError: when there is not one split fewer than levels.
+
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> levels = [nn.Squeeze(), nn.Squeeze()]
+        >>> flow = nn.MultiScale((1, 8, 8), levels, [nn.Split(4)])
+        >>> z, log_det = flow(torch.randn(2, 1, 8, 8))
+        >>> [tuple(part.shape) for part in flow.split_latents(z)]
+        [(2, 2, 4, 4), (2, 8, 2, 2)]
+    """
+
+    def __init__(
+        self, event_shape: Sequence[int], levels: Sequence[Bijection], splits: Sequence[Split]
+    ) -> None:
+        super().__init__()
+        if len(splits) != len(levels) - 1:
+            raise ValueError(
+                f"splits must be one fewer than levels, got {len(splits)} and {len(levels)}"
+            )
+        self.event_shape = tuple(event_shape)
+        self.levels, self.splits = torch.nn.ModuleList(levels), torch.nn.ModuleList(splits)
+        self.latent_shapes: list[tuple[int, ...]] = []
+        shape = self.event_shape
+        for level, split in zip(levels, [*splits, None], strict=True):
+            shape = level.output_shape(shape)
+            if split is not None:
+                self.latent_shapes.append((split.factored, *shape[1:]))
+                shape = (split.kept, *shape[1:])
+        self.latent_shapes.append(shape)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the latents ``[N, D]`` and ``log_det[N]``."""
+        latents: list[Tensor] = []
+        x, total = self.levels[0](x, context)
+        for split, level in zip(self.splits, self.levels[1:], strict=True):
+            y, log_det = split(x, context)
+            kept, latent = split.partition(y)  # type: ignore[operator]
+            latents.append(latent.flatten(1))
+            x, level_log_det = level(kept, context)
+            total = total + log_det + level_log_det
+        return torch.cat([*latents, x.flatten(1)], 1), total
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        *latents, last = self.split_latents(z)
+        x, total = self.levels[-1].inverse(last, context)  # type: ignore[operator]
+        pairs = zip(
+            reversed(list(self.splits)),
+            reversed(list(self.levels[:-1])),
+            reversed(latents),
+            strict=True,
+        )
+        for split, level, latent in pairs:
+            y, log_det = split.inverse(split.join(x, latent), context)  # type: ignore[operator]
+            x, level_log_det = level.inverse(y, context)  # type: ignore[operator]
+            total = total + log_det + level_log_det
+        return x, total
+
+    def split_latents(self, z: Tensor) -> list[Tensor]:
+        """Return the latents ``[N, C, *space]`` of each level, finest first."""
+        sizes = [math.prod(shape) for shape in self.latent_shapes]
+        if z.dim() != 2 or z.shape[1] != sum(sizes):
+            raise ValueError(f"z must have shape [N, {sum(sizes)}], got {tuple(z.shape)}")
+        parts = torch.split(z, sizes, 1)
+        return [p.reshape(z.shape[0], *s) for p, s in zip(parts, self.latent_shapes, strict=True)]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(D,)``."""
+        return (math.prod(shape),)
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        return self.event_shape
+
+    def transform(self, context: Tensor | None = None, **options: Any) -> BijectionTransform:
+        """Return this layer as a torch Transform; it knows its own event shapes."""
+        options.pop("event_dim", None)
+        return BijectionTransform(self, context, len(self.event_shape), 1, **options)

@@ -1,0 +1,102 @@
+"""ActNorm: a learned scale and bias per channel, set by the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.nn._base import Bijection, check_channels
+
+__all__ = ["ActNorm"]
+
+
+class ActNorm(Bijection):
+    r"""Scale and shift each channel: :math:`z = \exp(\ell)\,(x + b)`.
+
+    The log-determinant is :math:`|\text{space}| \sum_c \ell_c`.
+
+    The first training batch sets ``l`` and ``b`` such that it leaves with mean 0 and variance 1
+    in each channel; before that, and in eval mode, the layer is the identity.  The flag
+    ``initialized`` is a buffer, so that resuming does not start again.  Initialisation waits for
+    no device, sums over all ranks of an initialised process group, and leaves a channel alone
+    whose batch is constant or not finite.  Under torch.compile the first call runs its own graph.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+
+    Raises:
+        ValueError: for less than one channel, or an input of another shape.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> layer = nn.ActNorm(3)
+        >>> z, log_det = layer(torch.randn(64, 3, 8, 8) * 5 + 100)
+        >>> bool(z.mean().abs() < 1e-4), bool((z.std() - 1).abs() < 1e-3)
+        (True, True)
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        self.channels = channels
+        self.log_scale = torch.nn.Parameter(torch.zeros(channels))
+        self.bias = torch.nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        # what the host knows without asking the device: False means certainly initialised
+        self._may_need_init = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalise ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
+        check_channels("x", x, self.channels)
+        self.initialize(x)
+        return ops.actnorm(x, self.log_scale, self.bias)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        check_channels("z", z, self.channels)
+        return ops.actnorm(z, self.log_scale, self.bias, inverse=True)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and bias from ``x`` if this is the first training batch."""
+        if not (self.training and self._may_need_init):
+            return
+        distributed = dist.is_available() and dist.is_initialized()
+        if x.numel() == 0 and not distributed:
+            return
+        mean, var = _global_moments(x) if distributed else ops.channel_moments(x)
+        # a spread below the rounding of the mean is no spread
+        spread = var > (torch.finfo(torch.float32).eps * mean).square()
+        log_scale = torch.where(spread & var.isfinite(), -0.5 * torch.log(var), 0.0)
+        bias = torch.where(mean.isfinite(), -mean, 0.0)
+        self.log_scale.copy_(torch.where(self.initialized, self.log_scale, log_scale))
+        self.bias.copy_(torch.where(self.initialized, self.bias, bias))
+        self.initialized.fill_(True)
+        self._may_need_init = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._may_need_init = True  # the flag that comes may be either
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance per channel over all ranks, some of which may be empty."""
+    mean, var = ops.channel_moments(x)
+    count = mean.new_full((1,), float(x.numel() // x.shape[1]))
+    mean, var = (torch.where(count > 0, t, 0.0) for t in (mean, var))
+    sums = torch.cat([count * mean, count])
+    dist.all_reduce(sums)
+    total_mean = sums[:-1] / sums[-1]
+    squares = count * (var + (mean - total_mean).square())
+    dist.all_reduce(squares)
+    return total_mean, squares / sums[-1]

@@ -1,0 +1,149 @@
+"""Layers that move elements and change none: squeezing and permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.ops._registry import check_batched
+
+__all__ = ["Permutation", "Reverse", "Squeeze"]
+
+
+class Squeeze(Bijection):
+    """Space to depth: ``[N, C, H, W] -> [N, 4 C, H / 2, W / 2]``, for any number of spatial axes.
+
+    The new channels are ordered by their place in the block first, then by the old channel, so
+    that a channel split parts neighbouring pixels and not colours.
+
+    Args:
+        factor: side of the block.
+
+    Raises:
+        ValueError: for a factor below 1, or an input whose space the factor does not divide.
+
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> z, _ = nn.Squeeze()(torch.arange(4.0).view(1, 1, 2, 2))
+        >>> z.flatten().tolist()
+        [0.0, 1.0, 2.0, 3.0]
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, got {factor}")
+        self.factor = factor
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Move blocks of space to channels."""
+        check_batched("x", x, min_dim=3)
+        f, rank = self.factor, x.dim() - 2
+        n, c, *_ = x.shape
+        channels, *space = self.output_shape(tuple(x.shape[1:]))
+        # [N, C, h, f, w, f] -> [N, f, f, C, h, w]
+        blocks = x.reshape(n, c, *(size for s in space for size in (s, f)))
+        order = (0, *range(3, 3 + 2 * rank, 2), 1, *range(2, 2 + 2 * rank, 2))
+        return blocks.permute(order).reshape(n, channels, *space), zero_log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Move channels back to blocks of space."""
+        check_batched("z", z, min_dim=3)
+        f, rank = self.factor, z.dim() - 2
+        n, _, *small = z.shape
+        channels, *space = self.input_shape(tuple(z.shape[1:]))
+        # [N, f, f, C, h, w] -> [N, C, h, f, w, f]
+        blocks = z.reshape(n, *[f] * rank, channels, *small)
+        order = (0, 1 + rank, *(axis for i in range(rank) for axis in (2 + rank + i, 1 + i)))
+        return blocks.permute(order).reshape(n, channels, *space), zero_log_det(z)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(C f^rank, *space / f)``."""
+        channels, *space = shape
+        if not space or any(size % self.factor for size in space):
+            raise ValueError(
+                f"Squeeze needs events [C, *space] with space divisible by {self.factor}, "
+                f"got {shape}"
+            )
+        return (channels * self.factor ** len(space), *(size // self.factor for size in space))
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return ``(C / f^rank, *space f)``."""
+        channels, *space = shape
+        block = self.factor ** len(space)
+        if not space or channels % block:
+            raise ValueError(
+                f"the inverse of Squeeze needs events [C, *space] with C divisible by {block}, "
+                f"got {shape}"
+            )
+        return (channels // block, *(size * self.factor for size in space))
+
+
+class Permutation(Bijection):
+    r"""Reorder the channels: :math:`z_i = x_{p(i)}`.
+
+    Args:
+        permutation: the order ``p``, or a number of channels for a random one.
+
+    Raises:
+        ValueError: for an order that is not a permutation of ``0 ... C - 1``.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> nn.Permutation([2, 0, 1])(torch.tensor([[10.0, 11.0, 12.0]]))[0]
+        tensor([[12., 10., 11.]])
+    """
+
+    permutation: Tensor
+    inverse_permutation: Tensor
+
+    def __init__(self, permutation: int | Sequence[int] | Tensor) -> None:
+        super().__init__()
+        order = (
+            torch.randperm(permutation)
+            if isinstance(permutation, int)
+            else torch.as_tensor(permutation)
+        )
+        if (
+            order.dim() != 1
+            or sorted(order.tolist()) != list(range(order.numel()))
+            or not order.numel()
+        ):
+            raise ValueError(f"permutation must order 0 ... C - 1, got {order.tolist()}")
+        self.channels = order.numel()
+        self.register_buffer("permutation", order.long())
+        self.register_buffer("inverse_permutation", order.argsort())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reorder the channels of ``x``."""
+        check_channels("x", x, self.channels)
+        return x.index_select(1, self.permutation), zero_log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        check_channels("z", z, self.channels)
+        return z.index_select(1, self.inverse_permutation), zero_log_det(z)
+
+
+class Reverse(Permutation):
+    """Reverse the order of the channels.
+
+    Args:
+        channels: number of channels.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> nn.Reverse(3)(torch.tensor([[10.0, 11.0, 12.0]]))[0]
+        tensor([[12., 11., 10.]])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(range(channels - 1, -1, -1))
