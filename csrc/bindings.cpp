@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pybind11 module `_C`: facts of this build.  It sees no torch header, so it imports under any torch.
+// The pybind11 module `_C`: facts of this build.  It sees no torch header, so it imports under any
+// torch.
 #include <pybind11/pybind11.h>
 
 #include <map>

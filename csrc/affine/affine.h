@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Affine transforms of single elements: scale maps, forward, inverse and VJP, for scalars (CUDA) and Vecs (CPU).
+// Affine transforms of single elements: scale maps, forward, inverse and VJP, for scalars (CUDA)
+// and Vecs (CPU).
 //
 // A scale map sends a raw parameter u to a scale s(u) > 0.  With v = gain u + offset, log s is
-//   exp v | clamp tanh(v/clamp) | 0.636 clamp atan(v/clamp) | log(sigmoid v + eps) | log(softplus v + eps) |
-//   v / (1 + |v/clamp|) | 0.
-// An element moves by  y = s x + t  or, with the shift first,  y = s (x + t);  "reciprocal" replaces s by 1/s and so
-// serves the inverse direction and dividing layers alike.
+//   exp v | clamp tanh(v/clamp) | 0.636 clamp atan(v/clamp) | log(sigmoid v + eps) | log(softplus v
+//   + eps) | v / (1 + |v/clamp|) | 0.
+// An element moves by  y = s x + t  or, with the shift first,  y = s (x + t);  "reciprocal"
+// replaces s by 1/s and so serves the inverse direction and dividing layers alike.
 #pragma once
 
 #include "core/math.h"
@@ -22,9 +23,11 @@ struct ScaleNumbers {
   double clamp, gain, offset, eps, max_scale;
 };
 
-// ---- where the elements lie ------------------------------------------------------------------------------------
-// Per sample, the transformed elements form `rows` rows of `length` consecutive elements of x; the passing ones
-// `copy_rows` rows of `copy_length`.  Parameters of consecutive elements are `p_step` apart.  All in elements.
+// ---- where the elements lie
+// ------------------------------------------------------------------------------------ Per sample,
+// the transformed elements form `rows` rows of `length` consecutive elements of x; the passing ones
+// `copy_rows` rows of `copy_length`.  Parameters of consecutive elements are `p_step` apart.  All
+// in elements.
 struct AffineGeometry {
   int64_t samples;
   int64_t rows, length, x_start, x_row, x_sample;
@@ -33,21 +36,22 @@ struct AffineGeometry {
   int64_t mask_row, mask_step;  // in the boolean mask [C, *space]
 };
 
-// Pointers are to elements of the storage type; forward leaves the gradients null, backward the log-dets.
+// Pointers are to elements of the storage type; forward leaves the gradients null, backward the
+// log-dets.
 struct AffineArgs {
   AffineGeometry g;
   ScaleNumbers numbers;
   int kind, flags;
-  const void* in;      // forward: input; backward: what was kept
-  const void* raw;     // null for the additive map
+  const void* in;   // forward: input; backward: what was kept
+  const void* raw;  // null for the additive map
   const void* shift;
-  const uint8_t* mask; // null: every element of a row is transformed
-  void* out;           // forward: output; backward: gradient of the input
+  const uint8_t* mask;  // null: every element of a row is transformed
+  void* out;            // forward: output; backward: gradient of the input
   const void* grad_out;
   const void* grad_log_det;  // accumulation type
   void* grad_raw;
   void* grad_shift;
-  double* partial;     // CPU: log-det of each task, [samples, chunks]
+  double* partial;        // CPU: log-det of each task, [samples, chunks]
   int64_t chunk, chunks;  // elements of a task, tasks of a sample
 };
 
@@ -65,8 +69,16 @@ struct AffineMap {
 template <class T>
 PFK_HD AffineMap<T> affine_map(const ScaleNumbers& n, int flags) {
   const bool inverse = flags & kInverse, divide = flags & kDivide;
-  return {T(n.clamp),     T(1.0 / n.clamp),     T(n.gain), T(n.offset), T(n.eps), T(n.max_scale), inverse,
-          inverse != divide, bool(flags & kShiftFirst), bool(flags & kFromOutput)};
+  return {T(n.clamp),
+          T(1.0 / n.clamp),
+          T(n.gain),
+          T(n.offset),
+          T(n.eps),
+          T(n.max_scale),
+          inverse,
+          inverse != divide,
+          bool(flags & kShiftFirst),
+          bool(flags & kFromOutput)};
 }
 
 // factor = s or 1/s, log_factor its logarithm, slope = d log_factor / du.
@@ -145,7 +157,8 @@ PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
   return s;
 }
 
-// ---- one element, either direction -----------------------------------------------------------------------------
+// ---- one element, either direction
+// -----------------------------------------------------------------------------
 template <class V>
 PFK_HD V affine_apply(V in, V factor, V t, const AffineMap<Lane<V>>& m) {
   if (m.inverse) return m.shift_first ? in * factor - t : (in - t) * factor;
@@ -163,8 +176,9 @@ struct AffineGrad {
   V in, raw, shift;
 };
 
-// Given the upstream gradients of the element and of log_factor, and what was kept of the element: its input, or
-// (from_output) its output.  `moved` is d out / d log_factor: the scaled part of the output, without its shift.
+// Given the upstream gradients of the element and of log_factor, and what was kept of the element:
+// its input, or (from_output) its output.  `moved` is d out / d log_factor: the scaled part of the
+// output, without its shift.
 template <class V>
 PFK_HD AffineGrad<V> affine_vjp(V kept, V t, V grad_out, V grad_log, const Scale<V>& s,
                                 const AffineMap<Lane<V>>& m) {

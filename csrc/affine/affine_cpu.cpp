@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Affine transforms on the CPU.
 //
-// Floor, forward: x and the parameters read once, y written once (coupling with half the channels transformed:
-// 3 floats an element of x... 12 bytes); backward 16.  A task is a fixed chunk of one sample, so results do not
-// depend on the number of threads.  Rows long enough, of the type computed in, are read and written in place; short,
-// strided or 16-bit rows are packed into block buffers in L1 first, so that the vector loop is the same for all.
+// Floor, forward: x and the parameters read once, y written once (coupling with half the channels
+// transformed: 3 floats an element of x... 12 bytes); backward 16.  A task is a fixed chunk of one
+// sample, so results do not depend on the number of threads.  Rows long enough, of the type
+// computed in, are read and written in place; short, strided or 16-bit rows are packed into block
+// buffers in L1 first, so that the vector loop is the same for all.
 #include "affine/affine.h"
 #include "core/half.h"
 #include "core/simd.h"
@@ -13,6 +14,8 @@ PFK_DECLARE_LEVELS(void affine_forward(const AffineArgs&, int, int64_t, int64_t)
                    void affine_backward(const AffineArgs&, int, int64_t, int64_t))
 
 PFK_BEGIN
+
+namespace {  // every family is linked into one library: file-local names stay local
 
 constexpr int kBlock = 512;     // elements of a block: seven float buffers are 14 KiB of L1
 constexpr int kDirectRow = 64;  // shorter rows are packed
@@ -33,8 +36,8 @@ struct Context {
 };
 
 template <int kKind, class T>
-static PFK_HD void forward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>& log_det,
-                                Mask<T> valid) {
+PFK_HD void forward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>& log_det,
+                         Mask<T> valid) {
   using V = Vec<T>;
   const V in = V::load(b.in + i), t = V::load(b.shift + i);
   const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? t : V::load(b.raw + i), c.map);
@@ -49,7 +52,7 @@ static PFK_HD void forward_step(const Block<T>& b, int i, const Context<T>& c, V
 }
 
 template <int kKind, class T>
-static PFK_HD void backward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>&, Mask<T>) {
+PFK_HD void backward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>&, Mask<T>) {
   using V = Vec<T>;
   const V kept = V::load(b.in + i), grad_out = V::load(b.grad_out + i), zero = T(0);
   const V t = c.reads_shift ? V::load(b.shift + i) : zero;
@@ -64,16 +67,10 @@ static PFK_HD void backward_step(const Block<T>& b, int i, const Context<T>& c, 
   if (kKind != kAdditive) g.raw.store(b.grad_raw + i);
 }
 
-template <class T>
-static PFK_HD Mask<T> first_lanes(int n) {
-  uint8_t flags[Vec<T>::kLanes];
-  for (int i = 0; i < Vec<T>::kLanes; ++i) flags[i] = i < n;
-  return Mask<T>::load(flags);
-}
-
-// One block of n elements; returns its log-det.  The last, partial vector goes through padded copies.
+// One block of n elements; returns its log-det.  The last, partial vector goes through padded
+// copies.
 template <int kKind, bool kBackward, class T>
-static double run_block(const Block<T>& b, int n, const Context<T>& c) {
+double run_block(const Block<T>& b, int n, const Context<T>& c) {
   constexpr int w = Vec<T>::kLanes;
   Vec<T> log_det = T(0);
   const Mask<T> all = Vec<T>(T(0)) == T(0);
@@ -95,7 +92,8 @@ static double run_block(const Block<T>& b, int n, const Context<T>& c) {
     if (kKind != kAdditive) memcpy(raw, b.raw + i, bytes);
     if (kBackward) memcpy(grad_out, b.grad_out + i, bytes);
     if (b.mask != nullptr) memcpy(mask, b.mask + i, m);
-    const Block<T> tail{in, raw, shift, grad_out, b.mask ? mask : nullptr, out, grad_raw, grad_shift};
+    const Block<T> tail{in,  raw,      shift,     grad_out, b.mask ? mask : nullptr,
+                        out, grad_raw, grad_shift};
     step(tail, 0, first_lanes<T>(n - i));
     memcpy(b.out + i, out, bytes);
     if (kBackward) memcpy(b.grad_shift + i, grad_shift, bytes);
@@ -108,7 +106,7 @@ template <class T>
 using BlockFunction = double (*)(const Block<T>&, int, const Context<T>&);
 
 template <bool kBackward, class T>
-static BlockFunction<T> block_function(int kind) {
+BlockFunction<T> block_function(int kind) {
   static constexpr BlockFunction<T> table[kScaleKinds] = {
       run_block<kExp, kBackward, T>,      run_block<kTanh, kBackward, T>,
       run_block<kAtan, kBackward, T>,     run_block<kSigmoid, kBackward, T>,
@@ -125,7 +123,7 @@ struct Sample {
 };
 
 template <class S>
-static Sample<S> sample_pointers(const AffineArgs& a, int64_t n) {
+Sample<S> sample_pointers(const AffineArgs& a, int64_t n) {
   const AffineGeometry& g = a.g;
   auto at = [](auto* p, int64_t offset) { return p == nullptr ? nullptr : p + offset; };
   const int64_t x = n * g.x_sample + g.x_start, p = n * g.p_sample;
@@ -165,7 +163,8 @@ struct Packed {
       gather(s.shift + p, a.g.p_step, count, shift + to);
       if (a.kind != kAdditive) gather(s.raw + p, a.g.p_step, count, raw + to);
       if (s.grad_out != nullptr) gather(s.grad_out + x, 1, count, grad_out + to);
-      for (int j = 0; a.mask != nullptr && j < count; ++j) mask[to + j] = a.mask[m + j * a.g.mask_step];
+      for (int j = 0; a.mask != nullptr && j < count; ++j)
+        mask[to + j] = a.mask[m + j * a.g.mask_step];
     });
   }
 
@@ -173,14 +172,15 @@ struct Packed {
     pieces(a.g, begin, n, [&](int64_t x, int64_t p, int64_t, int count, int from) {
       scatter(out + from, 1, count, s.out + x);
       if (s.grad_shift != nullptr) scatter(grad_shift + from, a.g.p_step, count, s.grad_shift + p);
-      if (s.grad_raw != nullptr) scatter(grad_raw + from, a.g.p_step, count, s.grad_raw + p);
+      if (s.grad_raw != nullptr && a.kind != kAdditive)
+        scatter(grad_raw + from, a.g.p_step, count, s.grad_raw + p);
     });
   }
 };
 
 // The passing elements of this task: forward copies them, backward passes their gradient.
 template <class S>
-static void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
+void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
   const AffineGeometry& g = a.g;
   if (g.copy_length == 0) return;
   const S* from = static_cast<const S*>(a.grad_out != nullptr ? a.grad_out : a.in);
@@ -199,7 +199,7 @@ static void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
 }
 
 template <bool kBackward, class S>
-static void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end) {
+void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end) {
   using T = Compute<S>;
   const AffineGeometry& g = a.g;
   const BlockFunction<T> run = block_function<kBackward, T>(a.kind);
@@ -208,10 +208,14 @@ static void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end)
   const bool direct = sizeof(S) == sizeof(T) && (g.rows == 1 || g.length >= kDirectRow) &&
                       g.p_step == 1 && (a.mask == nullptr || g.mask_step == 1);
   Packed<S, T> packed;
-  const Block<T> buffers{packed.in,   packed.raw,
-                         packed.shift, packed.grad_out,
-                         a.mask ? packed.mask : nullptr, packed.out,
-                         packed.grad_raw, packed.grad_shift};
+  const Block<T> buffers{packed.in,
+                         packed.raw,
+                         packed.shift,
+                         packed.grad_out,
+                         a.mask ? packed.mask : nullptr,
+                         packed.out,
+                         packed.grad_raw,
+                         packed.grad_shift};
   const int64_t features = g.rows * g.length;
   for (int64_t task = task_begin; task < task_end; ++task) {
     const int64_t n = task / a.chunks, chunk = task % a.chunks;
@@ -226,9 +230,14 @@ static void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end)
           const int64_t row = begin / g.length, i = begin % g.length;
           if (g.length - i < count) count = g.length - i;
           const int64_t x = row * g.x_row + i, p = row * g.p_row + i;
-          const Block<T> b{s.in + x, s.raw + p, s.shift + p, s.grad_out + x,
+          const Block<T> b{s.in + x,
+                           s.raw + p,
+                           s.shift + p,
+                           s.grad_out + x,
                            a.mask ? a.mask + row * g.mask_row + i : nullptr,
-                           s.out + x, s.grad_raw + p, s.grad_shift + p};
+                           s.out + x,
+                           s.grad_raw + p,
+                           s.grad_shift + p};
           log_det += run(b, static_cast<int>(count), c);
           begin += count;
           continue;
@@ -245,14 +254,20 @@ static void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end)
 }
 
 template <bool kBackward>
-static void run_dtype(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
+void run_dtype(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
   switch (dtype) {
-    case 0: return run_tasks<kBackward, float>(a, begin, end);
-    case 1: return run_tasks<kBackward, double>(a, begin, end);
-    case 2: return run_tasks<kBackward, BFloat16>(a, begin, end);
-    default: return run_tasks<kBackward, Float16>(a, begin, end);
+    case 0:
+      return run_tasks<kBackward, float>(a, begin, end);
+    case 1:
+      return run_tasks<kBackward, double>(a, begin, end);
+    case 2:
+      return run_tasks<kBackward, BFloat16>(a, begin, end);
+    default:
+      return run_tasks<kBackward, Float16>(a, begin, end);
   }
 }
+
+}  // namespace
 
 void affine_forward(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
   run_dtype<false>(a, dtype, begin, end);
@@ -269,7 +284,8 @@ PFK_END
 namespace pfk {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements of a task: enough work for a thread, small enough to share out
+constexpr int64_t kChunk =
+    16384;  // elements of a task: enough work for a thread, small enough to share out
 
 void plan_tasks(AffineArgs& a) {
   const int64_t features = a.g.rows * a.g.length;

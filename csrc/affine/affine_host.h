@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From tensors to AffineArgs: the memory layout of every split and parameter layout, once for CPU and CUDA.
+// From tensors to AffineArgs: the memory layout of every split and parameter layout, once for CPU
+// and CUDA.
 #pragma once
 
 #include "affine/affine.h"
@@ -32,10 +33,11 @@ inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last,
     g.mask_step = 1;
   }
   const bool raw_first = layout >= kRawFirst;
-  if (kind == kAdditive) {  // shifts alone: every layout is the blocked one
+  if (kind == kAdditive) {  // shifts alone; feature-major ones, [N, moved, *space, 1], stay contiguous
+    const bool strided = channels_last && layout % kRawFirst == kFeatureMajor;
     g.p_sample = moved * s;
-    g.p_step = 1;
-    g.p_row = channels_last ? moved : 0;
+    g.p_step = strided ? s : 1;
+    g.p_row = !channels_last ? 0 : strided ? 1 : moved;
     return g;
   }
   g.p_sample = 2 * moved * s;
@@ -94,8 +96,11 @@ inline AffineTensors elementwise_tensors(const Tensor& x, const std::optional<Te
                                          const Tensor& shift, int64_t kind,
                                          const std::vector<double>& numbers, int64_t flags) {
   const Canonical c = canonical(x);
-  AffineTensors t{c, raw ? with_format(*raw, c.channels_last) : Tensor(),
-                  with_format(shift, c.channels_last), std::nullopt, {}};
+  AffineTensors t{c,
+                  raw ? with_format(*raw, c.channels_last) : Tensor(),
+                  with_format(shift, c.channels_last),
+                  std::nullopt,
+                  {}};
   t.args.g = elementwise_geometry(image_shape(x));
   t.args.numbers = scale_numbers(numbers);
   t.args.kind = static_cast<int>(kind), t.args.flags = static_cast<int>(flags);
@@ -112,8 +117,8 @@ inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
   const Canonical c = canonical(x);
   const ImageShape shape = image_shape(x);
   const bool feature_major = layout % kRawFirst == kFeatureMajor;
-  AffineTensors t{c, Tensor(), with_format(params, c.channels_last && !feature_major), std::nullopt,
-                  {}};
+  AffineTensors t{
+      c, Tensor(), with_format(params, c.channels_last && !feature_major), std::nullopt, {}};
   if (mask) t.mask = torch::stable::contiguous(*mask);
   AffineArgs& a = t.args;
   a.g = coupling_geometry(shape, c.channels_last, mask.has_value(), static_cast<int>(layout),

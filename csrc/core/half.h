@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit storage on the CPU: loaded to float, computed in float, rounded to nearest even on the way back.
-// gather/scatter move a run of elements, any storage type and stride, between memory and a block buffer in L1.
+// 16-bit storage on the CPU: loaded to float, computed in float, rounded to nearest even on the way
+// back. gather/scatter move a run of elements, any storage type and stride, between memory and a
+// block buffer in L1.
 #pragma once
 
 #include "core/vec.h"
@@ -60,7 +61,8 @@ static PFK_HD void narrow(double x, double* p) { *p = x; }
 static PFK_HD void narrow(float x, BFloat16* p) {
   const uint32_t u = float_to_bits(x);
   const uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  p->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded >> 16);
+  p->bits =
+      static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded >> 16);
 }
 static PFK_HD void narrow(float x, Float16* p) {
 #if defined(__F16C__)
@@ -106,6 +108,50 @@ static inline void scatter(const T* from, int64_t step, int64_t count, S* to) {
   } else {
     for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i * step);
   }
+}
+
+// One Vec of any storage type; the _n forms touch n elements only and leave the other lanes zero.
+template <class S>
+static PFK_HD Vec<Compute<S>> load_vec(const S* p) {
+  using T = Compute<S>;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return Vec<T>::load(reinterpret_cast<const T*>(p));
+  } else {
+    T lanes[Vec<T>::kLanes];
+    for (int i = 0; i < Vec<T>::kLanes; ++i) lanes[i] = widen(p[i]);
+    return Vec<T>::load(lanes);
+  }
+}
+template <class S>
+static PFK_HD void store_vec(Vec<Compute<S>> v, S* p) {
+  using T = Compute<S>;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    v.store(reinterpret_cast<T*>(p));
+  } else {
+    T lanes[Vec<T>::kLanes];
+    v.store(lanes);
+    for (int i = 0; i < Vec<T>::kLanes; ++i) narrow(lanes[i], p + i);
+  }
+}
+template <class S>
+static PFK_HD Vec<Compute<S>> load_vec_n(const S* p, int n) {
+  using T = Compute<S>;
+  T lanes[Vec<T>::kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = widen(p[i]);
+  return Vec<T>::load(lanes);
+}
+template <class S>
+static PFK_HD void store_vec_n(Vec<Compute<S>> v, S* p, int n) {
+  using T = Compute<S>;
+  T lanes[Vec<T>::kLanes];
+  v.store(lanes);
+  for (int i = 0; i < n; ++i) narrow(lanes[i], p + i);
+}
+template <class T>
+static PFK_HD Mask<T> first_lanes(int n) {
+  uint8_t flags[Vec<T>::kLanes];
+  for (int i = 0; i < Vec<T>::kLanes; ++i) flags[i] = i < n;
+  return Mask<T>::load(flags);
 }
 
 PFK_END

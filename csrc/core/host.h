@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one place that speaks LibTorch's stable ABI (target 2.11): tensors in, shapes and memory formats, tensors out.
-// Included by registrations only, never by code that is compiled for a SIMD level above the baseline.
+// The one place that speaks LibTorch's stable ABI (target 2.11): tensors in, shapes and memory
+// formats, tensors out. Included by registrations only, never by code that is compiled for a SIMD
+// level above the baseline.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,12 +24,18 @@ enum DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8 };
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::Byte: return kUInt8;
-    default: STD_TORCH_CHECK(false, "pyflowkern: dtype without a kernel");
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Byte:
+      return kUInt8;
+    default:
+      STD_TORCH_CHECK(false, "pyflowkern: dtype without a kernel");
   }
   return kFloat32;
 }
@@ -52,7 +59,8 @@ inline ImageShape image_shape(const Tensor& t) {
   return s;
 }
 
-// Dense with the channels innermost, as torch.channels_last (4-D) and channels_last_3d (5-D) lay them out.
+// Dense with the channels innermost, as torch.channels_last (4-D) and channels_last_3d (5-D) lay
+// them out.
 inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
@@ -97,7 +105,8 @@ inline Tensor empty_per_sample(const Tensor& t, int64_t samples) {
   return torch::stable::new_empty(t, {samples}, accumulation_type(t));
 }
 
-// Runs f(begin, end) over tasks of about `work` elements each; a thread gets 8,192 elements at least.
+// Runs f(begin, end) over tasks of about `work` elements each; a thread gets 8,192 elements at
+// least.
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
   const int64_t grain = work >= 8192 ? 1 : 8192 / (work > 0 ? work : 1);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elementary functions for scalars and Vecs under the same names (exp_, log_, ...).
 //
-// Scalars use the standard library (on a GPU, CUDA's).  Vecs use polynomials fitted here by Chebyshev interpolation
-// in 60-digit arithmetic; the relative error of each fit stands beside its coefficients and the error of the whole
-// function, in units in the last place, is held by tests/core/test_math.py.  NaN passes through every function; no
-// function relies on fast-math.
+// Scalars use the standard library (on a GPU, CUDA's).  Vecs use polynomials fitted here by
+// Chebyshev interpolation in 60-digit arithmetic; the relative error of each fit stands beside its
+// coefficients and the error of the whole function, in units in the last place, is held by
+// tests/core/test_math.py.  NaN passes through every function; no function relies on fast-math.
 #pragma once
 
 #include <math.h>
@@ -13,7 +13,8 @@
 
 PFK_BEGIN
 
-// ---- scalars ---------------------------------------------------------------------------------------------------
+// ---- scalars
+// ---------------------------------------------------------------------------------------------------
 PFK_HD float exp_(float x) { return ::expf(x); }
 PFK_HD double exp_(double x) { return ::exp(x); }
 PFK_HD float expm1_(float x) { return ::expm1f(x); }
@@ -35,14 +36,15 @@ PFK_HD double floor_(double x) { return ::floor(x); }
 
 #if !defined(__CUDACC__)
 
-// ---- bits ------------------------------------------------------------------------------------------------------
+// ---- bits
+// ------------------------------------------------------------------------------------------------------
 template <class T>
 struct Float;  // layout of a binary floating-point number
 template <>
 struct Float<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr int32_t kSignBit = INT32_MIN;
-  static constexpr float kRound = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   static constexpr float kExpMin = -104.0f, kExpMax = 89.0f;  // beyond, exp is 0 and inf
   static constexpr float kTiny = 1.17549435e-38f, kTinyScale = 16777216.0f;
@@ -80,7 +82,8 @@ template <class T>
 PFK_HD Vec<T> sqrt_(Vec<T> x) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kLanes; ++i) {
-    r.v[i] = sizeof(T) == 4 ? static_cast<T>(__builtin_sqrtf(x.v[i])) : static_cast<T>(__builtin_sqrt(x.v[i]));
+    r.v[i] = sizeof(T) == 4 ? static_cast<T>(__builtin_sqrtf(x.v[i]))
+                            : static_cast<T>(__builtin_sqrt(x.v[i]));
   }
   return r;
 }
@@ -106,11 +109,12 @@ PFK_HD Vec<T> two_to(typename Vec<T>::RawInt k) {
   return from_bits<T>((k + Float<T>::kBias) << Float<T>::kMantissa);
 }
 
-// ---- exponential ------------------------------------------------------------------------------------------------
+// ---- exponential
+// ------------------------------------------------------------------------------------------------
 // x = k ln 2 + r with |r| <= ln(2)/2, and e^r - 1 = r + r^2 q(r).
 template <class T>
 struct Reduced {
-  Vec<T> em1;                     // e^r - 1
+  Vec<T> em1;  // e^r - 1
   typename Vec<T>::RawInt k;
 };
 
@@ -122,8 +126,8 @@ PFK_HD Reduced<T> reduce_exp(Vec<T> x) {
   const Vec<T> r = (x - k * F::kLn2Hi) - k * F::kLn2Lo;
   Vec<T> q;
   if constexpr (sizeof(T) == 4) {  // relative error of q 9e-8, of e^r below 7e-9
-    q = polynomial(r, {0.5f, 0.166665769897f, 0.0416665546172f, 0.00836317905272f,
-                       0.00139261835877f});
+    q = polynomial(r,
+                   {0.5f, 0.166665769897f, 0.0416665546172f, 0.00836317905272f, 0.00139261835877f});
   } else {  // 4e-20
     q = polynomial(r, {0.5, 0.166666666666666667, 0.0416666666666666768, 0.00833333333333333401,
                        0.0013888888888879074, 0.000198412698412632991, 2.48015873364422379e-5,
@@ -143,7 +147,8 @@ PFK_HD Vec<T> exp_(Vec<T> x) {
   return (e.em1 + T(1)) * two_to<T>(half) * two_to<T>(e.k - half);
 }
 
-// e^x - 1 = 2^k (e^r - 1) + (2^k - 1): exact where it matters, at k = 0.  Infinite from 88 (float32) or 709 on.
+// e^x - 1 = 2^k (e^r - 1) + (2^k - 1): exact where it matters, at k = 0.  Infinite from 88
+// (float32) or 709 on.
 template <class T>
 PFK_HD Vec<T> expm1_(Vec<T> x) {
   using F = Float<T>;
@@ -155,8 +160,10 @@ PFK_HD Vec<T> expm1_(Vec<T> x) {
   return select(x > top, Vec<T>(T(INFINITY)), r);
 }
 
-// ---- logarithm --------------------------------------------------------------------------------------------------
-// x = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, s = f / (2 + f), log(1 + f) = f - (f^2/2 - s (f^2/2 + R(s^2))).
+// ---- logarithm
+// --------------------------------------------------------------------------------------------------
+// x = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, s = f / (2 + f), log(1 + f) = f - (f^2/2 - s
+// (f^2/2 + R(s^2))).
 template <class T>
 PFK_HD Vec<T> log_(Vec<T> x) {
   using F = Float<T>;
@@ -175,9 +182,9 @@ PFK_HD Vec<T> log_(Vec<T> x) {
     r = polynomial(z, {0.666666665498831766f, 0.400001255945543671f, 0.285503969596180136f,
                        0.233419433887145609f});
   } else {  // 3.3e-18
-    r = polynomial(z, {0.666666666666666664, 0.400000000000009413, 0.285714285707644501,
-                       0.222222224005477573, 0.181817947008977996, 0.15386290534658992,
-                       0.132674185964748834, 0.131007213835034914});
+    r = polynomial(
+        z, {0.666666666666666664, 0.400000000000009413, 0.285714285707644501, 0.222222224005477573,
+            0.181817947008977996, 0.15386290534658992, 0.132674185964748834, 0.131007213835034914});
   }
   const Vec<T> half_square = f * f * T(0.5);
   const Vec<T> k = __builtin_convertvector(e, typename Vec<T>::Raw) -
@@ -197,7 +204,8 @@ PFK_HD Vec<T> log1p_(Vec<T> x) {
   return select(abs_(x) < Float<T>::kTiny, x, y);
 }
 
-// ---- arc tangent -------------------------------------------------------------------------------------------------
+// ---- arc tangent
+// -------------------------------------------------------------------------------------------------
 // One division brings |x| into [-tan(pi/8), tan(pi/8)]: atan x = base + atan(num / den).
 template <class T>
 PFK_HD Vec<T> atan_(Vec<T> x) {
@@ -225,7 +233,8 @@ PFK_HD Vec<T> atan_(Vec<T> x) {
 
 #endif  // !__CUDACC__
 
-// ---- composed, for scalars and Vecs alike ----------------------------------------------------------------------
+// ---- composed, for scalars and Vecs alike
+// ----------------------------------------------------------------------
 template <class V>
 PFK_HD V max_(V a, V b) {  // NaN in a wins
   return select(a < b, b, a);
@@ -239,7 +248,8 @@ template <class V>
 struct Tanh {
   V value, slope;  // tanh x and 1 - tanh^2 x
 };
-// m = e^{2|x|} - 1: tanh|x| = m / (m + 2) and sech^2 x = 4 (m + 1) / (m + 2)^2, neither with cancellation.
+// m = e^{2|x|} - 1: tanh|x| = m / (m + 2) and sech^2 x = 4 (m + 1) / (m + 2)^2, neither with
+// cancellation.
 template <class V>
 PFK_HD Tanh<V> tanh_(V x) {
   using T = Lane<V>;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Vec functions of math.h over arrays, called by the accuracy tests through ctypes at every SIMD level.
+// The Vec functions of math.h over arrays, called by the accuracy tests through ctypes at every
+// SIMD level.
 #include "core/math.h"
 #include "core/simd.h"
 
@@ -11,17 +12,28 @@ PFK_BEGIN
 template <class T>
 static Vec<T> probe(int function, Vec<T> x) {
   switch (function) {
-    case 0: return exp_(x);
-    case 1: return expm1_(x);
-    case 2: return log_(x);
-    case 3: return log1p_(x);
-    case 4: return atan_(x);
-    case 5: return tanh_(x).value;
-    case 6: return tanh_(x).slope;
-    case 7: return sigmoid_(x);
-    case 8: return softplus_(x);
-    case 9: return floor_(x);
-    default: return sqrt_(x);
+    case 0:
+      return exp_(x);
+    case 1:
+      return expm1_(x);
+    case 2:
+      return log_(x);
+    case 3:
+      return log1p_(x);
+    case 4:
+      return atan_(x);
+    case 5:
+      return tanh_(x).value;
+    case 6:
+      return tanh_(x).slope;
+    case 7:
+      return sigmoid_(x);
+    case 8:
+      return softplus_(x);
+    case 9:
+      return floor_(x);
+    default:
+      return sqrt_(x);
   }
 }
 

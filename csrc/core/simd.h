@@ -1,32 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which SIMD level runs.  Every *_cpu.cpp is compiled once per level in an inline namespace of that name (so that
-// the linker can never merge AVX-512 code into the baseline); the baseline object also holds the registrations and
-// picks the level at each call.
+// Which SIMD level runs.  Every *_cpu.cpp is compiled once per level in an inline namespace of that
+// name (so that the linker can never merge AVX-512 code into the baseline); the baseline object
+// also holds the registrations and picks the level at each call.
 #pragma once
 
 namespace pfk {
 
-// 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512.  Chosen once from the processor and the environment variable
-// PYFLOWKERN_SIMD (baseline | avx2 | avx512); a level that the processor lacks is never chosen.
+// 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512.  Chosen once from the processor and the environment
+// variable PYFLOWKERN_SIMD (baseline | avx2 | avx512); a level that the processor lacks is never
+// chosen.
 int simd_level();
 
 }  // namespace pfk
 
 #if defined(PFK_SIMD_LEVELS) && PFK_SIMD_LEVELS > 1
-#define PFK_DECLARE_LEVELS(...)           \
-  namespace pfk {                         \
-  namespace baseline { __VA_ARGS__; }     \
-  namespace avx2 { __VA_ARGS__; }         \
-  namespace avx512 { __VA_ARGS__; }       \
+#define PFK_DECLARE_LEVELS(...) \
+  namespace pfk {               \
+  namespace baseline {          \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx2 {              \
+  __VA_ARGS__;                  \
+  }                             \
+  namespace avx512 {            \
+  __VA_ARGS__;                  \
+  }                             \
   }
-#define PFK_CALL_LEVEL(function, ...)                                    \
-  (::pfk::simd_level() == 2   ? ::pfk::avx512::function(__VA_ARGS__)     \
-   : ::pfk::simd_level() == 1 ? ::pfk::avx2::function(__VA_ARGS__)       \
+#define PFK_CALL_LEVEL(function, ...)                                \
+  (::pfk::simd_level() == 2   ? ::pfk::avx512::function(__VA_ARGS__) \
+   : ::pfk::simd_level() == 1 ? ::pfk::avx2::function(__VA_ARGS__)   \
                               : ::pfk::baseline::function(__VA_ARGS__))
 #else
-#define PFK_DECLARE_LEVELS(...)       \
-  namespace pfk {                     \
-  namespace baseline { __VA_ARGS__; } \
+#define PFK_DECLARE_LEVELS(...) \
+  namespace pfk {               \
+  namespace baseline {          \
+  __VA_ARGS__;                  \
+  }                             \
   }
 #define PFK_CALL_LEVEL(function, ...) ::pfk::baseline::function(__VA_ARGS__)
 #endif

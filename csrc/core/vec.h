@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vec<T>: as many lanes as the SIMD level's registers hold, over the compiler's vector extensions.
-// The functors of every family are templates on a value type that is either a scalar (CUDA, tests) or a Vec (CPU),
-// written without branches through select(); this header gives both the same vocabulary.
+// The functors of every family are templates on a value type that is either a scalar (CUDA, tests)
+// or a Vec (CPU), written without branches through select(); this header gives both the same
+// vocabulary.
 #pragma once
 
 #include <stdint.h>
@@ -27,7 +28,8 @@
 
 PFK_BEGIN
 
-// ---- scalars ---------------------------------------------------------------------------------------------------
+// ---- scalars
+// ---------------------------------------------------------------------------------------------------
 template <class V>
 struct LaneOf {
   using type = V;
@@ -65,7 +67,8 @@ struct VecTypes<double> {
   typedef int64_t RawInt __attribute__((vector_size(kVecBytes)));
 };
 
-// ---- vectors ---------------------------------------------------------------------------------------------------
+// ---- vectors
+// ---------------------------------------------------------------------------------------------------
 template <class T>
 struct Vec {
   using Raw = typename VecTypes<T>::Raw;
@@ -103,18 +106,18 @@ struct Mask {
   }
 };
 
-#define PFK_VEC_OPERATOR(op)                                                         \
-  template <class T>                                                                 \
-  PFK_HD Vec<T> operator op(Vec<T> a, Vec<T> b) {                                    \
-    return a.v op b.v;                                                               \
-  }                                                                                  \
-  template <class T>                                                                 \
-  PFK_HD Vec<T> operator op(Vec<T> a, T b) {                                         \
-    return a op Vec<T>(b);                                                           \
-  }                                                                                  \
-  template <class T>                                                                 \
-  PFK_HD Vec<T> operator op(T a, Vec<T> b) {                                         \
-    return Vec<T>(a) op b;                                                           \
+#define PFK_VEC_OPERATOR(op)                      \
+  template <class T>                              \
+  PFK_HD Vec<T> operator op(Vec<T> a, Vec<T> b) { \
+    return a.v op b.v;                            \
+  }                                               \
+  template <class T>                              \
+  PFK_HD Vec<T> operator op(Vec<T> a, T b) {      \
+    return a op Vec<T>(b);                        \
+  }                                               \
+  template <class T>                              \
+  PFK_HD Vec<T> operator op(T a, Vec<T> b) {      \
+    return Vec<T>(a) op b;                        \
   }
 PFK_VEC_OPERATOR(+)
 PFK_VEC_OPERATOR(-)
@@ -132,14 +135,14 @@ PFK_HD Vec<T>& operator+=(Vec<T>& a, Vec<T> b) {
   return a;
 }
 
-#define PFK_VEC_COMPARE(op)                             \
-  template <class T>                                    \
-  PFK_HD Mask<T> operator op(Vec<T> a, Vec<T> b) {      \
-    return {a.v op b.v};                                \
-  }                                                     \
-  template <class T>                                    \
-  PFK_HD Mask<T> operator op(Vec<T> a, T b) {           \
-    return {a.v op Vec<T>(b).v};                        \
+#define PFK_VEC_COMPARE(op)                        \
+  template <class T>                               \
+  PFK_HD Mask<T> operator op(Vec<T> a, Vec<T> b) { \
+    return {a.v op b.v};                           \
+  }                                                \
+  template <class T>                               \
+  PFK_HD Mask<T> operator op(Vec<T> a, T b) {      \
+    return {a.v op Vec<T>(b).v};                   \
   }
 PFK_VEC_COMPARE(<)
 PFK_VEC_COMPARE(>)

@@ -1,6 +1,12 @@
 """Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
 
 from pyflowkern import _library
+from pyflowkern.ops.actnorm import (
+    actnorm,
+    actnorm_reference,
+    channel_moments,
+    channel_moments_reference,
+)
 from pyflowkern.ops.affine import (
     affine,
     affine_coupling,
@@ -41,12 +47,16 @@ from pyflowkern.ops.scale_map import ScaleMap, scale_map
 
 __all__ = [
     "ScaleMap",
+    "actnorm",
+    "actnorm_reference",
     "affine",
     "affine_coupling",
     "affine_coupling_reference",
     "affine_reference",
     "bits_per_dim",
     "bits_per_dim_reference",
+    "channel_moments",
+    "channel_moments_reference",
     "channel_split_sizes",
     "checkerboard_mask",
     "dequantize",

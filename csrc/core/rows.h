@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elementwise maps whose terms are summed over each sample, on the CPU: how [rows, features] is cut into tasks and
+// blocks, and in which order the sums are taken.
+//
+// A task is a run of whole rows, or a chunk of one long row; a block is what fits a buffer in L1, and holds whole rows
+// if they are short.  Blocks start where a row or a task does, so a row's sum depends neither on the number of threads
+// nor on where in the batch the row stands.  Terms are summed in vectors within a block, in double beyond it.
+#pragma once
+
+#include "core/math.h"
+
+// Plain data is the same for every SIMD level.
+namespace pfk {
+
+constexpr int kRowBlock = 1024;         // elements of a block
+constexpr int64_t kRowChunk = 16384;    // elements of a task, about
+
+struct RowPlan {
+  int64_t rows, features;
+  int64_t block;           // elements of a block: kRowBlock, or whole rows
+  int64_t group, chunk;    // rows of a task; elements of a row in a task
+  int64_t chunks, tasks;   // tasks of a row; tasks
+};
+
+inline RowPlan plan_rows(int64_t rows, int64_t features) {
+  RowPlan p{rows, features, kRowBlock, 1, kRowChunk, 1, rows};
+  if (features <= kRowBlock) {
+    const int64_t width = features > 0 ? features : 1;
+    const int64_t in_block = kRowBlock / width, in_chunk = kRowChunk / width;
+    p.block = in_block * features;
+    p.group = in_chunk;
+    p.chunk = features;
+    p.tasks = (rows + p.group - 1) / p.group;
+  } else {
+    p.chunks = (features + kRowChunk - 1) / kRowChunk;
+    p.tasks = rows * p.chunks;
+  }
+  return p;
+}
+
+}  // namespace pfk
+
+PFK_BEGIN
+
+// ---- vectors, the last one partial ---------------------------------------------------------------------------------
+// each_vector(n, f) calls f(i, Full{}) for whole vectors and f(i, Part{m}) for the last m < lanes elements.
+struct Full {};
+struct Part {
+  int count;
+};
+
+template <class T, class F>
+static PFK_HD void each_vector(int64_t n, F f) {
+  constexpr int w = Vec<T>::kLanes;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) f(i, Full{});
+  if (i < n) f(i, Part{static_cast<int>(n - i)});
+}
+
+template <class T>
+static PFK_HD Vec<T> load(const T* p, Full) {
+  return Vec<T>::load(p);
+}
+template <class T>
+static PFK_HD Vec<T> load(const T* p, Part part) {  // the other lanes are 0
+  T lanes[Vec<T>::kLanes] = {};
+  memcpy(lanes, p, part.count * sizeof(T));
+  return Vec<T>::load(lanes);
+}
+template <class T>
+static PFK_HD void store(Vec<T> x, T* p, Full) {
+  x.store(p);
+}
+template <class T>
+static PFK_HD void store(Vec<T> x, T* p, Part part) {
+  T lanes[Vec<T>::kLanes];
+  x.store(lanes);
+  memcpy(p, lanes, part.count * sizeof(T));
+}
+
+// ---- sums ------------------------------------------------------------------------------------------------------------
+template <class T>
+static inline double sum_terms(const T* terms, int64_t n) {
+  constexpr int w = Vec<T>::kLanes;
+  double sum = 0;
+  int64_t i = 0;
+  if (n >= w) {
+    Vec<T> a[4] = {T(0), T(0), T(0), T(0)};
+    for (; i + 4 * w <= n; i += 4 * w) {
+      for (int k = 0; k < 4; ++k) a[k] += Vec<T>::load(terms + i + k * w);
+    }
+    for (; i + w <= n; i += w) a[0] += Vec<T>::load(terms + i);
+    sum = sum_lanes((a[0] + a[1]) + (a[2] + a[3]));
+  }
+  for (; i < n; ++i) sum += static_cast<double>(terms[i]);
+  return sum;
+}
+
+// Walks a task: element(begin, n) fills the terms of flat elements [begin, begin + n), sum(offset, n) adds up terms of
+// one row within that block, done(row, chunk, total) takes the result.
+template <class Element, class Sum, class Done>
+static PFK_HD void walk_rows(const RowPlan& p, int64_t task, Element element, Sum sum, Done done) {
+  int64_t row = task / p.chunks * p.group;
+  const int64_t chunk = task % p.chunks, last = row + p.group < p.rows ? row + p.group : p.rows;
+  if (p.features == 0) {
+    for (; row < last; ++row) done(row, chunk, 0.0);
+    return;
+  }
+  const int64_t stop = (chunk + 1) * p.chunk < p.features ? (chunk + 1) * p.chunk : p.features;
+  int64_t begin = row * p.features + chunk * p.chunk;
+  const int64_t end = (last - 1) * p.features + stop, width = stop - chunk * p.chunk;
+  double total = 0;
+  for (int64_t left = width; begin < end;) {
+    const int64_t n = end - begin < p.block ? end - begin : p.block;
+    element(begin, n);
+    for (int64_t at = 0; at < n;) {
+      const int64_t m = left < n - at ? left : n - at;
+      total += sum(at, m);
+      at += m;
+      left -= m;
+      if (left == 0) {
+        done(row++, chunk, total);
+        total = 0;
+        left = width;
+      }
+    }
+    begin += n;
+  }
+}
+
+PFK_END
