@@ -1,0 +1,108 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import time
+from pathlib import Path
+
+import torch
+
+import bench.models
+import bench.ops
+import pyflowkern
+from bench import _environment, _report
+from bench._case import Case
+from bench._harness import Row, run_case
+from bench._plot import plot
+from bench._timing import Plan
+
+ROOT = Path(__file__).parent
+
+
+def families() -> dict[str, str]:
+    """Return the module of every family of ops and every model."""
+    return {
+        module.name: f"{package.__name__}.{module.name}"
+        for package in (bench.ops, bench.models)
+        for module in pkgutil.iter_modules(package.__path__)
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("family", choices=[*families(), "all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds, no extra cases; writes to out/"
+    )
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
+    parser.add_argument(
+        "--providers", nargs="+", default=[], help="these only: ours compile nflows ..."
+    )
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--passes", nargs="+", default=[], help="these only: forward memory ...")
+    parser.add_argument("--graphs", action="store_true", help="time CUDA graph replays")
+    return parser.parse_args()
+
+
+def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namespace) -> bool:
+    """Run, print and write the cases of one family; return whether all who answered agreed."""
+    facts = _environment.describe(plan.device)
+    folder = args.out or (ROOT.parent / "out" / "bench" if args.quick else ROOT / "results")
+    if args.out is None:
+        folder = folder / _environment.slug(facts, plan.device)
+    print(
+        f"# {family}: "
+        + ", ".join(f"{key} {value}" for key, value in facts.items() if value != "")
+    )
+    if facts["kernels"] == "no":
+        print(
+            "\nNo kernels for this device: ours runs the reference.\n" + pyflowkern.show_config()
+        )
+    rows: list[Row] = []
+    verdicts: list[str] = []
+    for case in cases:
+        begin = time.monotonic()
+        found = run_case(case, plan)
+        rows += found
+        lines = [line for line, _ in _report.check_targets(case, found)]
+        verdicts += [f"{case.name}: {line}" for line in lines]
+        print("\n" + _report.table(found))
+        print("\n".join([*lines, f"({time.monotonic() - begin:.0f} s)"]), flush=True)
+    written = _report.write(folder, family, _report.records(family, rows, facts))
+    picture = folder / f"{family}.png"
+    if plot(picture, f"{family} on {facts['device']}, {facts['threads']} threads", rows):
+        written.append(picture)
+    print("\n" + "\n".join([*verdicts, *(f"wrote {path}" for path in written)]))
+    return all(row.status == "ok" or row.status.startswith("not installed") for row in rows)
+
+
+def main() -> int:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    plan = Plan(
+        device=device,
+        cache_bytes=_environment.cache_bytes(device),
+        rounds=15 if args.quick else 60,
+        seconds=1.0 if args.quick else 5.0,
+        providers=args.providers,
+        passes=args.passes,
+        graphs=args.graphs,
+    )
+    good = True
+    for family, module in families().items():
+        if args.family in (family, "all"):
+            cases = importlib.import_module(module).CASES
+            chosen = [c for c in cases if args.case in c.name and not (args.quick and c.extra)]
+            if chosen:
+                good &= run_family(family, chosen, plan, args)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,110 @@
+"""The clock: providers take turns in rounds, and no call finds its inputs in the cache."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Plan", "Sampler", "percentiles", "take_turns"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is made."""
+
+    device: torch.device
+    cache_bytes: int
+    rounds: int = 40
+    seconds: float = 4.0
+    providers: Sequence[str] = ()
+    passes: Sequence[str] = ()
+    graphs: bool = False
+
+
+class Sampler:
+    """Times one provider: ``inner`` calls in a row so that a sample lasts 0.5 ms at least."""
+
+    def __init__(self, call: Callable[[Any], Any], plan: Plan, grad: bool) -> None:
+        self.call, self.plan, self.grad, self.inner = call, plan, grad, 1
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prepare(self, sets: Sequence[Any], inner: int | None = None) -> None:
+        """Warm up, then choose the number of inner calls; with --graphs, capture them."""
+        self(sets[:3])
+        self.inner = 5
+        once = min(self(sets) for _ in range(3))
+        self.inner = inner or max(1, math.ceil(0.5 / once))
+        if self.plan.graphs and self.plan.device.type == "cuda" and inner is None:
+            graph = torch.cuda.CUDAGraph()
+            self.inner = max(len(sets), self.inner)
+            with torch.set_grad_enabled(self.grad), torch.cuda.graph(graph):
+                for i in range(self.inner):
+                    self.call(sets[i % len(sets)])
+            self.graph = graph
+
+    def __call__(self, sets: Sequence[Any]) -> float:
+        """Return the time of one call in ms, taking the sets in turn.
+
+        One call is not timed: it brings back the code and the allocator's memory that the
+        provider before it pushed out of the caches.
+        """
+        with torch.set_grad_enabled(self.grad):
+            self.call(sets[-1])
+            if self.plan.device.type == "cuda":
+                return self._on_cuda(sets) / self.inner
+            begin = time.perf_counter_ns()
+            for i in range(self.inner):
+                self.call(sets[i % len(sets)])
+            return (time.perf_counter_ns() - begin) / 1e6 / self.inner
+
+    def _on_cuda(self, sets: Sequence[Any]) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for i in range(self.inner):
+                self.call(sets[i % len(sets)])
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Return p20, p50 and p80 by linear interpolation."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def take_turns(
+    samplers: Mapping[str, Sampler], sets: list[Any], plan: Plan
+) -> dict[str, list[float]]:
+    """Let all take turns, in another order each round and each call on another set."""
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    names, cursor, begin = list(samplers), 0, time.monotonic()
+    order = random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(plan.rounds):
+            if r >= 5 and time.monotonic() - begin > plan.seconds:
+                break
+            order.shuffle(names)
+            for name in names:
+                sampler = samplers[name]
+                times[name].append(sampler(sets[cursor:] + sets[:cursor]))
+                cursor = (cursor + sampler.inner) % len(sets)
+    finally:
+        gc.enable()
+    return times

@@ -1,0 +1,1 @@
+"""Cases that time a whole flow."""

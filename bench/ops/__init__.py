@@ -1,0 +1,1 @@
+"""One file of cases for every op family, named like the family."""
