@@ -49,8 +49,9 @@ class Squeeze(Bijection):
         channels, *space = self.output_shape(tuple(x.shape[1:]))
         # [N, C, h, f, w, f] -> [N, f, f, C, h, w]
         blocks = x.reshape(n, c, *(size for s in space for size in (s, f)))
-        order = (0, *range(3, 3 + 2 * rank, 2), 1, *range(2, 2 + 2 * rank, 2))
-        return blocks.permute(order).reshape(n, channels, *space), zero_log_det(x)
+        places, pixels = range(3, 3 + 2 * rank, 2), range(2, 2 + 2 * rank, 2)
+        z = _gather(blocks, (*places, 1), (*pixels,), (n, channels, *space), _channels_last(x))
+        return z, zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Move channels back to blocks of space."""
@@ -60,8 +61,9 @@ class Squeeze(Bijection):
         channels, *space = self.input_shape(tuple(z.shape[1:]))
         # [N, f, f, C, h, w] -> [N, C, h, f, w, f]
         blocks = z.reshape(n, *[f] * rank, channels, *small)
-        order = (0, 1 + rank, *(axis for i in range(rank) for axis in (2 + rank + i, 1 + i)))
-        return blocks.permute(order).reshape(n, channels, *space), zero_log_det(z)
+        pixels = tuple(axis for i in range(rank) for axis in (2 + rank + i, 1 + i))
+        x = _gather(blocks, (1 + rank,), pixels, (n, channels, *space), _channels_last(z))
+        return x, zero_log_det(z)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return ``(C f^rank, *space / f)``."""
@@ -147,3 +149,23 @@ class Reverse(Permutation):
 
     def __init__(self, channels: int) -> None:
         super().__init__(range(channels - 1, -1, -1))
+
+
+def _channels_last(t: Tensor) -> bool:
+    """Whether channels are innermost, also in a slice of a channels_last tensor."""
+    return t.stride(1) == 1 and not t.is_contiguous()
+
+
+def _gather(
+    blocks: Tensor,
+    channel_axes: tuple[int, ...],
+    pixel_axes: tuple[int, ...],
+    shape: tuple[int, ...],
+    channels_last: bool,
+) -> Tensor:
+    """Merge the axes to ``shape`` ``[N, C, *space]`` in one copy."""
+    if channels_last:
+        n, channels, *space = shape
+        merged = blocks.permute(0, *pixel_axes, *channel_axes).reshape(n, *space, channels)
+        return merged.movedim(-1, 1)
+    return blocks.permute(0, *channel_axes, *pixel_axes).reshape(shape)

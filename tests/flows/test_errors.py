@@ -1,0 +1,121 @@
+"""What does not fit is refused with its name, what was wanted and what was given."""
+
+import pytest
+import torch
+
+from pyflowkern import flows
+
+
+@pytest.mark.parametrize("build", [flows.Glow, flows.RealNVP])
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        (
+            (3, 12, 12),
+            {"levels": 3},
+            r"divisible by 2\^levels = 8 for levels=3, got \(3, 12, 12\)",
+        ),
+        (1, {}, "event_shape must have at least 2 dimensions for a coupling, got 1"),
+        (0, {}, "event_shape must be .* got 0"),
+        ((), {}, r"event_shape must be .* got \(\)"),
+        ((3, 0, 4), {}, r"event_shape must be .* got \(3, 0, 4\)"),
+        ((3, 2.5), {}, r"event_shape must be .* got \(3, 2.5\)"),
+        ((1, 2, 2, 2, 2), {}, "at most 3 spatial axes"),
+        ((3, 8, 8), {"levels": 0}, "levels must be at least 1, got 0"),
+        (4, {"steps": 0}, "steps must be at least 1, got 0"),
+        (4, {"hidden": 0}, "hidden must be at least 1, got 0"),
+        (4, {"context_features": -1}, "context_features must be at least 0, got -1"),
+        ((3, 8, 8), {"bits": 9}, "bits must be 1 to 8, got 9"),
+        ((3, 8, 8), {"bits": 8, "alpha": 0.7}, r"alpha must be in \[0, 0.5\), got 0.7"),
+        (4, {"scale_map": "cube"}, "scale_map .* 'cube'"),
+    ],
+)
+def test_builders(build, shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(shape, **{"levels": 1, "steps": 1, "hidden": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return flows.RealNVP(3, steps=1, hidden=4)
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    return flows.RealNVP(3, steps=1, hidden=4, context_features=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f(torch.zeros(2, 4)), ValueError, r"x must have shape \[N, 3\], got \(2, 4\)"),
+        (lambda f: f(torch.zeros(3)), ValueError, r"x must have shape \[N, 3\], got \(3,\)"),
+        (lambda f: f([1.0]), TypeError, "x must be a torch.Tensor, got list"),
+        (
+            lambda f: f(torch.zeros(2, 3).int()),
+            TypeError,
+            r"x must be torch.float32 .*torch.int32",
+        ),
+        (
+            lambda f: f(torch.zeros(2, 3, dtype=torch.uint8)),
+            TypeError,
+            "uint8 in a flow made with bits=8",
+        ),
+        (
+            lambda f: f(torch.zeros(2, 3).double()),
+            TypeError,
+            "x must have the flow's dtype torch.float32, got torch.float64",
+        ),
+        (lambda f: f.inverse(torch.zeros(2, 4)), ValueError, r"z must have shape \[N, 3\]"),
+        (
+            lambda f: f.inverse(torch.zeros(2, 3).double()),
+            TypeError,
+            "z must have the flow's dtype",
+        ),
+        (
+            lambda f: f.log_prob(torch.zeros(2, 3), torch.zeros(2, 1)),
+            ValueError,
+            "context_features=0",
+        ),
+        (lambda f: f.sample(-1), ValueError, "n must be at least 0, got -1"),
+        (lambda f: f.sample(2.5), TypeError, "n must be an int, got float"),
+        (
+            lambda f: f.sample(2, temperature=-1),
+            ValueError,
+            "temperature must be at least 0, got -1",
+        ),
+        (lambda f: f.sample(2, quantized=True), ValueError, "quantized=True needs .* bits"),
+        (
+            lambda f: f.interpolate(torch.zeros(2, 3), torch.zeros(2, 3), 1),
+            ValueError,
+            "steps must be at least 2, got 1",
+        ),
+        (
+            lambda f: f.interpolate(torch.zeros(2, 3), torch.zeros(1, 3), 2),
+            ValueError,
+            r"x0 and x1 must have one shape, got \(2, 3\) and \(1, 3\)",
+        ),
+    ],
+)
+def test_calls(flow, call, error, message):
+    with pytest.raises(error, match=message):
+        call(flow)
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "message"),
+    [
+        (None, ValueError, r"context must have shape \(2, 2\), got None"),
+        (torch.zeros(2, 3), ValueError, r"context must have shape \(2, 2\), got \(2, 3\)"),
+        (torch.zeros(5, 2), ValueError, r"context must have shape \(2, 2\), got \(5, 2\)"),
+        (torch.zeros(2, 2).int(), TypeError, "context must be a floating-point tensor"),
+    ],
+)
+def test_contexts(conditional, context, error, message):
+    for call in (
+        lambda: conditional(torch.zeros(2, 3), context),
+        lambda: conditional.inverse(torch.zeros(2, 3), context),
+        lambda: conditional.sample(2, context),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -1,0 +1,153 @@
+"""Invertible matrices: their start, their determinants, and the cache of their inverses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from pyflowkern import nn, ops
+from tests.laws import normal, randomize
+
+KINDS = ["plu", "dense", "householder"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+@pytest.mark.parametrize("channels", [1, 2, 5, 12])
+def test_the_matrix_starts_as_a_rotation(kind, channels):
+    weight, log_abs_det = nn.InvertibleLinear(channels, parameterization=kind).matrix()
+    torch.testing.assert_close(weight @ weight.mT, torch.eye(channels), atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_abs_det, torch.zeros(()), atol=1e-5, rtol=0)
+
+
+@kinds
+def test_the_two_matrices_are_inverses_and_the_determinant_is_theirs(kind):
+    layer = randomize(nn.InvertibleLinear(6, parameterization=kind).double())
+    weight, log_abs_det = layer.matrix()
+    inverse, same = layer.matrix(inverse=True)
+    torch.testing.assert_close(weight @ inverse, torch.eye(6).double())
+    torch.testing.assert_close(log_abs_det, torch.linalg.slogdet(weight).logabsdet)
+    assert torch.equal(log_abs_det, same)
+
+
+@kinds
+def test_space_counts_in_the_log_det(kind):
+    layer = randomize(nn.InvertibleConv1x1(4, parameterization=kind))
+    _, log_det = layer(normal(2, 4, 3, 5, dtype=torch.float32))
+    torch.testing.assert_close(log_det, (15 * layer.matrix()[1]).expand(2))
+
+
+@kinds
+def test_matrices_are_kept_in_eval_mode_without_gradients_only(kind):
+    layer = nn.InvertibleLinear(4, parameterization=kind)
+    for inverse in (False, True):
+        with torch.no_grad():
+            assert layer.train().matrix(inverse=inverse) is not layer.matrix(inverse=inverse)
+            assert layer.eval().matrix(inverse=inverse) is layer.matrix(inverse=inverse)
+        assert layer.matrix(inverse=inverse)[0].requires_grad  # with gradients, nothing is kept
+
+
+CHANGES = {
+    "optimiser step": lambda layer: torch.optim.SGD(layer.parameters(), lr=1.0).step(),
+    "in place": lambda layer: [p.add_(0.5) for p in layer.parameters()],
+    "new data": lambda layer: [setattr(p, "data", p.data + 0.5) for p in layer.parameters()],
+    "load_state_dict": lambda layer: layer.load_state_dict(
+        randomize(copy.deepcopy(layer)).state_dict()
+    ),
+    "another dtype": lambda layer: layer.double(),
+}
+
+
+@kinds
+@pytest.mark.parametrize("change", CHANGES)
+def test_kept_matrices_follow_the_parameters(kind, change):
+    layer = nn.InvertibleLinear(4, parameterization=kind).eval()
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    with torch.no_grad():
+        layer.matrix(), layer.matrix(inverse=True)
+        CHANGES[change](layer)
+        for inverse in (False, True):
+            kept = layer.matrix(inverse=inverse)
+            for a, b in zip(kept, layer._compute(inverse), strict=True):
+                assert torch.equal(a, b)
+
+
+@kinds
+def test_kept_matrices_are_of_the_parameters_of_a_functional_call(kind):
+    layer = nn.InvertibleLinear(4, parameterization=kind).eval()
+    other = randomize(copy.deepcopy(layer))
+    x = normal(3, 4, dtype=torch.float32)
+    with torch.no_grad():
+        layer(x)
+        z, _ = torch.func.functional_call(layer, other.state_dict(), (x,))
+        assert torch.equal(z, other(x)[0])
+
+
+@kinds
+def test_kept_matrices_are_neither_copied_nor_pickled(kind):
+    layer = nn.InvertibleLinear(4, parameterization=kind).eval()
+    with torch.inference_mode():
+        layer.matrix()
+    assert layer._cache
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not other._cache
+
+
+@kinds
+def test_models_made_in_inference_mode_work(kind):
+    with torch.inference_mode():
+        layer = nn.InvertibleLinear(4, parameterization=kind).eval()
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x)
+
+
+def test_a_singular_dense_matrix_has_no_inverse_and_says_so():
+    layer = nn.InvertibleLinear(3, parameterization="dense")
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2, 3], [0, 1, 0], [1, 2, 3]]))
+    x = torch.randn(2, 3)
+    assert (layer(x)[1] == -torch.inf).all()
+    with pytest.raises(RuntimeError, match=r"weight \[3, 3\] is singular; parameterization='plu'"):
+        layer.inverse(x)
+    with pytest.raises(RuntimeError, match="singular"), torch.no_grad():
+        layer.eval().inverse(x)
+
+
+def test_vmap_over_models():
+    """Matrices of wrapped parameters cannot be kept, and are not."""
+    models = [nn.InvertibleLinear(3, parameterization="dense").eval() for _ in range(2)]
+    weights = torch.stack([m.weight.detach() for m in models])
+    x = torch.randn(5, 3)
+
+    def run(weight):
+        return torch.func.functional_call(models[0], {"weight": weight}, (x,))[0]
+
+    with torch.no_grad():
+        z = torch.func.vmap(run)(weights)
+        for i, m in enumerate(models):
+            torch.testing.assert_close(z[i], m(x)[0])
+
+
+def test_glow_step_is_actnorm_then_linear():
+    step = randomize(nn.GlowStep(4)).eval()
+    x = normal(2, 4, 3, 3, dtype=torch.float32)
+    z, log_det = step(x)
+    y, first = step.actnorm(x)
+    expected, second = step.linear(y)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(log_det, first + second)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+        nn.InvertibleLinear(0)
+    with pytest.raises(ValueError, match=r"parameterization must be 'plu', .* got 'svd'"):
+        nn.InvertibleLinear(3, parameterization="svd")
+
+
+def test_parts_come_from_the_ops():
+    layer = nn.InvertibleLinear(3)
+    args = (layer.permutation, layer.lower, layer.upper, layer.log_diag, layer.sign)
+    assert torch.equal(layer.matrix()[0], ops.plu_matrix(*args))

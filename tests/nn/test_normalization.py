@@ -1,0 +1,152 @@
+"""ActNorm: the first training batch, and that batch alone, sets scale and bias."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyflowkern import nn
+from tests.laws import normal
+
+
+def moments(z):
+    axes = [d for d in range(z.dim()) if d != 1]
+    return z.double().mean(axes), z.double().var(axes, correction=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (16, 3, 5), (8, 3, 4, 4)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("make", [nn.ActNorm, nn.GlowStep])
+def test_first_batch_leaves_with_mean_0_and_variance_1(shape, mean, make):
+    x = (normal(*shape) * 3 + mean).float()
+    layer = make(3)
+    z, _ = layer(x)
+    if make is nn.GlowStep:  # a rotation follows: undo it
+        weight, _ = layer.linear.matrix(inverse=True)
+        z = torch.einsum("ij,nj...->ni...", weight, z)
+    got_mean, got_var = moments(z.detach())
+    # at 1e4 float32 has steps of 1e-3: the data's own mean is known to a fraction of that
+    tolerance = 1e-5 + mean * 2**-23
+    torch.testing.assert_close(got_mean, torch.zeros(3).double(), atol=tolerance, rtol=0)
+    torch.testing.assert_close(got_var, torch.ones(3).double(), atol=1e-3, rtol=0)
+
+
+def test_only_the_first_batch_counts():
+    layer = nn.ActNorm(3)
+    layer(normal(32, 3).float() + 5)
+    before = copy.deepcopy(layer.state_dict())
+    layer(normal(32, 3, seed=1).float() * 9)
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+
+
+def test_eval_mode_is_the_identity_and_does_not_initialise():
+    layer = nn.ActNorm(3).eval()
+    x = normal(8, 3).float() + 5
+    z, log_det = layer(x)
+    assert torch.equal(z, x)
+    assert torch.equal(log_det, torch.zeros(8))
+    assert not layer.initialized
+    layer.train()(x)
+    assert layer.initialized
+
+
+def test_sampling_does_not_initialise():
+    layer = nn.ActNorm(3)
+    layer.inverse(normal(8, 3).float() + 5)
+    assert not layer.initialized
+
+
+def test_resuming_does_not_start_again():
+    trained = nn.ActNorm(3)
+    trained(normal(32, 3).float() + 5)
+    file = io.BytesIO()
+    torch.save(trained.state_dict(), file)
+    file.seek(0)
+    resumed = nn.ActNorm(3)
+    resumed.load_state_dict(torch.load(file))
+    resumed(normal(32, 3, seed=1).float() * 9)
+    assert torch.equal(resumed.log_scale, trained.log_scale)
+    assert torch.equal(resumed.bias, trained.bias)
+
+
+def test_an_untrained_state_starts_again():
+    layer = nn.ActNorm(3)
+    untrained = copy.deepcopy(layer.state_dict())
+    layer(normal(32, 3).float() + 5)
+    layer.load_state_dict(untrained)
+    layer(normal(32, 3).float() - 7)
+    torch.testing.assert_close(layer.bias, torch.full((3,), 7.0), atol=1.0, rtol=0)
+
+
+def test_a_constant_or_spoilt_channel_keeps_its_scale():
+    x = normal(16, 3).float()
+    x[:, 0], x[3, 1] = 1e4, torch.nan
+    layer = nn.ActNorm(3)
+    layer(x)
+    assert layer.log_scale[0] == 0
+    assert layer.bias[0] == -1e4
+    assert layer.log_scale[1] == layer.bias[1] == 0
+    assert layer.log_scale[2] != 0
+
+
+def test_an_empty_batch_is_not_the_first():
+    layer = nn.ActNorm(3)
+    layer(torch.zeros(0, 3))
+    assert not layer.initialized
+    layer(normal(16, 3).float())
+    assert torch.isfinite(layer.log_scale).all()
+
+
+def test_initialisation_under_autocast_and_in_half_precision():
+    x = normal(64, 3).float() * 2 + 3
+    expected = nn.ActNorm(3)
+    expected(x)
+    layer = nn.ActNorm(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert torch.equal(layer.log_scale, expected.log_scale)
+    half = nn.ActNorm(3).bfloat16()
+    half(x.bfloat16())
+    torch.testing.assert_close(
+        half.log_scale.float(), expected.log_scale.detach(), atol=0.01, rtol=0.01
+    )
+
+
+def test_initialisation_never_asks_the_device():
+    class NoSync(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(func), "a tensor was read by the host"
+            return func(*args, **(kwargs or {}))
+
+    layer = nn.ActNorm(3)
+    with NoSync():
+        layer(normal(8, 3).float())
+
+
+def test_at_least_one_channel():
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+        nn.ActNorm(0)
+
+
+def _rank(rank, file, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    x = normal(30, 3).float() * 4 + 100
+    layer = nn.ActNorm(3)
+    layer(x[:10] if rank == 0 else x[10:])  # batches of different sizes
+    torch.save(layer.state_dict(), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_moments_of_all_their_batches(tmp_path):
+    mp.spawn(_rank, args=(tmp_path / "store", tmp_path), nprocs=2)
+    layer = nn.ActNorm(3)
+    layer(normal(30, 3).float() * 4 + 100)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(state["log_scale"], layer.log_scale.detach())
+        torch.testing.assert_close(state["bias"], layer.bias.detach())
