@@ -8,8 +8,9 @@ turns with them: it measures what the machine can do at that moment, and gives t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,8 +31,6 @@ from bench._timing import Plan, Sampler, percentiles, take_turns
 
 __all__ = ["Row", "run_case"]
 
-_Built = list[tuple[str, Provider | str, bool]]  # name, provider or why there is none, must agree
-
 
 @dataclass
 class Row:
@@ -49,6 +48,7 @@ class Row:
     speedup_vs_eager: float = math.nan
     speedup_vs_compile: float = math.nan
     time_vs_ours: float = math.nan
+    neighbours: float = math.nan
     status: str = "ok"
 
 
@@ -74,35 +74,21 @@ def _floor_ms(
         outputs = outputs_of(
             eager(**s.inputs, **({"inverse": True} if pass_.startswith("inverse") else {}))
         )
-    moved, flops = (
-        case.forward_bytes(s.inputs, outputs),
-        case.flops(s.inputs) if case.flops else 0.0,
-    )
+    moved = case.forward_bytes(s.inputs, outputs)
+    flops = case.flops(s.inputs) if case.flops else 0.0
     if pass_.endswith("backward"):
         moved, flops = moved + case.backward_bytes(s.inputs, outputs), 3 * flops
     return max(moved * medians["copy"], flops * medians.get("gemm", 0.0))
 
 
-def _built(case: Case, plan: Plan, example: Inputs) -> Iterable[tuple[str, Provider | str, bool]]:
-    """Yield name, provider (or why there is none) and whether it must agree with eager."""
-    for name, provider in case.providers.items():
-        wanted = not plan.providers or name in plan.providers
-        if wanted or name == "eager":
-            comparable = provider.comparable if isinstance(provider, Lazy) else True
-            try:
-                yield (
-                    name,
-                    provider.build(example) if isinstance(provider, Lazy) else provider,
-                    comparable,
-                )
-            except ImportError as error:
-                yield name, f"not installed ({error.name})", comparable
-        if (
-            name == "eager"
-            and case.compiles
-            and (not plan.providers or "compile" in plan.providers)
-        ):
-            yield "compile", "compile", True
+def _build(provider: Provider | Lazy, example: Inputs) -> Provider | str:
+    """Return a provider that can be called, or why there is none."""
+    if not isinstance(provider, Lazy):
+        return provider
+    try:
+        return provider.build(example)
+    except ImportError as error:
+        return f"not installed ({error.name})"
 
 
 def _compiled(eager: Provider) -> Provider:
@@ -113,40 +99,41 @@ def _compiled(eager: Provider) -> Provider:
 def run_case(case: Case, plan: Plan) -> list[Row]:
     """Check and time every pass of a case and return its rows."""
     generator = torch.Generator(plan.device).manual_seed(0)
-    example = case.make_inputs(generator, plan.device, case.dtype)
-    built = list(_built(case, plan, example))
-    eager = next(provider for name, provider, _ in built if name == "eager")
+    eager = _build(case.providers["eager"], case.make_inputs(generator, plan.device, case.dtype))
+    if isinstance(eager, str):
+        return [Row(case.name, "eager", "all", _name(case.dtype), status=eager)]
     rows = []
     for pass_ in case.passes:
         if not plan.passes or pass_ in plan.passes:
-            rows += _run_pass(case, plan, pass_, built, eager)
+            rows += _run_pass(case, plan, pass_, eager)
     if "forward+backward" in case.passes and (not plan.passes or "memory" in plan.passes):
-        rows += _run_memory(case, plan, built, eager)
+        rows += _run_memory(case, plan, eager)
     return rows
 
 
-def _check(
-    case: Case, built: _Built, eager: Provider, pass_: str, s: InputSet
+def _checked(
+    case: Case, plan: Plan, eager: Provider, pass_: str, s: InputSet
 ) -> dict[str, Provider | str]:
     """Return the providers that may be timed, and for each other one the reason."""
-    found: dict[str, Provider | str] = {}
-    for name, provider, comparable in built:
-        if provider == "compile":
-            provider = _compiled(eager)
-        if not isinstance(provider, str):
-            try:
-                wrong = disagreement(case, provider, eager, pass_, s) if comparable else ""
-            except Exception as error:  # a peer may fail in any way; the others still count
-                wrong = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
-            provider = wrong or provider
-        found[name] = provider
+    wanted = {n: p for n, p in case.providers.items() if not plan.providers or n in plan.providers}
+    found: dict[str, Provider | str] = {"eager": eager}
+    if case.compiles and (not plan.providers or "compile" in plan.providers):
+        found["compile"] = _compiled(eager)
+    for name, source in (found | wanted).items():
+        try:
+            provider = found[name] = _build(source, s.inputs) if name != "eager" else eager
+            if isinstance(provider, str) or (isinstance(source, Lazy) and not source.comparable):
+                continue
+            found[name] = disagreement(case, provider, eager, pass_, s) or provider
+        except Exception as error:  # a peer may fail in any way; the others still count
+            found[name] = f"failed: {type(error).__name__}: {str(error)[:80]}".replace("\n", " ")
     return found
 
 
-def _run_pass(case: Case, plan: Plan, pass_: str, built: _Built, eager: Provider) -> list[Row]:
+def _run_pass(case: Case, plan: Plan, pass_: str, eager: Provider) -> list[Row]:
     """Check, time and compare one pass of every provider."""
     sets = make_sets(case, plan.device, plan.cache_bytes, eager, pass_.startswith("inverse"))
-    checked = _check(case, built, eager, pass_, sets[0])
+    checked = _checked(case, plan, eager, pass_, sets[0])
     grad = pass_.endswith("backward") or pass_ == "call"
     samplers = {
         name: Sampler(caller(provider, pass_), plan, grad)
@@ -158,14 +145,17 @@ def _run_pass(case: Case, plan: Plan, pass_: str, built: _Built, eager: Provider
         sampler.prepare(sets)
     for sampler, _ in ceilings.values():
         sampler.prepare(sets, inner=1)
-    times = take_turns(
+    times, neighbours = take_turns(
         samplers | {name: sampler for name, (sampler, _) in ceilings.items()}, sets, plan
     )
     costs = {name: percentiles(times[name])[1] / amount for name, (_, amount) in ceilings.items()}
     floor = _floor_ms(case, pass_, sets[0], eager, costs)
-    rows = [Row(case.name, "floor", pass_, _name(case.dtype), "ms", floor, floor, floor, 1.0)]
+    row_of = partial(Row, case.name, pass_=pass_, dtype=_name(case.dtype), neighbours=neighbours)
+    rows = []
+    if math.isfinite(floor):
+        rows.append(row_of("floor", p20=floor, p50=floor, p80=floor, ratio_to_floor=1.0))
     for name, provider in checked.items():
-        row = Row(case.name, name, pass_, _name(case.dtype))
+        row = row_of(name)
         if isinstance(provider, str):
             row.status = provider
         else:
@@ -185,26 +175,23 @@ def _per_round(times: Mapping[str, list[float]], above: str, below: str) -> floa
     return percentiles([a / b for a, b in zip(times[above], times[below], strict=True)])[1]
 
 
-def _run_memory(case: Case, plan: Plan, built: _Built, eager: Provider) -> list[Row]:
+def _run_memory(case: Case, plan: Plan, eager: Provider) -> list[Row]:
     """Measure what is kept for the backward and, on CUDA, the peak of a training step."""
     s = make_sets(case, plan.device, plan.cache_bytes, eager, inverse=False)[0]
-    checked = _check(case, built, eager, "forward+backward", s)
+    checked = _checked(case, plan, eager, "forward+backward", s)
     rows = []
     for name, provider in checked.items():
         if isinstance(provider, str):
             continue
+        row_of = partial(Row, case.name, name, dtype=_name(case.dtype), metric="MiB")
         kept = kept_bytes(provider, s) / 2**20
-        rows.append(
-            Row(case.name, name, "kept for backward", _name(case.dtype), "MiB", kept, kept, kept)
-        )
+        rows.append(row_of(pass_="kept for backward", p20=kept, p50=kept, p80=kept))
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)
             before = torch.cuda.memory_allocated(plan.device)
             caller(provider, "forward+backward")(s)
             peak = (torch.cuda.max_memory_allocated(plan.device) - before) / 2**20
-            rows.append(
-                Row(case.name, name, "peak of a step", _name(case.dtype), "MiB", peak, peak, peak)
-            )
+            rows.append(row_of(pass_="peak of a step", p20=peak, p50=peak, p80=peak))
     return rows
 
 

@@ -17,7 +17,7 @@ __all__ = ["COLUMNS", "check_targets", "records", "table", "write"]
 #: The columns of a CSV; the facts of the machine (``_environment.describe``) follow.
 COLUMNS = (
     *("family", "case", "provider", "pass", "metric", "p20", "p50", "p80", "ratio_to_floor"),
-    *("speedup_vs_eager", "speedup_vs_compile", "time_vs_ours", "status", "dtype"),
+    *("speedup_vs_eager", "speedup_vs_compile", "time_vs_ours", "neighbours", "status", "dtype"),
 )
 
 
@@ -64,6 +64,9 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(head + " | ".join(["", *map(_short, numbers)]).removeprefix(" |") + " |")
         else:
             lines.append(head + f" {row.status} | | | | | | |")
+    busy = max((row.neighbours for row in rows if math.isfinite(row.neighbours)), default=0.0)
+    if busy > 0.2:
+        lines += ["", f"NOISY: other processes kept {busy:.1f} cores busy; measure again."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Plan", "Sampler", "percentiles", "take_turns"]
+__all__ = ["Neighbours", "Plan", "Sampler", "percentiles", "take_turns"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,31 @@ class Sampler:
         return float(start.elapsed_time(stop))
 
 
+class Neighbours:
+    """How many cores other processes, and other guests of the host, kept busy since the start.
+
+    Where threads outnumber free cores, each barrier waits for a slice of the scheduler:
+    milliseconds in place of microseconds.  A run with busy neighbours says little.
+    """
+
+    def __init__(self) -> None:
+        self.start = self._read()
+
+    def cores(self) -> float:
+        """Return the mean number of busy cores that were not ours, NaN where the OS does not say."""
+        wall, busy = (b - a for a, b in zip(self.start, self._read(), strict=True))
+        return round(max(0.0, busy / wall), 2)
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        path, own = Path("/proc/stat"), os.times()
+        if not path.is_file():
+            return time.monotonic(), math.nan
+        ticks = [int(n) for n in path.read_text().splitlines()[0].split()[1:9]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy - sum(own[:4])
+
+
 def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """Return p20, p50 and p80 by linear interpolation."""
     if len(samples) == 1:
@@ -89,11 +116,15 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 def take_turns(
     samplers: Mapping[str, Sampler], sets: list[Any], plan: Plan
-) -> dict[str, list[float]]:
-    """Let all take turns, in another order each round and each call on another set."""
+) -> tuple[dict[str, list[float]], float]:
+    """Let all take turns, in another order each round and each call on another set.
+
+    Returns:
+        The samples of each in ms, and how many cores the neighbours kept busy.
+    """
     times: dict[str, list[float]] = {name: [] for name in samplers}
     names, cursor, begin = list(samplers), 0, time.monotonic()
-    order = random.Random(0)
+    order, neighbours = random.Random(0), Neighbours()
     gc.collect()
     gc.disable()
     try:
@@ -107,4 +138,4 @@ def take_turns(
                 cursor = (cursor + sampler.inner) % len(sets)
     finally:
         gc.enable()
-    return times
+    return times, neighbours.cores()

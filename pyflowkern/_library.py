@@ -9,6 +9,7 @@ its pure-PyTorch reference.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +21,24 @@ from torch import Tensor
 
 from pyflowkern._version import __version__
 
-__all__ = ["LIBRARY", "kernel_serves", "load", "require_kernels", "show_config", "use_reference"]
+__all__ = [
+    "LIBRARY",
+    "kernel_serves",
+    "load",
+    "require_kernels",
+    "show_config",
+    "simd_level",
+    "use_reference",
+]
 
 #: Schemas are defined here, in Python; the loaded objects only implement them.
 LIBRARY = torch.library.Library("pyflowkern", "DEF")
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _loaded: dict[str, Path] = {}
+_served: dict[str, frozenset[str]] = {}
+#: Names of all ops with a schema, filled by their files.
+OPS: list[str] = []
 _errors: dict[str, str] = {}
 _force_reference = False
 
@@ -62,6 +74,9 @@ def _load(device: str) -> None:
         _errors[device] = f"{path} could not be loaded by torch {torch.__version__}: {error}"
     else:
         _loaded[device] = path
+        key = device.upper()
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        _served[device] = frozenset(op for op in OPS if has_kernel(f"pyflowkern::{op}", key))
 
 
 def load() -> None:
@@ -76,7 +91,31 @@ def load() -> None:
 def require_kernels(device: str = "cpu") -> None:
     """Raise RuntimeError with the reason and the remedy when no kernels serve ``device``."""
     if device not in _loaded:
-        raise RuntimeError(f"no pyflowkern kernels for {device}: {_errors.get(device, 'unknown device')}")
+        raise RuntimeError(
+            f"no pyflowkern kernels for {device}: {_errors.get(device, 'unknown device')}"
+        )
+
+
+SIMD_LEVELS = ("baseline", "avx2", "avx512")
+
+
+def simd_level(wanted: str | None = None) -> str:
+    """Return the SIMD level of the CPU kernels, after setting it if ``wanted`` names one.
+
+    The level in force stays what it is where the processor lacks the wanted one: compare the answer.  The
+    environment variable ``PYFLOWKERN_SIMD`` sets the level at start.
+
+    Raises:
+        ValueError: for an unknown level.
+        RuntimeError: without CPU kernels.
+    """
+    require_kernels("cpu")
+    library = ctypes.CDLL(str(_loaded["cpu"]))
+    if wanted is None:
+        return SIMD_LEVELS[library.pyflowkern_simd_level()]
+    if wanted not in SIMD_LEVELS:
+        raise ValueError(f"wanted must be one of {', '.join(SIMD_LEVELS)}, got {wanted!r}")
+    return SIMD_LEVELS[library.pyflowkern_set_simd_level(SIMD_LEVELS.index(wanted))]
 
 
 @contextmanager
@@ -101,12 +140,14 @@ def _in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def kernel_serves(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
-    """Whether a kernel takes these tensors: one loaded device, known dtypes, no functional transform."""
+def kernel_serves(
+    op: str, *tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> bool:
+    """Whether a kernel of ``op`` takes these tensors: one device, known dtypes, no functional transform."""
     if _force_reference:
         return False
     first = next(t for t in tensors if t is not None)
-    if first.device.type not in _loaded:
+    if op not in _served.get(first.device.type, ()):
         return False
     for t in tensors:
         if t is not None and (t.device != first.device or t.dtype not in dtypes):
@@ -125,7 +166,11 @@ def show_config() -> str:
     lines = [f"pyflowkern {__version__}, torch {torch.__version__} (CUDA {torch.version.cuda})"]
     for device in ("cpu", "cuda"):
         if device in _loaded:
-            lines.append(f"{device}: kernels from {_loaded[device]}")
+            level = f" ({simd_level()})" if device == "cpu" else ""
+            lines.append(f"{device}: kernels{level} from {_loaded[device]}")
+            lines.append(f"  kernels for {', '.join(sorted(_served[device]))}")
+            if rest := sorted(set(OPS) - _served[device]):
+                lines.append(f"  reference, not having been built, for {', '.join(rest)}")
         else:
             lines.append(f"{device}: reference, because {_errors.get(device, 'not loaded')}")
     if _force_reference:

@@ -22,7 +22,7 @@ struct RowPlan {
   int64_t chunks, tasks;   // tasks of a row; tasks
 };
 
-inline RowPlan plan_rows(int64_t rows, int64_t features) {
+static inline RowPlan plan_rows(int64_t rows, int64_t features) {
   RowPlan p{rows, features, kRowBlock, 1, kRowChunk, 1, rows};
   if (features <= kRowBlock) {
     const int64_t width = features > 0 ? features : 1;
@@ -36,6 +36,25 @@ inline RowPlan plan_rows(int64_t rows, int64_t features) {
     p.tasks = rows * p.chunks;
   }
   return p;
+}
+
+// Where the sum of a row goes: to its result, or if the row has several chunks to partial, for finish_rows().
+template <class T>
+struct RowSums {
+  T* out;
+  double* partial;  // [rows, chunks]
+  double constant;  // of every row
+  const T* add;     // of each row, or null
+};
+
+// The chunks of each row in their order.
+template <class T>
+static inline void finish_rows(const RowPlan& p, const RowSums<T>& s) {
+  for (int64_t row = 0; p.chunks > 1 && row < p.rows; ++row) {
+    double total = s.constant + (s.add ? static_cast<double>(s.add[row]) : 0);
+    for (int64_t c = 0; c < p.chunks; ++c) total += s.partial[row * p.chunks + c];
+    s.out[row] = static_cast<T>(total);
+  }
 }
 
 }  // namespace pfk
@@ -58,12 +77,13 @@ static PFK_HD void each_vector(int64_t n, F f) {
 }
 
 template <class T>
-static PFK_HD Vec<T> load(const T* p, Full) {
+static PFK_HD Vec<T> load(const T* p, Full, T = T(0)) {
   return Vec<T>::load(p);
 }
 template <class T>
-static PFK_HD Vec<T> load(const T* p, Part part) {  // the other lanes are 0
-  T lanes[Vec<T>::kLanes] = {};
+static PFK_HD Vec<T> load(const T* p, Part part, T rest = T(0)) {
+  T lanes[Vec<T>::kLanes];
+  Vec<T>(rest).store(lanes);
   memcpy(lanes, p, part.count * sizeof(T));
   return Vec<T>::load(lanes);
 }
@@ -94,6 +114,15 @@ static inline double sum_terms(const T* terms, int64_t n) {
   }
   for (; i < n; ++i) sum += static_cast<double>(terms[i]);
   return sum;
+}
+
+template <class T>
+static PFK_HD void put_row(const RowPlan& p, const RowSums<T>& s, int64_t row, int64_t chunk, double total) {
+  if (p.chunks == 1) {
+    s.out[row] = static_cast<T>(total + s.constant + (s.add ? static_cast<double>(s.add[row]) : 0));
+  } else {
+    s.partial[row * p.chunks + chunk] = total;
+  }
 }
 
 // Walks a task: element(begin, n) fills the terms of flat elements [begin, begin + n), sum(offset, n) adds up terms of

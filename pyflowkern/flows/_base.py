@@ -27,7 +27,7 @@ class Flow(Bijection):
     :class:`~pyflowkern.nn.Dequantize`.  A uint8 ``x`` gets fresh noise at every call, its
     ``log_prob`` is that of the pixel levels and ``bits_per_dim`` the usual figure for discrete
     data.  A floating ``x`` is a point of ``[0, 1]`` and ``log_prob`` its density there;
-    ``bits_per_dim`` adds ``bits``, which makes the two comparable.  Samples are floats in
+    ``bits_per_dim`` adds ``bits``, which makes the two comparable. Samples are floats in
     ``[0, 1]``, or uint8 with ``quantized=True``.
 
     Args:
@@ -153,10 +153,11 @@ class Flow(Bijection):
             raise ValueError(
                 "quantized=True needs a flow made with bits=..., this one has bits=None"
             )
-        x, _ = self.inverse(
-            self._latents(n, temperature, generator), self._expand_context(context, n)
-        )
-        return self.preprocess.quantize(x) if quantized and self.preprocess is not None else x
+        z = self._latents(n, temperature, generator)
+        x, _ = self.inverse(z, self._expand_context(context, n))
+        if self.preprocess is None:
+            return x
+        return self.preprocess.quantize(x) if quantized else x.clamp(0, 1)
 
     def sample_and_log_prob(
         self,

@@ -90,8 +90,11 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The unit interval for flows of pixels, else the real line."""
-        each = constraints.real if self.flow.preprocess is None else constraints.unit_interval
+        """The real line; for pixels the unit interval and the margin that alpha adds to it."""
+        each = constraints.real
+        if self.flow.preprocess is not None:
+            margin = self.flow.preprocess.alpha / (1 - 2 * self.flow.preprocess.alpha)
+            each = constraints.interval(-margin, 1 + margin)  # type: ignore[no-untyped-call]
         return independent(each, len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern._library import LIBRARY
+from pyflowkern._library import LIBRARY, OPS
 
 __all__ = [
     "accumulation_dtype",
@@ -33,7 +33,9 @@ def register(
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
     """Define ``pyflowkern::<schema>``, its fake and, if given, its autograd formula."""
-    name = "pyflowkern::" + schema.split("(", 1)[0]
+    op = schema.split("(", 1)[0]
+    OPS.append(op)
+    name = f"pyflowkern::{op}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake, lib=LIBRARY)
     if backward is not None:
@@ -60,7 +62,11 @@ def gradient_of_reference(
         return [None] * len(inputs)
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
     )
     return [next(found) if t is not None and t.requires_grad else None for t in aliases]

@@ -62,7 +62,7 @@ def actnorm(
         check_floating(name, t)
         check_shape(name, t, (x.shape[1],))
     check_same_device(x=x, log_scale=log_scale, bias=bias)
-    if not kernel_serves(x, log_scale, bias):
+    if not kernel_serves("actnorm", x, log_scale, bias):
         return actnorm_reference(x, log_scale, bias, inverse=inverse)
     work = accumulation_dtype(x.dtype)
     out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.actnorm.default(
@@ -92,7 +92,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         (2.0, 1.0)
     """
     check_batched("x", x)
-    if not kernel_serves(x) or (x.requires_grad and torch.is_grad_enabled()):
+    if not kernel_serves("channel_moments", x) or (x.requires_grad and torch.is_grad_enabled()):
         return channel_moments_reference(x)
     out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.channel_moments.default(x)
     return out

@@ -96,7 +96,7 @@ def affine(
     check_same_device(x=x, raw_scale=raw, shift=shift)
     shift = _broadcast("shift", shift, x)
     raw = None if raw is None else _broadcast("raw_scale", raw, x)
-    if not kernel_serves(x, shift, raw):
+    if not kernel_serves("affine", x, shift, raw):
         return affine_reference(x, raw, shift, scale_map=smap, inverse=inverse, save=save)
     flags = _flags(smap, inverse=inverse, save=save)
     out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.affine.default(
@@ -162,7 +162,7 @@ def affine_coupling(
     params = _check_params(x, params, split, swap, smap, layout)
     mask = ~mask if mask is not None and swap else mask
     swap = swap and mask is None
-    if not kernel_serves(x, params):
+    if not kernel_serves("affine_coupling", x, params):
         return _coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
     flags = _flags(smap, inverse=inverse, swap=swap, save=save)
     code = _LAYOUTS.index(layout) + (len(_LAYOUTS) if raw_first else 0)
@@ -227,7 +227,9 @@ def affine_coupling_reference(
     mask = _mask_of(split, x)
     params = _check_params(x, params, split, swap, smap, layout)
     mask = ~mask if mask is not None and swap else mask
-    return _coupling_reference(x, params, mask, layout, raw_first, smap, swap and mask is None, inverse)
+    return _coupling_reference(
+        x, params, mask, layout, raw_first, smap, swap and mask is None, inverse
+    )
 
 
 def _affine_elements(
@@ -319,11 +321,15 @@ def _mask_of(split: str | Tensor, x: Tensor) -> Tensor | None:
     if isinstance(split, str):
         if split == "channel":
             if x.shape[1] < 2:
-                raise ValueError(f"split='channel' needs at least 2 channels, got x of shape {tuple(x.shape)}")
+                raise ValueError(
+                    f"split='channel' needs at least 2 channels, got x of shape {tuple(x.shape)}"
+                )
             return None
         if split == "checkerboard":
             return checkerboard_mask(event, x.device)
-        raise ValueError(f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}")
+        raise ValueError(
+            f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
+        )
     if split.dtype != torch.bool:
         raise TypeError(f"a split mask must be boolean, got {split.dtype}")
     if tuple(split.shape) == event:
@@ -342,7 +348,9 @@ def _check_params(
     def shape(size: int) -> tuple[int, ...]:
         return (n, size, *space, per) if layout == "feature_major" else (n, per * size, *space)
 
-    full = shape(channel_split_sizes(c, swap)[1] if isinstance(split, str) and split == "channel" else c)
+    full = shape(
+        channel_split_sizes(c, swap)[1] if isinstance(split, str) and split == "channel" else c
+    )
     if tuple(params.shape) == full:
         return params
     if isinstance(split, Tensor) and split.dim() == 1 and params.dim() == len(full):
@@ -350,7 +358,11 @@ def _check_params(
         size = params.shape[1] if layout == "feature_major" else params.shape[1] // per
         # counting True on a GPU would wait for it: there the caller's word is taken
         known = split.device.type == "cpu" and not torch.compiler.is_compiling()
-        if 0 < size < c and tuple(params.shape) == shape(size) and (not known or size == int(by_channel.sum())):
+        if (
+            0 < size < c
+            and tuple(params.shape) == shape(size)
+            and (not known or size == int(by_channel.sum()))
+        ):
             index = (by_channel.cumsum(0) - 1).clamp(0, size - 1)
             if layout == "blocked":
                 index = torch.cat([index + i * size for i in range(per)])

@@ -82,7 +82,7 @@ def normal_log_prob(
         check_floating("log_det", log_det)
         check_shape("log_det", log_det, z.shape[:1])
     check_same_device(z=z, mean=mean, log_std=log_std, log_det=log_det)
-    if not kernel_serves(z, mean, log_std):
+    if not kernel_serves("normal_log_prob", z, mean, log_std):
         return normal_log_prob_reference(z, mean, log_std, log_det=log_det)
     # a parameter of every element is read in the dtype of z, one of the event in the accumulation
     # dtype

@@ -81,7 +81,7 @@ def plu_matrix(
         [[1.0, 0.0], [0.0, 1.0]]
     """
     _check_plu(permutation, lower, upper, log_diag, sign)
-    if lower.shape[0] > _MAX_SIZE or not _serves(lower, upper, log_diag, sign):
+    if lower.shape[0] > _MAX_SIZE or not kernel_serves("plu_matrix", lower, upper, log_diag, sign):
         return plu_matrix_reference(permutation, lower, upper, log_diag, sign, inverse=inverse)
     dtype, work = lower.dtype, accumulation_dtype(lower.dtype)
     out: Tensor = torch.ops.pyflowkern.plu_matrix.default(
@@ -116,7 +116,7 @@ def slogdet_inverse(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (-1.0, 0.6931, [[0.0, 1.0], [0.5, 0.0]])
     """
     _check_square("weight", weight)
-    if weight.shape[-1] > _MAX_SIZE or not _serves(weight):
+    if weight.shape[-1] > _MAX_SIZE or not kernel_serves("slogdet_inverse", weight):
         return slogdet_inverse_reference(weight)
     sign, log_abs_det, inverse = torch.ops.pyflowkern.slogdet_inverse.default(
         weight.to(accumulation_dtype(weight.dtype))
@@ -215,11 +215,6 @@ def _unit_rows(vectors: Tensor) -> Tensor:
     v = v / torch.where(size == 0, 1.0, size)
     square = (v * v).sum(1, keepdim=True)
     return v * torch.rsqrt(torch.where(square == 0, 1.0, square))
-
-
-def _serves(*tensors: Tensor) -> bool:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # until every build has the op
-    return has_kernel("pyflowkern::plu_matrix", "CPU") and kernel_serves(*tensors)
 
 
 # --- argument checks -----------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def dequantize(
     """
     _check_bytes(x, bits, alpha)
     key = draw_seed(seed, generator, x.device)
-    if not kernel_serves(x, dtypes=(torch.uint8,)):
+    if not kernel_serves("dequantize", x, dtypes=(torch.uint8,)):
         return _dequantize(x, key, bits, alpha)
     out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.dequantize.default(x, key, bits, alpha)
     return out
@@ -129,7 +129,7 @@ def quantize(y: Tensor, *, bits: int = 8, alpha: float | None = None) -> Tensor:
     """
     check_floating("y", y)
     _check_levels(bits, alpha)
-    if not kernel_serves(y):
+    if not kernel_serves("quantize", y):
         return quantize_reference(y, bits=bits, alpha=alpha)
     out: Tensor = torch.ops.pyflowkern.quantize.default(y.detach(), bits, alpha)
     return out
@@ -164,7 +164,7 @@ def logit(x: Tensor, *, alpha: float = 0.0, inverse: bool = False) -> tuple[Tens
     """
     check_batched("x", x, min_dim=1)
     _check_alpha(alpha)
-    if not kernel_serves(x):
+    if not kernel_serves("logit", x):
         return logit_reference(x, alpha=alpha, inverse=inverse)
     out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.logit.default(x, alpha, inverse)
     return out

@@ -97,7 +97,9 @@ class ScaleMap:
             left = v < -30.0
             positive = torch.nn.functional.softplus(v, threshold=40.0) + self.eps
             log = torch.log(torch.where(left, 1.0, positive).clamp(max=self.max_scale))
-            return torch.where(left, v if self.eps == 0 else torch.log(torch.exp(v) + self.eps), log)
+            return torch.where(
+                left, v if self.eps == 0 else torch.log(torch.exp(v) + self.eps), log
+            )
         if self.kind == "softclip":
             return v / (1 + torch.abs(v / self.clamp))
         return torch.zeros_like(raw)
@@ -119,5 +121,7 @@ def scale_map(spec: str | ScaleMap) -> ScaleMap:
     if isinstance(spec, ScaleMap):
         return spec
     if spec not in _PRESETS:
-        raise ValueError(f"scale_map must be a ScaleMap or one of {', '.join(_PRESETS)}, got {spec!r}")
+        raise ValueError(
+            f"scale_map must be a ScaleMap or one of {', '.join(_PRESETS)}, got {spec!r}"
+        )
     return _PRESETS[spec]

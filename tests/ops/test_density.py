@@ -14,9 +14,16 @@ KINDS = [None, "event", "element"]
 SHAPES = [(4, 1), (4, 3), (3, 127), (3, 129), (2, 1000), (5, 3, 9, 7), (2, 4100), (6,)]
 
 
+@pytest.fixture(autouse=True)
+def _on_the_backend(backend):
+    with torch.device(backend):
+        yield
+
+
 def normal(*shape, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    x = torch.randn(shape, generator=g, dtype=torch.float64, device="cpu").to(dtype)
+    return x.to(torch.get_default_device())
 
 
 def make(shape, mean, log_std, dtype=torch.float64, seed=0):
@@ -226,7 +233,7 @@ def test_bits_per_dim(backend):
 
 
 def test_opcheck(backend):
-    if backend == "reference":
+    if not density.kernel_serves(torch.ones(1)):
         pytest.skip("the reference has no op")
     ops = torch.ops.pyflowkern
     for mean, log_std in ((None, None), ("event", "element"), ("element", "event")):
@@ -257,7 +264,8 @@ def test_functional_transforms_take_the_reference(backend):
     torch.testing.assert_close(grad, -z)
 
 
-Z = torch.zeros(4, 3)
+def zeros():
+    return torch.zeros(4, 3)
 
 
 @pytest.mark.parametrize(
@@ -265,12 +273,28 @@ Z = torch.zeros(4, 3)
     [
         (lambda: normal_log_prob(torch.zeros(4, 3, dtype=torch.int64)), TypeError, "floating"),
         (lambda: normal_log_prob(torch.tensor(1.0)), ValueError, "batch"),
-        (lambda: normal_log_prob(Z, torch.zeros(4)), ValueError, "mean must be broadcastable"),
-        (lambda: normal_log_prob(Z, torch.zeros(5, 3)), ValueError, "mean must be broadcastable"),
-        (lambda: normal_log_prob(Z, torch.zeros(1, 4, 3)), ValueError, "mean must be broadcast"),
-        (lambda: normal_log_prob(Z, None, torch.zeros(2)), ValueError, "log_std must be"),
-        (lambda: normal_log_prob(Z, 1.0), TypeError, "mean must be a torch.Tensor"),
-        (lambda: normal_log_prob(Z, log_det=torch.zeros(3)), ValueError, "log_det must have"),
+        (
+            lambda: normal_log_prob(zeros(), torch.zeros(4)),
+            ValueError,
+            "mean must be broadcastable",
+        ),
+        (
+            lambda: normal_log_prob(zeros(), torch.zeros(5, 3)),
+            ValueError,
+            "mean must be broadcastable",
+        ),
+        (
+            lambda: normal_log_prob(zeros(), torch.zeros(1, 4, 3)),
+            ValueError,
+            "mean must be broadcast",
+        ),
+        (lambda: normal_log_prob(zeros(), None, torch.zeros(2)), ValueError, "log_std must be"),
+        (lambda: normal_log_prob(zeros(), 1.0), TypeError, "mean must be a torch.Tensor"),
+        (
+            lambda: normal_log_prob(zeros(), log_det=torch.zeros(3)),
+            ValueError,
+            "log_det must have",
+        ),
         (lambda: bits_per_dim(torch.zeros(3), 0), ValueError, "dims"),
         (lambda: bits_per_dim(torch.zeros(3), 2.0), TypeError, "dims"),
         (lambda: bits_per_dim(3.0, 2), TypeError, "log_prob"),

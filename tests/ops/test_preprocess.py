@@ -14,14 +14,22 @@ ALPHAS = [None, 0.0, 1e-6, 0.05, 0.3, 0.49]
 SIZES = [1, 3, 127, 129, 1000]
 
 
+@pytest.fixture(autouse=True)
+def _on_the_backend(backend):
+    with torch.device(backend):
+        yield
+
+
 def bytes_like(*shape, bits=8, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2**bits, shape, generator=g).to(torch.uint8)
+    x = torch.randint(0, 2**bits, shape, generator=g, device="cpu").to(torch.uint8)
+    return x.to(torch.get_default_device())
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=g, dtype=torch.float64).to(dtype)
+    x = torch.rand(shape, generator=g, dtype=torch.float64, device="cpu").to(dtype)
+    return x.to(torch.get_default_device())
 
 
 def layouts(x):
@@ -156,13 +164,13 @@ def test_seed_follows_the_generator(backend):
 
 
 def test_threads_do_not_matter(backend):
-    x = bytes_like(7, 3, 45, 41)
+    x, v = bytes_like(7, 3, 45, 41), unit(5, 40_000, dtype=torch.float32)
     results = []
     for threads in (1, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         y, log_det = dequantize(x, alpha=0.05, seed=3)
-        results.append((y, log_det, *logit(y.sigmoid(), alpha=0.1)))
+        results.append((y, log_det, *logit(v, alpha=0.1)))
         torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -208,8 +216,9 @@ def test_logit_matches_float64(backend, size, inverse, dtype):
         assert log_det.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         finite = exact.isfinite()
         error, plain_error = ((t.double() - exact)[finite].abs().max() for t in (y, plain))
-        # the floor: the rounding of the result itself
-        assert error <= 2 * plain_error + eps * (1 + exact[finite].abs().max())
+        # the floor: the roundings of p and q, of two logarithms and of their difference, which for
+        # float64, its own reference, is all there is
+        assert error <= 2 * plain_error + 2 * eps * (1 + exact[finite].abs().max())
         work = torch.finfo(log_det.dtype).eps
         gaps = [(t.double() - exact_log_det).abs() for t in (log_det, plain_log_det)]
         gap, plain_gap = (t.nan_to_num(0, 0, 0) for t in gaps)
@@ -224,7 +233,7 @@ def test_logit_is_stable_at_both_ends(backend, dtype):
     ends = torch.tensor([tiny, 1e-30, 1e-10, eps, 0.5, 1 - eps, 1 - eps / 2], dtype=dtype)[:, None]
     y, log_det = logit(ends)
     p = ends.double()
-    q = 1 - p if dtype == torch.float32 else torch.tensor([1, 1, 1, 1, 0.5, eps, eps / 2])[:, None]
+    q = 1 - p  # exact from a half on, and 1 to float64's precision below
     torch.testing.assert_close(y.double(), p.log() - q.log(), rtol=4 * eps, atol=4 * eps)
     torch.testing.assert_close(
         log_det.double(), -(p.log() + q.log())[:, 0], rtol=4 * eps, atol=4 * eps
@@ -306,7 +315,7 @@ def test_bad_rows_stay_where_they_are(backend):
 
 
 def test_opcheck(backend):
-    if backend == "reference":
+    if not preprocess.kernel_serves(torch.ones(1)):
         pytest.skip("the reference has no op")
     ops = torch.ops.pyflowkern
     for x in (

@@ -1,0 +1,5 @@
+"""``python -m pyflowkern``."""
+
+from pyflowkern.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""Data sets by name or path (needs the extra ``pyflowkern[train]``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyflowkern.data.batches import Batches, step_seed
+from pyflowkern.data.dataset import DataError, DataSet, split_rows
+from pyflowkern.data.files import image_set, load_array, load_folder, load_table, vector_set
+from pyflowkern.data.photos import load_photos
+
+__all__ = ["Batches", "DataError", "DataSet", "image_set", "load", "step_seed", "vector_set"]
+
+
+def load_digits(seed: int) -> DataSet:
+    """Return scikit-learn's 8x8 handwritten digits.
+
+    Their 17 grey levels, 0 to 16, are modelled as 5-bit integers: bits/dim count 32 levels, of which 15 are never used.
+    """
+    import torch
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    images = torch.from_numpy(sklearn_digits().images).to(torch.uint8)[:, None]
+    train, held_out = split_rows(len(images), seed)
+    return DataSet("digits", images[train], images[held_out], bits=5, levels=17)
+
+
+def load(source: str | Path, *, size: int = 32, seed: int = 0) -> DataSet:
+    """Load ``photos``, ``digits``, a ``.csv`` or ``.npy`` file or a folder of images.
+
+    Args:
+        source: A name or a path.
+        size: Side of the square patches or images, for ``photos`` and folders.
+        seed: Decides the split into training and held-out rows, except for ``photos``.
+
+    Raises:
+        DataError: One line that names the file and the row at fault.
+
+    Example:
+        >>> load("digits").shape
+        (1, 8, 8)
+    """
+    path = Path(source)
+    if source == "photos":
+        return load_photos(size)
+    if source == "digits":
+        return load_digits(seed)
+    if path.is_dir():
+        return load_folder(path, size, seed)
+    if not path.exists():
+        raise DataError(
+            f"{source}: no such file or folder, nor one of the named sets (photos, digits)"
+        )
+    if path.suffix.lower() == ".csv":
+        return load_table(path, seed)
+    if path.suffix.lower() == ".npy":
+        return load_array(path, seed)
+    raise DataError(f"{source}: wants a .csv or .npy file or a folder of images")

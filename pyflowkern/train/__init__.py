@@ -1,0 +1,7 @@
+"""Training on Lightning (needs the extra ``pyflowkern[train]``)."""
+
+from pyflowkern.train.config import ConfigError, TrainConfig
+from pyflowkern.train.module import FlowModule, TrainingDiverged
+from pyflowkern.train.runner import Run, train
+
+__all__ = ["ConfigError", "FlowModule", "Run", "TrainConfig", "TrainingDiverged", "train"]

@@ -1,0 +1,94 @@
+"""What a training run is: one flat set of options, from YAML or from flags."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["ConfigError", "TrainConfig"]
+
+
+class ConfigError(ValueError):
+    """A run that was asked for wrongly.  The message is one line."""
+
+    exit_code = 2
+
+
+_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,)}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of a training run.
+
+    Example:
+        >>> TrainConfig.create({"data": "digits", "flow": "RealNVP", "steps": 100}).steps
+        100
+    """
+
+    data: str = "photos"
+    size: int = 32  #: side of patches or images, for photos and folders
+    flow: str = "Glow"  #: a class of pyflowkern.flows
+    flow_args: dict[str, Any] = field(default_factory=dict)
+    out: str = "out/train"
+    steps: int = 2000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 50  #: steps of linear warm-up; a cosine follows
+    final_lr: float = 0.05  #: where the cosine ends, as a fraction of lr
+    weight_decay: float = 1e-4
+    clip: float = 1.0  #: largest gradient norm
+    ema: float = 0.999
+    precision: str = "32-true"  #: or bf16-mixed
+    every: int = 100  #: steps between evaluations; a checkpoint follows each
+    patience: int = 0  #: evaluations without progress before stopping early; 0: never
+    max_bad_steps: int = 10  #: consecutive non-finite steps before stopping
+    minutes: float = 0.0  #: stop after this long; 0: no limit
+    seed: int = 0
+
+    @classmethod
+    def create(cls, options: dict[str, Any]) -> TrainConfig:
+        """Check options and fill in the defaults."""
+        known = {f.name: str(f.type) for f in fields(cls)}
+        for name, value in options.items():
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; known are {', '.join(known)}")
+            if isinstance(value, bool) or not isinstance(value, _TYPES[known[name]]):
+                raise ConfigError(f"{name} must be {known[name].split('[')[0]}, got {value!r}")
+        config = cls(**options)
+        for name in ("size", "steps", "batch_size", "lr", "clip", "every", "max_bad_steps"):
+            if not getattr(config, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
+        for name in ("warmup", "weight_decay", "patience", "minutes", "seed"):
+            if not getattr(config, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
+        for name in ("ema", "final_lr"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+        if config.precision not in ("32-true", "bf16-mixed"):
+            raise ConfigError(f"precision must be 32-true or bf16-mixed, got {config.precision!r}")
+        return config
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """Return the options of a YAML file."""
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{path}: not a readable YAML file ({' '.join(str(error).split())})"
+            ) from None
+        if not isinstance(options, dict):
+            raise ConfigError(f"{path}: wants `option: value` lines")
+        return {str(name): value for name, value in options.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every option, as a checkpoint stores it."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """Return every option as YAML."""
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))

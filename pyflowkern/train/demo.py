@@ -1,0 +1,114 @@
+"""The demonstration: a Glow trained on photographs within minutes, and what the kernels gain."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pyflowkern._library import require_kernels
+from pyflowkern.data import load
+from pyflowkern.train.checkpoint import write_atomic
+from pyflowkern.train.config import TrainConfig
+from pyflowkern.train.measure import peak_memory, step_seconds
+from pyflowkern.train.runner import Run, resume_config, train
+
+__all__ = ["Comparison", "compare", "demo", "round_trip_error"]
+
+CONFIG = TrainConfig(
+    data="photos",
+    flow="Glow",
+    flow_args={"levels": 3, "steps": 4, "hidden": 64},
+    batch_size=32,
+    lr=2e-3,
+    warmup=30,
+    final_lr=0.02,
+    ema=0.98,
+)
+ROUNDS = 8  #: evaluations of a demo
+CLOSING = 20.0  #: seconds kept for what follows training, and for being wrong about speed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A training step with kernels beside the reference: seconds, and MB of memory."""
+
+    seconds: tuple[float, float]
+    memory: tuple[float, float]
+
+
+def compare(config: TrainConfig, limit: float = 20.0) -> Comparison:
+    """Measure both paths on the same flow, data and machine."""
+    data = load(config.data, size=config.size, seed=config.seed)
+    seconds = step_seconds(config, data, limit=limit)
+    return Comparison(
+        seconds, (peak_memory(config, reference=False), peak_memory(config, reference=True))
+    )
+
+
+def _planned(config: TrainConfig, comparison: Comparison, seconds: float) -> TrainConfig:
+    """Choose as many steps as fit; an evaluation costs about as much as eight steps."""
+    steps = max(ROUNDS, int((seconds - CLOSING) / comparison.seconds[0]) - 8 * ROUNDS)
+    every = -(-steps // ROUNDS)
+    minutes = max(seconds - CLOSING / 2, 1.0) / 60
+    return replace(config, steps=every * ROUNDS, every=every, minutes=minutes)
+
+
+@torch.no_grad()
+def round_trip_error(run: Run, rows: int = 64) -> float:
+    """Return the largest ``|inverse(forward(x)) - x|`` over held-out images, as pixels in ``[0, 1]``."""
+    model = run.module.evaluated.eval()
+    levels = 2 ** (run.module.data.bits or 8)
+    x = (run.module.data.validation[:rows].float() + 0.5) / levels
+    return float((model.inverse(model(x)[0])[0] - x).abs().max())
+
+
+def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
+    """Compare the paths, train, and print a short table; ``minutes`` is the budget of all of it."""
+    start = time.monotonic()
+    measured = out / "comparison.json"
+    if resume and measured.exists():
+        config = resume_config(out)
+        stored = json.loads(measured.read_text())
+        comparison = Comparison(tuple(stored["seconds"]), tuple(stored["memory"]))
+    else:
+        print("1/2  measuring a training step, kernels beside reference ...", flush=True)
+        config = replace(CONFIG, out=str(out))
+        comparison = compare(config, limit=minutes * 5)
+        config = _planned(config, comparison, minutes * 60 - (time.monotonic() - start))
+    g = config.flow_args
+    print(
+        f"2/2  training Glow ({g['levels']} levels x {g['steps']} steps, hidden {g['hidden']}) on 32x32 patches of five "
+        f"photographs,\n     {config.steps} steps of {config.batch_size}; two other photographs are held out",
+        flush=True,
+    )
+    write_atomic(measured, lambda path: path.write_text(json.dumps(asdict(comparison))))
+    run = train(config, resume=resume, overwrite=True)
+    print(report(run, comparison, time.monotonic() - start))
+    return run
+
+
+def report(run: Run, comparison: Comparison, seconds: float) -> str:
+    """Return the closing table."""
+    before, after = run.history[0], run.history[-1]
+    (fast, slow), (small, large) = comparison.seconds, comparison.memory
+    lines = [
+        "",
+        f"  {'held out':24}{'before':>12}{'after':>12}",
+        f"  {'bits/dim':24}{before['held_out']:>12.3f}{after['held_out']:>12.3f}   ({after['step']} steps)",
+        f"  {'round-trip error':24}{'':>12}{round_trip_error(run):>12.1e}   (a grey level is {1 / 256:.1e})",
+        "",
+        f"  {'one training step':24}{'kernels':>12}{'reference':>12}{'gain':>9}",
+        f"  {'steps/s':24}{1 / fast:>12.2f}{1 / slow:>12.2f}{slow / fast:>8.2f}x",
+        f"  {'peak memory, MB':24}{small:>12.0f}{large:>12.0f}{large / max(small, 1e-9):>8.2f}x",
+        "",
+        f"  {run.out}/: samples.png, curve.png, metrics.csv, last.ckpt; {seconds:.0f} s in all",
+    ]
+    try:
+        require_kernels()
+    except RuntimeError as error:
+        lines.append(f"  both columns ran the reference: {error}")
+    return "\n".join(lines)

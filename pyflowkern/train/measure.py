@@ -1,0 +1,89 @@
+"""Speed and memory of a training step, kernels beside reference, measured so that a noisy machine is fair to both."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from pyflowkern._library import use_reference
+from pyflowkern.data import Batches, DataSet, load
+from pyflowkern.train.config import TrainConfig
+from pyflowkern.train.model import build
+
+__all__ = ["peak_memory", "step_seconds"]
+
+
+def _stepper(config: TrainConfig, data: DataSet) -> Callable[[int], None]:
+    """Return a function that takes one training step."""
+    torch.manual_seed(config.seed)
+    model = build(config, data).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batches = Batches(data, config.batch_size, config.seed)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        (-model.log_prob(batches.batch(number)).mean() / data.validation[0].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+
+    return step
+
+
+def step_seconds(
+    config: TrainConfig, data: DataSet, *, blocks: int = 7, limit: float = 30.0
+) -> tuple[float, float]:
+    """Return the median seconds of a training step with kernels and with the reference.
+
+    Blocks of two steps alternate between the paths, so that a busy neighbour slows both.  Measuring ends after
+    ``blocks`` pairs or ``limit`` seconds, after one pair at least.
+    """
+    step = _stepper(config, data)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    end = time.monotonic() + limit
+    for block in range(blocks + 1):
+        for reference in (False, True):
+            with use_reference(reference):
+                start = time.perf_counter()
+                step(2 * block)
+                step(2 * block + 1)
+                if block:  # the first block warms up
+                    times[reference].append((time.perf_counter() - start) / 2)
+        if block and time.monotonic() > end:
+            break
+    return statistics.median(times[False]), statistics.median(times[True])
+
+
+def peak_memory(config: TrainConfig, *, reference: bool) -> float:
+    """Return by how many MB three training steps raise the peak memory of a fresh process."""
+    request = json.dumps({"config": config.to_dict(), "reference": reference})
+    command = [sys.executable, "-m", "pyflowkern.train.measure", request]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(answer.stdout.split()[-1])
+
+
+def _high_water() -> float:
+    """Return the peak resident memory of this process in MB; Linux counts KiB, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024)
+
+
+def _main() -> None:
+    request = json.loads(sys.argv[1])
+    config = TrainConfig.create(request["config"])
+    step = _stepper(config, load(config.data, size=config.size, seed=config.seed))
+    before = _high_water()
+    with use_reference(request["reference"]):
+        for number in range(3):
+            step(number)
+    print(_high_water() - before)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,117 @@
+"""A flow built for a data set, and the same flow in the units of its data."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyflowkern import flows
+from pyflowkern.data import DataSet
+from pyflowkern.flows import Flow
+from pyflowkern.train.config import ConfigError, TrainConfig
+
+__all__ = ["DataFlow", "build", "score"]
+
+
+class DataFlow(nn.Module):
+    """A flow whose densities and samples are in the units of the data.
+
+    Vectors are standardised on the way in; ``log_prob`` counts that step's log-determinant.  Images pass as they are,
+    for an image flow dequantises inside.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, flow: Flow, mean: Tensor | None = None, std: Tensor | None = None) -> None:
+        super().__init__()
+        self.flow = flow
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def _standardise(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        if self.mean is None or self.std is None:
+            return x, 0.0
+        return (x - self.mean) / self.std, -self.std.log().sum()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map data to latent; returns ``z`` and ``log_det``."""
+        x, log_det = self._standardise(x)
+        z, inner = self.flow(x)
+        return z, inner + log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Map latent to data; returns ``x`` and ``log_det``."""
+        x, inner = self.flow.inverse(z)
+        if self.mean is None or self.std is None:
+            return x, inner
+        return x * self.std + self.mean, inner + self.std.log().sum()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log-density of each row, in nats and data units."""
+        x, log_det = self._standardise(x)
+        return self.flow.log_prob(x) + log_det
+
+    def sample(self, n: int, *, temperature: float = 1.0) -> Tensor:
+        """Draw ``n`` rows in data units, integers for an image flow."""
+        if self.mean is None or self.std is None:
+            return self.flow.sample(
+                n, temperature=temperature, quantized=self.flow.preprocess is not None
+            )
+        return self.flow.sample(n, temperature=temperature) * self.std + self.mean
+
+
+def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
+    """Build the configured flow for a data set, or for the facts about one that a checkpoint stores."""
+    facts = data if isinstance(data, dict) else data_facts(data)
+    known = {
+        n: c
+        for n, c in vars(flows).items()
+        if inspect.isclass(c) and issubclass(c, Flow) and c is not Flow
+    }
+    if config.flow not in known:
+        raise ConfigError(f"unknown flow {config.flow!r}; known are {', '.join(sorted(known))}")
+    shape = tuple(facts["shape"])
+    arguments = dict(config.flow_args)
+    if facts["bits"] is not None:
+        arguments.setdefault("bits", facts["bits"])
+    try:
+        flow = known[config.flow](shape if len(shape) > 1 else shape[0], **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
+        ) from None
+    return DataFlow(flow, facts["mean"], facts["std"])
+
+
+def data_facts(data: DataSet) -> dict[str, Any]:
+    """Return what a checkpoint must know about its data to rebuild the flow and show samples."""
+    return {
+        "name": data.name,
+        "shape": list(data.shape),
+        "bits": data.bits,
+        "levels": data.levels,
+        "mean": data.mean,
+        "std": data.std,
+        "columns": data.columns,
+        "fingerprint": data.fingerprint(),
+    }
+
+
+@torch.no_grad()
+def score(model: DataFlow, rows: Tensor, *, seed: int = 0, batch_size: int = 128) -> Tensor:
+    """Return each row's score: bits/dim for integer images, negative log-density in nats for vectors.
+
+    Dequantisation noise comes from ``seed``, so two models are scored under the same noise.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        nll = -torch.cat([model.log_prob(part) for part in rows.split(batch_size)])
+    model.train(was_training)
+    return nll if model.mean is not None else nll / (rows[0].numel() * math.log(2))
