@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10: counter-based random bits (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2,
-// 3", SC 2011).  Block b of a stream is a function of the key and of b alone: the same bits for any thread count, SIMD
-// level or device, and none to be kept for a backward pass.
+// Philox4x32-10: counter-based random bits (Salmon, Moraes, Dror and Shaw, "Parallel random
+// numbers: as easy as 1, 2, 3", SC 2011).  Block b of a stream is a function of the key and of b
+// alone: the same bits for any thread count, SIMD level or device, and none to be kept for a
+// backward pass.
 //
-// A round is two 32 x 32 -> 64 bit products.  A SIMD lane therefore holds a 32-bit word in the low half of 64 bits,
-// where the multiplier reads it and leaves the product in place: 8 instructions a round for one block in every lane,
-// no shuffles.  The high halves carry rubbish, which no product reads.
+// A round is two 32 x 32 -> 64 bit products.  A SIMD lane therefore holds a 32-bit word in the low
+// half of 64 bits, where the multiplier reads it and leaves the product in place: 8 instructions a
+// round for one block in every lane, no shuffles.  The high halves carry rubbish, which no product
+// reads.
 #pragma once
 
 #include "core/vec.h"
@@ -18,7 +20,8 @@ PFK_BEGIN
 constexpr int kPhiloxRounds = 10;
 constexpr int kPhiloxHalves = 8;  // 16-bit words of a block
 
-// ---- words: a plain integer, or one in every lane ----------------------------------------------------------------
+// ---- words: a plain integer, or one in every lane
+// ----------------------------------------------------------------
 template <class W>
 struct WidePair {
   W high, low;
@@ -55,7 +58,8 @@ PFK_HD WidePair<Words> multiply_wide(Words a, Words b) {
 }
 #endif
 
-// ---- the generator -------------------------------------------------------------------------------------------------
+// ---- the generator
+// -------------------------------------------------------------------------------------------------
 template <class W>
 struct PhiloxBlock {
   W word[4];
@@ -86,8 +90,8 @@ PFK_HD PhiloxBlock<uint32_t> philox_block(uint64_t index, uint64_t seed) {
 }
 
 #if !defined(__CUDACC__)
-// Blocks first .. first + count - 1, as 16-bit words in order: eight a block.  Writes whole vectors, up to
-// philox_padding() words more.
+// Blocks first .. first + count - 1, as 16-bit words in order: eight a block.  Writes whole
+// vectors, up to philox_padding() words more.
 constexpr int philox_padding() { return (2 * Words::kLanes - 1) * kPhiloxHalves; }
 
 static inline void philox_fill(uint64_t first, int64_t count, uint64_t seed, uint16_t* out) {

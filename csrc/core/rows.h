@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementwise maps whose terms are summed over each sample, on the CPU: how [rows, features] is cut into tasks and
-// blocks, and in which order the sums are taken.
+// Elementwise maps whose terms are summed over each sample, on the CPU: how [rows, features] is cut
+// into tasks and blocks, and in which order the sums are taken.
 //
-// A task is a run of whole rows, or a chunk of one long row; a block is what fits a buffer in L1, and holds whole rows
-// if they are short.  Blocks start where a row or a task does, so a row's sum depends neither on the number of threads
-// nor on where in the batch the row stands.  Terms are summed in vectors within a block, in double beyond it.
+// A task is a run of whole rows, or a chunk of one long row; a block is what fits a buffer in L1,
+// and holds whole rows if they are short.  Blocks start where a row or a task does, so a row's sum
+// depends neither on the number of threads nor on where in the batch the row stands.  Terms are
+// summed in vectors within a block, in double beyond it.
 #pragma once
 
 #include "core/math.h"
@@ -12,14 +13,14 @@
 // Plain data is the same for every SIMD level.
 namespace pfk {
 
-constexpr int kRowBlock = 1024;         // elements of a block
-constexpr int64_t kRowChunk = 16384;    // elements of a task, about
+constexpr int kRowBlock = 1024;       // elements of a block
+constexpr int64_t kRowChunk = 16384;  // elements of a task, about
 
 struct RowPlan {
   int64_t rows, features;
-  int64_t block;           // elements of a block: kRowBlock, or whole rows
-  int64_t group, chunk;    // rows of a task; elements of a row in a task
-  int64_t chunks, tasks;   // tasks of a row; tasks
+  int64_t block;          // elements of a block: kRowBlock, or whole rows
+  int64_t group, chunk;   // rows of a task; elements of a row in a task
+  int64_t chunks, tasks;  // tasks of a row; tasks
 };
 
 static inline RowPlan plan_rows(int64_t rows, int64_t features) {
@@ -38,7 +39,8 @@ static inline RowPlan plan_rows(int64_t rows, int64_t features) {
   return p;
 }
 
-// Where the sum of a row goes: to its result, or if the row has several chunks to partial, for finish_rows().
+// Where the sum of a row goes: to its result, or if the row has several chunks to partial, for
+// finish_rows().
 template <class T>
 struct RowSums {
   T* out;
@@ -61,8 +63,9 @@ static inline void finish_rows(const RowPlan& p, const RowSums<T>& s) {
 
 PFK_BEGIN
 
-// ---- vectors, the last one partial ---------------------------------------------------------------------------------
-// each_vector(n, f) calls f(i, Full{}) for whole vectors and f(i, Part{m}) for the last m < lanes elements.
+// ---- vectors, the last one partial
+// --------------------------------------------------------------------------------- each_vector(n,
+// f) calls f(i, Full{}) for whole vectors and f(i, Part{m}) for the last m < lanes elements.
 struct Full {};
 struct Part {
   int count;
@@ -98,7 +101,8 @@ static PFK_HD void store(Vec<T> x, T* p, Part part) {
   memcpy(p, lanes, part.count * sizeof(T));
 }
 
-// ---- sums ------------------------------------------------------------------------------------------------------------
+// ---- sums
+// ------------------------------------------------------------------------------------------------------------
 template <class T>
 static inline double sum_terms(const T* terms, int64_t n) {
   constexpr int w = Vec<T>::kLanes;
@@ -117,7 +121,8 @@ static inline double sum_terms(const T* terms, int64_t n) {
 }
 
 template <class T>
-static PFK_HD void put_row(const RowPlan& p, const RowSums<T>& s, int64_t row, int64_t chunk, double total) {
+static PFK_HD void put_row(const RowPlan& p, const RowSums<T>& s, int64_t row, int64_t chunk,
+                           double total) {
   if (p.chunks == 1) {
     s.out[row] = static_cast<T>(total + s.constant + (s.add ? static_cast<double>(s.add[row]) : 0));
   } else {
@@ -125,8 +130,8 @@ static PFK_HD void put_row(const RowPlan& p, const RowSums<T>& s, int64_t row, i
   }
 }
 
-// Walks a task: element(begin, n) fills the terms of flat elements [begin, begin + n), sum(offset, n) adds up terms of
-// one row within that block, done(row, chunk, total) takes the result.
+// Walks a task: element(begin, n) fills the terms of flat elements [begin, begin + n), sum(offset,
+// n) adds up terms of one row within that block, done(row, chunk, total) takes the result.
 template <class Element, class Sum, class Done>
 static PFK_HD void walk_rows(const RowPlan& p, int64_t task, Element element, Sum sum, Done done) {
   int64_t row = task / p.chunks * p.group;

@@ -4,8 +4,8 @@
 //   v = (x + u) / 2^bits,   p = alpha + (1 - 2 alpha) v,   q = 1 - p = alpha + (1 - 2 alpha)(1 - v)
 //   y = log p - log q,      log |dy/dv| = log(1 - 2 alpha) - log p - log q
 //
-// where 1 - v is exact from v = 1/2 on, so that q keeps its digits as v nears 1.  The constant log(1 - 2 alpha) is
-// added once for a sample, not here.
+// where 1 - v is exact from v = 1/2 on, so that q keeps its digits as v nears 1.  The constant
+// log(1 - 2 alpha) is added once for a sample, not here.
 #pragma once
 
 #include "core/math.h"
@@ -56,7 +56,8 @@ PFK_HD Odds<V> odds(V x, const LogitMap<Lane<V>>& m) {
   return {w * x + a, w * (V(T(1)) - x) + a};
 }
 
-// y and its term of the log-det: log |dy/dx| less log(1 - 2 alpha), or the negative for the inverse.
+// y and its term of the log-det: log |dy/dx| less log(1 - 2 alpha), or the negative for the
+// inverse.
 template <class V>
 struct LogitOut {
   V y, term;
@@ -67,8 +68,9 @@ PFK_HD LogitOut<V> logit_forward(V x, const LogitMap<Lane<V>>& m) {
   const V log_p = log_(o.p), log_q = log_(o.q);
   return {log_p - log_q, -(log_p + log_q)};
 }
-// The same for p and q of at least 2^-22, with one logarithm: the term is p q here, of which a sum takes the logarithm
-// four at a time (the product of four stays a normal number), and changes the sign.
+// The same for p and q of at least 2^-22, with one logarithm: the term is p q here, of which a sum
+// takes the logarithm four at a time (the product of four stays a normal number), and changes the
+// sign.
 template <class V>
 PFK_HD LogitOut<V> logit_of_level(V x, const LogitMap<Lane<V>>& m) {
   const Odds<V> o = odds(x, m);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dequantization, quantization and the logit on the CPU.
 //
-// Floor: dequantize reads 1 byte and writes 4, quantize the reverse; logit moves 8 bytes in float32, its backward 12.
-// Arithmetic beside it, in AVX2 instructions an element: Philox 2.5 (8 a round for 4 blocks of 8 elements), dequantize
-// without a logit 1.5, the logit of a level 5 (one logarithm, and a quarter of one for the log-det), logit 6.
+// Floor: dequantize reads 1 byte and writes 4, quantize the reverse; logit moves 8 bytes in
+// float32, its backward 12. Arithmetic beside it, in AVX2 instructions an element: Philox 2.5 (8 a
+// round for 4 blocks of 8 elements), dequantize without a logit 1.5, the logit of a level 5 (one
+// logarithm, and a quarter of one for the log-det), logit 6.
 #include "preprocess/preprocess.h"
 
 #include "core/half.h"
@@ -19,7 +20,8 @@ PFK_DECLARE_LEVELS(void dequantize_tasks(const PreprocessArgs&, const RowPlan&, 
 
 PFK_BEGIN
 
-// ---- integers in the lanes of a Vec --------------------------------------------------------------------------------
+// ---- integers in the lanes of a Vec
+// --------------------------------------------------------------------------------
 template <class T>
 struct Integers;  // written out per type, as in vec.h
 template <>
@@ -57,8 +59,10 @@ static PFK_HD void store_bytes(Vec<T> level, uint8_t* p, int count) {
 static PFK_HD int count_of(Full, int lanes) { return lanes; }
 static PFK_HD int count_of(Part part, int) { return part.count; }
 
-// ---- dequantize ----------------------------------------------------------------------------------------------------
-// Logical elements [begin, begin + n) of a channels_last tensor, in runs `channels` apart in memory.
+// ---- dequantize
+// ----------------------------------------------------------------------------------------------------
+// Logical elements [begin, begin + n) of a channels_last tensor, in runs `channels` apart in
+// memory.
 template <class F>
 static void each_channel_run(const PreprocessArgs& a, int64_t begin, int64_t n, F f) {
   const int64_t features = a.channels * a.space;
@@ -84,9 +88,8 @@ static double sum_logs(const float* terms, int64_t n) {
   }
   if (i < n) {
     V product = 1.0f;
-    each_vector<float>(n - i, [&](int64_t j, auto part) {
-      product = product * load(terms + i + j, part, 1.0f);
-    });
+    each_vector<float>(
+        n - i, [&](int64_t j, auto part) { product = product * load(terms + i + j, part, 1.0f); });
     sum += log_(product);
   }
   return -sum_lanes(sum);
@@ -151,7 +154,8 @@ void dequantize_tasks(const PreprocessArgs& a, const RowPlan& p, int64_t begin, 
   }
 }
 
-// ---- quantize ------------------------------------------------------------------------------------------------------
+// ---- quantize
+// ------------------------------------------------------------------------------------------------------
 template <bool kLogit, class S>
 static void quantize_blocks(const PreprocessArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
@@ -183,14 +187,19 @@ static void quantize_typed(const PreprocessArgs& a, int64_t begin, int64_t end) 
 
 void quantize_range(const PreprocessArgs& a, int dtype, int64_t begin, int64_t end) {
   switch (dtype) {
-    case 0: return quantize_typed<float>(a, begin, end);
-    case 1: return quantize_typed<double>(a, begin, end);
-    case 2: return quantize_typed<BFloat16>(a, begin, end);
-    default: return quantize_typed<Float16>(a, begin, end);
+    case 0:
+      return quantize_typed<float>(a, begin, end);
+    case 1:
+      return quantize_typed<double>(a, begin, end);
+    case 2:
+      return quantize_typed<BFloat16>(a, begin, end);
+    default:
+      return quantize_typed<Float16>(a, begin, end);
   }
 }
 
-// ---- logit ---------------------------------------------------------------------------------------------------------
+// ---- logit
+// ---------------------------------------------------------------------------------------------------------
 template <bool kInverse, class S>
 static void logit_task(const PreprocessArgs& a, const RowPlan& plan, int64_t task) {
   using T = Compute<S>;
@@ -250,13 +259,13 @@ static void logit_grad_task(const PreprocessArgs& a, const RowPlan& plan, int64_
     }
     each_vector<T>(n, [&](int64_t i, auto part) {
       const V v = load(x + i, part), gy = load(g + i, part), gt = load(grad_terms + i, part);
-      store(kInverse ? logit_inverse_vjp(v, gy, gt, map) : logit_forward_vjp(v, gy, gt, map), to + i,
-            part);
+      store(kInverse ? logit_inverse_vjp(v, gy, gt, map) : logit_forward_vjp(v, gy, gt, map),
+            to + i, part);
     });
     if constexpr (!kDirect) scatter(values, 1, n, out + begin);
   };
-  walk_rows(plan, task, element, [](int64_t, int64_t) { return 0.0; },
-            [](int64_t, int64_t, double) {});
+  walk_rows(
+      plan, task, element, [](int64_t, int64_t) { return 0.0; }, [](int64_t, int64_t, double) {});
 }
 
 template <bool kGrad, class S>
@@ -274,10 +283,14 @@ template <bool kGrad>
 static void logit_dtype(const PreprocessArgs& a, const RowPlan& p, int dtype, int64_t begin,
                         int64_t end) {
   switch (dtype) {
-    case 0: return logit_typed<kGrad, float>(a, p, begin, end);
-    case 1: return logit_typed<kGrad, double>(a, p, begin, end);
-    case 2: return logit_typed<kGrad, BFloat16>(a, p, begin, end);
-    default: return logit_typed<kGrad, Float16>(a, p, begin, end);
+    case 0:
+      return logit_typed<kGrad, float>(a, p, begin, end);
+    case 1:
+      return logit_typed<kGrad, double>(a, p, begin, end);
+    case 2:
+      return logit_typed<kGrad, BFloat16>(a, p, begin, end);
+    default:
+      return logit_typed<kGrad, Float16>(a, p, begin, end);
   }
 }
 
@@ -335,9 +348,11 @@ std::tuple<Tensor, Tensor> logit(const Tensor& x, double alpha, bool inverse) {
     PFK_CALL_LEVEL(logit_tasks, a, plan, dtype, begin, end);
   });
   if (dtype == kFloat64) {
-    finish_rows(plan, RowSums<double>{static_cast<double*>(a.log_det), a.partial, a.constant, nullptr});
+    finish_rows(plan,
+                RowSums<double>{static_cast<double*>(a.log_det), a.partial, a.constant, nullptr});
   } else {
-    finish_rows(plan, RowSums<float>{static_cast<float*>(a.log_det), a.partial, a.constant, nullptr});
+    finish_rows(plan,
+                RowSums<float>{static_cast<float*>(a.log_det), a.partial, a.constant, nullptr});
   }
   return {t.out, t.log_det};
 }

@@ -16,7 +16,8 @@ struct PreprocessTensors {
   PreprocessArgs args;
 };
 
-// Must agree with _edge_steps in ops/preprocess.py: how far noise before a logit stays from the edges of a level.
+// Must agree with _edge_steps in ops/preprocess.py: how far noise before a logit stays from the
+// edges of a level.
 inline int edge_steps(int64_t bits, double alpha) {
   const double steps = std::ceil(std::ldexp(8.0, static_cast<int>(bits) - 8) / (1 - 2 * alpha));
   return static_cast<int>(std::fmin(steps, (1 << (kNoiseBits - 1)) - 1));
@@ -34,12 +35,9 @@ inline Tensor empty_of_type(const Canonical& c, ScalarType type) {
 inline PreprocessTensors preprocess_tensors(const Tensor& x, ScalarType out, ScalarType log_det) {
   const Canonical c = canonical(x);
   const int64_t rows = x.dim() > 0 ? x.sizes()[0] : 1;
-  PreprocessTensors t{c,
-                      empty_of_type(c, out),
-                      torch::stable::new_empty(x, {rows}, log_det),
-                      rows,
-                      rows > 0 ? x.numel() / rows : 0,
-                      {}};
+  PreprocessTensors t{
+      c,    empty_of_type(c, out),           torch::stable::new_empty(x, {rows}, log_det),
+      rows, rows > 0 ? x.numel() / rows : 0, {}};
   t.args.in = c.tensor.const_data_ptr();
   t.args.out = t.out.mutable_data_ptr();
   t.args.log_det = t.log_det.mutable_data_ptr();
