@@ -91,7 +91,7 @@ class FlowDistribution(Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """The real line; for pixels the unit interval and the margin that alpha adds to it."""
-        each = constraints.real
+        each: constraints.Constraint = constraints.real
         if self.flow.preprocess is not None:
             margin = self.flow.preprocess.alpha / (1 - 2 * self.flow.preprocess.alpha)
             each = constraints.interval(-margin, 1 + margin)  # type: ignore[no-untyped-call]

@@ -93,13 +93,11 @@ class AffineCoupling(Bijection):
         self.scale_map = ops.scale_map(scale_map)
         self.split = "mask" if isinstance(split, Tensor) else split
         _check_split(split, channels)
-        # the mask is structure, not state: it follows the module's device but is not saved
-        self.register_buffer(
-            "mask", split if isinstance(split, Tensor) else None, persistent=False
-        )
-        passes, moves = (
-            channel_split_sizes(channels, swap) if split == "channel" else (channels, channels)
-        )
+        # True is transformed, swap included; structure and not state: moved, but not saved
+        mask = split ^ swap if isinstance(split, Tensor) else None
+        self.register_buffer("mask", mask, persistent=False)
+        halves = channel_split_sizes(channels, swap)
+        passes, moves = halves if self.split == "channel" else (channels, channels)
         per_element = 1 if self.scale_map.kind == "additive" else 2
         self.conditioner = build_conditioner(conditioner, passes, per_element * moves)
 
@@ -113,29 +111,31 @@ class AffineCoupling(Bijection):
 
     def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         check_channels("z" if inverse else "x", x, self.channels)
-        split = self._split_for(x)
-        params = condition(self.conditioner, self._passing(x, split), context)
+        mask = self._mask_for(x)
+        params = condition(self.conditioner, self._passing(x, mask), context)
         return ops.affine_coupling(
-            x, params, split=split, swap=self.swap, scale_map=self.scale_map, inverse=inverse
+            x,
+            params,
+            split="channel" if mask is None else mask,
+            swap=self.swap and mask is None,
+            scale_map=self.scale_map,
+            inverse=inverse,
         )
 
-    def _split_for(self, x: Tensor) -> str | Tensor:
-        if self.mask is not None:
-            return self.mask
-        return (
-            checkerboard_mask(tuple(x.shape[1:]), x.device)
-            if self.split == "checkerboard"
-            else "channel"
-        )
+    def _mask_for(self, x: Tensor) -> Tensor | None:
+        if self.split == "checkerboard":
+            return checkerboard_mask(tuple(x.shape[1:]), x.device) ^ self.swap
+        return self.mask
 
-    def _passing(self, x: Tensor, split: str | Tensor) -> Tensor:
+    def _passing(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the conditioner may see."""
-        if isinstance(split, str):
+        if mask is None:
             first = channel_split_sizes(self.channels)[0]
             return x[:, first:] if self.swap else x[:, :first]
-        mask = split.view(-1, *[1] * (x.dim() - 2)) if split.dim() == 1 else split
+        if mask.dim() == 1:
+            mask = mask.view(-1, *[1] * (x.dim() - 2))
         # select, not multiply: NaN where transformed must not reach the parameters
-        return torch.where(mask ^ self.swap, 0.0, x)
+        return x.masked_fill(mask, 0.0)
 
 
 class AdditiveCoupling(AffineCoupling):
