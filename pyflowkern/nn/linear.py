@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.ops._registry import accumulation_dtype
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 
@@ -105,7 +106,8 @@ class InvertibleLinear(Bijection):
     def _compute(self, inverse: bool) -> _Matrix:
         if self.parameterization == "plu":
             factors = (self.permutation, self.lower, self.upper, self.log_diag, self.sign)
-            return ops.plu_matrix(*factors, inverse=inverse), self.log_diag.sum()
+            log_abs_det = self.log_diag.sum(dtype=accumulation_dtype(self.log_diag.dtype))
+            return ops.plu_matrix(*factors, inverse=inverse), log_abs_det
         if self.parameterization == "householder":
             rotation = ops.householder_matrix(self.vectors)
             return (rotation.mT if inverse else rotation), rotation.new_zeros(())

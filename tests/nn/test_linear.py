@@ -96,6 +96,18 @@ def test_kept_matrices_are_neither_copied_nor_pickled(kind):
 
 
 @kinds
+def test_matrices_kept_in_inference_mode_serve_outside(kind):
+    layer = nn.InvertibleLinear(4, parameterization=kind).eval()
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.inference_mode():
+        expected = layer(x)[0].clone()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], expected)
+    layer(x)[0].sum().backward()
+    assert x.grad is not None
+
+
+@kinds
 def test_models_made_in_inference_mode_work(kind):
     with torch.inference_mode():
         layer = nn.InvertibleLinear(4, parameterization=kind).eval()
