@@ -3,27 +3,41 @@
 //
 //   d = (z - mean) e^-log_std,   log N(z) = -d^2 / 2 - log_std - log(2 pi) / 2
 //
-// The last constant, and the log_std of an event, are added once for a sample.
+// The last constant, and the log_std that all samples share, are added once for a sample.
 #pragma once
 
 #include "core/math.h"
 
 namespace pfk {
 
-enum ParameterKind : int { kNone, kEvent, kElement };  // none; alike for all samples; of every element
+enum ParameterKind : int {
+  kNone,
+  kEvent,
+  kElement
+};  // none; shared by all samples; of each element
 enum WantedGrads : int { kGradZ = 1, kGradMean = 2, kGradLogStd = 4 };
 
+// Pointers are to elements of the storage type; what samples share, sums and log-dets are of the
+// type computed in.
 struct NormalArgs {
   int mean_kind, log_std_kind;
-  double constant;  // of a sample, without what kEvent log_std add
+  int64_t rows, features;
+  int64_t channels, space;
+  bool channels_last;  // of z and of element parameters; what samples share is contiguous
+  double constant;     // of a sample, without shared log_std
   const void *z, *mean, *log_std;
-  // kEvent parameters as a block reads them: whole rows repeated where features are few
-  const void *event_mean, *event_scale;
-  const void* log_det;  // may be null
+  const void* log_det;  // or null
   void* out;
-  double* partial;  // forward: sums of chunks; backward: sums of row groups, [groups, 2, features]
   const void* grad;
-  void *grad_z, *grad_mean, *grad_log_std;  // null if not wanted; kEvent ones come from partial
+  void *grad_z, *grad_mean, *grad_log_std;  // null if not wanted
+
+  // Where the element of a sample at memory place i stands in a shared parameter.
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      int64_t shared_index(int64_t i) const {
+    return channels_last ? i % channels * space + i / channels : i;
+  }
 };
 
 }  // namespace pfk

@@ -61,8 +61,9 @@ def test_matches_float64(backend, shape, dtype):
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         eps = torch.finfo(value.dtype).eps
         gap, plain_gap = ((t.double() - exact).abs().max() for t in (value, plain))
-        # the floor: one rounding of every term, were they all of the same sign
-        assert gap <= 2 * plain_gap + eps * (math.prod(shape[1:]) + exact.abs().max())
+        # the floor: two roundings of every term, were they all of the same sign; float64 is its own
+        # reference
+        assert gap <= 2 * plain_gap + 2 * eps * (math.prod(shape[1:]) + exact.abs().max())
 
 
 def test_matches_torch_distributions(backend):
@@ -148,7 +149,7 @@ def test_empty(backend):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(4, 1), (70, 3), (3, 129), (33, 1000), (5, 3, 9, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 1), (70, 3), (3, 129), (31, 1030), (5, 3, 9, 7)], ids=str)
 def test_gradients(backend, shape, dtype):
     for mean, log_std in itertools.product(KINDS, KINDS):
         tensors = make(shape, mean, log_std, dtype)
