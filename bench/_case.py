@@ -18,6 +18,7 @@ __all__ = [
     "Outputs",
     "Provider",
     "caller",
+    "direction",
     "disagreement",
     "kept_bytes",
     "make_sets",
@@ -126,6 +127,11 @@ def outputs_of(value: Any) -> Outputs:
     )
 
 
+def direction(pass_: str) -> Inputs:
+    """Return the argument that makes a provider run the direction of a pass."""
+    return {"inverse": True} if pass_.startswith("inverse") else {}
+
+
 def _as_set(case: Case, inputs: Inputs) -> InputSet:
     leaves = {
         name: t.detach().requires_grad_()
@@ -136,19 +142,22 @@ def _as_set(case: Case, inputs: Inputs) -> InputSet:
 
 
 def make_sets(
-    case: Case, device: torch.device, cache_bytes: int, eager: Provider, inverse: bool
+    case: Case, device: torch.device, cache_bytes: int, eager: Provider, pass_: str
 ) -> list[InputSet]:
     """Return at most 64 input sets, with output gradients, that exceed the cache twice."""
     generator = torch.Generator(device).manual_seed(torch.seed() % 2**31)
     sets: list[InputSet] = []
+    outputs: Outputs = ()
     wanted = 3
     while len(sets) < wanted:
         inputs = case.make_inputs(generator, device, case.dtype)
-        if inverse:  # the latent of a forward: valid whatever the range of the function
-            with torch.no_grad():
+        with torch.no_grad():
+            if pass_.startswith("inverse"):  # from a forward: valid whatever the function's range
                 inputs[next(iter(inputs))] = outputs_of(eager(**inputs))[0].clone()
+            if pass_.endswith("backward") and not sets:
+                outputs = outputs_of(eager(**inputs, **direction(pass_)))
         new = _as_set(case, inputs)
-        for out in outputs_of(eager(**new.inputs, **({"inverse": True} if inverse else {}))):
+        for out in outputs:
             real = out.is_floating_point()
             new.grads.append(torch.empty_like(out).normal_(generator=generator) if real else out)
         sets.append(new)
@@ -161,7 +170,7 @@ def make_sets(
 
 def caller(provider: Provider, pass_: str) -> Callable[[InputSet], Any]:
     """Return a function that runs one pass on a set, as a user's code would."""
-    extra = {"inverse": True} if pass_.startswith("inverse") else {}
+    extra = direction(pass_)
     if not pass_.endswith("backward"):
         return lambda s: provider(**s.inputs, **extra)
 

@@ -21,6 +21,7 @@ from bench._case import (
     Lazy,
     Provider,
     caller,
+    direction,
     disagreement,
     kept_bytes,
     make_sets,
@@ -54,7 +55,8 @@ class Row:
 
 def _ceilings(case: Case, plan: Plan) -> dict[str, tuple[Sampler, float]]:
     """Return the copy, and the matrix product where flops count, with a call's bytes or flops."""
-    size = max(64 << 20, 2 * plan.cache_bytes) // 4
+    least = 64 << 20 if plan.device.type == "cpu" else 512 << 20
+    size = max(least, 2 * plan.cache_bytes) // 4
     source, target = (torch.randn(size, device=plan.device) for _ in range(2))
     found = {"copy": (Sampler(lambda _: target.copy_(source), plan, False), 2 * nbytes(source))}
     if case.flops is not None:
@@ -71,9 +73,7 @@ def _floor_ms(
     if pass_ == "call":
         return math.nan
     with torch.no_grad():
-        outputs = outputs_of(
-            eager(**s.inputs, **({"inverse": True} if pass_.startswith("inverse") else {}))
-        )
+        outputs = outputs_of(eager(**s.inputs, **direction(pass_)))
     moved = case.forward_bytes(s.inputs, outputs)
     flops = case.flops(s.inputs) if case.flops else 0.0
     if pass_.endswith("backward"):
@@ -132,7 +132,7 @@ def _checked(
 
 def _run_pass(case: Case, plan: Plan, pass_: str, eager: Provider) -> list[Row]:
     """Check, time and compare one pass of every provider."""
-    sets = make_sets(case, plan.device, plan.cache_bytes, eager, pass_.startswith("inverse"))
+    sets = make_sets(case, plan.device, plan.cache_bytes, eager, pass_)
     checked = _checked(case, plan, eager, pass_, sets[0])
     grad = pass_.endswith("backward") or pass_ == "call"
     samplers = {
@@ -177,7 +177,7 @@ def _per_round(times: Mapping[str, list[float]], above: str, below: str) -> floa
 
 def _run_memory(case: Case, plan: Plan, eager: Provider) -> list[Row]:
     """Measure what is kept for the backward and, on CUDA, the peak of a training step."""
-    s = make_sets(case, plan.device, plan.cache_bytes, eager, inverse=False)[0]
+    s = make_sets(case, plan.device, plan.cache_bytes, eager, "forward+backward")[0]
     checked = _checked(case, plan, eager, "forward+backward", s)
     rows = []
     for name, provider in checked.items():

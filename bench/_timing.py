@@ -36,13 +36,16 @@ class Sampler:
 
     def __init__(self, call: Callable[[Any], Any], plan: Plan, grad: bool) -> None:
         self.call, self.plan, self.grad, self.inner = call, plan, grad, 1
+        self.warm = True
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def prepare(self, sets: Sequence[Any], inner: int | None = None) -> None:
         """Warm up, then choose the number of inner calls; with --graphs, capture them."""
-        self(sets[:3])
-        self.inner = 5
-        once = min(self(sets) for _ in range(3))
+        once = min(self(sets[i:]) for i in range(2))
+        if once < 20.0:
+            self.inner = 5
+            once = min(self(sets) for _ in range(3))
+        self.warm = once < 20.0
         self.inner = inner or max(1, math.ceil(0.5 / once))
         if self.plan.graphs and self.plan.device.type == "cuda" and inner is None:
             graph = torch.cuda.CUDAGraph()
@@ -55,11 +58,12 @@ class Sampler:
     def __call__(self, sets: Sequence[Any]) -> float:
         """Return the time of one call in ms, taking the sets in turn.
 
-        One call is not timed: it brings back the code and the allocator's memory that the
-        provider before it pushed out of the caches.
+        Unless calls are long, one is not timed: it brings back the code and the allocator's
+        memory that the provider before it pushed out of the caches.
         """
         with torch.set_grad_enabled(self.grad):
-            self.call(sets[-1])
+            if self.warm:
+                self.call(sets[-1])
             if self.plan.device.type == "cuda":
                 return self._on_cuda(sets) / self.inner
             begin = time.perf_counter_ns()
@@ -92,7 +96,7 @@ class Neighbours:
         self.start = self._read()
 
     def cores(self) -> float:
-        """Return the mean number of busy cores that were not ours, NaN where the OS does not say."""
+        """Return the mean number of busy cores, NaN where the OS does not say."""
         wall, busy = (b - a for a, b in zip(self.start, self._read(), strict=True))
         return round(max(0.0, busy / wall), 2)
 

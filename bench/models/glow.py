@@ -33,7 +33,7 @@ def normflows_glow(device: torch.device) -> Any:
         width = channels * 2 ** (LEVELS + 1 - i)
         blocks = [nf.flows.GlowBlock(width, HIDDEN, scale_map="sigmoid") for _ in range(STEPS)]
         levels.append([*blocks, nf.flows.Squeeze()])
-        latent = (width, *[size // 2 ** (LEVELS - i)] * 2)
+        latent = (width if i == 0 else width // 2, *[size // 2 ** (LEVELS - i)] * 2)
         bases.append(nf.distributions.DiagGaussian(latent))
         if i > 0:
             merges.append(nf.flows.Merge())
@@ -44,7 +44,7 @@ def _ready(model: Any, device: torch.device) -> Any:
     """Initialise from data, then move the weights off zero: zeros would hide mistakes."""
     torch.manual_seed(0)
     model = model.to(device)
-    with torch.no_grad():
+    with torch.no_grad(), pyflowkern.use_reference():
         _log_prob(model)(torch.randn(32, *SHAPE, device=device))
         for p in model.parameters():
             p.add_(0.01 * torch.randn_like(p))

@@ -1,0 +1,80 @@
+"""The benchmark harness: its statistics, its checks and the form of its results."""
+
+import csv
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
+
+from bench import _environment, _report
+from bench._case import Case, Lazy, random_inputs
+from bench._harness import run_case
+from bench._timing import Plan, percentiles
+
+CPU = torch.device("cpu")
+PLAN = Plan(device=CPU, cache_bytes=1 << 16, rounds=5, seconds=0.1)
+
+
+def scaled(x, inverse=False, factor=2.0):
+    return x / factor if inverse else x * factor
+
+
+def missing(inputs):
+    import a_library_that_nobody_installed  # noqa: F401
+
+
+def tiny(**options):
+    providers = {
+        "eager": scaled,
+        "ours": scaled,
+        "wrong": partial(scaled, factor=2.1),
+        "absent": Lazy(missing),
+    }
+    make = random_inputs(x=(64, 32))
+    return Case("tiny", make, providers, compiles=False, **options)
+
+
+def test_percentiles_interpolate():
+    assert percentiles([3.0]) == (3.0, 3.0, 3.0)
+    assert percentiles([float(i) for i in range(11)]) == pytest.approx((2.0, 5.0, 8.0))
+
+
+def test_only_providers_that_agree_are_timed():
+    rows = run_case(tiny(), PLAN)
+    status = {(row.pass_, row.provider): row.status for row in rows}
+    for pass_ in ("forward", "forward+backward", "inverse", "inverse+backward"):
+        assert status[pass_, "eager"] == status[pass_, "ours"] == status[pass_, "floor"] == "ok"
+        assert "differs by" in status[pass_, "wrong"]
+        assert status[pass_, "absent"].startswith("not installed")
+    for row in rows:
+        if row.status == "ok" and row.metric == "ms":
+            assert 0 < row.p20 <= row.p50 <= row.p80
+        elif row.status != "ok":
+            assert math.isnan(row.p50)
+
+
+def test_memory_counts_what_is_kept():
+    square = {"eager": torch.square, "ours": torch.square}
+    make = random_inputs(input=(64, 32))
+    case = Case("square", make, square, passes=("forward+backward",), compiles=False)
+    kept = [row.p50 for row in run_case(case, PLAN) if row.pass_ == "kept for backward"]
+    assert kept == [64 * 32 * 4 / 2**20] * 2
+
+
+def test_results_have_the_documented_columns(tmp_path):
+    case = tiny(passes=("forward",), targets={"forward vs eager": 1e-9, "inverse vs floor": 1.0})
+    rows = run_case(case, PLAN)
+    verdicts = [met for _, met in _report.check_targets(case, rows)]
+    assert verdicts == [True, None]
+    assert "| forward (ms) | ours |" in _report.table(rows)
+    facts = _environment.describe(CPU)
+    paths = _report.write(tmp_path, "tiny", _report.records("tiny", rows, facts))
+    with paths[0].open() as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == [*_report.COLUMNS, *facts]
+    assert {row["provider"] for row in found} == {"floor", "eager", "ours", "wrong", "absent"}
