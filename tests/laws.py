@@ -86,3 +86,34 @@ def check_gradients(module, loss):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
+
+
+def law(op, reference, inputs, floor=4.0):
+    """Hold ``op`` to the error law: against float64, at most twice plain PyTorch's error at that dtype.
+
+    Values and gradients alike; ``floor`` roundings of the largest entry are allowed on top, since an error of plain
+    PyTorch may happen to be zero.  Half inputs count their gradients' storage rounding in both.
+    """
+
+    def run(function, tensors):
+        leaves = [
+            t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors
+        ]
+        y, log_det = function(*leaves)
+        g = normal(*y.shape, seed=7).to(y.dtype), normal(*log_det.shape, seed=8).to(log_det.dtype)
+        loss = (y.double() * g[0].double()).sum() + (log_det.double() * g[1].double()).sum()
+        return [y.detach(), log_det.detach(), *torch.autograd.grad(loss, leaves)]
+
+    ours, plain = run(op, inputs), run(reference, inputs)
+    exact = run(reference, [t.double() for t in inputs])
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.shape == c.shape
+        if a.numel() == 0:
+            continue
+        assert a.dtype == b.dtype
+        size = float(c.abs().max())
+        if i == 1:  # a sum of terms of order one, which may cancel
+            size = max(size, inputs[0][0].numel() ** 0.5)
+        allowed = 2 * (b.double() - c).abs().max() + floor * torch.finfo(a.dtype).eps * size
+        worst = (a.double() - c).abs().max()
+        assert worst <= allowed, f"result {i}: error {worst:.3g}, allowed {allowed:.3g}"

@@ -239,7 +239,7 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
 
 def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
     """Return the constraint over events of ``event_dim`` axes."""
-    return constraints.independent(constraint, event_dim)  # type: ignore[no-untyped-call]
+    return constraints.independent(constraint, event_dim)
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:

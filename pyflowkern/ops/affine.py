@@ -23,12 +23,20 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
+from pyflowkern.ops._coupling import (
+    LAYOUTS,
+    channel_split_sizes,
+    check_params,
+    checkerboard_mask,
+    mask_of,
+    parse_layout,
+    split_params,
+)
 from pyflowkern.ops._registry import (
     accumulation_dtype,
     check_batched,
     check_floating,
     check_same_device,
-    check_shape,
     empty_canonical,
     gradient_of_reference,
     register,
@@ -46,7 +54,6 @@ __all__ = [
 ]
 
 Save = Literal["input", "output"]
-_LAYOUTS = ("blocked", "interleaved", "feature_major")
 _INVERSE, _SWAP, _SHIFT_FIRST, _DIVIDE, _FROM_OUTPUT = 1, 2, 4, 8, 16
 
 
@@ -156,40 +163,21 @@ def affine_coupling(
     _check_save(save)
     check_batched("x", x)
     check_floating("params", params)
-    layout, raw_first = _parse_layout(params_layout)
-    mask = _mask_of(split, x)
+    layout, raw_first = parse_layout(params_layout)
+    mask = mask_of(split, x)
     check_same_device(x=x, params=params, mask=mask)
-    params = _check_params(x, params, split, swap, smap, layout)
+    params = check_params(x, params, split, swap, smap, layout)
     mask = ~mask if mask is not None and swap else mask
     swap = swap and mask is None
     if not kernel_serves("affine_coupling", x, params):
         return _coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
     flags = _flags(smap, inverse=inverse, swap=swap, save=save)
-    code = _LAYOUTS.index(layout) + (len(_LAYOUTS) if raw_first else 0)
+    code = LAYOUTS.index(layout) + (len(LAYOUTS) if raw_first else 0)
     dtype = torch.promote_types(x.dtype, params.dtype)
     out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.affine_coupling.default(
         x.to(dtype), params.to(dtype), mask, code, smap.code, smap.numbers, flags
     )
     return out if dtype == x.dtype else (out[0].to(x.dtype), out[1])
-
-
-def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
-    """Return how many channels pass and how many are transformed by a ``"channel"`` split."""
-    first, last = channels - channels // 2, channels // 2
-    return (last, first) if swap else (first, last)
-
-
-def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-    """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number."""
-    if len(event_shape) < 2:
-        raise ValueError(f"a checkerboard needs [C, *space], got event shape {tuple(event_shape)}")
-    space = event_shape[1:]
-    parity = torch.zeros(space, dtype=torch.int64, device=device)
-    for axis, size in enumerate(space):
-        shape = [1] * len(space)
-        shape[axis] = size
-        parity = parity + torch.arange(size, device=device).view(shape)
-    return (parity % 2 == 1).expand(event_shape).contiguous()
 
 
 # --- references ---------------------------------------------------------------------------------------------
@@ -223,9 +211,9 @@ def affine_coupling_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`affine_coupling` in plain PyTorch, differentiable by autograd to any order."""
     smap = _scale_map(scale_map)
-    layout, raw_first = _parse_layout(params_layout)
-    mask = _mask_of(split, x)
-    params = _check_params(x, params, split, swap, smap, layout)
+    layout, raw_first = parse_layout(params_layout)
+    mask = mask_of(split, x)
+    params = check_params(x, params, split, swap, smap, layout)
     mask = ~mask if mask is not None and swap else mask
     return _coupling_reference(
         x, params, mask, layout, raw_first, smap, swap and mask is None, inverse
@@ -259,7 +247,7 @@ def _coupling_reference(
     swap: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    shift, raw = _split_params(params, layout, raw_first, smap)
+    shift, raw = split_params(params, layout, raw_first, smap)
     if mask is not None:
         # masked positions get harmless parameters, so that garbage there reaches neither y nor its gradient
         shift = torch.where(mask, shift, 0.0)
@@ -271,21 +259,6 @@ def _coupling_reference(
     which = 0 if swap else 1
     parts[which], log_scale = _affine_elements(parts[which], raw, shift, smap, inverse)
     return torch.cat(parts, 1), log_scale.flatten(1).sum(1)
-
-
-def _split_params(
-    params: Tensor, layout: str, raw_first: bool, smap: ScaleMap
-) -> tuple[Tensor, Tensor | None]:
-    """Return shift and raw scale as views of ``params``, each shaped like the part they belong to."""
-    if smap.kind == "additive":
-        return (params.squeeze(-1) if layout == "feature_major" else params), None
-    if layout == "blocked":
-        a, b = params.chunk(2, 1)
-    elif layout == "interleaved":
-        a, b = params[:, 0::2], params[:, 1::2]
-    else:
-        a, b = params.unbind(-1)
-    return (b, a) if raw_first else (a, b)
 
 
 # --- argument checks ----------------------------------------------------------------------------------------
@@ -304,75 +277,6 @@ def _broadcast(name: str, t: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be broadcastable to x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
         ) from None
-
-
-def _parse_layout(name: str) -> tuple[str, bool]:
-    base = name.removesuffix("_raw_first")
-    if base not in _LAYOUTS:
-        raise ValueError(
-            f"params_layout must be one of {', '.join(_LAYOUTS)}, optionally with '_raw_first', got {name!r}"
-        )
-    return base, base != name
-
-
-def _mask_of(split: str | Tensor, x: Tensor) -> Tensor | None:
-    """Return the boolean mask ``[C, *space]`` of a split, None for the channel split."""
-    event = tuple(x.shape[1:])
-    if isinstance(split, str):
-        if split == "channel":
-            if x.shape[1] < 2:
-                raise ValueError(
-                    f"split='channel' needs at least 2 channels, got x of shape {tuple(x.shape)}"
-                )
-            return None
-        if split == "checkerboard":
-            return checkerboard_mask(event, x.device)
-        raise ValueError(
-            f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
-        )
-    if split.dtype != torch.bool:
-        raise TypeError(f"a split mask must be boolean, got {split.dtype}")
-    if tuple(split.shape) == event:
-        return split
-    check_shape("split", split, event[:1])
-    return split.view(-1, *[1] * (len(event) - 1)).expand(event)
-
-
-def _check_params(
-    x: Tensor, params: Tensor, split: str | Tensor, swap: bool, smap: ScaleMap, layout: str
-) -> Tensor:
-    """Check the shape of ``params``; spread parameters of transformed channels alone over all channels."""
-    n, c, *space = x.shape
-    per = 1 if smap.kind == "additive" else 2
-
-    def shape(size: int) -> tuple[int, ...]:
-        return (n, size, *space, per) if layout == "feature_major" else (n, per * size, *space)
-
-    full = shape(
-        channel_split_sizes(c, swap)[1] if isinstance(split, str) and split == "channel" else c
-    )
-    if tuple(params.shape) == full:
-        return params
-    if isinstance(split, Tensor) and split.dim() == 1 and params.dim() == len(full):
-        by_channel = split ^ swap
-        size = params.shape[1] if layout == "feature_major" else params.shape[1] // per
-        # counting True on a GPU would wait for it: there the caller's word is taken
-        known = split.device.type == "cpu" and not torch.compiler.is_compiling()
-        if (
-            0 < size < c
-            and tuple(params.shape) == shape(size)
-            and (not known or size == int(by_channel.sum()))
-        ):
-            index = (by_channel.cumsum(0) - 1).clamp(0, size - 1)
-            if layout == "blocked":
-                index = torch.cat([index + i * size for i in range(per)])
-            elif layout == "interleaved":
-                index = torch.stack([per * index + i for i in range(per)], 1).flatten()
-            return params.index_select(1, index)
-    raise ValueError(
-        f"params must have shape {full} for x of shape {tuple(x.shape)}, layout {layout!r} and map "
-        f"{smap.kind!r}, got {tuple(params.shape)}"
-    )
 
 
 def _flags(smap: ScaleMap, *, inverse: bool, save: Save, swap: bool = False) -> int:
@@ -410,8 +314,16 @@ def _fake_coupling_backward(
 
 
 def _map_of(kind: int, numbers: list[float], flags: int) -> ScaleMap:
+    clamp, gain, offset, eps, max_scale = numbers
     return ScaleMap(
-        KINDS[kind], *numbers, shift_first=bool(flags & _SHIFT_FIRST), divide=bool(flags & _DIVIDE)
+        KINDS[kind],
+        clamp=clamp,
+        gain=gain,
+        offset=offset,
+        eps=eps,
+        max_scale=max_scale,
+        shift_first=bool(flags & _SHIFT_FIRST),
+        divide=bool(flags & _DIVIDE),
     )
 
 
@@ -458,7 +370,7 @@ def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[
     code, kind, numbers = ctx.plan
     if torch.is_grad_enabled():
         smap, inverse = _map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
-        layout, raw_first = _LAYOUTS[code % len(_LAYOUTS)], code >= len(_LAYOUTS)
+        layout, raw_first = LAYOUTS[code % len(LAYOUTS)], code >= len(LAYOUTS)
         swap = bool(ctx.flags & _SWAP)
 
         def forward(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

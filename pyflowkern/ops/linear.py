@@ -222,9 +222,6 @@ def _check_mix(
 
 
 def _use_reference(x: Tensor, *others: Tensor | None) -> bool:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # until every build has the op
-    if not has_kernel("pyflowkern::channel_mix", "CPU"):
-        return True
     return x.shape[1] > _MAX_CHANNELS or not kernel_serves("channel_mix", x, *others)
 
 

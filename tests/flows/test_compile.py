@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from laws import normal, randomize
 
 from pyflowkern import flows
-from tests.laws import normal, randomize
 
 
 @pytest.mark.slow

@@ -5,9 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-
-from pyflowkern import flows, nn
-from tests.laws import (
+from laws import (
     check_copies,
     check_gradients,
     check_inverse,
@@ -16,6 +14,8 @@ from tests.laws import (
     normal,
     randomize,
 )
+
+from pyflowkern import flows, nn
 
 K = 2
 Glow = partial(flows.Glow, steps=1, hidden=4, context_features=K)

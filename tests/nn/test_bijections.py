@@ -4,10 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal, TransformedDistribution
-
-from pyflowkern import nn
-from tests.laws import (
+from laws import (
     check_copies,
     check_gradients,
     check_inverse,
@@ -16,6 +13,9 @@ from tests.laws import (
     normal,
     randomize,
 )
+from torch.distributions import Independent, Normal, TransformedDistribution
+
+from pyflowkern import nn
 
 K = 3
 MLP = partial(nn.MLP, hidden=8, context_features=K)

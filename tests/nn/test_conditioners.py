@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from laws import check_gradients, normal, randomize
 
 from pyflowkern import nn
-from tests.laws import check_gradients, normal, randomize
 
 NETS = {
     "MLP": (nn.MLP, (3,)),

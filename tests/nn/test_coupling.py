@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from laws import normal, randomize
 
 from pyflowkern import nn
-from tests.laws import normal, randomize
 
 MLP = partial(nn.MLP, hidden=8)
 CONV = partial(nn.ConvNet, hidden=8)

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from laws import normal, randomize
 
 from pyflowkern import nn, ops
-from tests.laws import normal, randomize
 
 KINDS = ["plu", "dense", "householder"]
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from laws import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyflowkern import nn
-from tests.laws import normal
 
 
 def moments(z):

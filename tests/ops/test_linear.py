@@ -323,9 +323,7 @@ def test_compile(backend):
     compiled = torch.compile(step, fullgraph=True)
     for a, b in zip(compiled(*args), step(*args), strict=True):
         torch.testing.assert_close(a, b)
-    for a, b in zip(
-        gradients(compiled, leaves(args)), gradients(step, leaves(args)), strict=True
-    ):
+    for a, b in zip(gradients(compiled, leaves(args)), gradients(step, leaves(args)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

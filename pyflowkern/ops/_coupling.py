@@ -1,0 +1,124 @@
+"""How a coupling splits its input, and how its parameters are laid out: masks, shapes, checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ops._registry import check_shape
+from pyflowkern.ops.scale_map import ScaleMap
+
+__all__ = [
+    "LAYOUTS",
+    "channel_split_sizes",
+    "check_params",
+    "checkerboard_mask",
+    "mask_of",
+    "parse_layout",
+    "split_params",
+]
+
+LAYOUTS = ("blocked", "interleaved", "feature_major")
+
+
+def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
+    """Return how many channels pass and how many are transformed by a ``"channel"`` split."""
+    first, last = channels - channels // 2, channels // 2
+    return (last, first) if swap else (first, last)
+
+
+def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number."""
+    if len(event_shape) < 2:
+        raise ValueError(f"a checkerboard needs [C, *space], got event shape {tuple(event_shape)}")
+    space = event_shape[1:]
+    parity = torch.zeros(space, dtype=torch.int64, device=device)
+    for axis, size in enumerate(space):
+        shape = [1] * len(space)
+        shape[axis] = size
+        parity = parity + torch.arange(size, device=device).view(shape)
+    return (parity % 2 == 1).expand(event_shape).contiguous()
+
+
+def parse_layout(name: str) -> tuple[str, bool]:
+    base = name.removesuffix("_raw_first")
+    if base not in LAYOUTS:
+        raise ValueError(
+            f"params_layout must be one of {', '.join(LAYOUTS)}, optionally with '_raw_first', got {name!r}"
+        )
+    return base, base != name
+
+
+def mask_of(split: str | Tensor, x: Tensor) -> Tensor | None:
+    """Return the boolean mask ``[C, *space]`` of a split, None for the channel split."""
+    event = tuple(x.shape[1:])
+    if isinstance(split, str):
+        if split == "channel":
+            if x.shape[1] < 2:
+                raise ValueError(
+                    f"split='channel' needs at least 2 channels, got x of shape {tuple(x.shape)}"
+                )
+            return None
+        if split == "checkerboard":
+            return checkerboard_mask(event, x.device)
+        raise ValueError(
+            f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
+        )
+    if split.dtype != torch.bool:
+        raise TypeError(f"a split mask must be boolean, got {split.dtype}")
+    if tuple(split.shape) == event:
+        return split
+    check_shape("split", split, event[:1])
+    return split.view(-1, *[1] * (len(event) - 1)).expand(event)
+
+
+def check_params(
+    x: Tensor, params: Tensor, split: str | Tensor, swap: bool, smap: ScaleMap, layout: str
+) -> Tensor:
+    """Check the shape of ``params``; spread parameters of transformed channels alone over all channels."""
+    n, c, *space = x.shape
+    per = 1 if smap.kind == "additive" else 2
+
+    def shape(size: int) -> tuple[int, ...]:
+        return (n, size, *space, per) if layout == "feature_major" else (n, per * size, *space)
+
+    full = shape(
+        channel_split_sizes(c, swap)[1] if isinstance(split, str) and split == "channel" else c
+    )
+    if tuple(params.shape) == full:
+        return params
+    if isinstance(split, Tensor) and split.dim() == 1 and params.dim() == len(full):
+        by_channel = split ^ swap
+        size = params.shape[1] if layout == "feature_major" else params.shape[1] // per
+        # counting True on a GPU would wait for it: there the caller's word is taken
+        known = split.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (
+            0 < size < c
+            and tuple(params.shape) == shape(size)
+            and (not known or size == int(by_channel.sum()))
+        ):
+            index = (by_channel.cumsum(0) - 1).clamp(0, size - 1)
+            if layout == "blocked":
+                index = torch.cat([index + i * size for i in range(per)])
+            elif layout == "interleaved":
+                index = torch.stack([per * index + i for i in range(per)], 1).flatten()
+            return params.index_select(1, index)
+    raise ValueError(
+        f"params must have shape {full} for x of shape {tuple(x.shape)}, layout {layout!r} and map "
+        f"{smap.kind!r}, got {tuple(params.shape)}"
+    )
+
+
+def split_params(
+    params: Tensor, layout: str, raw_first: bool, smap: ScaleMap
+) -> tuple[Tensor, Tensor | None]:
+    """Return shift and raw scale as views of ``params``, each shaped like the part they belong to."""
+    if smap.kind == "additive":
+        return (params.squeeze(-1) if layout == "feature_major" else params), None
+    if layout == "blocked":
+        a, b = params.chunk(2, 1)
+    elif layout == "interleaved":
+        a, b = params[:, 0::2], params[:, 1::2]
+    else:
+        a, b = params.unbind(-1)
+    return (b, a) if raw_first else (a, b)
