@@ -36,10 +36,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("family", choices=[*families(), "all"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no extra cases")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, no extra cases; writes to out/"
+        "--out",
+        type=Path,
+        help="folder; default bench/results/<device>, out/bench/<device> unless complete and quiet",
     )
-    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
     parser.add_argument(
         "--providers", nargs="+", default=[], help="these only: ours compile nflows ..."
     )
@@ -52,9 +54,6 @@ def arguments() -> argparse.Namespace:
 def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namespace) -> bool:
     """Run, print and write the cases of one family; return whether all who answered agreed."""
     facts = _environment.describe(plan.device)
-    folder = args.out or (ROOT.parent / "out" / "bench" if args.quick else ROOT / "results")
-    if args.out is None:
-        folder = folder / _environment.slug(facts, plan.device)
     print(
         f"# {family}: "
         + ", ".join(f"{key} {value}" for key, value in facts.items() if value != "")
@@ -73,12 +72,21 @@ def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namesp
         verdicts += [f"{case.name}: {line}" for line in lines]
         print("\n" + _report.table(found))
         print("\n".join([*lines, f"({time.monotonic() - begin:.0f} s)"]), flush=True)
+    folder = _folder(args, _environment.slug(facts, plan.device), any(row.noisy for row in rows))
     written = _report.write(folder, family, _report.records(family, rows, facts))
     picture = folder / f"{family}.png"
     if plot(picture, f"{family} on {facts['device']}, {facts['threads']} threads", rows):
         written.append(picture)
     print("\n" + "\n".join([*verdicts, *(f"wrote {path}" for path in written)]))
     return all(row.status == "ok" or row.status.startswith("not installed") for row in rows)
+
+
+def _folder(args: argparse.Namespace, device: str, noisy: bool) -> Path:
+    """Return where results go: a quick, partial or noisy run never replaces a good one."""
+    if args.out is not None:
+        return Path(args.out)
+    partial = args.quick or args.case or args.passes or args.providers or args.graphs
+    return (ROOT.parent / "out" / "bench" if partial or noisy else ROOT / "results") / device
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import torch
 import pyflowkern
 from pyflowkern import _library
 
-__all__ = ["cache_bytes", "describe", "slug"]
+__all__ = ["cache_bytes", "describe", "slug", "usable_cores"]
 
 
 def describe(device: torch.device) -> dict[str, str | int]:
@@ -30,9 +30,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "machine": cpu,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 0,
+        "cores": usable_cores(),
         "simd": _simd(),
         "kernels": "yes" if _has_kernels(device) else "no",
     }
@@ -47,6 +45,13 @@ def cache_bytes(device: torch.device) -> int:
         number, unit = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]
         sizes.append(int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit])
     return max(sizes) or 32 << 20
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def slug(facts: dict[str, str | int], device: torch.device) -> str:

@@ -28,6 +28,7 @@ from bench._case import (
     nbytes,
     outputs_of,
 )
+from bench._environment import usable_cores
 from bench._timing import Plan, Sampler, percentiles, take_turns
 
 __all__ = ["Row", "run_case"]
@@ -35,7 +36,10 @@ __all__ = ["Row", "run_case"]
 
 @dataclass
 class Row:
-    """One result: times in ms, or bytes in MiB; ``status`` is not "ok" where there is none."""
+    """One result: times in ms, or bytes in MiB; ``status`` is not "ok" where there is none.
+
+    ``neighbours`` counts the cores that others kept busy; ``noisy``: too few were left for our threads.
+    """
 
     case: str
     provider: str
@@ -50,6 +54,7 @@ class Row:
     speedup_vs_compile: float = math.nan
     time_vs_ours: float = math.nan
     neighbours: float = math.nan
+    noisy: bool = False
     status: str = "ok"
 
 
@@ -150,7 +155,15 @@ def _run_pass(case: Case, plan: Plan, pass_: str, eager: Provider) -> list[Row]:
     )
     costs = {name: percentiles(times[name])[1] / amount for name, (_, amount) in ceilings.items()}
     floor = _floor_ms(case, pass_, sets[0], eager, costs)
-    row_of = partial(Row, case.name, pass_=pass_, dtype=_name(case.dtype), neighbours=neighbours)
+    noisy = neighbours > usable_cores() - torch.get_num_threads() + 0.2
+    row_of = partial(
+        Row,
+        case.name,
+        pass_=pass_,
+        dtype=_name(case.dtype),
+        neighbours=neighbours,
+        noisy=noisy,
+    )
     rows = []
     if math.isfinite(floor):
         rows.append(row_of("floor", p20=floor, p50=floor, p80=floor, ratio_to_floor=1.0))

@@ -137,7 +137,7 @@ PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
   const V v = u * V(m.gain) + V(m.offset);
   const T sign = m.reciprocal ? T(-1) : T(1);
-  Scale<V> s;
+  Scale<V> s = {};
   if constexpr (kKind == kAdditive) {
     return {V(T(1)), V(T(0)), V(T(0))};
   } else if constexpr (kKind == kSigmoid || kKind == kSoftplus) {

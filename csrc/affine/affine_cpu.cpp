@@ -287,98 +287,42 @@ namespace {
 constexpr int64_t kChunk =
     16384;  // elements of a task: enough work for a thread, small enough to share out
 
-void plan_tasks(AffineArgs& a) {
-  const int64_t features = a.g.rows * a.g.length;
-  a.chunk = kChunk;
-  a.chunks = features > kChunk ? (features + kChunk - 1) / kChunk : 1;
-}
-
-std::tuple<Tensor, Tensor> run_forward(AffineTensors t) {
-  Tensor y = empty_like_canonical(t.x), log_det = empty_per_sample(y, t.args.g.samples);
-  AffineArgs& a = t.args;
-  plan_tasks(a);
-  a.out = y.mutable_data_ptr();
-  std::vector<double> partial(a.g.samples * a.chunks);
-  a.partial = partial.data();
-  const int dtype = dtype_of(y);
-  parallel_tasks(a.g.samples * a.chunks, a.g.x_sample / a.chunks, [&](int64_t begin, int64_t end) {
-    PFK_CALL_LEVEL(affine_forward, a, dtype, begin, end);
-  });
-  auto reduce = [&](auto* result) {
-    for (int64_t n = 0; n < a.g.samples; ++n) {
-      double sum = 0;
-      for (int64_t c = 0; c < a.chunks; ++c) sum += partial[n * a.chunks + c];
-      result[n] = static_cast<std::remove_reference_t<decltype(*result)>>(sum);
-    }
-  };
-  if (dtype == kFloat64) {
-    reduce(static_cast<double*>(log_det.mutable_data_ptr()));
-  } else {
-    reduce(static_cast<float*>(log_det.mutable_data_ptr()));
+template <class R>
+void reduce_chunks(const AffineArgs& a, R* log_det) {
+  for (int64_t n = 0; n < a.g.samples; ++n) {
+    double sum = 0;
+    for (int64_t c = 0; c < a.chunks; ++c) sum += a.partial[n * a.chunks + c];
+    log_det[n] = static_cast<R>(sum);
   }
-  return {y, log_det};
-}
-
-Tensor run_backward(AffineTensors& t, const Tensor& grad_y, const Tensor& grad_log_det) {
-  const Tensor gy = with_format(grad_y, t.x.channels_last);
-  const Tensor gl = torch::stable::contiguous(grad_log_det);
-  Tensor grad_x = empty_like_canonical(t.x);
-  AffineArgs& a = t.args;
-  plan_tasks(a);
-  a.out = grad_x.mutable_data_ptr();
-  a.grad_out = gy.const_data_ptr();
-  a.grad_log_det = gl.const_data_ptr();
-  const int dtype = dtype_of(grad_x);
-  parallel_tasks(a.g.samples * a.chunks, a.g.x_sample / a.chunks, [&](int64_t begin, int64_t end) {
-    PFK_CALL_LEVEL(affine_backward, a, dtype, begin, end);
-  });
-  return grad_x;
-}
-
-std::tuple<Tensor, Tensor> affine(const Tensor& x, const std::optional<Tensor>& raw,
-                                  const Tensor& shift, int64_t kind, std::vector<double> numbers,
-                                  int64_t flags) {
-  return run_forward(elementwise_tensors(x, raw, shift, kind, numbers, flags));
-}
-
-std::tuple<Tensor, Tensor, Tensor> affine_grad(const Tensor& grad_y, const Tensor& grad_log_det,
-                                               const Tensor& kept, const std::optional<Tensor>& raw,
-                                               const Tensor& shift, int64_t kind,
-                                               std::vector<double> numbers, int64_t flags) {
-  AffineTensors t = elementwise_tensors(kept, raw, shift, kind, numbers, flags);
-  Tensor grad_raw = empty_like_canonical({kind == kAdditive ? t.shift : t.raw, t.x.channels_last});
-  Tensor grad_shift = empty_like_canonical({t.shift, t.x.channels_last});
-  t.args.grad_raw = grad_raw.mutable_data_ptr();
-  t.args.grad_shift = grad_shift.mutable_data_ptr();
-  Tensor grad_x = run_backward(t, grad_y, grad_log_det);
-  return {grad_x, grad_raw, grad_shift};
-}
-
-std::tuple<Tensor, Tensor> coupling(const Tensor& x, const Tensor& params,
-                                    const std::optional<Tensor>& mask, int64_t layout, int64_t kind,
-                                    std::vector<double> numbers, int64_t flags) {
-  return run_forward(coupling_tensors(x, params, mask, layout, kind, numbers, flags));
-}
-
-std::tuple<Tensor, Tensor> coupling_grad(const Tensor& grad_y, const Tensor& grad_log_det,
-                                         const Tensor& kept, const Tensor& params,
-                                         const std::optional<Tensor>& mask, int64_t layout,
-                                         int64_t kind, std::vector<double> numbers, int64_t flags) {
-  AffineTensors t = coupling_tensors(kept, params, mask, layout, kind, numbers, flags);
-  const bool feature_major = layout % kRawFirst == kFeatureMajor;
-  Tensor grad_params = empty_like_canonical({t.shift, t.x.channels_last && !feature_major});
-  t.args.grad_raw = t.args.grad_shift = grad_params.mutable_data_ptr();
-  Tensor grad_x = run_backward(t, grad_y, grad_log_det);
-  return {grad_x, grad_params};
 }
 
 }  // namespace
+
+// Forward with a log-det to fill, backward without.
+static void run_affine_cpu(AffineArgs& a, const Tensor& out, Tensor* log_det) {
+  const int64_t features = a.g.rows * a.g.length;
+  a.chunk = kChunk;
+  a.chunks = features > kChunk ? (features + kChunk - 1) / kChunk : 1;
+  const int64_t tasks = a.g.samples * a.chunks;
+  std::vector<double> partial(log_det != nullptr ? tasks : 0);
+  a.partial = partial.data();
+  const int dtype = dtype_of(out);
+  parallel_tasks(tasks, a.g.x_sample / a.chunks, [&](int64_t begin, int64_t end) {
+    if (log_det != nullptr) {
+      PFK_CALL_LEVEL(affine_forward, a, dtype, begin, end);
+    } else {
+      PFK_CALL_LEVEL(affine_backward, a, dtype, begin, end);
+    }
+  });
+  if (log_det == nullptr) return;
+  if (dtype == kFloat64) {
+    reduce_chunks(a, static_cast<double*>(log_det->mutable_data_ptr()));
+  } else {
+    reduce_chunks(a, static_cast<float*>(log_det->mutable_data_ptr()));
+  }
+}
+
 }  // namespace pfk
 
-STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
-  m.impl("affine", TORCH_BOX(&pfk::affine));
-  m.impl("affine_backward", TORCH_BOX(&pfk::affine_grad));
-  m.impl("affine_coupling", TORCH_BOX(&pfk::coupling));
-  m.impl("affine_coupling_backward", TORCH_BOX(&pfk::coupling_grad));
-}
+PFK_REGISTER_AFFINE(CPU, pfk::run_affine_cpu)
 #endif

@@ -33,7 +33,8 @@ inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last,
     g.mask_step = 1;
   }
   const bool raw_first = layout >= kRawFirst;
-  if (kind == kAdditive) {  // shifts alone; feature-major ones, [N, moved, *space, 1], stay contiguous
+  if (kind ==
+      kAdditive) {  // shifts alone; feature-major ones, [N, moved, *space, 1], stay contiguous
     const bool strided = channels_last && layout % kRawFirst == kFeatureMajor;
     g.p_sample = moved * s;
     g.p_step = strided ? s : 1;
@@ -131,4 +132,79 @@ inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
   return t;
 }
 
+// ---- the ops, given what runs a filled AffineArgs on the device
+// ------------------------------------------------------
+using RunAffine = void (*)(AffineArgs&, const Tensor& out, Tensor* log_det);
+
+template <RunAffine kRun>
+std::tuple<Tensor, Tensor> run_forward(AffineTensors t) {
+  Tensor y = empty_like_canonical(t.x), log_det = empty_per_sample(y, t.args.g.samples);
+  t.args.out = y.mutable_data_ptr();
+  kRun(t.args, y, &log_det);
+  return {y, log_det};
+}
+
+template <RunAffine kRun>
+Tensor run_backward(AffineTensors& t, const Tensor& grad_y, const Tensor& grad_log_det) {
+  const Tensor gy = with_format(grad_y, t.x.channels_last);
+  const Tensor gl = torch::stable::contiguous(grad_log_det);
+  Tensor grad_x = empty_like_canonical(t.x);
+  t.args.out = grad_x.mutable_data_ptr();
+  t.args.grad_out = gy.const_data_ptr();
+  t.args.grad_log_det = gl.const_data_ptr();
+  kRun(t.args, grad_x, nullptr);
+  return grad_x;
+}
+
+template <RunAffine kRun>
+struct AffineOps {
+  static std::tuple<Tensor, Tensor> affine(const Tensor& x, const std::optional<Tensor>& raw,
+                                           const Tensor& shift, int64_t kind,
+                                           std::vector<double> numbers, int64_t flags) {
+    return run_forward<kRun>(elementwise_tensors(x, raw, shift, kind, numbers, flags));
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> affine_grad(
+      const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& kept,
+      const std::optional<Tensor>& raw, const Tensor& shift, int64_t kind,
+      std::vector<double> numbers, int64_t flags) {
+    AffineTensors t = elementwise_tensors(kept, raw, shift, kind, numbers, flags);
+    Tensor grad_raw =
+        empty_like_canonical({kind == kAdditive ? t.shift : t.raw, t.x.channels_last});
+    Tensor grad_shift = empty_like_canonical({t.shift, t.x.channels_last});
+    t.args.grad_raw = grad_raw.mutable_data_ptr();
+    t.args.grad_shift = grad_shift.mutable_data_ptr();
+    Tensor grad_x = run_backward<kRun>(t, grad_y, grad_log_det);
+    return {grad_x, grad_raw, grad_shift};
+  }
+
+  static std::tuple<Tensor, Tensor> coupling(const Tensor& x, const Tensor& params,
+                                             const std::optional<Tensor>& mask, int64_t layout,
+                                             int64_t kind, std::vector<double> numbers,
+                                             int64_t flags) {
+    return run_forward<kRun>(coupling_tensors(x, params, mask, layout, kind, numbers, flags));
+  }
+
+  static std::tuple<Tensor, Tensor> coupling_grad(const Tensor& grad_y, const Tensor& grad_log_det,
+                                                  const Tensor& kept, const Tensor& params,
+                                                  const std::optional<Tensor>& mask, int64_t layout,
+                                                  int64_t kind, std::vector<double> numbers,
+                                                  int64_t flags) {
+    AffineTensors t = coupling_tensors(kept, params, mask, layout, kind, numbers, flags);
+    const bool feature_major = layout % kRawFirst == kFeatureMajor;
+    Tensor grad_params = empty_like_canonical({t.shift, t.x.channels_last && !feature_major});
+    t.args.grad_raw = t.args.grad_shift = grad_params.mutable_data_ptr();
+    Tensor grad_x = run_backward<kRun>(t, grad_y, grad_log_det);
+    return {grad_x, grad_params};
+  }
+};
+
 }  // namespace pfk
+
+#define PFK_REGISTER_AFFINE(key, run)                                                   \
+  STABLE_TORCH_LIBRARY_IMPL(pyflowkern, key, m) {                                       \
+    m.impl("affine", TORCH_BOX(&pfk::AffineOps<run>::affine));                          \
+    m.impl("affine_backward", TORCH_BOX(&pfk::AffineOps<run>::affine_grad));            \
+    m.impl("affine_coupling", TORCH_BOX(&pfk::AffineOps<run>::coupling));               \
+    m.impl("affine_coupling_backward", TORCH_BOX(&pfk::AffineOps<run>::coupling_grad)); \
+  }

@@ -15,6 +15,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__CUDACC__)
+#define PFK_UNROLL _Pragma("unroll")
+#else
+#define PFK_UNROLL _Pragma("GCC unroll 10")
+#endif
+
 PFK_BEGIN
 
 constexpr int kPhiloxRounds = 10;
@@ -33,28 +39,41 @@ PFK_HD WidePair<uint32_t> multiply_wide(uint32_t a, uint32_t b) {
 }
 
 #if !defined(__CUDACC__)
+// Vectors that go through every step side by side: the chain of ten rounds is longer than a
+// scheduler looks ahead, and alone would leave the multipliers idle.  Nanoseconds a 16-bit word on
+// Zen 3: 0.41 with one, 0.31 two, 0.27 four.
 struct Words {
   typedef uint64_t Raw __attribute__((vector_size(kVecBytes)));
+  static constexpr int kVectors = 4;
   static constexpr int kLanes = kVecBytes / 8;
-  Raw v;
+  Raw v[kVectors];
 
   Words() = default;
-  PFK_HD Words(Raw r) : v(r) {}
-  PFK_HD explicit Words(uint64_t s) : v(s - Raw{}) {}
+  PFK_HD explicit Words(uint64_t s) {
+    for (Raw& x : v) x = s - Raw{};
+  }
 };
-PFK_HD Words operator^(Words a, Words b) { return a.v ^ b.v; }
+PFK_HD Words operator^(Words a, Words b) {
+  for (int i = 0; i < Words::kVectors; ++i) a.v[i] ^= b.v[i];
+  return a;
+}
 
-PFK_HD WidePair<Words> multiply_wide(Words a, Words b) {
+PFK_HD Words::Raw multiply_low(Words::Raw a, Words::Raw b) {
 #if PFK_SIMD_LEVEL == 2
-  const Words p = (Words::Raw)_mm512_maskz_mul_epu32(0xff, (__m512i)a.v, (__m512i)b.v);
+  return (Words::Raw)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
 #elif PFK_SIMD_LEVEL == 1
-  const Words p = (Words::Raw)_mm256_mul_epu32((__m256i)a.v, (__m256i)b.v);
+  return (Words::Raw)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-  const Words p = (Words::Raw)_mm_mul_epu32((__m128i)a.v, (__m128i)b.v);
+  return (Words::Raw)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-  const Words p = (a.v & 0xffffffffu) * (b.v & 0xffffffffu);
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
-  return {Words(p.v >> 32), p};
+}
+PFK_HD WidePair<Words> multiply_wide(Words a, Words b) {
+  WidePair<Words> r;
+  for (int i = 0; i < Words::kVectors; ++i) r.low.v[i] = multiply_low(a.v[i], b.v[i]);
+  for (int i = 0; i < Words::kVectors; ++i) r.high.v[i] = r.low.v[i] >> 32;
+  return r;
 }
 #endif
 
@@ -65,20 +84,34 @@ struct PhiloxBlock {
   W word[4];
 };
 
+// The keys of the rounds.  In lanes they are broadcast once, and then read from L1 by the xor
+// itself.
 template <class W>
-PFK_HD PhiloxBlock<W> philox(PhiloxBlock<W> c, uint64_t seed) {
+struct PhiloxKeys {
+  W key[kPhiloxRounds][2];
+};
+template <class W>
+PFK_HD PhiloxKeys<W> philox_keys(uint64_t seed) {
+  PhiloxKeys<W> k;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
+  PFK_UNROLL
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    k.key[round][0] = W(k0);
+    k.key[round][1] = W(k1);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return k;
+}
+
+template <class W>
+PFK_HD PhiloxBlock<W> philox(PhiloxBlock<W> c, const PhiloxKeys<W>& k) {
+  PFK_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const WidePair<W> a = multiply_wide(c.word[0], W(0xD2511F53u));
     const WidePair<W> b = multiply_wide(c.word[2], W(0xCD9E8D57u));
-    c = {{b.high ^ c.word[1] ^ W(k0), b.low, a.high ^ c.word[3] ^ W(k1), a.low}};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    c = {
+        {b.high ^ c.word[1] ^ k.key[round][0], b.low, a.high ^ c.word[3] ^ k.key[round][1], a.low}};
   }
   return c;
 }
@@ -86,39 +119,42 @@ PFK_HD PhiloxBlock<W> philox(PhiloxBlock<W> c, uint64_t seed) {
 // Block `index` of the stream.
 PFK_HD PhiloxBlock<uint32_t> philox_block(uint64_t index, uint64_t seed) {
   const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
-  return philox<uint32_t>({{low, high, 0, 0}}, seed);
+  return philox<uint32_t>({{low, high, 0, 0}}, philox_keys<uint32_t>(seed));
 }
 
 #if !defined(__CUDACC__)
 // Blocks first .. first + count - 1, as 16-bit words in order: eight a block.  Writes whole
 // vectors, up to philox_padding() words more.
-constexpr int philox_padding() { return (2 * Words::kLanes - 1) * kPhiloxHalves; }
+constexpr int philox_padding() { return (Words::kVectors * Words::kLanes - 1) * kPhiloxHalves; }
 
 static inline void philox_fill(uint64_t first, int64_t count, uint64_t seed, uint16_t* out) {
+  using Raw = Words::Raw;
   constexpr int w = Words::kLanes;
-  Words::Raw lane;
+  const PhiloxKeys<Words> keys = philox_keys<Words>(seed);
+  Raw lane;
   for (int j = 0; j < w; ++j) lane[j] = j;
-  for (int64_t i = 0; i < count; i += 2 * w) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {  // two independent chains hide each other's latency
-      const Words::Raw index = lane + (first + i + half * w);
-      PhiloxBlock<Words> b = philox<Words>({{index, index >> 32, Words(0), Words(0)}}, seed);
+  for (int64_t i = 0; i < count; i += Words::kVectors * w) {
+    PhiloxBlock<Words> b;
+    for (int k = 0; k < Words::kVectors; ++k) {
+      b.word[0].v[k] = lane + (first + i + k * w);
+      b.word[1].v[k] = b.word[0].v[k] >> 32;
+    }
+    b.word[2] = b.word[3] = Words(0);
+    b = philox(b, keys);
+    for (int k = 0; k < Words::kVectors; ++k) {
       // words 0 and 1, and 2 and 3, side by side; then block by block
-      const Words::Raw a = (b.word[0].v & 0xffffffffu) | (b.word[1].v << 32);
-      const Words::Raw c = (b.word[2].v & 0xffffffffu) | (b.word[3].v << 32);
-      uint64_t* to = reinterpret_cast<uint64_t*>(out + (i + half * w) * kPhiloxHalves);
-      Words::Raw r[2];
+      const Raw a = (b.word[0].v[k] & 0xffffffffu) | (b.word[1].v[k] << 32);
+      const Raw c = (b.word[2].v[k] & 0xffffffffu) | (b.word[3].v[k] << 32);
 #if PFK_SIMD_LEVEL == 2
-      r[0] = __builtin_shuffle(a, c, (Words::Raw){0, 8, 1, 9, 2, 10, 3, 11});
-      r[1] = __builtin_shuffle(a, c, (Words::Raw){4, 12, 5, 13, 6, 14, 7, 15});
+      const Raw r[2] = {__builtin_shuffle(a, c, Raw{0, 8, 1, 9, 2, 10, 3, 11}),
+                        __builtin_shuffle(a, c, Raw{4, 12, 5, 13, 6, 14, 7, 15})};
 #elif PFK_SIMD_LEVEL == 1
-      r[0] = __builtin_shuffle(a, c, (Words::Raw){0, 4, 1, 5});
-      r[1] = __builtin_shuffle(a, c, (Words::Raw){2, 6, 3, 7});
+      const Raw r[2] = {__builtin_shuffle(a, c, Raw{0, 4, 1, 5}),
+                        __builtin_shuffle(a, c, Raw{2, 6, 3, 7})};
 #else
-      r[0] = __builtin_shuffle(a, c, (Words::Raw){0, 2});
-      r[1] = __builtin_shuffle(a, c, (Words::Raw){1, 3});
+      const Raw r[2] = {__builtin_shuffle(a, c, Raw{0, 2}), __builtin_shuffle(a, c, Raw{1, 3})};
 #endif
-      memcpy(to, r, sizeof r);
+      memcpy(out + (i + k * w) * kPhiloxHalves, r, sizeof r);
     }
   }
 }

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every CUDA kernel shares: storage types, 16-byte packs, block sums, launches on torch's
+// current stream.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "core/host.h"
+#include "core/math.h"
+
+// Launches go through this macro, so that the same source can be compiled for the host (which has
+// no <<<>>>).
+#define PFK_LAUNCH(kernel, grid, block, stream, ...) \
+  do {                                               \
+    kernel<<<grid, block, 0, stream>>>(__VA_ARGS__); \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                  \
+  } while (0)
+
+PFK_BEGIN
+
+constexpr int kThreads = 256;
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// ---- storage
+// -------------------------------------------------------------------------------------------------------
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+PFK_HD float widen(float x) { return x; }
+PFK_HD double widen(double x) { return x; }
+PFK_HD float widen(__half x) { return __half2float(x); }
+PFK_HD float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class S>
+PFK_HD S narrow(Compute<S> x) {
+  if constexpr (sizeof(S) == sizeof(x)) {
+    return x;
+  } else {
+    return S(x);
+  }
+}
+
+// kCount consecutive elements moved in one access: 16 bytes, or a single element where rows are not
+// aligned.
+template <class S, bool kWide>
+struct alignas(kWide ? 16 : sizeof(S)) Pack {
+  static constexpr int kCount = kWide ? 16 / sizeof(S) : 1;
+  S lanes[kCount];
+  static PFK_HD Pack load(const S* p) { return *reinterpret_cast<const Pack*>(p); }
+  PFK_HD void store(S* p) const { *reinterpret_cast<Pack*>(p) = *this; }
+};
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// ---- reductions: a fixed tree, so the same bits every run
+// ---------------------------------------------------------- Sum over the block; thread 0 has it.
+// `scratch` holds kThreads / 32 values.
+template <class T>
+__device__ inline T block_sum(T value, T* scratch) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, offset);
+  }
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kThreads / 32; ++w) value += scratch[w];
+  }
+  return value;
+}
+
+PFK_END
