@@ -38,7 +38,7 @@ __all__ = ["Row", "run_case"]
 class Row:
     """One result: times in ms, or bytes in MiB; ``status`` is not "ok" where there is none.
 
-    ``neighbours`` counts the cores that others kept busy; ``noisy``: too few were left for our threads.
+    ``neighbours`` counts the cores that others kept busy; ``noisy``: they left too few for us.
     """
 
     case: str

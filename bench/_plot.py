@@ -18,6 +18,7 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    title += " (NOISY)" if any(row.noisy for row in rows) else ""
     shown = [
         row for row in rows if math.isfinite(row.speedup_vs_eager) and row.provider != "eager"
     ]
