@@ -12,7 +12,6 @@ import torch
 
 import bench.models
 import bench.ops
-import pyflowkern
 from bench import _environment, _report
 from bench._case import Case
 from bench._harness import Row, run_case
@@ -58,10 +57,6 @@ def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namesp
         f"# {family}: "
         + ", ".join(f"{key} {value}" for key, value in facts.items() if value != "")
     )
-    if facts["kernels"] == "no":
-        print(
-            "\nNo kernels for this device: ours runs the reference.\n" + pyflowkern.show_config()
-        )
     rows: list[Row] = []
     verdicts: list[str] = []
     for case in cases:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "Case",
@@ -26,6 +27,7 @@ __all__ = [
     "outputs_of",
     "random_inputs",
     "read_and_write",
+    "runs_kernel",
 ]
 
 Inputs = dict[str, Any]
@@ -220,6 +222,25 @@ def disagreement(case: Case, provider: Provider, eager: Provider, pass_: str, s:
         if not error <= rtol:
             return f"result {i} differs by {error:.1e}"
     return ""
+
+
+class _SeesKernels(TorchDispatchMode):
+    """Notes whether an op of ours runs."""
+
+    seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.seen |= func.namespace == "pyflowkern"
+        return func(*args, **kwargs or {})
+
+
+def runs_kernel(provider: Provider, pass_: str, s: InputSet) -> bool:
+    """Return whether a pass of the public function ran a kernel, not its reference."""
+    with _SeesKernels() as mode:
+        _results(provider, pass_, s)
+    return mode.seen
 
 
 def kept_bytes(provider: Provider, s: InputSet) -> int:

@@ -32,7 +32,6 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "machine": cpu,
         "cores": usable_cores(),
         "simd": _simd(),
-        "kernels": "yes" if _has_kernels(device) else "no",
     }
 
 
@@ -67,16 +66,12 @@ def _cpu_model() -> str:
 
 
 def _simd() -> str:
-    """Return the SIMD level that was asked for, else what torch finds on this processor."""
-    return os.environ.get("PYFLOWKERN_SIMD") or torch.backends.cpu.get_cpu_capability()
-
-
-def _has_kernels(device: torch.device) -> bool:
+    """Return the SIMD level of our kernels, else torch's."""
     try:
-        _library.require_kernels(device.type)
+        _library.require_kernels("cpu")
     except RuntimeError:
-        return False
-    return True
+        return f"torch {torch.backends.cpu.get_cpu_capability()}"
+    return _library.simd_level()
 
 
 def _output(*command: str) -> str:

@@ -27,6 +27,7 @@ from bench._case import (
     make_sets,
     nbytes,
     outputs_of,
+    runs_kernel,
 )
 from bench._environment import usable_cores
 from bench._timing import Plan, Sampler, percentiles, take_turns
@@ -38,7 +39,8 @@ __all__ = ["Row", "run_case"]
 class Row:
     """One result: times in ms, or bytes in MiB; ``status`` is not "ok" where there is none.
 
-    ``neighbours`` counts the cores that others kept busy; ``noisy``: they left too few for us.
+    ``kernel`` says of ours whether a kernel ran, or the reference for want of one.  ``neighbours`` counts the cores
+    that others kept busy; ``noisy``: they left too few for us.
     """
 
     case: str
@@ -55,6 +57,7 @@ class Row:
     time_vs_ours: float = math.nan
     neighbours: float = math.nan
     noisy: bool = False
+    kernel: str = ""
     status: str = "ok"
 
 
@@ -172,6 +175,8 @@ def _run_pass(case: Case, plan: Plan, pass_: str, eager: Provider) -> list[Row]:
         if isinstance(provider, str):
             row.status = provider
         else:
+            if name == "ours":
+                row.kernel = "yes" if runs_kernel(provider, pass_, sets[0]) else "no"
             row.p20, row.p50, row.p80 = percentiles(times[name])
             row.ratio_to_floor = row.p50 / floor
             row.speedup_vs_eager = _per_round(times, "eager", name)

@@ -23,6 +23,7 @@ COLUMNS = (
         "time_vs_ours",
         "neighbours",
         "noisy",
+        "kernel",
         "status",
         "dtype",
     ),
@@ -65,7 +66,8 @@ def table(rows: Sequence[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        head = f"| {row.pass_} ({row.metric}) | {row.provider} |"
+        who = "ours (reference)" if row.kernel == "no" else row.provider
+        head = f"| {row.pass_} ({row.metric}) | {who} |"
         if row.status == "ok":
             numbers = [row.p20, row.p50, row.p80, row.ratio_to_floor]
             numbers += [row.speedup_vs_eager, row.speedup_vs_compile, row.time_vs_ours]

@@ -36,6 +36,32 @@ struct PreprocessArgs {
 
 PFK_BEGIN
 
+// ---- logarithm of positive normal numbers
+// -------------------------------------------------------- A sigmoid's two sides are nearly always
+// such: then log_'s special cases and its division are spared, 12 cycles a vector of 8 on Zen 3
+// against 20.  Anything else gives something arbitrary.
+template <class V>
+PFK_HD V log_normal(V x) {
+#if !defined(__CUDACC__)
+  if constexpr (sizeof(V) == sizeof(Vec<float>) && sizeof(Lane<V>) == 4 && sizeof(V) > 4) {
+    // x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2 / 2 + f^3 r(f); relative
+    // error 3.4e-9
+    using F = Float<float>;
+    const typename V::RawInt i = bits(x), offset = i - bits(V(0.70710678118654752440f));
+    const typename V::RawInt e = offset >> F::kMantissa;
+    const V f = from_bits<float>(i - (e << F::kMantissa)) - V(1.0f), square = f * f;
+    const V r =
+        polynomial(f, {0.333333313f, -0.24999997f, 0.200007156f, -0.166678026f, 0.142490581f,
+                       -0.124256872f, 0.116854198f, -0.114797339f, 0.0697161183f});
+    const V k = __builtin_convertvector(e, typename V::Raw);
+    return k * V(F::kLn2Hi) + (f + (f * square * r + k * V(F::kLn2Lo) - square * V(0.5f)));
+  }
+#endif
+  return log_(x);
+}
+
+// ---- the logit
+// -----------------------------------------------------------------------------------
 template <class T>
 struct LogitMap {
   T alpha, width, inverse_width;
@@ -63,9 +89,13 @@ struct LogitOut {
   V y, term;
 };
 template <class V>
-PFK_HD LogitOut<V> logit_forward(V x, const LogitMap<Lane<V>>& m) {
-  const Odds<V> o = odds(x, m);
+PFK_HD LogitOut<V> logit_forward(const Odds<V>& o) {
   const V log_p = log_(o.p), log_q = log_(o.q);
+  return {log_p - log_q, -(log_p + log_q)};
+}
+template <class V>
+PFK_HD LogitOut<V> logit_forward_normal(const Odds<V>& o) {  // p and q positive normal numbers
+  const V log_p = log_normal(o.p), log_q = log_normal(o.q);
   return {log_p - log_q, -(log_p + log_q)};
 }
 // The same for p and q of at least 2^-22, with one logarithm: the term is p q here, of which a sum
@@ -74,10 +104,11 @@ PFK_HD LogitOut<V> logit_forward(V x, const LogitMap<Lane<V>>& m) {
 template <class V>
 PFK_HD LogitOut<V> logit_of_level(V x, const LogitMap<Lane<V>>& m) {
   const Odds<V> o = odds(x, m);
-  return {log_(o.p / o.q), o.p * o.q};
+  return {log_normal(o.p / o.q), o.p * o.q};
 }
 
-// sigmoid and its complement, neither by subtraction, and log p + log q = -|y| - 2 log(1 + e^-|y|).
+// sigmoid and its complement, neither by subtraction, and log p + log q = 2 log max(p, q) - |y|,
+// whose magnitude is 2 log 2 at least, so that the rounding of a maximum near 1 does no harm.
 template <class V>
 struct Sigmoid {
   V p, q, log_pq;
@@ -88,7 +119,7 @@ PFK_HD Sigmoid<V> sigmoid_odds(V y) {
   const V a = abs_(y), e = exp_(-a);
   const V large = V(T(1)) / (V(T(1)) + e), small = e * large;
   return {select(y < T(0), small, large), select(y < T(0), large, small),
-          -(a + V(T(2)) * log1p_(e))};
+          V(T(2)) * log_normal(large) - a};
 }
 template <class V>
 PFK_HD LogitOut<V> logit_inverse(V y, const LogitMap<Lane<V>>& m) {

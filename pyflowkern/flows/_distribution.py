@@ -94,7 +94,7 @@ class FlowDistribution(Distribution):
         each: constraints.Constraint = constraints.real
         if self.flow.preprocess is not None:
             margin = self.flow.preprocess.alpha / (1 - 2 * self.flow.preprocess.alpha)
-            each = constraints.interval(-margin, 1 + margin)  # type: ignore[no-untyped-call]
+            each = constraints.interval(-margin, 1 + margin)
         return independent(each, len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:

@@ -178,8 +178,9 @@ def plu_matrix_reference(
     up = torch.triu(upper.to(work), 1) + torch.diag(sign.to(work) * torch.exp(log_diag.to(work)))
     with full_precision(lower):
         if not inverse:
-            return (lo @ up).index_select(0, permutation).to(lower.dtype)
-        inv = torch.linalg.solve_triangular(lo, eye, upper=False, unitriangular=True)
+            product: Tensor = (lo @ up).index_select(0, permutation)
+            return product.to(lower.dtype)
+        inv: Tensor = torch.linalg.solve_triangular(lo, eye, upper=False, unitriangular=True)
         inv = torch.linalg.solve_triangular(up, inv, upper=True)
     return inv.index_select(1, permutation).to(lower.dtype)
 

@@ -81,8 +81,8 @@ def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
         config = _planned(config, comparison, minutes * 60 - (time.monotonic() - start))
     g = config.flow_args
     print(
-        f"2/2  training Glow ({g['levels']} levels x {g['steps']} steps, hidden {g['hidden']}) on 32x32 patches of five "
-        f"photographs,\n     {config.steps} steps of {config.batch_size}; two other photographs are held out",
+        f"2/2  training Glow ({g['levels']} levels x {g['steps']} steps, hidden {g['hidden']}) on 32x32 patches of "
+        f"five photographs,\n     {config.steps} steps of {config.batch_size}; two other photographs are held out",
         flush=True,
     )
     write_atomic(measured, lambda path: path.write_text(json.dumps(asdict(comparison))))

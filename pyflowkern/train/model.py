@@ -68,7 +68,7 @@ class DataFlow(nn.Module):
 def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
     """Build the configured flow for a data set, or for the facts about one that a checkpoint stores."""
     facts = data if isinstance(data, dict) else data_facts(data)
-    known = {
+    known: dict[str, Any] = {
         n: c
         for n, c in vars(flows).items()
         if inspect.isclass(c) and issubclass(c, Flow) and c is not Flow

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-
 from laws import jacobian_log_det, law, normal
+
 from pyflowkern.ops import actnorm, actnorm_reference, channel_moments
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
