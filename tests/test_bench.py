@@ -76,7 +76,7 @@ def test_results_have_the_documented_columns(tmp_path):
     for row in rows:
         row.noisy = True
     assert [met for _, met in _report.check_targets(case, rows)] == [None, None]
-    assert "| forward (ms) | ours |" in _report.table(rows)
+    assert "| forward (ms) | ours (reference) |" in _report.table(rows)
     facts = _environment.describe(CPU)
     paths = _report.write(tmp_path, "tiny", _report.records("tiny", rows, facts))
     with paths[0].open() as file:
