@@ -26,8 +26,7 @@ PFK_BEGIN
 constexpr int kPhiloxRounds = 10;
 constexpr int kPhiloxHalves = 8;  // 16-bit words of a block
 
-// ---- words: a plain integer, or one in every lane
-// ----------------------------------------------------------------
+// ---- words: a plain integer, or one in every lane ----------------------------------------------
 template <class W>
 struct WidePair {
   W high, low;
@@ -77,8 +76,7 @@ PFK_HD WidePair<Words> multiply_wide(Words a, Words b) {
 }
 #endif
 
-// ---- the generator
-// -------------------------------------------------------------------------------------------------
+// ---- the generator -----------------------------------------------------------------------------
 template <class W>
 struct PhiloxBlock {
   W word[4];

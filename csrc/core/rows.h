@@ -63,9 +63,9 @@ static inline void finish_rows(const RowPlan& p, const RowSums<T>& s) {
 
 PFK_BEGIN
 
-// ---- vectors, the last one partial
-// --------------------------------------------------------------------------------- each_vector(n,
-// f) calls f(i, Full{}) for whole vectors and f(i, Part{m}) for the last m < lanes elements.
+// ---- vectors, the last one partial -------------------------------------------------------------
+
+// each_vector(n, f) calls f(i, Full{}) for whole vectors and f(i, Part{m}) for the last m elements.
 struct Full {};
 struct Part {
   int count;
@@ -101,8 +101,7 @@ static PFK_HD void store(Vec<T> x, T* p, Part part) {
   memcpy(p, lanes, part.count * sizeof(T));
 }
 
-// ---- sums
-// ------------------------------------------------------------------------------------------------------------
+// ---- sums --------------------------------------------------------------------------------------
 template <class T>
 static inline double sum_terms(const T* terms, int64_t n) {
   constexpr int w = Vec<T>::kLanes;

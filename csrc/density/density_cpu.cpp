@@ -42,8 +42,7 @@ PFK_DECLARE_LEVELS(double normal_prepare(const NormalArgs&, const SharedRows&, i
 
 PFK_BEGIN
 
-// ---- what samples share
-// ----------------------------------------------------------------------------------------------
+// ---- what samples share ------------------------------------------------------------------------
 // Fills `length` elements of each row; returns the sum of the shared log_std of a sample.
 template <class T>
 static double prepare(const NormalArgs& a, const SharedRows& s, int64_t length) {
@@ -106,8 +105,7 @@ static PFK_HD Vec<T> inverse_std(const T* p, P part) {
   return kLogStd ? exp_(-v) : v;
 }
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward -----------------------------------------------------------------------------------
 template <bool kLogStd, class S>
 static void normal_task(const NormalArgs& a, const SharedRows& s, const RowPlan& plan,
                         double* partial, int64_t task) {
@@ -132,8 +130,7 @@ static void normal_task(const NormalArgs& a, const SharedRows& s, const RowPlan&
       [&](int64_t row, int64_t chunk, double total) { put_row(plan, sums, row, chunk, total); });
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ----------------------------------------------------------------------------------
 template <bool kLogStd, class S>
 static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const NormalGradPlan& p,
                              int64_t task) {
@@ -195,8 +192,7 @@ static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const Nor
   }
 }
 
-// ---- dispatch
-// --------------------------------------------------------------------------------------------------------
+// ---- dispatch ----------------------------------------------------------------------------------
 template <class F>
 static void each_dtype(int dtype, F f) {
   switch (dtype) {

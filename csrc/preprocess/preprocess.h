@@ -36,10 +36,11 @@ struct PreprocessArgs {
 
 PFK_BEGIN
 
-// ---- logarithm of positive normal numbers
-// -------------------------------------------------------- A sigmoid's two sides are nearly always
-// such: then log_'s special cases and its division are spared, 12 cycles a vector of 8 on Zen 3
-// against 20.  Anything else gives something arbitrary.
+// ---- logarithm of positive normal numbers ------------------------------------------------------
+
+// The two sides of a sigmoid are nearly always such: then the special cases and the division of
+// log_ are spared, 12 cycles a vector of 8 on Zen 3 against 20.  Anything else gives something
+// arbitrary.
 template <class V>
 PFK_HD V log_normal(V x) {
 #if !defined(__CUDACC__)
@@ -60,8 +61,7 @@ PFK_HD V log_normal(V x) {
   return log_(x);
 }
 
-// ---- the logit
-// -----------------------------------------------------------------------------------
+// ---- the logit ---------------------------------------------------------------------------------
 template <class T>
 struct LogitMap {
   T alpha, width, inverse_width;

@@ -20,47 +20,7 @@ PFK_DECLARE_LEVELS(void dequantize_tasks(const PreprocessArgs&, const RowPlan&, 
 
 PFK_BEGIN
 
-// ---- integers in the lanes of a Vec
-// --------------------------------------------------------------------------------
-template <class T>
-struct Integers;  // written out per type, as in vec.h
-template <>
-struct Integers<float> {
-  typedef uint8_t Bytes __attribute__((vector_size(kVecBytes / 4)));
-  typedef uint16_t Halves __attribute__((vector_size(kVecBytes / 2)));
-};
-template <>
-struct Integers<double> {
-  typedef uint8_t Bytes __attribute__((vector_size(kVecBytes / 8)));
-};
-using Int32s = Vec<float>::RawInt;
-
-static PFK_HD Int32s load_bytes(const uint8_t* p, Full) {
-  Integers<float>::Bytes b;
-  memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, Int32s);
-}
-static PFK_HD Int32s load_bytes(const uint8_t* p, Part part) {
-  uint8_t lanes[Vec<float>::kLanes] = {};
-  memcpy(lanes, p, part.count);
-  return load_bytes(lanes, Full{});
-}
-static PFK_HD Int32s load_halves(const uint16_t* p) {
-  Integers<float>::Halves h;
-  memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, Int32s);
-}
-template <class T>
-static PFK_HD void store_bytes(Vec<T> level, uint8_t* p, int count) {
-  const auto i = __builtin_convertvector(level.v, typename Vec<T>::RawInt);
-  const auto b = __builtin_convertvector(i, typename Integers<T>::Bytes);
-  memcpy(p, &b, count);
-}
-static PFK_HD int count_of(Full, int lanes) { return lanes; }
-static PFK_HD int count_of(Part part, int) { return part.count; }
-
-// ---- dequantize
-// ----------------------------------------------------------------------------------------------------
+// ---- dequantize --------------------------------------------------------------------------------
 // Logical elements [begin, begin + n) of a channels_last tensor, in runs `channels` apart in
 // memory.
 template <class F>
@@ -84,15 +44,31 @@ static double sum_logs(const float* terms, int64_t n) {
   for (; i + 4 * w <= n; i += 4 * w) {
     const V a = V::load(terms + i) * V::load(terms + i + w);
     const V b = V::load(terms + i + 2 * w) * V::load(terms + i + 3 * w);
-    sum += log_(a * b);
+    sum += log_normal(a * b);
   }
   if (i < n) {
     V product = 1.0f;
     each_vector<float>(
         n - i, [&](int64_t j, auto part) { product = product * load(terms + i + j, part, 1.0f); });
-    sum += log_(product);
+    sum += log_normal(product);
   }
   return -sum_lanes(sum);
+}
+
+// Plain loops between integers and floats: compilers widen and narrow whole vectors here, but go
+// through single lanes where vector types are converted.
+static void levels_to_reals(const uint8_t* __restrict x, const uint16_t* __restrict noise,
+                            int64_t n, int low, int high, float scale, float* __restrict v) {
+  for (int64_t i = 0; i < n; ++i) {
+    int u = noise[i];
+    u = u < low ? low : u;
+    u = u > high ? high : u;
+    v[i] = static_cast<float>((x[i] << kNoiseBits) | u) * scale;
+  }
+}
+template <class T>
+static void reals_to_levels(const T* __restrict v, int64_t n, uint8_t* __restrict x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint8_t>(static_cast<int32_t>(v[i]));
 }
 
 template <bool kLogit>
@@ -102,8 +78,8 @@ static void dequantize_task(const PreprocessArgs& a, const RowPlan& plan, int64_
   alignas(64) uint8_t bytes[kRowBlock];
   alignas(64) float values[kRowBlock], terms[kRowBlock];
   const LogitMap<float> map = logit_map<float>(a.alpha);
-  const V scale = 1.0f / static_cast<float>(1 << (kNoiseBits + a.bits));
-  const Int32s low = a.edge - Int32s{}, high = (1 << kNoiseBits) - 1 - a.edge - Int32s{};
+  const float scale = 1.0f / static_cast<float>(1 << (kNoiseBits + a.bits));
+  const int low = a.edge, high = (1 << kNoiseBits) - 1 - a.edge;
   const uint8_t* in = static_cast<const uint8_t*>(a.in);
   float* out = static_cast<float*>(a.out);
   const RowSums<float> sums{static_cast<float*>(a.log_det), a.partial, a.constant, nullptr};
@@ -120,22 +96,14 @@ static void dequantize_task(const PreprocessArgs& a, const RowPlan& plan, int64_
         for (int64_t i = 0; i < m; ++i) bytes[at + i] = in[from + i * a.channels];
       });
     }
-    each_vector<float>(n, [&](int64_t i, auto part) {
-      Int32s u = load_halves(r + i);
-      if (kLogit) {
-        u = u < low ? low : u;
-        u = u > high ? high : u;
-      }
-      const Int32s level = (load_bytes(x + i, part) << kNoiseBits) | u;
-      const V v = V(__builtin_convertvector(level, V::Raw)) * scale;
-      if (kLogit) {
-        const LogitOut<V> o = logit_of_level(v, map);
+    levels_to_reals(x, r, n, low, high, scale, y);
+    if (kLogit) {
+      each_vector<float>(n, [&](int64_t i, auto part) {
+        const LogitOut<V> o = logit_of_level(load(y + i, part), map);
         store(o.y, y + i, part);
         store(o.term, terms + i, part);
-      } else {
-        store(v, y + i, part);
-      }
-    });
+      });
+    }
     if (a.channels_last) {
       each_channel_run(a, begin, n, [&](int64_t to, int64_t at, int64_t m) {
         scatter(values + at, a.channels, m, out + to);
@@ -154,8 +122,7 @@ void dequantize_tasks(const PreprocessArgs& a, const RowPlan& p, int64_t begin, 
   }
 }
 
-// ---- quantize
-// ------------------------------------------------------------------------------------------------------
+// ---- quantize ----------------------------------------------------------------------------------
 template <bool kLogit, class S>
 static void quantize_blocks(const PreprocessArgs& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
@@ -171,12 +138,12 @@ static void quantize_blocks(const PreprocessArgs& a, int64_t begin, int64_t end)
     } else {
       gather(static_cast<const S*>(a.in) + begin, 1, n, values);
     }
-    uint8_t* to = static_cast<uint8_t*>(a.out) + begin;
     each_vector<T>(n, [&](int64_t i, auto part) {
       V v = load(from + i, part);
       if (kLogit) v = logit_inverse(v, map).y;
-      store_bytes(quantize_level(v, levels, top), to + i, count_of(part, V::kLanes));
+      store(quantize_level(v, levels, top), values + i, part);
     });
+    reals_to_levels(values, n, static_cast<uint8_t*>(a.out) + begin);
   }
 }
 
@@ -198,33 +165,52 @@ void quantize_range(const PreprocessArgs& a, int dtype, int64_t begin, int64_t e
   }
 }
 
-// ---- logit
-// ---------------------------------------------------------------------------------------------------------
+// ---- logit -------------------------------------------------------------------------------------
+// A block of the forward direction; false if p or q was not a positive normal number and kNormal
+// took it for one.
+template <bool kNormal, class T>
+static bool logit_block(const T* x, int64_t n, const LogitMap<T>& map, T* y, T* terms) {
+  using V = Vec<T>;
+  const V tiny = Float<T>::kTiny;
+  Mask<T> normal = tiny == tiny;
+  each_vector<T>(n, [&](int64_t i, auto part) {
+    const Odds<V> p = odds(load(x + i, part, T(0.5)), map);
+    const LogitOut<V> o = kNormal ? logit_forward_normal(p) : logit_forward(p);
+    if (kNormal) normal = mask_and(normal, mask_and(p.p >= tiny, p.q >= tiny));
+    store(o.y, y + i, part);
+    store(o.term, terms + i, part);
+  });
+  return sum_lanes(select(normal, V(T(0)), V(T(1)))) == 0;
+}
+
 template <bool kInverse, class S>
 static void logit_task(const PreprocessArgs& a, const RowPlan& plan, int64_t task) {
   using T = Compute<S>;
   constexpr bool kDirect = sizeof(S) == sizeof(T);
-  alignas(64) T values[kRowBlock], terms[kRowBlock];
+  alignas(64) T inputs[kRowBlock], outputs[kRowBlock], terms[kRowBlock];
   const LogitMap<T> map = logit_map<T>(a.alpha);
   const RowSums<T> sums{static_cast<T*>(a.log_det), a.partial, a.constant, nullptr};
   const S* in = static_cast<const S*>(a.in);
   S* out = static_cast<S*>(a.out);
 
   auto element = [&](int64_t begin, int64_t n) {
-    const T* x = values;
-    T* y = values;
+    const T* x = inputs;
+    T* y = outputs;
     if constexpr (kDirect) {
       x = in + begin, y = out + begin;
     } else {
-      gather(in + begin, 1, n, values);
+      gather(in + begin, 1, n, inputs);
     }
-    each_vector<T>(n, [&](int64_t i, auto part) {
-      const Vec<T> v = load(x + i, part);
-      const LogitOut<Vec<T>> o = kInverse ? logit_inverse(v, map) : logit_forward(v, map);
-      store(o.y, y + i, part);
-      store(o.term, terms + i, part);
-    });
-    if constexpr (!kDirect) scatter(values, 1, n, out + begin);
+    if constexpr (kInverse) {
+      each_vector<T>(n, [&](int64_t i, auto part) {
+        const LogitOut<Vec<T>> o = logit_inverse(load(x + i, part), map);
+        store(o.y, y + i, part);
+        store(o.term, terms + i, part);
+      });
+    } else if (!logit_block<true>(x, n, map, y, terms)) {
+      logit_block<false>(x, n, map, y, terms);
+    }
+    if constexpr (!kDirect) scatter(outputs, 1, n, out + begin);
   };
   walk_rows(
       plan, task, element, [&](int64_t at, int64_t n) { return sum_terms(terms + at, n); },

@@ -208,6 +208,12 @@ def test_threads_do_not_matter(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("size", [3, 129, 700, 2000, 40_000])
+def test_values_do_not_depend_on_the_place_in_the_batch(backend, size):
+    z, p = normal(40, size, dtype=torch.float32), normal(size, dtype=torch.float32, seed=1)
+    assert torch.equal(normal_log_prob(z, p, p)[31:], normal_log_prob(z[31:], p, p))
+
+
 def test_bad_rows_stay_where_they_are(backend):
     z = normal(5, 33, dtype=torch.float32)
     good = normal_log_prob(z)

@@ -176,6 +176,14 @@ def test_threads_do_not_matter(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("size", [3, 129, 700, 2000, 40_000])
+def test_log_det_does_not_depend_on_the_place_in_the_batch(backend, size):
+    v = unit(40, size, dtype=torch.float32)
+    for inverse in (False, True):
+        whole, part = logit(v, inverse=inverse)[1], logit(v[31:], inverse=inverse)[1]
+        assert torch.equal(whole[31:], part)
+
+
 def test_bytes_beyond_the_bits_do_no_harm(backend):
     x = torch.full((2, 65), 255, dtype=torch.uint8)
     for alpha in (None, 0.05):
