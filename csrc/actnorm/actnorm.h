@@ -33,7 +33,7 @@ struct ActNormArgs {
 struct ActNormGrad {
   double bias, log_scale;
 };
-inline ActNormGrad actnorm_finish(double sum, double weighted, double scale, double grad_log_det,
+PFK_HD ActNormGrad actnorm_finish(double sum, double weighted, double scale, double grad_log_det,
                                   bool inverse) {
   if (inverse) return {-sum, -(scale * weighted + grad_log_det)};
   return {scale * sum, scale * weighted + grad_log_det};
