@@ -130,9 +130,11 @@ def _checked(
     for name, source in (found | wanted).items():
         try:
             provider = found[name] = _build(source, s.inputs) if name != "eager" else eager
-            if isinstance(provider, str) or (isinstance(source, Lazy) and not source.comparable):
+            if isinstance(provider, str):
                 continue
-            found[name] = disagreement(case, provider, eager, pass_, s) or provider
+            wrong = disagreement(case, provider, eager, pass_, s)
+            if wrong and not (isinstance(source, Lazy) and not source.comparable):
+                found[name] = wrong
         except Exception as error:  # a peer may fail in any way; the others still count
             found[name] = f"failed: {type(error).__name__}: {str(error)[:80]}".replace("\n", " ")
     return found
