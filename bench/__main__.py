@@ -97,14 +97,16 @@ def main() -> int:
         passes=args.passes,
         graphs=args.graphs,
     )
-    good = True
+    good, ran = True, False
     for family, module in families().items():
         if args.family in (family, "all"):
             cases = importlib.import_module(module).CASES
             chosen = [c for c in cases if args.case in c.name and not (args.quick and c.extra)]
             if chosen:
-                good &= run_family(family, chosen, plan, args)
-    return 0 if good else 1
+                good, ran = run_family(family, chosen, plan, args) and good, True
+    if not ran:
+        print("no case was chosen (--quick leaves out the extra ones)")
+    return 0 if good and ran else 1
 
 
 if __name__ == "__main__":
