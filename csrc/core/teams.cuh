@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elementwise maps whose terms are summed over each sample, on a GPU: rows.h for threads.
+//
+// A team of threads has a row, or a chunk of a long one: a block of threads, or for short rows a
+// power of two of lanes of a warp.  Its members take units (16-byte packs, Philox blocks) of the
+// row in turn and leave one sum, taken in the same order every run and wherever in the batch the
+// row stands.
+#pragma once
+
+#include "core/cuda.cuh"
+
+PFK_BEGIN
+
+// Blocks of an SM that a kernel must leave registers for.  With it the compiler takes up to 64, and
+// spills none; left alone it squeezes some kernels into 32.
+constexpr int kResident = 4;
+
+struct TeamPlan {
+  int64_t rows, features;
+  int64_t chunk, chunks;  // elements of a chunk; chunks of a row
+  int size;               // threads of a team
+};
+
+inline TeamPlan plan_teams(int64_t rows, int64_t features, int64_t unit) {
+  constexpr int64_t kLong = 8192, kShort = 2048, kFull = 1024;  // kFull blocks keep any GPU busy
+  TeamPlan p{rows, features, features, 1, 1};
+  if (features > 256 * unit || features > kShort) {
+    p.chunk = rows * (features / kLong) >= kFull ? kLong : kShort;
+    p.chunks = (features + p.chunk - 1) / p.chunk;
+    p.size = kThreads;
+  } else {
+    while (p.size < 32 && p.size * 4 * unit < features) p.size *= 2;
+  }
+  return p;
+}
+
+inline int64_t blocks_of(const TeamPlan& p) {
+  return p.size == kThreads ? p.rows * p.chunks : (p.rows * p.size + kThreads - 1) / kThreads;
+}
+
+template <bool kBlock>
+struct Team {
+  int64_t row, chunk;
+  int64_t begin, end;  // within the row; empty for the lanes beyond the last row, which still take
+                       // part in shuffles
+  int rank, size;
+
+  __device__ explicit Team(const TeamPlan& p) {
+    if constexpr (kBlock) {
+      row = blockIdx.x / p.chunks;
+      chunk = blockIdx.x % p.chunks;
+      rank = threadIdx.x;
+      size = kThreads;
+    } else {
+      row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / p.size;
+      chunk = 0;
+      rank = threadIdx.x % p.size;
+      size = p.size;
+    }
+    begin = row < p.rows ? chunk * p.chunk : 0;
+    end = row < p.rows ? min(p.features, begin + p.chunk) : 0;
+  }
+
+  // Rank 0 has the sum of the team.
+  __device__ double sum(double value, double* scratch) const {
+    if constexpr (kBlock) {
+      return block_sum(value, scratch);
+    } else {
+      for (int offset = size / 2; offset > 0; offset /= 2) {
+        value += __shfl_down_sync(0xffffffffu, value, offset, size);
+      }
+      return value;
+    }
+  }
+};
+
+// Where the sum of a row goes: to its result, or if the row has several chunks to partial, for
+// sum_chunks_kernel.
+template <class T>
+struct TeamSums {
+  T* out;
+  double* partial;  // [rows, chunks]
+  double constant;  // of every row
+  const T* add;     // of each row, or null
+
+  __device__ void finish(int64_t row, double total) const {
+    out[row] = static_cast<T>(total + constant + (add != nullptr ? double(add[row]) : 0.0));
+  }
+  template <bool kBlock>
+  __device__ void put(const Team<kBlock>& t, const TeamPlan& p, double total) const {
+    if (t.rank != 0 || t.row >= p.rows) return;
+    if (p.chunks == 1) {
+      finish(t.row, total);
+    } else {
+      partial[t.row * p.chunks + t.chunk] = total;
+    }
+  }
+};
+
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_chunks_kernel(const TeamPlan p, const TeamSums<T> sums) {
+  const int64_t row = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (row >= p.rows) return;
+  double total = 0;
+  for (int64_t c = 0; c < p.chunks; ++c) total += sums.partial[row * p.chunks + c];
+  sums.finish(row, total);
+}
+
+inline unsigned grid_of(int64_t blocks) {
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "pyflowkern: too many elements for one launch");
+  return static_cast<unsigned>(blocks);
+}
+inline unsigned grid_for(int64_t threads) { return grid_of((threads + kThreads - 1) / kThreads); }
+
+// Memory of the chunks' sums; torch's allocator takes it back in stream order.
+inline Tensor chunk_sums(const Tensor& like, const TeamPlan& p) {
+  return torch::stable::new_empty(like, {p.chunks > 1 ? p.rows * p.chunks : 0}, ScalarType::Double);
+}
+
+template <class T>
+void launch_sum_chunks(const TeamPlan& p, const TeamSums<T>& sums, cudaStream_t stream) {
+  if (p.chunks > 1) PFK_LAUNCH(sum_chunks_kernel<T>, grid_for(p.rows), kThreads, stream, p, sums);
+}
+
+// Calls f with a value of the storage type of `t`.
+template <class F>
+void each_storage(const Tensor& t, F f) {
+  switch (dtype_of(t)) {
+    case kFloat32:
+      return f(float{});
+    case kFloat64:
+      return f(double{});
+    case kBFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(__half{});
+  }
+}
+
+}  // namespace
+
+PFK_END

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// The normal log-density on a GPU.
+//
+// Floor: the bytes of density_cpu.cpp over the copy bandwidth.  Rows go in 16-byte packs where
+// every row starts on one (single elements otherwise).  The gradient of a parameter that samples
+// share is a sum over the batch: a block takes a tile of columns and a group of rows, its threads
+// walk down the rows so that neighbours read neighbours, and leaves partial sums that a second
+// kernel joins in order.
+#include "core/teams.cuh"
+#include "density/density_host.h"
+
+PFK_BEGIN
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kMinGroup = 8, kMaxGroup = 1024;  // rows of a group
+
+// Element i of a sample, which is element e of the batch.
+template <class S>
+__device__ Compute<S> parameter(const NormalArgs& a, const void* p, int kind, int64_t e,
+                                int64_t i) {
+  using T = Compute<S>;
+  if (kind == kNone) return T(0);
+  if (kind == kElement) return widen(static_cast<const S*>(p)[e]);
+  return static_cast<const T*>(p)[a.shared_index(i)];
+}
+
+// The same for a pack.
+template <class P, class S, class T>
+__device__ void parameters(const NormalArgs& a, const void* p, int kind, int64_t e, int64_t i,
+                           T (&to)[P::kCount]) {
+  if (kind == kElement) {
+    const P pack = P::load(static_cast<const S*>(p) + e);
+#pragma unroll
+    for (int j = 0; j < P::kCount; ++j) to[j] = widen(pack.lanes[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < P::kCount; ++j) to[j] = parameter<S>(a, p, kind, e + j, i + j);
+  }
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+template <class S, bool kWide, bool kBlock>
+__global__ void __launch_bounds__(kThreads, kResident)
+    normal_kernel(const NormalArgs a, const TeamPlan plan, const TeamSums<Compute<S>> sums) {
+  using T = Compute<S>;
+  using P = Pack<S, kWide>;
+  __shared__ double scratch[kThreads / 32];
+  const Team<kBlock> t(plan);
+  const int64_t start = t.row * plan.features;
+  T sum = T(0);
+  for (int64_t i = t.begin + t.rank * P::kCount; i < t.end; i += t.size * P::kCount) {
+    const P z = P::load(static_cast<const S*>(a.z) + start + i);
+    T mean[P::kCount], log_std[P::kCount];
+    parameters<P, S>(a, a.mean, a.mean_kind, start + i, i, mean);
+    parameters<P, S>(a, a.log_std, a.log_std_kind, start + i, i, log_std);
+#pragma unroll
+    for (int j = 0; j < P::kCount; ++j) {
+      const T d = normal_distance(T(widen(z.lanes[j])), mean[j], exp_(-log_std[j]));
+      sum += normal_term(d) - log_std[j];
+    }
+  }
+  sums.put(t, plan, t.sum(static_cast<double>(sum), scratch));
+}
+
+// ---- backward, of elements ---------------------------------------------------------------------
+template <class S, bool kWide, bool kBlock>
+__global__ void __launch_bounds__(kThreads, kResident)
+    normal_grad_kernel(const NormalArgs a, const TeamPlan plan) {
+  using T = Compute<S>;
+  using P = Pack<S, kWide>;
+  const Team<kBlock> t(plan);
+  if (t.row >= plan.rows) return;
+  const T grad = static_cast<const T*>(a.grad)[t.row];
+  const int64_t start = t.row * plan.features;
+  for (int64_t i = t.begin + t.rank * P::kCount; i < t.end; i += t.size * P::kCount) {
+    const int64_t e = start + i;
+    P z = P::load(static_cast<const S*>(a.z) + e), mean_out, std_out;
+    T mean[P::kCount], log_std[P::kCount];
+    parameters<P, S>(a, a.mean, a.mean_kind, e, i, mean);
+    parameters<P, S>(a, a.log_std, a.log_std_kind, e, i, log_std);
+#pragma unroll
+    for (int j = 0; j < P::kCount; ++j) {
+      const T scale = exp_(-log_std[j]);
+      const T d = normal_distance(T(widen(z.lanes[j])), mean[j], scale);
+      const NormalGrad<T> g = normal_vjp(d, scale, grad);
+      z.lanes[j] = narrow<S>(g.z);
+      mean_out.lanes[j] = narrow<S>(-g.z);
+      std_out.lanes[j] = narrow<S>(g.log_std);
+    }
+    if (a.grad_z != nullptr) z.store(static_cast<S*>(a.grad_z) + e);
+    if (a.grad_mean != nullptr) mean_out.store(static_cast<S*>(a.grad_mean) + e);
+    if (a.grad_log_std != nullptr) std_out.store(static_cast<S*>(a.grad_log_std) + e);
+  }
+}
+
+// ---- backward, summed over the batch -----------------------------------------------------------
+// A thread has a column; where rows are shorter than a block, `lanes` threads share it and take
+// rows in turn.
+struct ColumnPlan {
+  int64_t group, groups;  // rows of a group; groups
+  int columns, lanes;     // of a block
+  double* partial;        // [groups, 2, features], in memory order of a sample
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResident / 2)
+    normal_columns_kernel(const NormalArgs a, const ColumnPlan p) {
+  using T = Compute<S>;
+  __shared__ double mean_sums[kThreads], std_sums[kThreads];
+  const int column_in_block = threadIdx.x % p.columns, lane = threadIdx.x / p.columns;
+  const int64_t i = blockIdx.x * static_cast<int64_t>(p.columns) + column_in_block;
+  const bool mine = lane < p.lanes && i < a.features;
+  const bool sums_mean = a.mean_kind == kEvent, sums_std = a.log_std_kind == kEvent;
+  const int64_t end = min(a.rows, (blockIdx.y + int64_t{1}) * p.group);
+  T mean = T(0), log_std = T(0), mean_sum = T(0), std_sum = T(0);
+  if (mine && a.mean_kind != kElement) mean = parameter<S>(a, a.mean, a.mean_kind, 0, i);
+  if (mine && a.log_std_kind != kElement)
+    log_std = parameter<S>(a, a.log_std, a.log_std_kind, 0, i);
+#pragma unroll 4
+  for (int64_t row = blockIdx.y * p.group + lane; row < end; row += p.lanes) {
+    if (!mine) break;
+    const int64_t e = row * a.features + i;
+    if (a.mean_kind == kElement) mean = parameter<S>(a, a.mean, kElement, e, i);
+    if (a.log_std_kind == kElement) log_std = parameter<S>(a, a.log_std, kElement, e, i);
+    const T scale = exp_(-log_std);
+    const T d = normal_distance(T(widen(static_cast<const S*>(a.z)[e])), mean, scale);
+    const NormalGrad<T> g = normal_vjp(d, scale, static_cast<const T*>(a.grad)[row]);
+    if (a.grad_z != nullptr) static_cast<S*>(a.grad_z)[e] = narrow<S>(g.z);
+    if (a.grad_mean != nullptr && !sums_mean) static_cast<S*>(a.grad_mean)[e] = narrow<S>(-g.z);
+    if (a.grad_log_std != nullptr && !sums_std) {
+      static_cast<S*>(a.grad_log_std)[e] = narrow<S>(g.log_std);
+    }
+    mean_sum -= g.z;
+    std_sum += g.log_std;
+  }
+  mean_sums[threadIdx.x] = static_cast<double>(mean_sum);
+  std_sums[threadIdx.x] = static_cast<double>(std_sum);
+  __syncthreads();
+  if (!mine || lane != 0) return;
+  double mean_total = 0, std_total = 0;
+  for (int l = 0; l < p.lanes; ++l) {
+    mean_total += mean_sums[l * p.columns + column_in_block];
+    std_total += std_sums[l * p.columns + column_in_block];
+  }
+  double* to = p.partial + 2 * blockIdx.y * a.features + i;
+  to[0] = mean_total;
+  to[a.features] = std_total;
+}
+
+// The groups of each column in their order, into the shape of the parameter.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident)
+    join_columns_kernel(const NormalArgs a, const ColumnPlan p) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= a.features) return;
+  double mean = 0, log_std = 0;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    mean += p.partial[2 * g * a.features + i];
+    log_std += p.partial[(2 * g + 1) * a.features + i];
+  }
+  const int64_t at = a.shared_index(i);
+  if (a.grad_mean != nullptr && a.mean_kind == kEvent) {
+    static_cast<T*>(a.grad_mean)[at] = static_cast<T>(mean);
+  }
+  if (a.grad_log_std != nullptr && a.log_std_kind == kEvent) {
+    static_cast<T*>(a.grad_log_std)[at] = static_cast<T>(log_std);
+  }
+}
+
+// ---- host --------------------------------------------------------------------------------------
+// The storage type and the shape of a launch as template arguments: f.template operator()<S, kWide,
+// kBlock>(plan).
+template <class F>
+void with_plan(const Tensor& z, const NormalArgs& a, F f) {
+  each_storage(z, [&](auto type) {
+    using S = decltype(type);
+    constexpr int64_t width = 16 / sizeof(S);
+    bool wide = a.features % width == 0;
+    for (const void* p :
+         {a.z, a.mean, a.log_std, static_cast<const void*>(a.grad_z),
+          static_cast<const void*>(a.grad_mean), static_cast<const void*>(a.grad_log_std)}) {
+      wide = wide && aligned16(p);
+    }
+    const TeamPlan plan = plan_teams(a.rows, a.features, wide ? width : 1);
+    const bool block = plan.size == kThreads;
+    if (wide) {
+      block ? f.template operator()<S, true, true>(plan)
+            : f.template operator()<S, true, false>(plan);
+    } else {
+      block ? f.template operator()<S, false, true>(plan)
+            : f.template operator()<S, false, false>(plan);
+    }
+  });
+}
+
+Tensor normal_log_prob_cuda(const Tensor& z, const std::optional<Tensor>& mean,
+                            const std::optional<Tensor>& log_std,
+                            const std::optional<Tensor>& log_det) {
+  const DeviceGuard guard(z.get_device_index());
+  const NormalTensors t = normal_tensors(z, mean, log_std);
+  const NormalArgs& a = t.args;
+  Tensor out = empty_per_sample(z, a.rows);
+  if (a.rows == 0) return out;
+  const Tensor add = log_det ? torch::stable::contiguous(*log_det) : Tensor();
+  with_plan(z, a, [&]<class S, bool kWide, bool kBlock>(const TeamPlan& plan) {
+    using T = Compute<S>;
+    const Tensor partial = chunk_sums(z, plan);
+    const TeamSums<T> sums{static_cast<T*>(out.mutable_data_ptr()),
+                           static_cast<double*>(partial.mutable_data_ptr()), a.constant,
+                           log_det ? static_cast<const T*>(add.const_data_ptr()) : nullptr};
+    auto kernel = normal_kernel<S, kWide, kBlock>;
+    PFK_LAUNCH(kernel, grid_of(blocks_of(plan)), kThreads, current_stream(z), a, plan, sums);
+    launch_sum_chunks(plan, sums, current_stream(z));
+  });
+  return out;
+}
+
+ColumnPlan plan_columns(const NormalArgs& a) {
+  ColumnPlan p{};
+  p.columns = static_cast<int>(a.features < kThreads ? a.features : kThreads);
+  p.lanes = kThreads / p.columns;
+  const int64_t tiles = (a.features + p.columns - 1) / p.columns;
+  p.group = a.rows * tiles / 1024;  // about 1,024 blocks
+  p.group = p.group < kMinGroup ? kMinGroup : p.group > kMaxGroup ? kMaxGroup : p.group;
+  if (p.group < p.lanes) p.group = p.lanes;
+  // a grid has at most 65,535 blocks on its second axis
+  if (p.group < (a.rows + 65534) / 65535) p.group = (a.rows + 65534) / 65535;
+  p.groups = (a.rows + p.group - 1) / p.group;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> normal_grad_cuda(const Tensor& grad, const Tensor& z,
+                                                    const std::optional<Tensor>& mean,
+                                                    const std::optional<Tensor>& log_std,
+                                                    int64_t wanted) {
+  const DeviceGuard guard(z.get_device_index());
+  NormalTensors t = normal_tensors(z, mean, log_std);
+  NormalGrads grads = normal_grads(t, wanted);
+  const Tensor upstream = torch::stable::contiguous(grad);
+  t.args.grad = upstream.const_data_ptr();
+  const NormalArgs& a = t.args;
+  const cudaStream_t stream = current_stream(z);
+  const bool sums = (a.grad_mean != nullptr && a.mean_kind == kEvent) ||
+                    (a.grad_log_std != nullptr && a.log_std_kind == kEvent);
+  if (a.features == 0 || (a.rows == 0 && !sums)) return {grads.z, grads.mean, grads.log_std};
+  if (!sums) {
+    with_plan(z, a, [&]<class S, bool kWide, bool kBlock>(const TeamPlan& plan) {
+      auto kernel = normal_grad_kernel<S, kWide, kBlock>;
+      PFK_LAUNCH(kernel, grid_of(blocks_of(plan)), kThreads, stream, a, plan);
+    });
+    return {grads.z, grads.mean, grads.log_std};
+  }
+  ColumnPlan p = plan_columns(a);
+  const Tensor partial =
+      torch::stable::new_empty(z, {p.groups * 2 * a.features}, ScalarType::Double);
+  p.partial = static_cast<double*>(partial.mutable_data_ptr());
+  each_storage(z, [&](auto type) {
+    using S = decltype(type);
+    const dim3 grid(grid_of((a.features + p.columns - 1) / p.columns), grid_of(p.groups));
+    if (a.rows > 0) PFK_LAUNCH(normal_columns_kernel<S>, grid, kThreads, stream, a, p);
+    PFK_LAUNCH(join_columns_kernel<Compute<S>>, grid_for(a.features), kThreads, stream, a, p);
+  });
+  return {grads.z, grads.mean, grads.log_std};
+}
+
+}  // namespace
+PFK_END
+
+STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CUDA, m) {
+  m.impl("normal_log_prob", TORCH_BOX(&pfk::normal_log_prob_cuda));
+  m.impl("normal_log_prob_backward", TORCH_BOX(&pfk::normal_grad_cuda));
+}
