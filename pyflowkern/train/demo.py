@@ -70,7 +70,7 @@ def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
     """Compare the paths, train, and print a short table; ``minutes`` is the budget of all of it."""
     start = time.monotonic()
     measured = out / "comparison.json"
-    if resume and measured.exists():
+    if resume and measured.exists() and (out / "config.yaml").exists():
         config = resume_config(out)
         stored = json.loads(measured.read_text())
         comparison = Comparison(tuple(stored["seconds"]), tuple(stored["memory"]))
