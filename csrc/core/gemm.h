@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of small matrices that already lie in L1: out (+)= left * right.
+//
+// Twelve vectors of accumulators (6 rows by 2 vectors) hide the latency of the multiply-adds and
+// leave four of AVX2's registers for one broadcast of left and two vectors of right.  left is read
+// by broadcasts, so it may be transposed for free; right and out are read in whole vectors and must
+// be padded to them.  Every element is one chain of multiply-adds in the order of depth, whatever
+// the shape around it.
+#pragma once
+
+#include "core/vec.h"
+
+PFK_BEGIN
+
+namespace {
+
+template <class T>
+struct Left {  // element (r, k) at p[r * row + k * step]
+  const T* p;
+  int64_t row, step;
+};
+
+template <class T>
+struct Rows {  // a row-major matrix
+  T* p;
+  int64_t stride;
+};
+
+constexpr int kGemmRows = 6;
+
+template <class T, int R, int C>
+inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, Rows<T> out,
+                      bool add) {
+  constexpr int w = Vec<T>::kLanes;
+  Vec<T> sum[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      sum[r][c] = add ? Vec<T>::load(out.p + r * out.stride + c * w) : Vec<T>(T(0));
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> b[C];
+    for (int c = 0; c < C; ++c) b[c] = Vec<T>::load(right + c * w);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> a = l.p[r * l.row];
+      for (int c = 0; c < C; ++c) sum[r][c] += a * b[c];
+    }
+    l.p += l.step;
+    right += stride;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sum[r][c].store(out.p + r * out.stride + c * w);
+  }
+}
+
+template <class T, int C>
+void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64_t depth,
+                  Rows<T> out, bool add) {
+  for (; rows > 0; rows -= kGemmRows) {
+    switch (rows) {
+      case 1:
+        return gemm_tile<T, 1, C>(l, right, stride, depth, out, add);
+      case 2:
+        return gemm_tile<T, 2, C>(l, right, stride, depth, out, add);
+      case 3:
+        return gemm_tile<T, 3, C>(l, right, stride, depth, out, add);
+      case 4:
+        return gemm_tile<T, 4, C>(l, right, stride, depth, out, add);
+      case 5:
+        return gemm_tile<T, 5, C>(l, right, stride, depth, out, add);
+      default:
+        gemm_tile<T, 6, C>(l, right, stride, depth, out, add);
+    }
+    l.p += kGemmRows * l.row;
+    out.p += kGemmRows * out.stride;
+  }
+}
+
+// Columns up to the next multiple of the vector's lanes are computed.
+template <class T>
+void gemm(Left<T> l, Rows<const T> right, int64_t rows, int64_t columns, int64_t depth, Rows<T> out,
+          bool add) {
+  constexpr int w = Vec<T>::kLanes;
+  int64_t c = 0;
+  for (; c + w < columns; c += 2 * w) {
+    gemm_columns<T, 2>(l, right.p + c, right.stride, rows, depth, {out.p + c, out.stride}, add);
+  }
+  if (c < columns) {
+    gemm_columns<T, 1>(l, right.p + c, right.stride, rows, depth, {out.p + c, out.stride}, add);
+  }
+}
+
+// to[c][r] = from[r][c] over whole blocks of lanes x lanes; both must be padded to them.
+template <class T>
+void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
+  constexpr int w = Vec<T>::kLanes;
+  using Raw = typename Vec<T>::Raw;
+  typename Vec<T>::RawInt low[5], high[5];  // of each round: which lanes of the pair (a, b)
+  for (int h = 1, round = 0; h < w; h *= 2, ++round) {
+    for (int lane = 0; lane < w; ++lane) {
+      low[round][lane] = lane & h ? w + lane - h : lane;
+      high[round][lane] = lane & h ? w + lane : lane + h;
+    }
+  }
+  for (int64_t r = 0; r < rows; r += w) {
+    for (int64_t c = 0; c < columns; c += w) {
+      Raw v[w];
+      for (int i = 0; i < w; ++i) v[i] = Vec<T>::load(from.p + (r + i) * from.stride + c).v;
+#pragma GCC unroll 4
+      for (int h = 1, round = 0; h < w; h *= 2, ++round) {
+#pragma GCC unroll 16
+        for (int i = 0; i < w; ++i) {
+          if (i & h) continue;
+          const Raw a = v[i], b = v[i + h];
+          v[i] = __builtin_shuffle(a, b, low[round]);
+          v[i + h] = __builtin_shuffle(a, b, high[round]);
+        }
+      }
+      for (int i = 0; i < w; ++i) Vec<T>(v[i]).store(to.p + (c + i) * to.stride + r);
+    }
+  }
+}
+
+}  // namespace
+
+PFK_END
