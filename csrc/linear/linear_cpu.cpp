@@ -102,7 +102,10 @@ void pack_channels(const MixArgs& a, const S* from, const void* pre, int64_t fir
       T* row = to.p + c * to.stride + column;
       const Vec<T> add = constant_of<T>(pre, c);
       int64_t i = 0;
-      for (; i + w <= count; i += w) (load_vec(x + i) + add).store(row + i);
+      for (; i + w <= count; i += w) {
+        __builtin_prefetch(x + i + to.stride);  // the next tile
+        (load_vec(x + i) + add).store(row + i);
+      }
       if (i < count) {
         const int m = static_cast<int>(count - i);
         store_vec_n(load_vec_n(x + i, m) + add, row + i, m);
@@ -123,7 +126,10 @@ void unpack_channels(const MixArgs& a, Rows<T> from, const void* post, int64_t f
       const T* row = from.p + c * from.stride + column;
       const Vec<T> add = constant_of<T>(post, c);
       int64_t i = 0;
-      for (; i + w <= count; i += w) store_vec(Vec<T>::load(row + i) + add, y + i);
+      for (; i + w <= count; i += w) {
+        __builtin_prefetch(y + i + from.stride, 1);
+        store_vec(Vec<T>::load(row + i) + add, y + i);
+      }
       if (i < count) {
         const int m = static_cast<int>(count - i);
         store_vec_n(load_vec_n(row + i, m) + add, y + i, m);
@@ -295,195 +301,74 @@ void channel_mix_backward(const MixArgs& a, int dtype, int64_t begin,
                           int64_t end){PFK_BY_DTYPE(backward_tasks)}
 
 PFK_END
+
 #if PFK_SIMD_LEVEL == 0
-#include <cmath>
+#include "linear/linear_host.h"
 
-#include "core/host.h"
+namespace pfk {
+namespace {
 
-    namespace pfk {
-  namespace {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& log_abs_det,
+                                   std::optional<Tensor> log_scale, std::optional<Tensor> bias,
+                                   bool inverse) {
+  Plan p(x, weight, log_scale, bias, inverse);
+  Tensor y = empty_like_canonical(p.x), log_det = empty_per_sample(x, p.shape.samples);
+  double per_pixel = Values(log_abs_det)[0];
+  for (int64_t i = 0; p.log_scale.given && i < p.shape.channels; ++i) per_pixel += p.log_scale[i];
+  const double value = p.map.sign() * static_cast<double>(p.shape.space) * per_pixel;
+  const Values out(log_det);
+  for (int64_t n = 0; n < p.shape.samples; ++n) out.put(n, value);
+  if (p.shape.numel() == 0) return {y, log_det};
+  p.fold(p.args.inner == 0);
+  p.args.y = y.mutable_data_ptr();
+  p.cut(768, INT64_MAX / 2);  // whole tiles of any size
+  const DType dtype = dtype_of(x);
+  parallel_tasks(p.tasks, p.args.task * p.shape.channels, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(channel_mix, p.args, dtype, begin, end);
+  });
+  return {y, log_det};
+}
 
-  // A contiguous parameter in float or double, or none.
-  struct Parameter {
-    Tensor tensor;
-    bool given = false;
-
-    explicit Parameter(const std::optional<Tensor>& t) : given(t.has_value()) {
-      if (given) tensor = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-    }
-    double operator[](int64_t i) const {
-      return tensor.scalar_type() == ScalarType::Double
-                 ? static_cast<const double*>(tensor.const_data_ptr())[i]
-                 : static_cast<const float*>(tensor.const_data_ptr())[i];
-    }
-  };
-
-  void put(Tensor& t, int64_t i, double value) {
-    if (t.scalar_type() == ScalarType::Double) {
-      static_cast<double*>(t.mutable_data_ptr())[i] = value;
-    } else {
-      static_cast<float*>(t.mutable_data_ptr())[i] = static_cast<float>(value);
-    }
-  }
-
-  // Enough tasks for any processor, few enough for their partial sums to stay small.
-  constexpr int64_t kTaskPixels = 1024, kTasks = 64;
-
-  struct Plan {
-    Canonical x;
-    ImageShape shape;
-    MixMap map;
-    Parameter weight, log_scale, bias;
-    std::vector<double> scale;    // exp(+-log_scale), or empty
-    std::vector<char> constants;  // the matrix and the bias with its sign, in the type computed in
-    int64_t tasks = 0;
-    MixArgs args{};
-
-    Plan(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& log_scale_,
-         const std::optional<Tensor>& bias_, bool inverse)
-        : x(canonical(x_)),
-          shape(image_shape(x_)),
-          map{log_scale_.has_value(), inverse},
-          weight(weight_),
-          log_scale(log_scale_),
-          bias(bias_) {
-      const int64_t c = shape.channels;
-      args.pixels = shape.samples * shape.space;
-      args.channels = c;
-      args.inner = x.channels_last || shape.space == 1 ? 0 : shape.space;
-      args.stride = (c + 15) / 16 * 16;
-      args.x = x.tensor.const_data_ptr();
-      for (int64_t i = 0; log_scale.given && i < c; ++i) {
-        scale.push_back(std::exp(map.sign() * log_scale[i]));
-      }
-    }
-
-    double scale_of(int64_t i, int64_t j) const {
-      return scale.empty() ? 1.0 : scale[map.scaled(i, j)];
-    }
-    double folded(int64_t i, int64_t j) const {
-      return weight[i * shape.channels + j] * scale_of(i, j);
-    }
-
-    // Fills the constants.
-    template <class T>
-    void fold(bool transposed) {
-      const int64_t c = shape.channels;
-      constants.resize((c + 1) * args.stride * sizeof(T));
-      T* m = reinterpret_cast<T*>(constants.data());
-      T* b = m + c * args.stride;
-      for (int64_t i = 0; i < c; ++i) {
-        for (int64_t j = 0; j < c; ++j) {
-          m[transposed ? j * args.stride + i : i * args.stride + j] = static_cast<T>(folded(i, j));
-        }
-        if (bias.given) b[i] = static_cast<T>(map.sign() * bias[i]);
-      }
-      args.matrix = m;
-      if (bias.given) (map.bias_before() ? args.pre : args.post) = b;
-    }
-    void fold(bool transposed) {
-      accumulation_type(x.tensor) == ScalarType::Double ? fold<double>(transposed)
-                                                        : fold<float>(transposed);
-    }
-
-    void cut(int64_t least, int64_t most) {
-      const int64_t by_most = (args.pixels + most - 1) / most;
-      args.task = by_most > least ? by_most : least;
-      tasks = (args.pixels + args.task - 1) / args.task;
-    }
-  };
-
-  std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
-                                     const Tensor& log_abs_det, std::optional<Tensor> log_scale,
-                                     std::optional<Tensor> bias, bool inverse) {
-    Plan p(x, weight, log_scale, bias, inverse);
-    Tensor y = empty_like_canonical(p.x), log_det = empty_per_sample(x, p.shape.samples);
-    double per_pixel = Parameter(log_abs_det)[0];
-    for (int64_t i = 0; p.log_scale.given && i < p.shape.channels; ++i) per_pixel += p.log_scale[i];
-    const double value = p.map.sign() * static_cast<double>(p.shape.space) * per_pixel;
-    for (int64_t n = 0; n < p.shape.samples; ++n) put(log_det, n, value);
-    if (p.shape.numel() == 0) return {y, log_det};
-    p.fold(p.args.inner == 0);
-    p.args.y = y.mutable_data_ptr();
-    p.cut(768, INT64_MAX / 2);  // whole tiles of any size
-    const DType dtype = dtype_of(x);
-    parallel_tasks(p.tasks, p.args.task * p.shape.channels, [&](int64_t begin, int64_t end) {
-      PFK_CALL_LEVEL(channel_mix, p.args, dtype, begin, end);
-    });
-    return {y, log_det};
-  }
-
-  // G and g of all tasks, in their order.
-  std::vector<double> sum_tasks(const std::vector<double>& partial, int64_t tasks, int64_t size) {
-    std::vector<double> sum(partial.begin(), partial.begin() + (tasks ? size : 0));
-    sum.resize(size);
-    for (int64_t task = 1; task < tasks; ++task) {
-      for (int64_t i = 0; i < size; ++i) sum[i] += partial[task * size + i];
-    }
-    return sum;
-  }
-
-  // From G and g to the gradients of the parameters, as linear.h has them.
-  void finish(const Plan& p, const std::vector<double>& sum, double grad_log_det, Tensor& grad_w,
-              Tensor& grad_s, Tensor& grad_b) {
-    const int64_t c = p.shape.channels;
-    std::vector<double> s(c, grad_log_det), before(c, 0.0);
-    for (int64_t i = 0; i < c; ++i) {
-      const double* row = sum.data() + i * (c + 1);
-      for (int64_t j = 0; j < c; ++j) {
-        put(grad_w, i * c + j, row[j] * p.scale_of(i, j));
-        s[p.map.scaled(i, j)] += row[j] * p.folded(i, j);
-        before[j] += p.folded(i, j) * row[c];
-      }
-    }
-    for (int64_t j = 0; j < c; ++j) {
-      const double after = sum[j * (c + 1) + c];
-      put(grad_s, j, p.map.sign() * s[j]);
-      put(grad_b, j, p.map.sign() * (p.map.bias_before() ? before[j] : after));
-    }
-  }
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-      const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& x, const Tensor& weight,
-      std::optional<Tensor> log_scale, std::optional<Tensor> bias, bool inverse, bool need_x,
-      bool need_parameters) {
-    Plan p(x, weight, log_scale, bias, inverse);
-    const int64_t c = p.shape.channels, size = need_parameters ? c : 0;
-    const Tensor gy = with_format(grad_y, p.x.channels_last);
-    Tensor grad_x = need_x ? empty_like_canonical(p.x) : torch::stable::new_empty(x, {0});
-    Tensor grad_w = torch::stable::new_empty(weight, {size, size});
-    Tensor grad_d = torch::stable::new_empty(weight, {});
-    Tensor grad_s = torch::stable::new_empty(weight, {size});
-    Tensor grad_b = torch::stable::new_empty(weight, {size});
-    std::vector<double> partial;
-    if (p.shape.numel() > 0) {
-      p.fold(false);
-      p.cut(kTaskPixels, kTasks);
-      p.args.grad_y = gy.const_data_ptr();
-      if (need_x) p.args.grad_x = grad_x.mutable_data_ptr();
-      if (need_parameters) {
-        partial.resize(p.tasks * c * (c + 1));
-        p.args.partial = partial.data();
-      }
-      const DType dtype = dtype_of(x);
-      parallel_tasks(p.tasks, p.args.task * c, [&](int64_t begin, int64_t end) {
-        PFK_CALL_LEVEL(channel_mix_backward, p.args, dtype, begin, end);
-      });
-    }
-    double from_log_det = 0;
-    const Parameter gl(grad_log_det);
-    for (int64_t n = 0; n < p.shape.samples; ++n) from_log_det += gl[n];
-    from_log_det *= static_cast<double>(p.shape.space);
-    put(grad_d, 0, p.map.sign() * from_log_det);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& x, const Tensor& weight,
+    std::optional<Tensor> log_scale, std::optional<Tensor> bias, bool inverse, bool need_x,
+    bool need_parameters) {
+  Plan p(x, weight, log_scale, bias, inverse);
+  const int64_t c = p.shape.channels, size = need_parameters ? c : 0;
+  const Tensor gy = with_format(grad_y, p.x.channels_last);
+  Tensor grad_x = need_x ? empty_like_canonical(p.x) : torch::stable::new_empty(x, {0});
+  Tensor grad_w = torch::stable::new_empty(weight, {size, size});
+  Tensor grad_d = torch::stable::new_empty(weight, {});
+  Tensor grad_s = torch::stable::new_empty(weight, {size});
+  Tensor grad_b = torch::stable::new_empty(weight, {size});
+  std::vector<double> partial;
+  if (p.shape.numel() > 0) {
+    p.fold(false);
+    p.cut(kTaskPixels, kTasks);
+    p.args.grad_y = gy.const_data_ptr();
+    if (need_x) p.args.grad_x = grad_x.mutable_data_ptr();
     if (need_parameters) {
-      const std::vector<double> sum =
-          sum_tasks(partial, partial.empty() ? 0 : p.tasks, c * (c + 1));
-      finish(p, sum, from_log_det, grad_w, grad_s, grad_b);
+      partial.resize(p.tasks * c * (c + 1));
+      p.args.partial = partial.data();
     }
-    return {grad_x, grad_w, grad_d, grad_s, grad_b};
+    const DType dtype = dtype_of(x);
+    parallel_tasks(p.tasks, p.args.task * c, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(channel_mix_backward, p.args, dtype, begin, end);
+    });
   }
+  double from_log_det = 0;
+  const Values gl(grad_log_det);
+  for (int64_t n = 0; n < p.shape.samples; ++n) from_log_det += gl[n];
+  from_log_det *= static_cast<double>(p.shape.space);
+  Values(grad_d).put(0, p.map.sign() * from_log_det);
+  if (need_parameters) {
+    const std::vector<double> sum = sum_tasks(partial, partial.empty() ? 0 : p.tasks, c * (c + 1));
+    finish(p, sum, from_log_det, Values(grad_w), Values(grad_s), Values(grad_b));
+  }
+  return {grad_x, grad_w, grad_d, grad_s, grad_b};
+}
 
-  }  // namespace
+}  // namespace
 }  // namespace pfk
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
