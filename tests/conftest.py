@@ -1,5 +1,9 @@
-"""The backends every op test runs on: the reference, the CPU kernels at each SIMD level, CUDA."""
+"""The backends every op test runs on.
 
+The reference, the CPU kernels at each SIMD level, the CUDA kernels compiled for the host, CUDA.
+"""
+
+import on_host
 import pytest
 import torch
 
@@ -15,10 +19,16 @@ def _cpu(level):
     return pytest.param(level, id=f"cpu-{level}")
 
 
+@pytest.fixture(scope="session")
+def cuda_on_host():
+    return on_host.build()
+
+
 @pytest.fixture(
     params=[
         "reference",
         *(_cpu(level) for level in _library.SIMD_LEVELS),
+        "cuda_on_host",
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
@@ -33,6 +43,10 @@ def backend(request):
             pytest.skip("no CUDA device")
         _library.require_kernels("cuda")
         yield torch.device("cuda")
+        return
+    if request.param == "cuda_on_host":
+        with on_host.kernels(request.getfixturevalue("cuda_on_host")):
+            yield torch.device("cpu")
         return
     before = _library.simd_level()  # raises, and so fails, where the kernels were not built
     try:

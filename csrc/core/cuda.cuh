@@ -13,13 +13,14 @@
 #include "core/host.h"
 #include "core/math.h"
 
-// Launches go through this macro, so that the same source can be compiled for the host (which has
-// no <<<>>>).
+// Launches go through this macro: on the host, which has no <<<>>>, tests define another one.
+#if !defined(PFK_LAUNCH)
 #define PFK_LAUNCH(kernel, grid, block, stream, ...) \
   do {                                               \
     kernel<<<grid, block, 0, stream>>>(__VA_ARGS__); \
     STD_CUDA_KERNEL_LAUNCH_CHECK();                  \
   } while (0)
+#endif
 
 PFK_BEGIN
 

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// What CUDA C++ adds to C++, for a host compiler: enough for csrc/*/*_cuda.cu to compile unchanged
+// and run on fibers.h.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "fibers.h"
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static
+#define __restrict__ __restrict
+
+#define threadIdx ::pfk_host::thread_index
+#define blockIdx ::pfk_host::block_index
+#define blockDim ::pfk_host::block_size
+#define gridDim ::pfk_host::grid_size
+#define __syncthreads() ::pfk_host::sync_threads(__FILE__, __LINE__)
+#define __syncwarp(...) ::pfk_host::warp_barrier(__FILE__, __LINE__, ##__VA_ARGS__)
+#define __shfl_down_sync(...) ::pfk_host::shuffle_down(__FILE__, __LINE__, __VA_ARGS__)
+#define __shfl_xor_sync(...) ::pfk_host::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)
+#define __shfl_sync(...) ::pfk_host::shuffle(__FILE__, __LINE__, __VA_ARGS__)
+
+struct dim3 : pfk_host::Index {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : pfk_host::Index{x, y, z} {}
+};
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}
+
+namespace pfk_host {
+
+template <class T>
+T read(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+// A lane beyond its group of `width` gets its own value back, as on a GPU.
+template <class T>
+T shuffle(const char* file, int line, uint32_t mask, T value, int from, int width = 32) {
+  const int first = lane() / width * width;
+  return read<T>(exchange(mask, &value, sizeof(T), first + from % width, file, line));
+}
+template <class T>
+T shuffle_down(const char* file, int line, uint32_t mask, T value, unsigned delta, int width = 32) {
+  const int in_group = lane() % width + static_cast<int>(delta);
+  const int source = in_group < width ? lane() + static_cast<int>(delta) : lane();
+  return read<T>(exchange(mask, &value, sizeof(T), source, file, line));
+}
+template <class T>
+T shuffle_xor(const char* file, int line, uint32_t mask, T value, int bits, int width = 32) {
+  const int source = lane() ^ bits;
+  const bool inside = source / width == lane() / width;
+  return read<T>(exchange(mask, &value, sizeof(T), inside ? source : lane(), file, line));
+}
+inline void warp_barrier(const char* file, int line, uint32_t mask = 0xffffffffu) {
+  const char nothing = 0;
+  exchange(mask, &nothing, 1, lane(), file, line);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            const Arguments&... arguments) {
+  auto body = [&] { kernel(arguments...); };
+  run(name, grid, block, [](void* data) { (*static_cast<decltype(body)*>(data))(); }, &body);
+}
+
+}  // namespace pfk_host
+
+#define PFK_LAUNCH(kernel, grid, block, stream, ...)                           \
+  do {                                                                         \
+    (void)(stream);                                                            \
+    ::pfk_host::launch(#kernel, kernel, dim3(grid), dim3(block), __VA_ARGS__); \
+  } while (0)
+
+// There is no device to guard.
+#include <torch/csrc/stable/accelerator.h>
+namespace torch::stable::accelerator {
+struct HostGuard {
+  explicit HostGuard(DeviceIndex) {}
+};
+}  // namespace torch::stable::accelerator
+#define DeviceGuard HostGuard
+
+// The library registers under a namespace of its own, for tensors on the CPU.
+#include <torch/csrc/stable/library.h>
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) \
+  _STABLE_TORCH_LIBRARY_IMPL(pyflowkern_on_host, CPU, m, C10_UID)

@@ -1,0 +1,73 @@
+"""The CUDA kernels compiled for the host: building the library, and running ops through it."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pyflowkern import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = Path(__file__).resolve().parent / "cuda_on_host"
+
+
+def build(variant: str = "none", **options: str) -> Path:
+    """Compile the op library for the host and return its path; a second call does nothing."""
+    name = "-".join([variant, *options.pop("name", "").split()])
+    folder = ROOT / "build" / "cuda_on_host" / name
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake, ninja = (str(shutil.which(tool, path=path)) for tool in ("cmake", "ninja"))
+    options |= {"SANITIZE": variant, "TORCH": torch.__path__[0], "CMAKE_MAKE_PROGRAM": ninja}
+    defined = [f"-D{key}={value}" for key, value in options.items()]
+    for command in (
+        [cmake, "-S", str(SOURCES), "-B", str(folder), "-G", "Ninja", *defined],
+        [cmake, "--build", str(folder)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr}")
+    return folder / "libpyflowkern_on_host.so"
+
+
+@functools.cache
+def load(path: Path) -> torch.library.Library:
+    """Define every op of the package again under its own namespace, served by the library."""
+    library = torch.library.Library("pyflowkern_on_host", "DEF")
+    for op in _library.OPS:
+        schema = str(getattr(torch.ops.pyflowkern, op).default._schema)
+        library.define(schema.removeprefix("pyflowkern::"))
+    torch.ops.load_library(str(path))
+    return library
+
+
+def served() -> list[str]:
+    """Return the ops that have a CUDA kernel."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [op for op in _library.OPS if has_kernel(f"pyflowkern_on_host::{op}", "CPU")]
+
+
+@contextmanager
+def kernels(path: Path) -> Iterator[None]:
+    """Let the CUDA kernels serve tensors on the CPU; memory they are given is full of NaN."""
+    load(path)
+    override = torch.library.Library("pyflowkern", "IMPL")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        for op in served():
+            override.impl(
+                op,
+                getattr(torch.ops.pyflowkern_on_host, op).default,
+                "CPU",
+                allow_override=True,
+            )
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        override._destroy()
