@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyflowkern._version import __version__
 
@@ -135,24 +136,26 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
         _force_reference = before
 
 
-def _in_functorch() -> bool:
-    """Whether torch.func transforms this call: the kernels have no batching rule, the reference needs none."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: the reference knows how, the kernels do not."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
 
 
 def kernel_serves(
-    op: str, *tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS
+    op: str, first: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS
 ) -> bool:
     """Whether a kernel of ``op`` takes these tensors: one device, known dtypes, no functional transform."""
     if _force_reference:
         return False
-    first = next(t for t in tensors if t is not None)
-    if op not in _served.get(first.device.type, ()):
+    device = first.device
+    if op not in _served.get(device.type, ()) or first.dtype not in dtypes:
         return False
-    for t in tensors:
-        if t is not None and (t.device != first.device or t.dtype not in dtypes):
+    for t in others:
+        if t is not None and (t.dtype not in dtypes or t.device != device):
             return False
-    return torch.compiler.is_compiling() or not _in_functorch()
+    return torch.compiler.is_compiling() or not _transformed()
 
 
 def show_config() -> str:

@@ -7,7 +7,7 @@
 // the Vec width, so that 10 channels cost no tails.
 #include "actnorm/actnorm.h"
 
-#include "core/half.h"
+#include "actnorm/actnorm_moments.h"
 #include "core/simd.h"
 
 PFK_DECLARE_LEVELS(void actnorm_forward(const ActNormArgs&, int, int64_t, int64_t);
@@ -19,25 +19,6 @@ PFK_BEGIN
 namespace {  // every family is linked into one library: file-local names stay local
 
 constexpr int64_t kFold = 256;  // lane additions between two transfers to double
-
-struct Task {
-  int64_t begin, end;  // outer rows
-};
-Task task_rows(const ActNormArgs& a, int64_t task) {
-  const int64_t begin = task * a.rows;
-  return {begin, begin + a.rows < a.outer ? begin + a.rows : a.outer};
-}
-
-// Elements until the channel pattern meets a Vec boundary: channels * lanes / gcd(channels, lanes).
-int64_t pattern_length(int64_t channels, int64_t lanes) {
-  int64_t a = channels, b = lanes;
-  while (b != 0) {
-    const int64_t r = a % b;
-    a = b;
-    b = r;
-  }
-  return channels * (lanes / a);
-}
 
 // ---- one channel a row
 // -------------------------------------------------------------------------------------------
@@ -165,45 +146,6 @@ void backward_flat(const ActNormArgs& a, Task t, double* sums) {
   delete[] scale;
 }
 
-// ---- moments
-// -------------------------------------------------------------------------------------------------------
-// Mean, then squared deviations from it, of a piece that stays in L1; pieces merge in double.
-template <class S>
-Moments piece_moments(const S* x, int64_t n, int64_t step) {
-  double mean = 0, m2 = 0;
-  for (int64_t i = 0; i < n; ++i) mean += static_cast<double>(widen(x[i * step]));
-  mean /= static_cast<double>(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const double d = static_cast<double>(widen(x[i * step])) - mean;
-    m2 += d * d;
-  }
-  return {static_cast<double>(n), mean, m2};
-}
-
-template <class S>
-void moments_task(const ActNormArgs& a, Task t, double* out) {
-  constexpr int64_t kPiece = 1024;
-  const S* x = static_cast<const S*>(a.in);
-  for (int64_t c = 0; c < a.channels; ++c) {
-    Moments m{0, 0, 0};
-    if (a.inner == 1) {
-      for (int64_t row = t.begin; row < t.end; row += kPiece) {
-        const int64_t n = t.end - row < kPiece ? t.end - row : kPiece;
-        m = merge(m, piece_moments(x + row * a.channels + c, n, a.channels));
-      }
-    } else {
-      for (int64_t row = t.begin; row < t.end; ++row) {
-        for (int64_t i = 0; i < a.inner; i += kPiece) {
-          const int64_t n = a.inner - i < kPiece ? a.inner - i : kPiece;
-          m = merge(m, piece_moments(x + (row * a.channels + c) * a.inner + i, n, 1));
-        }
-      }
-    }
-    out[2 * c] = m.mean;
-    out[2 * c + 1] = m.m2;
-  }
-}
-
 // ---- tasks
 // ---------------------------------------------------------------------------------------------------------
 template <class S>
@@ -239,7 +181,13 @@ void backward_tasks(const ActNormArgs& a, int64_t begin, int64_t end) {
 template <class S>
 void moments_tasks(const ActNormArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
-    moments_task<S>(a, task_rows(a, task), a.partial + 2 * task * a.channels);
+    double* out = a.partial + 2 * task * a.channels;
+    memset(out, 0, 2 * a.channels * sizeof(double));
+    if (a.inner == 1) {
+      moments_flat<S>(a, task_rows(a, task), out);
+    } else {
+      moments_rows<S>(a, task_rows(a, task), out);
+    }
   }
 }
 
@@ -266,167 +214,82 @@ void channel_moments(const ActNormArgs& a, int dtype, int64_t begin,
                      int64_t end){PFK_BY_DTYPE(moments_tasks)}
 
 PFK_END
+
 #if PFK_SIMD_LEVEL == 0
-#include <cmath>
+#include "actnorm/actnorm_host.h"
 
-#include "core/host.h"
+namespace pfk {
+namespace {
 
-    namespace pfk {
-  namespace {
+template <class F>
+void run_tasks(const ActNormPlan& p, const F& f) {
+  parallel_tasks(p.tasks, p.args.rows * p.args.channels * p.args.inner, f);
+}
 
-  // Channel constants in the type computed in, and the plan of tasks.
-  struct Plan {
-    Canonical x;
-    ImageShape shape;
-    DType dtype;
-    std::vector<double> factor;  // of the direction that runs
-    std::vector<float> scale32, bias32;
-    std::vector<double> bias64;
-    double log_det = 0;  // of every sample
-    int64_t tasks = 0;
-    ActNormArgs args{};
-  };
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& log_scale, const Tensor& bias,
+                                   bool inverse) {
+  ActNormPlan p(x);
+  p.set_constants(log_scale, bias, inverse);
+  Tensor y = empty_like_canonical(p.x), log_det = empty_per_sample(x, p.shape.samples);
+  p.args.out = y.mutable_data_ptr();
+  run_tasks(p, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(actnorm_forward, p.args, p.dtype, begin, end);
+  });
+  Values(log_det).fill(p.log_det);
+  return {y, log_det};
+}
 
-  // At least 16,384 elements a task, and few enough tasks for their partial sums to stay small.
-  int64_t rows_per_task(const ActNormArgs& a) {
-    const int64_t row = a.channels * a.inner;
-    const int64_t rows = (16384 + row - 1) / (row > 0 ? row : 1);
-    const int64_t least = (a.outer + 1023) / 1024;
-    return rows > least ? (rows > 0 ? rows : 1) : (least > 0 ? least : 1);
-  }
-
-  void plan_shape(Plan& p, const Tensor& x) {
-    p.x = canonical(x);
-    p.shape = image_shape(x);
-    p.dtype = dtype_of(x);
-    const bool flat = p.x.channels_last || p.shape.space == 1;
-    p.args.outer = flat ? p.shape.samples * p.shape.space : p.shape.samples;
-    p.args.channels = p.shape.channels;
-    p.args.inner = flat ? 1 : p.shape.space;
-    p.args.rows = rows_per_task(p.args);
-    p.tasks = p.shape.channels == 0 ? 0 : (p.args.outer + p.args.rows - 1) / p.args.rows;
-    p.args.in = p.x.tensor.const_data_ptr();
-  }
-
-  std::vector<double> to_doubles(const Tensor& t) {
-    const Tensor c = torch::stable::contiguous(t);
-    std::vector<double> v(c.numel());
-    for (size_t i = 0; i < v.size(); ++i) {
-      v[i] = c.scalar_type() == ScalarType::Double
-                 ? static_cast<const double*>(c.const_data_ptr())[i]
-                 : static_cast<const float*>(c.const_data_ptr())[i];
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& grad_log_det,
+                                            const Tensor& x, const Tensor& log_scale,
+                                            const Tensor& bias, bool inverse) {
+  ActNormPlan p(x);
+  p.set_constants(log_scale, bias, inverse);
+  const Tensor gy = with_format(grad_y, p.x.channels_last);
+  Tensor grad_x = empty_like_canonical(p.x);
+  const std::vector<double> partial = p.partial();
+  p.args.out = grad_x.mutable_data_ptr();
+  p.args.grad_out = gy.const_data_ptr();
+  run_tasks(p, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(actnorm_backward, p.args, p.dtype, begin, end);
+  });
+  const double from_log_det = Values(grad_log_det).sum() * static_cast<double>(p.shape.space);
+  Tensor gs = empty(log_scale, {p.shape.channels}), gb = empty(bias, {p.shape.channels});
+  const Values grad_scale(gs), grad_bias(gb);
+  for (int64_t c = 0; c < p.shape.channels; ++c) {
+    double sum = 0, weighted = 0;
+    for (int64_t task = 0; task < p.tasks; ++task) {
+      sum += partial[2 * (task * p.shape.channels + c)];
+      weighted += partial[2 * (task * p.shape.channels + c) + 1];
     }
-    return v;
+    const ActNormGrad g = actnorm_finish(sum, weighted, p.factor[c], from_log_det, inverse);
+    grad_scale.put(c, g.log_scale);
+    grad_bias.put(c, g.bias);
   }
+  return {grad_x, gs, gb};
+}
 
-  void plan(Plan& p, const Tensor& x, const Tensor& log_scale, const Tensor& bias, bool inverse) {
-    plan_shape(p, x);
-    p.factor = to_doubles(log_scale);
-    p.bias64 = to_doubles(bias);
-    for (double& value : p.factor) {
-      p.log_det += value;
-      value = std::exp(inverse ? -value : value);
+std::tuple<Tensor, Tensor> moments(const Tensor& x) {
+  ActNormPlan p(x);
+  const std::vector<double> partial = p.partial();
+  run_tasks(p, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(channel_moments, p.args, p.dtype, begin, end);
+  });
+  Tensor mean = empty(x, {p.shape.channels}, accumulation_type(x));
+  Tensor variance = empty(x, {p.shape.channels}, accumulation_type(x));
+  const Values means(mean), variances(variance);
+  for (int64_t c = 0; c < p.shape.channels; ++c) {
+    Moments m{0, 0, 0};
+    for (int64_t task = 0; task < p.tasks; ++task) {
+      const double* q = partial.data() + 2 * (task * p.shape.channels + c);
+      m = merge(m, {p.count_of(task), q[0], q[1]});
     }
-    p.log_det *= static_cast<double>(p.shape.space) * (inverse ? -1 : 1);
-    p.args.inverse = inverse;
-    if (p.dtype == kFloat64) {
-      p.args.scale = p.factor.data(), p.args.bias = p.bias64.data();
-    } else {
-      p.scale32.assign(p.factor.begin(), p.factor.end());
-      p.bias32.assign(p.bias64.begin(), p.bias64.end());
-      p.args.scale = p.scale32.data(), p.args.bias = p.bias32.data();
-    }
+    means.put(c, m.count > 0 ? m.mean : NAN);
+    variances.put(c, m.count > 0 ? m.m2 / m.count : NAN);
   }
+  return {mean, variance};
+}
 
-  std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& log_scale, const Tensor& bias,
-                                     bool inverse) {
-    Plan p;
-    plan(p, x, log_scale, bias, inverse);
-    Tensor y = empty_like_canonical(p.x), log_det = empty_per_sample(x, p.shape.samples);
-    p.args.out = y.mutable_data_ptr();
-    parallel_tasks(p.tasks, p.args.rows * p.args.channels * p.args.inner,
-                   [&](int64_t begin, int64_t end) {
-                     PFK_CALL_LEVEL(actnorm_forward, p.args, p.dtype, begin, end);
-                   });
-    torch::stable::fill_(log_det, p.log_det);
-    return {y, log_det};
-  }
-
-  void store(const std::vector<double>& from, Tensor& to) {
-    for (size_t i = 0; i < from.size(); ++i) {
-      if (to.scalar_type() == ScalarType::Double) {
-        static_cast<double*>(to.mutable_data_ptr())[i] = from[i];
-      } else {
-        static_cast<float*>(to.mutable_data_ptr())[i] = static_cast<float>(from[i]);
-      }
-    }
-  }
-
-  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& grad_log_det,
-                                              const Tensor& x, const Tensor& log_scale,
-                                              const Tensor& bias, bool inverse) {
-    Plan p;
-    plan(p, x, log_scale, bias, inverse);
-    const Tensor gy = with_format(grad_y, p.x.channels_last);
-    Tensor grad_x = empty_like_canonical(p.x);
-    std::vector<double> partial(2 * p.tasks * p.shape.channels);
-    p.args.out = grad_x.mutable_data_ptr();
-    p.args.grad_out = gy.const_data_ptr();
-    p.args.partial = partial.data();
-    parallel_tasks(p.tasks, p.args.rows * p.args.channels * p.args.inner,
-                   [&](int64_t begin, int64_t end) {
-                     PFK_CALL_LEVEL(actnorm_backward, p.args, p.dtype, begin, end);
-                   });
-    double from_log_det = 0;
-    for (const double g : to_doubles(grad_log_det)) from_log_det += g;
-    from_log_det *= static_cast<double>(p.shape.space);
-    std::vector<double> grad_scale(p.shape.channels), grad_bias(p.shape.channels);
-    for (int64_t c = 0; c < p.shape.channels; ++c) {
-      double sum = 0, weighted = 0;
-      for (int64_t task = 0; task < p.tasks; ++task) {
-        sum += partial[2 * (task * p.shape.channels + c)];
-        weighted += partial[2 * (task * p.shape.channels + c) + 1];
-      }
-      const ActNormGrad g = actnorm_finish(sum, weighted, p.factor[c], from_log_det, inverse);
-      grad_scale[c] = g.log_scale, grad_bias[c] = g.bias;
-    }
-    Tensor gs = torch::stable::new_empty(log_scale, log_scale.sizes());
-    Tensor gb = torch::stable::new_empty(bias, bias.sizes());
-    store(grad_scale, gs);
-    store(grad_bias, gb);
-    return {grad_x, gs, gb};
-  }
-
-  std::tuple<Tensor, Tensor> moments(const Tensor& x) {
-    Plan p;
-    plan_shape(p, x);
-    std::vector<double> partial(2 * p.tasks * p.shape.channels);
-    p.args.partial = partial.data();
-    parallel_tasks(p.tasks, p.args.rows * p.args.channels * p.args.inner,
-                   [&](int64_t begin, int64_t end) {
-                     PFK_CALL_LEVEL(channel_moments, p.args, p.dtype, begin, end);
-                   });
-    std::vector<double> mean(p.shape.channels), variance(p.shape.channels);
-    for (int64_t c = 0; c < p.shape.channels; ++c) {
-      Moments m{0, 0, 0};
-      for (int64_t task = 0; task < p.tasks; ++task) {
-        const int64_t left = p.args.outer - task * p.args.rows;
-        const double count =
-            static_cast<double>((left < p.args.rows ? left : p.args.rows) * p.args.inner);
-        const double* q = partial.data() + 2 * (task * p.shape.channels + c);
-        m = merge(m, {count, q[0], q[1]});
-      }
-      mean[c] = m.count > 0 ? m.mean : NAN;
-      variance[c] = m.count > 0 ? m.m2 / m.count : NAN;
-    }
-    Tensor a = torch::stable::new_empty(x, {p.shape.channels}, accumulation_type(x));
-    Tensor b = torch::stable::new_empty(x, {p.shape.channels}, accumulation_type(x));
-    store(mean, a);
-    store(variance, b);
-    return {a, b};
-  }
-
-  }  // namespace
+}  // namespace
 }  // namespace pfk
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {

@@ -202,7 +202,7 @@ Plan plan_of(const Tensor& x, bool sums) {
   p.tasks = (a.outer + a.rows - 1) / a.rows;
   p.grid = dim3(static_cast<unsigned>(across), static_cast<unsigned>(p.tasks));
   if (sums) {
-    p.partial = torch::stable::new_empty(x, {2 * p.tasks * a.channels}, ScalarType::Double);
+    p.partial = empty(x, {2 * p.tasks * a.channels}, ScalarType::Double);
     a.partial = static_cast<double*>(p.partial.mutable_data_ptr());
   }
   return p;
@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_grad_cuda(const Tensor& grad_y,
   const Tensor gl = torch::stable::contiguous(grad_log_det);
   const Tensor s = torch::stable::contiguous(log_scale), b = torch::stable::contiguous(bias);
   Tensor grad_x = empty_like_canonical(p.x);
-  Tensor gs = torch::stable::new_empty(s, s.sizes()), gb = torch::stable::new_empty(b, b.sizes());
+  Tensor gs = empty(s, s.sizes(), s.scalar_type()), gb = empty(b, b.sizes(), b.scalar_type());
   p.args.out = grad_x.mutable_data_ptr();
   p.args.grad_out = gy.const_data_ptr();
   by_dtype(x, [&](auto type) {
@@ -307,8 +307,8 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_grad_cuda(const Tensor& grad_y,
 std::tuple<Tensor, Tensor> moments_cuda(const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
   const Plan p = plan_of(x, true);
-  Tensor mean = torch::stable::new_empty(x, {p.shape.channels}, accumulation_type(x));
-  Tensor variance = torch::stable::new_empty(x, {p.shape.channels}, accumulation_type(x));
+  Tensor mean = empty(x, {p.shape.channels}, accumulation_type(x));
+  Tensor variance = empty(x, {p.shape.channels}, accumulation_type(x));
   by_dtype(
       x, [&](auto type) { launch_moments<decltype(type)>(p, mean, variance, current_stream(x)); });
   return {mean, variance};

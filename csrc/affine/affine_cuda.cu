@@ -171,7 +171,7 @@ void run_affine_cuda(AffineArgs& a, const Tensor& out, Tensor* log_det) {
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   Tensor partial;  // returned to torch's allocator after the launch, in stream order
   if (log_det != nullptr && a.chunks > 1) {
-    partial = torch::stable::new_empty(out, {a.g.samples * a.chunks}, ScalarType::Double);
+    partial = empty(out, {a.g.samples * a.chunks}, ScalarType::Double);
     a.partial = static_cast<double*>(partial.mutable_data_ptr());
   }
   void* result = log_det != nullptr ? log_det->mutable_data_ptr() : nullptr;

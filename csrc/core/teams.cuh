@@ -117,7 +117,7 @@ inline unsigned grid_for(int64_t threads) { return grid_of((threads + kThreads -
 
 // Memory of the chunks' sums; torch's allocator takes it back in stream order.
 inline Tensor chunk_sums(const Tensor& like, const TeamPlan& p) {
-  return torch::stable::new_empty(like, {p.chunks > 1 ? p.rows * p.chunks : 0}, ScalarType::Double);
+  return empty(like, {p.chunks > 1 ? p.rows * p.chunks : 0}, ScalarType::Double);
 }
 
 template <class T>

@@ -253,8 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> normal_grad_cuda(const Tensor& grad, const Te
     return {grads.z, grads.mean, grads.log_std};
   }
   ColumnPlan p = plan_columns(a);
-  const Tensor partial =
-      torch::stable::new_empty(z, {p.groups * 2 * a.features}, ScalarType::Double);
+  const Tensor partial = empty(z, {p.groups * 2 * a.features}, ScalarType::Double);
   p.partial = static_cast<double*>(partial.mutable_data_ptr());
   each_storage(z, [&](auto type) {
     using S = decltype(type);

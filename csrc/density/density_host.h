@@ -49,9 +49,9 @@ struct NormalGrads {
 };
 
 inline Tensor grad_of(const Canonical& z, const Parameter& p, bool wanted) {
-  if (p.kind == kNone || !wanted) return torch::stable::new_empty(z.tensor, {0});
+  if (p.kind == kNone || !wanted) return empty(z.tensor, {0});
   if (p.kind == kElement) return empty_like_canonical(z);
-  return torch::stable::new_empty(p.tensor, p.tensor.sizes());
+  return empty(p.tensor, p.tensor.sizes(), p.tensor.scalar_type());
 }
 
 inline NormalGrads normal_grads(NormalTensors& t, int64_t wanted) {

@@ -316,8 +316,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   double per_pixel = Values(log_abs_det)[0];
   for (int64_t i = 0; p.log_scale.given && i < p.shape.channels; ++i) per_pixel += p.log_scale[i];
   const double value = p.map.sign() * static_cast<double>(p.shape.space) * per_pixel;
-  const Values out(log_det);
-  for (int64_t n = 0; n < p.shape.samples; ++n) out.put(n, value);
+  Values(log_det).fill(value);
   if (p.shape.numel() == 0) return {y, log_det};
   p.fold(p.args.inner == 0);
   p.args.y = y.mutable_data_ptr();
@@ -336,11 +335,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Plan p(x, weight, log_scale, bias, inverse);
   const int64_t c = p.shape.channels, size = need_parameters ? c : 0;
   const Tensor gy = with_format(grad_y, p.x.channels_last);
-  Tensor grad_x = need_x ? empty_like_canonical(p.x) : torch::stable::new_empty(x, {0});
-  Tensor grad_w = torch::stable::new_empty(weight, {size, size});
-  Tensor grad_d = torch::stable::new_empty(weight, {});
-  Tensor grad_s = torch::stable::new_empty(weight, {size});
-  Tensor grad_b = torch::stable::new_empty(weight, {size});
+  Tensor grad_x = need_x ? empty_like_canonical(p.x) : empty(x, {0});
+  Tensor grad_w = empty(weight, {size, size});
+  Tensor grad_d = empty(weight, {});
+  Tensor grad_s = empty(weight, {size});
+  Tensor grad_b = empty(weight, {size});
   std::vector<double> partial;
   if (p.shape.numel() > 0) {
     p.fold(false);
@@ -356,10 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       PFK_CALL_LEVEL(channel_mix_backward, p.args, dtype, begin, end);
     });
   }
-  double from_log_det = 0;
-  const Values gl(grad_log_det);
-  for (int64_t n = 0; n < p.shape.samples; ++n) from_log_det += gl[n];
-  from_log_det *= static_cast<double>(p.shape.space);
+  const double from_log_det = Values(grad_log_det).sum() * static_cast<double>(p.shape.space);
   Values(grad_d).put(0, p.map.sign() * from_log_det);
   if (need_parameters) {
     const std::vector<double> sum = sum_tasks(partial, partial.empty() ? 0 : p.tasks, c * (c + 1));

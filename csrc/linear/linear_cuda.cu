@@ -114,8 +114,7 @@ void launch_gradients(const Plan& plan, const Tensor& grad_y, const Tensor& grad
   each_size<S>(c, [&](auto groups) {
     using Tile = GradientTile<S, groups.value>;
     blocks = blocks_of(plan.p.count, Tile::kPixels, groups.value > 6 ? 132 : 264);
-    sums =
-        torch::stable::new_empty(plan.weight, {(blocks + kSegments) * outputs}, ScalarType::Double);
+    sums = empty(plan.weight, {(blocks + kSegments) * outputs}, ScalarType::Double);
     task.partial = static_cast<double*>(sums.mutable_data_ptr());
     PFK_LAUNCH((gradient_kernel<S, groups.value>), static_cast<unsigned>(blocks), Tile::kThreads,
                stream, task, k);
@@ -157,10 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix_grad_cuda(
   const Tensor gy = with_format(grad_y, plan.x.channels_last);
   const Tensor gl = torch::stable::contiguous(grad_log_det);
   const int64_t size = need_parameters ? plan.shape.channels : 0;
-  Tensor grad_x = need_x ? empty_like_canonical(plan.x) : torch::stable::new_empty(x, {0});
-  Tensor gw = torch::stable::new_empty(weight, {size, size});
-  Tensor gd = torch::stable::new_empty(weight, {}), gs = torch::stable::new_empty(weight, {size});
-  Tensor gb = torch::stable::new_empty(weight, {size});
+  Tensor grad_x = need_x ? empty_like_canonical(plan.x) : empty(x, {0});
+  Tensor gw = empty(weight, {size, size});
+  Tensor gd = empty(weight, {}), gs = empty(weight, {size});
+  Tensor gb = empty(weight, {size});
   each_storage(x, [&](auto type) {
     using S = decltype(type);
     using T = Compute<S>;

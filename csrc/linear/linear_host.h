@@ -10,30 +10,6 @@
 
 namespace pfk {
 
-// A contiguous tensor of float or double, read and written as doubles; or none.
-struct Values {
-  Tensor tensor;
-  bool given = false, wide = false;
-  void* data = nullptr;
-
-  explicit Values(const std::optional<Tensor>& t) : given(t.has_value()) {
-    if (!given) return;
-    tensor = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-    wide = tensor.scalar_type() == ScalarType::Double;
-    data = tensor.mutable_data_ptr();
-  }
-  double operator[](int64_t i) const {
-    return wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
-  }
-  void put(int64_t i, double value) const {
-    if (wide) {
-      static_cast<double*>(data)[i] = value;
-    } else {
-      static_cast<float*>(data)[i] = static_cast<float>(value);
-    }
-  }
-};
-
 // Enough tasks for any processor, few enough for their partial sums to stay small.
 constexpr int64_t kTaskPixels = 1024, kTasks = 64;
 
@@ -102,7 +78,8 @@ struct Plan {
 };
 
 // G and g of all tasks, in their order.
-std::vector<double> sum_tasks(const std::vector<double>& partial, int64_t tasks, int64_t size) {
+inline std::vector<double> sum_tasks(const std::vector<double>& partial, int64_t tasks,
+                                     int64_t size) {
   std::vector<double> sum(partial.begin(), partial.begin() + (tasks ? size : 0));
   sum.resize(size);
   for (int64_t task = 1; task < tasks; ++task) {
@@ -112,8 +89,8 @@ std::vector<double> sum_tasks(const std::vector<double>& partial, int64_t tasks,
 }
 
 // From G and g to the gradients of the parameters, as linear.h has them.
-void finish(const Plan& p, const std::vector<double>& sum, double grad_log_det,
-            const Values& grad_w, const Values& grad_s, const Values& grad_b) {
+inline void finish(const Plan& p, const std::vector<double>& sum, double grad_log_det,
+                   const Values& grad_w, const Values& grad_s, const Values& grad_b) {
   const int64_t c = p.shape.channels;
   std::vector<double> s(c, grad_log_det), before(c, 0.0);
   for (int64_t i = 0; i < c; ++i) {

@@ -23,21 +23,11 @@ inline int edge_steps(int64_t bits, double alpha) {
   return static_cast<int>(std::fmin(steps, (1 << (kNoiseBits - 1)) - 1));
 }
 
-// empty_like_canonical() for another dtype than that of the tensor.
-inline Tensor empty_of_type(const Canonical& c, ScalarType type) {
-  const Tensor& t = c.tensor;
-  if (!c.channels_last) return torch::stable::new_empty(t, t.sizes(), type);
-  return torch::stable::empty(t.sizes(), type, std::nullopt, t.device(), std::nullopt,
-                              t.dim() == 5 ? torch::headeronly::MemoryFormat::ChannelsLast3d
-                                           : torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
 inline PreprocessTensors preprocess_tensors(const Tensor& x, ScalarType out, ScalarType log_det) {
   const Canonical c = canonical(x);
   const int64_t rows = x.dim() > 0 ? x.sizes()[0] : 1;
-  PreprocessTensors t{
-      c,    empty_of_type(c, out),           torch::stable::new_empty(x, {rows}, log_det),
-      rows, rows > 0 ? x.numel() / rows : 0, {}};
+  PreprocessTensors t{c,    empty_like_canonical(c, out),    empty(x, {rows}, log_det),
+                      rows, rows > 0 ? x.numel() / rows : 0, {}};
   t.args.in = c.tensor.const_data_ptr();
   t.args.out = t.out.mutable_data_ptr();
   t.args.log_det = t.log_det.mutable_data_ptr();

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.ops._registry import (
     accumulation_dtype,
+    cast,
     check_batched,
     check_floating,
     check_same_device,
@@ -65,9 +66,7 @@ def actnorm(
     if not kernel_serves("actnorm", x, log_scale, bias):
         return actnorm_reference(x, log_scale, bias, inverse=inverse)
     work = accumulation_dtype(x.dtype)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.actnorm.default(
-        x, log_scale.to(work), bias.to(work), inverse
-    )
+    out: tuple[Tensor, Tensor] = _actnorm(x, cast(log_scale, work), cast(bias, work), inverse)
     return out
 
 
@@ -94,7 +93,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     check_batched("x", x)
     if not kernel_serves("channel_moments", x) or (x.requires_grad and torch.is_grad_enabled()):
         return channel_moments_reference(x)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.channel_moments.default(x)
+    out: tuple[Tensor, Tensor] = _channel_moments(x)
     return out
 
 
@@ -157,7 +156,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]
     return (*grads, None)
 
 
-register(
+_actnorm = register(
     "actnorm(Tensor x, Tensor log_scale, Tensor bias, bool inverse) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_keep,
@@ -168,4 +167,4 @@ register(
     " bool inverse) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
-register("channel_moments(Tensor x) -> (Tensor, Tensor)", fake=_fake_moments)
+_channel_moments = register("channel_moments(Tensor x) -> (Tensor, Tensor)", fake=_fake_moments)

@@ -34,6 +34,7 @@ from pyflowkern.ops._coupling import (
 )
 from pyflowkern.ops._registry import (
     accumulation_dtype,
+    cast,
     check_batched,
     check_floating,
     check_same_device,
@@ -106,9 +107,7 @@ def affine(
     if not kernel_serves("affine", x, shift, raw):
         return affine_reference(x, raw, shift, scale_map=smap, inverse=inverse, save=save)
     flags = _flags(smap, inverse=inverse, save=save)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.affine.default(
-        x, raw, shift, smap.code, smap.numbers, flags
-    )
+    out: tuple[Tensor, Tensor] = _affine(x, raw, shift, smap.code, smap.numbers, flags)
     return out
 
 
@@ -173,9 +172,9 @@ def affine_coupling(
         return _coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
     flags = _flags(smap, inverse=inverse, swap=swap, save=save)
     code = LAYOUTS.index(layout) + (len(LAYOUTS) if raw_first else 0)
-    dtype = torch.promote_types(x.dtype, params.dtype)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.affine_coupling.default(
-        x.to(dtype), params.to(dtype), mask, code, smap.code, smap.numbers, flags
+    dtype = x.dtype if x.dtype == params.dtype else torch.promote_types(x.dtype, params.dtype)
+    out: tuple[Tensor, Tensor] = _affine_coupling(
+        cast(x, dtype), cast(params, dtype), mask, code, smap.code, smap.numbers, flags
     )
     return out if dtype == x.dtype else (out[0].to(x.dtype), out[1])
 
@@ -272,7 +271,7 @@ def _check_save(save: str) -> None:
 def _broadcast(name: str, t: Tensor, x: Tensor) -> Tensor:
     check_floating(name, t)
     try:
-        return t.to(x.dtype).expand(x.shape)
+        return cast(t, x.dtype) if t.shape == x.shape else t.to(x.dtype).expand(x.shape)
     except RuntimeError:
         raise ValueError(
             f"{name} must be broadcastable to x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
@@ -390,7 +389,7 @@ def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[
     return (*grads, None, None, None, None, None)
 
 
-register(
+_affine = register(
     "affine(Tensor x, Tensor? raw, Tensor shift, int kind, float[] numbers, int flags)"
     " -> (Tensor, Tensor)",
     fake=_fake_forward,
@@ -402,7 +401,7 @@ register(
     " int kind, float[] numbers, int flags) -> (Tensor, Tensor, Tensor)",
     fake=_fake_affine_backward,
 )
-register(
+_affine_coupling = register(
     "affine_coupling(Tensor x, Tensor params, Tensor? mask, int layout, int kind, float[] numbers,"
     " int flags) -> (Tensor, Tensor)",
     fake=_fake_forward,

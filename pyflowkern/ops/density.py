@@ -24,6 +24,7 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.ops._registry import (
     accumulation_dtype,
+    cast,
     check_batched,
     check_floating,
     check_same_device,
@@ -92,10 +93,11 @@ def normal_log_prob(
             dtype = torch.promote_types(dtype, p.dtype)
     work = accumulation_dtype(dtype)
     mean, log_std = (
-        None if p is None else p.to(dtype if p.dim() == z.dim() else work) for p in (mean, log_std)
+        None if p is None else cast(p, dtype if p.dim() == z.dim() else work)
+        for p in (mean, log_std)
     )
-    out: Tensor = torch.ops.pyflowkern.normal_log_prob.default(
-        z.to(dtype), mean, log_std, None if log_det is None else log_det.to(work)
+    out: Tensor = _normal_log_prob(
+        cast(z, dtype), mean, log_std, None if log_det is None else cast(log_det, work)
     )
     return out
 
@@ -170,6 +172,8 @@ def _parameter(name: str, p: Tensor | None, z: Tensor) -> Tensor | None:
     if p is None:
         return None
     check_floating(name, p)
+    if p.shape == z.shape or p.shape == z.shape[1:]:
+        return p
     try:
         if p.dim() == z.dim() and (p.shape[0] != 1 or z.shape[0] == 1):
             return p.expand(z.shape)
@@ -224,7 +228,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if f in need else None for g, f in zip(grads, flags, strict=True)), grad_log_det)
 
 
-register(
+_normal_log_prob = register(
     "normal_log_prob(Tensor z, Tensor? mean, Tensor? log_std, Tensor? log_det) -> Tensor",
     fake=_log_prob_fake,
     backward=_backward,

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from pyflowkern._library import kernel_serves
 from pyflowkern.ops._registry import (
     accumulation_dtype,
+    cast,
     check_batched,
     check_floating,
     check_same_device,
@@ -238,12 +239,12 @@ def _channel_mix(
 ) -> tuple[Tensor, Tensor]:
     """Call the kernel behind both maps; ``log_scale`` makes it a Glow step."""
     work = accumulation_dtype(x.dtype)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.channel_mix.default(
+    out: tuple[Tensor, Tensor] = _mix_op(
         x,
-        weight.to(work),
-        log_abs_det.to(work),
-        None if log_scale is None else log_scale.to(work),
-        None if bias is None else bias.to(work),
+        cast(weight, work),
+        cast(log_abs_det, work),
+        None if log_scale is None else cast(log_scale, work),
+        None if bias is None else cast(bias, work),
         inverse,
     )
     return out
@@ -320,7 +321,7 @@ def _mix_backward_fake(
     )
 
 
-register(
+_mix_op = register(
     "channel_mix(Tensor x, Tensor weight, Tensor log_abs_det, Tensor? log_scale, Tensor? bias, "
     "bool inverse) -> (Tensor, Tensor)",
     fake=_mix_fake,

@@ -101,7 +101,7 @@ def dequantize(
     key = draw_seed(seed, generator, x.device)
     if not kernel_serves("dequantize", x, dtypes=(torch.uint8,)):
         return _dequantize(x, key, bits, alpha)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.dequantize.default(x, key, bits, alpha)
+    out: tuple[Tensor, Tensor] = _dequantize_op(x, key, bits, alpha)
     return out
 
 
@@ -131,7 +131,7 @@ def quantize(y: Tensor, *, bits: int = 8, alpha: float | None = None) -> Tensor:
     _check_levels(bits, alpha)
     if not kernel_serves("quantize", y):
         return quantize_reference(y, bits=bits, alpha=alpha)
-    out: Tensor = torch.ops.pyflowkern.quantize.default(y.detach(), bits, alpha)
+    out: Tensor = _quantize_op(y.detach(), bits, alpha)
     return out
 
 
@@ -166,7 +166,7 @@ def logit(x: Tensor, *, alpha: float = 0.0, inverse: bool = False) -> tuple[Tens
     _check_alpha(alpha)
     if not kernel_serves("logit", x):
         return logit_reference(x, alpha=alpha, inverse=inverse)
-    out: tuple[Tensor, Tensor] = torch.ops.pyflowkern.logit.default(x, alpha, inverse)
+    out: tuple[Tensor, Tensor] = _logit_op(x, alpha, inverse)
     return out
 
 
@@ -308,12 +308,14 @@ def _logit_backward(
     return grad, None, None
 
 
-register(
+_dequantize_op = register(
     "dequantize(Tensor x, Tensor seed, int bits, float? alpha) -> (Tensor, Tensor)",
     fake=_dequantize_fake,
 )
-register("quantize(Tensor y, int bits, float? alpha) -> Tensor", fake=_quantize_fake)
-register(
+_quantize_op = register(
+    "quantize(Tensor y, int bits, float? alpha) -> Tensor", fake=_quantize_fake
+)
+_logit_op = register(
     "logit(Tensor x, float alpha, bool inverse) -> (Tensor, Tensor)",
     fake=_logit_fake,
     backward=_logit_backward,

@@ -105,6 +105,25 @@ struct HostGuard {
 }  // namespace torch::stable::accelerator
 #define DeviceGuard HostGuard
 
+// Memory is handed out full of NaN: an element that no thread writes shows.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+namespace pfk_host {
+inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                    int32_t type, int32_t device, int32_t index,
+                                    AtenTensorHandle* out) {
+  const AOTITorchError error =
+      aoti_torch_empty_strided(dim, sizes, strides, type, device, index, out);
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (error == AOTI_TORCH_SUCCESS && aoti_torch_get_data_ptr(*out, &data) == AOTI_TORCH_SUCCESS &&
+      aoti_torch_get_storage_size(*out, &bytes) == AOTI_TORCH_SUCCESS && data) {
+    memset(data, 0xff, static_cast<size_t>(bytes));
+  }
+  return error;
+}
+}  // namespace pfk_host
+#define aoti_torch_empty_strided ::pfk_host::empty_strided
+
 // The library registers under a namespace of its own, for tensors on the CPU.
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
