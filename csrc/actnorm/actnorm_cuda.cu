@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_grad_cuda(const Tensor& grad_y,
   const Tensor gl = torch::stable::contiguous(grad_log_det);
   const Tensor s = torch::stable::contiguous(log_scale), b = torch::stable::contiguous(bias);
   Tensor grad_x = empty_like_canonical(p.x);
-  Tensor gs = empty(s, s.sizes(), s.scalar_type()), gb = empty(b, b.sizes(), b.scalar_type());
+  Tensor gs = empty(s, s.sizes()), gb = empty(b, b.sizes());
   p.args.out = grad_x.mutable_data_ptr();
   p.args.grad_out = gy.const_data_ptr();
   by_dtype(x, [&](auto type) {

@@ -13,18 +13,33 @@
 #include "core/host.h"
 #include "core/math.h"
 
-// Launches go through this macro: on the host, which has no <<<>>>, tests define another one.
+// Launches, and shared memory whose size the launch decides, go through macros: on the host, which
+// has no <<<>>>, tests define others.
 #if !defined(PFK_LAUNCH)
 #define PFK_LAUNCH(kernel, grid, block, stream, ...) \
-  do {                                               \
-    kernel<<<grid, block, 0, stream>>>(__VA_ARGS__); \
-    STD_CUDA_KERNEL_LAUNCH_CHECK();                  \
+  PFK_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define PFK_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  do {                                                             \
+    ::pfk::allow_shared(kernel, bytes);                            \
+    kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__);           \
+    STD_CUDA_KERNEL_LAUNCH_CHECK();                                \
   } while (0)
+#define PFK_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
 PFK_BEGIN
 
 constexpr int kThreads = 256;
+
+#if defined(__CUDACC__)
+// More shared memory than 48 KiB has to be asked for.
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+}
+#endif
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;

@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -109,22 +108,19 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
                                                   device, index, &handle));
   return Tensor(handle);
 }
-template <class Sizes>
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   constexpr int64_t kMostAxes = 64;
   const int64_t dim = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dim <= kMostAxes, "pyflowkern: too many axes");
   int64_t strides[kMostAxes], step = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = step;
-    step *= sizes.begin()[d] > 0 ? sizes.begin()[d] : 1;
+    step *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  return empty_strided(like, sizes.begin(), strides, dim, type);
+  return empty_strided(like, sizes.data(), strides, dim, type);
 }
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return empty<std::initializer_list<int64_t>>(like, sizes, type);
-}
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+inline Tensor empty(const Tensor& like, Sizes sizes) {
   return empty(like, sizes, like.scalar_type());
 }
 

@@ -51,7 +51,7 @@ struct NormalGrads {
 inline Tensor grad_of(const Canonical& z, const Parameter& p, bool wanted) {
   if (p.kind == kNone || !wanted) return empty(z.tensor, {0});
   if (p.kind == kElement) return empty_like_canonical(z);
-  return empty(p.tensor, p.tensor.sizes(), p.tensor.scalar_type());
+  return empty(p.tensor, p.tensor.sizes());
 }
 
 inline NormalGrads normal_grads(NormalTensors& t, int64_t wanted) {

@@ -1,8 +1,8 @@
 r"""Small invertible matrices: built from their factors, inverted, and their log-determinants.
 
-The gradients use no second factorization.  With :math:`V = W^{-1}`,
-:math:`\bar W = \bar\ell\, V^T - V^T \bar V V^T`; and for :math:`W = P L U` and
-:math:`G = P^T \bar W`, the triangles of :math:`\bar L = G U^T` and :math:`\bar U = L^T G`.
+The gradients use no second factorization: with :math:`V = W^{-1}`,
+:math:`\bar W = \bar\ell\, V^T - V^T \bar V V^T`; those of :math:`W = P L U` stand in
+``csrc/matrix/matrix.h``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.ops._registry import (
     accumulation_dtype,
+    cast,
     check_floating,
     check_same_device,
     check_shape,
@@ -83,17 +84,17 @@ def plu_matrix(
     _check_plu(permutation, lower, upper, log_diag, sign)
     if lower.shape[0] > _MAX_SIZE or not kernel_serves("plu_matrix", lower, upper, log_diag, sign):
         return plu_matrix_reference(permutation, lower, upper, log_diag, sign, inverse=inverse)
-    dtype, work = lower.dtype, accumulation_dtype(lower.dtype)
-    out: Tensor = torch.ops.pyflowkern.plu_matrix.default(
-        permutation, lower.to(work), upper.to(work), log_diag.to(work), sign.to(work), inverse
-    )
-    return out.to(dtype)
+    work = accumulation_dtype(lower.dtype)
+    factors = (cast(t, work) for t in (lower, upper, log_diag, sign))
+    out = _plu_matrix(permutation, *factors, inverse)
+    return cast(out, lower.dtype)
 
 
 def slogdet_inverse(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return sign and logarithm of the determinant, and the inverse, from one LU factorization.
 
-    A singular matrix gives sign 0, log-determinant -inf and an inverse of NaN; it never raises.
+    A singular matrix gives sign 0, log-determinant -inf and an inverse of NaN; one that holds NaN
+    or inf gives NaN throughout.  It never raises, and spoils no other matrix of the batch.
 
     Args:
         weight: ``[..., C, C]``.
@@ -118,10 +119,8 @@ def slogdet_inverse(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_square("weight", weight)
     if weight.shape[-1] > _MAX_SIZE or not kernel_serves("slogdet_inverse", weight):
         return slogdet_inverse_reference(weight)
-    sign, log_abs_det, inverse = torch.ops.pyflowkern.slogdet_inverse.default(
-        weight.to(accumulation_dtype(weight.dtype))
-    )
-    return sign, log_abs_det, inverse.to(weight.dtype)
+    sign, log_abs_det, inverse = _slogdet_inverse(cast(weight, accumulation_dtype(weight.dtype)))
+    return sign, log_abs_det, cast(inverse, weight.dtype)
 
 
 def householder_matrix(vectors: Tensor) -> Tensor:
@@ -191,8 +190,9 @@ def slogdet_inverse_reference(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(weight):
         sign, log_abs_det = torch.linalg.slogdet(w)
         inverse = torch.linalg.inv_ex(w).inverse
-    inverse = torch.where((sign == 0)[..., None, None], torch.nan, inverse)
-    return sign, log_abs_det, inverse.to(weight.dtype)
+    bad = (w.detach() * 0).sum((-2, -1))  # zero, or NaN where an entry is not finite
+    inverse = torch.where((sign == 0)[..., None, None], torch.nan, inverse) + bad[..., None, None]
+    return sign + bad, log_abs_det + bad, inverse.to(weight.dtype)
 
 
 def householder_matrix_reference(vectors: Tensor) -> Tensor:
@@ -267,11 +267,11 @@ def _plu_fake(
 
 def _plu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.inverse = inputs
-    ctx.save_for_backward(*tensors, output)
+    ctx.save_for_backward(*tensors)
 
 
 def _plu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    permutation, lower, upper, log_diag, sign, out = ctx.saved_tensors
+    permutation, lower, upper, log_diag, sign = ctx.saved_tensors
     if torch.is_grad_enabled():
         found = gradient_of_reference(
             lambda lo, up, diag: plu_matrix_reference(
@@ -282,14 +282,13 @@ def _plu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
     else:
         found = torch.ops.pyflowkern.plu_matrix_backward.default(
-            grad, out, permutation, lower, upper, log_diag, sign, ctx.inverse
+            grad, permutation, lower, upper, log_diag, sign, ctx.inverse
         )
     return None, *found, None, None
 
 
 def _plu_backward_fake(
     grad: Tensor,
-    out: Tensor,
     permutation: Tensor,
     lower: Tensor,
     upper: Tensor,
@@ -300,7 +299,7 @@ def _plu_backward_fake(
     return _contiguous_like(lower), _contiguous_like(upper), _contiguous_like(log_diag)
 
 
-register(
+_plu_matrix = register(
     "plu_matrix(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
     "bool inverse) -> Tensor",
     fake=_plu_fake,
@@ -308,8 +307,8 @@ register(
     setup_context=_plu_setup,
 )
 register(
-    "plu_matrix_backward(Tensor grad, Tensor out, Tensor permutation, Tensor lower, "
-    "Tensor upper, Tensor log_diag, Tensor sign, bool inverse) -> (Tensor, Tensor, Tensor)",
+    "plu_matrix_backward(Tensor grad, Tensor permutation, Tensor lower, Tensor upper, "
+    "Tensor log_diag, Tensor sign, bool inverse) -> (Tensor, Tensor, Tensor)",
     fake=_plu_backward_fake,
 )
 
@@ -321,21 +320,26 @@ def _slogdet_fake(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _slogdet_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(output[2])
+    ctx.set_materialize_grads(False)  # most often only one of the outputs is used
 
 
 def _slogdet_backward(
-    ctx: Any, grad_sign: Tensor, grad_log_abs_det: Tensor, grad_inverse: Tensor
-) -> Tensor:
+    ctx: Any, _: Tensor | None, grad_log_abs_det: Tensor | None, grad_inverse: Tensor | None
+) -> Tensor | None:
     # in terms of the inverse, which is an output of this op: so it differentiates itself
     (inverse,) = ctx.saved_tensors
     transposed = inverse.mT
-    with full_precision(inverse):
-        through_inverse = transposed @ grad_inverse @ transposed
-    grad: Tensor = grad_log_abs_det[..., None, None] * transposed - through_inverse
+    grad: Tensor | None = None
+    if grad_log_abs_det is not None:
+        grad = grad_log_abs_det[..., None, None] * transposed
+    if grad_inverse is not None:
+        with full_precision(inverse):
+            through_inverse = transposed @ grad_inverse @ transposed
+        grad = -through_inverse if grad is None else grad - through_inverse
     return grad
 
 
-register(
+_slogdet_inverse = register(
     "slogdet_inverse(Tensor weight) -> (Tensor, Tensor, Tensor)",
     fake=_slogdet_fake,
     backward=_slogdet_backward,
