@@ -2,9 +2,11 @@
 // Small matrices on the CPU.
 //
 // Rows are copied to a buffer that pads them to whole Vecs, so every loop over a row is of whole
-// Vecs.  Floor: an inverse is C^3 multiply-adds; a step of Gauss-Jordan loads and stores every
-// element once, one Vec a cycle, so C^3 / lanes cycles while the matrix stays in L1 (C = 80 in
-// float32).  Below C = 16 the call is the cost, 10 us.
+// Vecs.  Floor: an inverse is C^3 multiply-adds, and a step of Gauss-Jordan stores every element
+// once, one Vec a cycle, so C^3 / lanes cycles while the matrix stays in L1 (C = 90 in float32).
+// What comes on top is the column of each step: gathered, searched for the pivot, divided, and put
+// back when the rows are done (put back before, it would stall their loads).  Below C = 24 the call
+// is the cost.
 #include "matrix/matrix.h"
 
 #include "core/simd.h"
@@ -95,7 +97,8 @@ struct Determinant {
   double sign, log_abs;
 };
 
-// Turns a into its inverse, of which column k belongs in column order[k].  Stops at a pivot of
+// Turns a into its inverse, of which column k belongs in column order[k]: the row operations let
+// column k become what they may, then -f_i and 1 / a_pk take its place.  Stops at a pivot of
 // zero.  `factors` is a padded row.
 template <class T>
 Determinant invert(T* a, int64_t n, int64_t width, int64_t* order, T* factors) {
@@ -121,10 +124,10 @@ Determinant invert(T* a, int64_t n, int64_t width, int64_t* order, T* factors) {
     factors[p] = factors[k];
     for (int64_t i = 0; i < n; i += V::kLanes) (V::load(factors + i) / pivot).store(factors + i);
     factors[k] = T(0);  // the pivot row itself stays
-    for (int64_t i = 0; i < n; ++i) a[i * width + k] = T(0);
-    row[k] = T(1);
     eliminate_rows(a, n, width, factors, row);
     for (int64_t j = 0; j < width; j += V::kLanes) (V::load(row + j) / pivot).store(row + j);
+    for (int64_t i = 0; i < n; ++i) a[i * width + k] = -factors[i];
+    row[k] = T(1) / pivot;
   }
   return d;
 }
