@@ -13,71 +13,124 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train normalizing flows, sample from them and score data with them.",
 )
 
-DataOption = Annotated[
-    str | None,
-    typer.Option(help="photos, digits, a .csv or .npy file, or a folder of images."),
-]
+DATA = "photos, digits, a .csv or .npy file, or a folder of images"
 CheckpointArgument = Annotated[
-    Path, typer.Argument(help="A .ckpt file, or the folder of a run (then its last.ckpt).")
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="The folder of a trained run (its last.ckpt is used), or one .ckpt file in it.",
+    ),
 ]
 
 
-@app.command()
+@app.callback()
+def root() -> None:
+    """Train normalizing flows, draw samples from them and score data with them.
+
+    A normalizing flow learns the density of your data: it gives the probability of a row and draws new rows.
+
+    \b
+    Start with   pyflowkern demo
+    then         pyflowkern train --data digits --out out/digits
+                 pyflowkern sample out/digits --out samples.png
+                 pyflowkern evaluate out/digits
+    """  # noqa: D301  (\b keeps click from re-wrapping the lines)
+
+
+@app.command(short_help="Train a small flow on photographs; kernels beside reference.")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures, metrics and checkpoint.")] = Path(
-        "out/demo"
-    ),
-    minutes: Annotated[float, typer.Option(min=0.1, help="Time for the whole command.")] = 4.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder to write to; an earlier demo in it is replaced.")
+    ] = Path("out/demo"),
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Time for the whole command; more gives better samples.")
+    ] = 4.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")
     ] = False,
 ) -> None:
-    """Train a small Glow on photographs and compare the kernels with the reference.
+    """Train a small Glow on photographs, and compare the fused kernels with the PyTorch reference.
 
-    Needs no download and no GPU.  Prints held-out bits/dim before and after, the round-trip error, and steps/s and
-    memory of both paths; writes samples.png, curve.png, metrics.csv and a checkpoint.
+    Needs no download and no GPU.  Prints, for photographs that were held out of training, bits/dim (how many bits
+    a colour value costs; lower is better, 8 is no model at all) before and after, the error of mapping them to latents
+    and back, and steps per second and peak memory with the kernels and with the reference.
+
+    Writes samples.png, curve.png, metrics.csv, last.ckpt and best.ckpt.
     """
     from pyflowkern.train.demo import demo as run
 
     run(out, minutes=minutes, resume=resume)
 
 
-@app.command()
+@app.command(short_help="Train a flow on your data, or go on with a run.")
 def train(
     config: Annotated[
-        Path | None, typer.Argument(help="A YAML file of options; flags override it.")
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file of options; flags override it."),
     ] = None,
-    data: DataOption = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA}.  [default: photos]")] = None,
     flow: Annotated[
-        str | None, typer.Option(help="A flow by name, such as Glow or RealNVP.")
+        str | None, typer.Option(help="Which flow: Glow or RealNVP.  [default: Glow]")
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Any option of the YAML file or argument of the flow, NAME=VALUE; may be repeated. "
-            "Example: --set hidden=128 --set levels=2",
+            metavar="NAME=VALUE",
+            help="Set an option of the list above, or an argument of the flow: hidden=128, levels=2, "
+            "flow_args.steps=8.  May be repeated.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="How many training steps.  [default: 2000]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="How many rows a step sees.  [default: 64]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate, at its largest.  [default: 0.001]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to.  [default: out/train]")
+    ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with the run in this folder, exactly as if it had not stopped."),
+        typer.Option(
+            help="Go on with the run in this folder, exactly as if it had not stopped.  Given alone."
+        ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run that OUT holds.")
+        bool, typer.Option("--overwrite", help="Replace the run that the folder holds already.")
     ] = False,
 ) -> None:
-    """Train a flow: checkpoints, metrics.csv, curve.png, TensorBoard and, for images, samples.png.
+    """Train a flow on your data.
 
-    Example: pyflowkern train --data table.csv --flow RealNVP --steps 2000 --out out/table
-    """
+    Writes to the folder of the run: last.ckpt and best.ckpt (best held-out score), config.yaml, metrics.csv, curve.png,
+    TensorBoard logs and, for images, samples.png.  A tenth of the rows is held out and scored as training goes.
+
+    \b
+    Example  pyflowkern train --data table.csv --flow RealNVP --steps 2000 --out out/table
+    Resume   pyflowkern train --resume out/table
+
+    \b
+    Options of the YAML file and of --set, with their defaults:
+      data: photos, flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
+      flow_args: {}          arguments of the flow, such as levels, steps, hidden
+      size: 32               side of the images, for photos and folders
+      warmup: 50             steps of linear warm-up; a cosine follows
+      final_lr: 0.05         where the cosine ends, as a fraction of lr
+      weight_decay: 0.0001   of AdamW
+      clip: 1.0              largest gradient norm
+      ema: 0.999             decay of the averaged weights, which are evaluated
+      precision: 32-true     or bf16-mixed
+      every: 100             steps between evaluations, each with a checkpoint
+      patience: 0            evaluations without progress before stopping; 0: never
+      minutes: 0.0           stop after this long; 0: no limit
+      max_bad_steps: 10      steps in a row with a non-finite loss before stopping
+      seed: 0
+    """  # noqa: D301
     from pyflowkern.train.config import ConfigError, TrainConfig
     from pyflowkern.train.runner import resume_config
     from pyflowkern.train.runner import train as run
@@ -87,12 +140,14 @@ def train(
     if out is not None:
         options["out"] = str(out)
     if resume is not None:
-        if config or options or set_:
+        if config or options or set_ or overwrite:
             raise ConfigError("--resume takes every option from the run itself; give it alone")
-        run(resume_config(resume), resume=True)
-        return
-    base = TrainConfig.read(config) if config else {}
-    run(TrainConfig.create(_merge(base, options, set_ or [])), overwrite=overwrite)
+        finished = run(resume_config(resume), resume=True)
+    else:
+        base = TrainConfig.read(config) if config else {}
+        chosen = TrainConfig.create(_merge(base, options, set_ or []))
+        finished = run(chosen, overwrite=overwrite)
+    typer.echo(f"{finished.out}: last.ckpt, best.ckpt, metrics.csv, curve.png and more")
 
 
 def _merge(base: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -102,61 +157,92 @@ def _merge(base: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> 
     from pyflowkern.train.config import ConfigError, TrainConfig
 
     known = TrainConfig().to_dict()
-    merged = {**base, **flags}
-    arguments = dict(merged.get("flow_args") or {})
+    merged, arguments = {**base, **flags}, {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
+        name, equals, text = setting.partition("=")
+        if not (name and equals):
             raise ConfigError(f"--set wants NAME=VALUE, got {setting!r}")
-        parsed = yaml.safe_load(value)
-        if isinstance(parsed, str) and isinstance(known.get(name), float):
-            parsed = float(value)  # YAML reads 1e-3 as text
-        (merged if name in known else arguments)[name] = parsed
-    return {**merged, "flow_args": arguments}
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting}: the value is not readable as YAML") from None
+        if name in known:
+            merged[name] = value
+        else:
+            arguments[name.removeprefix("flow_args.")] = value
+    given = merged.get("flow_args", {})
+    if arguments and isinstance(given, dict):  # anything else TrainConfig.create refuses
+        merged["flow_args"] = {**given, **arguments}
+    return merged
 
 
-@app.command()
+@app.command(short_help="Draw samples from a trained flow.")
 def sample(
-    checkpoint: CheckpointArgument,
+    run: CheckpointArgument,
     out: Annotated[
-        Path, typer.Option(help="A .png (images), .csv (vectors) or .npy file (either).")
+        Path,
+        typer.Option(
+            help="File to write: .png (a grid of images), .csv (rows of numbers) or .npy (either)."
+        ),
     ],
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many samples.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Below 1: safer, less varied samples.")
+        float, typer.Option(min=0, help="Below 1: more typical, less varied samples.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")
+    ] = 0,
 ) -> None:
-    """Draw samples from a trained flow, in the units of its data.
+    """Draw samples from a trained flow, in the units of the data it was trained on.
 
-    Example: pyflowkern sample out/demo --out samples.png
-    """
+    \b
+    Example  pyflowkern sample out/demo --out samples.png --temperature 0.8
+    """  # noqa: D301
     from pyflowkern.train.inference import save_samples
 
-    save_samples(checkpoint, out, n, temperature=temperature, seed=seed)
+    save_samples(run, out, n, temperature=temperature, seed=seed)
+    typer.echo(f"{out}: {n} samples")
 
 
-@app.command()
+@app.command(short_help="Score data with a trained flow; lower is better.")
 def evaluate(
-    checkpoint: CheckpointArgument,
-    data: DataOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of the dequantisation noise.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    run: CheckpointArgument,
+    data: Annotated[
+        str | None,
+        typer.Option(help=f"{DATA}.  [default: the held-out rows of the training data]"),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Images: seed of the noise added below the last bit."
+        ),
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON instead of a sentence.")
+    ] = False,
 ) -> None:
-    """Score held-out data: bits/dim for images, nats per row in data units for vectors; lower is better.
+    """Score data with a trained flow: the mean over rows, and its standard error.  Lower is better.
 
-    Without --data these are the held-out rows of the training data; with --data every row of that file.
-    """
+    Images are scored in bits per dimension (bits that one colour value costs), rows of numbers in nats per row: the
+    negative log-density in the units of the data.  Every row of a file given with --data counts; of the training data
+    and of the named sets only the held-out rows do.
+
+    \b
+    Example  pyflowkern evaluate out/table --data new.csv
+    """  # noqa: D301
     from pyflowkern.train.inference import evaluate_checkpoint
 
-    result = evaluate_checkpoint(checkpoint, data, seed=seed)
+    result = evaluate_checkpoint(run, data, seed=seed)
     line = "{score:.4f} +- {standard_error:.4f} {unit}, mean over {rows} rows of {data} after {step} steps"
     typer.echo(json.dumps(result) if as_json else line.format(**result))
 
 
-@app.command()
+@app.command(short_help="Say which kernels run on this machine.")
 def info() -> None:
-    """Say which kernels serve each device, and why."""
+    """Say, for each device, which operations fused kernels serve, which the PyTorch reference, and why.
+
+    The same page as pyflowkern.show_config() in Python; add it to a bug report.
+    """
     from pyflowkern import show_config
 
     typer.echo(show_config())

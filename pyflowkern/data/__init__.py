@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from pyflowkern.data.batches import Batches, step_seed
 from pyflowkern.data.dataset import DataError, DataSet, split_rows
-from pyflowkern.data.files import image_set, load_array, load_folder, load_table, vector_set
+from pyflowkern.data.files import image_set, read_array, read_folder, read_table, vector_set
 from pyflowkern.data.photos import load_photos
 
-__all__ = ["Batches", "DataError", "DataSet", "image_set", "load", "step_seed", "vector_set"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "DataSet",
+    "image_set",
+    "load",
+    "read",
+    "step_seed",
+    "vector_set",
+]
 
 
 def load_digits(seed: int) -> DataSet:
@@ -40,19 +51,32 @@ def load(source: str | Path, *, size: int = 32, seed: int = 0) -> DataSet:
         >>> load("digits").shape
         (1, 8, 8)
     """
-    path = Path(source)
     if source == "photos":
         return load_photos(size)
     if source == "digits":
         return load_digits(seed)
+    path = Path(source)
+    rows, columns = read(path, size=size)
+    if rows.dim() == 4:
+        return image_set(path, rows, seed)
+    return vector_set(path, rows, columns, seed)
+
+
+def read(source: str | Path, *, size: int = 32) -> tuple[Tensor, list[str]]:
+    """Read every row of a file or folder, unsplit: ``uint8 [N, C, H, W]`` or ``float32 [N, D]``, and column names.
+
+    Raises:
+        DataError: One line that names the file and the row at fault.
+    """
+    path = Path(source)
     if path.is_dir():
-        return load_folder(path, size, seed)
+        return read_folder(path, size), []
     if not path.exists():
         raise DataError(
             f"{source}: no such file or folder, nor one of the named sets (photos, digits)"
         )
     if path.suffix.lower() == ".csv":
-        return load_table(path, seed)
+        return read_table(path)
     if path.suffix.lower() == ".npy":
-        return load_array(path, seed)
+        return read_array(path), []
     raise DataError(f"{source}: wants a .csv or .npy file or a folder of images")

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyflowkern.data.dataset import DataError, DataSet, split_rows
 from pyflowkern.data.photos import read_image
 
-__all__ = ["image_set", "load_array", "load_folder", "load_table", "read_table", "vector_set"]
+__all__ = ["image_set", "read_array", "read_folder", "read_table", "vector_set"]
 
 IMAGE_SUFFIXES = {
     ".png",
@@ -39,7 +39,7 @@ def _numbers(cells: list[str]) -> list[float] | None:
 
 
 def read_table(path: Path) -> tuple[Tensor, list[str]]:
-    """Read a comma-separated table of numbers; a first row that is not all numbers is its header."""
+    """Read a comma-separated table of numbers; a first row without any number is its header."""
     rows: list[list[float]] = []
     header: list[str] = []
     try:
@@ -48,7 +48,7 @@ def read_table(path: Path) -> tuple[Tensor, list[str]]:
                 if not cells:
                     continue
                 numbers = _numbers(cells)
-                if numbers is None and not rows and not header:
+                if not rows and not header and all(_numbers([cell]) is None for cell in cells):
                     header = [cell.strip() for cell in cells]
                     continue
                 if numbers is None:
@@ -90,11 +90,6 @@ def vector_set(path: Path, rows: Tensor, columns: list[str], seed: int) -> DataS
     )
 
 
-def load_table(path: Path, seed: int) -> DataSet:
-    """Return a ``.csv`` file as a data set of vectors."""
-    return vector_set(path, *read_table(path), seed)
-
-
 def image_set(path: Path, images: Tensor, seed: int) -> DataSet:
     """Return ``uint8 [N, C, H, W]`` as a data set, split at random by image."""
     if len(images) < 2:
@@ -103,20 +98,24 @@ def image_set(path: Path, images: Tensor, seed: int) -> DataSet:
     return DataSet(str(path), images[train], images[held_out], bits=8)
 
 
-def load_array(path: Path, seed: int) -> DataSet:
-    """Return a ``.npy`` file as images (uint8, four axes) or vectors (real, two axes)."""
+def read_array(path: Path) -> Tensor:
+    """Read a ``.npy`` file of images (uint8, four axes) or vectors (real, two axes)."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path}: not a readable .npy file ({str(error).splitlines()[0]})"
         ) from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: is an archive of arrays (.npz), wants one array (.npy)")
     if array.size == 0:
         raise DataError(f"{path}: is empty (shape {array.shape})")
     if array.dtype == np.uint8 and array.ndim == 4:
         if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
             array = array.transpose(0, 3, 1, 2)
-        return image_set(path, torch.from_numpy(np.ascontiguousarray(array)), seed)
+        if array.shape[1] not in (1, 3):
+            raise DataError(f"{path}: images have 1 or 3 channels, got shape {list(array.shape)}")
+        return torch.from_numpy(np.ascontiguousarray(array))
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise DataError(
             f"{path}: wants real [N, D] vectors or uint8 [N, C, H, W] images, "
@@ -127,7 +126,7 @@ def load_array(path: Path, seed: int) -> DataSet:
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
     if bad.size:
         raise DataError(f"{path}, row {bad[0] + 1}: holds NaN or inf")
-    return vector_set(path, torch.from_numpy(rows), [], seed)
+    return torch.from_numpy(rows)
 
 
 def _square(image: Tensor, path: Path, size: int) -> Tensor:
@@ -143,9 +142,9 @@ def _square(image: Tensor, path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
 
 
-def load_folder(path: Path, size: int, seed: int) -> DataSet:
-    """Return the images of a folder and its subfolders, centre-cropped to ``size``; split by file."""
+def read_folder(path: Path, size: int) -> Tensor:
+    """Read the images of a folder and its subfolders, centre-cropped and scaled down to ``size``."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"{path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return image_set(path, torch.stack([_square(read_image(f), f, size) for f in files]), seed)
+    return torch.stack([_square(read_image(f), f, size) for f in files])

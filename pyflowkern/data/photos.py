@@ -90,6 +90,10 @@ def load_photos(size: int = 32) -> DataSet:
         >>> photos.shape, photos.validation.shape[0]
         ((3, 32, 32), 342)
     """
-    train = Crops([_bundled(*photo) for photo in TRAIN_PHOTOS], size)
-    held_out = torch.cat([grid_patches(_bundled(*photo), size) for photo in HELD_OUT_PHOTOS])
-    return DataSet("photos", train, held_out, bits=8, flip=True)
+    train = [_bundled(*photo) for photo in TRAIN_PHOTOS]
+    held_out = [_bundled(*photo) for photo in HELD_OUT_PHOTOS]
+    largest = min(min(photo.shape[1:]) for photo in train + held_out)
+    if size > largest:
+        raise DataError(f"photos: size must be at most {largest} pixels, got {size}")
+    patches = torch.cat([grid_patches(photo, size) for photo in held_out])
+    return DataSet("photos", Crops(train, size), patches, bits=8, flip=True)

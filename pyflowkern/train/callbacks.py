@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pyflowkern.data import step_seed
@@ -17,7 +19,7 @@ from pyflowkern.train.model import score
 from pyflowkern.train.module import FlowModule, learning_rate
 from pyflowkern.train.plots import image_grid, save_curve, save_grid
 
-__all__ = ["FIELDS", "History", "SampleGrid"]
+__all__ = ["FIELDS", "Bar", "History", "SampleGrid", "StopEarly"]
 
 FIELDS = ("step", "train", "held_out", "lr", "skipped", "seconds")
 
@@ -102,6 +104,47 @@ class SampleGrid(Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             grid = image_grid(images, module.data.levels)
             trainer.logger.experiment.add_image("samples", grid, module.step)
+
+
+class StopEarly(EarlyStopping):
+    """Stop when the held-out score has not fallen for ``patience`` evaluations, and say so."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("held_out", patience=patience)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a resumed run that had stopped be over."""
+        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the reason, if this is what ended the run."""
+        value = float(trainer.callback_metrics.get("held_out", 0.0))
+        reason = f"has not fallen in {self.patience} evaluations"
+        if not math.isfinite(value):
+            reason = f"is {value}"
+        elif not self.stopped_epoch:
+            return
+        print(f"stopped at step {_flow_module(pl_module).step}: the held-out score {reason}")
+
+
+class Bar(TQDMProgressBar):
+    """A bar over the steps up to the next evaluation, with the scores and their unit."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands at the end of the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        names = {"train": f"train {self.unit}", "held_out": f"held out {self.unit}"}
+        shown: dict[str, int | str | float | dict[str, float]] = {
+            "step": _flow_module(pl_module).step
+        }
+        shown.update((label, metrics[name]) for name, label in names.items() if name in metrics)
+        return shown
 
 
 def _flow_module(module: LightningModule) -> FlowModule:

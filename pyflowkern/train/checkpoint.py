@@ -64,8 +64,8 @@ class KeepLastAndBest(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's hook; a Checkpoint runs after every other callback."""
         score = float(trainer.callback_metrics["held_out"])
-        improved, self.best = score < self.best, min(score, self.best)
-        if improved:
+        if score < self.best:  # false for NaN
+            self.best = score
             trainer.save_checkpoint(self.out / "best.ckpt")
         trainer.save_checkpoint(self.out / "last.ckpt")
 

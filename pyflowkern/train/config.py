@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,23 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
-_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,)}
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+    "dict[str, Any]": ((dict,), "a mapping of names to values"),
+}
+
+
+def _typed(name: str, value: Any, wanted: str) -> Any:
+    """Return ``value`` if it is of the wanted type; YAML reads 1e-3 as text, which becomes a number here."""
+    types, words = _TYPES[wanted]
+    if wanted == "float" and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise ConfigError(f"{name} must be {words}, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -53,18 +70,21 @@ class TrainConfig:
     def create(cls, options: dict[str, Any]) -> TrainConfig:
         """Check options and fill in the defaults."""
         known = {f.name: str(f.type) for f in fields(cls)}
-        for name, value in options.items():
+        for name in options:
             if name not in known:
-                raise ConfigError(f"unknown option {name!r}; known are {', '.join(known)}")
-            if isinstance(value, bool) or not isinstance(value, _TYPES[known[name]]):
-                raise ConfigError(f"{name} must be {known[name].split('[')[0]}, got {value!r}")
-        config = cls(**options)
+                raise ConfigError(
+                    f"unknown option {name!r}; known are {', '.join(known)} "
+                    "(arguments of the flow belong under flow_args)"
+                )
+        config = cls(**{name: _typed(name, value, known[name]) for name, value in options.items()})
         for name in ("size", "steps", "batch_size", "lr", "clip", "every", "max_bad_steps"):
-            if not getattr(config, name) > 0:
+            if not 0 < getattr(config, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
         for name in ("warmup", "weight_decay", "patience", "minutes", "seed"):
-            if not getattr(config, name) >= 0:
+            if not 0 <= getattr(config, name) < float("inf"):
                 raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
+        if config.seed >= 2**63:
+            raise ConfigError(f"seed must be below 2^63, got {config.seed}")
         for name in ("ema", "final_lr"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(config, name)}")

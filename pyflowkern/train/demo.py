@@ -14,7 +14,7 @@ from pyflowkern.data import load
 from pyflowkern.train.checkpoint import write_atomic
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.measure import peak_memory, step_seconds
-from pyflowkern.train.runner import Run, resume_config, train
+from pyflowkern.train.runner import Run, check_folder, resume_config, train
 
 __all__ = ["Comparison", "compare", "demo", "round_trip_error"]
 
@@ -69,6 +69,7 @@ def round_trip_error(run: Run, rows: int = 64) -> float:
 def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
     """Compare the paths, train, and print a short table; ``minutes`` is the budget of all of it."""
     start = time.monotonic()
+    check_folder(out)
     measured = out / "comparison.json"
     if resume and measured.exists() and (out / "config.yaml").exists():
         config = resume_config(out)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflowkern.data import DataError, load
+from pyflowkern.data import DataError, load, read
 from pyflowkern.train.checkpoint import Trained, load_trained, write_atomic
 from pyflowkern.train.config import ConfigError
 from pyflowkern.train.model import score
@@ -34,9 +34,14 @@ def save_samples(
     if out.suffix.lower() == ".png":
         save_grid(out, samples, trained.facts["levels"], columns=math.ceil(math.sqrt(n)))
     elif out.suffix.lower() == ".npy":
-        write_atomic(out, lambda path: np.save(path, samples.numpy()))
+        write_atomic(out, lambda path: _write_array(path, samples))
     else:
         write_atomic(out, lambda path: _write_table(path, samples, trained.facts["columns"]))
+
+
+def _write_array(path: Path, samples: Tensor) -> None:
+    with path.open("wb") as file:  # given a name, numpy appends .npy to .NPY
+        np.save(file, samples.numpy())
 
 
 def _write_table(path: Path, samples: Tensor, columns: list[str]) -> None:
@@ -65,13 +70,32 @@ def evaluate_checkpoint(
 
 
 def _rows(trained: Trained, source: str | None) -> Tensor:
+    """Return the held-out rows of the run's own data or of a named set, else every row of a file."""
     config, facts = trained.config, trained.facts
-    data = load(source or config.data, size=config.size, seed=config.seed)
-    if list(data.shape) != facts["shape"] or data.bits != facts["bits"]:
-        wanted = (
-            f"{'images' if facts['bits'] is not None else 'rows'} of shape {tuple(facts['shape'])}"
-        )
-        raise DataError(f"{data.name}: the flow was trained on {wanted}, these are {data.shape}")
     if source in (None, config.data, "photos", "digits"):
+        data = load(source or config.data, size=config.size, seed=config.seed)
+        _check_kind(facts, data.name, data.shape, data.bits)
+        if data.name == facts["name"] and data.fingerprint() != facts["fingerprint"]:
+            raise DataError(
+                f"{data.name}: has changed since training, so its held-out rows are not known any more; "
+                "give a file of held-out rows with --data"
+            )
         return data.validation
-    return torch.cat([data.train[torch.arange(len(data.train))], data.validation])
+    rows, _ = read(str(source), size=config.size)
+    _check_kind(facts, str(source), tuple(rows.shape[1:]), 8 if rows.dim() == 4 else None)
+    return rows
+
+
+def _check_kind(
+    facts: dict[str, Any], name: str, shape: tuple[int, ...], bits: int | None
+) -> None:
+    """Compare data with what the flow was trained on."""
+    if list(shape) != facts["shape"] or bits != facts["bits"]:
+        wanted = _kind(tuple(facts["shape"]), facts["bits"])
+        raise DataError(f"{name}: holds {_kind(shape, bits)}; the flow was trained on {wanted}")
+
+
+def _kind(shape: tuple[int, ...], bits: int | None) -> str:
+    if bits is None:
+        return f"rows of {shape[0]} numbers"
+    return f"{bits}-bit images of shape {shape}"

@@ -17,6 +17,10 @@ from pyflowkern.train.config import ConfigError, TrainConfig
 __all__ = ["DataFlow", "build", "score"]
 
 
+#: Arguments of flows that a run does not offer: its data decides bits, and it has no context.
+NOT_OPTIONS = ("bits", "context_features", "conditioner")
+
+
 class DataFlow(nn.Module):
     """A flow whose densities and samples are in the units of the data.
 
@@ -76,9 +80,10 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
     if config.flow not in known:
         raise ConfigError(f"unknown flow {config.flow!r}; known are {', '.join(sorted(known))}")
     shape = tuple(facts["shape"])
+    _check_arguments(config, known[config.flow])
     arguments = dict(config.flow_args)
     if facts["bits"] is not None:
-        arguments.setdefault("bits", facts["bits"])
+        arguments["bits"] = facts["bits"]
     try:
         flow = known[config.flow](shape if len(shape) > 1 else shape[0], **arguments)
     except (TypeError, ValueError) as error:
@@ -86,6 +91,26 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
             f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
         ) from None
     return DataFlow(flow, facts["mean"], facts["std"])
+
+
+def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
+    """Compare the names and types of ``flow_args`` with what the flow takes."""
+    taken = {
+        name: parameter.default
+        for name, parameter in inspect.signature(flow).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_OPTIONS
+    }
+    words = {int: "a whole number", float: "a number", str: "text"}
+    for name, value in config.flow_args.items():
+        if name not in taken:
+            raise ConfigError(
+                f"{config.flow} takes no argument {name!r}; it takes {', '.join(taken)} "
+                "(the options of a run: pyflowkern train --help)"
+            )
+        kind = type(taken[name])
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if kind in words and (isinstance(value, bool) or not fits):
+            raise ConfigError(f"{name} of {config.flow} must be {words[kind]}, got {value!r}")
 
 
 def data_facts(data: DataSet) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pyflowkern.data import DataSet, load
-from pyflowkern.train.callbacks import History, SampleGrid
+from pyflowkern.train.callbacks import Bar, History, SampleGrid, StopEarly
 from pyflowkern.train.checkpoint import (
     AtomicCheckpointIO,
     KeepLastAndBest,
@@ -26,7 +25,7 @@ from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.model import build
 from pyflowkern.train.module import FlowModule
 
-__all__ = ["Run", "resume_config", "train"]
+__all__ = ["Run", "check_folder", "resume_config", "train"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,13 @@ def resume_config(out: Path) -> TrainConfig:
     if not (out / "config.yaml").exists():
         raise ConfigError(f"{out}: holds no run to resume (no config.yaml)")
     return replace(TrainConfig.create(TrainConfig.read(out / "config.yaml")), out=str(out))
+
+
+def check_folder(out: Path) -> None:
+    """Raise ConfigError if ``out`` cannot become a folder."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{existing}: is a file, wants a folder")
 
 
 def train(
@@ -67,8 +73,7 @@ def train(
     """
     out = Path(config.out)
     last = out / "last.ckpt"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file, wants a folder")
+    check_folder(out)
     if last.exists() and not (resume or overwrite):
         raise ConfigError(
             f"{out}: holds a run already; resume it, overwrite it or name another folder"
@@ -104,9 +109,9 @@ def _fit(module: FlowModule, out: Path, checkpoint: Path | None) -> Run:
     if module.data.is_image:
         callbacks.append(SampleGrid(out))
     if config.patience:
-        callbacks.append(EarlyStopping("held_out", patience=config.patience))
+        callbacks.append(StopEarly(config.patience))
     if bar:
-        callbacks.append(TQDMProgressBar())
+        callbacks.append(Bar(module.unit))
     done: dict[str, Any] = (
         load_checkpoint(checkpoint)["pyflowkern"] if checkpoint else {"progress": [0]}
     )
