@@ -22,14 +22,18 @@ class ScaleMap:
     ========== ========================================== =============================================
     kind       scale                                      used by
     ========== ========================================== =============================================
-    exp        ``exp(v) + eps``                           RealNVP, normflows, survae, torchflows
-    tanh       ``exp(clamp tanh(v / clamp))``             RealNVP, FrEIA AllInOneBlock
-    atan       ``exp(0.636 clamp atan(v / clamp))``       FrEIA GLOWCouplingBlock (Ardizzone et al. 2019)
-    sigmoid    ``sigmoid(v) + eps``, usually offset 2     Glow (Kingma and Dhariwal 2018), nflows
-    softplus   ``min(softplus(v) + eps, max_scale)``      nflows MAF
+    exp        ``exp(v) + eps``                           normflows, survae, memcnn, torchflows
+    tanh       ``exp(clamp tanh(v / clamp))``             RealNVP (Dinh et al. 2017), FrEIA (see below)
+    atan       ``exp(0.636 clamp atan(v / clamp))``       FrEIA (see below; Ardizzone et al. 2019)
+    sigmoid    ``sigmoid(v) + eps``, usually offset 2     Glow (Kingma and Dhariwal 2018), nflows coupling
+    softplus   ``min(softplus(v) + eps, max_scale)``      nflows MAF; nflows coupling with its general map
     softclip   ``exp(v / (1 + |v / clamp|))``             zuko
     additive   1                                          NICE (Dinh et al. 2014)
     ========== ========================================== =============================================
+
+    FrEIA does not divide by the clamp inside: its couplings with clamp ``c`` are ``gain=c`` here for ATAN and
+    TANH (and AllInOneBlock), and ``ScaleMap("tanh", clamp=c, gain=c / 2)`` for SIGMOID, because ``2 sigmoid(u) - 1 =
+    tanh(u / 2)``.
 
     Args:
         kind: one of the names above.
@@ -46,8 +50,10 @@ class ScaleMap:
 
     Example:
         >>> from pyflowkern.ops import ScaleMap
-        >>> ScaleMap("sigmoid", offset=2.0, eps=1e-3).kind
+        >>> ScaleMap("sigmoid", offset=2.0, eps=1e-3).kind  # nflows
         'sigmoid'
+        >>> ScaleMap("atan", clamp=2.0, gain=2.0).kind  # FrEIA's GLOWCouplingBlock
+        'atan'
     """
 
     kind: Kind

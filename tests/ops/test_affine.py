@@ -32,7 +32,8 @@ MAPS = [
     ScaleMap("sigmoid", offset=2.0, shift_first=True),  # glow-pytorch
     ScaleMap("softplus", eps=1e-3, max_scale=3.0),  # nflows, clamped
     ScaleMap("softplus", shift_first=True, divide=True),
-    ScaleMap("tanh", clamp=1.9, gain=0.1),  # FrEIA
+    ScaleMap("tanh", clamp=1.9, gain=0.19),  # FrEIA, AllInOneBlock
+    ScaleMap("atan", clamp=1.9, gain=1.9),  # FrEIA, GLOWCouplingBlock
 ]
 LAYOUTS = [a + b for a in ("blocked", "interleaved", "feature_major") for b in ("", "_raw_first")]
 SHAPES = [
