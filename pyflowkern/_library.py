@@ -3,8 +3,14 @@
 Two shared objects implement the ``pyflowkern`` operator namespace, ``libpyflowkern_cpu.so`` and
 ``libpyflowkern_cuda.so``; the second is loaded only by a torch that was built with CUDA, because a CPU
 torch does not export the symbols it needs.  Importing never fails and never compiles: a load error is kept,
-shown by :func:`show_config` and raised by :func:`require_kernels`; until then every public function runs
-its pure-PyTorch reference.
+shown by :func:`show_config` and raised by :func:`require_kernels`; every public function then runs its
+pure-PyTorch reference.
+
+Environment variables, read at import:
+
+- ``PYFLOWKERN_DISABLE_KERNELS``: load no library, as if none had been built (unless it is empty or 0).
+- ``PYFLOWKERN_LIBRARY_DIR``: the folder to take the libraries from.
+- ``PYFLOWKERN_SIMD``: baseline, avx2 or avx512; the best that the processor has if it is not set.
 """
 
 from __future__ import annotations
@@ -82,6 +88,10 @@ def _load(device: str) -> None:
 
 def load() -> None:
     """Load what this torch can use.  Called once, after every schema has been defined."""
+    if (disable := os.environ.get("PYFLOWKERN_DISABLE_KERNELS", "")) not in ("", "0"):
+        reason = f"PYFLOWKERN_DISABLE_KERNELS={disable} is set; unset it to have the kernels"
+        _errors.update(cpu=reason, cuda=reason)
+        return
     _load("cpu")
     if torch.version.cuda is None:
         _errors["cuda"] = f"torch {torch.__version__} was built without CUDA"

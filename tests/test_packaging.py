@@ -1,0 +1,177 @@
+"""The wheel, installed where there is no compiler: kernels on the CPU, or the reference, and the truth about which."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+def newest(paths):
+    return max((p.stat().st_mtime for p in paths), default=0.0)
+
+
+def run(*command, **options):
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """Return the wheel in dist/ where it is younger than its sources, or a new one, without CUDA for speed."""
+    sources = [
+        ROOT / name for name in ("CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md")
+    ]
+    sources += [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    sources += [p for p in (ROOT / "pyflowkern").rglob("*.py") if p.is_file()]
+    built = sorted((ROOT / "dist").glob("pyflowkern-*.whl"), key=lambda p: p.stat().st_mtime)
+    if built and built[-1].stat().st_mtime > newest(sources):
+        return built[-1]
+    out = tmp_path_factory.mktemp("dist")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for ninja, cmake
+    run(*pip, ROOT, "-w", out, env={"PYFLOWKERN_CUDA": "OFF"} | os.environ | {"PATH": path})
+    return next(out.glob("pyflowkern-*.whl"))
+
+
+@pytest.fixture(scope="session")
+def bare(wheel, tmp_path_factory):
+    """Return a function that runs Python code in a new environment: the wheel, torch, and no tool on the PATH."""
+    folder = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "--no-index"]
+    run(*pip, "--no-deps", wheel)
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    # after the environment's own packages, so that its pyflowkern is the one found
+    (Path(purelib) / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # an environment of its own: neither compilers nor variables of ours
+    clean = {"PATH": str(folder / "bin"), "HOME": str(folder), "PFK_HERE": str(folder)}
+
+    def execute(code, **variables):
+        return run(python, "-c", code, cwd=folder, env=clean | variables)
+
+    return execute
+
+
+def test_what_the_wheel_holds(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "pyflowkern/py.typed" in names
+    assert "pyflowkern/lib/libpyflowkern_cpu.so" in names
+    assert any(re.fullmatch(r"pyflowkern/_C\..*so", name) for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for name in names:
+        assert name.startswith(("pyflowkern/", "pyflowkern-")), name
+        assert not name.endswith((".cpp", ".cu", ".h", ".cuh", ".txt")) or ".dist-info/" in name
+        assert not re.search(r"(^|/)(tests?|bench|conftest)", name), name
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "pyflowkern").rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
+
+
+def test_the_build_facts_and_the_libraries_agree(wheel, bare):
+    facts = bare("import pyflowkern; print(pyflowkern.show_config())")
+    compiled = not re.search(r"^CUDA: none$", facts, re.MULTILINE)
+    assert compiled == (
+        "pyflowkern/lib/libpyflowkern_cuda.so" in zipfile.ZipFile(wheel).namelist()
+    )
+
+
+# Every family once: the values are the reference's, and a line names who computed them.
+COMPUTE = """
+import os, shutil, pathlib, torch, pyflowkern
+from torch.utils._python_dispatch import TorchDispatchMode
+from pyflowkern import flows, ops, use_reference
+
+assert pathlib.Path(os.environ["PFK_HERE"]) in pathlib.Path(pyflowkern.__file__).parents
+assert not any(map(shutil.which, ("cc", "c++", "gcc", "g++", "clang", "nvcc", "cmake", "ninja")))
+
+class Ran(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyflowkern":
+            names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+torch.manual_seed(0)
+x, p = torch.randn(3, 6, 8, 8), torch.randn(3, 6, 8, 8)
+u, b, w = torch.randn(6), torch.randn(6), torch.linalg.qr(torch.randn(6, 6)).Q
+mean = torch.zeros(6, 8, 8)
+calls = {
+    "affine_coupling": lambda: ops.affine_coupling(x, p),
+    "affine": lambda: ops.affine(x, p, p),
+    "actnorm": lambda: ops.actnorm(x, u, b),
+    "channel_mix": lambda: ops.glow_step(x, u, b, w, torch.tensor(0.0)),
+    "logit": lambda: ops.logit(torch.sigmoid(x)),
+    "normal_log_prob": lambda: (ops.normal_log_prob(x, mean, mean),),
+}
+for op, call in calls.items():
+    names = []
+    with Ran():
+        ours = call()
+    by_kernel = names == [op]
+    names = []
+    with Ran(), use_reference():
+        theirs = call()
+    assert not names
+    for a, c in zip(ours, theirs):  # both float32, sums of 384 terms of order one
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-3)
+    print(op, "kernel" if by_kernel else "reference")
+
+flow = flows.Glow((3, 8, 8), levels=2, steps=1, hidden=8, bits=8)
+pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+loss = flow.bits_per_dim(pixels).mean()
+loss.backward()
+assert torch.isfinite(loss) and torch.isfinite(flow.sample(2)).all()
+"""
+
+
+def test_kernels_without_a_compiler(bare):
+    served = dict(line.split() for line in bare(COMPUTE).splitlines())
+    assert set(served.values()) == {"kernel"}, served
+    page = bare("import pyflowkern; print(pyflowkern.show_config())")
+    assert re.search(
+        r"^cpu: kernels \((baseline|avx2|avx512)\) from .*libpyflowkern_cpu.so$", page, re.M
+    )
+    for op in served:
+        assert re.search(rf"^  kernels for .*\b{op}\b", page, re.M)
+
+
+def test_disabled_kernels(bare):
+    off = {"PYFLOWKERN_DISABLE_KERNELS": "1"}
+    served = dict(line.split() for line in bare(COMPUTE, **off).splitlines())
+    assert set(served.values()) == {"reference"}, served
+    page = bare("import pyflowkern; print(pyflowkern.show_config())", **off)
+    for device in ("cpu", "cuda"):
+        assert f"{device}: reference, because PYFLOWKERN_DISABLE_KERNELS=1 is set" in page
+    assert "kernels for" not in page
+    loaded = "print('libpyflowkern' in open('/proc/self/maps').read())"
+    code = f"import pyflowkern; {loaded}"
+    assert bare(code, **off).strip() == "False"
+    assert bare(code, PYFLOWKERN_DISABLE_KERNELS="0").strip() == "True"
+
+
+def test_asking_for_disabled_kernels_says_why(bare):
+    code = """
+from pyflowkern._library import require_kernels
+try:
+    require_kernels()
+except RuntimeError as error:
+    print(error)
+"""
+    message = bare(code, PYFLOWKERN_DISABLE_KERNELS="1")
+    assert (
+        "no pyflowkern kernels for cpu: PYFLOWKERN_DISABLE_KERNELS=1 is set; unset it" in message
+    )
+
+
+def test_the_command_line_runs(bare):
+    assert "pyflowkern" in bare(
+        "import sys; sys.argv = ['pyflowkern', 'info']; from pyflowkern.cli import main; main()"
+    )
