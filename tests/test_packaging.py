@@ -27,9 +27,7 @@ def run(*command, **options):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """Return the wheel in dist/ where it is younger than its sources, or a new one, without CUDA for speed."""
-    sources = [
-        ROOT / name for name in ("CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md")
-    ]
+    sources = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
     sources += [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     sources += [p for p in (ROOT / "pyflowkern").rglob("*.py") if p.is_file()]
     built = sorted((ROOT / "dist").glob("pyflowkern-*.whl"), key=lambda p: p.stat().st_mtime)
