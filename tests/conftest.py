@@ -44,7 +44,8 @@ def backend(request):
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         _library.require_kernels("cuda")
-        yield torch.device("cuda")
+        with torch.device("cuda"):  # where tests create their tensors
+            yield torch.device("cuda")
         return
     if request.param == "cuda_on_host":
         with on_host.kernels(request.getfixturevalue("cuda_on_host")):

@@ -19,8 +19,10 @@ def randomize(module, scale=0.3, seed=0):
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
+    """Draw on the CPU, so that every backend gets the same numbers, for the default device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(dtype).to(torch.get_default_device())
 
 
 def jacobian_log_det(fn, x):

@@ -104,7 +104,7 @@ __device__ void join_teams(T (&sum)[9][8], T* scratch) {
 }
 
 template <class S, int kGroups>
-__global__ void __launch_bounds__(GradientTile<S, kGroups>::kThreads)
+__global__ void __launch_bounds__(GradientTile<S, kGroups>::kThreads, 1)
     gradient_kernel(const GradientTask<S> task, const Parameters<Compute<S>> k) {
   using Tile = GradientTile<S, kGroups>;
   using T = Compute<S>;

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from laws import jacobian_log_det, law
+from laws import jacobian_log_det, law, normal
 
 from pyflowkern.ops import (
     ScaleMap,
@@ -46,11 +46,6 @@ SHAPES = [
     (2, 12, 8, 8),
     (0, 4, 2, 2),
 ]
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 
 def params_for(x, smap, layout, split, swap):

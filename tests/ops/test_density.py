@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from laws import normal
 
 import pyflowkern
 from pyflowkern.ops import bits_per_dim, density, normal_log_prob, normal_log_prob_reference
@@ -12,18 +13,6 @@ from pyflowkern.ops import bits_per_dim, density, normal_log_prob, normal_log_pr
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 KINDS = [None, "event", "element"]
 SHAPES = [(4, 1), (4, 3), (3, 127), (3, 129), (2, 1000), (5, 3, 9, 7), (2, 4100), (6,)]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_backend(backend):
-    with torch.device(backend):
-        yield
-
-
-def normal(*shape, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g, dtype=torch.float64, device="cpu").to(dtype)
-    return x.to(torch.get_default_device())
 
 
 def make(shape, mean, log_std, dtype=torch.float64, seed=0):

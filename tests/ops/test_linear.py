@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from laws import normal
 
 import pyflowkern
 from pyflowkern.ops import (
@@ -23,13 +24,8 @@ SHAPES = [
 MAPS = ["linear", "linear without bias", "glow"]
 
 
-def normal(*shape, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-
 @functools.cache
-def matrix(c, inverse):
+def matrix(c, inverse, device):
     """A matrix (or its inverse) whose singular values lie around one, and its log-determinant."""
     weight = torch.eye(c).double() + 0.4 / c**0.5 * normal(c, c, seed=1)
     return torch.linalg.inv(weight) if inverse else weight, torch.linalg.slogdet(weight)[1]
@@ -39,7 +35,7 @@ def make(kind, shape, dtype=torch.float64, seed=0, inverse=False):
     """x and the parameters in the order of the public function, a well-conditioned matrix."""
     c = shape[1]
     x = normal(*shape, dtype=dtype, seed=seed)
-    weight, log_abs_det = (t.to(dtype) for t in matrix(c, inverse))
+    weight, log_abs_det = (t.to(dtype) for t in matrix(c, inverse, torch.get_default_device()))
     log_scale = 0.5 * normal(c, dtype=dtype, seed=seed + 2)
     bias = normal(c, dtype=dtype, seed=seed + 3)
     if kind == "glow":

@@ -14,12 +14,6 @@ ALPHAS = [None, 0.0, 1e-6, 0.05, 0.3, 0.49]
 SIZES = [1, 3, 127, 129, 1000]
 
 
-@pytest.fixture(autouse=True)
-def _on_the_backend(backend):
-    with torch.device(backend):
-        yield
-
-
 def bytes_like(*shape, bits=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 2**bits, shape, generator=g, device="cpu").to(torch.uint8)
