@@ -9,10 +9,12 @@ import torch
 
 from pyflowkern import _library, use_reference
 
+# small tensors gain nothing from threads, and lose much where others use the processor
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
-    """Small tensors gain nothing from threads, and lose much where others use the processor."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

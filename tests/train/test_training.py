@@ -116,7 +116,8 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, at):
 
 def test_resume_after_kill_9_is_exact(finished, tmp_path):
     code = (
-        "import sys, time; from pyflowkern.train import FlowModule, TrainConfig, train\n"
+        "import time, torch; from pyflowkern.train import FlowModule, TrainConfig, train\n"
+        "torch.set_num_threads(1)\n"
         "step = FlowModule.training_step\n"
         "def slow(self, batch, index):\n"
         "    step(self, batch, index)\n"

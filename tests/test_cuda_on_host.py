@@ -1,0 +1,79 @@
+"""The host execution of the CUDA sources can be trusted: it sees what it is there to see."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import on_host
+import pytest
+
+RUNTIME = {"thread": "libtsan.so", "address": "libasan.so"}
+COMPLAINT = {"thread": "data race", "address": "(heap|global)-buffer-overflow"}
+
+
+def exercise(variant, library, *families):
+    """Run the kernels of the families in a process of their own, watched by a sanitizer."""
+    name = RUNTIME[variant]
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
+    runtime = Path(found.stdout.strip()).resolve()
+    assert runtime.is_file(), f"the compiler has no {name}"
+    environment = os.environ | {
+        "LD_PRELOAD": str(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    # sanitizers reserve fixed parts of the address space, which randomization may occupy
+    command = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    script = on_host.SOURCES / "exercise.py"
+    return subprocess.run(
+        [*command, sys.executable, str(script), str(library), *families],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def planted(tmp_path, file, old, new):
+    """Return a copy of csrc with one mistake."""
+    copy = tmp_path / "csrc"
+    shutil.copytree(on_host.ROOT / "csrc", copy)
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new, 1))
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", RUNTIME)
+def test_kernels_are_clean(variant):
+    done = exercise(variant, on_host.build(variant))
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "family", "file", "old", "new"),
+    [
+        (
+            "thread",
+            "actnorm",
+            "actnorm/actnorm_cuda.cu",
+            "    __syncthreads();\n    if (w.member() < half) {",
+            "    if (w.member() < half) {",
+        ),
+        ("address", "actnorm", "actnorm/actnorm_cuda.cu", "e < elements;", "e <= elements;"),
+    ],
+    ids=["a barrier removed", "one element too far"],
+)
+def test_a_planted_mistake_is_found(tmp_path, variant, family, file, old, new):
+    copy = planted(tmp_path, file, old, new)
+    library = on_host.build(variant, name="planted", CSRC=str(copy), FAMILIES=family)
+    done = exercise(variant, library, family)
+    assert done.returncode != 0
+    assert re.search(COMPLAINT[variant], done.stderr)
