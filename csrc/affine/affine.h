@@ -63,6 +63,7 @@ PFK_BEGIN
 template <class T>
 struct AffineMap {
   T clamp, inverse_clamp, gain, offset, eps, max_scale;
+  T sign;  // of log_factor against log s
   bool inverse, reciprocal, shift_first, from_output;
 };
 
@@ -75,6 +76,7 @@ PFK_HD AffineMap<T> affine_map(const ScaleNumbers& n, int flags) {
           T(n.offset),
           T(n.eps),
           T(n.max_scale),
+          inverse != divide ? T(-1) : T(1),
           inverse,
           inverse != divide,
           bool(flags & kShiftFirst),
@@ -87,16 +89,37 @@ struct Scale {
   V factor, log_factor, slope;
 };
 
+// The long maps come in two halves: a first transcendental function, and all that follows from it.
+// On a CPU a loop over each half is faster than one over both, whose chain of dependent operations
+// is longer than the processor looks ahead.
+template <int kKind>
+constexpr bool kTwoHalves =
+    kKind == kTanh || kKind == kAtan || kKind == kSigmoid || kKind == kSoftplus;
+
+template <int kKind, class V>
+PFK_HD V first_half(V u, const AffineMap<Lane<V>>& m) {
+  const V v = u * V(m.gain) + V(m.offset);
+  if constexpr (kKind == kTanh) {
+    return tanh_exponential(v * V(m.inverse_clamp));
+  } else if constexpr (kKind == kAtan) {
+    return atan_(v * V(m.inverse_clamp));
+  } else if constexpr (kKind == kSigmoid || kKind == kSoftplus) {
+    return exp_(-abs_(v));
+  } else {
+    return v;
+  }
+}
+
 // log s and d log s / dv of the maps that bound the logarithm itself.
 template <int kKind, class V>
-PFK_HD Scale<V> bounded_scale(V v, const AffineMap<Lane<V>>& m) {
+PFK_HD Scale<V> bounded_scale(V v, V first, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
   if constexpr (kKind == kTanh) {
-    const Tanh<V> th = tanh_(v * V(m.inverse_clamp));
+    const Tanh<V> th = tanh_from(v * V(m.inverse_clamp), first);
     return {V(T(0)), V(m.clamp) * th.value, th.slope};
   } else if constexpr (kKind == kAtan) {
     const V r = v * V(m.inverse_clamp);
-    return {V(T(0)), V(T(0.636) * m.clamp) * atan_(r), V(T(0.636)) / (V(T(1)) + r * r)};
+    return {V(T(0)), V(T(0.636) * m.clamp) * first, V(T(0.636)) / (V(T(1)) + r * r)};
   } else if constexpr (kKind == kSoftclip) {
     const V d = V(T(1)) / (V(T(1)) + abs_(v * V(m.inverse_clamp)));
     return {V(T(0)), v * d, d * d};
@@ -107,10 +130,9 @@ PFK_HD Scale<V> bounded_scale(V v, const AffineMap<Lane<V>>& m) {
 
 // s, log s and d log s / dv of the maps that bound the scale from below.
 template <int kKind, class V>
-PFK_HD Scale<V> floored_scale(V v, const AffineMap<Lane<V>>& m) {
+PFK_HD Scale<V> floored_scale(V v, V e, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
   if constexpr (kKind == kSigmoid) {
-    const V e = exp_(-abs_(v));
     const V d = V(T(1)) / (V(T(1)) + e);
     const V big = d, small = e * d;  // sigmoid of |v| and of -|v|
     const V sig = select(v < T(0), small, big), complement = select(v < T(0), big, small);
@@ -118,7 +140,6 @@ PFK_HD Scale<V> floored_scale(V v, const AffineMap<Lane<V>>& m) {
     const V s = sig + V(m.eps);
     return {s, log_(s), sig * complement / s};
   } else {  // softplus; far to the left it is exp, whose logarithm survives its underflow
-    const V e = exp_(-abs_(v));
     const V plus = max_(v, V(T(0))) + log1p_(e);
     const V sig = select(v < T(0), e, V(T(1))) / (V(T(1)) + e);
     const V s = plus + V(m.eps);
@@ -133,18 +154,18 @@ PFK_HD Scale<V> floored_scale(V v, const AffineMap<Lane<V>>& m) {
 }
 
 template <int kKind, class V>
-PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
+PFK_HD Scale<V> scale_from(V u, V first, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
   const V v = u * V(m.gain) + V(m.offset);
-  const T sign = m.reciprocal ? T(-1) : T(1);
+  const T sign = m.sign;
   Scale<V> s = {};
   if constexpr (kKind == kAdditive) {
     return {V(T(1)), V(T(0)), V(T(0))};
   } else if constexpr (kKind == kSigmoid || kKind == kSoftplus) {
-    s = floored_scale<kKind>(v, m);
+    s = floored_scale<kKind>(v, first, m);
     if (m.reciprocal) s.factor = V(T(1)) / s.factor;
   } else {
-    s = bounded_scale<kKind>(v, m);
+    s = bounded_scale<kKind>(v, first, m);
     if (kKind == kExp && m.eps > T(0)) {
       const V e = exp_(v);
       s.log_factor = log_(e + V(m.eps));
@@ -155,6 +176,11 @@ PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
   s.log_factor = s.log_factor * V(sign);
   s.slope = s.slope * V(sign * m.gain);
   return s;
+}
+
+template <int kKind, class V>
+PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
+  return scale_from<kKind>(u, first_half<kKind>(u, m), m);
 }
 
 // ---- one element, either direction

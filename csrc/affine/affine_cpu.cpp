@@ -35,14 +35,14 @@ struct Context {
   bool reads_shift;
 };
 
-template <int kKind, class T>
-PFK_HD void forward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>& log_det,
-                         Mask<T> valid) {
+template <int kKind, bool kMasked, class T>
+PFK_HD void forward_step(const Block<T>& b, int i, Vec<T> first, const Context<T>& c,
+                         Vec<T>& log_det, Mask<T> valid) {
   using V = Vec<T>;
   const V in = V::load(b.in + i), t = V::load(b.shift + i);
-  const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? t : V::load(b.raw + i), c.map);
+  const Scale<V> s = scale_from<kKind>(kKind == kAdditive ? t : V::load(b.raw + i), first, c.map);
   V out = affine_apply(in, s.factor, t, c.map);
-  if (b.mask != nullptr) {
+  if constexpr (kMasked) {
     const Mask<T> m = Mask<T>::load(b.mask + i);
     out = select(m, out, in);
     valid = mask_and(valid, m);
@@ -51,14 +51,15 @@ PFK_HD void forward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>& 
   out.store(b.out + i);
 }
 
-template <int kKind, class T>
-PFK_HD void backward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>&, Mask<T>) {
+template <int kKind, bool kMasked, class T>
+PFK_HD void backward_step(const Block<T>& b, int i, Vec<T> first, const Context<T>& c) {
   using V = Vec<T>;
   const V kept = V::load(b.in + i), grad_out = V::load(b.grad_out + i), zero = T(0);
   const V t = c.reads_shift ? V::load(b.shift + i) : zero;
-  const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? zero : V::load(b.raw + i), c.map);
+  const Scale<V> s =
+      scale_from<kKind>(kKind == kAdditive ? zero : V::load(b.raw + i), first, c.map);
   AffineGrad<V> g = affine_vjp(kept, t, grad_out, c.grad_log_det, s, c.map);
-  if (b.mask != nullptr) {
+  if constexpr (kMasked) {
     const Mask<T> m = Mask<T>::load(b.mask + i);
     g = {select(m, g.in, grad_out), select(m, g.raw, zero), select(m, g.shift, zero)};
   }
@@ -67,22 +68,45 @@ PFK_HD void backward_step(const Block<T>& b, int i, const Context<T>& c, Vec<T>&
   if (kKind != kAdditive) g.raw.store(b.grad_raw + i);
 }
 
+// Whole vectors [0, n) of a block; all lanes from `valid` count.  Block and Context come by value:
+// behind a reference every store could change them.
+template <int kKind, bool kBackward, bool kMasked, class T>
+void run_vectors(const Block<T> b, int n, const Context<T> c, Vec<T>& log_det, Mask<T> valid) {
+  using V = Vec<T>;
+  alignas(64) T first[kTwoHalves<kKind> ? kBlock : V::kLanes];
+  if constexpr (kTwoHalves<kKind>) {
+    for (int i = 0; i < n; i += V::kLanes) {
+      first_half<kKind>(V::load(b.raw + i), c.map).store(first + i);
+    }
+  }
+  V sum = log_det;
+  for (int i = 0; i < n; i += V::kLanes) {
+    V half = T(0);
+    if constexpr (kTwoHalves<kKind>) half = V::load(first + i);
+    if constexpr (kBackward) {
+      backward_step<kKind, kMasked>(b, i, half, c);
+    } else {
+      forward_step<kKind, kMasked>(b, i, half, c, sum, valid);
+    }
+  }
+  log_det = sum;
+}
+
 // One block of n elements; returns its log-det.  The last, partial vector goes through padded
 // copies.
 template <int kKind, bool kBackward, class T>
 double run_block(const Block<T>& b, int n, const Context<T>& c) {
   constexpr int w = Vec<T>::kLanes;
   Vec<T> log_det = T(0);
-  const Mask<T> all = Vec<T>(T(0)) == T(0);
-  auto step = [&](const Block<T>& block, int i, Mask<T> valid) {
-    if constexpr (kBackward) {
-      backward_step<kKind>(block, i, c, log_det, valid);
+  auto run = [&](const Block<T>& block, int count, Mask<T> valid) {
+    if (block.mask != nullptr) {
+      run_vectors<kKind, kBackward, true>(block, count, c, log_det, valid);
     } else {
-      forward_step<kKind>(block, i, c, log_det, valid);
+      run_vectors<kKind, kBackward, false>(block, count, c, log_det, valid);
     }
   };
-  int i = 0;
-  for (; i + w <= n; i += w) step(b, i, all);
+  const int i = n / w * w;
+  run(b, i, Vec<T>(T(0)) == T(0));
   if (i < n) {
     T in[w] = {}, raw[w] = {}, shift[w] = {}, grad_out[w] = {}, out[w], grad_raw[w], grad_shift[w];
     uint8_t mask[w] = {};
@@ -92,9 +116,8 @@ double run_block(const Block<T>& b, int n, const Context<T>& c) {
     if (kKind != kAdditive) memcpy(raw, b.raw + i, bytes);
     if (kBackward) memcpy(grad_out, b.grad_out + i, bytes);
     if (b.mask != nullptr) memcpy(mask, b.mask + i, m);
-    const Block<T> tail{in,  raw,      shift,     grad_out, b.mask ? mask : nullptr,
-                        out, grad_raw, grad_shift};
-    step(tail, 0, first_lanes<T>(n - i));
+    run({in, raw, shift, grad_out, b.mask ? mask : nullptr, out, grad_raw, grad_shift}, w,
+        first_lanes<T>(n - i));
     memcpy(b.out + i, out, bytes);
     if (kBackward) memcpy(b.grad_shift + i, grad_shift, bytes);
     if (kBackward && kKind != kAdditive) memcpy(b.grad_raw + i, grad_raw, bytes);

@@ -271,14 +271,22 @@ PFK_HD Vec<T> expm1_of_tanh(Vec<T> x) {
   return e.em1 * scale + (scale - T(1));
 }
 #endif
-// tanh|x| = m / (m + 2) and sech^2 x = 4 (m + 1) / (m + 2)^2, neither with cancellation.
 template <class V>
-PFK_HD Tanh<V> tanh_(V x) {
+PFK_HD V tanh_exponential(V x) {
   using T = Lane<V>;
   const V a = min_(abs_(x), V(T(43)));  // e^86 is still finite in float32; NaN passes
-  const V m = expm1_of_tanh(a + a);
+  return expm1_of_tanh(a + a);
+}
+// tanh|x| = m / (m + 2) and sech^2 x = 4 (m + 1) / (m + 2)^2, neither with cancellation.
+template <class V>
+PFK_HD Tanh<V> tanh_from(V x, V m) {
+  using T = Lane<V>;
   const V inverse = V(T(1)) / (m + V(T(2)));
   return {copysign_(m * inverse, x), V(T(4)) * (m + V(T(1))) * inverse * inverse};
+}
+template <class V>
+PFK_HD Tanh<V> tanh_(V x) {
+  return tanh_from(x, tanh_exponential(x));
 }
 
 template <class V>

@@ -59,9 +59,7 @@ def affine():
                 if shape[1] % 2 == 0:
                     for kind in ("tanh", "sigmoid"):
                         options = {"scale_map": kind, "inverse": kind == "tanh"}
-                        check(
-                            ops.affine_coupling, ops.affine_coupling_reference, x, u, **options
-                        )
+                        check(ops.affine_coupling, ops.affine_coupling_reference, x, u, **options)
 
 
 def density():
