@@ -110,6 +110,53 @@ static inline void scatter(const T* from, int64_t step, int64_t count, S* to) {
   }
 }
 
+// Eight or so 16-bit values at once: left to itself the compiler takes them one by one.
+constexpr int kHalfLanes = Vec<float>::kLanes;
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * kHalfLanes)));
+typedef uint32_t WordLanes __attribute__((vector_size(4 * kHalfLanes)));
+
+static PFK_HD Vec<float> widen_lanes(const BFloat16* p) {
+  HalfLanes h;
+  memcpy(&h, p, sizeof(h));
+  return Vec<float>((Vec<float>::Raw)(__builtin_convertvector(h, WordLanes) << 16));
+}
+static PFK_HD void narrow_lanes(Vec<float> x, BFloat16* p) {
+  const WordLanes u = (WordLanes)x.v;
+  const WordLanes rounded = u + 0x7fffu + ((u >> 16) & 1u), quiet = u | 0x400000u;
+  const WordLanes chosen = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  const HalfLanes h = __builtin_convertvector(chosen >> 16, HalfLanes);
+  memcpy(p, &h, sizeof(h));
+}
+#if defined(__F16C__)
+static PFK_HD Vec<float> widen_lanes(const Float16* p) {
+  float lanes[kHalfLanes];
+  for (int i = 0; i < kHalfLanes; i += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+    _mm256_storeu_ps(lanes + i, _mm256_cvtph_ps(h));
+  }
+  return Vec<float>::load(lanes);
+}
+static PFK_HD void narrow_lanes(Vec<float> x, Float16* p) {
+  float lanes[kHalfLanes];
+  x.store(lanes);
+  for (int i = 0; i < kHalfLanes; i += 8) {
+    const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(lanes + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), h);
+  }
+}
+#else
+static PFK_HD Vec<float> widen_lanes(const Float16* p) {
+  float lanes[kHalfLanes];
+  for (int i = 0; i < kHalfLanes; ++i) lanes[i] = widen(p[i]);
+  return Vec<float>::load(lanes);
+}
+static PFK_HD void narrow_lanes(Vec<float> x, Float16* p) {
+  float lanes[kHalfLanes];
+  x.store(lanes);
+  for (int i = 0; i < kHalfLanes; ++i) narrow(lanes[i], p + i);
+}
+#endif
+
 // One Vec of any storage type; the _n forms touch n elements only and leave the other lanes zero.
 template <class S>
 static PFK_HD Vec<Compute<S>> load_vec(const S* p) {
@@ -117,9 +164,7 @@ static PFK_HD Vec<Compute<S>> load_vec(const S* p) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return Vec<T>::load(reinterpret_cast<const T*>(p));
   } else {
-    T lanes[Vec<T>::kLanes];
-    for (int i = 0; i < Vec<T>::kLanes; ++i) lanes[i] = widen(p[i]);
-    return Vec<T>::load(lanes);
+    return widen_lanes(p);
   }
 }
 template <class S>
@@ -128,9 +173,7 @@ static PFK_HD void store_vec(Vec<Compute<S>> v, S* p) {
   if constexpr (sizeof(S) == sizeof(T)) {
     v.store(reinterpret_cast<T*>(p));
   } else {
-    T lanes[Vec<T>::kLanes];
-    v.store(lanes);
-    for (int i = 0; i < Vec<T>::kLanes; ++i) narrow(lanes[i], p + i);
+    narrow_lanes(v, p);
   }
 }
 template <class S>

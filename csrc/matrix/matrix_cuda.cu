@@ -48,6 +48,7 @@ __device__ void choose_pivot(const T* m, int n, int pitch, int k, Steps<T>& s) {
       at = other;
     }
   }
+  __syncwarp();  // a shuffle orders no memory: all have read step_of
   if (threadIdx.x != 0) return;
   s.row_of[k] = at;
   s.step_of[at] = k;

@@ -59,7 +59,7 @@ def plu_matrix(
         lower: ``[C, C]``; only the strict lower triangle is read, the diagonal of ``L`` is one.
         upper: ``[C, C]``; only the strict upper triangle is read.
         log_diag: ``[C]``, the log of the absolute diagonal.
-        sign: ``[C]``, the signs of the diagonal.
+        sign: ``[C]``, the signs of the diagonal: constants, without a gradient.
         inverse: return the inverse matrix.
 
     Returns:
@@ -174,7 +174,9 @@ def plu_matrix_reference(
     work = accumulation_dtype(lower.dtype)
     eye = torch.eye(lower.shape[0], dtype=work, device=lower.device)
     lo = torch.tril(lower.to(work), -1) + eye
-    up = torch.triu(upper.to(work), 1) + torch.diag(sign.to(work) * torch.exp(log_diag.to(work)))
+    up = torch.triu(upper.to(work), 1) + torch.diag(
+        sign.detach().to(work) * torch.exp(log_diag.to(work))
+    )
     with full_precision(lower):
         if not inverse:
             product: Tensor = (lo @ up).index_select(0, permutation)

@@ -83,8 +83,7 @@ T shuffle_xor(const char* file, int line, uint32_t mask, T value, int bits, int 
   return read<T>(exchange(mask, &value, sizeof(T), inside ? source : lane(), file, line));
 }
 inline void warp_barrier(const char* file, int line, uint32_t mask = 0xffffffffu) {
-  const char nothing = 0;
-  exchange(mask, &nothing, 1, lane(), file, line);
+  sync_warp(mask, file, line);
 }
 
 // As much as a block of an H100 may ask for; before each launch full of NaN.
