@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflowkern) CMakeLists.txt pyproject.toml
-TOOLS := pytest hypothesis ruff mypy clang-format types-PyYAML
+TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
 .PHONY: demo test test-fast lint format build bench clean
 demo: $(VENV)/installed
@@ -11,10 +11,10 @@ demo: $(VENV)/installed
 
 # pytest (not python -m pytest): the tests run against the installed wheel, never the source tree
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not gpu" --durations=10
+	$(BIN)/pytest -n 2 -m "not gpu" --durations=10
 
 test-fast: $(VENV)/installed
-	$(BIN)/pytest -m "not gpu and not slow" -q
+	$(BIN)/pytest -n 2 -m "not gpu and not slow" -q
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The CUDA kernels compiled for the host: building the library, and running ops through it."""
 
+import fcntl
 import functools
 import os
 import shutil
@@ -25,13 +26,17 @@ def build(variant: str = "none", **options: str) -> Path:
     cmake, ninja = (str(shutil.which(tool, path=path)) for tool in ("cmake", "ninja"))
     options |= {"SANITIZE": variant, "TORCH": torch.__path__[0], "CMAKE_MAKE_PROGRAM": ninja}
     defined = [f"-D{key}={value}" for key, value in options.items()]
-    for command in (
-        [cmake, "-S", str(SOURCES), "-B", str(folder), "-G", "Ninja", *defined],
-        [cmake, "--build", str(folder)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run side by side
+        for command in (
+            [cmake, "-S", str(SOURCES), "-B", str(folder), "-G", "Ninja", *defined],
+            [cmake, "--build", str(folder)],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                output = done.stdout[-4000:] + done.stderr
+                raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
     return folder / "libpyflowkern_on_host.so"
 
 
