@@ -16,6 +16,7 @@ from bench import _environment, _report
 from bench._case import Case
 from bench._harness import Row, run_case
 from bench._plot import plot
+from bench._summary import summary
 from bench._timing import Plan
 
 ROOT = Path(__file__).parent
@@ -32,7 +33,9 @@ def families() -> dict[str, str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("family", choices=[*families(), "all"])
+    parser.add_argument(
+        "family", choices=[*families(), "all", "summary"], help="summary: README.md's table"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no extra cases")
@@ -88,6 +91,10 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if args.family == "summary":
+        slug = _environment.slug(_environment.describe(device), device)
+        print(summary(args.out or ROOT / "results" / slug))
+        return 0
     plan = Plan(
         device=device,
         cache_bytes=_environment.cache_bytes(device),

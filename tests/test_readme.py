@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench._summary import summary
 from pyflowkern import ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,3 +72,9 @@ def test_table_of_ops():
             for said, suffix in ((cpu, "cpu.cpp"), (cuda, "cuda.cu")):
                 exists = (ROOT / "csrc" / family / f"{family}_{suffix}").is_file()
                 assert said.startswith("yes") == exists, f"{name}: {said}"
+
+
+def test_table_of_speed_is_that_of_the_committed_results():
+    table = re.search(r"<!-- python -m bench summary -->\n(.*?)\n<!-- end -->", TEXT, re.DOTALL)
+    assert table is not None
+    assert table[1] == summary(ROOT / "bench/results/cpu-amd-epyc")
