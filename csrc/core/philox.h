@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10: counter-based random bits (Salmon, Moraes, Dror and Shaw, "Parallel random
+// Philox4x32-7: counter-based random bits (Salmon, Moraes, Dror and Shaw, "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011).  Block b of a stream is a function of the key and of b
 // alone: the same bits for any thread count, SIMD level or device, and none to be kept for a
 // backward pass.
@@ -18,12 +18,12 @@
 #if defined(__CUDACC__)
 #define PFK_UNROLL _Pragma("unroll")
 #else
-#define PFK_UNROLL _Pragma("GCC unroll 10")
+#define PFK_UNROLL _Pragma("GCC unroll 7")
 #endif
 
 PFK_BEGIN
 
-constexpr int kPhiloxRounds = 10;
+constexpr int kPhiloxRounds = 7;  // the fewest that pass BigCrush; 10 cost dequantize 1.5x
 constexpr int kPhiloxHalves = 8;  // 16-bit words of a block
 
 // ---- words: a plain integer, or one in every lane ----------------------------------------------
@@ -38,9 +38,9 @@ PFK_HD WidePair<uint32_t> multiply_wide(uint32_t a, uint32_t b) {
 }
 
 #if !defined(__CUDACC__)
-// Vectors that go through every step side by side: the chain of ten rounds is longer than a
-// scheduler looks ahead, and alone would leave the multipliers idle.  Nanoseconds a 16-bit word on
-// Zen 3: 0.41 with one, 0.31 two, 0.27 four.
+// Vectors that go through every step side by side: the chain of rounds is longer than a
+// scheduler looks ahead, and alone would leave the multipliers idle.  Nanoseconds a 16-bit word of
+// ten rounds on Zen 3: 0.41 with one, 0.31 two, 0.27 four.
 struct Words {
   typedef uint64_t Raw __attribute__((vector_size(kVecBytes)));
   static constexpr int kVectors = 4;

@@ -2,7 +2,7 @@
 // Dequantization, quantization and the logit on the CPU.
 //
 // Floor: dequantize reads 1 byte and writes 4, quantize the reverse; logit moves 8 bytes in
-// float32, its backward 12. Arithmetic beside it, in AVX2 instructions an element: Philox 2.5 (8 a
+// float32, its backward 12. Arithmetic beside it, in AVX2 instructions an element: Philox 1.8 (8 a
 // round for 4 blocks of 8 elements), dequantize without a logit 1.5, the logit of a level 5 (one
 // logarithm, and a quarter of one for the log-det), logit 6.
 #include "preprocess/preprocess.h"

@@ -3,7 +3,7 @@
 //
 // Floor: the bytes of preprocess_cpu.cpp over the copy bandwidth.  A thread dequantizes one Philox
 // block, 8 consecutive bytes to 8 floats; rows of floats go in 16-byte packs where every row starts
-// on one (single elements otherwise). Philox is some 80 integer instructions for 40 bytes, the
+// on one (single elements otherwise). Philox is some 60 integer instructions for 40 bytes, the
 // logit of 8 levels about as many: both fit under the memory time of current GPUs.
 #include "core/philox.h"
 #include "core/teams.cuh"

@@ -14,7 +14,7 @@ with :math:`p = \alpha + (1 - 2\alpha) v` (Dinh, Sohl-Dickstein and Bengio 2017)
 \log q,
    \quad \bar v = \frac{1 - 2\alpha}{p q} \left(\bar y + (p - q)\,\bar\ell\right).
 
-The noise is Philox4x32-10 (Salmon et al. 2011), keyed by a seed and counted by the element's
+The noise is Philox4x32-7 (Salmon et al. 2011), keyed by a seed and counted by the element's
 index, 16 bits an element: a float32 in [0.5, 1) has no more below the 8 bits of a level.  Hence
 ``x + u`` is exact, and ``v < 1``. Before a logit the noise stays ``8 * 2^(b-8) / (1 - 2 alpha)``
 steps of ``2^-16`` clear of its level's edges, further than the round trip through float32 can move
