@@ -77,7 +77,7 @@ def _load(device: str) -> None:
         return
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         _errors[device] = f"{path} could not be loaded by torch {torch.__version__}: {error}"
     else:
         _loaded[device] = path
@@ -148,8 +148,12 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
 
 def _transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work: the reference knows how, the kernels do not."""
+    if forward_ad._current_level >= 0:
+        return True
+    # the compiler holds this stack itself while it traces, and cannot trace the question
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -165,7 +169,7 @@ def kernel_serves(
     for t in others:
         if t is not None and (t.dtype not in dtypes or t.device != device):
             return False
-    return torch.compiler.is_compiling() or not _transformed()
+    return not _transformed()
 
 
 def show_config() -> str:

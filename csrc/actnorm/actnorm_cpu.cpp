@@ -3,8 +3,7 @@
 //
 // Floor: forward reads and writes 8 bytes an element, backward 12 (grad_out, x; grad_x), with both
 // channel sums in the same pass.  Images run row by row with one scale a row.  Vectors and
-// channels_last run flat over whole Vecs against the channel constants repeated up to a multiple of
-// the Vec width, so that 10 channels cost no tails.
+// channels_last run flat over whole Vecs against the channel constants (actnorm_moments.h).
 #include "actnorm/actnorm.h"
 
 #include "actnorm/actnorm_moments.h"
@@ -77,7 +76,7 @@ void backward_row(const ActNormArgs& a, int64_t row, int64_t channel, double* su
 template <class T>
 void repeat_channels(const void* from, int64_t channels, int64_t length, T* to) {
   const T* values = static_cast<const T*>(from);
-  for (int64_t i = 0; i < length; ++i) to[i] = values[i % channels];
+  for (int64_t i = 0, c = 0; i < length; ++i, c = c + 1 == channels ? 0 : c + 1) to[i] = values[c];
 }
 
 template <class S>
@@ -90,57 +89,73 @@ void forward_flat(const ActNormArgs& a, Task t) {
   repeat_channels(a.bias, a.channels, period, pattern + period);
   const S* x = static_cast<const S*>(a.in);
   S* y = static_cast<S*>(a.out);
-  const int64_t end = t.end * a.channels;
-  int64_t p = 0;
-  for (int64_t i = t.begin * a.channels; i < end; i += V::kLanes, p += V::kLanes) {
-    if (p == period) p = 0;
-    const V scale = V::load(pattern + p), bias = V::load(pattern + period + p);
-    if (i + V::kLanes <= end) {
-      store_vec(actnorm_apply(load_vec(x + i), scale, bias, a.inverse), y + i);
-    } else {
-      const int n = static_cast<int>(end - i);
-      store_vec_n(actnorm_apply(load_vec_n(x + i, n), scale, bias, a.inverse), y + i, n);
+  const int64_t last = t.end * a.channels;
+  for (int64_t begin = t.begin * a.channels, end; begin < last; begin = end) {
+    end = a.channels < kWide ? last : begin + a.channels;
+    int64_t p = 0;
+    for (int64_t i = begin; i < end; i += V::kLanes, p += V::kLanes) {
+      if (p == period) p = 0;
+      const V scale = V::load(pattern + p), bias = V::load(pattern + period + p);
+      if (i + V::kLanes <= end) {
+        store_vec(actnorm_apply(load_vec(x + i), scale, bias, a.inverse), y + i);
+      } else {
+        const int n = static_cast<int>(end - i);
+        store_vec_n(actnorm_apply(load_vec_n(x + i, n), scale, bias, a.inverse), y + i, n);
+      }
     }
   }
   delete[] pattern;
 }
 
+// Elements [begin, end), whose first belongs to channel 0; adds to the sums of every position of
+// the pattern.
+template <class S, class T = Compute<S>>
+void backward_run(const ActNormArgs& a, int64_t begin, int64_t end, int64_t period, const T* scale,
+                  const T* bias, T* sum, T* weighted) {
+  using V = Vec<T>;
+  const S *x = static_cast<const S*>(a.in), *gy = static_cast<const S*>(a.grad_out);
+  S* gx = static_cast<S*>(a.out);
+  int64_t p = 0;
+  for (int64_t i = begin; i < end; i += V::kLanes, p += V::kLanes) {
+    if (p == period) p = 0;
+    const bool whole = i + V::kLanes <= end;
+    const int n = whole ? V::kLanes : static_cast<int>(end - i);
+    const V g = whole ? load_vec(gy + i) : load_vec_n(gy + i, n);
+    const V v = whole ? load_vec(x + i) : load_vec_n(x + i, n);
+    V product = g * actnorm_shifted(v, V::load(bias + p), a.inverse);
+    const V out = g * V::load(scale + p);
+    if (whole) {
+      store_vec(out, gx + i);
+    } else {
+      product = select(first_lanes<T>(n), product, V(T(0)));
+      store_vec_n(out, gx + i, n);
+    }
+    (V::load(sum + p) + g).store(sum + p);
+    (V::load(weighted + p) + product).store(weighted + p);
+  }
+}
+
 template <class S>
 void backward_flat(const ActNormArgs& a, Task t, double* sums) {
   using T = Compute<S>;
-  using V = Vec<T>;
-  const int64_t period = pattern_length(a.channels, V::kLanes);
+  const int64_t c = a.channels, period = pattern_length(c, Vec<T>::kLanes);
   T* scale = new T[4 * period];
   T *bias = scale + period, *sum = bias + period, *weighted = sum + period;
-  repeat_channels(a.scale, a.channels, period, scale);
-  repeat_channels(a.bias, a.channels, period, bias);
-  const S *x = static_cast<const S*>(a.in), *gy = static_cast<const S*>(a.grad_out);
-  S* gx = static_cast<S*>(a.out);
-  const int64_t end = t.end * a.channels;
-  for (int64_t begin = t.begin * a.channels; begin < end; begin += kFold * period) {
-    const int64_t stop = begin + kFold * period < end ? begin + kFold * period : end;
+  repeat_channels(a.scale, c, period, scale);
+  repeat_channels(a.bias, c, period, bias);
+  const int64_t last = t.end * c, fold = kFold * (c < kWide ? period : c);
+  for (int64_t begin = t.begin * c; begin < last;) {
+    const int64_t stop = begin + fold < last ? begin + fold : last;
     memset(sum, 0, 2 * period * sizeof(T));
-    int64_t p = 0;
-    for (int64_t i = begin; i < stop; i += V::kLanes, p += V::kLanes) {
-      if (p == period) p = 0;
-      const bool whole = i + V::kLanes <= stop;
-      const int n = whole ? V::kLanes : static_cast<int>(stop - i);
-      const V g = whole ? load_vec(gy + i) : load_vec_n(gy + i, n);
-      const V v = whole ? load_vec(x + i) : load_vec_n(x + i, n);
-      V product = g * actnorm_shifted(v, V::load(bias + p), a.inverse);
-      const V out = g * V::load(scale + p);
-      if (whole) {
-        store_vec(out, gx + i);
-      } else {
-        product = select(first_lanes<T>(n), product, V(T(0)));
-        store_vec_n(out, gx + i, n);
-      }
-      (V::load(sum + p) + g).store(sum + p);
-      (V::load(weighted + p) + product).store(weighted + p);
+    for (int64_t end; begin < stop; begin = end) {
+      end = c < kWide ? stop : begin + c;
+      backward_run<S>(a, begin, end, period, scale, bias, sum, weighted);
     }
-    for (int64_t i = 0; i < period; ++i) {
-      sums[2 * (i % a.channels)] += sum[i];
-      sums[2 * (i % a.channels) + 1] += weighted[i];
+    for (int64_t j = 0; j < c; ++j) {
+      for (int64_t i = j; i < period; i += c) {  // beyond the channels of a wide row are zeros
+        sums[2 * j] += sum[i];
+        sums[2 * j + 1] += weighted[i];
+      }
     }
   }
   delete[] scale;

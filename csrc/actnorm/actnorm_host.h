@@ -2,6 +2,7 @@
 // ActNorm on the host: from tensors to ActNormArgs.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "actnorm/actnorm.h"
@@ -27,10 +28,13 @@ struct ActNormPlan {
     args.channels = shape.channels;
     args.inner = flat ? 1 : shape.space;
     args.in = x.tensor.const_data_ptr();
-    // at least 16,384 elements a task, and few enough tasks for their partial sums to stay small
+    // at least 16,384 elements a task, 32 of every channel, and few enough tasks for their partial
+    // sums to stay small
     const int64_t row = args.channels * args.inner > 0 ? args.channels * args.inner : 1;
-    const int64_t rows = (16384 + row - 1) / row, least = (args.outer + 1023) / 1024;
-    args.rows = rows > least ? rows : least;
+    const int64_t inner = args.inner > 0 ? args.inner : 1;
+    const int64_t rows = (16384 + row - 1) / row, many = (32 + inner - 1) / inner;
+    const int64_t least = (args.outer + 1023) / 1024;
+    args.rows = std::max({rows, many, least, int64_t{1}});
     tasks = shape.channels == 0 ? 0 : (args.outer + args.rows - 1) / args.rows;
   }
 

@@ -21,8 +21,14 @@ Task task_rows(const ActNormArgs& a, int64_t task) {
   return {begin, begin + a.rows < a.outer ? begin + a.rows : a.outer};
 }
 
-// Elements until the channel pattern meets a Vec boundary: channels * lanes / gcd(channels, lanes).
+// Channels innermost are walked in runs, whole Vecs of each against something that a channel has:
+// up to kWide channels in one run, what they have repeated to a whole number of Vecs, so that 10
+// channels cost no tails; beyond, row by row.
+constexpr int64_t kWide = 64;
+
+// The elements of what is repeated: channels * lanes / gcd(channels, lanes), or one row of Vecs.
 int64_t pattern_length(int64_t channels, int64_t lanes) {
+  if (channels >= kWide) return (channels + lanes - 1) / lanes * lanes;
   int64_t a = channels, b = lanes;
   while (b != 0) {
     const int64_t r = a % b;
@@ -99,55 +105,79 @@ void moments_rows(const ActNormArgs& a, Task t, double* out) {
   }
 }
 
-// Sums over `rows` rows at every position of the pattern; with `mean`, of deviations and squares.
+// What of x is walked together: runs of `length` elements, `stride` apart.
+template <class S>
+struct Runs {
+  const S* x;
+  int64_t count, length, stride;
+};
+
+// Sums at every position of the pattern; with `mean`, of deviations and their squares.
 template <class S, class T>
-void pattern_sums(const S* x, int64_t elements, int64_t period, const T* mean, T* sum, T* squares) {
+void pattern_sums(Runs<S> r, int64_t period, const T* mean, T* sum, T* squares) {
   using V = Vec<T>;
-  int64_t p = 0;
-  for (int64_t i = 0; i < elements; i += V::kLanes, p += V::kLanes) {
-    if (p == period) p = 0;
-    const int n = static_cast<int>(elements - i < V::kLanes ? elements - i : V::kLanes);
-    V v = n == V::kLanes ? load_vec(x + i) : load_vec_n(x + i, n);
-    if (mean) {
-      v = v - V::load(mean + p);
-      if (n < V::kLanes) v = select(first_lanes<T>(n), v, V(T(0)));
-      (V::load(squares + p) + v * v).store(squares + p);
+  for (; r.count > 0; --r.count, r.x += r.stride) {
+    int64_t p = 0;
+    for (int64_t i = 0; i < r.length; i += V::kLanes, p += V::kLanes) {
+      if (p == period) p = 0;
+      const int n = static_cast<int>(r.length - i < V::kLanes ? r.length - i : V::kLanes);
+      V v = n == V::kLanes ? load_vec(r.x + i) : load_vec_n(r.x + i, n);
+      if (mean) {
+        v = v - V::load(mean + p);
+        if (n < V::kLanes) v = select(first_lanes<T>(n), v, V(T(0)));
+        (V::load(squares + p) + v * v).store(squares + p);
+      }
+      (V::load(sum + p) + v).store(sum + p);
     }
-    (V::load(sum + p) + v).store(sum + p);
+  }
+}
+
+// The moments of `width` channels in rows that fit L1 come to those of `count` earlier rows.
+template <class S, class T>
+void merge_piece(const Runs<S>& r, int64_t rows, int64_t width, int64_t channels, double count,
+                 T* memory, double* out) {
+  const int64_t period = pattern_length(width, Vec<T>::kLanes);
+  T *mean = memory, *sum = mean + period, *squares = sum + period;
+  memset(sum, 0, period * sizeof(T));
+  pattern_sums<S, T>(r, period, nullptr, sum, nullptr);
+  for (int64_t j = 0; j < width; ++j) {
+    double total = 0;
+    for (int64_t i = j; i < period; i += width) total += sum[i];
+    for (int64_t i = j; i < period; i += width) mean[i] = static_cast<T>(total / rows);
+  }
+  memset(sum, 0, 2 * period * sizeof(T));
+  pattern_sums<S, T>(r, period, mean, sum, squares);
+  for (int64_t j = 0; j < width; ++j) {
+    double total = 0, total2 = 0;
+    for (int64_t i = j; i < period; i += width) total += sum[i], total2 += squares[i];
+    const Moments m = is_finite(total2)
+                          ? corrected(static_cast<double>(rows), mean[j], total, total2)
+                          : careful_moments(r.x + j, rows, channels);
+    put_moments(merge({count, out[2 * j], out[2 * j + 1]}, m), out + 2 * j);
   }
 }
 
 template <class S>
 void moments_flat(const ActNormArgs& a, Task t, double* out) {
   using T = Compute<S>;
-  const int64_t c = a.channels, period = pattern_length(c, Vec<T>::kLanes);
-  const int64_t piece = 4096 / c > 0 ? 4096 / c : 1;
-  T* mean = new T[3 * period];
-  T *sum = mean + period, *squares = sum + period;
-  double count = 0;
-  for (int64_t row = t.begin; row < t.end; row += piece) {
-    const int64_t rows = t.end - row < piece ? t.end - row : piece;
-    const S* x = static_cast<const S*>(a.in) + row * c;
-    memset(sum, 0, period * sizeof(T));
-    pattern_sums<S, T>(x, rows * c, period, nullptr, sum, nullptr);
-    for (int64_t j = 0; j < c; ++j) {
-      double total = 0;
-      for (int64_t i = j; i < period; i += c) total += sum[i];
-      for (int64_t i = j; i < period; i += c) mean[i] = static_cast<T>(total / rows);
+  constexpr int64_t kColumns = 128;  // by 32 rows: an L1 of floats, half
+  const int64_t c = a.channels, columns = c < kWide ? c : kColumns;
+  const int64_t piece = 4096 / columns;
+  T* memory = new T[3 * kWide * 16];
+  for (int64_t at = 0; at < c;) {
+    // the rest at once if the next block would be narrow: narrow blocks must be contiguous
+    const int64_t width = c - at < columns + kWide ? c - at : columns;
+    double count = 0;
+    for (int64_t row = t.begin; row < t.end; row += piece) {
+      const int64_t rows = t.end - row < piece ? t.end - row : piece;
+      const S* x = static_cast<const S*>(a.in) + row * c + at;
+      const Runs<S> runs = c < kWide ? Runs<S>{x, 1, rows * c, 0} : Runs<S>{x, rows, width, c};
+      merge_piece<S, T>(runs, rows, width, c, count, memory, out + 2 * at);
+      count += static_cast<double>(rows);
     }
-    memset(sum, 0, 2 * period * sizeof(T));
-    pattern_sums<S, T>(x, rows * c, period, mean, sum, squares);
-    for (int64_t j = 0; j < c; ++j) {
-      double total = 0, total2 = 0;
-      for (int64_t i = j; i < period; i += c) total += sum[i], total2 += squares[i];
-      const Moments m = is_finite(total2)
-                            ? corrected(static_cast<double>(rows), mean[j], total, total2)
-                            : careful_moments(x + j, rows, c);
-      put_moments(merge({count, out[2 * j], out[2 * j + 1]}, m), out + 2 * j);
-    }
-    count += static_cast<double>(rows);
+    at += width;
   }
-  delete[] mean;
+  delete[] memory;
 }
 
 }  // namespace

@@ -107,7 +107,7 @@ def actnorm_reference(
     y = v * torch.exp(-ell) - b if inverse else (v + b) * torch.exp(ell)
     space = x.shape[2:].numel()
     log_det = (-space if inverse else space) * log_scale.to(work).sum()
-    return y.to(x.dtype), log_det.expand(x.shape[0])
+    return y.to(x.dtype), log_det.expand(x.shape[0]).contiguous()
 
 
 def channel_moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:

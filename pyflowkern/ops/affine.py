@@ -41,6 +41,7 @@ from pyflowkern.ops._registry import (
     empty_canonical,
     gradient_of_reference,
     register,
+    sum_per_sample,
 )
 from pyflowkern.ops.scale_map import KINDS, ScaleMap
 from pyflowkern.ops.scale_map import scale_map as _scale_map
@@ -101,14 +102,21 @@ def affine(
     if raw_scale is None and smap.kind != "additive":
         raise ValueError(f"raw_scale may be None for the additive map only, not for {smap.kind!r}")
     raw = None if smap.kind == "additive" else raw_scale
+    dtype = x.dtype
+    for name, t in (("shift", shift), ("raw_scale", raw)):
+        if t is not None:
+            check_floating(name, t)
+            dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     check_same_device(x=x, raw_scale=raw, shift=shift)
-    shift = _broadcast("shift", shift, x)
-    raw = None if raw is None else _broadcast("raw_scale", raw, x)
+    shift = _broadcast("shift", shift, x, dtype)
+    raw = None if raw is None else _broadcast("raw_scale", raw, x, dtype)
     if not kernel_serves("affine", x, shift, raw):
         return affine_reference(x, raw, shift, scale_map=smap, inverse=inverse, save=save)
     flags = _flags(smap, inverse=inverse, save=save)
-    out: tuple[Tensor, Tensor] = _affine(x, raw, shift, smap.code, smap.numbers, flags)
-    return out
+    out: tuple[Tensor, Tensor] = _affine(
+        cast(x, dtype), raw, shift, smap.code, smap.numbers, flags
+    )
+    return out if dtype == x.dtype else (out[0].to(x.dtype), out[1])
 
 
 def affine_coupling(
@@ -194,7 +202,7 @@ def affine_reference(
     """Compute :func:`affine` in plain PyTorch, differentiable by autograd to any order."""
     smap = _scale_map(scale_map)
     y, log_scale = _affine_elements(x, raw_scale, shift, smap, inverse)
-    return y, log_scale.expand(x.shape).reshape(x.shape[0], -1).sum(1)
+    return y, sum_per_sample(log_scale.expand(x.shape))
 
 
 def affine_coupling_reference(
@@ -223,7 +231,8 @@ def _affine_elements(
     x: Tensor, raw: Tensor | None, shift: Tensor, smap: ScaleMap, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
-    work = accumulation_dtype(torch.promote_types(x.dtype, shift.dtype))
+    work = torch.promote_types(x.dtype, shift.dtype)
+    work = accumulation_dtype(work if raw is None else torch.promote_types(work, raw.dtype))
     v, t = x.to(work), shift.to(work)
     log_scale = torch.zeros_like(t) if raw is None else smap.log_scale(raw.to(work))
     if inverse != smap.divide:
@@ -268,10 +277,9 @@ def _check_save(save: str) -> None:
         raise ValueError(f"save must be 'input' or 'output', got {save!r}")
 
 
-def _broadcast(name: str, t: Tensor, x: Tensor) -> Tensor:
-    check_floating(name, t)
+def _broadcast(name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     try:
-        return cast(t, x.dtype) if t.shape == x.shape else t.to(x.dtype).expand(x.shape)
+        return cast(t, dtype) if t.shape == x.shape else cast(t, dtype).expand(x.shape)
     except RuntimeError:
         raise ValueError(
             f"{name} must be broadcastable to x of shape {tuple(x.shape)}, got {tuple(t.shape)}"

@@ -223,7 +223,7 @@ def _check_mix(
 
 
 def _use_reference(x: Tensor, *others: Tensor | None) -> bool:
-    return x.shape[1] > _MAX_CHANNELS or not kernel_serves("channel_mix", x, *others)
+    return not 0 < x.shape[1] <= _MAX_CHANNELS or not kernel_serves("channel_mix", x, *others)
 
 
 # --- ops -----------------------------------------------------------------------------------------

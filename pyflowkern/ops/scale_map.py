@@ -103,9 +103,9 @@ class ScaleMap:
             left = v < -30.0
             positive = torch.nn.functional.softplus(v, threshold=40.0) + self.eps
             log = torch.log(torch.where(left, 1.0, positive).clamp(max=self.max_scale))
-            return torch.where(
-                left, v if self.eps == 0 else torch.log(torch.exp(v) + self.eps), log
-            )
+            # either side must stay finite where it is not taken: its gradient is 0 times what it has there
+            small = v if self.eps == 0 else torch.log(torch.exp(v.clamp(max=0.0)) + self.eps)
+            return torch.where(left, small, log)
         if self.kind == "softclip":
             return v / (1 + torch.abs(v / self.clamp))
         return torch.zeros_like(raw)

@@ -171,6 +171,40 @@ def test_affine_broadcasts_its_parameters(backend):
     )
 
 
+def test_affine_computes_in_the_widest_dtype(backend):
+    """As affine_coupling does: y has the dtype of x, the log-det that of the parameters."""
+    x, u, t = normal(4, 50, dtype=torch.bfloat16), normal(4, 50, seed=1), normal(4, 50, seed=2)
+    for dtype in (torch.float32, torch.float64):
+        law(affine, affine_reference, (x, u.to(dtype), t.to(dtype)))
+        y, log_det = affine(x, u.to(dtype), t.to(dtype))
+        assert (y.dtype, log_det.dtype) == (torch.bfloat16, dtype)
+        torch.testing.assert_close(log_det, u.to(dtype).sum(1))
+
+
+@pytest.mark.parametrize("bad", [{"raw_scale": 0.0}, {"shift": 0}], ids=str)
+def test_affine_wants_tensors(bad):
+    x = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match="must be a torch"):
+        affine(x, **({"raw_scale": x, "shift": x} | bad))
+
+
+def test_affine_of_nothing(backend):
+    x = torch.zeros(0, 3, requires_grad=True)
+    for function in (affine, affine_reference):
+        _, log_det = function(x, x, x)
+        (grad,) = torch.autograd.grad(log_det.sum(), x, create_graph=True)
+        assert log_det.shape == (0,)
+        assert grad.shape == (0, 3)
+
+
+def test_softplus_far_right_has_a_gradient(backend):
+    u = torch.tensor([[88.0, 100.0, 1e4]], requires_grad=True)
+    for function in (affine, affine_reference):
+        _, log_det = function(torch.ones(1, 3), u, torch.zeros(1, 3), scale_map="softplus")
+        (grad,) = torch.autograd.grad(log_det.sum(), u)
+        torch.testing.assert_close(grad, 1 / u)  # of log(u + eps)
+
+
 def test_gradgradcheck(backend):
     x, p = normal(2, 4, 3).requires_grad_(), normal(2, 4, 3, seed=1).requires_grad_()
     u = normal(2, 4, 3, seed=2).requires_grad_()
