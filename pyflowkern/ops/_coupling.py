@@ -1,18 +1,20 @@
-"""How a coupling splits its input, and how its parameters are laid out: masks, shapes, checks."""
+"""How a coupling splits its input and its parameters (masks, layouts, checks), and its plain formula."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ops._registry import check_shape
+from pyflowkern.ops._registry import accumulation_dtype, check_shape
 from pyflowkern.ops.scale_map import ScaleMap
 
 __all__ = [
     "LAYOUTS",
+    "affine_elements",
     "channel_split_sizes",
     "check_params",
     "checkerboard_mask",
+    "coupling_reference",
     "mask_of",
     "parse_layout",
     "split_params",
@@ -122,3 +124,45 @@ def split_params(
     else:
         a, b = params.unbind(-1)
     return (b, a) if raw_first else (a, b)
+
+
+def affine_elements(
+    x: Tensor, raw: Tensor | None, shift: Tensor, smap: ScaleMap, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
+    work = torch.promote_types(x.dtype, shift.dtype)
+    work = accumulation_dtype(work if raw is None else torch.promote_types(work, raw.dtype))
+    v, t = x.to(work), shift.to(work)
+    log_scale = torch.zeros_like(t) if raw is None else smap.log_scale(raw.to(work))
+    if inverse != smap.divide:
+        log_scale = -log_scale
+    scale = torch.exp(log_scale)
+    if smap.shift_first:
+        y = v * scale - t if inverse else (v + t) * scale
+    else:
+        y = (v - t) * scale if inverse else v * scale + t
+    return y.to(x.dtype), log_scale
+
+
+def coupling_reference(
+    x: Tensor,
+    params: Tensor,
+    mask: Tensor | None,
+    layout: str,
+    raw_first: bool,
+    smap: ScaleMap,
+    swap: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    shift, raw = split_params(params, layout, raw_first, smap)
+    if mask is not None:
+        # masked positions get harmless parameters, so that garbage there reaches neither y nor its gradient
+        shift = torch.where(mask, shift, 0.0)
+        raw = None if raw is None else torch.where(mask, raw, 0.0)
+        y, log_scale = affine_elements(torch.where(mask, x, 0.0), raw, shift, smap, inverse)
+        return torch.where(mask, y, x), torch.where(mask, log_scale, 0.0).flatten(1).sum(1)
+    first = x.shape[1] - x.shape[1] // 2
+    parts = [x[:, :first], x[:, first:]]
+    which = 0 if swap else 1
+    parts[which], log_scale = affine_elements(parts[which], raw, shift, smap, inverse)
+    return torch.cat(parts, 1), log_scale.flatten(1).sum(1)

@@ -25,12 +25,13 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.ops._coupling import (
     LAYOUTS,
+    affine_elements,
     channel_split_sizes,
     check_params,
     checkerboard_mask,
+    coupling_reference,
     mask_of,
     parse_layout,
-    split_params,
 )
 from pyflowkern.ops._registry import (
     accumulation_dtype,
@@ -177,7 +178,7 @@ def affine_coupling(
     mask = ~mask if mask is not None and swap else mask
     swap = swap and mask is None
     if not kernel_serves("affine_coupling", x, params):
-        return _coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
+        return coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
     flags = _flags(smap, inverse=inverse, swap=swap, save=save)
     code = LAYOUTS.index(layout) + (len(LAYOUTS) if raw_first else 0)
     dtype = x.dtype if x.dtype == params.dtype else torch.promote_types(x.dtype, params.dtype)
@@ -201,7 +202,7 @@ def affine_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`affine` in plain PyTorch, differentiable by autograd to any order."""
     smap = _scale_map(scale_map)
-    y, log_scale = _affine_elements(x, raw_scale, shift, smap, inverse)
+    y, log_scale = affine_elements(x, raw_scale, shift, smap, inverse)
     return y, sum_per_sample(log_scale.expand(x.shape))
 
 
@@ -222,51 +223,9 @@ def affine_coupling_reference(
     mask = mask_of(split, x)
     params = check_params(x, params, split, swap, smap, layout)
     mask = ~mask if mask is not None and swap else mask
-    return _coupling_reference(
+    return coupling_reference(
         x, params, mask, layout, raw_first, smap, swap and mask is None, inverse
     )
-
-
-def _affine_elements(
-    x: Tensor, raw: Tensor | None, shift: Tensor, smap: ScaleMap, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
-    work = torch.promote_types(x.dtype, shift.dtype)
-    work = accumulation_dtype(work if raw is None else torch.promote_types(work, raw.dtype))
-    v, t = x.to(work), shift.to(work)
-    log_scale = torch.zeros_like(t) if raw is None else smap.log_scale(raw.to(work))
-    if inverse != smap.divide:
-        log_scale = -log_scale
-    scale = torch.exp(log_scale)
-    if smap.shift_first:
-        y = v * scale - t if inverse else (v + t) * scale
-    else:
-        y = (v - t) * scale if inverse else v * scale + t
-    return y.to(x.dtype), log_scale
-
-
-def _coupling_reference(
-    x: Tensor,
-    params: Tensor,
-    mask: Tensor | None,
-    layout: str,
-    raw_first: bool,
-    smap: ScaleMap,
-    swap: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    shift, raw = split_params(params, layout, raw_first, smap)
-    if mask is not None:
-        # masked positions get harmless parameters, so that garbage there reaches neither y nor its gradient
-        shift = torch.where(mask, shift, 0.0)
-        raw = None if raw is None else torch.where(mask, raw, 0.0)
-        y, log_scale = _affine_elements(torch.where(mask, x, 0.0), raw, shift, smap, inverse)
-        return torch.where(mask, y, x), torch.where(mask, log_scale, 0.0).flatten(1).sum(1)
-    first = x.shape[1] - x.shape[1] // 2
-    parts = [x[:, :first], x[:, first:]]
-    which = 0 if swap else 1
-    parts[which], log_scale = _affine_elements(parts[which], raw, shift, smap, inverse)
-    return torch.cat(parts, 1), log_scale.flatten(1).sum(1)
 
 
 # --- argument checks ----------------------------------------------------------------------------------------
@@ -381,12 +340,12 @@ def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[
         swap = bool(ctx.flags & _SWAP)
 
         def forward(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-            return _coupling_reference(x, p, mask, layout, raw_first, smap, swap, inverse)
+            return coupling_reference(x, p, mask, layout, raw_first, smap, swap, inverse)
 
         def invert(y: Tensor) -> Tensor:
-            return _coupling_reference(
-                y, params, mask, layout, raw_first, smap, swap, not inverse
-            )[0]
+            return coupling_reference(y, params, mask, layout, raw_first, smap, swap, not inverse)[
+                0
+            ]
 
         x = _kept_input(kept, ctx.flags, invert)
         grads = gradient_of_reference(forward, (x, params), (grad_y, grad_log_det))
