@@ -307,6 +307,7 @@ TRAIN = {
     "type": (["lr: fast"], [], "lr must be a number, got 'fast'"),
     "range": (["steps: 0"], [], "steps must be positive, got 0"),
     "infinite": (["lr: .inf"], [], "lr must be positive, got inf"),
+    "huge": (["lr: 1.0e+38"], [], "lr must be at most 1000"),
     "fraction": (["ema: 1.5"], [], "ema must lie in [0, 1], got 1.5"),
     "seed": (["seed: 9223372036854775808"], [], "seed must be below 2^63"),
     "precision": (["precision: fp8"], [], "precision must be 32-true or bf16-mixed, got 'fp8'"),

@@ -80,6 +80,8 @@ class TrainConfig:
         for name in ("size", "steps", "batch_size", "lr", "clip", "every", "max_bad_steps"):
             if not 0 < getattr(config, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
+        if config.lr > 1e3:  # AdamW moves every weight by as much: far on, float32 overflows
+            raise ConfigError(f"lr must be at most 1000, got {config.lr}")
         for name in ("warmup", "weight_decay", "patience", "minutes", "seed"):
             if not 0 <= getattr(config, name) < float("inf"):
                 raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
