@@ -85,6 +85,27 @@ struct alignas(kWide ? 16 : sizeof(S)) Pack {
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Divides by a number that the host knows: a multiplication and a shift, where a GPU takes some 70
+// instructions for a 64-bit division (Granlund and Montgomery 1994).  With 2^(s-1) < d <= 2^s and
+// magic = ceil(2^(62+s) / d) <= 2^63, the error of 4 n magic / 2^(64+s) is below 1 / d for n <
+// 2^62.
+struct Divider {
+  int64_t divisor = 1;
+  uint64_t magic = uint64_t{1} << 62;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(d) {
+    while ((int64_t{1} << shift) < d) ++shift;
+    const auto power = static_cast<unsigned __int128>(1) << (62 + shift);
+    magic =
+        static_cast<uint64_t>((power + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d));
+  }
+  __device__ int64_t quotient(int64_t n) const {
+    return static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n) << 2, magic) >> shift);
+  }
+};
+
 // ---- reductions: a fixed tree, so the same bits every run
 // ---------------------------------------------------------- Sum over the block; thread 0 has it.
 // `scratch` holds kThreads / 32 values.

@@ -96,57 +96,68 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // ---- backward, summed over the batch -----------------------------------------------------------
-// A thread has a column; where rows are shorter than a block, `lanes` threads share it and take
-// rows in turn.
+// A thread has a pack of columns; where rows are shorter than a block, `lanes` threads share it and
+// take rows in turn.
 struct ColumnPlan {
   int64_t group, groups;  // rows of a group; groups
-  int columns, lanes;     // of a block
+  int columns, lanes;     // threads side by side, and below one another, of a block
   double* partial;        // [groups, 2, features], in memory order of a sample
 };
 
-template <class S>
+template <class S, bool kWide>
 __global__ void __launch_bounds__(kThreads, kResident / 2)
     normal_columns_kernel(const NormalArgs a, const ColumnPlan p) {
   using T = Compute<S>;
+  using P = Pack<S, kWide>;
+  constexpr int w = P::kCount;
   __shared__ double mean_sums[kThreads], std_sums[kThreads];
   const int column_in_block = threadIdx.x % p.columns, lane = threadIdx.x / p.columns;
-  const int64_t i = blockIdx.x * static_cast<int64_t>(p.columns) + column_in_block;
+  const int64_t i = (blockIdx.x * static_cast<int64_t>(p.columns) + column_in_block) * w;
   const bool mine = lane < p.lanes && i < a.features;
   const bool sums_mean = a.mean_kind == kEvent, sums_std = a.log_std_kind == kEvent;
   const int64_t end = min(a.rows, (blockIdx.y + int64_t{1}) * p.group);
-  T mean = T(0), log_std = T(0), mean_sum = T(0), std_sum = T(0);
-  if (mine && a.mean_kind != kElement) mean = parameter<S>(a, a.mean, a.mean_kind, 0, i);
+  T mean[w] = {}, log_std[w] = {}, mean_sum[w] = {}, std_sum[w] = {};
+  if (mine && a.mean_kind != kElement) parameters<P, S>(a, a.mean, a.mean_kind, 0, i, mean);
   if (mine && a.log_std_kind != kElement)
-    log_std = parameter<S>(a, a.log_std, a.log_std_kind, 0, i);
-#pragma unroll 4
+    parameters<P, S>(a, a.log_std, a.log_std_kind, 0, i, log_std);
   for (int64_t row = blockIdx.y * p.group + lane; row < end; row += p.lanes) {
     if (!mine) break;
     const int64_t e = row * a.features + i;
-    if (a.mean_kind == kElement) mean = parameter<S>(a, a.mean, kElement, e, i);
-    if (a.log_std_kind == kElement) log_std = parameter<S>(a, a.log_std, kElement, e, i);
-    const T scale = exp_(-log_std);
-    const T d = normal_distance(T(widen(static_cast<const S*>(a.z)[e])), mean, scale);
-    const NormalGrad<T> g = normal_vjp(d, scale, static_cast<const T*>(a.grad)[row]);
-    if (a.grad_z != nullptr) static_cast<S*>(a.grad_z)[e] = narrow<S>(g.z);
-    if (a.grad_mean != nullptr && !sums_mean) static_cast<S*>(a.grad_mean)[e] = narrow<S>(-g.z);
-    if (a.grad_log_std != nullptr && !sums_std) {
-      static_cast<S*>(a.grad_log_std)[e] = narrow<S>(g.log_std);
+    if (a.mean_kind == kElement) parameters<P, S>(a, a.mean, kElement, e, i, mean);
+    if (a.log_std_kind == kElement) parameters<P, S>(a, a.log_std, kElement, e, i, log_std);
+    P z = P::load(static_cast<const S*>(a.z) + e), mean_out, std_out;
+    const T grad = static_cast<const T*>(a.grad)[row];
+#pragma unroll
+    for (int j = 0; j < w; ++j) {
+      const T scale = exp_(-log_std[j]);
+      const T d = normal_distance(T(widen(z.lanes[j])), mean[j], scale);
+      const NormalGrad<T> g = normal_vjp(d, scale, grad);
+      z.lanes[j] = narrow<S>(g.z);
+      mean_out.lanes[j] = narrow<S>(-g.z);
+      std_out.lanes[j] = narrow<S>(g.log_std);
+      mean_sum[j] -= g.z;
+      std_sum[j] += g.log_std;
     }
-    mean_sum -= g.z;
-    std_sum += g.log_std;
+    if (a.grad_z != nullptr) z.store(static_cast<S*>(a.grad_z) + e);
+    if (a.grad_mean != nullptr && !sums_mean) mean_out.store(static_cast<S*>(a.grad_mean) + e);
+    if (a.grad_log_std != nullptr && !sums_std) std_out.store(static_cast<S*>(a.grad_log_std) + e);
   }
-  mean_sums[threadIdx.x] = static_cast<double>(mean_sum);
-  std_sums[threadIdx.x] = static_cast<double>(std_sum);
-  __syncthreads();
-  if (!mine || lane != 0) return;
-  double mean_total = 0, std_total = 0;
-  for (int l = 0; l < p.lanes; ++l) {
-    mean_total += mean_sums[l * p.columns + column_in_block];
-    std_total += std_sums[l * p.columns + column_in_block];
+#pragma unroll
+  for (int j = 0; j < w; ++j) {
+    __syncthreads();
+    mean_sums[threadIdx.x] = static_cast<double>(mean_sum[j]);
+    std_sums[threadIdx.x] = static_cast<double>(std_sum[j]);
+    __syncthreads();
+    if (!mine || lane != 0) continue;
+    double mean_total = 0, std_total = 0;
+    for (int l = 0; l < p.lanes; ++l) {
+      mean_total += mean_sums[l * p.columns + column_in_block];
+      std_total += std_sums[l * p.columns + column_in_block];
+    }
+    double* to = p.partial + 2 * blockIdx.y * a.features + i + j;
+    to[0] = mean_total;
+    to[a.features] = std_total;
   }
-  double* to = p.partial + 2 * blockIdx.y * a.features + i;
-  to[0] = mean_total;
-  to[a.features] = std_total;
 }
 
 // The groups of each column in their order, into the shape of the parameter.
@@ -170,6 +181,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // ---- host --------------------------------------------------------------------------------------
+// Whether every row starts on a 16-byte pack and is made of whole ones.
+bool fits_packs(const NormalArgs& a, int64_t width) {
+  for (const void* p :
+       {a.z, a.mean, a.log_std, static_cast<const void*>(a.grad_z),
+        static_cast<const void*>(a.grad_mean), static_cast<const void*>(a.grad_log_std)}) {
+    if (!aligned16(p)) return false;
+  }
+  return a.features % width == 0;
+}
+
 // The storage type and the shape of a launch as template arguments: f.template operator()<S, kWide,
 // kBlock>(plan).
 template <class F>
@@ -177,12 +198,7 @@ void with_plan(const Tensor& z, const NormalArgs& a, F f) {
   each_storage(z, [&](auto type) {
     using S = decltype(type);
     constexpr int64_t width = 16 / sizeof(S);
-    bool wide = a.features % width == 0;
-    for (const void* p :
-         {a.z, a.mean, a.log_std, static_cast<const void*>(a.grad_z),
-          static_cast<const void*>(a.grad_mean), static_cast<const void*>(a.grad_log_std)}) {
-      wide = wide && aligned16(p);
-    }
+    const bool wide = fits_packs(a, width);
     const TeamPlan plan = plan_teams(a.rows, a.features, wide ? width : 1);
     const bool block = plan.size == kThreads;
     if (wide) {
@@ -217,11 +233,11 @@ Tensor normal_log_prob_cuda(const Tensor& z, const std::optional<Tensor>& mean,
   return out;
 }
 
-ColumnPlan plan_columns(const NormalArgs& a) {
+ColumnPlan plan_columns(const NormalArgs& a, int64_t packs) {
   ColumnPlan p{};
-  p.columns = static_cast<int>(a.features < kThreads ? a.features : kThreads);
+  p.columns = static_cast<int>(packs < kThreads ? packs : kThreads);
   p.lanes = kThreads / p.columns;
-  const int64_t tiles = (a.features + p.columns - 1) / p.columns;
+  const int64_t tiles = (packs + p.columns - 1) / p.columns;
   p.group = a.rows * tiles / 1024;  // about 1,024 blocks
   p.group = p.group < kMinGroup ? kMinGroup : p.group > kMaxGroup ? kMaxGroup : p.group;
   if (p.group < p.lanes) p.group = p.lanes;
@@ -252,13 +268,17 @@ std::tuple<Tensor, Tensor, Tensor> normal_grad_cuda(const Tensor& grad, const Te
     });
     return {grads.z, grads.mean, grads.log_std};
   }
-  ColumnPlan p = plan_columns(a);
-  const Tensor partial = empty(z, {p.groups * 2 * a.features}, ScalarType::Double);
-  p.partial = static_cast<double*>(partial.mutable_data_ptr());
   each_storage(z, [&](auto type) {
     using S = decltype(type);
-    const dim3 grid(grid_of((a.features + p.columns - 1) / p.columns), grid_of(p.groups));
-    if (a.rows > 0) PFK_LAUNCH(normal_columns_kernel<S>, grid, kThreads, stream, a, p);
+    constexpr int64_t width = 16 / sizeof(S);
+    const bool wide = fits_packs(a, width);
+    const int64_t packs = wide ? a.features / width : a.features;
+    ColumnPlan p = plan_columns(a, packs);
+    const Tensor partial = empty(z, {p.groups * 2 * a.features}, ScalarType::Double);
+    p.partial = static_cast<double*>(partial.mutable_data_ptr());
+    const dim3 grid(grid_of((packs + p.columns - 1) / p.columns), grid_of(p.groups));
+    auto kernel = wide ? normal_columns_kernel<S, true> : normal_columns_kernel<S, false>;
+    if (a.rows > 0) PFK_LAUNCH(kernel, grid, kThreads, stream, a, p);
     PFK_LAUNCH(join_columns_kernel<Compute<S>>, grid_for(a.features), kThreads, stream, a, p);
   });
   return {grads.z, grads.mean, grads.log_std};

@@ -55,6 +55,10 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
 
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
 namespace pfk_host {
 
 template <class T>
@@ -125,6 +129,7 @@ struct HostGuard {
 // Memory is handed out full of NaN: an element that no thread writes shows.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 namespace pfk_host {
+void watch(const void* data, size_t bytes);  // counting.cpp
 inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
                                     int32_t type, int32_t device, int32_t index,
                                     AtenTensorHandle* out) {
@@ -135,6 +140,9 @@ inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int
   if (error == AOTI_TORCH_SUCCESS && aoti_torch_get_data_ptr(*out, &data) == AOTI_TORCH_SUCCESS &&
       aoti_torch_get_storage_size(*out, &bytes) == AOTI_TORCH_SUCCESS && data) {
     memset(data, 0xff, static_cast<size_t>(bytes));
+#if defined(PFK_COUNTING)
+    watch(data, static_cast<size_t>(bytes));
+#endif
   }
   return error;
 }
