@@ -1,11 +1,12 @@
 # make demo | make test | make lint | make build | make bench: each does all its own set-up.
+# make gpu: build, test, sanitize and measure with the torch that $(PYTHON) has, on its GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflowkern) CMakeLists.txt pyproject.toml
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
-.PHONY: demo test test-fast lint format build bench clean
+.PHONY: demo test test-fast lint format build bench gpu clean
 demo: $(VENV)/installed
 	$(BIN)/pyflowkern demo
 
@@ -32,6 +33,10 @@ build: $(VENV)/tools
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 	$(BIN)/cmake --build build/dev
 	$(BIN)/cmake --install build/dev --prefix .
+
+GPU_OUT ?= out/gpu
+gpu:
+	$(PYTHON) -m bench.gpu --out $(GPU_OUT)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench all

@@ -14,8 +14,10 @@ import bench.models
 import bench.ops
 from bench import _environment, _report
 from bench._case import Case
+from bench._cuda_report import report
 from bench._harness import Row, run_case
 from bench._plot import plot
+from bench._steps import measure
 from bench._summary import summary
 from bench._timing import Plan
 
@@ -34,7 +36,10 @@ def families() -> dict[str, str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "family", choices=[*families(), "all", "summary"], help="summary: README.md's table"
+        "family",
+        choices=[*families(), "all", "summary", "cuda-report", "steps"],
+        help="summary: README.md's table; cuda-report: registers, accesses and bytes of the kernels; "
+        "steps: launches and graphs of training steps",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -87,13 +92,25 @@ def _folder(args: argparse.Namespace, device: str, noisy: bool) -> Path:
     return (ROOT.parent / "out" / "bench" if partial or noisy else ROOT / "results") / device
 
 
+def _results(device: torch.device) -> Path | None:
+    """Return the committed results: of this processor, or of a GPU, whether or not one is here."""
+    if device.type == "cuda":
+        return next(iter(sorted((ROOT / "results").glob("cuda-*"))), None)
+    return ROOT / "results" / _environment.slug(_environment.describe(device), device)
+
+
 def main() -> int:
     args = arguments()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.family == "summary":
-        slug = _environment.slug(_environment.describe(device), device)
-        print(summary(args.out or ROOT / "results" / slug))
+        print(summary(args.out or _results(device)))
+        return 0
+    if args.family == "steps":
+        measure(device, args.out)
+        return 0
+    if args.family == "cuda-report":
+        print(report())
         return 0
     plan = Plan(
         device=device,

@@ -31,8 +31,10 @@ HEADLINES = (
 LARGE = 20.0  # above that many floors a call is what costs, and the ratio says nothing
 
 
-def summary(folder: Path) -> str:
+def summary(folder: Path | None) -> str:
     """Return the headline rows of one device's results as a markdown table."""
+    if folder is None:
+        return "Not measured yet."
     lines = [
         "| case | pass | ms | vs eager | vs compile | time / floor |",
         "|---|---|---|---|---|---|",

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench._case import nbytes, outputs_of
 from pyflowkern import ops
 
-__all__ = ["CASES", "Traffic", "TrafficCase", "count", "table"]
+__all__ = ["CASES", "Traffic", "TrafficCase", "count", "dtypes", "measure"]
 
 WIDTHS = (1, 2, 4, 8, 16)
 
@@ -53,8 +53,9 @@ class Traffic:
 
     @property
     def scalar_share(self) -> float:
-        """The share of the requested bytes that came in less than 16-byte accesses."""
-        return 1 - self.requested[16] / max(1, sum(self.requested.values()))
+        """The share of the requested bytes that came in accesses of less than 8 bytes."""
+        wide = self.requested[8] + self.requested[16]
+        return 1 - wide / max(1, sum(self.requested.values()))
 
 
 def _normal(*shapes: Sequence[int]) -> Callable[[torch.dtype], list[Tensor]]:
@@ -157,7 +158,9 @@ def count(case: TrafficCase, dtype: torch.dtype) -> Traffic:
             wanted = [t for t in inputs if t.requires_grad]
             results = torch.autograd.grad(outputs, wanted, upstream)
         regions = _counted(library)
-    data = {t.data_ptr(): nbytes(t) for t in (*read, *results) if t.dim() and t.shape[0] == IMAGE[0]}
+    data = {
+        t.data_ptr(): nbytes(t) for t in (*read, *results) if t.dim() and t.shape[0] == IMAGE[0]
+    }
     data = {pointer: size for pointer, size in data.items() if size > 4 * IMAGE[0]}  # no [N]
     found = [r for r in regions if r[0] in data]
     requested = {w: sum(r[2 + i] + r[7 + i] for r in found) for i, w in enumerate(WIDTHS)}
@@ -183,10 +186,11 @@ def _name(case: TrafficCase) -> str:
     return f"{case.name} {'backward' if case.backward else 'forward'}"
 
 
-def table() -> list[Traffic]:
+def dtypes(case: TrafficCase) -> tuple[torch.dtype, ...]:
+    """Return the dtypes to count a case in."""
+    return (torch.float32, torch.bfloat16) if case.half else (torch.float32,)
+
+
+def measure() -> list[Traffic]:
     """Count every case in each of its dtypes."""
-    return [
-        count(case, dtype)
-        for case in CASES
-        for dtype in ((torch.float32, torch.bfloat16) if case.half else (torch.float32,))
-    ]
+    return [count(case, dtype) for case in CASES for dtype in dtypes(case)]

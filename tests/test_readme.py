@@ -78,3 +78,6 @@ def test_table_of_speed_is_that_of_the_committed_results():
     table = re.search(r"<!-- python -m bench summary -->\n(.*?)\n<!-- end -->", TEXT, re.DOTALL)
     assert table is not None
     assert table[1] == summary(ROOT / "bench/results/cpu-amd-epyc")
+    pattern = r"<!-- python -m bench summary --device cuda -->\n(.*?)\n<!-- end -->"
+    gpus = sorted((ROOT / "bench/results").glob("cuda-*"))
+    assert re.search(pattern, TEXT, re.DOTALL)[1] == summary(next(iter(gpus), None))

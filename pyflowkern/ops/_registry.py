@@ -74,8 +74,16 @@ def _differentiable(
 
 
 def _below_autograd(overload: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(*inputs)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*inputs)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory, which says so
+            raise
+        shapes = [tuple(t.shape) for t in inputs if isinstance(t, Tensor)]
+        raise RuntimeError(
+            f"{overload.name()} of tensors of shapes {shapes} failed: {error}"
+        ) from error
 
 
 def gradient_of_reference(

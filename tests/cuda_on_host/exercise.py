@@ -1,9 +1,11 @@
-"""Run every CUDA kernel, compiled for the host, on awkward shapes; a sanitizer watches.
+"""Run every CUDA kernel, compiled for the host or on a GPU, on awkward shapes; a sanitizer watches.
 
-Called as ``python exercise.py LIBRARY [FAMILY ...]`` with the sanitizer's runtime preloaded.
+Called as ``python exercise.py LIBRARY [FAMILY ...]`` with the sanitizer's runtime preloaded, or with ``cuda`` in place
+of the library under compute-sanitizer.
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import on_host
 
-from pyflowkern import ops
+from pyflowkern import _library, ops
 
 VECTORS = [(3, 1), (5, 10), (2, 129)]
 IMAGES = [(2, 3, 7), (3, 6, 4, 4), (2, 7, 5, 3)]
@@ -111,7 +113,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     families = [actnorm, affine, density, linear, matrix, preprocess]
-    with on_host.kernels(Path(sys.argv[1])):
+    if sys.argv[1] == "cuda":
+        torch.set_default_device("cuda")
+        _library.require_kernels("cuda")
+    with nullcontext() if sys.argv[1] == "cuda" else on_host.kernels(Path(sys.argv[1])):
         for family in families:
             if not sys.argv[2:] or family.__name__ in sys.argv[2:]:
                 family()

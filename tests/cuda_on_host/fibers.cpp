@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -109,6 +110,8 @@ struct Block {
 };
 Block block;
 std::mutex one_launch;
+uint64_t only_last = 0;   // blocks of a launch; 0: all of them
+bool fail_next = false;
 
 // ---- sanitizers --------------------------------------------------------------------------------
 #if defined(PFK_THREAD_SANITIZER)
@@ -275,13 +278,17 @@ void run(const char* kernel, Index grid, Index size, void (*body)(void*), void* 
       grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error(std::string(kernel) + ": invalid launch configuration");
   }
+  if (std::exchange(fail_next, false)) {
+    throw std::runtime_error(std::string(kernel) + ": this launch was to fail");
+  }
+  const uint64_t first = only_last > 0 && blocks > only_last ? blocks - only_last : 0;
   begin_launch();
   block.error.clear();
   block.body = body;
   block.data = data;
   grid_size = grid;
   block_size = size;
-  for (uint64_t b = blocks; b-- > 0;) {  // last first: no block may count on an earlier one
+  for (uint64_t b = blocks; b-- > first;) {  // last first: no block may count on an earlier one
     block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                    static_cast<unsigned>(b / grid.x / grid.y)};
     run_block(size);
@@ -322,3 +329,12 @@ void sync_warp(uint32_t mask, const char* file, int line) {
 int lane() { return static_cast<int>(block.current % kWarp); }
 
 }  // namespace pfk_host
+
+// For tests: of each launch run the last blocks alone, which is where an index overflows; or refuse
+// the next launch.
+extern "C" __attribute__((visibility("default"))) void pfk_only_last_blocks(int64_t count) {
+  pfk_host::only_last = static_cast<uint64_t>(count);
+}
+extern "C" __attribute__((visibility("default"))) void pfk_fail_next_launch() {
+  pfk_host::fail_next = true;
+}

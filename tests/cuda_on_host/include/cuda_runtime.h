@@ -129,6 +129,7 @@ struct HostGuard {
 // Memory is handed out full of NaN: an element that no thread writes shows.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 namespace pfk_host {
+constexpr int64_t kPoisoned = int64_t{1} << 30;  // beyond, tests count on pages that nobody touches
 void watch(const void* data, size_t bytes);  // counting.cpp
 inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
                                     int32_t type, int32_t device, int32_t index,
@@ -138,7 +139,8 @@ inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int
   void* data = nullptr;
   int64_t bytes = 0;
   if (error == AOTI_TORCH_SUCCESS && aoti_torch_get_data_ptr(*out, &data) == AOTI_TORCH_SUCCESS &&
-      aoti_torch_get_storage_size(*out, &bytes) == AOTI_TORCH_SUCCESS && data) {
+      aoti_torch_get_storage_size(*out, &bytes) == AOTI_TORCH_SUCCESS && data &&
+      bytes <= kPoisoned) {
     memset(data, 0xff, static_cast<size_t>(bytes));
 #if defined(PFK_COUNTING)
     watch(data, static_cast<size_t>(bytes));

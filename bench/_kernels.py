@@ -1,0 +1,186 @@
+"""What the compiler made of the CUDA kernels: resources from ptxas, memory accesses from SASS or PTX."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+__all__ = ["Kernel", "kernels", "table"]
+
+ROOT = Path(__file__).parent.parent
+#: Registers, warps, shared memory in bytes and blocks of a multiprocessor (CUDA C++ Programming Guide, table 30).
+LIMITS = {"sm_80": (65536, 64, 164 << 10, 32), "sm_90": (65536, 64, 228 << 10, 32)}
+COMPILED = re.compile(r"Compiling entry function '(\S+)' for '(sm_\d+)'")
+USED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+PTX_ACCESS = re.compile(
+    r"\b(ld|st)\.(?:volatile\.|relaxed\.\w+\.|weak\.)?global(?:\.nc)?(?:\.L\w+)*(?:\.v([248]))?\.[busf](\d+)\b"
+)
+SASS_ACCESS = re.compile(r"\b(LD|ST)G\.E(?:\.\w+)*?(?:\.(U8|S8|U16|S16|64|128))?(?:\.\w+)*\s")
+SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, None: 4}
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture."""
+
+    source: str
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    threads: int = 0
+    #: Accesses of its innermost loops: ("ld" or "st", bytes) -> instructions.
+    accesses: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that registers and static shared memory let in."""
+        registers, warps, shared, blocks = LIMITS[self.arch]
+        mine = max(1, self.threads // 32)
+        of_registers = registers // (-(-self.registers * 32 // 256) * 256 * mine)
+        of_shared = shared // (-(-(self.shared + 1024) // 128) * 128)
+        return min(blocks, of_registers, of_shared, warps // mine) * mine / warps
+
+
+def reports() -> list[Path]:
+    """Return what ptxas said in the newest build, a file for each source."""
+    found: dict[str, Path] = {}
+    for path in sorted(ROOT.glob("build/*/ptxas/*.txt"), key=lambda p: p.stat().st_mtime):
+        found[path.stem] = path
+    return [found[stem] for stem in sorted(found)]
+
+
+def _resources(path: Path) -> Iterator[Kernel]:
+    parts = COMPILED.split(path.read_text())
+    for name, arch, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        used, registers, shared = USED.search(text), REGISTERS.search(text), SHARED.search(text)
+        if used is None or registers is None:
+            raise ValueError(f"{path} does not say what {name} for {arch} uses")
+        stack, stores, loads = map(int, used.groups())
+        number = int(shared[1]) if shared else 0
+        yield Kernel(path.stem, name, arch, int(registers[1]), stack, stores + loads, number)
+
+
+def _ptx(stem: str) -> str:
+    """Return the PTX of a source, compiled at most once a version of the sources."""
+    source = next(ROOT.glob(f"csrc/*/{stem}.cu"))
+    path = ROOT / "build" / "ptx" / f"{stem}.ptx"
+    newest = max(p.stat().st_mtime for p in ROOT.glob("csrc/**/*") if p.is_file())
+    if not path.is_file() or path.stat().st_mtime < newest:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        include = Path(torch.__path__[0]) / "include"
+        flags = "-std=c++20 -O3 -arch=compute_90 -ptx --expt-relaxed-constexpr -DUSE_CUDA"
+        defines = "-DPFK_SIMD_NAMESPACE=cuda -DTORCH_TARGET_VERSION=0x020b000000000000"
+        places = ["-I", str(ROOT / "csrc"), "-isystem", str(include)]
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        command = [nvcc, *flags.split(), *defines.split(), *places, str(source), "-o", str(path)]
+        subprocess.run(command, check=True, capture_output=True)
+    return path.read_text()
+
+
+def _innermost(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> list[bool]:
+    """Return which lines lie in a loop that holds no other: between a label and a branch back."""
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for i, line in enumerate(lines):
+        if found := label.match(line):
+            labels[found[1]] = i
+        elif (found := branch.search(line)) and found[1] in labels:
+            loops.append((labels[found[1]], i))
+    inner = [
+        (a, b)
+        for a, b in loops
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    ]
+    return [any(a <= i <= b for a, b in inner) for i in range(len(lines))]
+
+
+def _accesses_in_ptx(text: str) -> Iterator[tuple[str, int, Counter[tuple[str, int]]]]:
+    label, branch = re.compile(r"(\$L\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+);")
+    for found in re.finditer(r"\.entry (\S+?)\((.*?)\n\}\n", text, re.DOTALL):
+        threads = re.search(r"\.maxntid (\d+)", found[0])
+        lines = found[0].splitlines()
+        counts: Counter[tuple[str, int]] = Counter()
+        for line, inside in zip(lines, _innermost(lines, label, branch), strict=True):
+            if inside and (access := PTX_ACCESS.search(line)):
+                counts[access[1], int(access[2] or 1) * int(access[3]) // 8] += 1
+        yield found[1], int(threads[1]) if threads else 0, counts
+
+
+def _accesses_in_sass() -> dict[tuple[str, str], Counter[tuple[str, int]]]:
+    """Return the accesses of each (kernel, arch) of the built library, nothing without cuobjdump."""
+    library = ROOT / "pyflowkern" / "lib" / "libpyflowkern_cuda.so"
+    tool = shutil.which("cuobjdump")
+    if tool is None or not library.is_file():
+        return {}
+    text = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True).stdout
+    label, branch = re.compile(r"\s*(\.L_\w+):"), re.compile(r"\bBRA\b.*?`\((\.L_\w+)\)")
+    result: dict[tuple[str, str], Counter[tuple[str, int]]] = {}
+    arch = ""
+    for part in re.split(r"(?=\tFunction : |arch = )", text):
+        if found := re.match(r"arch = (sm_\d+)", part):
+            arch = found[1]
+        elif found := re.match(r"\tFunction : (\S+)", part):
+            lines = part.splitlines()
+            counts = result[found[1], arch] = Counter()
+            for line, inside in zip(lines, _innermost(lines, label, branch), strict=True):
+                if inside and (access := SASS_ACCESS.search(line)):
+                    counts[access[1].lower(), SASS_BYTES[access[2]]] += 1
+    return result
+
+
+def kernels() -> list[Kernel]:
+    """Return every kernel of the newest build for every architecture, with readable names."""
+    sass = _accesses_in_sass()
+    found: list[Kernel] = []
+    for path in reports():
+        of_file = list(_resources(path))
+        mangled = [(k.name, k.arch) for k in of_file]
+        ptx = list(_accesses_in_ptx(_ptx(path.stem)))
+        by_name = dict(zip(_readable([name for name, *_ in ptx]), ptx, strict=True))
+        for kernel, name in zip(of_file, _readable([k.name for k in of_file]), strict=True):
+            kernel.name = name  # a mangled one holds a hash that differs between compilations
+            _, kernel.threads, kernel.accesses = by_name[name]
+        for kernel, key in zip(of_file, mangled, strict=True):
+            kernel.accesses = sass.get(key, kernel.accesses)
+        found += of_file
+    return found
+
+
+def _readable(names: list[str]) -> list[str]:
+    """Return ``family_kernel<float, true>`` for a mangled name, where c++filt is at hand."""
+    tool = shutil.which("c++filt")
+    if tool is None or not names:
+        return [re.sub(r"_GLOBAL__N__\w*?_cu_[0-9a-f]+_\d+", "", name) for name in names]
+    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True).stdout
+    plain = re.compile(r"pfk::(?:cuda::)?|\(anonymous namespace\)::|^void |__(?:nv_)?")
+    return [plain.sub("", line).rsplit("(", 1)[0] for line in text.splitlines()]
+
+
+def table(found: list[Kernel]) -> str:
+    """Return the kernels as a markdown table."""
+    lines = [
+        "| kernel | arch | registers | stack | spills | shared | occupancy | loads in loops | stores |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for k in found:
+        widths = [
+            ", ".join(
+                f"{n} of {w} B" for (kind, w), n in sorted(k.accesses.items()) if kind == way
+            )
+            for way in ("ld", "st")
+        ]
+        cells = [k.name, k.arch, k.registers, k.stack, k.spills, k.shared, f"{k.occupancy:.0%}"]
+        lines.append(f"| {' | '.join(map(str, [*cells, *widths]))} |")
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""``python -m bench steps``: whole training steps: kernel launches, and capture as a CUDA graph."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import _environment
+from pyflowkern import flows, use_reference
+
+__all__ = ["measure"]
+
+SHAPE, BATCH, WARM = (3, 16, 16), 32, 3
+
+
+def models() -> dict[str, Callable[[], torch.nn.Module]]:
+    """Return the flows whose training step is looked at."""
+    return {
+        "Glow": lambda: flows.Glow(SHAPE, levels=2, steps=4, hidden=32),
+        "RealNVP": lambda: flows.RealNVP(SHAPE, hidden=16),
+    }
+
+
+class Step:
+    """One training step on static memory, as graph capture needs it."""
+
+    def __init__(
+        self, make: Callable[[], torch.nn.Module], device: torch.device, compiled: bool
+    ) -> None:
+        torch.manual_seed(0)
+        self.flow: Any = make().to(device)
+        self.x = torch.randn(BATCH, *SHAPE, device=device)
+        self.flow.log_prob(self.x)  # ActNorm looks at its data once
+        capturable = device.type == "cuda"
+        self.optimizer = torch.optim.Adam(self.flow.parameters(), 1e-3, capturable=capturable)
+        log_prob = self.flow.log_prob
+        self.log_prob = torch.compile(log_prob, dynamic=False) if compiled else log_prob
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = -self.log_prob(self.x).mean()
+        loss.backward()
+        self.optimizer.step()
+
+    def parameters(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.flow.parameters()])
+
+
+def launches(step: Step) -> int:
+    """Return the kernels that one step launches, copies and fills included."""
+    for _ in range(WARM):
+        step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(1 for event in profile.events() if event.device_type == cuda)
+
+
+def captured(step: Step) -> torch.cuda.CUDAGraph:
+    """Return a whole step as a graph: whatever waits for the host would make the capture fail."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    step.optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def milliseconds(run: Callable[[], None], repeats: int = 30) -> float:
+    """Return the median time of a call."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return sorted(times)[repeats // 2]
+
+
+def measure(device: torch.device, out: Path | None) -> list[dict[str, object]]:
+    """Count launches and compare a replayed graph with plain steps, for every model."""
+    if device.type != "cuda":
+        raise SystemExit("steps counts kernel launches: it needs --device cuda")
+    rows: list[dict[str, object]] = []
+    for name, make in models().items():
+        for provider in ("ours", "eager", "compile"):
+            with use_reference(provider != "ours"):
+                step = Step(make, device, provider == "compile")
+                row: dict[str, object] = {"model": name, "provider": provider}
+                row |= {"launches": launches(step), "ms": milliseconds(step)}
+            rows.append(row)
+        plain, step = Step(make, device, False), Step(make, device, False)
+        graph = captured(step)
+        for _ in range(WARM + 5):
+            plain()
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+        error = (step.parameters() - plain.parameters()).abs().max().item()
+        row = {"model": name, "provider": "ours, graph", "launches": 1}
+        rows.append(row | {"ms": milliseconds(graph.replay), "difference": error})
+    facts = _environment.describe(device)
+    for row in rows:
+        print(row, flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "steps.json").write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
+    return rows

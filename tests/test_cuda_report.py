@@ -1,0 +1,49 @@
+"""What the compiler made of the CUDA kernels: nothing leaves the registers, data moves in packs, once."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
+
+from bench import _kernels, _traffic
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: nothing was built")
+SOURCES = sorted(path.stem for path in _kernels.ROOT.glob("csrc/*/*_cuda.cu"))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return _kernels.kernels()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_kernel_uses_the_stack_or_spills(kernels, source):
+    found = [k for k in kernels if k.source == source]
+    assert {k.arch for k in found} >= {"sm_80", "sm_90"}, "no report of the build"
+    assert not [(k.name, k.arch) for k in found if k.stack or k.spills]
+
+
+@needs_nvcc
+def test_an_eighth_of_the_warps_fits(kernels):
+    """Fewer could not hide the latency of memory."""
+    assert not [(k.name, k.arch, k.occupancy) for k in kernels if k.occupancy < 0.125]
+
+
+@pytest.mark.parametrize("case", _traffic.CASES, ids=_traffic._name)
+def test_data_moves_once_and_in_packs(case):
+    for dtype in _traffic.dtypes(case):
+        t = _traffic.count(case, dtype)
+        assert t.scalar_share == 0, t
+        # the Glow step's backward reads grad_y in two kernels: four streams where three must move
+        assert t.moved <= (1.34 if "glow" in case.name and case.backward else 1.01) * t.floor, t
+
+
+def test_counting_sees_scalar_accesses_and_what_moves_twice():
+    """Rows of odd length leave no whole packs; a pass more than needed is twice the bytes."""
+    odd = _traffic.TrafficCase("odd", _traffic._normal((8, 3, 5, 7)), _traffic.ops.logit)
+    t = _traffic.count(odd, _traffic.torch.float32)
+    assert t.scalar_share == 1

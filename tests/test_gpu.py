@@ -1,0 +1,106 @@
+"""What only a GPU can show: streams, devices, graphs, and tensors of more than 2^31 elements."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyflowkern import _library, flows, ops
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    _library.require_kernels("cuda")
+
+
+def inputs(device="cuda", shape=(8, 6, 8, 8)):
+    return torch.randn(shape, device=device), torch.randn(shape, device=device)
+
+
+def test_ops_run_on_the_current_stream():
+    """Work queued before on the same side stream must be seen: the default stream would not wait."""
+    x, params = inputs(shape=(64, 24, 32, 32))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        late = x * 2
+        y, log_det = ops.affine_coupling(late, params)
+    side.synchronize()
+    expected, expected_log_det = ops.affine_coupling_reference(2 * x, params)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_det, expected_log_det, rtol=1e-5, atol=1e-4)
+
+
+def test_a_tensor_of_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    x, params = inputs("cuda:1")
+    with torch.cuda.device(0):
+        y, log_det = ops.affine_coupling(x, params)
+        assert torch.cuda.current_device() == 0
+    assert y.device == log_det.device == x.device
+    torch.testing.assert_close(
+        y, ops.affine_coupling_reference(x, params)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_storage_offset_by_one_element():
+    x = torch.randn(8 * 6 * 64 + 1, device="cuda")[1:].view(8, 6, 8, 8)
+    params = torch.randn_like(x)
+    y, _ = ops.affine_coupling(x, params)
+    torch.testing.assert_close(
+        y, ops.affine_coupling_reference(x, params)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_empty_batch():
+    x, params = (torch.randn(0, 6, 4, 4, device="cuda", requires_grad=True) for _ in range(2))
+    y, log_det = ops.affine_coupling(x, params)
+    (y.sum() + log_det.sum()).backward()
+    assert y.shape == x.shape
+    assert log_det.shape == (0,)
+
+
+@pytest.mark.parametrize("op", [lambda x: ops.logit(x)[0], lambda x: ops.affine(x, x, x)[0]])
+def test_more_than_2_to_the_31_elements(op):
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB")
+    x = torch.rand(2176, 2, 2**19, device="cuda", dtype=torch.bfloat16)
+    got = op(x)[-1]
+    torch.testing.assert_close(got, op(x[-1:].clone())[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Glow", "RealNVP"])
+def test_a_training_step_replays_as_a_graph(name):
+    from bench import _steps
+
+    make = _steps.models()[name]
+    device = torch.device("cuda")
+    plain, step = _steps.Step(make, device, False), _steps.Step(make, device, False)
+    graph = _steps.captured(step)
+    for _ in range(_steps.WARM + 2):
+        plain()
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(step.parameters(), plain.parameters(), rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_waits_for_the_host():
+    flow = flows.Glow((3, 16, 16), levels=2, steps=2, hidden=16).cuda()
+    x = torch.randn(8, 3, 16, 16, device="cuda")
+    flow.log_prob(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flow.log_prob(x).mean().backward()
+        flow.sample(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
