@@ -46,7 +46,9 @@ def register(
     torch.library.register_fake(name, fake, lib=LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.pyflowkern, op).default
     if backward is None or setup_context is None:
-        return overload
+        return lambda *inputs: (
+            overload(*inputs) if torch.compiler.is_compiling() else _named(overload, inputs)
+        )
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
     return _differentiable(overload, setup_context, backward)
 
@@ -61,7 +63,10 @@ def _differentiable(
             setup_context(ctx, inputs, output)
             return output
 
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            with _errors_named(overload, "backward of ", grads):
+                return backward(ctx, *grads)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -74,16 +79,31 @@ def _differentiable(
 
 
 def _below_autograd(overload: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*inputs)
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # out of memory, which says so
-            raise
-        shapes = [tuple(t.shape) for t in inputs if isinstance(t, Tensor)]
-        raise RuntimeError(
-            f"{overload.name()} of tensors of shapes {shapes} failed: {error}"
-        ) from error
+    with torch._C._AutoDispatchBelowAutograd():
+        return _named(overload, inputs)
+
+
+def _named(overload: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    with _errors_named(overload, "", inputs):
+        return overload(*inputs)
+
+
+class _errors_named:  # a class: it costs a third of what a generator does
+    """Let an error of a kernel, such as a launch that fails, tell the op and the shapes."""
+
+    __slots__ = ("inputs", "overload", "prefix")
+
+    def __init__(self, overload: Any, prefix: str, inputs: Sequence[Any]) -> None:
+        self.overload, self.prefix, self.inputs = overload, prefix, inputs
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, _: Any) -> None:
+        if kind is RuntimeError:  # a subclass, as for memory, says what it is
+            shapes = [tuple(t.shape) for t in self.inputs if isinstance(t, Tensor)]
+            what = f"{self.prefix}{self.overload.name()} of tensors of shapes {shapes}"
+            raise RuntimeError(f"{what} failed: {error}") from error
 
 
 def gradient_of_reference(
