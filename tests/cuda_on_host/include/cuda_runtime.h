@@ -154,5 +154,5 @@ inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int
 // The library registers under a namespace of its own, for tensors on the CPU.
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) \
-  _STABLE_TORCH_LIBRARY_IMPL(pyflowkern_on_host, CPU, m, C10_UID)
+#define PFK_REGISTER_IN(ns, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
+#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) PFK_REGISTER_IN(PFK_OPS, m)
