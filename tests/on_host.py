@@ -24,7 +24,8 @@ def build(variant: str = "none", **options: str) -> Path:
     folder = ROOT / "build" / "cuda_on_host" / name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cmake, ninja = (str(shutil.which(tool, path=path)) for tool in ("cmake", "ninja"))
-    options |= {"NAMESPACE": _namespace(folder), "SANITIZE": variant, "TORCH": torch.__path__[0], "CMAKE_MAKE_PROGRAM": ninja}
+    options |= {"SANITIZE": variant, "TORCH": torch.__path__[0], "CMAKE_MAKE_PROGRAM": ninja}
+    options |= {"NAMESPACE": _namespace(folder)}
     defined = [f"-D{key}={value}" for key, value in options.items()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
