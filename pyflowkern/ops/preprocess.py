@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern._library import kernel_serves
+from pyflowkern._library import kernel_serves, transformed
 from pyflowkern.ops._philox import draw_seed, philox_uint16
 from pyflowkern.ops._registry import (
     accumulation_dtype,
@@ -262,6 +262,12 @@ def _check_bytes(x: Tensor, bits: int, alpha: float | None) -> None:
     if x.dim() < 1:
         raise ValueError("x must have a batch axis, got a scalar")
     _check_levels(bits, alpha)
+    # a byte beyond its bits would give a finite number that means nothing; on a GPU looking would wait for it
+    look = bits < 8 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and x.numel() and type(x) is Tensor and not transformed():
+        largest = int(x.max())
+        if largest >= 2**bits:
+            raise ValueError(f"x must hold values below 2^bits = {2**bits}, got {largest}")
 
 
 # --- ops -----------------------------------------------------------------------------------------
