@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       sum[l] += upstream;
       weighted[l] += upstream * v;
     }
-    g.store(static_cast<S*>(a.out) + e);
+    g.store_whole(static_cast<S*>(a.out) + e);
   });
 #pragma unroll
   for (int l = 0; l < W::kLanes; ++l) {
