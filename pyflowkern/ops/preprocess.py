@@ -71,7 +71,8 @@ def dequantize(
     format or the number of threads.
 
     Args:
-        x: uint8 ``[N, ...]``, values below ``2**bits``.
+        x: uint8 ``[N, ...]``, values below ``2**bits`` (on a GPU nobody looks: larger ones give numbers
+            without meaning).
         bits: bits of a value, 1 to 8.
         alpha: margin of the logit, in [0, 0.5); None for no logit, ``y = v`` in [0, 1).
         seed: seed of the noise; None draws one from ``generator``.
@@ -85,7 +86,8 @@ def dequantize(
 
     Raises:
         TypeError: for anything but a uint8 tensor, and for a seed or generator of the wrong type.
-        ValueError: for no batch axis, bits or alpha out of range, or both a seed and a generator.
+        ValueError: for no batch axis, bits or alpha out of range, values of ``2**bits`` and more on the CPU, or
+            both a seed and a generator.
 
     Source: Theis, van den Oord and Bethge (2016); Dinh, Sohl-Dickstein and Bengio (2017).
 

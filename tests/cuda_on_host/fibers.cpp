@@ -202,6 +202,10 @@ std::string place(const Fiber& f) { return std::string(f.file) + ":" + std::to_s
 // Whether all lanes that fiber i waits for wait at the same place.
 bool warp_complete(unsigned i) {
   const Fiber& f = block.fibers[i];
+  if (!(f.mask >> i % kWarp & 1)) {
+    block.error = "a warp function at " + place(f) + " is called by a lane that its mask leaves out";
+    return false;
+  }
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (!(f.mask >> lane & 1)) continue;
     const unsigned other = i / kWarp * kWarp + lane;

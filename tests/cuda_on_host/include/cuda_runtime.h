@@ -19,7 +19,15 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
+// In a section of its own, which a launch fills with NaN: reading shared memory before it was
+// written shows.  So it belongs into kernels (which are static), not into inline functions.  The
+// sanitizers have it where they look for variables.
+#if defined(PFK_THREAD_SANITIZER) || defined(PFK_ADDRESS_SANITIZER)
 #define __shared__ static
+#else
+#define __shared__ static __attribute__((section("pfk_shared")))
+#define PFK_POISONS_SHARED
+#endif
 #define __restrict__ __restrict
 
 #define threadIdx ::pfk_host::thread_index
@@ -94,11 +102,24 @@ inline void warp_barrier(const char* file, int line, uint32_t mask = 0xffffffffu
 constexpr size_t kMostShared = 227 * 1024;
 alignas(16) inline unsigned char shared_memory[kMostShared];
 
+#if defined(PFK_POISONS_SHARED)  // the linker knows where the section begins and ends
+extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_pfk_shared[];
+extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __stop_pfk_shared[];
+inline void poison_shared() {
+  if (__start_pfk_shared != nullptr) {
+    memset(__start_pfk_shared, 0xff, static_cast<size_t>(__stop_pfk_shared - __start_pfk_shared));
+  }
+}
+#else
+inline void poison_shared() {}
+#endif
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
             const Arguments&... arguments) {
   if (shared > kMostShared) throw std::runtime_error("too much shared memory");
   memset(shared_memory, 0xff, shared);
+  poison_shared();
   auto body = [&] { kernel(arguments...); };
   run(name, grid, block, [](void* data) { (*static_cast<decltype(body)*>(data))(); }, &body);
 }
