@@ -67,6 +67,8 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 namespace pfk_host {
 
 template <class T>
