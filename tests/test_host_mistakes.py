@@ -18,6 +18,7 @@ MISTAKES = [
     "shuffle without a lane",
     "lane beside its mask",
     "pack across a boundary",
+    "votes and atomics",  # without one
 ]
 
 
@@ -63,6 +64,12 @@ def test_shared_memory_that_nobody_wrote(library):
 def test_threads_that_do_not_meet(library, mistake, message):
     _, error = make(library, mistake)
     assert re.search(message, error)
+
+
+def test_votes_and_atomics(library):
+    out, error = make(library, "votes and atomics")
+    assert not error
+    assert out[:5].tolist() == [16, 1, 0, 255 * 256 / 2, 255]
 
 
 def test_a_misaligned_pack_traps(library):

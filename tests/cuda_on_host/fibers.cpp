@@ -321,6 +321,20 @@ const void* exchange(uint32_t mask, const void* value, size_t size, int source, 
   return f.received;
 }
 
+uint32_t ballot(uint32_t mask, bool holds, const char* file, int line) {
+  Fiber& f = block.fibers[block.current];
+  const unsigned first = block.current / kWarp * kWarp;
+  f.brought[0] = holds;
+  f.mask = mask;
+  wait(kInWarp, file, line);
+  uint32_t lanes = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (mask >> lane & 1 && block.fibers[first + lane].brought[0]) lanes |= uint32_t{1} << lane;
+  }
+  wait(kInWarp, file, -line);
+  return lanes;
+}
+
 void sync_warp(uint32_t mask, const char* file, int line) {
   char* token = &block.warp[block.current / kWarp];
   block.fibers[block.current].mask = mask;

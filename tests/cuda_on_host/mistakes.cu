@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with one mistake each, which running on the host must show.
+// Kernels with one mistake each, which running on the host must show; and one without, of the
+// functions that no kernel of the package uses yet.
 #include "core/cuda.cuh"
 
 PFK_BEGIN
@@ -45,6 +46,26 @@ __global__ void pack_across_a_boundary(float* out, int) {
   if (threadIdx.x == 0) Pack<float, true>{{1.0f, 1.0f, 1.0f, 1.0f}}.store(out + 1);
 }
 
+// out: lanes with an odd number, whether any or all are below 16, and the sum and the largest of
+// all threads.
+__global__ void votes_and_atomics(float* out, int) {
+  const int lane = static_cast<int>(threadIdx.x % 32), i = static_cast<int>(threadIdx.x);
+  const unsigned odd = __ballot_sync(0xffffffffu, lane % 2 == 1);
+  const bool any = __any_sync(0xffffffffu, lane < 16), all = __all_sync(0xffffffffu, lane < 16);
+  __shared__ int sum, largest;
+  if (i == 0) sum = largest = 0;
+  __syncthreads();
+  atomicAdd(&sum, i);
+  atomicMax(&largest, i);
+  __syncthreads();
+  if (i != 77) return;
+  out[0] = static_cast<float>(__popc(odd));
+  out[1] = any;
+  out[2] = all;
+  out[3] = static_cast<float>(sum);
+  out[4] = static_cast<float>(largest);
+}
+
 std::string last_error;
 
 }  // namespace
@@ -56,7 +77,8 @@ extern "C" __attribute__((visibility("default"))) const char* pfk_mistake(int wh
   using namespace pfk;
   void (*const kernels[])(float*, int) = {forgets_the_last_element, reads_what_nobody_wrote,
                                           barrier_in_a_branch,      shuffle_without_a_lane,
-                                          lane_beside_its_mask,     pack_across_a_boundary};
+                                          lane_beside_its_mask,     pack_across_a_boundary,
+                                          votes_and_atomics};
   last_error.clear();
   try {
     PFK_LAUNCH(kernels[which], 1, kThreads, nullptr, out, n);

@@ -39,6 +39,9 @@
 #define __shfl_down_sync(...) ::pfk_host::shuffle_down(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) ::pfk_host::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_sync(...) ::pfk_host::shuffle(__FILE__, __LINE__, __VA_ARGS__)
+#define __ballot_sync(mask, holds) ::pfk_host::ballot(mask, holds, __FILE__, __LINE__)
+#define __any_sync(mask, holds) (__ballot_sync(mask, holds) != 0)
+#define __all_sync(mask, holds) (__ballot_sync(mask, holds) == (mask))
 
 struct dim3 : pfk_host::Index {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : pfk_host::Index{x, y, z} {}
@@ -68,6 +71,42 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// Atomic for ThreadSanitizer's sake; relaxed, as on a GPU: they order nothing else.
+template <class T>
+T atomicExch(T* p, T value) {
+  T old;
+  __atomic_exchange(p, &value, &old, __ATOMIC_RELAXED);
+  return old;
+}
+template <class T>
+T atomicCAS(T* p, T expected, T value) {
+  __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+template <class T, class F>
+T atomic_update(T* p, F f) {
+  T old, updated;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  do {
+    updated = f(old);
+  } while (
+      !__atomic_compare_exchange(p, &old, &updated, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> value) {
+  return atomic_update(p, [&](T old) { return old + value; });
+}
+template <class T>
+T atomicMax(T* p, std::type_identity_t<T> value) {
+  return atomic_update(p, [&](T old) { return old < value ? value : old; });
+}
+template <class T>
+T atomicMin(T* p, std::type_identity_t<T> value) {
+  return atomic_update(p, [&](T old) { return value < old ? value : old; });
+}
 
 namespace pfk_host {
 
