@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyflowkern.nn._base import check_count
+
 __all__ = ["check_positive", "check_space", "parse_event", "parse_shape", "squeezed"]
 
 
@@ -31,10 +33,9 @@ def parse_event(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_positive(**counts: int) -> None:
-    """Raise ValueError unless every count is at least 1."""
+    """Raise TypeError unless every count is an int, ValueError unless it is at least 1."""
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+        check_count(name, count)
 
 
 def check_space(shape: tuple[int, ...], levels: int) -> None:

@@ -10,7 +10,14 @@ from torch.distributions import Transform, constraints
 
 from pyflowkern.ops._registry import accumulation_dtype, check_batched
 
-__all__ = ["Bijection", "BijectionTransform", "Sequential", "check_channels", "zero_log_det"]
+__all__ = [
+    "Bijection",
+    "BijectionTransform",
+    "Sequential",
+    "check_channels",
+    "check_count",
+    "zero_log_det",
+]
 
 
 class Bijection(torch.nn.Module):
@@ -235,6 +242,14 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
             f"{name} must have {channels} channels on axis 1 ([N, C, *space]), "
             f"got shape {tuple(x.shape)}"
         )
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:

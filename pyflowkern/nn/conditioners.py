@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyflowkern.nn._base import check_count
+
 __all__ = ["MLP", "ConvNet", "ResidualConvNet", "ResidualMLP"]
 
 Activation = Callable[[], torch.nn.Module]
@@ -21,8 +23,7 @@ class _Conditioner(torch.nn.Module):
             ("hidden", hidden, 1),
             ("context_features", context_features, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_count(name, value, least)
         self.context_features = context_features
         self.context = (
             torch.nn.Linear(context_features, hidden, bias=False) if context_features else None
@@ -36,6 +37,8 @@ class _Conditioner(torch.nn.Module):
                 )
             return h
         want = (h.shape[0], self.context_features)
+        if context is not None and not isinstance(context, Tensor):
+            raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
@@ -76,8 +79,7 @@ class MLP(_Conditioner):
         activation: Activation = torch.nn.ReLU,
     ) -> None:
         super().__init__(hidden, context_features)
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
+        check_count("layers", layers)
         self.first = torch.nn.Linear(in_features, hidden)
         body: list[torch.nn.Module] = [activation()]
         for _ in range(layers - 1):
@@ -126,6 +128,7 @@ class ResidualMLP(_Conditioner):
         activation: Activation = torch.nn.ReLU,
     ) -> None:
         super().__init__(hidden, context_features)
+        check_count("blocks", blocks, 0)
         self.first = torch.nn.Linear(in_features, hidden)
         self.blocks = torch.nn.ModuleList(
             _block(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation)
@@ -227,6 +230,7 @@ class ResidualConvNet(_Conditioner):
         activation: Activation = torch.nn.ReLU,
     ) -> None:
         super().__init__(hidden, context_features)
+        check_count("blocks", blocks, 0)
         self.first = _conv(spatial_dims, in_channels, hidden, 3)
         self.blocks = torch.nn.ModuleList(
             _block(

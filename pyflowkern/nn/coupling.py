@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.ops import ScaleMap, channel_split_sizes, checkerboard_mask
 
 __all__ = [
@@ -36,6 +36,7 @@ def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
         >>> channel_mask(5).tolist()
         [False, False, False, True, True]
     """
+    check_count("channels", channels)
     index = torch.arange(channels)
     return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
 
@@ -277,6 +278,7 @@ def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -
 
 
 def _check_split(split: str | Tensor, channels: int) -> None:
+    check_count("channels", channels)
     if isinstance(split, Tensor):
         if split.dtype != torch.bool:
             raise TypeError(f"split must be a boolean mask, got {split.dtype}")

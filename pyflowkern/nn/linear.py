@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.nn._base import Bijection, check_channels, check_count
 from pyflowkern.ops._registry import accumulation_dtype
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
@@ -61,8 +61,7 @@ class InvertibleLinear(Bijection):
 
     def __init__(self, channels: int, *, parameterization: str = "plu") -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_count("channels", channels)
         if parameterization not in ("plu", "dense", "householder"):
             raise ValueError(
                 "parameterization must be 'plu', 'dense' or 'householder', "
