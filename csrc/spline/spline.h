@@ -62,8 +62,9 @@ SplineMap<T> spline_map(const SplineNumbers& n, int code, int bins, bool inverse
   m.low = T(low), m.high = T(high), m.bound = T(n.bound);
   for (int i = 0; i < 2; ++i) {
     const double size = m.parameters == kSoftclip || (learned && !free) ? 0 : least[i];
-    m.least[i] = T(free ? size : span * size);
-    m.room[i] = T(span * (1 - bins * size));
+    const double whole = m.kind == kQuadratic ? 1 : span;  // which has the unit interval inside
+    m.least[i] = T(free ? size : whole * size);
+    m.room[i] = T(whole * (1 - bins * size));
     m.shift[i] = free ? T(softplus_inverse(2 * n.bound / bins - least[i])) : T(0);
   }
   const int inner = m.tails == kIdentityTails ? bins - 1 : m.tails == kCircular ? bins : bins + 1;
@@ -190,10 +191,10 @@ struct Axis {
 
 // Turns raw sizes into exponentials; leaves the softclip's factors in the scratch columns.
 template <class C, class V, class Tile>
-PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis) {
+PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int first) {
   using T = Lane<V>;
   using Sum = SumOf<C, V>;
-  const int bins = C::bins(m), first = axis * bins;
+  const int bins = C::bins(m);
   Axis<C, V> a{first, V(m.low), V(m.high), V(T(1)), V(T(0)), m.least[axis], Sum::zero()};
   if (C::free_sizes(m)) {
     for (int j = 0; j < bins; ++j) {
@@ -331,6 +332,64 @@ template <class V>
 PFK_HD Ends<V> ends_of(V v, V start, V end) {
   const auto below = v < start;
   return {start, end, below, mask_or(below, v > end)};
+}
+
+template <class V>
+struct SplineValue {
+  V out, log_slope;  // of the direction that ran
+};
+
+// What lies outside of [start, end]; d0 and d1 are the derivatives at the ends of the bin, and so,
+// outside, of the tail.
+template <class C, class V>
+PFK_HD SplineValue<V> with_tails(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V out,
+                                 V log_slope, V d0, V d1, V low, V high) {
+  using T = Lane<V>;
+  if (C::tails(m, kIdentityTails)) {
+    out = select(e.outside, v, out);
+    log_slope = select(e.outside, V(T(0)), log_slope);
+  } else if (C::tails(m, kNoTails)) {
+    out = select(e.outside, V(T(NAN)), out);
+    log_slope = select(e.outside, V(T(NAN)), log_slope);
+  } else if (C::tails(m, kAffineTails)) {
+    const V d = select(e.below, d0, d1), distance = v - select(e.below, e.start, e.end);
+    const V edge = select(e.below, low, high);
+    out = select(e.outside, edge + (m.inverse ? distance / d : distance * d), out);
+    log_slope = select(e.outside, log_(d), log_slope);
+  }
+  return {out, m.inverse ? -log_slope : log_slope};
+}
+
+// Gradients of an element, by the start and size of its bin on both axes and by the derivatives at
+// its ends, and of the input.
+template <class V>
+struct SplineGrad {
+  V in, start_x, size_x, start_y, size_y, d0, d1;
+};
+
+// Those of what lies outside; an edge that is learned (of x, and of y) moves with the start.
+template <class C, class V>
+PFK_HD void tail_grad(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V d0, V d1, V grad_out,
+                      V grad_log, SplineGrad<V>& g) {
+  using T = Lane<V>;
+  const V zero = T(0);
+  if (C::tails(m, kCircular)) return;
+  V in = C::tails(m, kNoTails) ? zero : grad_out, start_x = zero, start_y = zero;
+  V first = zero, last = zero;
+  if (C::tails(m, kAffineTails)) {  // y = edge_y + d (x - edge_x)
+    const V d = select(e.below, d0, d1), distance = v - select(e.below, e.start, e.end);
+    const V upstream = m.inverse ? -grad_out / d : grad_out;  // of y
+    const V by_d =
+        upstream * (m.inverse ? distance / d : distance) + (m.inverse ? -grad_log : grad_log) / d;
+    in = m.inverse ? grad_out / d : grad_out * d;
+    first = select(e.below, by_d, zero), last = select(e.below, zero, by_d);
+    if (C::parameters(m, kDomain)) start_x = -upstream * d, start_y = upstream;
+  }
+  g.in = select(e.outside, in, g.in);
+  g.d0 = select(e.outside, first, g.d0), g.d1 = select(e.outside, last, g.d1);
+  g.start_x = select(e.outside, start_x, g.start_x);
+  g.start_y = select(e.outside, start_y, g.start_y);
+  g.size_x = select(e.outside, zero, g.size_x), g.size_y = select(e.outside, zero, g.size_y);
 }
 
 // Circular tails: into [low, high).

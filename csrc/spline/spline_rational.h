@@ -51,7 +51,7 @@ PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v)
   const int bins = C::bins(m);
   RationalBin<C, V> b;
   {
-    const Axis<C, V> x = spread<C, V>(m, t, 0), y = spread<C, V>(m, t, 1);
+    const Axis<C, V> x = spread<C, V>(m, t, 0, 0), y = spread<C, V>(m, t, 1, bins);
     b.in = m.inverse ? y : x, b.out = m.inverse ? x : y;
   }
   if (C::tails(m, kCircular)) v = wrap(v, b.in.low, b.in.high);
@@ -139,11 +139,6 @@ PFK_HD RationalPoint<V> rational_inverse(const RationalBin<C, V>& b) {
   return {xi, zeta, s, from_nearer_end(b, xi, zeta)};
 }
 
-template <class V>
-struct SplineValue {
-  V out, log_slope;  // of the direction that ran
-};
-
 // ---- forward and inverse of an element -------------------------------------------------------
 template <class C, class V, class Tile>
 PFK_HD SplineValue<V> rational_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
@@ -155,21 +150,8 @@ PFK_HD SplineValue<V> rational_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) 
   const V above = b.d1 * p.xi * p.xi + (p.s + p.s) * prod + b.d0 * p.zeta * p.zeta;
   V log_slope = log_(ratio * ratio * above);
   const V low = b.out.low, high = b.out.high;
-  V out = max_(min_(p.out, high), low);
-  if (C::tails(m, kIdentityTails)) {
-    out = select(b.ends.outside, v, out);
-    log_slope = select(b.ends.outside, V(T(0)), log_slope);
-  } else if (C::tails(m, kNoTails)) {
-    out = select(b.ends.outside, V(T(NAN)), out);
-    log_slope = select(b.ends.outside, V(T(NAN)), log_slope);
-  } else if (C::tails(m, kAffineTails)) {
-    const V d = select(b.ends.below, b.d0, b.d1);
-    const V distance = v - select(b.ends.below, b.ends.start, b.ends.end);
-    const V edge = select(b.ends.below, low, high);
-    out = select(b.ends.outside, edge + (m.inverse ? distance / d : distance * d), out);
-    log_slope = select(b.ends.outside, log_(d), log_slope);
-  }
-  return {out, m.inverse ? -log_slope : log_slope};
+  return with_tails<C>(m, b.ends, b.v, max_(min_(p.out, high), low), log_slope, b.d0, b.d1, low,
+                       high);
 }
 
 // ---- VJP -------------------------------------------------------------------------------------
@@ -197,23 +179,17 @@ PFK_HD RationalTerms<V> rational_terms(const RationalPoint<V>& p, V d0, V d1) {
   return r;
 }
 
-// Gradients by the bin's start and size on both axes and by its end derivatives.
-template <class V>
-struct RationalGrad {
-  V start_x, size_x, start_y, size_y, d0, d1;
-};
-
 // For upstream gradients of y and log f', and the gradient of x that follows from them.
 template <class V>
-PFK_HD RationalGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerms<V>& r, V d0,
-                                     V d1, V w, V h, V grad_y, V grad_log, V grad_x) {
+PFK_HD SplineGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerms<V>& r, V d0, V d1,
+                                   V w, V h, V grad_y, V grad_log, V grad_x) {
   using T = Lane<V>;
   const V xi2 = p.xi * p.xi, zeta2 = p.zeta * p.zeta, two = T(2);
   const V gy = grad_y * h * r.below * r.below * r.t, twice = two * r.t * r.below;
   // by s, times s
   const V by_s = gy * p.s * (d1 * xi2 - d0 * zeta2) +
                  grad_log * (two + two * p.s * (r.t * r.over - (xi2 + zeta2) * r.below));
-  RationalGrad<V> g;
+  SplineGrad<V> g;
   g.d0 = gy * r.right + grad_log * (zeta2 * r.over - twice);
   g.d1 = grad_log * (xi2 * r.over - twice) - gy * r.left;
   g.start_x = -grad_x;
@@ -234,40 +210,20 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
   const V w = m.inverse ? b.size_out : b.size_in, h = m.inverse ? b.size_in : b.size_out;
   const RationalTerms<V> r = rational_terms(p, b.d0, b.d1);
   const V slope = r.by_xi * h / w, log_by_x = r.log_by_xi / w;
-  V grad_in;
-  RationalGrad<V> g;
+  SplineGrad<V> g;
   if (m.inverse) {  // implicitly: forward's VJP at the root, with other upstream gradients
-    grad_in = (grad_out - grad_log * log_by_x) / slope;
-    g = rational_grad(p, r, b.d0, b.d1, w, h, -grad_in, -grad_log, -grad_out);
+    const V grad_y = (grad_out - grad_log * log_by_x) / slope;
+    g = rational_grad(p, r, b.d0, b.d1, w, h, -grad_y, -grad_log, -grad_out);
+    g.in = grad_y;
   } else {
-    grad_in = grad_out * slope + grad_log * log_by_x;
-    g = rational_grad(p, r, b.d0, b.d1, w, h, grad_out, grad_log, grad_in);
+    const V grad_x = grad_out * slope + grad_log * log_by_x;
+    g = rational_grad(p, r, b.d0, b.d1, w, h, grad_out, grad_log, grad_x);
+    g.in = grad_x;
   }
-  if (!C::tails(m, kCircular)) {
-    const auto outside = b.ends.outside;
-    if (C::tails(m, kIdentityTails) || C::tails(m, kNoTails)) {
-      grad_in = select(outside, C::tails(m, kNoTails) ? zero : grad_out, grad_in);
-      g.d0 = select(outside, zero, g.d0), g.d1 = select(outside, zero, g.d1);
-      g.start_x = select(outside, zero, g.start_x), g.start_y = select(outside, zero, g.start_y);
-    } else {  // y = edge_y + d (x - edge_x)
-      const V d = select(b.ends.below, b.d0, b.d1);
-      const V distance = v - select(b.ends.below, b.ends.start, b.ends.end);
-      const V grad_edge = m.inverse ? grad_out : -grad_out * d;  // of edge_x
-      const V upstream = m.inverse ? -grad_out / d : grad_out;   // of y
-      const V by_d =
-          upstream * (m.inverse ? distance / d : distance) + (m.inverse ? -grad_log : grad_log) / d;
-      g.d0 = select(outside, select(b.ends.below, by_d, zero), g.d0);
-      g.d1 = select(outside, select(b.ends.below, zero, by_d), g.d1);
-      grad_in = select(outside, m.inverse ? grad_out / d : grad_out * d, grad_in);
-      const bool moves = C::parameters(m, kDomain);
-      g.start_x = select(outside, moves ? grad_edge : zero, g.start_x);
-      g.start_y = select(outside, moves ? upstream : zero, g.start_y);
-      if (moves) {  // all bins lie before what is above
-        const auto past = v > b.ends.end;
-        b.place.bin = select(past, V(T(bins)), b.place.bin);
-      }
-    }
-    g.size_x = select(outside, zero, g.size_x), g.size_y = select(outside, zero, g.size_y);
+  tail_grad<C>(m, b.ends, b.v, b.d0, b.d1, grad_out, grad_log, g);
+  if (C::free_sizes(m)) {  // all bins lie before what is above
+    const auto above = b.v > b.ends.end;
+    b.place.bin = select(above, V(T(bins)), b.place.bin);
   }
   const Axis<C, V>&x = m.inverse ? b.out : b.in, &y = m.inverse ? b.in : b.out;
   const int ix = m.inverse ? 1 : 0, iy = 1 - ix;
@@ -310,7 +266,7 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
       t.put(m.knot + bins, end);
     }
   }
-  return grad_in;
+  return g.in;
 }
 
 PFK_END
