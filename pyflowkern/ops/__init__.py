@@ -15,6 +15,10 @@ from pyflowkern.ops.affine import (
     channel_split_sizes,
     checkerboard_mask,
 )
+from pyflowkern.ops.autoregressive import (
+    autoregressive_inverse,
+    autoregressive_inverse_reference,
+)
 from pyflowkern.ops.density import (
     bits_per_dim,
     bits_per_dim_reference,
@@ -27,6 +31,7 @@ from pyflowkern.ops.linear import (
     invertible_linear,
     invertible_linear_reference,
 )
+from pyflowkern.ops.masked_plan import MaskedLayer, MaskedPlan
 from pyflowkern.ops.matrix import (
     householder_matrix,
     householder_matrix_reference,
@@ -46,6 +51,8 @@ from pyflowkern.ops.preprocess import (
 from pyflowkern.ops.scale_map import ScaleMap, scale_map
 
 __all__ = [
+    "MaskedLayer",
+    "MaskedPlan",
     "ScaleMap",
     "actnorm",
     "actnorm_reference",
@@ -53,6 +60,8 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_reference",
     "affine_reference",
+    "autoregressive_inverse",
+    "autoregressive_inverse_reference",
     "bits_per_dim",
     "bits_per_dim_reference",
     "channel_moments",
