@@ -49,11 +49,21 @@ from pyflowkern.ops.preprocess import (
     quantize_reference,
 )
 from pyflowkern.ops.scale_map import ScaleMap, scale_map
+from pyflowkern.ops.spline import (
+    rational_quadratic_spline,
+    rational_quadratic_spline_reference,
+    spline,
+    spline_coupling,
+    spline_coupling_reference,
+    spline_reference,
+)
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = [
     "MaskedLayer",
     "MaskedPlan",
     "ScaleMap",
+    "SplineMap",
     "actnorm",
     "actnorm_reference",
     "affine",
@@ -84,9 +94,15 @@ __all__ = [
     "plu_matrix_reference",
     "quantize",
     "quantize_reference",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_reference",
     "scale_map",
     "slogdet_inverse",
     "slogdet_inverse_reference",
+    "spline",
+    "spline_coupling",
+    "spline_coupling_reference",
+    "spline_reference",
 ]
 
 _library.load()

@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: Apache-2.0
+// Monotonic splines: what all kinds share.  Raw parameters of an element lie in a tile, a table
+// with a column for each number that hands out values of type V: a scalar (CUDA), or a Vec of as
+// many elements as it has lanes (CPU, and samplers whose parameters lie as [P][samples]).  The
+// functors work in place: raw sizes become exponentials, and a VJP leaves the gradients where the
+// parameters were.
+//
+// A bin j of an axis has the size  least + rate e_j,  where e_j is an exponential (softmax) or a
+// softplus, and starts at  low + j least + rate (e_0 + ... + e_{j-1}):  normalising takes one
+// division, a knot one multiplication, and the bin's size keeps the relative accuracy of e_j.
+#pragma once
+
+#include "core/softmax.h"
+
+// Plain data is the same for every SIMD level.
+namespace pfk {
+
+enum SplineKind : int { kRational, kLinearSpline, kQuadratic, kCubic };
+constexpr int kSplineKinds = 4;
+enum SplineTails : int { kIdentityTails, kCircular, kNoTails, kAffineTails };
+enum SplineParameters : int { kSoftmax, kSoftclip, kDomain };
+enum SplineFlags : int {
+  kSplineInverse = 1,
+  kSplineElementwise = 2,
+  kSplineSwap = 4,
+  kSplineCoupling = 8
+};
+constexpr int kMostBins = 64;
+
+struct SplineNumbers {
+  double bound, min_width, min_height, min_derivative, scale, edge;
+};
+
+// Everything that is the same for all elements, in the type computed in.
+template <class T>
+struct SplineMap {
+  int kind, tails, parameters, bins;
+  int columns;  // raw numbers of an element
+  int scratch;  // columns that the functors need beyond them
+  int domain;   // first column of the learned interval
+  int knot;     // column of the derivative (quadratic: density) of knot j is knot + j
+  bool inverse;
+  T low, high;          // the interval, unless learned
+  T least[2], room[2];  // of widths and heights: least size; what the exponentials share out
+  T shift[2];           // learned interval: softplus(shift) is the default size
+  T exponent, scale;    // scale log2 e; scale
+  T min_derivative, derivative_shift;
+  T clip, derivative_clip;
+  T bound, domain_shift, edge, floor;  // floor: least density of a quadratic spline
+};
+
+inline double softplus_inverse(double v) { return v + ::log(-::expm1(-v)); }
+
+template <class T>
+SplineMap<T> spline_map(const SplineNumbers& n, int code, int bins, bool inverse) {
+  SplineMap<T> m{};
+  m.kind = code % 4, m.tails = code / 4 % 4, m.parameters = code / 16, m.bins = bins;
+  m.inverse = inverse;
+  const bool learned = m.parameters == kDomain, free = learned && m.tails == kAffineTails;
+  const double low = m.tails == kNoTails ? 0 : -n.bound, high = m.tails == kNoTails ? 1 : n.bound;
+  const double least[2] = {n.min_width, n.min_height}, span = high - low;
+  m.low = T(low), m.high = T(high), m.bound = T(n.bound);
+  for (int i = 0; i < 2; ++i) {
+    const double size = m.parameters == kSoftclip || (learned && !free) ? 0 : least[i];
+    const double whole = m.kind == kQuadratic ? 1 : span;  // which has the unit interval inside
+    m.least[i] = T(free ? size : whole * size);
+    m.room[i] = T(whole * (1 - bins * size));
+    m.shift[i] = free ? T(softplus_inverse(2 * n.bound / bins - least[i])) : T(0);
+  }
+  const int inner = m.tails == kIdentityTails ? bins - 1 : m.tails == kCircular ? bins : bins + 1;
+  m.domain = 2 * bins;
+  m.knot = m.domain + (learned ? (free ? 2 : 1) : 0);
+  m.columns = m.knot + (learned ? bins - 1 : inner);
+  if (m.kind == kLinearSpline) m.columns = bins, m.knot = bins;
+  if (m.kind == kQuadratic) m.knot = bins, m.columns = bins + inner;
+  if (m.kind == kCubic) m.columns = 2 * bins + 2;
+  if (m.tails == kIdentityTails || learned) --m.knot;  // the first knot has none
+  m.scratch = m.parameters == kSoftclip ? 2 * bins : m.kind == kQuadratic ? 2 * bins + 2 : 0;
+  m.exponent = T(n.scale * 1.44269504088896340736), m.scale = T(n.scale);
+  m.min_derivative = T(n.min_derivative);
+  m.derivative_shift = learned ? T(softplus_inverse(1 - n.min_derivative)) : T(0);
+  m.domain_shift = T(softplus_inverse(1));
+  if (m.parameters == kSoftclip) {
+    m.derivative_clip = T(-1 / ::log(n.min_derivative));
+    m.clip = m.derivative_clip * T(2);
+  }
+  m.edge = T(n.edge), m.floor = T(n.min_height);
+  return m;
+}
+
+}  // namespace pfk
+
+#if defined(__CUDACC__)
+#define PFK_UNROLL
+#else
+#define PFK_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+PFK_BEGIN
+
+// What is known when a kernel is compiled; negative or 0: at run time.
+template <int kBins, int kParameters, int kTails>
+struct SplineConfig {
+  template <class T>
+  static PFK_HD int bins(const SplineMap<T>& m) {
+    return kBins > 0 ? kBins : m.bins;
+  }
+  template <class T>
+  static PFK_HD bool parameters(const SplineMap<T>& m, int which) {
+    return (kParameters >= 0 ? kParameters : m.parameters) == which;
+  }
+  template <class T>
+  static PFK_HD bool tails(const SplineMap<T>& m, int which) {
+    return (kTails >= 0 ? kTails : m.tails) == which;
+  }
+  // The interval is learned, and so is each size by itself.
+  template <class T>
+  static PFK_HD bool free_sizes(const SplineMap<T>& m) {
+    return parameters(m, kDomain) && tails(m, kAffineTails);
+  }
+};
+using AnySpline = SplineConfig<0, -1, -1>;
+
+// ---- sums of the sizes before a bin -------------------------------------------------------------
+// Kahan's: within two roundings of the whole, whatever K.
+template <class V>
+struct CarefulSum {
+  V total, lost;
+
+  static PFK_HD V scaled(V e) { return e; }
+  static PFK_HD CarefulSum zero() { return {V(Lane<V>(0)), V(Lane<V>(0))}; }
+  PFK_HD void add(V e) {
+    const V term = e - lost, next = total + term;
+    lost = (next - total) - term;
+    total = next;
+  }
+  PFK_HD V value() const { return total; }
+};
+template <class V, class M>
+PFK_HD CarefulSum<V> select(M mask, const CarefulSum<V>& a, const CarefulSum<V>& b) {
+  return {select(mask, a.total, b.total), V(Lane<V>(0))};
+}
+template <class V>
+PFK_HD V rest_of(const CarefulSum<V>& whole, const CarefulSum<V>& part) {
+  return whole.total - part.total;  // exact where part is more than half
+}
+
+// In fixed point: exact but for what e has below 2^-27, and faster too, an addition being one
+// cycle. For up to 8 terms, the largest of which is 1.
+#if !defined(__CUDACC__)
+struct FixedSum {
+  using V = Vec<float>;
+  Vec<float>::RawInt total;
+
+  static PFK_HD V scaled(V e) { return e * V(134217728.0f); }
+  static PFK_HD FixedSum zero() { return {Vec<float>::RawInt{}}; }
+  PFK_HD void add(V e) { total += __builtin_convertvector(e.v, Vec<float>::RawInt); }
+  PFK_HD V value() const { return V(__builtin_convertvector(total, Vec<float>::Raw)); }
+};
+static PFK_HD FixedSum select(Mask<float> mask, const FixedSum& a, const FixedSum& b) {
+  return {mask.m ? a.total : b.total};
+}
+static PFK_HD Vec<float> rest_of(const FixedSum& whole, const FixedSum& part) {
+  return FixedSum{whole.total - part.total}.value();
+}
+#endif
+
+template <class C, class V>
+struct SumType {
+  using type = CarefulSum<V>;
+};
+#if !defined(__CUDACC__)
+template <int kParameters, int kTails>
+struct SumType<SplineConfig<8, kParameters, kTails>, Vec<float>> {
+  using type = FixedSum;
+};
+#endif
+template <class C, class V>
+using SumOf = typename SumType<C, V>::type;
+
+// ---- the bins of an axis -----------------------------------------------------------------------
+template <class C, class V>
+struct Axis {
+  int first;  // column
+  V low, high, rate, sum;
+  Lane<V> least;
+  SumOf<C, V> whole;
+
+  PFK_HD V span(int bins) const { return sum * rate + V(Lane<V>(bins) * least); }
+};
+
+// Turns raw sizes into exponentials; leaves the softclip's factors in the scratch columns.
+template <class C, class V, class Tile>
+PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int first) {
+  using T = Lane<V>;
+  using Sum = SumOf<C, V>;
+  const int bins = C::bins(m);
+  Axis<C, V> a{first, V(m.low), V(m.high), V(T(1)), V(T(0)), m.least[axis], Sum::zero()};
+  if (C::free_sizes(m)) {
+    for (int j = 0; j < bins; ++j) {
+      const V size = softplus_with_slope(t.get(first + j) * V(m.scale) + V(m.shift[axis])).value;
+      t.put(first + j, size);
+      a.whole.add(size);
+    }
+    a.sum = a.whole.value();
+    a.low = t.get(m.domain + 1 - axis) - V(m.bound);
+    a.high = a.low + a.span(bins);
+    return a;
+  }
+  if (C::parameters(m, kSoftclip)) {
+    PFK_UNROLL
+    for (int j = 0; j < bins; ++j) {
+      const V u = t.get(first + j), factor = V(T(1)) / (V(T(1)) + abs_(u * V(m.clip)));
+      t.put(first + j, u * factor);
+      t.put(m.columns + first + j, factor);
+    }
+  }
+  V top = t.get(first);
+  PFK_UNROLL
+  for (int j = 1; j < bins; ++j) top = max_(top, t.get(first + j));
+  // the difference first: it is exact where it matters, and the product need not be
+  PFK_UNROLL
+  for (int j = 0; j < bins; ++j) {
+    const V e = Sum::scaled(exp2_below((t.get(first + j) - top) * V(m.exponent)));
+    t.put(first + j, e);
+    a.whole.add(e);
+  }
+  a.sum = a.whole.value();
+  a.rate = V(m.room[axis]) / a.sum;
+  if (C::parameters(m, kDomain)) {
+    a.high = V(m.bound) * softplus_with_slope(t.get(m.domain) + V(m.domain_shift)).value;
+    a.low = -a.high;
+    a.rate = (a.high - a.low) / a.sum;
+  }
+  return a;
+}
+
+// ---- finding the bin ---------------------------------------------------------------------------
+// Of the axis searched and of the other: what lies before the bin (the sum of e) and its own e.
+template <class V>
+struct Place {
+  V bin;  // its number
+  V before[2], size[2];
+  V start[2], end[2];
+};
+
+// Where a bin starts, from the nearer end: an error of the rate then counts half at most.
+template <class C, class V>
+PFK_HD V start_of(const Axis<C, V>& a, V bin, const SumOf<C, V>& before, int bins) {
+  using T = Lane<V>;
+  const V rest = rest_of(a.whole, before), value = before.value();
+  const auto far = value > rest;
+  const V from = select(far, a.high - V(T(bins) * a.least), a.low);
+  return select(far, -rest, value) * a.rate + (bin * V(a.least) + from);
+}
+
+// Calls picked(mask, j) for every inner knot, which v has reached in the lanes of the mask.
+template <class C, class V, class Tile, class Picked>
+PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>& in,
+                     const Axis<C, V>& out, Picked picked) {
+  using T = Lane<V>;
+  using Sum = SumOf<C, V>;
+  const int bins = C::bins(m);
+  Place<V> p{};
+  p.bin = V(T(0));
+  Sum before = Sum::zero(), other = before, found = before, other_found = before;
+  V size = t.get(in.first), other_size = t.get(out.first);
+  p.size[0] = size, p.size[1] = other_size;
+  PFK_UNROLL
+  for (int j = 1; j < bins; ++j) {
+    before.add(size), other.add(other_size);
+    size = t.get(in.first + j), other_size = t.get(out.first + j);
+    const auto reached = v >= before.value() * in.rate + (in.low + V(T(j) * in.least));
+    p.bin = select(reached, V(T(j)), p.bin);
+    found = select(reached, before, found);
+    other_found = select(reached, other, other_found);
+    p.size[0] = select(reached, size, p.size[0]);
+    p.size[1] = select(reached, other_size, p.size[1]);
+    picked(reached, j);
+  }
+  const V next = p.bin + V(T(1));
+  p.before[0] = found.value(), p.before[1] = other_found.value();
+  p.start[0] = start_of(in, p.bin, found, bins);
+  p.start[1] = start_of(out, p.bin, other_found, bins);
+  found.add(p.size[0]), other_found.add(p.size[1]);
+  p.end[0] = start_of(in, next, found, bins), p.end[1] = start_of(out, next, other_found, bins);
+  return p;
+}
+
+// ---- gradients of raw sizes --------------------------------------------------------------------
+// From those of the bin's start and size, and one of every size alike (a learned interval alone);
+// bins before this one moved its start, and bins after it did nothing.
+template <class C, class V, class Tile>
+PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<C, V>& a, V bin,
+                           V before, V size, V grad_start, V grad_size, V grad_all) {
+  using T = Lane<V>;
+  const int bins = C::bins(m);
+  if (C::free_sizes(m)) {
+    const V start = (grad_start + grad_all) * V(m.scale), own = (grad_size + grad_all) * V(m.scale),
+            all = grad_all * V(m.scale);
+    for (int j = 0; j < bins; ++j) {
+      const V g = select(bin > V(T(j)), start, select(bin == V(T(j)), own, all));
+      t.put(a.first + j, g * -expm1_(-t.get(a.first + j)));  // the slope of softplus
+    }
+    return;
+  }
+  const V mean = (grad_start * before + grad_size * size) / a.sum, factor = a.rate * V(m.scale);
+  const V start = (grad_start - mean) * factor, own = (grad_size - mean) * factor,
+          none = -mean * factor;
+  PFK_UNROLL
+  for (int j = 0; j < bins; ++j) {
+    V g = select(bin > V(T(j)), start, select(bin == V(T(j)), own, none)) * t.get(a.first + j);
+    if (C::parameters(m, kSoftclip)) {
+      const V clipped = t.get(m.columns + a.first + j);
+      g = g * clipped * clipped;
+    }
+    t.put(a.first + j, g);
+  }
+}
+
+// ---- tails -------------------------------------------------------------------------------------
+template <class V>
+using MaskOf = decltype(V() < V());
+
+template <class V>
+struct Ends {
+  V start, end;  // of the axis searched
+  MaskOf<V> below, outside;
+};
+
+template <class V>
+PFK_HD Ends<V> ends_of(V v, V start, V end) {
+  const auto below = v < start;
+  return {start, end, below, mask_or(below, v > end)};
+}
+
+template <class V>
+struct SplineValue {
+  V out, log_slope;  // of the direction that ran
+};
+
+// What lies outside of [start, end]; d0 and d1 are the derivatives at the ends of the bin, and so,
+// outside, of the tail.
+template <class C, class V>
+PFK_HD SplineValue<V> with_tails(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V out,
+                                 V log_slope, V d0, V d1, V low, V high) {
+  using T = Lane<V>;
+  if (C::tails(m, kIdentityTails)) {
+    out = select(e.outside, v, out);
+    log_slope = select(e.outside, V(T(0)), log_slope);
+  } else if (C::tails(m, kNoTails)) {
+    out = select(e.outside, V(T(NAN)), out);
+    log_slope = select(e.outside, V(T(NAN)), log_slope);
+  } else if (C::tails(m, kAffineTails)) {
+    const V d = select(e.below, d0, d1), distance = v - select(e.below, e.start, e.end);
+    const V edge = select(e.below, low, high);
+    out = select(e.outside, edge + (m.inverse ? distance / d : distance * d), out);
+    log_slope = select(e.outside, log_(d), log_slope);
+  }
+  return {out, m.inverse ? -log_slope : log_slope};
+}
+
+// Gradients of an element, by the start and size of its bin on both axes and by the derivatives at
+// its ends, and of the input.
+template <class V>
+struct SplineGrad {
+  V in, start_x, size_x, start_y, size_y, d0, d1;
+};
+
+// Those of what lies outside; an edge that is learned (of x, and of y) moves with the start.
+template <class C, class V>
+PFK_HD void tail_grad(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V d0, V d1, V grad_out,
+                      V grad_log, SplineGrad<V>& g) {
+  using T = Lane<V>;
+  const V zero = T(0);
+  if (C::tails(m, kCircular)) return;
+  V in = C::tails(m, kNoTails) ? zero : grad_out, start_x = zero, start_y = zero;
+  V first = zero, last = zero;
+  if (C::tails(m, kAffineTails)) {  // y = edge_y + d (x - edge_x)
+    const V d = select(e.below, d0, d1), distance = v - select(e.below, e.start, e.end);
+    const V upstream = m.inverse ? -grad_out / d : grad_out;  // of y
+    const V by_d =
+        upstream * (m.inverse ? distance / d : distance) + (m.inverse ? -grad_log : grad_log) / d;
+    in = m.inverse ? grad_out / d : grad_out * d;
+    first = select(e.below, by_d, zero), last = select(e.below, zero, by_d);
+    if (C::parameters(m, kDomain)) start_x = -upstream * d, start_y = upstream;
+  }
+  g.in = select(e.outside, in, g.in);
+  g.d0 = select(e.outside, first, g.d0), g.d1 = select(e.outside, last, g.d1);
+  g.start_x = select(e.outside, start_x, g.start_x);
+  g.start_y = select(e.outside, start_y, g.start_y);
+  g.size_x = select(e.outside, zero, g.size_x), g.size_y = select(e.outside, zero, g.size_y);
+}
+
+// Circular tails: into [low, high).
+template <class V>
+PFK_HD V wrap(V v, V low, V high) {
+  const V span = high - low;
+  const V wrapped = v - span * floor_((v - low) / span);
+  return select(mask_and(v >= low, v < high), v, max_(min_(wrapped, high), low));
+}
+
+PFK_END

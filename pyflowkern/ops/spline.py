@@ -1,0 +1,442 @@
+r"""Monotonic splines, fused with the map from raw parameters and with their log-determinant.
+
+Rational-quadratic splines (Gregory and Delbourgo 1982; Durkan, Bekasov, Murray and Papamakarios 2019), and the linear,
+quadratic (Müller, McWilliams, Rousselle, Gross and Novák 2019) and cubic ones; formulas in :mod:`._spline`. One pass
+reads the raw parameters, normalises them, finds the bin, transforms and sums the log-derivatives; the backward pass
+does it again from the inputs, which are all that is kept.
+
+The backward of an inverse differentiates implicitly: with :math:`x = f^{-1}(y)`, upstream gradients :math:`\bar x` and
+:math:`\bar\ell` of :math:`-\log f'(x)`, and :math:`a = \bar x - \bar\ell f'' / f'`,
+
+.. math::
+    \bar y = a / f', \qquad \bar\theta = -\frac{a}{f'} \frac{\partial f}{\partial \theta}
+    - \bar\ell\, \frac{\partial \log f'}{\partial \theta} .
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import kernel_serves
+from pyflowkern.ops._coupling import channel_split_sizes, mask_of
+from pyflowkern.ops._registry import (
+    accumulation_dtype,
+    cast,
+    check_batched,
+    check_floating,
+    check_same_device,
+    check_shape,
+    empty_canonical,
+    gradient_of_reference,
+    register,
+    sum_per_sample,
+)
+from pyflowkern.ops._spline import elements, reference
+from pyflowkern.ops.spline_map import Parameterization, SplineMap, Tails, from_code
+
+__all__ = [
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_reference",
+    "spline",
+    "spline_coupling",
+    "spline_coupling_reference",
+    "spline_reference",
+]
+
+_INVERSE, _ELEMENTWISE, _SWAP, _COUPLING = 1, 2, 4, 8
+
+
+# --- public functions ---------------------------------------------------------------------------------------
+
+
+def rational_quadratic_spline(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *,
+    bound: float = 3.0,
+    tails: Tails = "linear",
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    parameterization: Parameterization = "softmax",
+    inverse: bool = False,
+    elementwise: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Transform every element by a rational-quadratic spline of its own.
+
+    Args:
+        x: input ``[N, ...]``.
+        widths: raw widths of the ``K`` bins, ``x.shape + (K,)``, K from 2 to 64.
+        heights: raw heights, shaped like ``widths``.
+        derivatives: raw derivatives, ``x.shape + (K - 1,)`` for linear tails, K for circular ones, else K + 1.
+        bound: the spline spans ``[-bound, bound]``.
+        tails: ``linear``, ``circular``, ``none`` or ``affine``: see :class:`SplineMap`, also for what follows.
+        min_bin_width: least share of the interval that a bin is wide.
+        min_bin_height: least share of the interval that a bin is high.
+        min_derivative: least derivative at a knot.
+        parameterization: ``softmax``, ``softclip`` or ``domain``.
+        inverse: return ``x`` from ``y``, and the log-determinant of that direction.
+        elementwise: return the log-derivative of each element instead of its sum over each sample.
+
+    Returns:
+        ``(y, log_det)``, ``y`` shaped and typed like ``x``, ``log_det`` ``[N]`` (or like ``x``) in nats, float32 or
+        float64.
+
+    Raises:
+        TypeError: for tensors that are not floating-point.
+        ValueError: for shapes that do not fit, and what :class:`SplineMap` refuses.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import rational_quadratic_spline
+        >>> x, widths, heights = torch.randn(4, 3), torch.randn(4, 3, 8), torch.randn(4, 3, 8)
+        >>> derivatives = torch.randn(4, 3, 7)
+        >>> y, log_det = rational_quadratic_spline(x, widths, heights, derivatives)
+        >>> back, minus = rational_quadratic_spline(y, widths, heights, derivatives, inverse=True)
+        >>> bool(torch.allclose(back, x, atol=1e-4)), tuple(log_det.shape)
+        (True, (4,))
+    """
+    _check_parts(x, widths, heights, derivatives)
+    smap = SplineMap(
+        "rational_quadratic",
+        widths.shape[-1],
+        bound,
+        tails,
+        min_bin_width,
+        min_bin_height,
+        min_derivative,
+        parameterization,
+    )
+    check_shape("derivatives", derivatives, (*x.shape, smap.derivatives))
+    if not kernel_serves("spline", x, widths, heights, derivatives):
+        return reference(x, (widths, heights, derivatives), smap, inverse, elementwise)
+    return _run(x, None, (widths, heights, derivatives), smap, _flags(inverse, elementwise))
+
+
+def spline(
+    x: Tensor,
+    params: Tensor,
+    spline_map: SplineMap,
+    *,
+    inverse: bool = False,
+    elementwise: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Transform every element by a spline of its own, of any kind, whose raw parameters lie side by side.
+
+    Args:
+        x: input ``[N, ...]``.
+        params: raw parameters ``x.shape + (spline_map.params,)``.
+        spline_map: which spline, and how its raw parameters lie.
+        inverse: return ``x`` from ``y``, and the log-determinant of that direction.
+        elementwise: return the log-derivative of each element instead of its sum over each sample.
+
+    Returns:
+        ``(y, log_det)``: see :func:`rational_quadratic_spline`.
+
+    Raises:
+        TypeError: for tensors that are not floating-point.
+        ValueError: for shapes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import SplineMap, spline
+        >>> smap = SplineMap("cubic", bins=5)
+        >>> x = torch.randn(4, 3)
+        >>> y, _ = spline(x, smap.identity_raw().expand(4, 3, -1), smap)
+        >>> bool(torch.allclose(y, x, atol=1e-5))
+        True
+    """
+    _check_packed(x, params, spline_map)
+    if not kernel_serves("spline", x, params):
+        return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
+    return _run(x, None, (params, None, None), spline_map, _flags(inverse, elementwise))
+
+
+def spline_coupling(
+    x: Tensor,
+    params: Tensor,
+    spline_map: SplineMap,
+    *,
+    split: str | Tensor = "channel",
+    swap: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Transform one part of ``x`` by splines and pass the other, reading and writing each element once.
+
+    Args:
+        x: input ``[N, C, *space]``.
+        params: raw parameters ``[N, Ct P, *space]`` of the ``Ct`` transformed channels, the ``P`` numbers of a channel
+            side by side on the channel axis. Checkerboards and masks over space have ``Ct = C``, of which only
+            transformed positions are read; a mask over channels may have that too.
+        spline_map: which spline; ``P`` is its ``params``.
+        split: ``"channel"``: the first ``C - C // 2`` channels pass, the last ``C // 2`` are transformed.
+            ``"checkerboard"``: positions whose coordinates sum to an odd number are transformed, in all channels.
+            A boolean mask ``[C]`` or ``[C, *space]``: True is transformed.
+        swap: exchange the roles of the two parts.
+        inverse: invert the transform.
+
+    Returns:
+        ``(y, log_det)``: ``y`` like ``x``; ``log_det`` ``[N]`` in nats, float32 or float64.
+
+    Raises:
+        TypeError: for tensors that are not floating-point (or a mask that is not boolean).
+        ValueError: for shapes that do not fit, and unknown names.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import SplineMap, spline_coupling
+        >>> smap = SplineMap(bins=8)
+        >>> x, params = torch.randn(5, 6), torch.randn(5, 3 * smap.params)
+        >>> y, log_det = spline_coupling(x, params, smap)
+        >>> bool((y[:, :3] == x[:, :3]).all()), tuple(log_det.shape)
+        (True, (5,))
+    """
+    mask = _check_coupling(x, params, spline_map, split, swap)
+    if not kernel_serves("spline", x, params):
+        return _coupling(x, params, mask, spline_map, swap, inverse)
+    flags = _flags(inverse, False) + _COUPLING + _SWAP * (swap and mask is None)
+    return _run(x, mask, (params, None, None), spline_map, flags)
+
+
+# --- references ---------------------------------------------------------------------------------------------
+
+
+def rational_quadratic_spline_reference(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *,
+    bound: float = 3.0,
+    tails: Tails = "linear",
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    parameterization: Parameterization = "softmax",
+    inverse: bool = False,
+    elementwise: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`rational_quadratic_spline` in plain PyTorch, differentiable to any order."""
+    _check_parts(x, widths, heights, derivatives)
+    smap = SplineMap(
+        "rational_quadratic",
+        widths.shape[-1],
+        bound,
+        tails,
+        min_bin_width,
+        min_bin_height,
+        min_derivative,
+        parameterization,
+    )
+    check_shape("derivatives", derivatives, (*x.shape, smap.derivatives))
+    return reference(x, (widths, heights, derivatives), smap, inverse, elementwise)
+
+
+def spline_reference(
+    x: Tensor,
+    params: Tensor,
+    spline_map: SplineMap,
+    *,
+    inverse: bool = False,
+    elementwise: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`spline` in plain PyTorch, differentiable by autograd to any order."""
+    _check_packed(x, params, spline_map)
+    return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
+
+
+def spline_coupling_reference(
+    x: Tensor,
+    params: Tensor,
+    spline_map: SplineMap,
+    *,
+    split: str | Tensor = "channel",
+    swap: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`spline_coupling` in plain PyTorch, differentiable by autograd to any order."""
+    mask = _check_coupling(x, params, spline_map, split, swap)
+    return _coupling(x, params, mask, spline_map, swap, inverse)
+
+
+def _coupling(
+    x: Tensor, params: Tensor, mask: Tensor | None, smap: SplineMap, swap: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    c = x.shape[1]
+    rows = params.unflatten(1, (params.shape[1] // smap.params, smap.params))
+    rows = rows.movedim(2, -1)  # [N, Ct, *space, P]
+    if mask is None:
+        first = channel_split_sizes(c)[0]
+        parts = [x[:, :first], x[:, first:]]
+        which = 0 if swap else 1
+        parts[which], log_slope = elements(parts[which], smap.split(rows), smap, inverse)
+        return torch.cat(parts, 1), sum_per_sample(log_slope)
+    if rows.shape[1] != c:  # spread parameters of transformed channels alone over all channels
+        by_channel = mask.reshape(c, -1)[:, 0]
+        rows = rows.index_select(1, (by_channel.cumsum(0) - 1).clamp(0, rows.shape[1] - 1))
+    # what passes gets harmless numbers, so that garbage there reaches neither y nor a gradient
+    rows = torch.where(mask.unsqueeze(-1), rows, 0.0)
+    y, log_slope = elements(torch.where(mask, x, 0.0), smap.split(rows), smap, inverse)
+    return torch.where(mask, y, x), sum_per_sample(torch.where(mask, log_slope, 0.0))
+
+
+# --- argument checks ----------------------------------------------------------------------------------------
+
+
+def _check_parts(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
+    check_batched("x", x, min_dim=1)
+    for name, t in (("widths", widths), ("heights", heights), ("derivatives", derivatives)):
+        check_floating(name, t)
+    check_same_device(x=x, widths=widths, heights=heights, derivatives=derivatives)
+    if widths.shape[:-1] != x.shape or widths.dim() == 0:
+        raise ValueError(
+            f"widths must have the shape of x and a last axis, {(*x.shape, 'K')}, got {tuple(widths.shape)}"
+        )
+    check_shape("heights", heights, widths.shape)
+
+
+def _check_map(spline_map: SplineMap) -> None:
+    if not isinstance(spline_map, SplineMap):
+        raise TypeError(f"spline_map must be a SplineMap, got {type(spline_map).__name__}")
+
+
+def _check_packed(x: Tensor, params: Tensor, spline_map: SplineMap) -> None:
+    _check_map(spline_map)
+    check_batched("x", x, min_dim=1)
+    check_floating("params", params)
+    check_same_device(x=x, params=params)
+    check_shape("params", params, (*x.shape, spline_map.params))
+
+
+def _check_coupling(
+    x: Tensor, params: Tensor, spline_map: SplineMap, split: str | Tensor, swap: bool
+) -> Tensor | None:
+    """Check everything; return the mask ``[C, *space]`` of what is transformed, None for the channel split."""
+    _check_map(spline_map)
+    check_batched("x", x)
+    check_floating("params", params)
+    mask = mask_of(split, x)
+    check_same_device(x=x, params=params, mask=mask)
+    n, c, *space = x.shape
+    channels = isinstance(split, str) and split == "channel"
+    full = channel_split_sizes(c, swap)[1] if channels else c
+    p = spline_map.params
+    if mask is not None and swap:
+        mask = ~mask
+    if tuple(params.shape) == (n, full * p, *space):
+        return mask
+    if isinstance(split, Tensor) and split.dim() == 1 and params.dim() == x.dim():
+        size = params.shape[1] // p
+        # counting True on a GPU would wait for it: there the caller's word is taken
+        known = split.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (
+            0 < size < c
+            and tuple(params.shape) == (n, size * p, *space)
+            and (not known or size == int((split ^ swap).sum()))
+        ):
+            return mask
+    raise ValueError(
+        f"params must have shape {(n, full * p, *space)} for x of shape {tuple(x.shape)} and {p} numbers an "
+        f"element, got {tuple(params.shape)}"
+    )
+
+
+# --- schema, fake, autograd ---------------------------------------------------------------------------------
+
+
+def _flags(inverse: bool, elementwise: bool) -> int:
+    return _INVERSE * inverse + _ELEMENTWISE * elementwise
+
+
+def _run(
+    x: Tensor,
+    mask: Tensor | None,
+    parts: tuple[Tensor, Tensor | None, Tensor | None],
+    smap: SplineMap,
+    flags: int,
+) -> tuple[Tensor, Tensor]:
+    """Call the op in the widest dtype; y gets that of x."""
+    dtype = x.dtype
+    for part in parts:
+        if part is not None and part.dtype != dtype:
+            dtype = torch.promote_types(dtype, part.dtype)
+    same = [None if part is None else cast(part, dtype) for part in parts]
+    y, log_det = _spline(cast(x, dtype), mask, *same, smap.code, smap.bins, smap.numbers, flags)
+    return cast(y, x.dtype), log_det
+
+
+def _fake_forward(
+    x: Tensor, mask: Tensor | None, widths: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    flags, dtype = rest[-1], accumulation_dtype(x.dtype)
+    if flags & _COUPLING:
+        return empty_canonical(x), x.new_empty(x.shape[0], dtype=dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    shape = x.shape if flags & _ELEMENTWISE else x.shape[:1]
+    return y, x.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(
+    grad_y: Tensor, grad_log_det: Tensor, x: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *parts, _code, _bins, _numbers, flags = rest
+    if flags & _COUPLING:
+        grad_x, params = empty_canonical(x), parts[0]
+        fmt = torch.contiguous_format
+        if not grad_x.is_contiguous():
+            fmt = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        nothing = x.new_empty(0)
+        return grad_x, torch.empty_like(params, memory_format=fmt), nothing, x.new_empty(0)
+    grads = [x.new_empty(0 if part is None else part.shape) for part in parts]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grads[0], grads[1], grads[2]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the inputs alone."""
+    ctx.save_for_backward(*inputs[:5])
+    ctx.plan = inputs[5:]
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
+    x, mask, *parts = ctx.saved_tensors
+    code, bins, numbers, flags = ctx.plan
+    grads: list[Tensor | None]
+    if torch.is_grad_enabled():
+        smap, inverse = from_code(code, bins, numbers), bool(flags & _INVERSE)
+
+        def forward(v: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+            if flags & _COUPLING:
+                return _coupling(v, given[0], mask, smap, bool(flags & _SWAP), inverse)
+            known = smap.split(given[0]) if given[1] is None else (given[0], given[1], given[2])
+            return reference(v, known, smap, inverse, bool(flags & _ELEMENTWISE))
+
+        grads = gradient_of_reference(forward, (x, *parts), (grad_y, grad_log_det))
+    else:
+        grads = list(
+            torch.ops.pyflowkern.spline_backward.default(
+                grad_y, grad_log_det, x, mask, *parts, code, bins, numbers, flags
+            )
+        )
+        for i, part in enumerate(parts, 1):
+            grads[i] = None if part is None else grads[i]
+    return (grads[0], None, *grads[1:], None, None, None, None)
+
+
+_spline = register(
+    "spline(Tensor x, Tensor? mask, Tensor widths, Tensor? heights, Tensor? derivatives, int code,"
+    " int bins, float[] numbers, int flags) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    setup_context=_keep,
+    backward=_backward,
+)
+register(
+    "spline_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor? mask, Tensor widths,"
+    " Tensor? heights, Tensor? derivatives, int code, int bins, float[] numbers, int flags)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
