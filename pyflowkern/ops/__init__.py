@@ -15,6 +15,10 @@ from pyflowkern.ops.affine import (
     channel_split_sizes,
     checkerboard_mask,
 )
+from pyflowkern.ops.autoregressive import (
+    autoregressive_inverse,
+    autoregressive_inverse_reference,
+)
 from pyflowkern.ops.density import (
     bits_per_dim,
     bits_per_dim_reference,
@@ -27,6 +31,7 @@ from pyflowkern.ops.linear import (
     invertible_linear,
     invertible_linear_reference,
 )
+from pyflowkern.ops.masked_plan import MaskedLayer, MaskedPlan
 from pyflowkern.ops.matrix import (
     householder_matrix,
     householder_matrix_reference,
@@ -55,6 +60,8 @@ from pyflowkern.ops.spline import (
 from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = [
+    "MaskedLayer",
+    "MaskedPlan",
     "ScaleMap",
     "SplineMap",
     "actnorm",
@@ -63,6 +70,8 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_reference",
     "affine_reference",
+    "autoregressive_inverse",
+    "autoregressive_inverse_reference",
     "bits_per_dim",
     "bits_per_dim_reference",
     "channel_moments",
