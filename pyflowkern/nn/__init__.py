@@ -1,6 +1,7 @@
 """Bijections as modules: both directions return ``(tensor, log_det)``."""
 
 from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential
+from pyflowkern.nn.autoregressive import Inverse, MaskedAutoregressive
 from pyflowkern.nn.conditioners import MLP, ConvNet, ResidualConvNet, ResidualMLP
 from pyflowkern.nn.coupling import (
     AdditiveCoupling,
@@ -12,6 +13,7 @@ from pyflowkern.nn.coupling import (
 )
 from pyflowkern.nn.glow import GlowStep
 from pyflowkern.nn.linear import InvertibleConv1x1, InvertibleLinear
+from pyflowkern.nn.masked import MaskedMLP
 from pyflowkern.nn.multiscale import MultiScale
 from pyflowkern.nn.normalization import ActNorm
 from pyflowkern.nn.preprocess import Dequantize, Logit
@@ -28,9 +30,12 @@ __all__ = [
     "ConvNet",
     "Dequantize",
     "GlowStep",
+    "Inverse",
     "InvertibleConv1x1",
     "InvertibleLinear",
     "Logit",
+    "MaskedAutoregressive",
+    "MaskedMLP",
     "MultiScale",
     "Permutation",
     "ResidualConvNet",

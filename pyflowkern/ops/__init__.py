@@ -15,6 +15,10 @@ from pyflowkern.ops.affine import (
     channel_split_sizes,
     checkerboard_mask,
 )
+from pyflowkern.ops.autoregressive import (
+    autoregressive_inverse,
+    autoregressive_inverse_reference,
+)
 from pyflowkern.ops.density import (
     bits_per_dim,
     bits_per_dim_reference,
@@ -27,6 +31,7 @@ from pyflowkern.ops.linear import (
     invertible_linear,
     invertible_linear_reference,
 )
+from pyflowkern.ops.masked_plan import MaskedLayer, MaskedPlan
 from pyflowkern.ops.matrix import (
     householder_matrix,
     householder_matrix_reference,
@@ -44,15 +49,29 @@ from pyflowkern.ops.preprocess import (
     quantize_reference,
 )
 from pyflowkern.ops.scale_map import ScaleMap, scale_map
+from pyflowkern.ops.spline import (
+    rational_quadratic_spline,
+    rational_quadratic_spline_reference,
+    spline,
+    spline_coupling,
+    spline_coupling_reference,
+    spline_reference,
+)
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = [
+    "MaskedLayer",
+    "MaskedPlan",
     "ScaleMap",
+    "SplineMap",
     "actnorm",
     "actnorm_reference",
     "affine",
     "affine_coupling",
     "affine_coupling_reference",
     "affine_reference",
+    "autoregressive_inverse",
+    "autoregressive_inverse_reference",
     "bits_per_dim",
     "bits_per_dim_reference",
     "channel_moments",
@@ -75,9 +94,15 @@ __all__ = [
     "plu_matrix_reference",
     "quantize",
     "quantize_reference",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_reference",
     "scale_map",
     "slogdet_inverse",
     "slogdet_inverse_reference",
+    "spline",
+    "spline_coupling",
+    "spline_coupling_reference",
+    "spline_reference",
 ]
 
 _library.load()

@@ -1,0 +1,161 @@
+"""Masked networks: multilayer perceptrons whose outputs see only the features before their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ops.masked_plan import ACTIVATIONS, MaskedLayer, MaskedPlan
+
+__all__ = ["MaskedMLP"]
+
+
+class MaskedMLP(torch.nn.Module):
+    r"""An autoregressive network ``[N, D] -> [N, D, outputs]``, zero at first (MADE, or ResMADE with ``residual``).
+
+    The outputs of a feature depend on the features that precede it in ``order``, and on the context, alone.  A hidden
+    unit of degree ``m`` sees the first ``m`` features; degrees are spread evenly over 1 ... D - 1, and from 0 on where
+    there is a context, so that the first feature too can depend on it.
+
+    Args:
+        features: number ``D`` of features.
+        outputs: numbers returned for each feature.
+        hidden: width of each hidden layer; with ``residual``, of each block, all the same.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
+        order: the features, first to last; None for 0, 1, 2, ...
+        residual: residual blocks :math:`h \leftarrow h + W_2 a(W_1 a(h))` in place of plain layers.
+        activation: relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus.
+        random_degrees: draw the degrees from torch's generator.
+
+    Raises:
+        ValueError: for a width below 1, widths that differ with ``residual``, an order that is no permutation, an
+            unknown activation, or a context of another shape.
+
+    Source: Germain, Gregor, Murray and Larochelle, "MADE: Masked Autoencoder for Distribution
+    Estimation" (2015); the residual form Durkan and Nash, "Autoregressive Energy Machines" (2019).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> net = nn.MaskedMLP(4, 2, hidden=(16, 16), order=[3, 1, 0, 2])
+        >>> tuple(net(torch.randn(5, 4)).shape)
+        (5, 4, 2)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        context_features: int = 0,
+        order: Sequence[int] | Tensor | None = None,
+        residual: bool = False,
+        activation: str = "relu",
+        random_degrees: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [int(h) for h in hidden]
+        _check(features, outputs, widths, context_features, residual, activation)
+        self.features, self.outputs = features, outputs
+        self.context_features, self.activation = context_features, activation
+        self.order = _order(order, features)
+        rank = torch.argsort(torch.tensor(self.order))
+        least = 0 if context_features else min(1, features - 1)
+        degrees = [
+            _degrees(h, least, features - 1, random_degrees)
+            for h in (widths[:1] if residual else widths)
+        ]
+        masks = [degrees[0][:, None] > rank]
+        if residual:
+            masks += [degrees[0][:, None] >= degrees[0]] * (2 * len(widths))
+        else:
+            masks += [b[:, None] >= a for a, b in itertools.pairwise(degrees)]
+        masks.append((rank[:, None] >= degrees[-1]).repeat_interleave(outputs, 0))
+        #: Which unit sees what; shared by copies of the module.
+        self.plan = MaskedPlan(_layers(masks, activation, residual), features)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(mask.shape[1], mask.shape[0]) for mask in masks
+        )
+        self.context = (
+            torch.nn.Linear(context_features, widths[0], bias=False) if context_features else None
+        )
+        for parameter in self.layers[-1].parameters():
+            torch.nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, D, outputs]`` of ``x`` ``[N, D]``."""
+        if x.dim() != 2 or x.shape[1] != self.features:
+            raise ValueError(f"x must have shape [N, {self.features}], got {tuple(x.shape)}")
+        return self.plan.parameters(x, *self.weights_and_biases(context, x.shape[0]))
+
+    def weights_and_biases(
+        self, context: Tensor | None, samples: int
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the weight and the bias of each layer, the context being part of the first bias."""
+        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
+        biases: list[Tensor | None] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        if self.context is None:
+            if context is not None:
+                raise ValueError(
+                    "context was given, but this network was made with context_features=0"
+                )
+            return weights, biases
+        want = (samples, self.context_features)
+        if context is None or tuple(context.shape) != want:
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(f"context must have shape {want}, got {got}")
+        biases[0] = self.context(context) + biases[0]
+        return weights, biases
+
+    def extra_repr(self) -> str:
+        """Return what the representation shows."""
+        return f"features={self.features}, outputs={self.outputs}, activation={self.activation!r}"
+
+
+def _check(
+    features: int,
+    outputs: int,
+    hidden: list[int],
+    context_features: int,
+    residual: bool,
+    activation: str,
+) -> None:
+    for name, value, least in (
+        ("features", features, 1),
+        ("outputs", outputs, 1),
+        ("the number of hidden layers", len(hidden), 1),
+        ("hidden widths", min(hidden, default=1), 1),
+        ("context_features", context_features, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if residual and len(set(hidden)) > 1:
+        raise ValueError(f"residual blocks must have one width, got {tuple(hidden)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _order(order: Sequence[int] | Tensor | None, features: int) -> list[int]:
+    found = list(range(features)) if order is None else [int(i) for i in order]
+    if sorted(found) != list(range(features)):
+        raise ValueError(f"order must be a permutation of 0 ... {features - 1}, got {found}")
+    return found
+
+
+def _degrees(units: int, least: int, most: int, random: bool) -> Tensor:
+    """Return the degree of each unit, ascending: how many features, in order, it may see."""
+    if random:
+        return torch.randint(least, most + 1, (units,)).sort().values
+    return least + torch.arange(units) * (most + 1 - least) // units
+
+
+def _layers(masks: list[Tensor], activation: str, residual: bool) -> list[MaskedLayer]:
+    layers = [MaskedLayer(masks[0])]
+    for i, mask in enumerate(masks[1:], 1):
+        back = i - 2 if residual and i % 2 == 0 and i < len(masks) - 1 else None
+        layers.append(MaskedLayer(mask, activation=activation, residual=back))
+    return layers

@@ -1,0 +1,260 @@
+"""Masked networks: which unit sees which inputs, read off the masks of any library's MADE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["ACTIVATIONS", "MaskedLayer", "MaskedPlan"]
+
+#: Activations by name, in the order in which the kernels number them.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda v: v,
+    "relu": functional.relu,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "softplus": functional.softplus,
+}
+ALIGN = 4  # a packed row starts at a multiple of 16 bytes
+
+
+@dataclass(frozen=True)
+class MaskedLayer:
+    r"""One masked linear layer of a network: :math:`v = (M \circ W)\, a(v_{source}) + b + v_{residual}`.
+
+    Args:
+        mask: boolean or 0/1 ``[units, inputs]``, True where the weight counts.
+        source: the layer whose values are read, by its index; -1 for the network's input; None for the layer before.
+        activation: ``a``, applied to the values that are read: one of identity, relu, leaky_relu, elu, tanh,
+            sigmoid, silu, gelu, softplus.
+        residual: index of a layer whose values, before any activation, are added; None for none.
+
+    Raises:
+        ValueError: for a mask that is not a matrix, or an unknown activation.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import MaskedLayer
+        >>> MaskedLayer(torch.ones(3, 2).tril(-1)).activation
+        'identity'
+    """
+
+    mask: Tensor
+    source: int | None = None
+    activation: str = "identity"
+    residual: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask.dim() != 2:
+            raise ValueError(
+                f"mask must be a matrix [units, inputs], got {tuple(self.mask.shape)}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
+        object.__setattr__(self, "mask", self.mask.detach().bool().cpu())
+
+
+class MaskedPlan:
+    """The order in which an autoregressive masked network can be evaluated while its input is being found.
+
+    A feature of level ``t`` depends, through the network, on features of lower levels alone; a unit of degree ``t``
+    sees features of levels below ``t``, and so is known as soon as those are.  Sorted by degree, a unit reads a prefix
+    of the units of the layer below.
+
+    Args:
+        layers: the layers, first to last.  The last one has ``features * outputs`` units, those of one feature
+            together.
+        features: number ``D`` of inputs.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, and for masks that are not autoregressive.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import MaskedLayer, MaskedPlan
+        >>> plan = MaskedPlan([MaskedLayer(torch.ones(3, 3).tril(-1))], features=3)
+        >>> plan.levels, plan.outputs
+        (3, 1)
+    """
+
+    def __init__(self, layers: Sequence[MaskedLayer], features: int) -> None:
+        self.layers = tuple(layers)
+        self.features = features
+        self.sources = [i - 1 if s.source is None else s.source for i, s in enumerate(self.layers)]
+        self._check_shapes()
+        self.outputs = self.layers[-1].mask.shape[0] // features
+        reach = self._reach()
+        self.level = _levels(reach[-1].view(features, self.outputs, features).any(1))
+        self.levels = int(self.level.max()) + 1
+        degree = [(seen * (self.level + 1)).amax(1) for seen in reach[:-1]]
+        #: Features and, per hidden layer, units in the order in which they become known.
+        self.order = torch.argsort(self.level, stable=True)
+        self.rows = [torch.argsort(d, stable=True) for d in degree]
+        first = self.order[:, None] * self.outputs
+        self.rows.append((first + torch.arange(self.outputs)).flatten())
+        #: Row 0: features of levels below t; row j + 1: units of layer j of degree t at most.
+        steps = torch.arange(self.levels + 1)[:, None]
+        self.counts = torch.stack(
+            [(d <= steps).sum(1) for d in (self.level + 1, *degree, self.level.new_zeros(0))]
+        )
+        self._on_device: dict[torch.device, _Indices] = {}
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    def parameters(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return the network's output ``[N, D, outputs]`` in plain PyTorch."""
+        masks = self.indices(x.device).masks
+        values: list[Tensor] = []
+        for layer, source, weight, mask, bias in zip(
+            self.layers, self.sources, weights, masks, biases, strict=True
+        ):
+            read = ACTIVATIONS[layer.activation](x if source < 0 else values[source])
+            shared = bias if bias is None or bias.dim() == 1 else None
+            value = functional.linear(read, torch.where(mask, weight, 0.0), shared)
+            if bias is not None and bias.dim() == 2:
+                value = value + bias
+            if layer.residual is not None:
+                value = value + values[layer.residual]
+            values.append(value)
+        return values[-1].view(-1, self.features, self.outputs)
+
+    def pack(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return weights and biases in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes."""
+        at = self.indices(weights[0].device)
+        packed, offsets = [], []
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            rows, columns = (
+                at.rows[i],
+                at.order if self.sources[i] < 0 else at.rows[self.sources[i]],
+            )
+            masked = torch.where(at.masks[i], weight, 0.0)
+            sorted_ = masked.index_select(0, rows).index_select(1, columns)
+            packed.append(functional.pad(sorted_, (0, -sorted_.shape[1] % ALIGN)))
+            b = weight.new_zeros(weight.shape[0]) if bias is None else bias
+            offsets.append(b.index_select(-1, rows))
+        return packed, offsets
+
+    def indices(self, device: torch.device) -> _Indices:
+        """Return the index tensors and masks on a device."""
+        if device not in self._on_device:
+            self._on_device[device] = _Indices(self, device)
+        return self._on_device[device]
+
+    def structure(self) -> list[int]:
+        """Return what the kernels need to know of each layer, five numbers each.
+
+        They are the source; whether its activated or its raw values are read; the residual layer or -1; the
+        activation that others see this layer through; whether its raw values are kept.
+        """
+        names = list(ACTIVATIONS)
+        raw = {s.residual for s in self.layers} | {
+            source
+            for s, source in zip(self.layers, self.sources, strict=True)
+            if s.activation == "identity"
+        }
+        seen_through = [0] * len(self.layers)
+        for s, source in zip(self.layers, self.sources, strict=True):
+            if source >= 0 and s.activation != "identity":
+                seen_through[source] = names.index(s.activation)
+        found: list[int] = []
+        for i, s in enumerate(self.layers):
+            residual = -1 if s.residual is None else s.residual
+            found += [
+                self.sources[i],
+                int(s.activation != "identity"),
+                residual,
+                seen_through[i],
+                int(i in raw),
+            ]
+        return found
+
+    # --- checks ---------------------------------------------------------------------------------
+
+    def _check_shapes(self) -> None:
+        if not self.layers or self.features < 1:
+            raise ValueError("a plan needs at least one layer and one feature")
+        through: dict[int, set[str]] = {}
+        for i, layer in enumerate(self.layers):
+            units, inputs = layer.mask.shape
+            source = self.sources[i]
+            if not -1 <= source < i or (
+                layer.residual is not None and not 0 <= layer.residual < i
+            ):
+                raise ValueError(f"layers[{i}] must read from earlier layers")
+            width = self.features if source < 0 else self.layers[source].mask.shape[0]
+            if inputs != width:
+                raise ValueError(f"layers[{i}] reads {inputs} values, its source has {width}")
+            if source < 0 and layer.activation != "identity":
+                raise ValueError(f"layers[{i}]: the input is read as it is, without an activation")
+            if layer.residual is not None and self.layers[layer.residual].mask.shape[0] != units:
+                raise ValueError(f"layers[{i}] and its residual differ in width")
+            if layer.activation != "identity":
+                through.setdefault(source, set()).add(layer.activation)
+        for source, names in through.items():
+            if len(names) > 1:
+                raise ValueError(
+                    f"layers[{source}] is read through several activations: {', '.join(sorted(names))}"
+                )
+        last = self.layers[-1].mask.shape[0]
+        if last % self.features or last == 0:
+            raise ValueError(f"the last layer has {last} units, not a multiple of {self.features}")
+
+    def _reach(self) -> list[Tensor]:
+        """Return, for each layer, which inputs each unit depends on ``[units, D]``."""
+        found: list[Tensor] = []
+        for layer, source in zip(self.layers, self.sources, strict=True):
+            below = torch.eye(self.features) if source < 0 else found[source].float()
+            seen = layer.mask.float() @ below > 0
+            if layer.residual is not None:
+                seen |= found[layer.residual]
+            found.append(seen)
+        return found
+
+
+class _Indices:
+    """A plan's tensors on one device."""
+
+    def __init__(self, plan: MaskedPlan, device: torch.device) -> None:
+        self.order = plan.order.to(device)
+        self.inverse_order = torch.argsort(plan.order).to(device)
+        self.level = plan.level.to(device)
+        self.rows = [r.to(device) for r in plan.rows]
+        self.masks = [layer.mask.to(device) for layer in plan.layers]
+        #: What kernels read: the order, the counts, and where residual values lie.
+        parts = [plan.order, plan.counts.flatten()]
+        for i, layer in enumerate(plan.layers):
+            if layer.residual is not None:
+                parts.append(torch.argsort(plan.rows[layer.residual])[plan.rows[i]])
+        self.table = torch.cat(parts).to(torch.int32).to(device)
+
+
+def _levels(depends: Tensor) -> Tensor:
+    """Return the level of each feature: one more than the highest that it depends on."""
+    waits = depends.sum(1)
+    level = torch.full_like(waits, -1)
+    for step in range(len(waits)):
+        ready = (waits == 0) & (level < 0)
+        if not ready.any():
+            break
+        level[ready] = step
+        waits = waits - depends[:, ready].sum(1)
+    if (level < 0).any():
+        stuck = torch.nonzero(level < 0).flatten().tolist()
+        raise ValueError(
+            f"the masks are not autoregressive: features {stuck[:8]} depend on themselves or on each other"
+        )
+    return level

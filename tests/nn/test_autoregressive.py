@@ -1,0 +1,197 @@
+"""Masked autoregressive layers, their networks, and layers turned round."""
+
+import itertools
+
+import pytest
+import torch
+from laws import (
+    check_copies,
+    check_gradients,
+    check_inverse,
+    check_log_det,
+    check_samples_are_independent,
+    normal,
+    randomize,
+)
+
+from pyflowkern import nn
+
+K = 3
+#: name: arguments of MaskedAutoregressive(5, (12, 12))
+LAYERS = {
+    "plain": {},
+    "order": {"order": [3, 1, 0, 2, 4]},
+    "reverse with context": {"order": [4, 3, 2, 1, 0], "context_features": K},
+    "residual": {"residual": True},
+    "residual with context": {"residual": True, "context_features": K, "activation": "silu"},
+    "exp": {"transform": "exp", "activation": "tanh"},
+    "additive": {"transform": "additive", "activation": "elu"},
+}
+layers = pytest.mark.parametrize("name", LAYERS)
+
+
+def build(name):
+    torch.manual_seed(0)
+    return nn.MaskedAutoregressive(5, (12, 12), **LAYERS[name])
+
+
+def make(name, n=3, dtype=torch.float64):
+    context = normal(n, K, seed=4, dtype=dtype) if "context_features" in LAYERS[name] else None
+    return randomize(build(name)).to(dtype), normal(n, 5, dtype=dtype), context
+
+
+@layers
+def test_inverse_undoes_forward(name):
+    check_inverse(*make(name))
+
+
+@layers
+def test_log_det_is_that_of_the_jacobian(name):
+    check_log_det(*make(name, n=2))
+
+
+@layers
+def test_samples_are_independent(name):
+    check_samples_are_independent(*make(name))
+
+
+@layers
+def test_copies_compute_the_same(name):
+    layer, x, context = make(name)
+    check_copies(layer, build(name).double(), x, context)
+
+
+@layers
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_every_parameter_learns(name, direction):
+    layer, x, context = make(name)
+    y, log_det = getattr(layer, direction)(x, context)
+    check_gradients(layer, (y**3).sum() + (log_det**2).sum())
+
+
+@layers
+def test_starts_as_the_identity(name):
+    x, context = normal(2, 5, dtype=torch.float32), normal(2, K, dtype=torch.float32)
+    layer = build(name)
+    z, log_det = layer(x, context if layer.conditioner.context_features else None)
+    assert torch.equal(z, x)
+    assert not log_det.any()
+
+
+@layers
+def test_an_empty_batch_is_a_batch(name):
+    layer, x, context = make(name)
+    for direction in (layer, layer.inverse):
+        y, log_det = direction(x[:0], None if context is None else context[:0])
+        assert (y.shape, log_det.shape) == ((0, 5), (0,))
+
+
+@layers
+def test_half_inputs(name):
+    layer, x, context = make(name, dtype=torch.bfloat16)
+    for direction in (layer, layer.inverse):
+        y, log_det = direction(x, context)
+        assert (y.dtype, log_det.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_few_features(features):
+    layer = randomize(nn.MaskedAutoregressive(features, (7,), context_features=K)).double()
+    x, context = normal(4, features), normal(4, K, seed=1)
+    check_inverse(layer, x, context)
+    check_log_det(layer, x, context)
+
+
+# --- the network ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("random_degrees", [False, True])
+def test_outputs_see_the_features_before_them_and_the_context(residual, random_degrees):
+    order = [2, 0, 3, 1]
+    net = nn.MaskedMLP(
+        4,
+        3,
+        (32, 32),
+        context_features=K,
+        order=order,
+        residual=residual,
+        random_degrees=random_degrees,
+        activation="tanh",
+    )
+    net = randomize(net).double()
+    x, context = normal(1, 4), normal(1, K, seed=1)
+    by_x, by_context = torch.autograd.functional.jacobian(net, (x, context))
+    seen = by_x[0, :, :, 0].abs().sum(1)[order][:, order]
+    assert torch.equal(seen > 0, torch.ones(4, 4).tril(-1).bool())
+    assert (by_context[0, :, :, 0].abs().sum(-1) > 0).all()
+
+
+def test_network_is_the_sum_of_its_layers():
+    """The residual form, written out."""
+    net = randomize(nn.MaskedMLP(3, 2, (8, 8), residual=True, activation="elu")).double()
+    x = normal(4, 3)
+    masked = [
+        lambda v, m=m.mask, w=w: torch.nn.functional.linear(v, w.weight * m, w.bias)
+        for m, w in zip(net.plan.layers, net.layers, strict=True)
+    ]
+    act = torch.nn.functional.elu
+    h = masked[0](x)
+    h = h + masked[2](act(masked[1](act(h))))
+    h = h + masked[4](act(masked[3](act(h))))
+    torch.testing.assert_close(net(x), masked[5](act(h)).view(4, 3, 2))
+
+
+def test_degrees_are_spread_evenly():
+    net = nn.MaskedMLP(5, 1, (8,))
+    assert net.plan.layers[0].mask.sum(1).tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"features": 0}, "features must be at least 1"),
+        ({"outputs": 0}, "outputs must be at least 1"),
+        ({"hidden": ()}, "number of hidden layers"),
+        ({"hidden": (4, 0)}, "hidden widths"),
+        ({"hidden": (4, 5), "residual": True}, "one width"),
+        ({"order": [0, 0, 1]}, "permutation"),
+        ({"activation": "cosine"}, "activation must be one of"),
+        ({"context_features": -1}, "context_features"),
+    ],
+)
+def test_bad_networks(change, words):
+    with pytest.raises(ValueError, match=words):
+        nn.MaskedMLP(**({"features": 3, "outputs": 2} | change))
+
+
+def test_bad_calls():
+    layer = nn.MaskedAutoregressive(3, (4,))
+    with pytest.raises(ValueError, match="x must have 3 channels"):
+        layer(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="context was given"):
+        layer.inverse(torch.zeros(2, 3), torch.zeros(2, K))
+    with pytest.raises(ValueError, match=r"context must have shape \(2, 3\), got None"):
+        nn.MaskedAutoregressive(3, (4,), context_features=K)(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="3 features and 2 outputs"):
+        nn.MaskedAutoregressive(3, conditioner=nn.MaskedMLP(3, 1))
+    with pytest.raises(ValueError, match="scale_map must be"):
+        nn.MaskedAutoregressive(3, transform="cosine")
+
+
+# --- turned round --------------------------------------------------------------------------------
+
+
+def test_inverse_exchanges_the_directions():
+    layer, x, context = make("reverse with context")
+    turned = nn.Inverse(layer)
+    for a, b in itertools.chain(
+        zip(turned(x, context), layer.inverse(x, context), strict=True),
+        zip(turned.inverse(x, context), layer(x, context), strict=True),
+    ):
+        assert torch.equal(a, b)
+    squeeze = nn.Inverse(nn.Squeeze())
+    assert squeeze.output_shape((4, 1, 1)) == (1, 2, 2)
+    assert squeeze.input_shape((1, 2, 2)) == (4, 1, 1)
+    with pytest.raises(TypeError, match="must be a Bijection, got ReLU"):
+        nn.Inverse(torch.nn.ReLU())
