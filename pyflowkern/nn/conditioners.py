@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["MLP", "ConvNet", "ResidualConvNet", "ResidualMLP"]
+__all__ = ["MLP", "ConvNet", "PeriodicInput", "ResidualConvNet", "ResidualMLP", "start_at"]
 
 Activation = Callable[[], torch.nn.Module]
 
@@ -15,7 +16,9 @@ Activation = Callable[[], torch.nn.Module]
 class _Conditioner(torch.nn.Module):
     """Context as a bias per channel: the same as concatenating it, broadcast over space."""
 
-    def __init__(self, hidden: int, context_features: int) -> None:
+    last: torch.nn.Module
+
+    def __init__(self, hidden: int, context_features: int, first: int | None = None) -> None:
         super().__init__()
         for name, value, least in (
             ("hidden", hidden, 1),
@@ -25,7 +28,9 @@ class _Conditioner(torch.nn.Module):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.context_features = context_features
         self.context = (
-            torch.nn.Linear(context_features, hidden, bias=False) if context_features else None
+            torch.nn.Linear(context_features, first or hidden, bias=False)
+            if context_features
+            else None
         )
 
     def _add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
@@ -49,8 +54,8 @@ class MLP(_Conditioner):
     Args:
         in_features: input size.
         out_features: output size.
-        hidden: width.
-        layers: number of hidden layers.
+        hidden: width, or the width of each hidden layer.
+        layers: number of hidden layers, where one width is given.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         activation: makes the non-linearity.
 
@@ -70,20 +75,21 @@ class MLP(_Conditioner):
         in_features: int,
         out_features: int,
         *,
-        hidden: int = 64,
+        hidden: int | Sequence[int] = 64,
         layers: int = 2,
         context_features: int = 0,
         activation: Activation = torch.nn.ReLU,
     ) -> None:
-        super().__init__(hidden, context_features)
-        if layers < 1:
+        widths = [hidden] * layers if isinstance(hidden, int) else list(hidden)
+        if not widths:
             raise ValueError(f"layers must be at least 1, got {layers}")
-        self.first = torch.nn.Linear(in_features, hidden)
+        super().__init__(min(widths), context_features, widths[0])
+        self.first = torch.nn.Linear(in_features, widths[0])
         body: list[torch.nn.Module] = [activation()]
-        for _ in range(layers - 1):
-            body += [torch.nn.Linear(hidden, hidden), activation()]
+        for before, width in itertools.pairwise(widths):
+            body += [torch.nn.Linear(before, width), activation()]
         self.body = torch.nn.Sequential(*body)
-        self.last = _zero(torch.nn.Linear(hidden, out_features))
+        self.last = _zero(torch.nn.Linear(widths[-1], out_features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_features]``."""
@@ -247,6 +253,57 @@ class ResidualConvNet(_Conditioner):
             h = h + block(h)
         out: Tensor = self.last(h)
         return out
+
+
+class PeriodicInput(torch.nn.Module):
+    r"""A conditioner that sees angles ``x`` as :math:`\cos` and :math:`\sin` of :math:`\pi x / B`.
+
+    So what it returns is continuous where an angle passes from ``B`` to ``-B``.
+
+    Args:
+        in_features: number of angles; the network inside has twice as many inputs.
+        out_features: output size.
+        conditioner: factory ``(in, out) -> module`` of the network inside.
+        bound: ``B``, half the circle's length.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> net = nn.PeriodicInput(2, 4, nn.MLP)
+        >>> tuple(net(torch.randn(5, 2)).shape)
+        (5, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        conditioner: Callable[[int, int], torch.nn.Module],
+        *,
+        bound: float = torch.pi,
+    ) -> None:
+        super().__init__()
+        self.factor = torch.pi / bound
+        self.net = conditioner(2 * in_features, out_features)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, out_features, *space]``."""
+        angle = x * self.factor
+        features = torch.cat([angle.cos(), angle.sin()], 1)
+        out: Tensor = self.net(features) if context is None else self.net(features, context)
+        return out
+
+
+def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
+    """Make a new conditioner of this file return ``values`` on its channel axis; leave others alone."""
+    if isinstance(conditioner, PeriodicInput):
+        start_at(conditioner.net, values)
+    elif isinstance(conditioner, _Conditioner):
+        last = conditioner.last
+        while isinstance(last, torch.nn.Sequential):
+            last = last[-1]
+        with torch.no_grad():
+            last.bias.copy_(values)  # type: ignore[operator]
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:

@@ -22,7 +22,7 @@ class InvertibleLinear(Bijection):
 
     The log-determinant is :math:`|\text{space}| \log|\det W|`.
 
-    The matrix starts as a random rotation.  Parameterizations:
+    Parameterizations:
 
     ============ ========================================= ==================================
     plu          ``W = P L (U + diag(sign e^log_diag))``   never singular, ``log|W|`` is a sum
@@ -37,9 +37,11 @@ class InvertibleLinear(Bijection):
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
         parameterization: ``"plu"``, ``"dense"`` or ``"householder"``.
+        init: the first matrix: a random ``"rotation"`` or ``"permutation"``, or the
+            ``"identity"``; a Householder product starts as a rotation.
 
     Raises:
-        ValueError: for less than one channel or an unknown parameterization.
+        ValueError: for less than one channel, an unknown parameterization or first matrix.
         RuntimeError: by the inverse of a singular dense matrix; its forward gives
             ``log_det = -inf``.
 
@@ -59,7 +61,9 @@ class InvertibleLinear(Bijection):
     permutation: Tensor
     sign: Tensor
 
-    def __init__(self, channels: int, *, parameterization: str = "plu") -> None:
+    def __init__(
+        self, channels: int, *, parameterization: str = "plu", init: str = "rotation"
+    ) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}")
@@ -70,7 +74,15 @@ class InvertibleLinear(Bijection):
             )
         self.channels, self.parameterization = channels, parameterization
         self._cache: dict[bool, tuple[tuple[Any, ...], _Matrix]] = {}
-        rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
+        if init not in (known := ("rotation", "permutation", "identity")):
+            raise ValueError(f"init must be one of {', '.join(known)}, got {init!r}")
+        if parameterization == "householder" and init != "rotation":
+            raise ValueError(f"init must be 'rotation' for 'householder', got {init!r}")
+        if init == "rotation":
+            rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
+        else:
+            rotation = torch.eye(channels)
+            rotation = rotation[torch.randperm(channels)] if init == "permutation" else rotation
         if parameterization == "plu":
             p, lower, upper = torch.linalg.lu(rotation)
             diag = upper.diagonal()
