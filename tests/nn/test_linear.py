@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-
 from functools import partial
 
 import pytest
@@ -174,7 +173,7 @@ def test_it_starts_as_it_was_asked_to(parameterization):
     permutation = first(init="permutation").matrix()[0]
     assert torch.equal(permutation.sort(1).values, torch.eye(6)[:, -1:].T.repeat(6, 1))
     assert torch.equal(permutation @ permutation.T, torch.eye(6))
-    with pytest.raises(ValueError, match="init must be one of rotation, .* got 'zero'"):
+    with pytest.raises(ValueError, match=r"init must be one of rotation, .* got 'zero'"):
         first(init="zero")
     with pytest.raises(ValueError, match="init must be 'rotation' for 'householder'"):
         nn.InvertibleLinear(6, parameterization="householder", init="identity")
