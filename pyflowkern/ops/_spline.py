@@ -26,11 +26,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyflowkern.ops._registry import accumulation_dtype, sum_per_sample
 from pyflowkern.ops.spline_map import SplineMap
 
-__all__ = ["spline_elements"]
+__all__ = ["elements", "reference"]
 
 Pair = tuple[Tensor, Tensor]
+
+
+def elements(
+    x: Tensor, parts: tuple[Tensor, Tensor, Tensor], smap: SplineMap, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
+    work = x.dtype
+    for part in parts:
+        work = torch.promote_types(work, part.dtype)
+    work = accumulation_dtype(work)
+    widths, heights, derivatives = (part.to(work) for part in parts)
+    y, log_slope = spline_elements(x.to(work), (widths, heights, derivatives), smap, inverse)
+    return y.to(x.dtype), log_slope
+
+
+def reference(
+    x: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    smap: SplineMap,
+    inverse: bool,
+    elementwise: bool,
+) -> tuple[Tensor, Tensor]:
+    y, log_slope = elements(x, parts, smap, inverse)
+    return y, log_slope if elementwise else sum_per_sample(log_slope)
 
 
 def spline_elements(

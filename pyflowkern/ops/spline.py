@@ -15,20 +15,27 @@ The backward of an inverse differentiates implicitly: with :math:`x = f^{-1}(y)`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pyflowkern._library import kernel_serves
 from pyflowkern.ops._coupling import channel_split_sizes, mask_of
 from pyflowkern.ops._registry import (
     accumulation_dtype,
+    cast,
     check_batched,
     check_floating,
     check_same_device,
     check_shape,
+    empty_canonical,
+    gradient_of_reference,
+    register,
     sum_per_sample,
 )
-from pyflowkern.ops._spline import spline_elements
-from pyflowkern.ops.spline_map import Parameterization, SplineMap, Tails
+from pyflowkern.ops._spline import elements, reference
+from pyflowkern.ops.spline_map import Parameterization, SplineMap, Tails, from_code
 
 __all__ = [
     "rational_quadratic_spline",
@@ -39,7 +46,7 @@ __all__ = [
     "spline_reference",
 ]
 
-Parts = tuple[Tensor, Tensor, Tensor]
+_INVERSE, _ELEMENTWISE, _SWAP, _COUPLING = 1, 2, 4, 8
 
 
 # --- public functions ---------------------------------------------------------------------------------------
@@ -94,20 +101,21 @@ def rational_quadratic_spline(
         >>> bool(torch.allclose(back, x, atol=1e-4)), tuple(log_det.shape)
         (True, (4,))
     """
-    return rational_quadratic_spline_reference(
-        x,
-        widths,
-        heights,
-        derivatives,
-        bound=bound,
-        tails=tails,
-        min_bin_width=min_bin_width,
-        min_bin_height=min_bin_height,
-        min_derivative=min_derivative,
-        parameterization=parameterization,
-        inverse=inverse,
-        elementwise=elementwise,
+    _check_parts(x, widths, heights, derivatives)
+    smap = SplineMap(
+        "rational_quadratic",
+        widths.shape[-1],
+        bound,
+        tails,
+        min_bin_width,
+        min_bin_height,
+        min_derivative,
+        parameterization,
     )
+    check_shape("derivatives", derivatives, (*x.shape, smap.derivatives))
+    if not kernel_serves("spline", x, widths, heights, derivatives):
+        return reference(x, (widths, heights, derivatives), smap, inverse, elementwise)
+    return _run(x, None, (widths, heights, derivatives), smap, _flags(inverse, elementwise))
 
 
 def spline(
@@ -143,7 +151,10 @@ def spline(
         >>> bool(torch.allclose(y, x, atol=1e-5))
         True
     """
-    return spline_reference(x, params, spline_map, inverse=inverse, elementwise=elementwise)
+    _check_packed(x, params, spline_map)
+    if not kernel_serves("spline", x, params):
+        return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
+    return _run(x, None, (params, None, None), spline_map, _flags(inverse, elementwise))
 
 
 def spline_coupling(
@@ -185,9 +196,11 @@ def spline_coupling(
         >>> bool((y[:, :3] == x[:, :3]).all()), tuple(log_det.shape)
         (True, (5,))
     """
-    return spline_coupling_reference(
-        x, params, spline_map, split=split, swap=swap, inverse=inverse
-    )
+    mask = _check_coupling(x, params, spline_map, split, swap)
+    if not kernel_serves("spline", x, params):
+        return _coupling(x, params, mask, spline_map, swap, inverse)
+    flags = _flags(inverse, False) + _COUPLING + _SWAP * (swap and mask is None)
+    return _run(x, mask, (params, None, None), spline_map, flags)
 
 
 # --- references ---------------------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def rational_quadratic_spline_reference(
         parameterization,
     )
     check_shape("derivatives", derivatives, (*x.shape, smap.derivatives))
-    return _reference(x, (widths, heights, derivatives), smap, inverse, elementwise)
+    return reference(x, (widths, heights, derivatives), smap, inverse, elementwise)
 
 
 def spline_reference(
@@ -234,7 +247,7 @@ def spline_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`spline` in plain PyTorch, differentiable by autograd to any order."""
     _check_packed(x, params, spline_map)
-    return _reference(x, spline_map.split(params), spline_map, inverse, elementwise)
+    return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
 
 
 def spline_coupling_reference(
@@ -248,44 +261,28 @@ def spline_coupling_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`spline_coupling` in plain PyTorch, differentiable by autograd to any order."""
     mask = _check_coupling(x, params, spline_map, split, swap)
+    return _coupling(x, params, mask, spline_map, swap, inverse)
+
+
+def _coupling(
+    x: Tensor, params: Tensor, mask: Tensor | None, smap: SplineMap, swap: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
     c = x.shape[1]
-    rows = params.unflatten(1, (params.shape[1] // spline_map.params, spline_map.params))
+    rows = params.unflatten(1, (params.shape[1] // smap.params, smap.params))
     rows = rows.movedim(2, -1)  # [N, Ct, *space, P]
     if mask is None:
         first = channel_split_sizes(c)[0]
         parts = [x[:, :first], x[:, first:]]
         which = 0 if swap else 1
-        parts[which], log_slope = _elements(
-            parts[which], spline_map.split(rows), spline_map, inverse
-        )
+        parts[which], log_slope = elements(parts[which], smap.split(rows), smap, inverse)
         return torch.cat(parts, 1), sum_per_sample(log_slope)
     if rows.shape[1] != c:  # spread parameters of transformed channels alone over all channels
         by_channel = mask.reshape(c, -1)[:, 0]
         rows = rows.index_select(1, (by_channel.cumsum(0) - 1).clamp(0, rows.shape[1] - 1))
     # what passes gets harmless numbers, so that garbage there reaches neither y nor a gradient
     rows = torch.where(mask.unsqueeze(-1), rows, 0.0)
-    y, log_slope = _elements(
-        torch.where(mask, x, 0.0), spline_map.split(rows), spline_map, inverse
-    )
+    y, log_slope = elements(torch.where(mask, x, 0.0), smap.split(rows), smap, inverse)
     return torch.where(mask, y, x), sum_per_sample(torch.where(mask, log_slope, 0.0))
-
-
-def _elements(x: Tensor, parts: Parts, smap: SplineMap, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
-    work = x.dtype
-    for part in parts:
-        work = torch.promote_types(work, part.dtype)
-    work = accumulation_dtype(work)
-    widths, heights, derivatives = (part.to(work) for part in parts)
-    y, log_slope = spline_elements(x.to(work), (widths, heights, derivatives), smap, inverse)
-    return y.to(x.dtype), log_slope
-
-
-def _reference(
-    x: Tensor, parts: Parts, smap: SplineMap, inverse: bool, elementwise: bool
-) -> tuple[Tensor, Tensor]:
-    y, log_slope = _elements(x, parts, smap, inverse)
-    return y, log_slope if elementwise else sum_per_sample(log_slope)
 
 
 # --- argument checks ----------------------------------------------------------------------------------------
@@ -347,3 +344,99 @@ def _check_coupling(
         f"params must have shape {(n, full * p, *space)} for x of shape {tuple(x.shape)} and {p} numbers an "
         f"element, got {tuple(params.shape)}"
     )
+
+
+# --- schema, fake, autograd ---------------------------------------------------------------------------------
+
+
+def _flags(inverse: bool, elementwise: bool) -> int:
+    return _INVERSE * inverse + _ELEMENTWISE * elementwise
+
+
+def _run(
+    x: Tensor,
+    mask: Tensor | None,
+    parts: tuple[Tensor, Tensor | None, Tensor | None],
+    smap: SplineMap,
+    flags: int,
+) -> tuple[Tensor, Tensor]:
+    """Call the op in the widest dtype; y gets that of x."""
+    dtype = x.dtype
+    for part in parts:
+        if part is not None and part.dtype != dtype:
+            dtype = torch.promote_types(dtype, part.dtype)
+    same = [None if part is None else cast(part, dtype) for part in parts]
+    y, log_det = _spline(cast(x, dtype), mask, *same, smap.code, smap.bins, smap.numbers, flags)
+    return cast(y, x.dtype), log_det
+
+
+def _fake_forward(
+    x: Tensor, mask: Tensor | None, widths: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    flags, dtype = rest[-1], accumulation_dtype(x.dtype)
+    if flags & _COUPLING:
+        return empty_canonical(x), x.new_empty(x.shape[0], dtype=dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    shape = x.shape if flags & _ELEMENTWISE else x.shape[:1]
+    return y, x.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(
+    grad_y: Tensor, grad_log_det: Tensor, x: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *parts, _code, _bins, _numbers, flags = rest
+    if flags & _COUPLING:
+        grad_x, params = empty_canonical(x), parts[0]
+        fmt = torch.contiguous_format
+        if not grad_x.is_contiguous():
+            fmt = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        nothing = x.new_empty(0)
+        return grad_x, torch.empty_like(params, memory_format=fmt), nothing, x.new_empty(0)
+    grads = [x.new_empty(0 if part is None else part.shape) for part in parts]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grads[0], grads[1], grads[2]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the inputs alone."""
+    ctx.save_for_backward(*inputs[:5])
+    ctx.plan = inputs[5:]
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
+    x, mask, *parts = ctx.saved_tensors
+    code, bins, numbers, flags = ctx.plan
+    grads: list[Tensor | None]
+    if torch.is_grad_enabled():
+        smap, inverse = from_code(code, bins, numbers), bool(flags & _INVERSE)
+
+        def forward(v: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+            if flags & _COUPLING:
+                return _coupling(v, given[0], mask, smap, bool(flags & _SWAP), inverse)
+            known = smap.split(given[0]) if given[1] is None else (given[0], given[1], given[2])
+            return reference(v, known, smap, inverse, bool(flags & _ELEMENTWISE))
+
+        grads = gradient_of_reference(forward, (x, *parts), (grad_y, grad_log_det))
+    else:
+        grads = list(
+            torch.ops.pyflowkern.spline_backward.default(
+                grad_y, grad_log_det, x, mask, *parts, code, bins, numbers, flags
+            )
+        )
+        for i, part in enumerate(parts, 1):
+            grads[i] = None if part is None else grads[i]
+    return (grads[0], None, *grads[1:], None, None, None, None)
+
+
+_spline = register(
+    "spline(Tensor x, Tensor? mask, Tensor widths, Tensor? heights, Tensor? derivatives, int code,"
+    " int bins, float[] numbers, int flags) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    setup_context=_keep,
+    backward=_backward,
+)
+register(
+    "spline_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor? mask, Tensor widths,"
+    " Tensor? heights, Tensor? derivatives, int code, int bins, float[] numbers, int flags)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)

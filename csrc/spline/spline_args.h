@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a spline kernel is given: where elements and their raw parameters lie.  In elements.
+#pragma once
+
+#include "spline/spline.h"
+
+namespace pfk {
+
+// Raw parameters of element q of sample n: column c at n sample + (q / length) outer + (q % length)
+// inner + c bin.  Gradients lie as the parameters do, or in rows that are grad_step apart.
+struct SplineSource {
+  const void* raw;
+  void* grad;
+  int columns, first;  // numbers of an element, and the column where they begin in a tile
+  int64_t sample, outer, inner, bin;
+  int64_t grad_step;
+};
+
+struct SplineArgs {
+  SplineNumbers numbers;
+  int code, bins, flags, columns;
+  int64_t samples, features;  // transformed elements of a sample
+  int64_t x_features;         // elements of a sample of x
+  int64_t length;             // elements of a row
+  int64_t x_start, x_outer, x_inner;
+  const int32_t* index;  // places of the transformed elements in a sample of x, or null
+  bool full;             // with an index: all elements have parameters
+  int64_t channels, space, pass_start, pass_channels;  // channels that pass, without an index
+  bool channels_last;
+  int sources;
+  SplineSource source[3];
+  const void* in;
+  void* out;      // forward: output; backward: gradient of the input
+  void* log_det;  // forward, accumulation type, [N] or like x
+  const void* grad_out;
+  const void* grad_log;  // backward, accumulation type
+};
+
+}  // namespace pfk
