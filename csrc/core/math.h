@@ -25,6 +25,8 @@ PFK_HD float log1p_(float x) { return ::log1pf(x); }
 PFK_HD double log1p_(double x) { return ::log1p(x); }
 PFK_HD float atan_(float x) { return ::atanf(x); }
 PFK_HD double atan_(double x) { return ::atan(x); }
+PFK_HD float erf_(float x) { return ::erff(x); }
+PFK_HD double erf_(double x) { return ::erf(x); }
 PFK_HD float abs_(float x) { return ::fabsf(x); }
 PFK_HD double abs_(double x) { return ::fabs(x); }
 PFK_HD float copysign_(float x, float s) { return ::copysignf(x, s); }
@@ -103,6 +105,12 @@ PFK_HD Vec<T> sqrt_(Vec<T> x) {
     r.v[i] = sizeof(T) == 4 ? static_cast<T>(__builtin_sqrtf(x.v[i]))
                             : static_cast<T>(__builtin_sqrt(x.v[i]));
   }
+  return r;
+}
+template <class T>
+PFK_HD Vec<T> erf_(Vec<T> x) {  // lane by lane: used where a matrix product stands beside it
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) r.v[i] = erf_(static_cast<T>(x.v[i]));
   return r;
 }
 template <class T>

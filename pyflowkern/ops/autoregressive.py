@@ -14,10 +14,12 @@ With :math:`J = \partial z / \partial x`, triangular in the order of the feature
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyflowkern._library import LIBRARY, kernel_serves
 from pyflowkern.ops._elements import (
     ElementMap,
     apply_elements,
@@ -25,14 +27,23 @@ from pyflowkern.ops._elements import (
     element_parameters,
 )
 from pyflowkern.ops._registry import (
+    accumulation_dtype,
+    cast,
     check_floating,
     check_same_device,
     check_shape,
     full_precision,
+    gradient_of_reference,
+    register,
 )
+from pyflowkern.ops._sorted_network import SortedNetwork, solve
+from pyflowkern.ops.affine import _DIVIDE, _SHIFT_FIRST
+from pyflowkern.ops.affine import _map_of as affine_map_of
 from pyflowkern.ops.masked_plan import MaskedPlan
 
 __all__ = ["autoregressive_inverse", "autoregressive_inverse_reference"]
+
+_MOST_LAYERS = 24  # kMaxLayers of the kernels
 
 
 # --- public functions ---------------------------------------------------------------------------------------
@@ -74,7 +85,25 @@ def autoregressive_inverse(
         >>> tuple(x.shape), tuple(log_det.shape)
         ((5, 3), (5,))
     """
-    return autoregressive_inverse_reference(z, weights, biases, plan, transform=transform)
+    tau = element_map(transform)
+    _check(z, weights, biases, plan, tau)
+    given = [b for b in biases if b is not None]
+    if len(weights) > _MOST_LAYERS or not kernel_serves(
+        "autoregressive_inverse", z, *weights, *given
+    ):
+        return autoregressive_inverse_reference(z, weights, biases, plan, transform=tau)
+    dtype = z.dtype
+    for t in (*weights, *given):
+        dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
+    work = accumulation_dtype(dtype)
+    packed, offsets = plan.pack(
+        [cast(w, work) for w in weights], [None if b is None else cast(b, work) for b in biases]
+    )
+    at = plan.indices(z.device)
+    x, log_det = torch.ops.pyflowkern.autoregressive_inverse.default(
+        cast(z, work), at.table, plan.table, packed, offsets, plan.structure(), *_numbers(tau)
+    )
+    return cast(x, z.dtype), log_det
 
 
 # --- references ---------------------------------------------------------------------------------------------
@@ -133,3 +162,65 @@ def _check(
             wanted = (z.shape[0], units) if bias.dim() == 2 else (units,)
             check_shape(f"biases[{i}]", bias, wanted)
         check_same_device(z=z, weight=weight, bias=bias)
+
+
+# --- schema, fake, autograd ---------------------------------------------------------------------------------
+
+
+def _numbers(transform: ElementMap) -> tuple[int, list[float], int]:
+    """Return the transform as the kernels take it: code, constants and flags."""
+    flags = _SHIFT_FIRST * transform.shift_first + _DIVIDE * transform.divide
+    return transform.code, transform.numbers, flags
+
+
+def _map_of(kind: int, numbers: list[float], flags: int) -> ElementMap:
+    return affine_map_of(kind, numbers, flags)
+
+
+def _fake_inverse(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    log_det = z.new_empty(z.shape[0], dtype=accumulation_dtype(z.dtype))
+    return torch.empty_like(z, memory_format=torch.contiguous_format), log_det
+
+
+def _fake_solve(grad: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, table, counts, weights, biases, *ctx.plan = inputs
+    ctx.layers = len(weights)
+    ctx.save_for_backward(z, output[0], table, counts, *weights, *biases)
+
+
+def _backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
+    z, x, table, counts, *tensors = ctx.saved_tensors
+    layers = ctx.layers
+    structure, *numbers = ctx.plan
+    tau = _map_of(*numbers)
+    if torch.is_grad_enabled():
+
+        def inverse(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            net = SortedNetwork(table, tensors[:layers], tensors[layers:], structure)
+            return net.by_passes(z, tau)
+
+        grad_z, *rest = gradient_of_reference(inverse, (z, *tensors), (grad_x, grad_log_det))
+        found: tuple[Any, ...] = (grad_z, rest[:layers], rest[layers:])
+    else:
+        net = SortedNetwork(table, tensors[:layers], tensors[layers:], structure)
+        found = net.gradients(x, grad_x, grad_log_det, tau, counts)
+    return found[0], None, None, found[1], found[2], None, None, None, None
+
+
+register(
+    "autoregressive_inverse(Tensor z, Tensor table, Tensor counts, Tensor[] weights, Tensor[] biases,"
+    " int[] structure, int kind, float[] numbers, int flags) -> (Tensor, Tensor)",
+    fake=_fake_inverse,
+    setup_context=_keep,
+    backward=_backward,
+)
+register(
+    "autoregressive_solve(Tensor grad, Tensor by_x, Tensor by_theta, Tensor counts, Tensor[] weights,"
+    " Tensor[] slopes, int[] structure) -> Tensor",
+    fake=_fake_solve,
+)
+LIBRARY.impl("autoregressive_solve", solve, "CompositeExplicitAutograd")

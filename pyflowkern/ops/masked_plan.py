@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": functional.softplus,
 }
 ALIGN = 4  # a packed row starts at a multiple of 16 bytes
+HEAD = 4  # numbers of structure() before those of the layers
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class MaskedPlan:
         self.counts = torch.stack(
             [(d <= steps).sum(1) for d in (self.level + 1, *degree, self.level.new_zeros(0))]
         )
+        #: What kernels read: the order, the counts, and where the values that a residual adds lie.
+        parts = [self.order, self.counts.flatten()]
+        for i, layer in enumerate(self.layers):
+            if layer.residual is not None:
+                parts.append(torch.argsort(self.rows[layer.residual])[self.rows[i]])
+        self.table = torch.cat(parts).to(torch.int32)
         self._on_device: dict[torch.device, _Indices] = {}
 
     # --- evaluation -----------------------------------------------------------------------------
@@ -133,20 +140,37 @@ class MaskedPlan:
     def pack(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return weights and biases in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes."""
+        """Return weights and biases in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes.
+
+        On the CPU packed weights are kept, and used again where no gradient is wanted and the weights are equal to
+        what they were.  They are compared, which is ten times faster than packing: not every write to a parameter
+        counts in its version.
+        """
         at = self.indices(weights[0].device)
-        packed, offsets = [], []
+        offsets = []
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            rows, columns = (
-                at.rows[i],
-                at.order if self.sources[i] < 0 else at.rows[self.sources[i]],
-            )
-            masked = torch.where(at.masks[i], weight, 0.0)
-            sorted_ = masked.index_select(0, rows).index_select(1, columns)
-            packed.append(functional.pad(sorted_, (0, -sorted_.shape[1] % ALIGN)))
             b = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            offsets.append(b.index_select(-1, rows))
+            offsets.append(b.index_select(-1, at.rows[i]))
+        keeps = at.device.type == "cpu" and not (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+        )
+        if not keeps:
+            return [self._pack_weight(i, w, at) for i, w in enumerate(weights)], offsets
+        packed = []
+        for i, weight in enumerate(weights):
+            old = at.packed.get(i)
+            if old is None or old[0].dtype != weight.dtype or not torch.equal(old[0], weight):
+                w = weight.detach()
+                old = at.packed[i] = (w.clone(), self._pack_weight(i, w, at))
+            packed.append(old[1])
         return packed, offsets
+
+    def _pack_weight(self, i: int, weight: Tensor, at: _Indices) -> Tensor:
+        columns = at.order if self.sources[i] < 0 else at.rows[self.sources[i]]
+        masked = torch.where(at.masks[i], weight, 0.0)
+        ordered = masked.index_select(0, at.rows[i]).index_select(1, columns)
+        return functional.pad(ordered, (0, -ordered.shape[1] % ALIGN))
 
     def indices(self, device: torch.device) -> _Indices:
         """Return the index tensors and masks on a device."""
@@ -154,11 +178,15 @@ class MaskedPlan:
             self._on_device[device] = _Indices(self, device)
         return self._on_device[device]
 
-    def structure(self) -> list[int]:
-        """Return what the kernels need to know of each layer, five numbers each.
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_on_device": {}}
 
-        They are the source; whether its activated or its raw values are read; the residual layer or -1; the
-        activation that others see this layer through; whether its raw values are kept.
+    def structure(self) -> list[int]:
+        """Return what the kernels need to know on the host.
+
+        They are features, outputs, levels and most features of a level, then five numbers a layer: the source;
+        whether its activated or its raw values are read; the residual layer or -1; the activation that others see
+        this layer through; whether its raw values are kept.
         """
         names = list(ACTIVATIONS)
         raw = {s.residual for s in self.layers} | {
@@ -170,7 +198,8 @@ class MaskedPlan:
         for s, source in zip(self.layers, self.sources, strict=True):
             if source >= 0 and s.activation != "identity":
                 seen_through[source] = names.index(s.activation)
-        found: list[int] = []
+        widest = int(torch.bincount(self.level).max())
+        found = [self.features, self.outputs, self.levels, widest]
         for i, s in enumerate(self.layers):
             residual = -1 if s.residual is None else s.residual
             found += [
@@ -229,17 +258,15 @@ class _Indices:
     """A plan's tensors on one device."""
 
     def __init__(self, plan: MaskedPlan, device: torch.device) -> None:
+        self.device = device
+        #: Of each layer: a copy of the weight, and the packed weight.
+        self.packed: dict[int, tuple[Tensor, Tensor]] = {}
         self.order = plan.order.to(device)
         self.inverse_order = torch.argsort(plan.order).to(device)
         self.level = plan.level.to(device)
         self.rows = [r.to(device) for r in plan.rows]
         self.masks = [layer.mask.to(device) for layer in plan.layers]
-        #: What kernels read: the order, the counts, and where residual values lie.
-        parts = [plan.order, plan.counts.flatten()]
-        for i, layer in enumerate(plan.layers):
-            if layer.residual is not None:
-                parts.append(torch.argsort(plan.rows[layer.residual])[plan.rows[i]])
-        self.table = torch.cat(parts).to(torch.int32).to(device)
+        self.table = plan.table.to(device)
 
 
 def _levels(depends: Tensor) -> Tensor:

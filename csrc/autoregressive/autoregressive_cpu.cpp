@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inverse of an autoregressive flow on the CPU.
+//
+// A task is a block of samples, whose values lie in rows of that many numbers, one row a unit: the
+// product of a group of units with what they read is a matrix product whose right side is read in
+// whole vectors.  Floor: the multiplications of the unmasked weights, about half of those of a
+// pass.
+#include "autoregressive/autoregressive.h"
+#include "core/gemm.h"
+#include "core/simd.h"
+
+#include <vector>
+
+PFK_DECLARE_LEVELS(void autoregressive_inverse(const AutoregressiveArgs&, int, int, int64_t,
+                                               int64_t))
+
+PFK_BEGIN
+
+namespace {
+
+// The work space of one block: rows of `width` samples, of which `count` are real.
+template <class T>
+struct Work {
+  T* rows;
+  double* log_det;
+  int64_t width, first, count;
+  int64_t columns;  // that are computed: whole vectors
+  T* row(int64_t r) const { return rows + r * width; }
+};
+
+// Where the sums of units [begin, end) begin: their biases and what a residual adds.
+template <class T>
+void start_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, T* out) {
+  const T* bias = static_cast<const T*>(layer.bias);
+  for (int u = begin; u < end; ++u, out += w.width) {
+    if (layer.bias_row == 0) {
+      const Vec<T> b = bias[u];
+      for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) b.store(out + i);
+    } else {
+      for (int64_t i = 0; i < w.count; ++i) out[i] = bias[(w.first + i) * layer.bias_row + u];
+      for (int64_t i = w.count; i < w.columns; ++i) out[i] = T(0);
+    }
+    if (layer.residual >= 0) {
+      const T* add = w.row(layer.residual + layer.residual_at[u]);
+      for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
+        (Vec<T>::load(out + i) + Vec<T>::load(add + i)).store(out + i);
+      }
+    }
+  }
+}
+
+// Adds the products of units [begin, end) with the first `depth` rows that they read.  The rows are
+// shared out evenly over tiles: a last tile of one row would take as long as one of three.
+template <class T>
+void multiply(const MaskedLayer& layer, const Work<T>& w, int begin, int end, int depth, T* out) {
+  const T* weight = static_cast<const T*>(layer.weight);
+  const int tiles = (end - begin + kGemmRows - 1) / kGemmRows;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int from = begin + (end - begin) * tile / tiles;
+    const int to = begin + (end - begin) * (tile + 1) / tiles;
+    gemm<T>({weight + static_cast<int64_t>(from) * layer.stride, layer.stride, 1},
+            {w.row(layer.source), w.width}, to - from, w.columns, depth,
+            {out + (from - begin) * w.width, w.width}, true);
+  }
+}
+
+template <class T>
+void find_units(const MaskedLayer& layer, const Work<T>& w, int step) {
+  const int begin = step == 0 ? 0 : layer.counts[step - 1], end = layer.counts[step];
+  if (begin == end) return;
+  T* out = w.row((layer.raw >= 0 ? layer.raw : layer.activated) + begin);
+  start_units(layer, w, begin, end, out);
+  multiply(layer, w, begin, end, layer.source_counts[step], out);
+  if (layer.activated < 0) return;
+  T* activated = w.row(layer.activated + begin);
+  with_activation(layer.activation, [&](auto activation) {
+    for (int u = begin; u < end; ++u, out += w.width, activated += w.width) {
+      for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
+        activate<decltype(activation)::value>(Vec<T>::load(out + i)).store(activated + i);
+      }
+    }
+  });
+}
+
+// Row `rank` of x from its parameters, which begin at `params`.
+template <class T>
+void find_feature(const AutoregressiveArgs& a, const Work<T>& w, int rank, const T* params,
+                  const AffineMap<T>& map) {
+  const T* z = static_cast<const T*>(a.z) + w.first * a.features + a.order[rank];
+  T* found = w.row(rank);
+  for (int64_t i = 0; i < w.count; ++i) found[i] = z[i * a.features];
+  for (int64_t i = w.count; i < w.columns; ++i) found[i] = T(0);
+  with_scale_kind(a.kind, [&](auto kind) {
+    for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
+      const auto param = [&](int k) { return Vec<T>::load(params + k * w.width + i); };
+      const Found<Vec<T>> f =
+          invert_affine<decltype(kind)::value>(Vec<T>::load(found + i), param, map);
+      f.x.store(found + i);
+      T terms[Vec<T>::kLanes];
+      f.log_det.store(terms);
+      for (int lane = 0; lane < Vec<T>::kLanes; ++lane) w.log_det[i + lane] += terms[lane];
+    }
+  });
+  T* x = static_cast<T*>(a.x) + w.first * a.features + a.order[rank];
+  for (int64_t i = 0; i < w.count; ++i) x[i * a.features] = found[i];
+}
+
+template <class T>
+void run_block(const AutoregressiveArgs& a, const Work<T>& w) {
+  const AffineMap<T> map = affine_map<T>(a.numbers, a.flags);
+  const MaskedLayer& last = a.layers[a.layer_count - 1];
+  for (int64_t i = 0; i < w.columns; ++i) w.log_det[i] = 0;
+  for (int step = 0; step < a.levels; ++step) {
+    for (int j = 0; j + 1 < a.layer_count; ++j) find_units(a.layers[j], w, step);
+    const int begin = a.feature_counts[step], end = a.feature_counts[step + 1];
+    T* params = w.row(a.params);
+    start_units(last, w, begin * a.outputs, end * a.outputs, params);
+    multiply(last, w, begin * a.outputs, end * a.outputs, last.source_counts[step], params);
+    for (int rank = begin; rank < end; ++rank, params += a.outputs * w.width) {
+      find_feature(a, w, rank, params, map);
+    }
+  }
+  T* log_det = static_cast<T*>(a.log_det) + w.first;
+  for (int64_t i = 0; i < w.count; ++i) log_det[i] = static_cast<T>(w.log_det[i]);
+}
+
+template <class T>
+void run_blocks(const AutoregressiveArgs& a, int width, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64;
+  std::vector<T> memory(static_cast<size_t>(a.rows) * width + kLine / sizeof(T));
+  std::vector<double> log_det(width);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  T* rows = memory.data() + (kLine - address % kLine) % kLine / sizeof(T);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * width;
+    const int64_t count = a.samples - first < width ? a.samples - first : width;
+    constexpr int64_t w = Vec<T>::kLanes;
+    run_block<T>(a, {rows, log_det.data(), width, first, count, (count + w - 1) / w * w});
+  }
+}
+
+}  // namespace
+
+// Blocks [begin, end) of `width` samples.
+void autoregressive_inverse(const AutoregressiveArgs& a, int width, int is_double, int64_t begin,
+                            int64_t end) {
+  if (is_double) return run_blocks<double>(a, width, begin, end);
+  run_blocks<float>(a, width, begin, end);
+}
+
+PFK_END
+
+#if PFK_SIMD_LEVEL == 0
+#include "autoregressive/autoregressive_host.h"
+
+namespace pfk {
+
+// Samples of a block: their values should stay in a core's L2, and there should be blocks for all.
+static int block_width(int64_t samples) { return samples >= 256 ? 64 : samples > 16 ? 32 : 16; }
+
+static void run_autoregressive_cpu(AutoregressiveArgs& a, const Tensor& x) {
+  const int width = block_width(a.samples);
+  const int is_double = dtype_of(x) == kFloat64;
+  const int64_t blocks = (a.samples + width - 1) / width;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(autoregressive_inverse, a, width, is_double, begin, end);
+  });
+}
+
+}  // namespace pfk
+
+PFK_REGISTER_AUTOREGRESSIVE(CPU, pfk::run_autoregressive_cpu)
+#endif
