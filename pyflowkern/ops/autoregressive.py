@@ -40,6 +40,8 @@ from pyflowkern.ops._sorted_network import SortedNetwork, solve
 from pyflowkern.ops.affine import _DIVIDE, _SHIFT_FIRST
 from pyflowkern.ops.affine import _map_of as affine_map_of
 from pyflowkern.ops.masked_plan import MaskedPlan
+from pyflowkern.ops.scale_map import ScaleMap
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["autoregressive_inverse", "autoregressive_inverse_reference"]
 
@@ -88,8 +90,10 @@ def autoregressive_inverse(
     tau = element_map(transform)
     _check(z, weights, biases, plan, tau)
     given = [b for b in biases if b is not None]
-    if len(weights) > _MOST_LAYERS or not kernel_serves(
-        "autoregressive_inverse", z, *weights, *given
+    if (
+        isinstance(tau, SplineMap)
+        or len(weights) > _MOST_LAYERS
+        or not kernel_serves("autoregressive_inverse", z, *weights, *given)
     ):
         return autoregressive_inverse_reference(z, weights, biases, plan, transform=tau)
     dtype = z.dtype
@@ -167,7 +171,7 @@ def _check(
 # --- schema, fake, autograd ---------------------------------------------------------------------------------
 
 
-def _numbers(transform: ElementMap) -> tuple[int, list[float], int]:
+def _numbers(transform: ScaleMap) -> tuple[int, list[float], int]:
     """Return the transform as the kernels take it: code, constants and flags."""
     flags = _SHIFT_FIRST * transform.shift_first + _DIVIDE * transform.divide
     return transform.code, transform.numbers, flags

@@ -198,9 +198,10 @@ def test_in_one_dimension_the_density_integrates_to_one():
 )
 def test_in_two_dimensions_the_density_integrates_to_one(build):
     flow = randomize(build(2, context_features=0), scale=0.5).double().eval()
-    grid = torch.linspace(-12, 12, 301).double()
+    grid = torch.linspace(-24, 24, 601).double()
     points = torch.cartesian_prod(grid, grid)
-    mass = flow.log_prob(points).exp().sum() * (grid[1] - grid[0]) ** 2
+    with torch.no_grad():
+        mass = flow.log_prob(points).exp().sum() * (grid[1] - grid[0]) ** 2
     torch.testing.assert_close(mass.item(), 1.0, atol=1e-3, rtol=0)
 
 
