@@ -206,7 +206,7 @@ def _network(
         raise ValueError(f"residual blocks must have one width, got hidden={widths}")
     options: dict[str, Any] = {"hidden": widths[0], "context_features": context_features}
     if spatial_dims == 0:
-        return partial(ResidualMLP, blocks=len(widths), **options)
+        return partial(ResidualMLP, blocks=len(widths), activate_last=False, **options)
     if not residual:
         return partial(ConvNet, spatial_dims=spatial_dims, **options)
     return partial(ResidualConvNet, blocks=len(widths), spatial_dims=spatial_dims, **options)
@@ -237,6 +237,9 @@ def _couplings(
     alternate = channel_mask(features, interleaved=True)
     layers: list[Bijection] = []
     for i in range(transforms):
+        if mixing == "plu":  # which mixes halves, whose features lie side by side, as well as any
+            layers.append(coupling(features, conditioner, swap=i % 2 == 1))
+            continue
         mask = alternate ^ (i % 2 == 1)
         if mixing == "permutation":
             mask = mask[layer_permutation(features, i)]

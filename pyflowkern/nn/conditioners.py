@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyflowkern.nn._relu_network import linear_layers, relu_network
+
 __all__ = ["MLP", "ConvNet", "PeriodicInput", "ResidualConvNet", "ResidualMLP", "start_at"]
 
 Activation = Callable[[], torch.nn.Module]
@@ -34,18 +36,22 @@ class _Conditioner(torch.nn.Module):
         )
 
     def _add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
+        bias = self._context_bias(h, context)
+        return h if bias is None else h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
+
+    def _context_bias(self, h: Tensor, context: Tensor | None) -> Tensor | None:
         if self.context is None:
             if context is not None:
                 raise ValueError(
                     "context was given, but this conditioner was made with context_features=0"
                 )
-            return h
+            return None
         want = (h.shape[0], self.context_features)
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
         bias: Tensor = self.context(context)
-        return h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
+        return bias
 
 
 class MLP(_Conditioner):
@@ -93,6 +99,10 @@ class MLP(_Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_features]``."""
+        body = list(self.body._modules.values())
+        layers = [self.first, *body[1::2], self.last]
+        if (params := linear_layers(x, layers, body[0::2])) is not None:
+            return relu_network(x, self._context_bias(x, context), params, False, True)
         out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
         return out
 
@@ -107,6 +117,8 @@ class ResidualMLP(_Conditioner):
         blocks: number of residual blocks.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         activation: makes the non-linearity.
+        activate_last: whether the last layer, too, is behind a non-linearity; not so in Durkan et
+            al. (2019).
 
     Raises:
         ValueError: for a width below 1, or a context of another shape.
@@ -130,17 +142,32 @@ class ResidualMLP(_Conditioner):
         blocks: int = 2,
         context_features: int = 0,
         activation: Activation = torch.nn.ReLU,
+        activate_last: bool = True,
     ) -> None:
         super().__init__(hidden, context_features)
+        self.activate_last = activate_last
         self.first = torch.nn.Linear(in_features, hidden)
         self.blocks = torch.nn.ModuleList(
             _block(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation)
             for _ in range(blocks)
         )
-        self.last = torch.nn.Sequential(activation(), _zero(torch.nn.Linear(hidden, out_features)))
+        before = activation() if activate_last else torch.nn.Identity()
+        self.last = torch.nn.Sequential(before, _zero(torch.nn.Linear(hidden, out_features)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_features]``."""
+        layers: list[torch.nn.Module | None] = [self.first]
+        activations: list[torch.nn.Module | None] = []
+        for block in self.blocks._modules.values():
+            before, first, between, second = block._modules.values()
+            layers += (first, second)
+            activations += (before, between)
+        activation, last = self.last._modules.values()
+        if self.activate_last:
+            activations.append(activation)
+        if (params := linear_layers(x, [*layers, last], activations)) is not None:
+            bias = self._context_bias(x, context)
+            return relu_network(x, bias, params, True, self.activate_last)
         h = self._add_context(self.first(x), context)
         for block in self.blocks:
             h = h + block(h)
