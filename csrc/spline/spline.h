@@ -62,8 +62,9 @@ SplineMap<T> spline_map(const SplineNumbers& n, int code, int bins, bool inverse
   m.low = T(low), m.high = T(high), m.bound = T(n.bound);
   for (int i = 0; i < 2; ++i) {
     const double size = m.parameters == kSoftclip || (learned && !free) ? 0 : least[i];
-    m.least[i] = T(free ? size : span * size);
-    m.room[i] = T(span * (1 - bins * size));
+    const double whole = m.kind == kQuadratic ? 1 : span;  // which has the unit interval inside
+    m.least[i] = T(free ? size : whole * size);
+    m.room[i] = T(whole * (1 - bins * size));
     m.shift[i] = free ? T(softplus_inverse(2 * n.bound / bins - least[i])) : T(0);
   }
   const int inner = m.tails == kIdentityTails ? bins - 1 : m.tails == kCircular ? bins : bins + 1;
@@ -120,27 +121,90 @@ struct SplineConfig {
 };
 using AnySpline = SplineConfig<0, -1, -1>;
 
-// ---- the bins of an axis -----------------------------------------------------------------------
+// ---- sums of the sizes before a bin -------------------------------------------------------------
+// Kahan's: within two roundings of the whole, whatever K.
 template <class V>
+struct CarefulSum {
+  V total, lost;
+
+  static PFK_HD V scaled(V e) { return e; }
+  static PFK_HD CarefulSum zero() { return {V(Lane<V>(0)), V(Lane<V>(0))}; }
+  PFK_HD void add(V e) {
+    const V term = e - lost, next = total + term;
+    lost = (next - total) - term;
+    total = next;
+  }
+  PFK_HD V value() const { return total; }
+};
+template <class V, class M>
+PFK_HD CarefulSum<V> select(M mask, const CarefulSum<V>& a, const CarefulSum<V>& b) {
+  return {select(mask, a.total, b.total), V(Lane<V>(0))};
+}
+template <class V>
+PFK_HD V rest_of(const CarefulSum<V>& whole, const CarefulSum<V>& part) {
+  return whole.total - part.total;  // exact where part is more than half
+}
+
+// In fixed point: exact but for what e has below 2^-27, and faster too, an addition being one
+// cycle. For up to 8 terms, the largest of which is 1.
+#if !defined(__CUDACC__)
+struct FixedSum {
+  using V = Vec<float>;
+  Vec<float>::RawInt total;
+
+  static PFK_HD V scaled(V e) { return e * V(134217728.0f); }
+  static PFK_HD FixedSum zero() { return {Vec<float>::RawInt{}}; }
+  PFK_HD void add(V e) { total += __builtin_convertvector(e.v, Vec<float>::RawInt); }
+  PFK_HD V value() const { return V(__builtin_convertvector(total, Vec<float>::Raw)); }
+};
+static PFK_HD FixedSum select(Mask<float> mask, const FixedSum& a, const FixedSum& b) {
+  return {mask.m ? a.total : b.total};
+}
+static PFK_HD Vec<float> rest_of(const FixedSum& whole, const FixedSum& part) {
+  return FixedSum{whole.total - part.total}.value();
+}
+#endif
+
+template <class C, class V>
+struct SumType {
+  using type = CarefulSum<V>;
+};
+#if !defined(__CUDACC__)
+template <int kParameters, int kTails>
+struct SumType<SplineConfig<8, kParameters, kTails>, Vec<float>> {
+  using type = FixedSum;
+};
+#endif
+template <class C, class V>
+using SumOf = typename SumType<C, V>::type;
+
+// ---- the bins of an axis -----------------------------------------------------------------------
+template <class C, class V>
 struct Axis {
   int first;  // column
-  V low, rate, sum;
+  V low, high, rate, sum;
   Lane<V> least;
+  SumOf<C, V> whole;
+
+  PFK_HD V span(int bins) const { return sum * rate + V(Lane<V>(bins) * least); }
 };
 
 // Turns raw sizes into exponentials; leaves the softclip's factors in the scratch columns.
 template <class C, class V, class Tile>
-PFK_HD Axis<V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis) {
+PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int first) {
   using T = Lane<V>;
-  const int bins = C::bins(m), first = axis * bins;
-  Axis<V> a{first, V(m.low), V(T(1)), V(T(0)), m.least[axis]};
+  using Sum = SumOf<C, V>;
+  const int bins = C::bins(m);
+  Axis<C, V> a{first, V(m.low), V(m.high), V(T(1)), V(T(0)), m.least[axis], Sum::zero()};
   if (C::free_sizes(m)) {
     for (int j = 0; j < bins; ++j) {
       const V size = softplus_with_slope(t.get(first + j) * V(m.scale) + V(m.shift[axis])).value;
       t.put(first + j, size);
-      a.sum = a.sum + size;
+      a.whole.add(size);
     }
+    a.sum = a.whole.value();
     a.low = t.get(m.domain + 1 - axis) - V(m.bound);
+    a.high = a.low + a.span(bins);
     return a;
   }
   if (C::parameters(m, kSoftclip)) {
@@ -154,29 +218,21 @@ PFK_HD Axis<V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis) {
   V top = t.get(first);
   PFK_UNROLL
   for (int j = 1; j < bins; ++j) top = max_(top, t.get(first + j));
-  const V shift = top * V(m.exponent);
+  // the difference first: it is exact where it matters, and the product need not be
   PFK_UNROLL
   for (int j = 0; j < bins; ++j) {
-    const V e = exp2_below(t.get(first + j) * V(m.exponent) - shift);
+    const V e = Sum::scaled(exp2_below((t.get(first + j) - top) * V(m.exponent)));
     t.put(first + j, e);
-    a.sum = a.sum + e;
+    a.whole.add(e);
   }
+  a.sum = a.whole.value();
   a.rate = V(m.room[axis]) / a.sum;
   if (C::parameters(m, kDomain)) {
-    const V half = V(m.bound) * softplus_with_slope(t.get(m.domain) + V(m.domain_shift)).value;
-    a.low = -half;
-    a.rate = (half + half) / a.sum;
+    a.high = V(m.bound) * softplus_with_slope(t.get(m.domain) + V(m.domain_shift)).value;
+    a.low = -a.high;
+    a.rate = (a.high - a.low) / a.sum;
   }
   return a;
-}
-
-template <class V>
-PFK_HD V span_of(const Axis<V>& a, int bins) {
-  return a.sum * a.rate + V(Lane<V>(bins) * a.least);
-}
-template <class V>
-PFK_HD V end_of(const Axis<V>& a, int bins) {
-  return a.low + span_of(a, bins);
 }
 
 // ---- finding the bin ---------------------------------------------------------------------------
@@ -185,29 +241,49 @@ template <class V>
 struct Place {
   V bin;  // its number
   V before[2], size[2];
+  V start[2], end[2];
 };
+
+// Where a bin starts, from the nearer end: an error of the rate then counts half at most.
+template <class C, class V>
+PFK_HD V start_of(const Axis<C, V>& a, V bin, const SumOf<C, V>& before, int bins) {
+  using T = Lane<V>;
+  const V rest = rest_of(a.whole, before), value = before.value();
+  const auto far = value > rest;
+  const V from = select(far, a.high - V(T(bins) * a.least), a.low);
+  return select(far, -rest, value) * a.rate + (bin * V(a.least) + from);
+}
 
 // Calls picked(mask, j) for every inner knot, which v has reached in the lanes of the mask.
 template <class C, class V, class Tile, class Picked>
-PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<V>& in,
-                     const Axis<V>& out, Picked picked) {
+PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>& in,
+                     const Axis<C, V>& out, Picked picked) {
   using T = Lane<V>;
+  using Sum = SumOf<C, V>;
   const int bins = C::bins(m);
-  const V zero = T(0);
-  Place<V> p{zero, {zero, zero}, {t.get(in.first), t.get(out.first)}};
-  V before = zero, other = zero, size = p.size[0], other_size = p.size[1];
+  Place<V> p{};
+  p.bin = V(T(0));
+  Sum before = Sum::zero(), other = before, found = before, other_found = before;
+  V size = t.get(in.first), other_size = t.get(out.first);
+  p.size[0] = size, p.size[1] = other_size;
   PFK_UNROLL
   for (int j = 1; j < bins; ++j) {
-    before = before + size, other = other + other_size;
+    before.add(size), other.add(other_size);
     size = t.get(in.first + j), other_size = t.get(out.first + j);
-    const auto reached = v >= before * in.rate + (in.low + V(T(j) * in.least));
+    const auto reached = v >= before.value() * in.rate + (in.low + V(T(j) * in.least));
     p.bin = select(reached, V(T(j)), p.bin);
-    p.before[0] = select(reached, before, p.before[0]);
-    p.before[1] = select(reached, other, p.before[1]);
+    found = select(reached, before, found);
+    other_found = select(reached, other, other_found);
     p.size[0] = select(reached, size, p.size[0]);
     p.size[1] = select(reached, other_size, p.size[1]);
     picked(reached, j);
   }
+  const V next = p.bin + V(T(1));
+  p.before[0] = found.value(), p.before[1] = other_found.value();
+  p.start[0] = start_of(in, p.bin, found, bins);
+  p.start[1] = start_of(out, p.bin, other_found, bins);
+  found.add(p.size[0]), other_found.add(p.size[1]);
+  p.end[0] = start_of(in, next, found, bins), p.end[1] = start_of(out, next, other_found, bins);
   return p;
 }
 
@@ -215,8 +291,8 @@ PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<V>& i
 // From those of the bin's start and size, and one of every size alike (a learned interval alone);
 // bins before this one moved its start, and bins after it did nothing.
 template <class C, class V, class Tile>
-PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<V>& a, V bin, V before,
-                           V size, V grad_start, V grad_size, V grad_all) {
+PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<C, V>& a, V bin,
+                           V before, V size, V grad_start, V grad_size, V grad_all) {
   using T = Lane<V>;
   const int bins = C::bins(m);
   if (C::free_sizes(m)) {
@@ -256,6 +332,64 @@ template <class V>
 PFK_HD Ends<V> ends_of(V v, V start, V end) {
   const auto below = v < start;
   return {start, end, below, mask_or(below, v > end)};
+}
+
+template <class V>
+struct SplineValue {
+  V out, log_slope;  // of the direction that ran
+};
+
+// What lies outside of [start, end]; d0 and d1 are the derivatives at the ends of the bin, and so,
+// outside, of the tail.
+template <class C, class V>
+PFK_HD SplineValue<V> with_tails(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V out,
+                                 V log_slope, V d0, V d1, V low, V high) {
+  using T = Lane<V>;
+  if (C::tails(m, kIdentityTails)) {
+    out = select(e.outside, v, out);
+    log_slope = select(e.outside, V(T(0)), log_slope);
+  } else if (C::tails(m, kNoTails)) {
+    out = select(e.outside, V(T(NAN)), out);
+    log_slope = select(e.outside, V(T(NAN)), log_slope);
+  } else if (C::tails(m, kAffineTails)) {
+    const V d = select(e.below, d0, d1), distance = v - select(e.below, e.start, e.end);
+    const V edge = select(e.below, low, high);
+    out = select(e.outside, edge + (m.inverse ? distance / d : distance * d), out);
+    log_slope = select(e.outside, log_(d), log_slope);
+  }
+  return {out, m.inverse ? -log_slope : log_slope};
+}
+
+// Gradients of an element, by the start and size of its bin on both axes and by the derivatives at
+// its ends, and of the input.
+template <class V>
+struct SplineGrad {
+  V in, start_x, size_x, start_y, size_y, d0, d1;
+};
+
+// Those of what lies outside; an edge that is learned (of x, and of y) moves with the start.
+template <class C, class V>
+PFK_HD void tail_grad(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V d0, V d1, V grad_out,
+                      V grad_log, SplineGrad<V>& g) {
+  using T = Lane<V>;
+  const V zero = T(0);
+  if (C::tails(m, kCircular)) return;
+  V in = C::tails(m, kNoTails) ? zero : grad_out, start_x = zero, start_y = zero;
+  V first = zero, last = zero;
+  if (C::tails(m, kAffineTails)) {  // y = edge_y + d (x - edge_x)
+    const V d = select(e.below, d0, d1), distance = v - select(e.below, e.start, e.end);
+    const V upstream = m.inverse ? -grad_out / d : grad_out;  // of y
+    const V by_d =
+        upstream * (m.inverse ? distance / d : distance) + (m.inverse ? -grad_log : grad_log) / d;
+    in = m.inverse ? grad_out / d : grad_out * d;
+    first = select(e.below, by_d, zero), last = select(e.below, zero, by_d);
+    if (C::parameters(m, kDomain)) start_x = -upstream * d, start_y = upstream;
+  }
+  g.in = select(e.outside, in, g.in);
+  g.d0 = select(e.outside, first, g.d0), g.d1 = select(e.outside, last, g.d1);
+  g.start_x = select(e.outside, start_x, g.start_x);
+  g.start_y = select(e.outside, start_y, g.start_y);
+  g.size_x = select(e.outside, zero, g.size_x), g.size_y = select(e.outside, zero, g.size_y);
 }
 
 // Circular tails: into [low, high).

@@ -9,7 +9,7 @@
 #include "core/simd.h"
 #include "core/tile.h"
 #include "spline/spline_args.h"
-#include "spline/spline_rational.h"
+#include "spline/spline_kinds.h"
 
 PFK_DECLARE_LEVELS(void spline_tasks(const SplineArgs&, const RowPlan&, double*, int, int64_t,
                                      int64_t))
@@ -38,16 +38,16 @@ struct Lanes {
 template <class T>
 using LanesFunction = void (*)(const SplineMap<T>&, T* tile, const Lanes<T>&);
 
-template <class C, bool kBackward, class T>
-void rational_lanes(const SplineMap<T>& map, T* p, const Lanes<T>& l) {
+template <int kKind, class C, bool kBackward, class T>
+void spline_lanes(const SplineMap<T>& map, T* p, const Lanes<T>& l) {
   using V = Vec<T>;
   const SplineMap<T> m = map;  // by value: behind a reference every store could change it
   VecTile<T> tile{p};
   const V in = V::load(l.in);
   if constexpr (kBackward) {
-    rational_vjp<C>(m, tile, in, V::load(l.grad_out), V::load(l.grad_log)).store(l.out);
+    spline_vjp<kKind, C>(m, tile, in, V::load(l.grad_out), V::load(l.grad_log)).store(l.out);
   } else {
-    const SplineValue<V> r = rational_apply<C>(m, tile, in);
+    const SplineValue<V> r = spline_apply<kKind, C>(m, tile, in);
     r.out.store(l.out);
     r.log_slope.store(l.log_slope);
   }
@@ -55,9 +55,19 @@ void rational_lanes(const SplineMap<T>& map, T* p, const Lanes<T>& l) {
 
 template <bool kBackward, class T>
 LanesFunction<T> lanes_function(const SplineMap<T>& m) {
+  switch (m.kind) {
+    case kLinearSpline:
+      return spline_lanes<kLinearSpline, AnySpline, kBackward, T>;
+    case kQuadratic:
+      return spline_lanes<kQuadratic, AnySpline, kBackward, T>;
+    case kCubic:
+      return spline_lanes<kCubic, AnySpline, kBackward, T>;
+    default:
+      break;
+  }
   if (m.bins == 8 && m.parameters == kSoftmax && m.tails == kIdentityTails)
-    return rational_lanes<SplineConfig<8, kSoftmax, kIdentityTails>, kBackward, T>;
-  return rational_lanes<AnySpline, kBackward, T>;
+    return spline_lanes<kRational, SplineConfig<8, kSoftmax, kIdentityTails>, kBackward, T>;
+  return spline_lanes<kRational, AnySpline, kBackward, T>;
 }
 
 // ---- a block of elements -----------------------------------------------------------------------

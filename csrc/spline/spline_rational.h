@@ -15,13 +15,13 @@
 PFK_BEGIN
 
 // An element in its bin.
-template <class V>
+template <class C, class V>
 struct RationalBin {
-  Axis<V> in, out;
+  Axis<C, V> in, out;
   Place<V> place;
   Ends<V> ends;
   V size_in, size_out;  // of the bin
-  V start_in, start_out;
+  V start_in, start_out, end_in, end_out;
   V d0, d1;  // derivatives at its ends, and of those by the raw numbers
   V slope0, slope1;
   V v;  // the input, wrapped
@@ -46,15 +46,15 @@ PFK_HD Derivative<V> derivative_of(V raw, const SplineMap<Lane<V>>& m) {
 }
 
 template <class C, class V, class Tile>
-PFK_HD RationalBin<V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
+PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   using T = Lane<V>;
   const int bins = C::bins(m);
-  RationalBin<V> b;
+  RationalBin<C, V> b;
   {
-    const Axis<V> x = spread<C, V>(m, t, 0), y = spread<C, V>(m, t, 1);
+    const Axis<C, V> x = spread<C, V>(m, t, 0, 0), y = spread<C, V>(m, t, 1, bins);
     b.in = m.inverse ? y : x, b.out = m.inverse ? x : y;
   }
-  if (C::tails(m, kCircular)) v = wrap(v, b.in.low, V(m.high));
+  if (C::tails(m, kCircular)) v = wrap(v, b.in.low, b.in.high);
   b.v = v;
   const bool ended = !(C::tails(m, kIdentityTails) || C::parameters(m, kDomain));
   V raw0 = V(T(0)), raw1 = t.get(m.knot + 1);
@@ -69,7 +69,7 @@ PFK_HD RationalBin<V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   if (!ended) {  // the ends have the derivative of the tails
     V end = T(1);
     if (C::free_sizes(m)) {
-      const V in = span_of(b.in, bins), out = span_of(b.out, bins);
+      const V in = b.in.span(bins), out = b.out.span(bins);
       end = m.inverse ? in / out : out / in;
     }
     const auto first = b.place.bin == T(0), last = b.place.bin == T(bins - 1);
@@ -78,10 +78,9 @@ PFK_HD RationalBin<V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   }
   b.size_in = b.place.size[0] * b.in.rate + V(b.in.least);
   b.size_out = b.place.size[1] * b.out.rate + V(b.out.least);
-  b.start_in = b.place.before[0] * b.in.rate + (b.in.low + b.place.bin * V(b.in.least));
-  b.start_out = b.place.before[1] * b.out.rate + (b.out.low + b.place.bin * V(b.out.least));
-  b.ends = C::parameters(m, kDomain) ? ends_of(v, b.in.low, end_of(b.in, bins))
-                                     : ends_of(v, V(m.low), V(m.high));
+  b.start_in = b.place.start[0], b.start_out = b.place.start[1];
+  b.end_in = b.place.end[0], b.end_out = b.place.end[1];
+  b.ends = ends_of(v, b.in.low, b.in.high);
   return b;
 }
 
@@ -97,61 +96,62 @@ PFK_HD V clamp_unit(V v) {
   return max_(min_(v, V(T(1))), V(T(0)));
 }
 
-template <class V>
-PFK_HD RationalPoint<V> rational_forward(const RationalBin<V>& b) {
+// The place within the bin searched, measured from the nearer end.
+template <class C, class V>
+PFK_HD RationalPoint<V> rational_point(const RationalBin<C, V>& b) {
   using T = Lane<V>;
-  const V inverse_width = V(T(1)) / b.size_in, s = b.size_out * inverse_width;
-  const V xi = clamp_unit((b.v - b.start_in) * inverse_width), zeta = V(T(1)) - xi;
-  const V below = s * (xi * xi + zeta * zeta) + (b.d0 + b.d1) * (xi * zeta);
-  return {xi, zeta, s, b.start_out + b.size_out * (xi * (s * xi + b.d0 * zeta)) / below};
+  const V inverse = V(T(1)) / b.size_in;
+  const V from_start = clamp_unit((b.v - b.start_in) * inverse);
+  const V from_end = clamp_unit((b.end_in - b.v) * inverse);
+  const auto near = from_start < from_end;
+  return {select(near, from_start, V(T(1)) - from_end),
+          select(near, V(T(1)) - from_start, from_end), inverse, V(T(0))};
 }
 
-template <class V>
-PFK_HD RationalPoint<V> rational_inverse(const RationalBin<V>& b) {
+template <class C, class V>
+PFK_HD V from_nearer_end(const RationalBin<C, V>& b, V up, V down) {
+  return select(up < down, b.start_out + b.size_out * up, b.end_out - b.size_out * down);
+}
+
+template <class C, class V>
+PFK_HD RationalPoint<V> rational_forward(const RationalBin<C, V>& b) {
   using T = Lane<V>;
-  const V inverse_height = V(T(1)) / b.size_in, s = b.size_in / b.size_out;
-  const V eta = clamp_unit((b.v - b.start_in) * inverse_height), rest = V(T(1)) - eta;
+  RationalPoint<V> p = rational_point(b);
+  const V xi = p.xi, zeta = p.zeta;
+  p.s = b.size_out * p.s;
+  const V up = xi * (p.s * xi + b.d0 * zeta), down = zeta * (p.s * zeta + b.d1 * xi);
+  const V below = V(T(1)) / (p.s * (xi * xi + zeta * zeta) + (b.d0 + b.d1) * (xi * zeta));
+  p.out = from_nearer_end(b, up * below, down * below);
+  return p;
+}
+
+template <class C, class V>
+PFK_HD RationalPoint<V> rational_inverse(const RationalBin<C, V>& b) {
+  using T = Lane<V>;
+  const RationalPoint<V> at = rational_point(b);  // on the axis of y
+  const V s = b.size_in / b.size_out, eta = at.xi, rest = at.zeta;
   const V m = b.d0 * rest - b.d1 * eta, twice = s + s;
   const V r = sqrt_(m * m + twice * twice * (eta * rest));
   const auto right = m < T(0);
   const V near = twice * select(right, rest, eta);
   const V root = clamp_unit(near / (abs_(m) + r + near)), other = V(T(1)) - root;
-  const V xi = select(right, other, root);
-  return {xi, select(right, root, other), s, b.start_out + b.size_out * xi};
+  const V xi = select(right, other, root), zeta = select(right, root, other);
+  return {xi, zeta, s, from_nearer_end(b, xi, zeta)};
 }
-
-template <class V>
-struct SplineValue {
-  V out, log_slope;  // of the direction that ran
-};
 
 // ---- forward and inverse of an element -------------------------------------------------------
 template <class C, class V, class Tile>
 PFK_HD SplineValue<V> rational_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   using T = Lane<V>;
-  const RationalBin<V> b = rational_bin<C, V>(m, t, v);
+  const RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
   const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
   const V prod = p.xi * p.zeta;
   const V ratio = p.s / (p.s * (p.xi * p.xi + p.zeta * p.zeta) + (b.d0 + b.d1) * prod);
   const V above = b.d1 * p.xi * p.xi + (p.s + p.s) * prod + b.d0 * p.zeta * p.zeta;
   V log_slope = log_(ratio * ratio * above);
-  const bool learned = C::parameters(m, kDomain);
-  const V low = b.out.low, high = learned ? end_of(b.out, C::bins(m)) : V(m.high);
-  V out = max_(min_(p.out, high), low);
-  if (C::tails(m, kIdentityTails)) {
-    out = select(b.ends.outside, v, out);
-    log_slope = select(b.ends.outside, V(T(0)), log_slope);
-  } else if (C::tails(m, kNoTails)) {
-    out = select(b.ends.outside, V(T(NAN)), out);
-    log_slope = select(b.ends.outside, V(T(NAN)), log_slope);
-  } else if (C::tails(m, kAffineTails)) {
-    const V d = select(b.ends.below, b.d0, b.d1);
-    const V distance = v - select(b.ends.below, b.ends.start, b.ends.end);
-    const V edge = select(b.ends.below, low, high);
-    out = select(b.ends.outside, edge + (m.inverse ? distance / d : distance * d), out);
-    log_slope = select(b.ends.outside, log_(d), log_slope);
-  }
-  return {out, m.inverse ? -log_slope : log_slope};
+  const V low = b.out.low, high = b.out.high;
+  return with_tails<C>(m, b.ends, b.v, max_(min_(p.out, high), low), log_slope, b.d0, b.d1, low,
+                       high);
 }
 
 // ---- VJP -------------------------------------------------------------------------------------
@@ -179,23 +179,17 @@ PFK_HD RationalTerms<V> rational_terms(const RationalPoint<V>& p, V d0, V d1) {
   return r;
 }
 
-// Gradients by the bin's start and size on both axes and by its end derivatives.
-template <class V>
-struct RationalGrad {
-  V start_x, size_x, start_y, size_y, d0, d1;
-};
-
 // For upstream gradients of y and log f', and the gradient of x that follows from them.
 template <class V>
-PFK_HD RationalGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerms<V>& r, V d0,
-                                     V d1, V w, V h, V grad_y, V grad_log, V grad_x) {
+PFK_HD SplineGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerms<V>& r, V d0, V d1,
+                                   V w, V h, V grad_y, V grad_log, V grad_x) {
   using T = Lane<V>;
   const V xi2 = p.xi * p.xi, zeta2 = p.zeta * p.zeta, two = T(2);
   const V gy = grad_y * h * r.below * r.below * r.t, twice = two * r.t * r.below;
   // by s, times s
   const V by_s = gy * p.s * (d1 * xi2 - d0 * zeta2) +
                  grad_log * (two + two * p.s * (r.t * r.over - (xi2 + zeta2) * r.below));
-  RationalGrad<V> g;
+  SplineGrad<V> g;
   g.d0 = gy * r.right + grad_log * (zeta2 * r.over - twice);
   g.d1 = grad_log * (xi2 * r.over - twice) - gy * r.left;
   g.start_x = -grad_x;
@@ -211,55 +205,35 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
   using T = Lane<V>;
   const int bins = C::bins(m);
   const V zero = T(0);
-  RationalBin<V> b = rational_bin<C, V>(m, t, v);
+  RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
   const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
   const V w = m.inverse ? b.size_out : b.size_in, h = m.inverse ? b.size_in : b.size_out;
   const RationalTerms<V> r = rational_terms(p, b.d0, b.d1);
   const V slope = r.by_xi * h / w, log_by_x = r.log_by_xi / w;
-  V grad_in;
-  RationalGrad<V> g;
+  SplineGrad<V> g;
   if (m.inverse) {  // implicitly: forward's VJP at the root, with other upstream gradients
-    grad_in = (grad_out - grad_log * log_by_x) / slope;
-    g = rational_grad(p, r, b.d0, b.d1, w, h, -grad_in, -grad_log, -grad_out);
+    const V grad_y = (grad_out - grad_log * log_by_x) / slope;
+    g = rational_grad(p, r, b.d0, b.d1, w, h, -grad_y, -grad_log, -grad_out);
+    g.in = grad_y;
   } else {
-    grad_in = grad_out * slope + grad_log * log_by_x;
-    g = rational_grad(p, r, b.d0, b.d1, w, h, grad_out, grad_log, grad_in);
+    const V grad_x = grad_out * slope + grad_log * log_by_x;
+    g = rational_grad(p, r, b.d0, b.d1, w, h, grad_out, grad_log, grad_x);
+    g.in = grad_x;
   }
-  if (!C::tails(m, kCircular)) {
-    const auto outside = b.ends.outside;
-    if (C::tails(m, kIdentityTails) || C::tails(m, kNoTails)) {
-      grad_in = select(outside, C::tails(m, kNoTails) ? zero : grad_out, grad_in);
-      g.d0 = select(outside, zero, g.d0), g.d1 = select(outside, zero, g.d1);
-      g.start_x = select(outside, zero, g.start_x), g.start_y = select(outside, zero, g.start_y);
-    } else {  // y = edge_y + d (x - edge_x)
-      const V d = select(b.ends.below, b.d0, b.d1);
-      const V distance = v - select(b.ends.below, b.ends.start, b.ends.end);
-      const V grad_edge = m.inverse ? grad_out : -grad_out * d;  // of edge_x
-      const V upstream = m.inverse ? -grad_out / d : grad_out;   // of y
-      const V by_d =
-          upstream * (m.inverse ? distance / d : distance) + (m.inverse ? -grad_log : grad_log) / d;
-      g.d0 = select(outside, select(b.ends.below, by_d, zero), g.d0);
-      g.d1 = select(outside, select(b.ends.below, zero, by_d), g.d1);
-      grad_in = select(outside, m.inverse ? grad_out / d : grad_out * d, grad_in);
-      const bool moves = C::parameters(m, kDomain);
-      g.start_x = select(outside, moves ? grad_edge : zero, g.start_x);
-      g.start_y = select(outside, moves ? upstream : zero, g.start_y);
-      if (moves) {  // all bins lie before what is above
-        const auto past = v > b.ends.end;
-        b.place.bin = select(past, V(T(bins)), b.place.bin);
-      }
-    }
-    g.size_x = select(outside, zero, g.size_x), g.size_y = select(outside, zero, g.size_y);
+  tail_grad<C>(m, b.ends, b.v, b.d0, b.d1, grad_out, grad_log, g);
+  if (C::free_sizes(m)) {  // all bins lie before what is above
+    const auto above = b.v > b.ends.end;
+    b.place.bin = select(above, V(T(bins)), b.place.bin);
   }
-  const Axis<V>&x = m.inverse ? b.out : b.in, &y = m.inverse ? b.in : b.out;
+  const Axis<C, V>&x = m.inverse ? b.out : b.in, &y = m.inverse ? b.in : b.out;
   const int ix = m.inverse ? 1 : 0, iy = 1 - ix;
   V all_x = zero, all_y = zero;
   if (C::free_sizes(m)) {
     const auto first = b.place.bin == T(0), last = b.place.bin >= T(bins - 1);
     // by the slope of the whole
     const V whole = select(first, g.d0, zero) + select(last, g.d1, zero);
-    all_y = whole / span_of(x, bins);
-    all_x = -all_y * (span_of(y, bins) / span_of(x, bins));
+    all_y = whole / x.span(bins);
+    all_x = -all_y * (y.span(bins) / x.span(bins));
     t.put(m.domain, g.start_y), t.put(m.domain + 1, g.start_x);
   } else if (C::parameters(m, kDomain)) {  // half the interval: where it starts, and all sizes
     V by_half = -g.start_x - g.start_y;
@@ -292,7 +266,7 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
       t.put(m.knot + bins, end);
     }
   }
-  return grad_in;
+  return g.in;
 }
 
 PFK_END

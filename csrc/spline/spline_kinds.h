@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// A spline of any kind, which is known when the kernel is compiled.
+#pragma once
+
+#include "spline/spline_cubic.h"
+#include "spline/spline_linear.h"
+#include "spline/spline_quadratic.h"
+#include "spline/spline_rational.h"
+
+PFK_BEGIN
+
+template <int kKind, class C, class V, class Tile>
+PFK_HD SplineValue<V> spline_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
+  if constexpr (kKind == kRational) {
+    return rational_apply<C>(m, t, v);
+  } else if constexpr (kKind == kLinearSpline) {
+    return linear_apply(m, t, v);
+  } else if constexpr (kKind == kQuadratic) {
+    return quadratic_apply(m, t, v);
+  } else {
+    return cubic_apply(m, t, v);
+  }
+}
+
+// Returns the gradient of the input; those of the raw parameters take their place in the tile.
+template <int kKind, class C, class V, class Tile>
+PFK_HD V spline_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V grad_log) {
+  if constexpr (kKind == kRational) {
+    return rational_vjp<C>(m, t, v, grad_out, grad_log);
+  } else if constexpr (kKind == kLinearSpline) {
+    return linear_vjp(m, t, v, grad_out, grad_log);
+  } else if constexpr (kKind == kQuadratic) {
+    return quadratic_vjp(m, t, v, grad_out, grad_log);
+  } else {
+    return cubic_vjp(m, t, v, grad_out, grad_log);
+  }
+}
+
+PFK_END
