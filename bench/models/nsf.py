@@ -56,7 +56,7 @@ def ours(size: Size, device: torch.device) -> flows.NSF:
         for layer in flow.bijection[1::2]:  # nflows' LU has no permutation, nor negative pivots
             layer.permutation.copy_(torch.arange(size.dims))
         for p in flow.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+            p.add_(0.3 * p.shape[-1] ** -0.5 * torch.randn_like(p) if p.dim() > 1 else 0.0)
     return flow.to(device)
 
 
