@@ -14,7 +14,7 @@
 // Plain data is the same for every SIMD level: it lives outside their namespaces.
 namespace pfk {
 
-enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclip, kAdditive };
+enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclipScale, kAdditive };
 constexpr int kScaleKinds = 7;
 
 enum AffineFlags : int { kInverse = 1, kSwap = 2, kShiftFirst = 4, kDivide = 8, kFromOutput = 16 };
@@ -120,7 +120,7 @@ PFK_HD Scale<V> bounded_scale(V v, V first, const AffineMap<Lane<V>>& m) {
   } else if constexpr (kKind == kAtan) {
     const V r = v * V(m.inverse_clamp);
     return {V(T(0)), V(T(0.636) * m.clamp) * first, V(T(0.636)) / (V(T(1)) + r * r)};
-  } else if constexpr (kKind == kSoftclip) {
+  } else if constexpr (kKind == kSoftclipScale) {
     const V d = V(T(1)) / (V(T(1)) + abs_(v * V(m.inverse_clamp)));
     return {V(T(0)), v * d, d * d};
   } else {

@@ -133,7 +133,7 @@ BlockFunction<T> block_function(int kind) {
   static constexpr BlockFunction<T> table[kScaleKinds] = {
       run_block<kExp, kBackward, T>,      run_block<kTanh, kBackward, T>,
       run_block<kAtan, kBackward, T>,     run_block<kSigmoid, kBackward, T>,
-      run_block<kSoftplus, kBackward, T>, run_block<kSoftclip, kBackward, T>,
+      run_block<kSoftplus, kBackward, T>, run_block<kSoftclipScale, kBackward, T>,
       run_block<kAdditive, kBackward, T>};
   return table[kind];
 }

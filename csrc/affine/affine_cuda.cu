@@ -27,8 +27,8 @@ __device__ Scale<T> scale_of_kind(int kind, T u, const AffineMap<T>& m) {
       return scale_of<kSigmoid>(u, m);
     case kSoftplus:
       return scale_of<kSoftplus>(u, m);
-    case kSoftclip:
-      return scale_of<kSoftclip>(u, m);
+    case kSoftclipScale:
+      return scale_of<kSoftclipScale>(u, m);
     default:
       return scale_of<kAdditive>(u, m);
   }

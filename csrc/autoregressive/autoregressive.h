@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "affine/affine.h"
+#include "spline/spline_kinds.h"
 
 namespace pfk {
 
@@ -46,10 +47,13 @@ struct AutoregressiveArgs {
   MaskedLayer layers[kMaxLayers];
   int layer_count, features, outputs, levels;
   int rows, params;               // rows of the work space; where the parameters begin
+  int param_rows;                 // of a feature: outputs, and what a spline needs beyond them
   const int32_t* order;           // features as they become known
   const int32_t* feature_counts;  // features of levels below t
-  int kind, flags;                // of the transform that finds x
+  int kind, flags;                // of the scale map that finds x; kind -1: a spline
   ScaleNumbers numbers;
+  int code, bins;
+  SplineNumbers spline;
   const void* z;
   void *x, *log_det;
   int64_t samples;
@@ -125,8 +129,8 @@ PFK_HD void with_scale_kind(int kind, F f) {
       return f(std::integral_constant<int, kSigmoid>{});
     case kSoftplus:
       return f(std::integral_constant<int, kSoftplus>{});
-    case kSoftclip:
-      return f(std::integral_constant<int, kSoftclip>{});
+    case kSoftclipScale:
+      return f(std::integral_constant<int, kSoftclipScale>{});
     default:
       return f(std::integral_constant<int, kAdditive>{});
   }
@@ -137,12 +141,34 @@ struct Found {
   V x, log_det;
 };
 
-// One feature by an affine map; param(k) is its k-th parameter.
-template <int kKind, class V, class Param>
-PFK_HD Found<V> invert_affine(V z, Param param, const AffineMap<Lane<V>>& m) {
-  const V shift = param(0);
-  const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? shift : param(1), m);
+// One feature by an affine map; tile.get(k) is its k-th parameter.
+template <int kKind, class V, class Tile>
+PFK_HD Found<V> invert_affine(V z, const Tile& tile, const AffineMap<Lane<V>>& m) {
+  const V shift = tile.get(0);
+  const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? shift : tile.get(1), m);
   return {affine_apply(z, s.factor, shift, m), s.log_factor};
+}
+
+// One feature by a spline, which works in its tile.
+template <int kKind, class C, class V, class Tile>
+PFK_HD Found<V> invert_spline(V z, Tile& tile, const SplineMap<Lane<V>>& m) {
+  const SplineValue<V> r = spline_apply<kKind, C>(m, tile, z);
+  return {r.out, r.log_slope};
+}
+
+// Calls f with the kind of spline as a constant.
+template <class F>
+PFK_HD void with_spline_kind(int kind, F f) {
+  switch (kind) {
+    case kLinearSpline:
+      return f(std::integral_constant<int, kLinearSpline>{});
+    case kQuadratic:
+      return f(std::integral_constant<int, kQuadratic>{});
+    case kCubic:
+      return f(std::integral_constant<int, kCubic>{});
+    default:
+      return f(std::integral_constant<int, kRational>{});
+  }
 }
 
 PFK_END

@@ -82,42 +82,81 @@ void find_units(const MaskedLayer& layer, const Work<T>& w, int step) {
   });
 }
 
-// Row `rank` of x from its parameters, which begin at `params`.
+// The parameters of a vector of samples: one in each row.
 template <class T>
-void find_feature(const AutoregressiveArgs& a, const Work<T>& w, int rank, const T* params,
-                  const AffineMap<T>& map) {
+struct ParamRows {
+  T* p;
+  int64_t width;
+  PFK_HD Vec<T> get(int c) const { return Vec<T>::load(p + c * width); }
+  PFK_HD void put(int c, Vec<T> v) { v.store(p + c * width); }
+};
+
+// Row `rank` of x; invert(z, tile) finds a vector of it.
+template <class T, class Invert>
+void find_vectors(const Work<T>& w, int rank, T* params, Invert invert) {
+  T* x = w.row(rank);
+  for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
+    ParamRows<T> tile{params + i, w.width};
+    const Found<Vec<T>> f = invert(Vec<T>::load(x + i), tile);
+    f.x.store(x + i);
+    T terms[Vec<T>::kLanes];
+    f.log_det.store(terms);
+    for (int lane = 0; lane < Vec<T>::kLanes; ++lane) w.log_det[i + lane] += terms[lane];
+  }
+}
+
+template <class T>
+struct ElementMaps {
+  AffineMap<T> affine;
+  SplineMap<T> spline;
+};
+
+template <class T>
+void find_feature(const AutoregressiveArgs& a, const Work<T>& w, int rank, T* params,
+                  const ElementMaps<T>& maps) {
   const T* z = static_cast<const T*>(a.z) + w.first * a.features + a.order[rank];
   T* found = w.row(rank);
   for (int64_t i = 0; i < w.count; ++i) found[i] = z[i * a.features];
   for (int64_t i = w.count; i < w.columns; ++i) found[i] = T(0);
-  with_scale_kind(a.kind, [&](auto kind) {
-    for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
-      const auto param = [&](int k) { return Vec<T>::load(params + k * w.width + i); };
-      const Found<Vec<T>> f =
-          invert_affine<decltype(kind)::value>(Vec<T>::load(found + i), param, map);
-      f.x.store(found + i);
-      T terms[Vec<T>::kLanes];
-      f.log_det.store(terms);
-      for (int lane = 0; lane < Vec<T>::kLanes; ++lane) w.log_det[i + lane] += terms[lane];
-    }
-  });
+  if (a.kind >= 0) {
+    with_scale_kind(a.kind, [&](auto kind) {
+      find_vectors(w, rank, params, [&](Vec<T> v, const ParamRows<T>& tile) {
+        return invert_affine<decltype(kind)::value>(v, tile, maps.affine);
+      });
+    });
+  } else {
+    const SplineMap<T> m = maps.spline;  // by value: behind a reference a store could change it
+    using Common = SplineConfig<8, kSoftmax, kIdentityTails>;
+    with_spline_kind(m.kind, [&](auto kind) {
+      constexpr int kKind = decltype(kind)::value;
+      if (kKind == kRational && m.bins == 8 && m.parameters == kSoftmax &&
+          m.tails == kIdentityTails) {
+        find_vectors(w, rank, params, [&](Vec<T> v, ParamRows<T>& tile) {
+          return invert_spline<kKind, Common>(v, tile, m);
+        });
+      } else {
+        find_vectors(w, rank, params, [&](Vec<T> v, ParamRows<T>& tile) {
+          return invert_spline<kKind, AnySpline>(v, tile, m);
+        });
+      }
+    });
+  }
   T* x = static_cast<T*>(a.x) + w.first * a.features + a.order[rank];
   for (int64_t i = 0; i < w.count; ++i) x[i * a.features] = found[i];
 }
 
 template <class T>
-void run_block(const AutoregressiveArgs& a, const Work<T>& w) {
-  const AffineMap<T> map = affine_map<T>(a.numbers, a.flags);
+void run_block(const AutoregressiveArgs& a, const Work<T>& w, const ElementMaps<T>& maps) {
   const MaskedLayer& last = a.layers[a.layer_count - 1];
   for (int64_t i = 0; i < w.columns; ++i) w.log_det[i] = 0;
   for (int step = 0; step < a.levels; ++step) {
     for (int j = 0; j + 1 < a.layer_count; ++j) find_units(a.layers[j], w, step);
-    const int begin = a.feature_counts[step], end = a.feature_counts[step + 1];
     T* params = w.row(a.params);
-    start_units(last, w, begin * a.outputs, end * a.outputs, params);
-    multiply(last, w, begin * a.outputs, end * a.outputs, last.source_counts[step], params);
-    for (int rank = begin; rank < end; ++rank, params += a.outputs * w.width) {
-      find_feature(a, w, rank, params, map);
+    for (int rank = a.feature_counts[step]; rank < a.feature_counts[step + 1]; ++rank) {
+      const int begin = rank * a.outputs, end = begin + a.outputs;
+      start_units(last, w, begin, end, params);
+      multiply(last, w, begin, end, last.source_counts[step], params);
+      find_feature(a, w, rank, params, maps);
     }
   }
   T* log_det = static_cast<T*>(a.log_det) + w.first;
@@ -129,13 +168,19 @@ void run_blocks(const AutoregressiveArgs& a, int width, int64_t begin, int64_t e
   constexpr int64_t kLine = 64;
   std::vector<T> memory(static_cast<size_t>(a.rows) * width + kLine / sizeof(T));
   std::vector<double> log_det(width);
+  ElementMaps<T> maps{};
+  if (a.kind >= 0) {
+    maps.affine = affine_map<T>(a.numbers, a.flags);
+  } else {
+    maps.spline = spline_map<T>(a.spline, a.code, a.bins, true);
+  }
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
   T* rows = memory.data() + (kLine - address % kLine) % kLine / sizeof(T);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * width;
     const int64_t count = a.samples - first < width ? a.samples - first : width;
     constexpr int64_t w = Vec<T>::kLanes;
-    run_block<T>(a, {rows, log_det.data(), width, first, count, (count + w - 1) / w * w});
+    run_block<T>(a, {rows, log_det.data(), width, first, count, (count + w - 1) / w * w}, maps);
   }
 }
 

@@ -147,29 +147,56 @@ __device__ void find_layer(const MaskedLayer& layer, const Tile<T>& t, int step)
   });
 }
 
-// Feature `rank`, whose parameters begin at `row`; the first of these takes its log-det.
+// What a kernel is made for: scale maps, rational-quadratic splines, other splines.
+enum Family : int { kScaleFamily, kRationalFamily, kSplineFamily };
+
 template <class T>
-__device__ void find_feature(const AutoregressiveArgs& a, const AffineMap<T>& map, const Tile<T>& t,
-                             int rank, int row, int s, T z) {
-  const auto param = [&](int k) { return t.at(row + k, s); };
+struct ElementMaps {
+  AffineMap<T> affine;
+  SplineMap<T> spline;
+};
+
+// The parameters of one sample of the tile.
+template <class T>
+struct ParamColumn {
+  T* p;
+  __device__ T get(int c) const { return p[c * kTile]; }
+  __device__ void put(int c, T v) { p[c * kTile] = v; }
+};
+
+// Feature `rank`, whose parameters begin at `row`; the first of these takes its log-det.
+template <int kFamily, class T>
+__device__ void find_feature(const AutoregressiveArgs& a, const ElementMaps<T>& maps,
+                             const Tile<T>& t, int rank, int row, int s, T z) {
+  ParamColumn<T> column{&t.at(row, s)};
   Found<T> f;
-  with_scale_kind(a.kind,
-                  [&](auto kind) { f = invert_affine<decltype(kind)::value>(z, param, map); });
+  if constexpr (kFamily == kScaleFamily) {
+    with_scale_kind(a.kind, [&](auto kind) {
+      f = invert_affine<decltype(kind)::value>(z, column, maps.affine);
+    });
+  } else if constexpr (kFamily == kRationalFamily) {
+    f = invert_spline<kRational, AnySpline>(z, column, maps.spline);
+  } else {
+    with_spline_kind(maps.spline.kind, [&](auto kind) {
+      if constexpr (decltype(kind)::value != kRational) {
+        f = invert_spline<decltype(kind)::value, AnySpline>(z, column, maps.spline);
+      }
+    });
+  }
   t.at(rank, s) = f.x;
   t.at(row, s) = f.log_det;
   if (s < t.count) static_cast<T*>(a.x)[(t.first + s) * a.features + a.order[rank]] = f.x;
 }
 
-template <class T, bool kShared>
+template <class T, int kFamily, bool kShared>
 __global__ void __launch_bounds__(kThreads, 2)
-    autoregressive_kernel(const AutoregressiveArgs a, T* scratch) {
+    autoregressive_kernel(const AutoregressiveArgs a, const ElementMaps<T> maps, T* scratch) {
   PFK_SHARED_MEMORY(memory);
   T* partial = reinterpret_cast<T*>(memory);
   Tile<T> t{kShared ? partial + kChunkRows * kTile
                     : scratch + blockIdx.x * static_cast<int64_t>(a.rows) * kTile,
             partial, blockIdx.x * static_cast<int64_t>(kTile), 0};
   t.count = static_cast<int>(min(static_cast<int64_t>(kTile), a.samples - t.first));
-  const AffineMap<T> map = affine_map<T>(a.numbers, a.flags);
   const MaskedLayer& last = a.layers[a.layer_count - 1];
   const int r = threadIdx.x / kTile, s = threadIdx.x % kTile;
   const auto read_z = [&](int rank) {
@@ -183,15 +210,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j + 1 < a.layer_count; ++j) find_layer(a.layers[j], t, step);
     const int from = begin * a.outputs;
     find_units(last, t, from, end * a.outputs, last.source_counts[step],
-               [&](int unit, int i, T value) { t.at(a.params + unit - from, i) = value; });
+               [&](int unit, int i, T value) {
+                 int row = unit - from;
+                 if (a.param_rows != a.outputs) {
+                   row = row / a.outputs * a.param_rows + row % a.outputs;
+                 }
+                 t.at(a.params + row, i) = value;
+               });
     for (int rank = begin + r; rank < end; rank += kThreads / kTile) {
-      find_feature(a, map, t, rank, a.params + (rank - begin) * a.outputs, s,
-                   rank == begin + r ? z : read_z(rank));
+      find_feature<kFamily>(a, maps, t, rank, a.params + (rank - begin) * a.param_rows, s,
+                            rank == begin + r ? z : read_z(rank));
     }
     __syncthreads();
     if (threadIdx.x < kTile) {
       for (int i = 0; i < end - begin; ++i) {
-        log_det += static_cast<double>(t.at(a.params + i * a.outputs, s));
+        log_det += static_cast<double>(t.at(a.params + i * a.param_rows, s));
       }
     }
   }
@@ -200,31 +233,40 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <class T>
-void launch(const AutoregressiveArgs& a, const Tensor& x) {
+template <int kFamily, class T>
+void launch(const AutoregressiveArgs& a, const ElementMaps<T>& maps, const Tensor& x) {
   int most = 0;
   STD_CUDA_CHECK(
       cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index()));
   const int64_t blocks = (a.samples + kTile - 1) / kTile;
   const int64_t each = static_cast<int64_t>(a.rows) * kTile;
   const size_t partial = kChunkRows * kTile * sizeof(T), all = partial + each * sizeof(T);
-  const cudaStream_t stream = current_stream(x);
-  T* none = nullptr;
-  if (all <= static_cast<size_t>(most)) {
-    PFK_LAUNCH_SHARED((autoregressive_kernel<T, true>), blocks, kThreads, all, stream, a, none);
-    return;
+  const bool fits = all <= static_cast<size_t>(most);
+  Tensor scratch = empty(x, {fits ? 0 : blocks * each});
+  auto kernel =
+      fits ? autoregressive_kernel<T, kFamily, true> : autoregressive_kernel<T, kFamily, false>;
+  PFK_LAUNCH_SHARED(kernel, blocks, kThreads, fits ? all : partial, current_stream(x), a, maps,
+                    static_cast<T*>(scratch.mutable_data_ptr()));
+}
+
+template <class T>
+void launch_family(const AutoregressiveArgs& a, const Tensor& x) {
+  ElementMaps<T> maps{};
+  if (a.kind >= 0) {
+    maps.affine = affine_map<T>(a.numbers, a.flags);
+    return launch<kScaleFamily>(a, maps, x);
   }
-  Tensor scratch = empty(x, {blocks * each});
-  T* rows = static_cast<T*>(scratch.mutable_data_ptr());
-  PFK_LAUNCH_SHARED((autoregressive_kernel<T, false>), blocks, kThreads, partial, stream, a, rows);
+  maps.spline = spline_map<T>(a.spline, a.code, a.bins, true);
+  if (maps.spline.kind == kRational) return launch<kRationalFamily>(a, maps, x);
+  launch<kSplineFamily>(a, maps, x);
 }
 
 void run_autoregressive_cuda(AutoregressiveArgs& a, const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
   if (dtype_of(x) == kFloat64) {
-    launch<double>(a, x);
+    launch_family<double>(a, x);
   } else {
-    launch<float>(a, x);
+    launch_family<float>(a, x);
   }
 }
 

@@ -13,6 +13,7 @@ namespace pfk {
 // on the device: the order, the counts [layers + 1, levels + 1] (the input's first), then where
 // residual values lie.
 constexpr int kHead = 4, kEach = 5;
+constexpr int kSplineCode = 64;  // a spline's kind is this and its code, its flags are its bins
 
 struct AutoregressiveTensors {
   Tensor z, table, x, log_det;
@@ -52,6 +53,23 @@ inline void place_layers(AutoregressiveTensors& t, const std::vector<int64_t>& s
   a.params = rows;
 }
 
+inline void place_transform(AutoregressiveArgs& a, int kind, const std::vector<double>& n,
+                            int flags) {
+  a.param_rows = a.outputs;
+  if (kind < kSplineCode) {
+    STD_TORCH_CHECK(n.size() == 5, "scale_map takes 5 numbers");
+    a.kind = kind, a.flags = flags | kInverse;
+    a.numbers = {n[0], n[1], n[2], n[3], n[4]};
+    return;
+  }
+  STD_TORCH_CHECK(n.size() == 6, "a spline map takes 6 numbers");
+  a.kind = -1, a.code = kind - kSplineCode, a.bins = flags;
+  a.spline = {n[0], n[1], n[2], n[3], n[4], n[5]};
+  const SplineMap<float> map = spline_map<float>(a.spline, a.code, a.bins, true);
+  STD_TORCH_CHECK(map.columns == a.outputs, "the spline takes ", map.columns, " numbers");
+  a.param_rows += map.scratch;
+}
+
 inline AutoregressiveTensors autoregressive_tensors(
     const Tensor& z, const Tensor& table, const std::vector<Tensor>& weights,
     const std::vector<Tensor>& biases, const std::vector<int64_t>& structure, int64_t kind,
@@ -68,10 +86,8 @@ inline AutoregressiveTensors autoregressive_tensors(
   a.features = static_cast<int>(structure[0]), a.outputs = static_cast<int>(structure[1]);
   a.levels = static_cast<int>(structure[2]);
   place_layers(t, structure);
-  a.rows = a.params + static_cast<int>(structure[3]) * a.outputs;
-  a.kind = static_cast<int>(kind), a.flags = static_cast<int>(flags) | kInverse;
-  STD_TORCH_CHECK(numbers.size() == 5, "scale_map takes 5 numbers");
-  a.numbers = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+  place_transform(a, static_cast<int>(kind), numbers, static_cast<int>(flags));
+  a.rows = a.params + static_cast<int>(structure[3]) * a.param_rows;
   a.z = t.z.const_data_ptr();
   a.x = t.x.mutable_data_ptr(), a.log_det = t.log_det.mutable_data_ptr();
   a.samples = z.size(0);

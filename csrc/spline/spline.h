@@ -137,8 +137,12 @@ struct CarefulSum {
   PFK_HD V value() const { return total; }
 };
 template <class V, class M>
-PFK_HD CarefulSum<V> select(M mask, const CarefulSum<V>& a, const CarefulSum<V>& b) {
+PFK_HD CarefulSum<V> select_sum(M mask, const CarefulSum<V>& a, const CarefulSum<V>& b) {
   return {select(mask, a.total, b.total), V(Lane<V>(0))};
+}
+template <class V>
+PFK_HD CarefulSum<V> choose_sum(bool first, const CarefulSum<V>& a, const CarefulSum<V>& b) {
+  return {first ? a.total : b.total, first ? a.lost : b.lost};
 }
 template <class V>
 PFK_HD V rest_of(const CarefulSum<V>& whole, const CarefulSum<V>& part) {
@@ -157,8 +161,11 @@ struct FixedSum {
   PFK_HD void add(V e) { total += __builtin_convertvector(e.v, Vec<float>::RawInt); }
   PFK_HD V value() const { return V(__builtin_convertvector(total, Vec<float>::Raw)); }
 };
-static PFK_HD FixedSum select(Mask<float> mask, const FixedSum& a, const FixedSum& b) {
+static PFK_HD FixedSum select_sum(Mask<float> mask, const FixedSum& a, const FixedSum& b) {
   return {mask.m ? a.total : b.total};
+}
+static PFK_HD FixedSum choose_sum(bool first, const FixedSum& a, const FixedSum& b) {
+  return first ? a : b;
 }
 static PFK_HD Vec<float> rest_of(const FixedSum& whole, const FixedSum& part) {
   return FixedSum{whole.total - part.total}.value();
@@ -188,6 +195,18 @@ struct Axis {
 
   PFK_HD V span(int bins) const { return sum * rate + V(Lane<V>(bins) * least); }
 };
+
+// One of two, member by member: as one of two addresses they would leave a GPU's registers.
+template <class C, class V>
+PFK_HD Axis<C, V> choose(bool first, const Axis<C, V>& a, const Axis<C, V>& b) {
+  return {first ? a.first : b.first,
+          first ? a.low : b.low,
+          first ? a.high : b.high,
+          first ? a.rate : b.rate,
+          first ? a.sum : b.sum,
+          first ? a.least : b.least,
+          choose_sum(first, a.whole, b.whole)};
+}
 
 // Turns raw sizes into exponentials; leaves the softclip's factors in the scratch columns.
 template <class C, class V, class Tile>
@@ -242,6 +261,10 @@ struct Place {
   V bin;  // its number
   V before[2], size[2];
   V start[2], end[2];
+
+  // no index: an array that has one at run time leaves a GPU's registers
+  PFK_HD V before_of(bool other) const { return other ? before[1] : before[0]; }
+  PFK_HD V size_of(bool other) const { return other ? size[1] : size[0]; }
 };
 
 // Where a bin starts, from the nearer end: an error of the rate then counts half at most.
@@ -272,8 +295,8 @@ PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>
     size = t.get(in.first + j), other_size = t.get(out.first + j);
     const auto reached = v >= before.value() * in.rate + (in.low + V(T(j) * in.least));
     p.bin = select(reached, V(T(j)), p.bin);
-    found = select(reached, before, found);
-    other_found = select(reached, other, other_found);
+    found = select_sum(reached, before, found);
+    other_found = select_sum(reached, other, other_found);
     p.size[0] = select(reached, size, p.size[0]);
     p.size[1] = select(reached, other_size, p.size[1]);
     picked(reached, j);

@@ -89,17 +89,17 @@ PFK_HD CubicBin<V> cubic_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   b.v = v;
   b.before[0] = b.before[1] = V(T(1));  // of no bin
   b.after[0] = t.get(1), b.after[1] = t.get(bins + 1);
-  b.place =
-      find<C, V>(m, t, v, m.inverse ? b.y : b.x, m.inverse ? b.x : b.y, [&](auto reached, int j) {
-        const int next = j + 1 < bins ? j + 1 : j;
-        for (int i = 0; i < 2; ++i) {
-          b.before[i] = select(reached, t.get(i * bins + j - 1), b.before[i]);
-          b.after[i] = select(reached, t.get(i * bins + next), b.after[i]);
-        }
-      });
-  const int ix = m.inverse ? 1 : 0, iy = 1 - ix;
+  b.place = find<C, V>(m, t, v, choose(m.inverse, b.y, b.x), choose(m.inverse, b.x, b.y),
+                       [&](auto reached, int j) {
+                         const int next = j + 1 < bins ? j + 1 : j;
+                         for (int i = 0; i < 2; ++i) {
+                           b.before[i] = select(reached, t.get(i * bins + j - 1), b.before[i]);
+                           b.after[i] = select(reached, t.get(i * bins + next), b.after[i]);
+                         }
+                       });
   auto size = [](const Axis<C, V>& a, V e) { return e * a.rate + V(a.least); };
-  b.w = size(b.x, b.place.size[ix]), b.h = size(b.y, b.place.size[iy]), b.s = b.h / b.w;
+  b.w = size(b.x, b.place.size_of(m.inverse)), b.h = size(b.y, b.place.size_of(!m.inverse)),
+  b.s = b.h / b.w;
   b.w_before = size(b.x, b.before[0]), b.w_after = size(b.x, b.after[0]);
   b.s_before = size(b.y, b.before[1]) / b.w_before;
   b.s_after = size(b.y, b.after[1]) / b.w_after;
@@ -132,11 +132,11 @@ PFK_HD SplineValue<V> cubic_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
 // Gradients of raw sizes where the neighbours of the bin count, too.
 template <class V, class Tile>
 PFK_HD void neighbour_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<AnySpline, V>& a,
-                                const Place<V>& p, int axis, V e_before, V e_after, V grad_start,
+                                const Place<V>& p, bool other, V e_before, V e_after, V grad_start,
                                 V grad_before, V grad_size, V grad_after) {
   using T = Lane<V>;
-  const V mean = (grad_start * p.before[axis] + grad_before * e_before + grad_size * p.size[axis] +
-                  grad_after * e_after) /
+  const V mean = (grad_start * p.before_of(other) + grad_before * e_before +
+                  grad_size * p.size_of(other) + grad_after * e_after) /
                  a.sum;
   const V factor = a.rate * V(m.scale), zero = T(0);
   for (int j = 0; j < m.bins; ++j) {
@@ -180,10 +180,9 @@ PFK_HD V cubic_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V grad
       g.size_x + left * b.left.by_right_width + right * b.right.by_left_width - by_s * b.s / b.w;
   const V before_x = left * b.left.by_left_width - by_before * b.s_before / b.w_before;
   const V after_x = right * b.right.by_right_width - by_after * b.s_after / b.w_after;
-  const int ix = m.inverse ? 1 : 0, iy = 1 - ix;
-  neighbour_gradients(m, t, b.x, b.place, ix, b.before[0], b.after[0], g.start_x, before_x, size_x,
-                      after_x);
-  neighbour_gradients(m, t, b.y, b.place, iy, b.before[1], b.after[1], g.start_y,
+  neighbour_gradients(m, t, b.x, b.place, m.inverse, b.before[0], b.after[0], g.start_x, before_x,
+                      size_x, after_x);
+  neighbour_gradients(m, t, b.y, b.place, !m.inverse, b.before[1], b.after[1], g.start_y,
                       by_before / b.w_before, by_s / b.w, by_after / b.w_after);
   const V one = T(1);
   t.put(2 * m.bins, begin * three * b.s * b.share0 * (one - b.share0));

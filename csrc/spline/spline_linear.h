@@ -34,7 +34,7 @@ PFK_HD LinearBin<V> linear_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
                              : low + b.width * V(T(j));
     const auto reached = v >= knot;
     b.bin = select(reached, V(T(j)), b.bin);
-    found = select(reached, before, found);
+    found = select_sum(reached, before, found);
     b.size = select(reached, size, b.size);
   }
   b.before = found.value();

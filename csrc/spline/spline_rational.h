@@ -52,7 +52,7 @@ PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v)
   RationalBin<C, V> b;
   {
     const Axis<C, V> x = spread<C, V>(m, t, 0, 0), y = spread<C, V>(m, t, 1, bins);
-    b.in = m.inverse ? y : x, b.out = m.inverse ? x : y;
+    b.in = choose(m.inverse, y, x), b.out = choose(m.inverse, x, y);
   }
   if (C::tails(m, kCircular)) v = wrap(v, b.in.low, b.in.high);
   b.v = v;
@@ -142,7 +142,6 @@ PFK_HD RationalPoint<V> rational_inverse(const RationalBin<C, V>& b) {
 // ---- forward and inverse of an element -------------------------------------------------------
 template <class C, class V, class Tile>
 PFK_HD SplineValue<V> rational_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
-  using T = Lane<V>;
   const RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
   const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
   const V prod = p.xi * p.zeta;
@@ -225,8 +224,7 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
     const auto above = b.v > b.ends.end;
     b.place.bin = select(above, V(T(bins)), b.place.bin);
   }
-  const Axis<C, V>&x = m.inverse ? b.out : b.in, &y = m.inverse ? b.in : b.out;
-  const int ix = m.inverse ? 1 : 0, iy = 1 - ix;
+  const Axis<C, V> x = choose(m.inverse, b.out, b.in), y = choose(m.inverse, b.in, b.out);
   V all_x = zero, all_y = zero;
   if (C::free_sizes(m)) {
     const auto first = b.place.bin == T(0), last = b.place.bin >= T(bins - 1);
@@ -237,17 +235,21 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
     t.put(m.domain, g.start_y), t.put(m.domain + 1, g.start_x);
   } else if (C::parameters(m, kDomain)) {  // half the interval: where it starts, and all sizes
     V by_half = -g.start_x - g.start_y;
-    by_half =
-        by_half + V(T(2)) * (g.start_x * b.place.before[ix] + g.size_x * b.place.size[ix]) / x.sum;
-    by_half =
-        by_half + V(T(2)) * (g.start_y * b.place.before[iy] + g.size_y * b.place.size[iy]) / y.sum;
+    by_half = by_half + V(T(2)) *
+                            (g.start_x * b.place.before_of(m.inverse) +
+                             g.size_x * b.place.size_of(m.inverse)) /
+                            x.sum;
+    by_half = by_half + V(T(2)) *
+                            (g.start_y * b.place.before_of(!m.inverse) +
+                             g.size_y * b.place.size_of(!m.inverse)) /
+                            y.sum;
     const Softplus<V> half = softplus_with_slope(t.get(m.domain) + V(m.domain_shift));
     t.put(m.domain, by_half * half.slope * V(m.bound));
   }
-  size_gradients<C, V>(m, t, x, b.place.bin, b.place.before[ix], b.place.size[ix], g.start_x,
-                       g.size_x, all_x);
-  size_gradients<C, V>(m, t, y, b.place.bin, b.place.before[iy], b.place.size[iy], g.start_y,
-                       g.size_y, all_y);
+  size_gradients<C, V>(m, t, x, b.place.bin, b.place.before_of(m.inverse),
+                       b.place.size_of(m.inverse), g.start_x, g.size_x, all_x);
+  size_gradients<C, V>(m, t, y, b.place.bin, b.place.before_of(!m.inverse),
+                       b.place.size_of(!m.inverse), g.start_y, g.size_y, all_y);
   // derivatives: knot j ends bin j - 1 and begins bin j
   const V raw0 = g.d0 * b.slope0, raw1 = g.d1 * b.slope1;
   const bool ended = !(C::tails(m, kIdentityTails) || C::parameters(m, kDomain));

@@ -23,7 +23,9 @@ from pyflowkern._library import LIBRARY, kernel_serves
 from pyflowkern.ops._elements import (
     ElementMap,
     apply_elements,
+    element_code,
     element_map,
+    element_of_code,
     element_parameters,
 )
 from pyflowkern.ops._registry import (
@@ -37,11 +39,7 @@ from pyflowkern.ops._registry import (
     register,
 )
 from pyflowkern.ops._sorted_network import SortedNetwork, solve
-from pyflowkern.ops.affine import _DIVIDE, _SHIFT_FIRST
-from pyflowkern.ops.affine import _map_of as affine_map_of
 from pyflowkern.ops.masked_plan import MaskedPlan
-from pyflowkern.ops.scale_map import ScaleMap
-from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["autoregressive_inverse", "autoregressive_inverse_reference"]
 
@@ -66,8 +64,8 @@ def autoregressive_inverse(
         weights: weight ``[units, inputs]`` of each layer of the masked network; masked entries are not read.
         biases: bias of each layer, ``[units]``, or ``[N, units]`` where a context is part of it, or None.
         plan: the network's masks and activations.
-        transform: :math:`\tau` in the density direction: ``"affine"``, the name of a scale map, or a
-            :class:`~pyflowkern.ops.ScaleMap`.
+        transform: :math:`\tau` in the density direction: ``"affine"``, the name of a scale map, a
+            :class:`~pyflowkern.ops.ScaleMap` or a :class:`~pyflowkern.ops.SplineMap`.
 
     Returns:
         ``(x, log_det)``: ``x`` like ``z``; ``log_det`` ``[N]`` in nats, float32 or float64.
@@ -90,10 +88,8 @@ def autoregressive_inverse(
     tau = element_map(transform)
     _check(z, weights, biases, plan, tau)
     given = [b for b in biases if b is not None]
-    if (
-        isinstance(tau, SplineMap)
-        or len(weights) > _MOST_LAYERS
-        or not kernel_serves("autoregressive_inverse", z, *weights, *given)
+    if len(weights) > _MOST_LAYERS or not kernel_serves(
+        "autoregressive_inverse", z, *weights, *given
     ):
         return autoregressive_inverse_reference(z, weights, biases, plan, transform=tau)
     dtype = z.dtype
@@ -105,7 +101,7 @@ def autoregressive_inverse(
     )
     at = plan.indices(z.device)
     x, log_det = torch.ops.pyflowkern.autoregressive_inverse.default(
-        cast(z, work), at.table, plan.table, packed, offsets, plan.structure(), *_numbers(tau)
+        cast(z, work), at.table, plan.table, packed, offsets, plan.structure(), *element_code(tau)
     )
     return cast(x, z.dtype), log_det
 
@@ -171,16 +167,6 @@ def _check(
 # --- schema, fake, autograd ---------------------------------------------------------------------------------
 
 
-def _numbers(transform: ScaleMap) -> tuple[int, list[float], int]:
-    """Return the transform as the kernels take it: code, constants and flags."""
-    flags = _SHIFT_FIRST * transform.shift_first + _DIVIDE * transform.divide
-    return transform.code, transform.numbers, flags
-
-
-def _map_of(kind: int, numbers: list[float], flags: int) -> ElementMap:
-    return affine_map_of(kind, numbers, flags)
-
-
 def _fake_inverse(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     log_det = z.new_empty(z.shape[0], dtype=accumulation_dtype(z.dtype))
     return torch.empty_like(z, memory_format=torch.contiguous_format), log_det
@@ -200,7 +186,7 @@ def _backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]
     z, x, table, counts, *tensors = ctx.saved_tensors
     layers = ctx.layers
     structure, *numbers = ctx.plan
-    tau = _map_of(*numbers)
+    tau = element_of_code(*numbers)
     if torch.is_grad_enabled():
 
         def inverse(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,7 @@ class MaskedPlan:
         reach = self._reach()
         self.level = _levels(reach[-1].view(features, self.outputs, features).any(1))
         self.levels = int(self.level.max()) + 1
+        self.widest = int(torch.bincount(self.level).max())
         degree = [(seen * (self.level + 1)).amax(1) for seen in reach[:-1]]
         #: Features and, per hidden layer, units in the order in which they become known.
         self.order = torch.argsort(self.level, stable=True)
@@ -198,8 +199,7 @@ class MaskedPlan:
         for s, source in zip(self.layers, self.sources, strict=True):
             if source >= 0 and s.activation != "identity":
                 seen_through[source] = names.index(s.activation)
-        widest = int(torch.bincount(self.level).max())
-        found = [self.features, self.outputs, self.levels, widest]
+        found = [self.features, self.outputs, self.levels, self.widest]
         for i, s in enumerate(self.layers):
             residual = -1 if s.residual is None else s.residual
             found += [

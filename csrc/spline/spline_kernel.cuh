@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// The spline kernel.  A block has a tile of elements in shared memory, a row of raw numbers for
+// each thread; rows are an odd number of words apart, so that threads reading the same column meet
+// no bank twice.  Functors work in the tile, whose columns they index at run time: in registers
+// that would be a stack frame.
+#pragma once
+
+#include "core/cuda.cuh"
+#include "spline/spline_args.h"
+#include "spline/spline_kinds.h"
+
+PFK_BEGIN
+
+constexpr int kSplineThreads = 128;
+
+// How blocks share out the elements: whole samples each, or chunks of one.
+struct SplineGrid {
+  int elements, rows;  // of a block at most; samples of a block, 0: chunks of one sample
+  int64_t chunks;      // of a sample
+  int stride;          // between rows of the tile
+  bool wide;           // raw numbers of a block are whole packs
+  Divider features, length, places;
+  const int32_t* channel;  // of the transformed channels, by their rank, or null
+  double* partial;         // log-dets of the chunks
+};
+
+// A thread's row.
+template <class T>
+struct SharedTile {
+  T* p;
+  PFK_HD T get(int c) const { return p[c]; }
+  PFK_HD void put(int c, T v) { p[c] = v; }
+};
+
+struct BlockOfElements {
+  int64_t row, begin;  // first sample; first element of all
+  int count;
+};
+
+__device__ inline BlockOfElements block_of(const SplineArgs& a, const SplineGrid& g) {
+  BlockOfElements b;
+  if (g.rows > 0) {
+    b.row = static_cast<int64_t>(blockIdx.x) * g.rows;
+    b.begin = b.row * a.features;
+    const int64_t rows = min(static_cast<int64_t>(g.rows), a.samples - b.row);
+    b.count = static_cast<int>(rows * a.features);
+  } else {
+    b.row = blockIdx.x / g.chunks;
+    const int64_t at = (blockIdx.x - b.row * g.chunks) * g.elements;
+    b.begin = b.row * a.features + at;
+    b.count = static_cast<int>(min(static_cast<int64_t>(g.elements), a.features - at));
+  }
+  return b;
+}
+
+// Where an element lies: in x, and in the parameters of a source.
+struct ElementPlace {
+  int64_t sample, x, row, at;
+  bool moved;
+};
+
+__device__ inline ElementPlace place_of(const SplineArgs& a, const SplineGrid& g, int64_t element,
+                                        const bool* mask) {
+  ElementPlace p;
+  p.sample = g.features.quotient(element);
+  const int64_t e = element - p.sample * a.features;
+  p.row = g.length.quotient(e), p.at = e - p.row * a.length;
+  p.moved = true;
+  int64_t x = a.x_start + p.row * a.x_outer + p.at * a.x_inner;
+  if (mask != nullptr) {
+    int64_t channel = a.channels_last ? p.at : p.row;
+    const int64_t pixel = a.channels_last ? p.row : p.at;
+    if (g.channel != nullptr) {
+      const int64_t rank = channel;
+      channel = g.channel[rank];
+      p.moved = channel >= 0;
+      if (!p.moved) channel = 0;
+    } else {
+      p.moved = mask[channel * a.space + pixel];
+    }
+    x = a.channels_last ? pixel * a.channels + channel : channel * a.space + pixel;
+  }
+  p.x = p.sample * a.x_features + x;
+  return p;
+}
+
+// Rows side by side, in packs: f(number of the block, pack) for each.
+template <class S, class T, bool kStore>
+__device__ void move_packs(const SplineSource& s, int64_t begin, int count, T* tile, int stride) {
+  using P = Pack<S, true>;
+  constexpr int w = P::kCount;
+  const int total = count * s.columns, columns = s.columns;
+  const int64_t from = begin * columns;
+  for (int i = threadIdx.x * w; i < total; i += kSplineThreads * w) {
+    int row = i / columns, c = i - row * columns;
+    if (i + w <= total) {
+      P pack{};
+      if (!kStore) pack = P::load(static_cast<const S*>(s.raw) + from + i);
+#pragma unroll
+      for (int j = 0; j < w; ++j) {
+        T& number = tile[row * stride + s.first + c];
+        if (kStore) {
+          pack.lanes[j] = narrow<S>(number);
+        } else {
+          number = widen(pack.lanes[j]);
+        }
+        if (++c == columns) c = 0, ++row;
+      }
+      if (kStore) pack.store(static_cast<S*>(s.grad) + from + i);
+    } else {
+      for (int j = 0; i + j < total; ++j) {
+        T& number = tile[row * stride + s.first + c];
+        if (kStore) {
+          static_cast<S*>(s.grad)[from + i + j] = narrow<S>(number);
+        } else {
+          number = widen(static_cast<const S*>(s.raw)[from + i + j]);
+        }
+        if (++c == columns) c = 0, ++row;
+      }
+    }
+  }
+}
+
+// Rows anywhere: neighbouring threads take neighbouring numbers, of a row or of a column.
+template <class S, class T, bool kStore>
+__device__ void move_numbers(const SplineSource& s, int64_t begin, int count, T* tile, int stride,
+                             const int64_t* place) {
+  const bool in_rows = s.bin == 1;
+  const bool fresh = kStore && s.grad_step != 0;
+  for (int i = threadIdx.x; i < count * s.columns; i += kSplineThreads) {
+    const int side = in_rows ? s.columns : count, q = i / side, r = i - q * side;
+    const int row = in_rows ? q : r, c = in_rows ? r : q;
+    const int64_t at = fresh ? (begin + row) * s.grad_step + c : place[row] + c * s.bin;
+    T& number = tile[row * stride + s.first + c];
+    if (kStore) {
+      static_cast<S*>(s.grad)[at] = narrow<S>(number);
+    } else {
+      number = widen(static_cast<const S*>(s.raw)[at]);
+    }
+  }
+}
+
+// All sources; `place` is shared memory for where the rows of one begin.
+template <class S, class T, bool kStore>
+__device__ void move_tile(const SplineArgs& a, const SplineGrid& g, const BlockOfElements& b,
+                          const ElementPlace& mine, T* tile, int64_t* place) {
+  for (int j = 0; j < a.sources; ++j) {
+    const SplineSource& s = a.source[j];
+    if (g.wide) {
+      move_packs<S, T, kStore>(s, b.begin, b.count, tile, g.stride);
+      continue;
+    }
+    __syncthreads();
+    if (threadIdx.x < b.count)
+      place[threadIdx.x] = mine.sample * s.sample + mine.row * s.outer + mine.at * s.inner;
+    __syncthreads();
+    move_numbers<S, T, kStore>(s, b.begin, b.count, tile, g.stride, place);
+  }
+  __syncthreads();
+}
+
+// The sum of each sample of the block, lane by lane and then over the warp: the same order wherever
+// the sample stands.
+template <class T>
+__device__ void sum_samples(const SplineArgs& a, const SplineGrid& g, const BlockOfElements& b,
+                            const T* terms) {
+  const int width = g.rows > 0 ? static_cast<int>(a.features) : b.count;
+  const int rows = g.rows > 0 ? b.count / width : 1, lane = threadIdx.x % 32;
+  for (int r = threadIdx.x / 32; r < rows; r += kSplineThreads / 32) {
+    double sum = 0;
+    for (int i = lane; i < width; i += 32) sum += terms[r * width + i];
+    for (int offset = 16; offset > 0; offset /= 2)
+      sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    if (lane != 0) continue;
+    if (g.rows > 0) {
+      static_cast<T*>(a.log_det)[b.row + r] = static_cast<T>(sum);
+    } else {
+      g.partial[blockIdx.x] = sum;
+    }
+  }
+}
+
+template <int kKind, class S, bool kBackward>
+__global__ void __launch_bounds__(kSplineThreads, sizeof(Compute<S>) == 8 ? 2 : 4)
+    spline_kernel(const SplineArgs a, const SplineMap<Compute<S>> m, const SplineGrid g,
+                  const bool* mask) {
+  using T = Compute<S>;
+  PFK_SHARED_MEMORY(memory);
+  int64_t* place = reinterpret_cast<int64_t*>(memory);
+  T* terms = reinterpret_cast<T*>(place + g.elements);
+  T* tile = terms + g.elements;
+  const BlockOfElements b = block_of(a, g);
+  const int i = threadIdx.x;
+  const bool active = i < b.count;
+  const ElementPlace mine = place_of(a, g, active ? b.begin + i : 0, mask);
+  const S* in = static_cast<const S*>(kBackward ? a.grad_out : a.in);
+  S* out = static_cast<S*>(a.out);
+
+  move_tile<S, T, false>(a, g, b, mine, tile, place);
+  if (active) {
+    SharedTile<T> row{tile + i * g.stride};
+    const T v = widen(static_cast<const S*>(a.in)[mine.x]);
+    if constexpr (kBackward) {
+      const bool each = a.flags & kSplineElementwise;
+      const T grad_log = static_cast<const T*>(a.grad_log)[each ? mine.x : mine.sample];
+      const T grad = widen(in[mine.x]);
+      if (mine.moved) {
+        out[mine.x] = narrow<S>(spline_vjp<kKind, AnySpline, T>(m, row, v, grad, grad_log));
+      } else {
+        if (g.channel == nullptr) out[mine.x] = in[mine.x];
+        for (int c = 0; c < a.columns; ++c) row.put(c, T(0));
+      }
+    } else if (mine.moved) {
+      const SplineValue<T> r = spline_apply<kKind, AnySpline, T>(m, row, v);
+      out[mine.x] = narrow<S>(r.out);
+      terms[i] = r.log_slope;
+      if (a.flags & kSplineElementwise) static_cast<T*>(a.log_det)[mine.x] = r.log_slope;
+    } else {
+      if (g.channel == nullptr) out[mine.x] = in[mine.x];
+      terms[i] = T(0);
+    }
+  }
+  __syncthreads();
+  if constexpr (kBackward) {
+    move_tile<S, T, true>(a, g, b, mine, tile, place);
+  } else {
+    if (!(a.flags & kSplineElementwise)) sum_samples(a, g, b, terms);
+  }
+}
+
+PFK_END
