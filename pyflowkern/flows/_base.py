@@ -53,6 +53,9 @@ class Flow(Bijection):
         ((16,), (5, 2))
     """
 
+    #: Ends of the interval that each element of ``x`` lies in, for flows with a bounded domain.
+    domain: tuple[float, float] | None = None
+
     def __init__(
         self,
         bijection: Bijection,

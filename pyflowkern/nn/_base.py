@@ -193,19 +193,19 @@ class Sequential(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the layers in order."""
-        total = zero_log_det(x)
+        total: Tensor | None = None
         for layer in self.layers:
             x, log_det = layer(x, context)
-            total = total + log_det
-        return x, total
+            total = log_det if total is None else total + log_det
+        return x, zero_log_det(x) if total is None else total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the inverses in reverse order."""
-        total = zero_log_det(z)
+        total: Tensor | None = None
         for layer in reversed(list(self)):
             z, log_det = layer.inverse(z, context)
-            total = total + log_det
-        return z, total
+            total = log_det if total is None else total + log_det
+        return z, zero_log_det(z) if total is None else total
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the event shape after the last layer."""
