@@ -11,8 +11,9 @@ __global__ void forgets_the_last_element(float* out, int n) {
   if (i < n - 1) out[i] = 1.0f;
 }
 
-__global__ void reads_what_nobody_wrote(float* out, int n) {
-  __shared__ float shared[kThreads];
+template <class T>  // most kernels are templates, whose variables are linked in another way
+__global__ void reads_what_nobody_wrote(T* out, int n) {
+  __shared__ T shared[kThreads];
   if (threadIdx.x > 0) shared[threadIdx.x] = 1.0f;
   __syncthreads();
   const int i = static_cast<int>(threadIdx.x);
@@ -75,7 +76,7 @@ PFK_END
 extern "C" __attribute__((visibility("default"))) const char* pfk_mistake(int which, float* out,
                                                                           int n) {
   using namespace pfk;
-  void (*const kernels[])(float*, int) = {forgets_the_last_element, reads_what_nobody_wrote,
+  void (*const kernels[])(float*, int) = {forgets_the_last_element, reads_what_nobody_wrote<float>,
                                           barrier_in_a_branch,      shuffle_without_a_lane,
                                           lane_beside_its_mask,     pack_across_a_boundary,
                                           votes_and_atomics};

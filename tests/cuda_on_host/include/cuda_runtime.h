@@ -19,15 +19,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// In a section of its own, which a launch fills with NaN: reading shared memory before it was
-// written shows.  So it belongs into kernels (which are static), not into inline functions.  The
-// sanitizers have it where they look for variables.
-#if defined(PFK_THREAD_SANITIZER) || defined(PFK_ADDRESS_SANITIZER)
 #define __shared__ static
-#else
-#define __shared__ static __attribute__((section("pfk_shared")))
-#define PFK_POISONS_SHARED
-#endif
 #define __restrict__ __restrict
 
 #define threadIdx ::pfk_host::thread_index
@@ -143,13 +135,11 @@ inline void warp_barrier(const char* file, int line, uint32_t mask = 0xffffffffu
 constexpr size_t kMostShared = 227 * 1024;
 alignas(16) inline unsigned char shared_memory[kMostShared];
 
-#if defined(PFK_POISONS_SHARED)  // the linker knows where the section begins and ends
-extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_pfk_shared[];
-extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __stop_pfk_shared[];
+#if defined(PFK_POISONS_SHARED)  // shared.ld puts all shared memory between the two
+extern "C" __attribute__((visibility("hidden"))) unsigned char pfk_shared_begin[], pfk_shared_end[];
+// Reading what nobody wrote shows.
 inline void poison_shared() {
-  if (__start_pfk_shared != nullptr) {
-    memset(__start_pfk_shared, 0xff, static_cast<size_t>(__stop_pfk_shared - __start_pfk_shared));
-  }
+  memset(pfk_shared_begin, 0xff, static_cast<size_t>(pfk_shared_end - pfk_shared_begin));
 }
 #else
 inline void poison_shared() {}
