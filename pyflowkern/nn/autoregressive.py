@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pyflowkern import ops
@@ -15,6 +16,7 @@ from pyflowkern.ops._elements import (
     element_map,
     element_parameters,
 )
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["Inverse", "MaskedAutoregressive"]
 
@@ -76,6 +78,10 @@ class MaskedAutoregressive(Bijection):
                 residual=residual,
                 activation=activation,
             )
+            if isinstance(self.element_map, SplineMap):  # the identity at first, like the others
+                first = self.element_map.identity_raw().repeat(features)
+                with torch.no_grad():
+                    conditioner.layers[-1].bias.copy_(first)  # type: ignore[operator]
         if (conditioner.features, conditioner.outputs) != (features, outputs):
             raise ValueError(
                 f"the conditioner must have {features} features and {outputs} outputs, got "
