@@ -189,7 +189,7 @@ __device__ void find_feature(const AutoregressiveArgs& a, const ElementMaps<T>& 
 }
 
 template <class T, int kFamily, bool kShared>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     autoregressive_kernel(const AutoregressiveArgs a, const ElementMaps<T> maps, T* scratch) {
   PFK_SHARED_MEMORY(memory);
   T* partial = reinterpret_cast<T*>(memory);

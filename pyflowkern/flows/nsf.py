@@ -265,9 +265,6 @@ def _autoregressive(
             order=feature_order(order, features, i),
             **network,
         )
-        with torch.no_grad():  # the identity, at first
-            first = spline.identity_raw().repeat(features)
-            layer.conditioner.layers[-1].bias.copy_(first)  # type: ignore[operator]
         layers.append(layer)
     return layers
 

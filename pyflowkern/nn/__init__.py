@@ -18,6 +18,7 @@ from pyflowkern.nn.coupling import (
     checkerboard_mask,
 )
 from pyflowkern.nn.glow import GlowStep
+from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.linear import InvertibleConv1x1, InvertibleLinear
 from pyflowkern.nn.masked import MaskedMLP
 from pyflowkern.nn.multiscale import MultiScale
@@ -56,4 +57,5 @@ __all__ = [
     "Squeeze",
     "channel_mask",
     "checkerboard_mask",
+    "jacobi_inverse",
 ]

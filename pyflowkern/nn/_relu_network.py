@@ -19,8 +19,6 @@ from pyflowkern.ops._registry import gradient_of_reference
 
 __all__ = ["linear_layers", "relu_network", "relu_network_reference"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def linear_layers(
     x: Tensor, layers: Sequence[Any], activations: Sequence[Any]
@@ -37,10 +35,13 @@ def linear_layers(
     params: list[Tensor] = []
     for modules, kind in ((layers, torch.nn.Linear), (activations, torch.nn.ReLU)):
         for module in modules:
-            if type(module) is not kind or any(module.__dict__[name] for name in _HOOKS):
+            known = module.__dict__  # nn.Module's own look-up takes longer
+            if type(module) is not kind or known["_forward_hooks"] or known["_forward_pre_hooks"]:
+                return None
+            if known["_backward_hooks"] or known["_backward_pre_hooks"]:
                 return None
             if kind is torch.nn.Linear:
-                inside = module.__dict__["_parameters"]  # nn.Module's own look-up takes longer
+                inside = known["_parameters"]
                 if (bias := inside["bias"]) is None or bias.dtype != x.dtype:
                     return None
                 params += (inside["weight"], bias)

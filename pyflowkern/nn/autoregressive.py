@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.nn._coupling import condition
+from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.masked import MaskedMLP
 from pyflowkern.ops._elements import (
     ElementMap,
@@ -15,6 +18,7 @@ from pyflowkern.ops._elements import (
     element_map,
     element_parameters,
 )
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["Inverse", "MaskedAutoregressive"]
 
@@ -28,12 +32,14 @@ class MaskedAutoregressive(Bijection):
     Args:
         features: number ``D`` of features of the input ``[N, D]``.
         hidden: widths of the masked network.
-        transform: :math:`\tau`: ``"affine"``, the name of a scale map, or a :class:`~pyflowkern.ops.ScaleMap`.
+        transform: :math:`\tau`: ``"affine"``, the name of a scale map, a :class:`~pyflowkern.ops.ScaleMap` or a
+            :class:`~pyflowkern.ops.SplineMap`.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         order: the features, first to last; None for 0, 1, 2, ...
         residual: a network of residual blocks.
         activation: the network's activation, as for :class:`MaskedMLP`.
-        conditioner: a :class:`MaskedMLP` to use instead of a new one.
+        conditioner: a :class:`MaskedMLP` to use instead of a new one; or any module ``g(x)`` or ``g(x, context)``
+            that returns ``[N, D, P]`` and is autoregressive: it is inverted by :func:`jacobi_inverse`.
 
     Raises:
         ValueError: as :class:`MaskedMLP`, and for a transform or a conditioner that does not fit.
@@ -60,7 +66,7 @@ class MaskedAutoregressive(Bijection):
         order: Sequence[int] | Tensor | None = None,
         residual: bool = False,
         activation: str = "relu",
-        conditioner: MaskedMLP | None = None,
+        conditioner: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.features = features
@@ -76,7 +82,14 @@ class MaskedAutoregressive(Bijection):
                 residual=residual,
                 activation=activation,
             )
-        if (conditioner.features, conditioner.outputs) != (features, outputs):
+            if isinstance(self.element_map, SplineMap):  # starts as the identity
+                with torch.no_grad():
+                    last: Tensor = conditioner.layers[-1].bias  # type: ignore[assignment]
+                    last.copy_(self.element_map.identity_raw().repeat(features))
+        if isinstance(conditioner, MaskedMLP) and (conditioner.features, conditioner.outputs) != (
+            features,
+            outputs,
+        ):
             raise ValueError(
                 f"the conditioner must have {features} features and {outputs} outputs, got "
                 f"{conditioner.features} and {conditioner.outputs}"
@@ -86,11 +99,15 @@ class MaskedAutoregressive(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform ``x`` ``[N, D]``; return ``(z, log_det[N])``."""
         check_channels("x", x, self.features)
-        return apply_elements(x, self.conditioner(x, context), self.element_map)
+        return apply_elements(x, condition(self.conditioner, x, context), self.element_map)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.features)
+        if not isinstance(self.conditioner, MaskedMLP):
+            return jacobi_inverse(
+                lambda x: condition(self.conditioner, x, context), z, transform=self.element_map
+            )
         weights, biases = self.conditioner.weights_and_biases(context, z.shape[0])
         return ops.autoregressive_inverse(
             z, weights, biases, self.conditioner.plan, transform=self.element_map

@@ -101,7 +101,7 @@ class InvertibleLinear(Bijection):
         check_channels("x", x, self.channels)
         weight, log_abs_det = self.matrix()
         if _is_product(x, weight):
-            return F.linear(x, weight), log_abs_det.repeat(x.shape[0])
+            return F.linear(x, weight), log_abs_det.expand(x.shape[0]).contiguous()
         return ops.invertible_linear(x, weight, log_abs_det)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class InvertibleLinear(Bijection):
         check_channels("z", z, self.channels)
         weight, log_abs_det = self.matrix(inverse=True)
         if _is_product(z, weight):
-            return F.linear(z, weight), (-log_abs_det).repeat(z.shape[0])
+            return F.linear(z, weight), (-log_abs_det).expand(z.shape[0]).contiguous()
         return ops.invertible_linear(z, weight, log_abs_det, inverse=True)
 
     def matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:

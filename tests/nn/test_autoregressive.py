@@ -15,6 +15,7 @@ from laws import (
 )
 
 from pyflowkern import nn
+from pyflowkern.ops import SplineMap
 
 K = 3
 #: name: arguments of MaskedAutoregressive(5, (12, 12))
@@ -26,6 +27,16 @@ LAYERS = {
     "residual with context": {"residual": True, "context_features": K, "activation": "silu"},
     "exp": {"transform": "exp", "activation": "tanh"},
     "additive": {"transform": "additive", "activation": "elu"},
+    "spline": {"transform": SplineMap(bins=4)},
+    "spline with context": {
+        "transform": SplineMap(bins=3, bound=2.0, parameterization="softclip"),
+        "context_features": K,
+        "residual": True,
+    },
+    "circular spline": {
+        "transform": SplineMap(bins=4, tails="circular"),
+        "order": [1, 0, 2, 4, 3],
+    },
 }
 layers = pytest.mark.parametrize("name", LAYERS)
 
@@ -74,8 +85,8 @@ def test_starts_as_the_identity(name):
     x, context = normal(2, 5, dtype=torch.float32), normal(2, K, dtype=torch.float32)
     layer = build(name)
     z, log_det = layer(x, context if layer.conditioner.context_features else None)
-    assert torch.equal(z, x)
-    assert not log_det.any()
+    torch.testing.assert_close(z, x, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(log_det, torch.zeros(2), atol=1e-5, rtol=0)
 
 
 @layers
@@ -177,6 +188,69 @@ def test_bad_calls():
         nn.MaskedAutoregressive(3, conditioner=nn.MaskedMLP(3, 1))
     with pytest.raises(ValueError, match="scale_map must be"):
         nn.MaskedAutoregressive(3, transform="cosine")
+
+
+# --- any network ---------------------------------------------------------------------------------
+
+
+class Cumulative(torch.nn.Module):
+    """Autoregressive, and no masked MLP: parameters from running means of what was before."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.weight = torch.nn.Parameter(normal(outputs, seed=5) / 2)
+
+    def forward(self, x, context=None):
+        before = x.cumsum(1) - x
+        before = before / (1 + torch.arange(x.shape[1]).to(x))
+        if context is not None:
+            before = before + context[:, :1]
+        return torch.sin(before)[..., None] * self.weight
+
+
+@pytest.mark.parametrize("transform", ["affine", SplineMap(bins=3)], ids=["affine", "spline"])
+def test_any_autoregressive_network(transform):
+    outputs = 2 if transform == "affine" else transform.params
+    layer = nn.MaskedAutoregressive(6, transform=transform, conditioner=Cumulative(outputs))
+    x, context = normal(3, 6), normal(3, K, seed=1)
+    check_inverse(layer, x, context)
+    check_log_det(layer, x, context)
+    check_samples_are_independent(layer, x, context)
+    y, log_det = layer.inverse(x, context)
+    check_gradients(layer, (y**3).sum() + (log_det**2).sum())
+    assert layer.inverse(x[:0], context[:0])[0].shape == (0, 6)
+
+
+def test_jacobi_gives_what_the_sampler_gives():
+    layer, x, context = make("residual with context")
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    results = []
+    for y, log_det in (
+        layer.inverse(x, context),
+        nn.jacobi_inverse(lambda v: layer.conditioner(v, context), x),
+    ):
+        results.append((y, log_det, *torch.autograd.grad((y**3).sum() + log_det.sum(), leaves)))
+    torch.testing.assert_close(*results, atol=1e-9, rtol=1e-9)
+
+
+def test_jacobi_stops_at_the_tolerance():
+    net, calls = randomize(nn.MaskedMLP(64, 2)), []
+
+    def counted(v):
+        calls.append(1)
+        return net(v)
+
+    z = normal(5, 64, dtype=torch.float32)
+    with torch.no_grad():
+        exact, _ = nn.jacobi_inverse(counted, z)
+        full = len(calls)
+        rough, _ = nn.jacobi_inverse(counted, z, tolerance=1e-3)
+    assert len(calls) - full < full < 64
+    # the last step moved by less than 1e-3, and steps shrink
+    torch.testing.assert_close(rough, exact, atol=2e-3, rtol=2e-3)
+    for bad in ({"tolerance": -1.0}, {"max_steps": 0}):
+        with pytest.raises(ValueError, match="tolerance must be"):
+            nn.jacobi_inverse(net, z, **bad)
 
 
 # --- turned round --------------------------------------------------------------------------------

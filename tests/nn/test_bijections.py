@@ -69,7 +69,7 @@ LAYERS = {
         lambda: nn.SplineCoupling(3, CONV, split=MASK, unconditional=True, bins=3),
         (3, 1, 2),
     ),
-    "spline sequence": (lambda: nn.SplineCoupling(3, CONV1D, bins=3), (3, 4)),
+    "spline sequence": (lambda: nn.SplineCoupling(3, CONV1D, kind="quadratic", bins=3), (3, 4)),
     "spline of a circle": (
         lambda: nn.SplineCoupling(5, PERIODIC, tails="circular", bound=5.0, bins=4),
         (5,),

@@ -12,6 +12,7 @@ from pyflowkern.ops import (
     MaskedLayer,
     MaskedPlan,
     ScaleMap,
+    SplineMap,
     autoregressive_inverse,
     autoregressive_inverse_reference,
     scale_map,
@@ -29,6 +30,13 @@ MAPS = [
     "additive",
     ScaleMap("sigmoid", offset=2.0, shift_first=True),
     ScaleMap("softplus", eps=1e-3, divide=True),
+    SplineMap(bins=8),
+    SplineMap(bins=5, tails="circular", scale=0.5),
+    SplineMap(bins=4, tails="affine", parameterization="softclip"),
+    SplineMap(bins=4, tails="affine", parameterization="domain"),
+    SplineMap("linear", bins=6),
+    SplineMap("quadratic", bins=4),
+    SplineMap("cubic", bins=5),
 ]
 
 
