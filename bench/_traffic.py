@@ -91,6 +91,13 @@ def _glow(dtype: torch.dtype) -> list[Tensor]:
 
 
 IMAGE = (8, 24, 16, 16)
+SPLINE = ops.SplineMap()
+
+
+def _spline(x: Tensor, params: Tensor) -> Any:
+    return ops.spline(x, params, SPLINE)
+
+
 CASES = [
     TrafficCase("affine coupling", _normal(IMAGE, IMAGE), ops.affine_coupling),
     TrafficCase("affine coupling", _normal(IMAGE, IMAGE), ops.affine_coupling, backward=True),
@@ -105,6 +112,8 @@ CASES = [
         ops.actnorm,
         backward=True,
     ),
+    TrafficCase("spline", _normal((8, 64), (8, 64, SPLINE.params)), _spline),
+    TrafficCase("spline", _normal((8, 64), (8, 64, SPLINE.params)), _spline, backward=True),
     TrafficCase("channel moments", _normal(IMAGE), ops.channel_moments),
     TrafficCase("glow step", _glow, ops.glow_step),
     TrafficCase("glow step", _glow, ops.glow_step, backward=True),

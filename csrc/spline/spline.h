@@ -196,6 +196,19 @@ struct Axis {
   PFK_HD V span(int bins) const { return sum * rate + V(Lane<V>(bins) * least); }
 };
 
+// u f with f = 1 / (1 + |u| clip), whose slope is f^2; beyond the bend as what it lacks of its
+// limit 1 / clip, so that errors of f count half at most.
+template <class V>
+struct Clipped {
+  V value, factor;
+};
+template <class V>
+PFK_HD Clipped<V> softclip(V u, Lane<V> clip) {
+  using T = Lane<V>;
+  const V size = abs_(u * V(clip)), factor = V(T(1)) / (V(T(1)) + size), limit = T(1) / clip;
+  return {select(size > V(T(1)), copysign_(limit - limit * factor, u), u * factor), factor};
+}
+
 // One of two, member by member: as one of two addresses they would leave a GPU's registers.
 template <class C, class V>
 PFK_HD Axis<C, V> choose(bool first, const Axis<C, V>& a, const Axis<C, V>& b) {
@@ -229,9 +242,9 @@ PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int fir
   if (C::parameters(m, kSoftclip)) {
     PFK_UNROLL
     for (int j = 0; j < bins; ++j) {
-      const V u = t.get(first + j), factor = V(T(1)) / (V(T(1)) + abs_(u * V(m.clip)));
-      t.put(first + j, u * factor);
-      t.put(m.columns + first + j, factor);
+      const Clipped<V> u = softclip(t.get(first + j), m.clip);
+      t.put(first + j, u.value);
+      t.put(m.columns + first + j, u.factor);
     }
   }
   V top = t.get(first);

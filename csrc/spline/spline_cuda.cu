@@ -88,7 +88,7 @@ void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, bool
   const SplineMap<T> m = spline_map<T>(a.numbers, a.code, a.bins, false);
   g.stride = (m.columns + m.scratch) | 1;
   auto bytes_of = [&](int64_t n) {
-    return static_cast<size_t>(n) * (g.stride * sizeof(T) + sizeof(T) + sizeof(int64_t));
+    return static_cast<size_t>(n) * (g.stride * sizeof(T) + 2 * sizeof(T) + sizeof(int64_t));
   };
   g.elements = kSplineThreads;
   while (g.elements > 32 && bytes_of(g.elements) > 48 * 1024) g.elements /= 2;
@@ -98,6 +98,10 @@ void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, bool
   blocks = g.rows > 0 ? (a.samples + g.rows - 1) / g.rows : a.samples * g.chunks;
   g.features = Divider(a.features), g.length = Divider(a.length);
   g.wide = fits_packs<S>(a, g);
+  const int64_t group = g.rows > 0 ? g.rows * a.features : g.elements;
+  g.wide_x = !(a.flags & kSplineCoupling) && group % (16 / sizeof(S)) == 0 &&
+             (g.rows > 0 || a.features % (16 / sizeof(S)) == 0) && aligned16(a.in) &&
+             aligned16(a.out) && aligned16(a.grad_out);
   g.partial = static_cast<double*>(workspace);
   const size_t bytes = bytes_of(g.elements);
   if (a.flags & kSplineCoupling && (mask == nullptr || g.channel != nullptr))

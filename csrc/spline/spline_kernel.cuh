@@ -19,6 +19,7 @@ struct SplineGrid {
   int64_t chunks;      // of a sample
   int stride;          // between rows of the tile
   bool wide;           // raw numbers of a block are whole packs
+  bool wide_x;         // and so are its elements of x
   Divider features, length, places;
   const int32_t* channel;  // of the transformed channels, by their rank, or null
   double* partial;         // log-dets of the chunks
@@ -188,39 +189,54 @@ __global__ void __launch_bounds__(kSplineThreads, sizeof(Compute<S>) == 8 ? 2 : 
   PFK_SHARED_MEMORY(memory);
   int64_t* place = reinterpret_cast<int64_t*>(memory);
   T* terms = reinterpret_cast<T*>(place + g.elements);
-  T* tile = terms + g.elements;
+  T* staged = terms + g.elements;
+  T* tile = staged + g.elements;
   const BlockOfElements b = block_of(a, g);
   const int i = threadIdx.x;
   const bool active = i < b.count;
   const ElementPlace mine = place_of(a, g, active ? b.begin + i : 0, mask);
-  const S* in = static_cast<const S*>(kBackward ? a.grad_out : a.in);
+  const S* passing = static_cast<const S*>(kBackward ? a.grad_out : a.in);
   S* out = static_cast<S*>(a.out);
-
+  SplineSource x{};
+  x.columns = 1, x.raw = a.in, x.grad = a.out;
+  if (g.wide_x) {
+    move_packs<S, T, false>(x, b.begin, b.count, staged, 1);
+    x.raw = a.grad_out;
+    if (kBackward) move_packs<S, T, false>(x, b.begin, b.count, terms, 1);
+  }
   move_tile<S, T, false>(a, g, b, mine, tile, place);
+
   if (active) {
     SharedTile<T> row{tile + i * g.stride};
-    const T v = widen(static_cast<const S*>(a.in)[mine.x]);
+    const T v = g.wide_x ? staged[i] : T(widen(static_cast<const S*>(a.in)[mine.x]));
+    T result = v;
     if constexpr (kBackward) {
       const bool each = a.flags & kSplineElementwise;
       const T grad_log = static_cast<const T*>(a.grad_log)[each ? mine.x : mine.sample];
-      const T grad = widen(in[mine.x]);
+      const T grad = g.wide_x ? terms[i] : T(widen(passing[mine.x]));
       if (mine.moved) {
-        out[mine.x] = narrow<S>(spline_vjp<kKind, AnySpline, T>(m, row, v, grad, grad_log));
+        result = spline_vjp<kKind, AnySpline, T>(m, row, v, grad, grad_log);
       } else {
-        if (g.channel == nullptr) out[mine.x] = in[mine.x];
         for (int c = 0; c < a.columns; ++c) row.put(c, T(0));
       }
     } else if (mine.moved) {
       const SplineValue<T> r = spline_apply<kKind, AnySpline, T>(m, row, v);
-      out[mine.x] = narrow<S>(r.out);
+      result = r.out;
       terms[i] = r.log_slope;
       if (a.flags & kSplineElementwise) static_cast<T*>(a.log_det)[mine.x] = r.log_slope;
     } else {
-      if (g.channel == nullptr) out[mine.x] = in[mine.x];
       terms[i] = T(0);
+    }
+    if (g.wide_x) {
+      staged[i] = result;
+    } else if (mine.moved) {
+      out[mine.x] = narrow<S>(result);
+    } else if (g.channel == nullptr) {
+      out[mine.x] = passing[mine.x];
     }
   }
   __syncthreads();
+  if (g.wide_x) move_packs<S, T, true>(x, b.begin, b.count, staged, 1);
   if constexpr (kBackward) {
     move_tile<S, T, true>(a, g, b, mine, tile, place);
   } else {

@@ -34,11 +34,10 @@ struct Derivative {
 
 template <class C, class V>
 PFK_HD Derivative<V> derivative_of(V raw, const SplineMap<Lane<V>>& m) {
-  using T = Lane<V>;
   if (C::parameters(m, kSoftclip)) {
-    const V factor = V(T(1)) / (V(T(1)) + abs_(raw * V(m.derivative_clip)));
-    const V d = exp_(raw * factor);
-    return {d, d * factor * factor};
+    const Clipped<V> u = softclip(raw, m.derivative_clip);
+    const V d = exp_(u.value);
+    return {d, d * u.factor * u.factor};
   }
   if (C::parameters(m, kDomain)) raw = raw + V(m.derivative_shift);
   const Softplus<V> s = softplus_with_slope(raw);
