@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from pyflowkern import _library
+
 __all__ = ["Kernel", "kernels", "table"]
 
 ROOT = Path(__file__).parent.parent
 #: Registers, warps, shared memory in bytes and blocks of a multiprocessor (CUDA C++ Programming Guide, table 30).
-LIMITS = {"sm_80": (65536, 64, 164 << 10, 32), "sm_90": (65536, 64, 228 << 10, 32)}
+LIMITS = {
+    "sm_80": (65536, 64, 164 << 10, 32),
+    "sm_86": (65536, 48, 100 << 10, 16),
+    "sm_87": (65536, 48, 164 << 10, 16),
+    "sm_89": (65536, 48, 100 << 10, 24),
+    "sm_90": (65536, 64, 228 << 10, 32),
+    "sm_100": (65536, 64, 228 << 10, 32),
+    "sm_103": (65536, 64, 228 << 10, 32),
+    "sm_120": (65536, 48, 100 << 10, 24),
+}
 COMPILED = re.compile(r"Compiling entry function '(\S+)' for '(sm_\d+)'")
 USED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
@@ -40,12 +52,30 @@ class Kernel:
     spills: int
     shared: int
     threads: int = 0
-    #: Accesses of its innermost loops: ("ld" or "st", bytes) -> instructions.
-    accesses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    #: Accesses of each innermost loop: ("ld" or "st", bytes) -> instructions.
+    loops: list[Counter[tuple[str, int]]] = field(default_factory=list)
+
+    @property
+    def accesses(self) -> Counter[tuple[str, int]]:
+        """Accesses of all its innermost loops."""
+        return sum(self.loops, Counter())
+
+    @property
+    def taken_apart(self) -> bool:
+        """Whether a loop that loads 16 bytes at once stores fewer: a pack that was split."""
+        return any(
+            loop["ld", 16] and any(way == "st" and width < 16 for way, width in loop)
+            for loop in self.loops
+        )
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that registers and static shared memory let in."""
+        """The share of a multiprocessor's warps that registers and static shared memory let in.
+
+        NaN for an architecture whose limits this file does not know.
+        """
+        if self.arch not in LIMITS:
+            return math.nan
         registers, warps, shared, blocks = LIMITS[self.arch]
         mine = max(1, self.threads // 32)
         of_registers = registers // (-(-self.registers * 32 // 256) * 256 * mine)
@@ -89,60 +119,80 @@ def _ptx(stem: str) -> str:
     return path.read_text()
 
 
-def _innermost(lines: list[str], label: re.Pattern[str], branch: re.Pattern[str]) -> list[bool]:
-    """Return which lines lie in a loop that holds no other: between a label and a branch back."""
+Access = tuple[str, int]
+
+
+def _loops(
+    lines: list[str],
+    label: re.Pattern[str],
+    branch: re.Pattern[str],
+    access: Callable[[str], Access | None],
+) -> list[Counter[Access]]:
+    """Return the accesses of each loop that holds no other: between a label and a branch back."""
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for i, line in enumerate(lines):
         if found := label.match(line):
-            labels[found[1]] = i
-        elif (found := branch.search(line)) and found[1] in labels:
-            loops.append((labels[found[1]], i))
-    inner = [
+            labels[found[1].lstrip("0") or "0"] = i
+        if (found := branch.search(line)) and (target := found[1].lstrip("0") or "0") in labels:
+            loops.append((labels[target], i))
+    inner = {
         (a, b)
         for a, b in loops
         if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    }
+    return [
+        Counter(found for line in lines[a : b + 1] if (found := access(line))) for a, b in inner
     ]
-    return [any(a <= i <= b for a, b in inner) for i in range(len(lines))]
 
 
-def _accesses_in_ptx(text: str) -> Iterator[tuple[str, int, Counter[tuple[str, int]]]]:
+def _access_in_ptx(line: str) -> Access | None:
+    found = PTX_ACCESS.search(line)
+    return (found[1], int(found[2] or 1) * int(found[3]) // 8) if found else None
+
+
+def _access_in_sass(line: str) -> Access | None:
+    found = SASS_ACCESS.search(line)
+    return (found[1].lower(), SASS_BYTES[found[2]]) if found else None
+
+
+def _accesses_in_ptx(text: str) -> Iterator[tuple[str, int, list[Counter[Access]]]]:
     label, branch = re.compile(r"(\$L\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+);")
     for found in re.finditer(r"\.entry (\S+?)\((.*?)\n\}\n", text, re.DOTALL):
         threads = re.search(r"\.maxntid (\d+)", found[0])
-        lines = found[0].splitlines()
-        counts: Counter[tuple[str, int]] = Counter()
-        for line, inside in zip(lines, _innermost(lines, label, branch), strict=True):
-            if inside and (access := PTX_ACCESS.search(line)):
-                counts[access[1], int(access[2] or 1) * int(access[3]) // 8] += 1
-        yield found[1], int(threads[1]) if threads else 0, counts
+        loops = _loops(found[0].splitlines(), label, branch, _access_in_ptx)
+        yield found[1], int(threads[1]) if threads else 0, loops
 
 
-def _accesses_in_sass() -> dict[tuple[str, str], Counter[tuple[str, int]]]:
-    """Return the accesses of each (kernel, arch) of the built library, nothing without cuobjdump."""
-    library = ROOT / "pyflowkern" / "lib" / "libpyflowkern_cuda.so"
+def _sass() -> str:
+    """Return the machine code of the library that was loaded or built, nothing without cuobjdump."""
+    library = next((p for p in _library._candidates("libpyflowkern_cuda.so") if p.is_file()), None)
     tool = shutil.which("cuobjdump")
-    if tool is None or not library.is_file():
-        return {}
-    text = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True).stdout
-    label, branch = re.compile(r"\s*(\.L_\w+):"), re.compile(r"\bBRA\b.*?`\((\.L_\w+)\)")
-    result: dict[tuple[str, str], Counter[tuple[str, int]]] = {}
+    if tool is None or library is None:
+        return ""
+    return subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True).stdout
+
+
+def _accesses_in_sass(text: str) -> dict[tuple[str, str], list[Counter[Access]]]:
+    """Return the accesses of each (kernel, arch); a branch names the address that it goes to."""
+    label, branch = (
+        re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+\S"),
+        re.compile(r"\bBRA\b[^;/]*?\b0x([0-9a-f]+) ;"),
+    )
+    result: dict[tuple[str, str], list[Counter[Access]]] = {}
     arch = ""
-    for part in re.split(r"(?=\tFunction : |arch = )", text):
+    for part in re.split(r"(?=\tFunction : |^arch = )", text, flags=re.MULTILINE):
         if found := re.match(r"arch = (sm_\d+)", part):
             arch = found[1]
         elif found := re.match(r"\tFunction : (\S+)", part):
-            lines = part.splitlines()
-            counts = result[found[1], arch] = Counter()
-            for line, inside in zip(lines, _innermost(lines, label, branch), strict=True):
-                if inside and (access := SASS_ACCESS.search(line)):
-                    counts[access[1].lower(), SASS_BYTES[access[2]]] += 1
+            lines = [line.split(" ;", 1)[0] + " ;" for line in part.splitlines() if " ;" in line]
+            result[found[1], arch] = _loops(lines, label, branch, _access_in_sass)
     return result
 
 
 def kernels() -> list[Kernel]:
     """Return every kernel of the newest build for every architecture, with readable names."""
-    sass = _accesses_in_sass()
+    sass = _accesses_in_sass(_sass())
     found: list[Kernel] = []
     for path in reports():
         of_file = list(_resources(path))
@@ -151,9 +201,9 @@ def kernels() -> list[Kernel]:
         by_name = dict(zip(_readable([name for name, *_ in ptx]), ptx, strict=True))
         for kernel, name in zip(of_file, _readable([k.name for k in of_file]), strict=True):
             kernel.name = name  # a mangled one holds a hash that differs between compilations
-            _, kernel.threads, kernel.accesses = by_name[name]
+            _, kernel.threads, kernel.loops = by_name[name]
         for kernel, key in zip(of_file, mangled, strict=True):
-            kernel.accesses = sass.get(key, kernel.accesses)
+            kernel.loops = sass.get(key, kernel.loops)
         found += of_file
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def launches(step: Step) -> int:
         step()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
-    return sum(1 for event in profile.events() if event.device_type == cuda)
+    return sum(
+        event.device_type == cuda and not getattr(event, "is_user_annotation", False)
+        for event in profile.events()
+    )
 
 
 def captured(step: Step) -> torch.cuda.CUDAGraph:
@@ -92,32 +96,47 @@ def milliseconds(run: Callable[[], None], repeats: int = 30) -> float:
     return sorted(times)[repeats // 2]
 
 
+def plain_row(name: str, provider: str, device: torch.device) -> dict[str, object]:
+    """Count the launches of a step, and time it."""
+    with use_reference(provider != "ours"):
+        step = Step(models()[name], device, provider == "compile")
+        row: dict[str, object] = {"model": name, "provider": provider}
+        return row | {"launches": launches(step), "ms": milliseconds(step)}
+
+
+def graph_row(name: str, device: torch.device) -> dict[str, object]:
+    """Compare a replayed graph with plain steps."""
+    make = models()[name]
+    plain, step = Step(make, device, False), Step(make, device, False)
+    graph = captured(step)
+    for _ in range(WARM + 5):
+        plain()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    error = (step.parameters() - plain.parameters()).abs().max().item()
+    row: dict[str, object] = {"model": name, "provider": "ours, graph", "launches": 1}
+    return row | {"ms": milliseconds(graph.replay), "difference": error}
+
+
 def measure(device: torch.device, out: Path | None) -> list[dict[str, object]]:
-    """Count launches and compare a replayed graph with plain steps, for every model."""
+    """Count launches and compare a replayed graph with plain steps, for every model.
+
+    What takes long, compiling, comes last, and every row is written when it is there: a run that is cut off leaves
+    the rows before.
+    """
     if device.type != "cuda":
         raise SystemExit("steps counts kernel launches: it needs --device cuda")
-    rows: list[dict[str, object]] = []
-    for name, make in models().items():
-        for provider in ("ours", "eager", "compile"):
-            with use_reference(provider != "ours"):
-                step = Step(make, device, provider == "compile")
-                row: dict[str, object] = {"model": name, "provider": provider}
-                row |= {"launches": launches(step), "ms": milliseconds(step)}
-            rows.append(row)
-        plain, step = Step(make, device, False), Step(make, device, False)
-        graph = captured(step)
-        for _ in range(WARM + 5):
-            plain()
-        for _ in range(5):
-            graph.replay()
-        torch.cuda.synchronize()
-        error = (step.parameters() - plain.parameters()).abs().max().item()
-        row = {"model": name, "provider": "ours, graph", "launches": 1}
-        rows.append(row | {"ms": milliseconds(graph.replay), "difference": error})
     facts = _environment.describe(device)
-    for row in rows:
-        print(row, flush=True)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "steps.json").write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
+    rows: list[dict[str, object]] = []
+    calls = [partial(plain_row, name, p, device) for name in models() for p in ("ours", "eager")]
+    calls += [partial(graph_row, name, device) for name in models()]
+    calls += [partial(plain_row, name, "compile", device) for name in models()]
+    for call in calls:
+        rows.append(call())
+        print(rows[-1], flush=True)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps([row | facts for row in rows], indent=1)
+            (out / "steps.json").write_text(text + "\n")
     return rows

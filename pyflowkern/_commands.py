@@ -72,7 +72,10 @@ def train(
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"{DATA}.  [default: photos]")] = None,
     flow: Annotated[
-        str | None, typer.Option(help="Which flow: Glow or RealNVP.  [default: Glow]")
+        str | None,
+        typer.Option(
+            help="Which flow: Glow, RealNVP or NSF; for rows also MAF or IAF.  [default: Glow]"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -111,13 +114,13 @@ def train(
     TensorBoard logs and, for images, samples.png.  A tenth of the rows is held out and scored as training goes.
 
     \b
-    Example  pyflowkern train --data table.csv --flow RealNVP --steps 2000 --out out/table
+    Example  pyflowkern train --data table.csv --flow NSF --steps 2000 --out out/table
     Resume   pyflowkern train --resume out/table
 
     \b
     Options of the YAML file and of --set, with their defaults:
       data: photos, flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
-      flow_args: {}          arguments of the flow, such as levels, steps, hidden
+      flow_args: {}          arguments of the flow, such as levels, steps, transforms, hidden
       size: 32               side of the images, for photos and folders
       warmup: 50             steps of linear warm-up; a cosine follows
       final_lr: 0.05         where the cosine ends, as a fraction of lr

@@ -35,6 +35,7 @@ __all__ = [
     "require_kernels",
     "show_config",
     "simd_level",
+    "transformed",
     "use_reference",
 ]
 
@@ -146,7 +147,7 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
         _force_reference = before
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work: the reference knows how, the kernels do not."""
     if forward_ad._current_level >= 0:
         return True
@@ -169,7 +170,7 @@ def kernel_serves(
     for t in others:
         if t is not None and (t.dtype not in dtypes or t.device != device):
             return False
-    return not _transformed()
+    return not transformed()
 
 
 def show_config() -> str:

@@ -25,6 +25,7 @@ def build(variant: str = "none", **options: str) -> Path:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cmake, ninja = (str(shutil.which(tool, path=path)) for tool in ("cmake", "ninja"))
     options |= {"SANITIZE": variant, "TORCH": torch.__path__[0], "CMAKE_MAKE_PROGRAM": ninja}
+    options |= {"NAMESPACE": _namespace(folder)}
     defined = [f"-D{key}={value}" for key, value in options.items()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -40,10 +41,15 @@ def build(variant: str = "none", **options: str) -> Path:
     return folder / "libpyflowkern_on_host.so"
 
 
+def _namespace(folder: Path) -> str:
+    """Name the ops of a build apart: a process that runs two must not mix them up."""
+    return f"pyflowkern_on_host_{folder.name.replace('-', '_')}"
+
+
 @functools.cache
 def load(path: Path) -> torch.library.Library:
     """Define every op of the package again under its own namespace, served by the library."""
-    library = torch.library.Library("pyflowkern_on_host", "DEF")
+    library = torch.library.Library(_namespace(path.parent), "DEF")
     for op in _library.OPS:
         schema = str(getattr(torch.ops.pyflowkern, op).default._schema)
         library.define(schema.removeprefix("pyflowkern::"))
@@ -51,10 +57,11 @@ def load(path: Path) -> torch.library.Library:
     return library
 
 
-def served() -> list[str]:
-    """Return the ops that have a CUDA kernel."""
+def served(path: Path) -> list[str]:
+    """Return the ops that have a CUDA kernel in the library."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [op for op in _library.OPS if has_kernel(f"pyflowkern_on_host::{op}", "CPU")]
+    name = _namespace(path.parent)
+    return [op for op in _library.OPS if has_kernel(f"{name}::{op}", "CPU")]
 
 
 @contextmanager
@@ -62,11 +69,12 @@ def kernels(path: Path) -> Iterator[None]:
     """Let the CUDA kernels serve tensors on the CPU."""
     load(path)
     override = torch.library.Library("pyflowkern", "IMPL")
+    ops = getattr(torch.ops, _namespace(path.parent))
     try:
-        for op in served():
+        for op in served(path):
             override.impl(
                 op,
-                getattr(torch.ops.pyflowkern_on_host, op).default,
+                getattr(ops, op).default,
                 "CPU",
                 allow_override=True,
             )

@@ -1,5 +1,6 @@
 """What the compiler made of the CUDA kernels: nothing leaves the registers, data moves in packs, once."""
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,38 @@ def test_no_kernel_uses_the_stack_or_spills(kernels, source):
 def test_an_eighth_of_the_warps_fits(kernels):
     """Fewer could not hide the latency of memory."""
     assert not [(k.name, k.arch, k.occupancy) for k in kernels if k.occupancy < 0.125]
+
+
+@needs_nvcc
+def test_no_pack_is_taken_apart(kernels):
+    """The count below cannot see it: on the host a pack is one access, whatever nvcc makes of it."""
+    assert any(loop["st", 16] for k in kernels for loop in k.loops)
+    assert not [(k.name, k.arch) for k in kernels if k.taken_apart]
+
+
+SASS = """
+arch = sm_90
+\t\tFunction : first
+        /*0000*/                   MOV R1, c[0x0][0x28] ;              /* 0x00000a0000017a02 */
+        /*0010*/                   LDG.E.128 R8, desc[UR8][R2.64] ;    /* 0x0000000802087981 */
+        /*0020*/                   STG.E desc[UR8][R4.64], R8 ;        /* 0x0000000804007986 */
+        /*0030*/              @!P1 BRA 0x10 ;                          /* 0xfffffd1000008947 */
+        /*0040*/                   STG.E.U8 desc[UR8][R4.64], R8 ;     /* 0x0000000804007986 */
+        /*0050*/                   EXIT ;                              /* 0x000000000000794d */
+        /*0060*/                   BRA 0x60;                           /* 0xfffffffc00fc7947 */
+"""
+
+
+def test_reading_machine_code():
+    """What cuobjdump prints: a branch names an address, not a label."""
+    (loop,) = _kernels._accesses_in_sass(SASS)["first", "sm_90"]
+    assert loop == {("ld", 16): 1, ("st", 4): 1}
+    assert _kernels.Kernel("", "first", "sm_90", 1, 0, 0, 0, loops=[loop]).taken_apart
+
+
+def test_occupancy_of_an_architecture_that_nobody_listed():
+    assert math.isnan(_kernels.Kernel("", "", "sm_999", 32, 0, 0, 0, threads=256).occupancy)
+    assert _kernels.Kernel("", "", "sm_120", 32, 0, 0, 0, threads=256).occupancy == 1
 
 
 @pytest.mark.parametrize("case", _traffic.CASES, ids=_traffic._name)

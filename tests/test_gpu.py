@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyflowkern import _library, flows, ops
+from pyflowkern import _library, flows, ops, use_reference
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
@@ -24,32 +24,53 @@ def inputs(device="cuda", shape=(8, 6, 8, 8)):
     return torch.randn(shape, device=device), torch.randn(shape, device=device)
 
 
-def test_ops_run_on_the_current_stream():
+def glow_step(x):
+    channels, like = x.shape[1], {"device": x.device}
+    weight, zeros = torch.eye(channels, **like), torch.zeros(channels, **like)
+    return ops.glow_step(x, zeros + 0.1, zeros + 1, weight, torch.zeros((), **like))
+
+
+#: One call of each family, whose results follow from x alone.
+CALLS = {
+    "affine": lambda x: ops.affine_coupling(x, x),
+    "actnorm": lambda x: ops.actnorm(x, x[0, :, 0, 0].clamp(-1, 1), x[1, :, 0, 0]),
+    "linear": glow_step,
+    "matrix": lambda x: ops.slogdet_inverse(x[:, 0, :8, :8] + 16 * torch.eye(8, device=x.device)),
+    "preprocess": lambda x: ops.logit(x.sigmoid(), alpha=0.05),
+    "density": lambda x: (ops.normal_log_prob(x, x[0], log_det=x[:, 0, 0, 0]),),
+}
+every_family = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def check(got, call, x):
+    with use_reference():
+        for found, expected in zip(got, call(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@every_family
+def test_ops_run_on_the_current_stream(call):
     """Work queued before on the same side stream must be seen: the default stream would not wait."""
-    x, params = inputs(shape=(64, 24, 32, 32))
+    x = torch.randn(64, 24, 32, 32, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
-        late = x * 2
-        y, log_det = ops.affine_coupling(late, params)
+        got = call(x * 2)
     side.synchronize()
-    expected, expected_log_det = ops.affine_coupling_reference(2 * x, params)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(log_det, expected_log_det, rtol=1e-5, atol=1e-4)
+    check(got, call, 2 * x)
 
 
-def test_a_tensor_of_another_device_than_the_current_one():
+@every_family
+def test_a_tensor_of_another_device_than_the_current_one(call):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    x, params = inputs("cuda:1")
+    x = torch.randn(8, 6, 8, 8, device="cuda:1")
     with torch.cuda.device(0):
-        y, log_det = ops.affine_coupling(x, params)
+        got = call(x)
         assert torch.cuda.current_device() == 0
-    assert y.device == log_det.device == x.device
-    torch.testing.assert_close(
-        y, ops.affine_coupling_reference(x, params)[0], rtol=1e-5, atol=1e-5
-    )
+    assert all(t.device == x.device for t in got)
+    check(got, call, x)
 
 
 def test_storage_offset_by_one_element():

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Every sample's log-det is the same number.
+// Every sample's log-det is the same number, which every block finds.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     log_det_kernel(const Channels<T> k, int64_t channels, int64_t space, int64_t samples,
@@ -57,16 +57,27 @@ __global__ void __launch_bounds__(kThreads)
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) total = sum * static_cast<double>(k.inverse ? -space : space);
   __syncthreads();
-  for (int64_t n = threadIdx.x; n < samples; n += kThreads) log_det[n] = static_cast<T>(total);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; n < samples; n += step) log_det[n] = static_cast<T>(total);
 }
 
 __device__ double* partial_of(const ActNormArgs& a, int64_t task, int64_t channel) {
   return a.partial + 2 * (task * a.channels + channel);
 }
 
+// The gradient of the log-dets, of which every task of the backward kernel adds up a share.
+template <class T>
+struct LogDetGradient {
+  const T* of_sample;
+  int64_t samples;
+  double* share;  // [tasks]
+};
+
 template <class S, bool kWide, bool kFlat>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(const ActNormArgs a, const Channels<Compute<S>> k, const WalkPlan plan) {
+    backward_kernel(const ActNormArgs a, const Channels<Compute<S>> k, const WalkPlan plan,
+                    const LogDetGradient<Compute<S>> d) {
   using T = Compute<S>;
   using W = Walk<S, kWide, kFlat>;
   using P = typename W::P;
@@ -92,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       sum[l] += upstream;
       weighted[l] += upstream * v;
     }
-    g.store(static_cast<S*>(a.out) + e);
+    g.store_whole(static_cast<S*>(a.out) + e);
   });
 #pragma unroll
   for (int l = 0; l < W::kLanes; ++l) {
@@ -110,16 +121,24 @@ __global__ void __launch_bounds__(kThreads, 2)
     w.partial(l)[0] = sums[threadIdx.x];
     w.partial(l)[1] = weights[threadIdx.x];
   }
+  if (blockIdx.x != 0) return;
+  double share = 0;
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads;
+  int64_t n = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  for (; n < d.samples; n += step) share += d.of_sample[n];
+  __syncthreads();
+  share = block_sum(share, sums);
+  if (threadIdx.x == 0) d.share[blockIdx.y] = share;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const ActNormArgs a, const Channels<T> k, int64_t tasks, const T* grad_log_det,
-                  int64_t samples, double space, T* grad_log_scale, T* grad_bias) {
+    finish_kernel(const ActNormArgs a, const Channels<T> k, int64_t tasks, const double* shares,
+                  double space, T* grad_log_scale, T* grad_bias) {
   __shared__ double scratch[kThreads / 32];
   __shared__ double total;
   double sum = 0;
-  for (int64_t n = threadIdx.x; n < samples; n += kThreads) sum += grad_log_det[n];
+  for (int64_t task = threadIdx.x; task < tasks; task += kThreads) sum += shares[task];
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) total = sum * space;
   __syncthreads();
@@ -219,7 +238,9 @@ void launch_forward(const Plan& p, Channels<Compute<S>> k, Tensor& log_det, cuda
                p.args, k, Divider(p.args.inner), Divider(p.args.channels), elements);
   }
   if (p.shape.samples == 0) return;
-  PFK_LAUNCH(log_det_kernel<Compute<S>>, 1, kThreads, stream, k, p.shape.channels, p.shape.space,
+  const unsigned each =
+      static_cast<unsigned>(std::clamp<int64_t>(p.shape.samples / (8 * kThreads), 1, 256));
+  PFK_LAUNCH(log_det_kernel<Compute<S>>, each, kThreads, stream, k, p.shape.channels, p.shape.space,
              p.shape.samples, static_cast<Compute<S>*>(log_det.mutable_data_ptr()));
 }
 
@@ -228,15 +249,18 @@ void launch_backward(const Plan& p, Channels<Compute<S>> k, const Tensor& grad_l
                      Tensor& gb, cudaStream_t stream) {
   using T = Compute<S>;
   const bool any = p.shape.numel() > 0;
+  const Tensor shares = empty(p.x.tensor, {p.tasks}, ScalarType::Double);
+  double* share = static_cast<double*>(shares.mutable_data_ptr());
+  const LogDetGradient<T> d{static_cast<const T*>(grad_log_det.const_data_ptr()), p.shape.samples,
+                            share};
   if (any) {
     with_walk(p, [&]<bool kWide, bool kFlat>() {
       auto kernel = backward_kernel<S, kWide, kFlat>;
-      PFK_LAUNCH(kernel, p.grid, kThreads, stream, p.args, k, p.walk);
+      PFK_LAUNCH(kernel, p.grid, kThreads, stream, p.args, k, p.walk, d);
     });
   }
   const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>(p.args.channels / 8, 1, 1024));
-  PFK_LAUNCH(finish_kernel<T>, blocks, kThreads, stream, p.args, k, any ? p.tasks : 0,
-             static_cast<const T*>(grad_log_det.const_data_ptr()), p.shape.samples,
+  PFK_LAUNCH(finish_kernel<T>, blocks, kThreads, stream, p.args, k, any ? p.tasks : 0, share,
              static_cast<double>(p.shape.space), static_cast<T*>(gs.mutable_data_ptr()),
              static_cast<T*>(gb.mutable_data_ptr()));
 }

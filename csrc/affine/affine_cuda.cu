@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Affine transforms on a GPU.
 //
-// Floor: the bytes of affine_cpu.cpp over the copy bandwidth.  One block takes one chunk of one
-// sample, in 16-byte packs where every row starts on one (single elements otherwise), and leaves
-// the chunk's log-det; a sample of several chunks is summed in order by a second kernel, so results
-// are the same bits every run.  The scale map is chosen at run time: the branch is uniform and
-// costs nothing beside memory, and keeps the kernels to sixteen.
+// Floor: the bytes of affine_cpu.cpp over the copy bandwidth.  A team (a block, or for short
+// samples some lanes of a warp) takes one chunk of one sample, in 16-byte packs where every row
+// starts on one (single elements otherwise), and leaves the chunk's log-det; a sample of several
+// chunks is summed in order by a second kernel, so results are the same bits every run.  The scale
+// map and the size of the teams are chosen at run time: such branches are uniform and cost nothing
+// beside memory, and keep the kernels to sixteen.
 #include "affine/affine_host.h"
-#include "core/cuda.cuh"
+#include "core/teams.cuh"
 
 PFK_BEGIN
 namespace {
-
-constexpr int64_t kChunk = 8192;
 
 template <class T>
 __device__ Scale<T> scale_of_kind(int kind, T u, const AffineMap<T>& m) {
@@ -45,15 +44,40 @@ struct Pointers {
   }
 };
 
-// The passing elements of a chunk, every block its share.
+// A Team whose size is known at run time alone; without a sample beyond the last one.
+struct AnyTeam {
+  int64_t n, chunk;
+  int rank, size;
+
+  __device__ explicit AnyTeam(const TeamPlan& p) : size(p.size) {
+    if (size == kThreads) {
+      n = blockIdx.x / p.chunks;
+      chunk = blockIdx.x % p.chunks;
+    } else {
+      n = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) >> (__ffs(size) - 1);
+      chunk = 0;
+    }
+    rank = threadIdx.x & (size - 1);
+  }
+  // Rank 0 has the sum; every thread of the block takes part.
+  __device__ double sum(double value, double* scratch) const {
+    if (size == kThreads) return block_sum(value, scratch);
+    for (int offset = size / 2; offset > 0; offset /= 2) {
+      value += __shfl_down_sync(0xffffffffu, value, offset, size);
+    }
+    return value;
+  }
+};
+
+// The passing elements of a sample, every team of it its share.
 template <class S, bool kWide>
-__device__ void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
+__device__ void copy_passing(const AffineArgs& a, const AnyTeam& t, int64_t teams) {
   using Q = Pointers<S, kWide>;
   const AffineGeometry& g = a.g;
   const int64_t total = g.copy_rows * g.copy_length / Q::P::kCount;
   const void* from = a.grad_out != nullptr ? a.grad_out : a.in;
-  const int64_t base = n * g.x_sample + g.copy_start;
-  for (int64_t i = chunk * kThreads + threadIdx.x; i < total; i += a.chunks * kThreads) {
+  const int64_t base = t.n * g.x_sample + g.copy_start;
+  for (int64_t i = t.chunk * t.size + t.rank; i < total; i += teams * t.size) {
     const int64_t e = i * Q::P::kCount;
     const int64_t at =
         base + (g.copy_rows == 1 ? e : e / g.copy_length * g.copy_row + e % g.copy_length);
@@ -63,20 +87,22 @@ __device__ void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
 
 template <class S, bool kBackward, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2)  // two blocks: 128 registers, no spills
-    affine_kernel(const AffineArgs a, const AffineMap<Compute<S>> map, Compute<S>* log_det) {
+    affine_kernel(const AffineArgs a, const AffineMap<Compute<S>> map, const TeamPlan plan,
+                  const TeamSums<Compute<S>> sums) {
   using T = Compute<S>;
   using Q = Pointers<S, kWide>;
   using P = typename Q::P;
   constexpr int w = P::kCount;
   __shared__ double scratch[kThreads / 32];
   const AffineGeometry& g = a.g;
-  const int64_t n = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks;
-  const int64_t features = g.rows * g.length;
-  const int64_t end = min(features, (chunk + 1) * a.chunk);
+  const AnyTeam team(plan);
+  const int64_t n = team.n;
+  const bool any = n < plan.rows;
+  const int64_t end = any ? min(plan.features, (team.chunk + 1) * plan.chunk) : 0;
   const bool reads_shift = !kBackward || vjp_reads_shift(map);
-  const T grad_log = kBackward ? static_cast<const T*>(a.grad_log_det)[n] : T(0);
+  const T grad_log = kBackward && any ? static_cast<const T*>(a.grad_log_det)[n] : T(0);
   T sum = T(0);
-  for (int64_t e = chunk * a.chunk + threadIdx.x * w; e < end; e += kThreads * w) {
+  for (int64_t e = team.chunk * plan.chunk + team.rank * w; e < end; e += team.size * w) {
     const int64_t row = g.rows == 1 ? 0 : e / g.length, i = e - row * g.length;
     const int64_t x = n * g.x_sample + g.x_start + row * g.x_row + i;
     const int64_t p = n * g.p_sample + row * g.p_row + i * g.p_step;
@@ -106,25 +132,16 @@ __global__ void __launch_bounds__(kThreads, 2)  // two blocks: 128 registers, no
       if (a.kind != kAdditive) Q::store(grad_raw, a.grad_raw, p + g.raw_start);
     }
   }
-  copy_passing<S, kWide>(a, n, chunk);
+  if (any) copy_passing<S, kWide>(a, team, plan.chunks);
   if constexpr (!kBackward) {
-    const double total = block_sum(static_cast<double>(sum), scratch);
-    if (threadIdx.x != 0) return;
-    if (a.chunks == 1) {
-      log_det[n] = static_cast<T>(total);
+    const double total = team.sum(static_cast<double>(sum), scratch);
+    if (team.rank != 0 || !any) return;
+    if (plan.chunks == 1) {
+      sums.finish(n, total);
     } else {
-      a.partial[blockIdx.x] = total;
+      sums.partial[n * plan.chunks + team.chunk] = total;
     }
   }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_chunks_kernel(const AffineArgs a, T* log_det) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (n >= a.g.samples) return;
-  double sum = 0;
-  for (int64_t c = 0; c < a.chunks; ++c) sum += a.partial[n * a.chunks + c];
-  log_det[n] = static_cast<T>(sum);
 }
 
 // Whether every row starts, and is as long as, whole 16-byte packs.
@@ -143,49 +160,31 @@ bool fits_packs(const AffineArgs& a, int64_t width) {
 }
 
 template <class S>
-void launch(const AffineArgs& a, void* log_det, cudaStream_t stream) {
+void launch(const AffineArgs& a, const Tensor& out, Tensor* log_det) {
   using T = Compute<S>;
+  constexpr int64_t width = 16 / sizeof(S);
   const AffineMap<T> map = affine_map<T>(a.numbers, a.flags);
-  T* result = static_cast<T*>(log_det);
-  const unsigned grid = static_cast<unsigned>(a.g.samples * a.chunks);
-  const bool wide = fits_packs(a, 16 / sizeof(S));
+  const cudaStream_t stream = current_stream(out);
+  const bool wide = fits_packs(a, width);
+  const TeamPlan plan = plan_teams(a.g.samples, a.g.rows * a.g.length, wide ? width : 1);
+  const unsigned grid = grid_of(blocks_of(plan));
   if (log_det == nullptr) {
     auto kernel = wide ? affine_kernel<S, true, true> : affine_kernel<S, true, false>;
-    PFK_LAUNCH(kernel, grid, kThreads, stream, a, map, result);
+    PFK_LAUNCH(kernel, grid, kThreads, stream, a, map, plan, TeamSums<T>{});
     return;
   }
+  const Tensor partial = chunk_sums(out, plan);
+  const TeamSums<T> sums{static_cast<T*>(log_det->mutable_data_ptr()),
+                         static_cast<double*>(partial.mutable_data_ptr()), 0.0, nullptr};
   auto kernel = wide ? affine_kernel<S, false, true> : affine_kernel<S, false, false>;
-  PFK_LAUNCH(kernel, grid, kThreads, stream, a, map, result);
-  if (a.chunks == 1) return;
-  const unsigned blocks = static_cast<unsigned>((a.g.samples + kThreads - 1) / kThreads);
-  PFK_LAUNCH(sum_chunks_kernel<T>, blocks, kThreads, stream, a, result);
+  PFK_LAUNCH(kernel, grid, kThreads, stream, a, map, plan, sums);
+  launch_sum_chunks(plan, sums, stream);
 }
 
 void run_affine_cuda(AffineArgs& a, const Tensor& out, Tensor* log_det) {
-  const int64_t features = a.g.rows * a.g.length;
-  a.chunk = kChunk;
-  a.chunks = features > kChunk ? (features + kChunk - 1) / kChunk : 1;
   if (a.g.samples == 0) return;
-  STD_TORCH_CHECK(a.g.samples * a.chunks < (int64_t{1} << 31), "pyflowkern::affine: ", a.g.samples,
-                  " samples of ", features, " elements need more blocks than a grid has");
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  Tensor partial;  // returned to torch's allocator after the launch, in stream order
-  if (log_det != nullptr && a.chunks > 1) {
-    partial = empty(out, {a.g.samples * a.chunks}, ScalarType::Double);
-    a.partial = static_cast<double*>(partial.mutable_data_ptr());
-  }
-  void* result = log_det != nullptr ? log_det->mutable_data_ptr() : nullptr;
-  const cudaStream_t stream = current_stream(out);
-  switch (dtype_of(out)) {
-    case kFloat32:
-      return launch<float>(a, result, stream);
-    case kFloat64:
-      return launch<double>(a, result, stream);
-    case kBFloat16:
-      return launch<__nv_bfloat16>(a, result, stream);
-    default:
-      return launch<__half>(a, result, stream);
-  }
+  each_storage(out, [&](auto type) { launch<decltype(type)>(a, out, log_det); });
 }
 
 }  // namespace

@@ -81,6 +81,22 @@ struct alignas(kWide ? 16 : sizeof(S)) Pack {
   S lanes[kCount];
   static PFK_HD Pack load(const S* p) { return *reinterpret_cast<const Pack*>(p); }
   PFK_HD void store(S* p) const { *reinterpret_cast<Pack*>(p) = *this; }
+  // The compiler takes a struct apart and joins the stores of its members again as a rule, not
+  // always (tests/test_cuda_report.py looks): an instruction that is asked for by name stays whole.
+  // Not everywhere, because it costs registers.
+  __device__ void store_whole(S* p) const {
+#if defined(__CUDACC__)
+    if constexpr (kWide) {
+      uint4 bits;
+      memcpy(&bits, this, sizeof(bits));
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(bits.x), "r"(bits.y),
+                   "r"(bits.z), "r"(bits.w)
+                   : "memory");
+      return;
+    }
+#endif
+    store(p);
+  }
 };
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

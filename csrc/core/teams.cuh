@@ -99,14 +99,19 @@ struct TeamSums {
 
 namespace {
 
+// A warp has a row: alone, a thread would wait for memory chunk after chunk.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_chunks_kernel(const TeamPlan p, const TeamSums<T> sums) {
-  const int64_t row = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / 32;
   if (row >= p.rows) return;
+  const int lane = threadIdx.x % 32;
   double total = 0;
-  for (int64_t c = 0; c < p.chunks; ++c) total += sums.partial[row * p.chunks + c];
-  sums.finish(row, total);
+  for (int64_t c = lane; c < p.chunks; c += 32) total += sums.partial[row * p.chunks + c];
+  for (int offset = 16; offset > 0; offset /= 2) {
+    total += __shfl_down_sync(0xffffffffu, total, offset);
+  }
+  if (lane == 0) sums.finish(row, total);
 }
 
 inline unsigned grid_of(int64_t blocks) {
@@ -122,7 +127,8 @@ inline Tensor chunk_sums(const Tensor& like, const TeamPlan& p) {
 
 template <class T>
 void launch_sum_chunks(const TeamPlan& p, const TeamSums<T>& sums, cudaStream_t stream) {
-  if (p.chunks > 1) PFK_LAUNCH(sum_chunks_kernel<T>, grid_for(p.rows), kThreads, stream, p, sums);
+  if (p.chunks == 1) return;
+  PFK_LAUNCH(sum_chunks_kernel<T>, grid_for(32 * p.rows), kThreads, stream, p, sums);
 }
 
 // Calls f with a value of the storage type of `t`.

@@ -160,17 +160,23 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   }
 }
 
-// The groups of each column in their order, into the shape of the parameter.
+// The groups of each column in a fixed order, into the shape of the parameter; `team` lanes share a
+// column, since few columns have many groups.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
-    join_columns_kernel(const NormalArgs a, const ColumnPlan p) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (i >= a.features) return;
+    join_columns_kernel(const NormalArgs a, const ColumnPlan p, int team) {
+  const int64_t i = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / team;
+  const int rank = threadIdx.x % team;
   double mean = 0, log_std = 0;
-  for (int64_t g = 0; g < p.groups; ++g) {
+  for (int64_t g = i < a.features ? rank : p.groups; g < p.groups; g += team) {
     mean += p.partial[2 * g * a.features + i];
     log_std += p.partial[(2 * g + 1) * a.features + i];
   }
+  for (int offset = team / 2; offset > 0; offset /= 2) {
+    mean += __shfl_down_sync(0xffffffffu, mean, offset, team);
+    log_std += __shfl_down_sync(0xffffffffu, log_std, offset, team);
+  }
+  if (rank != 0 || i >= a.features) return;
   const int64_t at = a.shared_index(i);
   if (a.grad_mean != nullptr && a.mean_kind == kEvent) {
     static_cast<T*>(a.grad_mean)[at] = static_cast<T>(mean);
@@ -279,7 +285,10 @@ std::tuple<Tensor, Tensor, Tensor> normal_grad_cuda(const Tensor& grad, const Te
     const dim3 grid(grid_of((packs + p.columns - 1) / p.columns), grid_of(p.groups));
     auto kernel = wide ? normal_columns_kernel<S, true> : normal_columns_kernel<S, false>;
     if (a.rows > 0) PFK_LAUNCH(kernel, grid, kThreads, stream, a, p);
-    PFK_LAUNCH(join_columns_kernel<Compute<S>>, grid_for(a.features), kThreads, stream, a, p);
+    int team = 1;
+    while (team < 32 && 4 * team < p.groups) team *= 2;
+    PFK_LAUNCH(join_columns_kernel<Compute<S>>, grid_for(team * a.features), kThreads, stream, a, p,
+               team);
   });
   return {grads.z, grads.mean, grads.log_std};
 }

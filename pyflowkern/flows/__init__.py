@@ -2,7 +2,21 @@
 
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
+from pyflowkern.flows.autoregressive import IAF, MAF
+from pyflowkern.flows.bases import MixtureOfGaussians, Uniform
 from pyflowkern.flows.glow import Glow
+from pyflowkern.flows.nsf import NSF
 from pyflowkern.flows.realnvp import RealNVP
 
-__all__ = ["Flow", "FlowDistribution", "Glow", "RealNVP", "StandardNormal"]
+__all__ = [
+    "IAF",
+    "MAF",
+    "NSF",
+    "Flow",
+    "FlowDistribution",
+    "Glow",
+    "MixtureOfGaussians",
+    "RealNVP",
+    "StandardNormal",
+    "Uniform",
+]

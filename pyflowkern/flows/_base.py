@@ -13,6 +13,7 @@ from pyflowkern import ops
 from pyflowkern.flows._build import parse_shape
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
+from pyflowkern.nn._base import check_count
 
 __all__ = ["Flow"]
 
@@ -40,6 +41,7 @@ class Flow(Bijection):
         context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
 
     Raises:
+        TypeError: for a bijection that is none, a base without the two methods, or counts that are not ints.
         ValueError: for an event shape without positive sizes, bits or alpha out of range.
 
     Example:
@@ -50,6 +52,9 @@ class Flow(Bijection):
         >>> tuple(log_prob.shape), tuple(flow.sample(5).shape)
         ((16,), (5, 2))
     """
+
+    #: Ends of the interval that each element of ``x`` lies in, for flows with a bounded domain.
+    domain: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -62,6 +67,12 @@ class Flow(Bijection):
         context_features: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(bijection, Bijection):
+            raise TypeError(f"bijection must be a nn.Bijection, got {type(bijection).__name__}")
+        for needed in ("log_prob", "sample"):
+            if base is not None and not callable(getattr(base, needed, None)):
+                raise TypeError(f"base must have a method {needed}, {type(base).__name__} has not")
+        check_count("context_features", context_features, 0)
         self.event_shape = parse_shape(event_shape)
         self.dims = math.prod(self.event_shape)
         self.context_features = context_features
@@ -99,8 +110,7 @@ class Flow(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map latent ``[N, D]`` to data; return ``(x, log_det[N])``."""
-        if z.dim() != 2 or z.shape[1] != self.dims:
-            raise ValueError(f"z must have shape [N, {self.dims}], got {tuple(z.shape)}")
+        self._check_latent(z)
         self._check_dtype("z", z)
         self._check_context(context, z.shape[0])
         x, log_det = self.bijection.inverse(z.reshape(z.shape[0], *self._latent_shape), context)
@@ -193,8 +203,9 @@ class Flow(Bijection):
         Raises:
             ValueError: for steps below 2 or different shapes.
         """
-        if steps < 2:
-            raise ValueError(f"steps must be at least 2, got {steps}")
+        check_count("steps", steps, 2)
+        self._check_data("x0", x0)
+        self._check_data("x1", x1)
         if x0.shape != x1.shape:
             raise ValueError(
                 f"x0 and x1 must have one shape, got {tuple(x0.shape)} and {tuple(x1.shape)}"
@@ -208,6 +219,7 @@ class Flow(Bijection):
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """Return the latents ``[N, C, *space]`` of each level as a list, finest first."""
+        self._check_latent(z)
         if isinstance(self.bijection, MultiScale):
             return self.bijection.split_latents(z)
         return [z.reshape(z.shape[0], *self._latent_shape)]
@@ -246,17 +258,23 @@ class Flow(Bijection):
             raise TypeError(f"n must be an int, got {type(n).__name__}")
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         z: Tensor = self.base.sample(n, temperature=temperature, generator=generator)  # type: ignore[operator]
         return z
 
     def _expand_context(self, context: Tensor | None, n: int) -> Tensor | None:
-        if context is not None and (
+        if isinstance(context, Tensor) and (
             context.dim() == 1 or (context.dim() == 2 and context.shape[0] == 1)
         ):
             return context.expand(n, context.shape[-1])
         return context
+
+    def _check_latent(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
+        if z.dim() != 2 or z.shape[1] != self.dims:
+            raise ValueError(f"z must have shape [N, {self.dims}], got {tuple(z.shape)}")
 
     def _check_data(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -270,7 +288,8 @@ class Flow(Bijection):
     def _check_dtype(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point():
             hint = "uint8 in a flow made with bits=8" if self.preprocess is None else "uint8"
-            raise TypeError(f"{name} must be {self._anchor.dtype} (or {hint}), got {x.dtype}")
+            pixels = f" (or {hint})" if name.startswith("x") else ""
+            raise TypeError(f"{name} must be {self._anchor.dtype}{pixels}, got {x.dtype}")
         if x.dtype != self._anchor.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"{name} must have the flow's dtype {self._anchor.dtype}, got {x.dtype}; "
@@ -285,8 +304,9 @@ class Flow(Bijection):
                 )
             return
         want = (n, self.context_features)
+        if context is not None and not isinstance(context, Tensor):
+            raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
-        if not context.is_floating_point():
-            raise TypeError(f"context must be a floating-point tensor, got {context.dtype}")
+        self._check_dtype("context", context)

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["check_positive", "check_space", "parse_event", "parse_shape", "squeezed"]
+import torch
+from torch import Tensor
+
+from pyflowkern.nn import Bijection, MultiScale, Sequential, Split, Squeeze
+from pyflowkern.nn._base import check_count
+
+__all__ = [
+    "ConditionerFactory",
+    "check_positive",
+    "check_space",
+    "feature_order",
+    "layer_permutation",
+    "parse_event",
+    "parse_shape",
+    "parse_vector",
+    "parse_widths",
+    "squeeze_levels",
+    "squeezed",
+]
+
+#: Makes a network of ``(in, out)`` channels.
+ConditionerFactory = Callable[[int, int], torch.nn.Module]
 
 
 def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -30,11 +51,46 @@ def parse_event(shape: int | Sequence[int]) -> tuple[int, ...]:
     return event
 
 
+def parse_vector(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return ``(D,)``; raise for the shape of an image."""
+    event = parse_shape(shape)
+    if len(event) > 1:
+        raise ValueError(f"event_shape must be a dimension D or (D,) for this flow, got {shape!r}")
+    return event
+
+
+def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the widths of hidden layers; one number stands for two layers."""
+    widths = (hidden, hidden) if isinstance(hidden, int) else tuple(hidden)
+    if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(
+            f"hidden must be at least 1, or a sequence of such widths, got {hidden!r}"
+        )
+    return widths
+
+
+def feature_order(order: str, features: int, layer: int) -> list[int] | None:
+    """Return the order in which an autoregressive layer goes through the features; None for 0, 1, ..."""
+    if order == "random":
+        return layer_permutation(features, layer).tolist()
+    if order != "reverse":
+        raise ValueError(f"order must be 'reverse' or 'random', got {order!r}")
+    return list(range(features))[::-1] if layer % 2 else None
+
+
+def layer_permutation(features: int, layer: int) -> Tensor:
+    """Return a random permutation that depends on the layer alone.
+
+    Masks are structure and not state: a flow made anew must have those of the flow whose weights it
+    is to load.
+    """
+    return torch.randperm(features, generator=torch.Generator().manual_seed(layer), device="cpu")
+
+
 def check_positive(**counts: int) -> None:
-    """Raise ValueError unless every count is at least 1."""
+    """Raise TypeError unless every count is an int, ValueError unless it is at least 1."""
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+        check_count(name, count)
 
 
 def check_space(shape: tuple[int, ...], levels: int) -> None:
@@ -50,3 +106,23 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape after a Squeeze by 2."""
     channels, *space = shape
     return (channels * 2 ** len(space), *(size // 2 for size in space))
+
+
+def squeeze_levels(
+    shape: tuple[int, ...],
+    levels: int,
+    level: Callable[[int], list[Bijection]],
+    prior: ConditionerFactory,
+) -> MultiScale:
+    """Return levels of a squeeze and ``level(channels)``, half of the channels leaving after each."""
+    stack: list[Bijection] = []
+    splits: list[Split] = []
+    event = shape
+    for i in range(levels):
+        event = squeezed(event)
+        stack.append(Sequential(Squeeze(), *level(event[0])))
+        if i < levels - 1:
+            split = Split(event[0], prior)
+            splits.append(split)
+            event = (split.kept, *event[1:])
+    return MultiScale(shape, stack, splits)

@@ -90,8 +90,10 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The real line; for pixels the unit interval and the margin that alpha adds to it."""
+        """The real line or the flow's domain; for pixels the unit interval and the margin of alpha."""
         each: constraints.Constraint = constraints.real
+        if self.flow.domain is not None:
+            each = constraints.interval(*self.flow.domain)
         if self.flow.preprocess is not None:
             margin = self.flow.preprocess.alpha / (1 - 2 * self.flow.preprocess.alpha)
             each = constraints.interval(-margin, 1 + margin)

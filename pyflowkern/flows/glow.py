@@ -9,17 +9,14 @@ from typing import Any
 import torch
 
 from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import check_positive, check_space, parse_event, squeezed
+from pyflowkern.flows._build import check_positive, check_space, parse_event, squeeze_levels
 from pyflowkern.nn import (
     MLP,
     AffineCoupling,
     Bijection,
     ConvNet,
     GlowStep,
-    MultiScale,
     Sequential,
-    Split,
-    Squeeze,
 )
 from pyflowkern.ops import ScaleMap
 
@@ -93,26 +90,7 @@ class Glow(Flow):
             bijection: Bijection = Sequential(*level(shape[0]))
         else:
             check_space(shape, levels)
-            bijection = _multi_scale(shape, levels, level, convolutional)
+            bijection = squeeze_levels(shape, levels, level, convolutional)
         super().__init__(
             bijection, shape, bits=bits, alpha=alpha, context_features=context_features
         )
-
-
-def _multi_scale(
-    shape: tuple[int, ...],
-    levels: int,
-    level: Callable[[int], list[Bijection]],
-    prior: Callable[[int, int], torch.nn.Module],
-) -> MultiScale:
-    stack: list[Bijection] = []
-    splits: list[Split] = []
-    event = shape
-    for i in range(levels):
-        event = squeezed(event)
-        stack.append(Sequential(Squeeze(), *level(event[0])))
-        if i < levels - 1:
-            split = Split(event[0], prior)
-            splits.append(split)
-            event = (split.kept, *event[1:])
-    return MultiScale(shape, stack, splits)

@@ -2,7 +2,13 @@
 
 from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential
 from pyflowkern.nn.autoregressive import Inverse, MaskedAutoregressive
-from pyflowkern.nn.conditioners import MLP, ConvNet, ResidualConvNet, ResidualMLP
+from pyflowkern.nn.conditioners import (
+    MLP,
+    ConvNet,
+    PeriodicInput,
+    ResidualConvNet,
+    ResidualMLP,
+)
 from pyflowkern.nn.coupling import (
     AdditiveCoupling,
     AffineCoupling,
@@ -19,6 +25,7 @@ from pyflowkern.nn.multiscale import MultiScale
 from pyflowkern.nn.normalization import ActNorm
 from pyflowkern.nn.preprocess import Dequantize, Logit
 from pyflowkern.nn.reshape import Permutation, Reverse, Squeeze
+from pyflowkern.nn.spline import CircularShift, SplineCoupling
 
 __all__ = [
     "MLP",
@@ -27,6 +34,7 @@ __all__ = [
     "AffineCoupling",
     "Bijection",
     "BijectionTransform",
+    "CircularShift",
     "Conditioner",
     "ConvNet",
     "Dequantize",
@@ -38,11 +46,13 @@ __all__ = [
     "MaskedAutoregressive",
     "MaskedMLP",
     "MultiScale",
+    "PeriodicInput",
     "Permutation",
     "ResidualConvNet",
     "ResidualMLP",
     "Reverse",
     "Sequential",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "channel_mask",

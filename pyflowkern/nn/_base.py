@@ -10,7 +10,14 @@ from torch.distributions import Transform, constraints
 
 from pyflowkern.ops._registry import accumulation_dtype, check_batched
 
-__all__ = ["Bijection", "BijectionTransform", "Sequential", "check_channels", "zero_log_det"]
+__all__ = [
+    "Bijection",
+    "BijectionTransform",
+    "Sequential",
+    "check_channels",
+    "check_count",
+    "zero_log_det",
+]
 
 
 class Bijection(torch.nn.Module):
@@ -186,19 +193,19 @@ class Sequential(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the layers in order."""
-        total = zero_log_det(x)
+        total: Tensor | None = None
         for layer in self.layers:
             x, log_det = layer(x, context)
-            total = total + log_det
-        return x, total
+            total = log_det if total is None else total + log_det
+        return x, zero_log_det(x) if total is None else total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the inverses in reverse order."""
-        total = zero_log_det(z)
+        total: Tensor | None = None
         for layer in reversed(list(self)):
             z, log_det = layer.inverse(z, context)
-            total = total + log_det
-        return z, total
+            total = log_det if total is None else total + log_det
+        return z, zero_log_det(z) if total is None else total
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the event shape after the last layer."""
@@ -235,6 +242,14 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
             f"{name} must have {channels} channels on axis 1 ([N, C, *space]), "
             f"got shape {tuple(x.shape)}"
         )
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["MLP", "ConvNet", "ResidualConvNet", "ResidualMLP"]
+from pyflowkern.nn._base import check_count
+from pyflowkern.nn._relu_network import linear_layers, relu_network
+
+__all__ = ["MLP", "ConvNet", "PeriodicInput", "ResidualConvNet", "ResidualMLP", "start_at"]
 
 Activation = Callable[[], torch.nn.Module]
 
@@ -15,32 +19,41 @@ Activation = Callable[[], torch.nn.Module]
 class _Conditioner(torch.nn.Module):
     """Context as a bias per channel: the same as concatenating it, broadcast over space."""
 
-    def __init__(self, hidden: int, context_features: int) -> None:
+    last: torch.nn.Module
+
+    def __init__(self, hidden: int, context_features: int, first: int | None = None) -> None:
         super().__init__()
         for name, value, least in (
             ("hidden", hidden, 1),
             ("context_features", context_features, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_count(name, value, least)
         self.context_features = context_features
         self.context = (
-            torch.nn.Linear(context_features, hidden, bias=False) if context_features else None
+            torch.nn.Linear(context_features, first or hidden, bias=False)
+            if context_features
+            else None
         )
 
     def _add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
+        bias = self._context_bias(h, context)
+        return h if bias is None else h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
+
+    def _context_bias(self, h: Tensor, context: Tensor | None) -> Tensor | None:
         if self.context is None:
             if context is not None:
                 raise ValueError(
                     "context was given, but this conditioner was made with context_features=0"
                 )
-            return h
+            return None
         want = (h.shape[0], self.context_features)
+        if context is not None and not isinstance(context, Tensor):
+            raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
         bias: Tensor = self.context(context)
-        return h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
+        return bias
 
 
 class MLP(_Conditioner):
@@ -49,8 +62,8 @@ class MLP(_Conditioner):
     Args:
         in_features: input size.
         out_features: output size.
-        hidden: width.
-        layers: number of hidden layers.
+        hidden: width, or the width of each hidden layer.
+        layers: number of hidden layers, where one width is given.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         activation: makes the non-linearity.
 
@@ -70,23 +83,29 @@ class MLP(_Conditioner):
         in_features: int,
         out_features: int,
         *,
-        hidden: int = 64,
+        hidden: int | Sequence[int] = 64,
         layers: int = 2,
         context_features: int = 0,
         activation: Activation = torch.nn.ReLU,
     ) -> None:
-        super().__init__(hidden, context_features)
-        if layers < 1:
+        check_count("layers", layers)
+        widths = [hidden] * layers if isinstance(hidden, int) else list(hidden)
+        if not widths:
             raise ValueError(f"layers must be at least 1, got {layers}")
-        self.first = torch.nn.Linear(in_features, hidden)
+        super().__init__(min(widths), context_features, widths[0])
+        self.first = torch.nn.Linear(in_features, widths[0])
         body: list[torch.nn.Module] = [activation()]
-        for _ in range(layers - 1):
-            body += [torch.nn.Linear(hidden, hidden), activation()]
+        for before, width in itertools.pairwise(widths):
+            body += [torch.nn.Linear(before, width), activation()]
         self.body = torch.nn.Sequential(*body)
-        self.last = _zero(torch.nn.Linear(hidden, out_features))
+        self.last = _zero(torch.nn.Linear(widths[-1], out_features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_features]``."""
+        body = list(self.body._modules.values())
+        layers = [self.first, *body[1::2], self.last]
+        if (params := linear_layers(x, layers, body[0::2])) is not None:
+            return relu_network(x, self._context_bias(x, context), params, False, True)
         out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
         return out
 
@@ -101,6 +120,8 @@ class ResidualMLP(_Conditioner):
         blocks: number of residual blocks.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         activation: makes the non-linearity.
+        activate_last: whether the last layer, too, is behind a non-linearity; not so in Durkan et
+            al. (2019).
 
     Raises:
         ValueError: for a width below 1, or a context of another shape.
@@ -124,17 +145,33 @@ class ResidualMLP(_Conditioner):
         blocks: int = 2,
         context_features: int = 0,
         activation: Activation = torch.nn.ReLU,
+        activate_last: bool = True,
     ) -> None:
         super().__init__(hidden, context_features)
+        check_count("blocks", blocks, 0)
+        self.activate_last = activate_last
         self.first = torch.nn.Linear(in_features, hidden)
         self.blocks = torch.nn.ModuleList(
             _block(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation)
             for _ in range(blocks)
         )
-        self.last = torch.nn.Sequential(activation(), _zero(torch.nn.Linear(hidden, out_features)))
+        before = activation() if activate_last else torch.nn.Identity()
+        self.last = torch.nn.Sequential(before, _zero(torch.nn.Linear(hidden, out_features)))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_features]``."""
+        layers: list[torch.nn.Module | None] = [self.first]
+        activations: list[torch.nn.Module | None] = []
+        for block in self.blocks._modules.values():
+            before, first, between, second = block._modules.values()
+            layers += (first, second)
+            activations += (before, between)
+        activation, last = self.last._modules.values()
+        if self.activate_last:
+            activations.append(activation)
+        if (params := linear_layers(x, [*layers, last], activations)) is not None:
+            bias = self._context_bias(x, context)
+            return relu_network(x, bias, params, True, self.activate_last)
         h = self._add_context(self.first(x), context)
         for block in self.blocks:
             h = h + block(h)
@@ -227,6 +264,7 @@ class ResidualConvNet(_Conditioner):
         activation: Activation = torch.nn.ReLU,
     ) -> None:
         super().__init__(hidden, context_features)
+        check_count("blocks", blocks, 0)
         self.first = _conv(spatial_dims, in_channels, hidden, 3)
         self.blocks = torch.nn.ModuleList(
             _block(
@@ -247,6 +285,57 @@ class ResidualConvNet(_Conditioner):
             h = h + block(h)
         out: Tensor = self.last(h)
         return out
+
+
+class PeriodicInput(torch.nn.Module):
+    r"""A conditioner that sees angles ``x`` as :math:`\cos` and :math:`\sin` of :math:`\pi x / B`.
+
+    So what it returns is continuous where an angle passes from ``B`` to ``-B``.
+
+    Args:
+        in_features: number of angles; the network inside has twice as many inputs.
+        out_features: output size.
+        conditioner: factory ``(in, out) -> module`` of the network inside.
+        bound: ``B``, half the circle's length.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> net = nn.PeriodicInput(2, 4, nn.MLP)
+        >>> tuple(net(torch.randn(5, 2)).shape)
+        (5, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        conditioner: Callable[[int, int], torch.nn.Module],
+        *,
+        bound: float = torch.pi,
+    ) -> None:
+        super().__init__()
+        self.factor = torch.pi / bound
+        self.net = conditioner(2 * in_features, out_features)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the parameters ``[N, out_features, *space]``."""
+        angle = x * self.factor
+        features = torch.cat([angle.cos(), angle.sin()], 1)
+        out: Tensor = self.net(features) if context is None else self.net(features, context)
+        return out
+
+
+def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
+    """Make a new conditioner of this file return ``values`` on its channel axis; leave others alone."""
+    if isinstance(conditioner, PeriodicInput):
+        start_at(conditioner.net, values)
+    elif isinstance(conditioner, _Conditioner):
+        last = conditioner.last
+        while isinstance(last, torch.nn.Sequential):
+            last = last[-1]
+        with torch.no_grad():
+            last.bias.copy_(values)  # type: ignore[operator]
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:

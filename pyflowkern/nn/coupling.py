@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.nn._coupling import (
+    Conditioner,
+    Coupling,
+    build_conditioner,
+    channel_mask,
+    check_split,
+    condition,
+)
 from pyflowkern.ops import ScaleMap, channel_split_sizes, checkerboard_mask
 
 __all__ = [
@@ -20,27 +26,8 @@ __all__ = [
     "checkerboard_mask",
 ]
 
-#: A module, called as ``g(h)`` or ``g(h, context)``, or a factory ``(in, out) -> module``.
-Conditioner = torch.nn.Module | Callable[[int, int], torch.nn.Module]
 
-
-def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
-    """Return a boolean mask ``[C]``, True where a coupling transforms.
-
-    Args:
-        channels: number of channels.
-        interleaved: take channels 1, 3, 5, ... in place of the last half.
-
-    Example:
-        >>> from pyflowkern.nn import channel_mask
-        >>> channel_mask(5).tolist()
-        [False, False, False, True, True]
-    """
-    index = torch.arange(channels)
-    return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
-
-
-class AffineCoupling(Bijection):
+class AffineCoupling(Coupling):
     r"""Affine coupling: one part of ``x`` decides how the other is scaled and shifted.
 
     .. math:: z_a = x_a, \qquad z_b = s(u)\, x_b + t, \qquad (t, u) = g(x_a, \text{context}).
@@ -77,8 +64,6 @@ class AffineCoupling(Bijection):
         True
     """
 
-    mask: Tensor | None
-
     def __init__(
         self,
         channels: int,
@@ -88,17 +73,10 @@ class AffineCoupling(Bijection):
         swap: bool = False,
         scale_map: str | ScaleMap = "tanh",
     ) -> None:
-        super().__init__()
-        self.channels, self.swap = channels, swap
+        super().__init__(channels, split, swap, compact=False)
         self.scale_map = ops.scale_map(scale_map)
-        self.split = "mask" if isinstance(split, Tensor) else split
-        _check_split(split, channels)
-        # True is transformed, swap included; structure and not state: moved, but not saved
-        mask = split ^ swap if isinstance(split, Tensor) else None
-        self.register_buffer("mask", mask, persistent=False)
-        halves = channel_split_sizes(channels, swap)
-        passes, moves = halves if self.split == "channel" else (channels, channels)
         per_element = 1 if self.scale_map.kind == "additive" else 2
+        passes, moves = self.sizes
         self.conditioner = build_conditioner(conditioner, passes, per_element * moves)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,21 +99,6 @@ class AffineCoupling(Bijection):
             scale_map=self.scale_map,
             inverse=inverse,
         )
-
-    def _mask_for(self, x: Tensor) -> Tensor | None:
-        if self.split == "checkerboard":
-            return checkerboard_mask(tuple(x.shape[1:]), x.device) ^ self.swap
-        return self.mask
-
-    def _passing(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what the conditioner may see."""
-        if mask is None:
-            first = channel_split_sizes(self.channels)[0]
-            return x[:, first:] if self.swap else x[:, :first]
-        if mask.dim() == 1:
-            mask = mask.view(-1, *[1] * (x.dim() - 2))
-        # select, not multiply: NaN where transformed must not reach the parameters
-        return x.masked_fill(mask, 0.0)
 
 
 class AdditiveCoupling(AffineCoupling):
@@ -216,7 +179,7 @@ class Split(Bijection):
         scale_map: str | ScaleMap = "softclip",
     ) -> None:
         super().__init__()
-        _check_split("channel", channels)
+        check_split("channel", channels)
         self.channels = channels
         self.kept, self.factored = channel_split_sizes(channels)
         self.scale_map = ops.scale_map(scale_map)
@@ -251,43 +214,3 @@ class Split(Bijection):
             return x, zero_log_det(x)
         params = condition(self.prior, x[:, : self.kept], context)
         return ops.affine_coupling(x, params, scale_map=self.scale_map, inverse=inverse)
-
-
-def build_conditioner(conditioner: Conditioner, inputs: int, outputs: int) -> torch.nn.Module:
-    """Return the module, or what the factory makes of ``(inputs, outputs)``."""
-    if isinstance(conditioner, torch.nn.Module):
-        return conditioner
-    if not callable(conditioner):
-        raise TypeError(
-            "conditioner must be a torch.nn.Module or a factory (in, out) -> module, "
-            f"got {type(conditioner).__name__}"
-        )
-    module = conditioner(inputs, outputs)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(
-            f"a conditioner factory must return a torch.nn.Module, got {type(module).__name__}"
-        )
-    return module
-
-
-def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
-    """Call a conditioner; one that knows nothing of contexts is not bothered with None."""
-    out: Tensor = conditioner(h) if context is None else conditioner(h, context)
-    return out
-
-
-def _check_split(split: str | Tensor, channels: int) -> None:
-    if isinstance(split, Tensor):
-        if split.dtype != torch.bool:
-            raise TypeError(f"split must be a boolean mask, got {split.dtype}")
-        if split.dim() == 0 or split.shape[0] != channels:
-            raise ValueError(
-                f"split must be a mask [{channels}] or [{channels}, *space], "
-                f"got shape {tuple(split.shape)}"
-            )
-    elif split not in ("channel", "checkerboard"):
-        raise ValueError(
-            f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
-        )
-    elif channels < (2 if split == "channel" else 1):
-        raise ValueError(f"channels must be at least 2 for a channel split, got {channels}")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.nn._base import Bijection, check_channels, check_count
 
 __all__ = ["ActNorm"]
 
@@ -46,8 +46,7 @@ class ActNorm(Bijection):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_count("channels", channels)
         self.channels = channels
         self.log_scale = torch.nn.Parameter(torch.zeros(channels))
         self.bias = torch.nn.Parameter(torch.zeros(channels))

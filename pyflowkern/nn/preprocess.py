@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection
+from pyflowkern.nn._base import Bijection, check_count
 from pyflowkern.ops._registry import check_batched
 
 __all__ = ["Dequantize", "Logit"]
@@ -81,7 +81,8 @@ class Dequantize(Logit):
 
     def __init__(self, bits: int = 8, alpha: float = 0.05) -> None:
         super().__init__(alpha)
-        if not 1 <= bits <= 8:
+        check_count("bits", bits)
+        if bits > 8:
             raise ValueError(f"bits must be 1 to 8, got {bits}")
         self.bits = bits
 

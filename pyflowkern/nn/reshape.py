@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.ops._registry import check_batched
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]
@@ -37,8 +37,7 @@ class Squeeze(Bijection):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
+        check_count("factor", factor)
         self.factor = factor
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ class Permutation(Bijection):
         permutation: the order ``p``, or a number of channels for a random one.
 
     Raises:
-        ValueError: for an order that is not a permutation of ``0 ... C - 1``.
+        ValueError: for an order that is not a permutation of ``0 ... C - 1``, or no channels.
 
     Example:
         >>> import torch
@@ -108,13 +107,14 @@ class Permutation(Bijection):
 
     def __init__(self, permutation: int | Sequence[int] | Tensor) -> None:
         super().__init__()
-        order = (
-            torch.randperm(permutation)
-            if isinstance(permutation, int)
-            else torch.as_tensor(permutation)
-        )
+        if isinstance(permutation, int):
+            check_count("permutation", permutation)
+            order = torch.randperm(permutation)
+        else:
+            order = torch.as_tensor(permutation)
         if (
-            order.dim() != 1
+            order.is_floating_point()
+            or order.dim() != 1
             or sorted(order.tolist()) != list(range(order.numel()))
             or not order.numel()
         ):

@@ -43,7 +43,7 @@ def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None 
 
 
 def parse_layout(name: str) -> tuple[str, bool]:
-    base = name.removesuffix("_raw_first")
+    base = name.removesuffix("_raw_first") if isinstance(name, str) else name
     if base not in LAYOUTS:
         raise ValueError(
             f"params_layout must be one of {', '.join(LAYOUTS)}, optionally with '_raw_first', got {name!r}"
@@ -66,8 +66,9 @@ def mask_of(split: str | Tensor, x: Tensor) -> Tensor | None:
         raise ValueError(
             f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
         )
-    if split.dtype != torch.bool:
-        raise TypeError(f"a split mask must be boolean, got {split.dtype}")
+    if not isinstance(split, Tensor) or split.dtype != torch.bool:
+        given = getattr(split, "dtype", type(split).__name__)
+        raise TypeError(f"split must be a name or a boolean tensor, got {given}")
     if tuple(split.shape) == event:
         return split
     check_shape("split", split, event[:1])

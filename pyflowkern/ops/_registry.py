@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern._library import LIBRARY, OPS
+from pyflowkern._library import FLOATS, LIBRARY, OPS
 
 __all__ = [
     "accumulation_dtype",
@@ -163,11 +163,15 @@ def full_precision(t: Tensor) -> AbstractContextManager[Any]:
 
 
 def check_floating(name: str, t: Tensor) -> None:
-    """Raise TypeError unless ``t`` is a real floating-point tensor."""
+    """Raise TypeError unless ``t`` is a dense tensor of a floating-point type that the ops compute with."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if not t.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got {t.dtype}"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
 
 
 def check_batched(name: str, t: Tensor, min_dim: int = 2) -> None:

@@ -104,9 +104,11 @@ def affine(
         raise ValueError(f"raw_scale may be None for the additive map only, not for {smap.kind!r}")
     raw = None if smap.kind == "additive" else raw_scale
     dtype = x.dtype
-    for name, t in (("shift", shift), ("raw_scale", raw)):
+    check_floating("shift", shift)
+    if raw is not None:
+        check_floating("raw_scale", raw)
+    for t in (shift, raw):
         if t is not None:
-            check_floating(name, t)
             dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     check_same_device(x=x, raw_scale=raw, shift=shift)
     shift = _broadcast("shift", shift, x, dtype)
@@ -247,8 +249,8 @@ def _broadcast(name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _flags(smap: ScaleMap, *, inverse: bool, save: Save, swap: bool = False) -> int:
     return (
-        _INVERSE * inverse
-        + _SWAP * swap
+        _INVERSE * bool(inverse)
+        + _SWAP * bool(swap)
         + _SHIFT_FIRST * smap.shift_first
         + _DIVIDE * smap.divide
         + _FROM_OUTPUT * (save == "output")

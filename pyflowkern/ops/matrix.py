@@ -7,6 +7,7 @@ The gradients use no second factorization: with :math:`V = W^{-1}`,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def plu_matrix(
 
     Raises:
         TypeError: for tensors that are not floating-point, or a permutation that is not int64.
-        ValueError: for shapes that do not fit ``lower``.
+        ValueError: for shapes that do not fit ``lower``, or on the CPU an index out of range (on a GPU nobody may
+            look: its row is NaN).
 
     Source: Kingma and Dhariwal 2018, *Glow*, section 3.2.
 
@@ -83,11 +85,14 @@ def plu_matrix(
     """
     _check_plu(permutation, lower, upper, log_diag, sign)
     if lower.shape[0] > _MAX_SIZE or not kernel_serves("plu_matrix", lower, upper, log_diag, sign):
-        return plu_matrix_reference(permutation, lower, upper, log_diag, sign, inverse=inverse)
-    work = accumulation_dtype(lower.dtype)
-    factors = (cast(t, work) for t in (lower, upper, log_diag, sign))
-    out = _plu_matrix(permutation, *factors, inverse)
-    return cast(out, lower.dtype)
+        call: Callable[..., Tensor] = plu_matrix_reference
+    else:
+        call = _plu_matrix_kernel
+    try:
+        return call(permutation, lower, upper, log_diag, sign, inverse=inverse)
+    except (RuntimeError, IndexError):  # both paths look at each index anyway: look twice only now
+        _check_permutation(permutation)
+        raise
 
 
 def slogdet_inverse(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +161,13 @@ def householder_matrix(vectors: Tensor) -> Tensor:
         factor = torch.triu(v @ v.mT, 1) + half
         q: Tensor = eye - v.mT @ torch.linalg.solve_triangular(factor, v, upper=True)
     return q.to(vectors.dtype)
+
+
+def _plu_matrix_kernel(permutation: Tensor, *factors: Tensor, inverse: bool) -> Tensor:
+    work = accumulation_dtype(factors[0].dtype)
+    return cast(
+        _plu_matrix(permutation, *(cast(t, work) for t in factors), inverse), factors[0].dtype
+    )
 
 
 # --- references ----------------------------------------------------------------------------------
@@ -247,6 +259,16 @@ def _check_plu(
     check_same_device(
         permutation=permutation, lower=lower, upper=upper, log_diag=log_diag, sign=sign
     )
+
+
+def _check_permutation(permutation: Tensor) -> None:
+    if permutation.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    size = permutation.numel()
+    if bool(((permutation < 0) | (permutation >= size)).any()):
+        raise ValueError(
+            f"permutation must hold indices of 0 ... {size - 1}, got {permutation.tolist()}"
+        ) from None
 
 
 # --- ops -----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern._library import kernel_serves
+from pyflowkern._library import kernel_serves, transformed
 from pyflowkern.ops._philox import draw_seed, philox_uint16
 from pyflowkern.ops._registry import (
     accumulation_dtype,
@@ -71,7 +71,8 @@ def dequantize(
     format or the number of threads.
 
     Args:
-        x: uint8 ``[N, ...]``, values below ``2**bits``.
+        x: uint8 ``[N, ...]``, values below ``2**bits`` (on a GPU nobody looks: larger ones give numbers
+            without meaning).
         bits: bits of a value, 1 to 8.
         alpha: margin of the logit, in [0, 0.5); None for no logit, ``y = v`` in [0, 1).
         seed: seed of the noise; None draws one from ``generator``.
@@ -85,7 +86,8 @@ def dequantize(
 
     Raises:
         TypeError: for anything but a uint8 tensor, and for a seed or generator of the wrong type.
-        ValueError: for no batch axis, bits or alpha out of range, or both a seed and a generator.
+        ValueError: for no batch axis, bits or alpha out of range, values of ``2**bits`` and more on the CPU, or
+            both a seed and a generator.
 
     Source: Theis, van den Oord and Bethge (2016); Dinh, Sohl-Dickstein and Bengio (2017).
 
@@ -262,6 +264,12 @@ def _check_bytes(x: Tensor, bits: int, alpha: float | None) -> None:
     if x.dim() < 1:
         raise ValueError("x must have a batch axis, got a scalar")
     _check_levels(bits, alpha)
+    # a byte beyond its bits would give a finite number that means nothing; on a GPU looking would wait for it
+    look = bits < 8 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and x.numel() and type(x) is Tensor and not transformed():
+        largest = int(x.max())
+        if largest >= 2**bits:
+            raise ValueError(f"x must hold values below 2^bits = {2**bits}, got {largest}")
 
 
 # --- ops -----------------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ class ScaleMap:
         divide: use ``1 / s`` in place of ``s``.
 
     Raises:
-        ValueError: for an unknown kind, a clamp that is not positive, or a negative eps.
+        TypeError: for a constant that is not a number.
+        ValueError: for an unknown kind, a constant that is not finite (max_scale may be inf), a clamp that is not
+            positive, a negative eps, or a max_scale that is not above eps.
 
     Example:
         >>> from pyflowkern.ops import ScaleMap
@@ -68,8 +70,16 @@ class ScaleMap:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"scale_map must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("clamp", "gain", "offset", "eps", "max_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not (math.isfinite(value) or (name == "max_scale" and value == math.inf)):
+                raise ValueError(f"{name} must be finite, got {value}")
         if not self.clamp > 0:
             raise ValueError(f"clamp must be positive, got {self.clamp}")
+        if not self.max_scale > self.eps:
+            raise ValueError(f"max_scale must be above eps = {self.eps}, got {self.max_scale}")
         if self.eps < 0 or (self.eps > 0 and self.kind not in ("exp", "sigmoid", "softplus")):
             raise ValueError(f"eps must be >= 0, and 0 for {self.kind!r}, got {self.eps}")
         if self.max_scale != math.inf and self.kind != "softplus":

@@ -17,8 +17,8 @@ from pyflowkern.train.config import ConfigError, TrainConfig
 __all__ = ["DataFlow", "build", "score"]
 
 
-#: Arguments of flows that a run does not offer: its data decides bits, and it has no context.
-NOT_OPTIONS = ("bits", "context_features", "conditioner")
+#: Arguments of flows that a run does not offer: its data decides bits, it has no context, and modules are no text.
+NOT_OPTIONS = ("bits", "context_features", "conditioner", "base", "spline")
 
 
 class DataFlow(nn.Module):
@@ -90,6 +90,11 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
         raise ConfigError(
             f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
         ) from None
+    if flow.domain is not None:
+        raise ConfigError(
+            f"a run standardises its columns, which leaves no values between {flow.domain[0]:.4g} and "
+            f"{flow.domain[1]:.4g}: {config.flow} must not have a bounded domain here"
+        )
     return DataFlow(flow, facts["mean"], facts["std"])
 
 
@@ -100,7 +105,7 @@ def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
         for name, parameter in inspect.signature(flow).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_OPTIONS
     }
-    words = {int: "a whole number", float: "a number", str: "text"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     for name, value in config.flow_args.items():
         if name not in taken:
             raise ConfigError(
@@ -109,7 +114,7 @@ def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
             )
         kind = type(taken[name])
         fits = isinstance(value, (int, float) if kind is float else kind)
-        if kind in words and (isinstance(value, bool) or not fits):
+        if kind in words and (isinstance(value, bool) != (kind is bool) or not fits):
             raise ConfigError(f"{name} of {config.flow} must be {words[kind]}, got {value!r}")
 
 

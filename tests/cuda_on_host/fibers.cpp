@@ -202,6 +202,10 @@ std::string place(const Fiber& f) { return std::string(f.file) + ":" + std::to_s
 // Whether all lanes that fiber i waits for wait at the same place.
 bool warp_complete(unsigned i) {
   const Fiber& f = block.fibers[i];
+  if (!(f.mask >> i % kWarp & 1)) {
+    block.error = "a warp function at " + place(f) + " is called by a lane that its mask leaves out";
+    return false;
+  }
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (!(f.mask >> lane & 1)) continue;
     const unsigned other = i / kWarp * kWarp + lane;
@@ -315,6 +319,20 @@ const void* exchange(uint32_t mask, const void* value, size_t size, int source, 
   copy_unseen(f.received, seen, size);
   wait(kInWarp, file, -line);
   return f.received;
+}
+
+uint32_t ballot(uint32_t mask, bool holds, const char* file, int line) {
+  Fiber& f = block.fibers[block.current];
+  const unsigned first = block.current / kWarp * kWarp;
+  f.brought[0] = holds;
+  f.mask = mask;
+  wait(kInWarp, file, line);
+  uint32_t lanes = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (mask >> lane & 1 && block.fibers[first + lane].brought[0]) lanes |= uint32_t{1} << lane;
+  }
+  wait(kInWarp, file, -line);
+  return lanes;
 }
 
 void sync_warp(uint32_t mask, const char* file, int line) {

@@ -26,6 +26,8 @@ void sync_threads(const char* file, int line);
 // Every lane of mask brings `size` bytes; all of them then see what each brought.
 const void* exchange(uint32_t mask, const void* value, size_t size, int source, const char* file,
                      int line);
+// The lanes of mask whose predicate holds.
+uint32_t ballot(uint32_t mask, bool holds, const char* file, int line);
 // A barrier of the lanes of mask, which orders memory, as exchange does not.
 void sync_warp(uint32_t mask, const char* file, int line);
 int lane();

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyflowkern import flows
+from pyflowkern import flows, nn
 
 
 @pytest.mark.parametrize("build", [flows.Glow, flows.RealNVP])
@@ -33,6 +33,22 @@ from pyflowkern import flows
 def test_builders(build, shape, options, message):
     with pytest.raises(ValueError, match=message):
         build(shape, **{"levels": 1, "steps": 1, "hidden": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: flows.RealNVP(4, hidden=2.5), "hidden must be an int, got float"),
+        (lambda: flows.Glow((3, 8, 8), levels="2"), "levels must be an int, got str"),
+        (lambda: flows.RealNVP(4, steps=True), "steps must be an int, got bool"),
+        (lambda: flows.Glow((3, 8, 8), levels=1, bits=7.5), "bits must be an int, got float"),
+        (lambda: flows.Flow(torch.nn.ReLU(), (2,)), "bijection must be a nn.Bijection, got ReLU"),
+        (lambda: flows.Flow(nn.ActNorm(2), (2,), base=3), "base must have a method log_prob"),
+    ],
+)
+def test_wrong_types(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +98,12 @@ def conditional():
         (
             lambda f: f.sample(2, temperature=-1),
             ValueError,
-            "temperature must be at least 0, got -1",
+            "temperature must be finite and at least 0, got -1",
         ),
+        (lambda f: f.sample(2, temperature=float("nan")), ValueError, "temperature .* got nan"),
+        (lambda f: f.inverse([[1.0]]), TypeError, "z must be a torch.Tensor, got list"),
+        (lambda f: f.split_latents(torch.zeros(2, 4)), ValueError, r"z must .* \[N, 3\]"),
+        (lambda f: f.interpolate([1.0], [2.0], 2), TypeError, "x0 must be a torch.Tensor"),
         (lambda f: f.sample(2, quantized=True), ValueError, "quantized=True needs .* bits"),
         (
             lambda f: f.interpolate(torch.zeros(2, 3), torch.zeros(2, 3), 1),
@@ -108,7 +128,9 @@ def test_calls(flow, call, error, message):
         (None, ValueError, r"context must have shape \(2, 2\), got None"),
         (torch.zeros(2, 3), ValueError, r"context must have shape \(2, 2\), got \(2, 3\)"),
         (torch.zeros(5, 2), ValueError, r"context must have shape \(2, 2\), got \(5, 2\)"),
-        (torch.zeros(2, 2).int(), TypeError, "context must be a floating-point tensor"),
+        (torch.zeros(2, 2).int(), TypeError, "context must be torch.float32, got torch.int32"),
+        (torch.zeros(2, 2).double(), TypeError, "context must have the flow's dtype"),
+        ([[0.0, 0.0]] * 2, TypeError, "context must be a torch.Tensor, got list"),
     ],
 )
 def test_contexts(conditional, context, error, message):

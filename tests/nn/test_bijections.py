@@ -23,6 +23,8 @@ RESIDUAL = partial(nn.ResidualMLP, hidden=8, blocks=1, context_features=K)
 CONV = partial(nn.ConvNet, hidden=4, context_features=K)
 CONV1D = partial(nn.ResidualConvNet, hidden=4, blocks=1, context_features=K, spatial_dims=1)
 CONV3D = partial(nn.ConvNet, hidden=4, context_features=K, spatial_dims=3)
+PERIODIC = partial(nn.PeriodicInput, conditioner=MLP, bound=5.0)
+IRREGULAR = torch.tensor([True, False, False, True, False])
 MASK = torch.tensor([[[True, False]], [[True, True]], [[False, False]]])
 
 #: name: (layer, event shape)
@@ -43,6 +45,36 @@ LAYERS = {
         lambda: nn.AdditiveCoupling(1, CONV, split="checkerboard", swap=True),
         (1, 3, 3),
     ),
+    "spline vector": (lambda: nn.SplineCoupling(5, MLP, bins=4), (5,)),
+    "spline swap": (lambda: nn.SplineCoupling(5, RESIDUAL, swap=True, bins=3), (5,)),
+    "spline channel mask": (
+        lambda: nn.SplineCoupling(
+            5, MLP, split=nn.channel_mask(5, interleaved=True), unconditional=True, bins=4
+        ),
+        (5,),
+    ),
+    "spline irregular mask": (
+        lambda: nn.SplineCoupling(5, MLP, split=IRREGULAR, swap=True, unconditional=True, bins=4),
+        (5,),
+    ),
+    "spline image": (
+        lambda: nn.SplineCoupling(3, CONV, unconditional=True, bins=3, tails="affine"),
+        (3, 2, 3),
+    ),
+    "spline checkerboard": (
+        lambda: nn.SplineCoupling(2, CONV, split="checkerboard", swap=True, bins=3),
+        (2, 3, 2),
+    ),
+    "spline mask": (
+        lambda: nn.SplineCoupling(3, CONV, split=MASK, unconditional=True, bins=3),
+        (3, 1, 2),
+    ),
+    "spline sequence": (lambda: nn.SplineCoupling(3, CONV1D, bins=3), (3, 4)),
+    "spline of a circle": (
+        lambda: nn.SplineCoupling(5, PERIODIC, tails="circular", bound=5.0, bins=4),
+        (5,),
+    ),
+    "circular shift": (lambda: nn.CircularShift(4, bound=6.0, shift=0.5), (4, 2)),
     "split": (lambda: nn.Split(3, CONV), (3, 2, 2)),
     "split without prior": (lambda: nn.Split(3), (3, 2, 2)),
     "actnorm vector": (lambda: nn.ActNorm(4), (4,)),

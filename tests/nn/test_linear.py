@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -163,3 +164,16 @@ def test_parts_come_from_the_ops():
     layer = nn.InvertibleLinear(3)
     args = (layer.permutation, layer.lower, layer.upper, layer.log_diag, layer.sign)
     assert torch.equal(layer.matrix()[0], ops.plu_matrix(*args))
+
+
+@pytest.mark.parametrize("parameterization", ["plu", "dense"])
+def test_it_starts_as_it_was_asked_to(parameterization):
+    first = partial(nn.InvertibleLinear, 6, parameterization=parameterization)
+    assert torch.equal(first(init="identity").matrix()[0], torch.eye(6))
+    permutation = first(init="permutation").matrix()[0]
+    assert torch.equal(permutation.sort(1).values, torch.eye(6)[:, -1:].T.repeat(6, 1))
+    assert torch.equal(permutation @ permutation.T, torch.eye(6))
+    with pytest.raises(ValueError, match=r"init must be one of rotation, .* got 'zero'"):
+        first(init="zero")
+    with pytest.raises(ValueError, match="init must be 'rotation' for 'householder'"):
+        nn.InvertibleLinear(6, parameterization="householder", init="identity")

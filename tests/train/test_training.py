@@ -15,6 +15,7 @@ import yaml
 from pyflowkern.data import DataSet
 from pyflowkern.train import FlowModule, TrainConfig, TrainingDiverged, train
 from pyflowkern.train.checkpoint import load_checkpoint, load_trained, write_atomic
+from pyflowkern.train.config import ConfigError
 from pyflowkern.train.model import build, score
 from pyflowkern.train.module import _warm_ema
 
@@ -257,3 +258,29 @@ def test_vectors_are_modelled_in_their_own_units(tmp_path):
     torch.testing.assert_close(log_det.double(), expected, rtol=1e-4, atol=1e-4)
     normal = -0.5 * (z**2).sum(1) - math.log(2 * math.pi)
     torch.testing.assert_close(model.log_prob(x), normal + log_det, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flow", "arguments"),
+    [
+        ("MAF", {"transforms": 2, "hidden": 8}),
+        ("IAF", {"transforms": 2, "hidden": [8, 8]}),
+        ("NSF", {"transforms": 2, "hidden": 8, "bins": 4}),
+        ("NSF", {"transforms": 1, "hidden": 8, "autoregressive": True}),
+    ],
+)
+def test_every_flow_of_vectors_trains_by_its_name(tmp_path, flow, arguments):
+    run = train(config(tmp_path, flow=flow, flow_args=arguments), vectors())
+    assert run.history[-1]["held_out"] < run.history[0]["held_out"]
+    trained = load_trained(tmp_path)
+    assert trained.model.sample(3).shape == (3, 2)
+
+
+def test_spline_flow_of_images_trains_by_its_name(tmp_path):
+    run = train(config(tmp_path, flow="NSF", flow_args={"levels": 1, "steps": 1, "hidden": 4}))
+    assert run.history[-1]["held_out"] < run.history[0]["held_out"]
+
+
+def test_a_flow_of_angles_does_not_fit_standardised_columns(tmp_path):
+    with pytest.raises(ConfigError, match="NSF must not have a bounded domain here"):
+        build(config(tmp_path, flow="NSF", flow_args={"circular": True}), vectors())

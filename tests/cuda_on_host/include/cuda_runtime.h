@@ -31,6 +31,9 @@
 #define __shfl_down_sync(...) ::pfk_host::shuffle_down(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) ::pfk_host::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_sync(...) ::pfk_host::shuffle(__FILE__, __LINE__, __VA_ARGS__)
+#define __ballot_sync(mask, holds) ::pfk_host::ballot(mask, holds, __FILE__, __LINE__)
+#define __any_sync(mask, holds) (__ballot_sync(mask, holds) != 0)
+#define __all_sync(mask, holds) (__ballot_sync(mask, holds) == (mask))
 
 struct dim3 : pfk_host::Index {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : pfk_host::Index{x, y, z} {}
@@ -57,6 +60,44 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// Atomic for ThreadSanitizer's sake; relaxed, as on a GPU: they order nothing else.
+template <class T>
+T atomicExch(T* p, T value) {
+  T old;
+  __atomic_exchange(p, &value, &old, __ATOMIC_RELAXED);
+  return old;
+}
+template <class T>
+T atomicCAS(T* p, T expected, T value) {
+  __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+template <class T, class F>
+T atomic_update(T* p, F f) {
+  T old, updated;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  do {
+    updated = f(old);
+  } while (
+      !__atomic_compare_exchange(p, &old, &updated, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> value) {
+  return atomic_update(p, [&](T old) { return old + value; });
+}
+template <class T>
+T atomicMax(T* p, std::type_identity_t<T> value) {
+  return atomic_update(p, [&](T old) { return old < value ? value : old; });
+}
+template <class T>
+T atomicMin(T* p, std::type_identity_t<T> value) {
+  return atomic_update(p, [&](T old) { return value < old ? value : old; });
 }
 
 namespace pfk_host {
@@ -94,11 +135,22 @@ inline void warp_barrier(const char* file, int line, uint32_t mask = 0xffffffffu
 constexpr size_t kMostShared = 227 * 1024;
 alignas(16) inline unsigned char shared_memory[kMostShared];
 
+#if defined(PFK_POISONS_SHARED)  // shared.ld puts all shared memory between the two
+extern "C" __attribute__((visibility("hidden"))) unsigned char pfk_shared_begin[], pfk_shared_end[];
+// Reading what nobody wrote shows.
+inline void poison_shared() {
+  memset(pfk_shared_begin, 0xff, static_cast<size_t>(pfk_shared_end - pfk_shared_begin));
+}
+#else
+inline void poison_shared() {}
+#endif
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
             const Arguments&... arguments) {
   if (shared > kMostShared) throw std::runtime_error("too much shared memory");
   memset(shared_memory, 0xff, shared);
+  poison_shared();
   auto body = [&] { kernel(arguments...); };
   run(name, grid, block, [](void* data) { (*static_cast<decltype(body)*>(data))(); }, &body);
 }
@@ -154,5 +206,5 @@ inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int
 // The library registers under a namespace of its own, for tensors on the CPU.
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) \
-  _STABLE_TORCH_LIBRARY_IMPL(pyflowkern_on_host, CPU, m, C10_UID)
+#define PFK_REGISTER_IN(ns, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
+#define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) PFK_REGISTER_IN(PFK_OPS, m)

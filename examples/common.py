@@ -1,0 +1,99 @@
+"""What the example scripts share: their options, a training loop, and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from torch import Tensor
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+__all__ = ["batches", "density_picture", "fit", "options", "plt", "save"]
+
+
+def options(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Return the parser that every example starts from."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/examples") / name, help="folder of pictures"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def batches(rows: Tensor, size: int) -> Callable[[], Tensor]:
+    """Return a function that draws a batch of rows."""
+    return lambda: rows[torch.randint(len(rows), (min(size, len(rows)),))]
+
+
+def fit(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[torch.nn.Parameter],
+    steps: int,
+    lr: float = 2e-3,
+    weight_decay: float = 0.0,
+    say: str = "",
+) -> list[float]:
+    """Minimise ``loss()`` with AdamW, a cosine schedule and clipped gradients; return its course."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    course: list[float] = []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        schedule.step()
+        course.append(float(value.detach()))
+        if say and (step % max(steps // 5, 1) == 0):
+            print(f"{say}: step {step}/{steps}, loss {course[-1]:.3f}", flush=True)
+    return course
+
+
+@torch.no_grad()
+def density_picture(
+    axes: plt.Axes,
+    log_prob: Callable[[Tensor], Tensor],
+    extent: Sequence[float],
+    title: str,
+    n: int = 150,
+) -> None:
+    """Show a density of the plane over ``extent`` (left, right, bottom, top)."""
+    left, right, bottom, top = extent
+    x, y = torch.linspace(left, right, n), torch.linspace(bottom, top, n)
+    points = torch.cartesian_prod(x, y)
+    density = torch.cat([log_prob(part).exp() for part in points.split(10_000)]).view(n, n)
+    axes.imshow(
+        density.T.numpy(), origin="lower", extent=(left, right, bottom, top), cmap="viridis"
+    )
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write a picture, and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def gaussian_log_prob(train: Tensor, rows: Tensor) -> Tensor:
+    """Return the log-density of ``rows`` under the Gaussian that fits ``train`` best."""
+    mean, covariance = train.mean(0), torch.cov(train.T, correction=0)
+    factor = torch.linalg.cholesky(covariance)
+    d = torch.linalg.solve_triangular(factor, (rows - mean).T, upper=False)
+    log_det = factor.diagonal().log().sum()
+    return -0.5 * d.square().sum(0) - log_det - 0.5 * train.shape[1] * math.log(2 * math.pi)

@@ -1,0 +1,201 @@
+"""Base distributions beyond the standard normal: a mixture of Gaussians, and the uniform of a box."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+)
+from torch.distributions import Uniform as TorchUniform
+
+from pyflowkern.ops._registry import accumulation_dtype, check_batched
+
+__all__ = ["MixtureOfGaussians", "Uniform"]
+
+
+class MixtureOfGaussians(torch.nn.Module):
+    r"""A mixture of diagonal Gaussians with learned weights, means and scales.
+
+    .. math:: p(z) = \sum_k \pi_k\, N(z; \mu_k, \text{diag}\,\sigma_k^2).
+
+    As a base it lets a flow model data in separate clusters: a continuous bijection of one normal
+    cannot tear its mass apart.
+
+    Args:
+        dims: ``D``.
+        components: number ``K`` of Gaussians.
+        spread: standard deviation of the first means, which are random.
+        means: the first means, ``[K, D]``, instead.
+        scale: the first standard deviation of every component.
+        learned: whether weights, means and scales are parameters or stay what they are.
+
+    Raises:
+        ValueError: for a count below 1, a negative spread, a scale that is not positive, or means of
+            another shape.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> base = flows.MixtureOfGaussians(2, 3)
+        >>> tuple(base.log_prob(base.sample(5)).shape)
+        (5,)
+    """
+
+    logits: Tensor
+    means: Tensor
+    log_scales: Tensor
+
+    def __init__(
+        self,
+        dims: int,
+        components: int,
+        *,
+        spread: float = 1.0,
+        means: Tensor | None = None,
+        scale: float = 1.0,
+        learned: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_dims(dims)
+        if components < 1:
+            raise ValueError(f"components must be at least 1, got {components}")
+        if spread < 0:
+            raise ValueError(f"spread must be at least 0, got {spread}")
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if means is not None and tuple(means.shape) != (components, dims):
+            raise ValueError(
+                f"means must have shape {(components, dims)}, got {tuple(means.shape)}"
+            )
+        self.dims, self.components = dims, components
+        first = spread * torch.randn(components, dims) if means is None else means.detach().clone()
+        for name, value in (
+            ("logits", torch.zeros(components)),
+            ("means", first.to(torch.get_default_dtype())),
+            ("log_scales", torch.full((components, dims), math.log(scale))),
+        ):
+            if learned:
+                self.register_parameter(name, torch.nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of ``z`` ``[N, D]``, ``[N]``."""
+        _check_z(z, self.dims)
+        work = accumulation_dtype(torch.promote_types(z.dtype, self.means.dtype))
+        log_scales = self.log_scales.to(work)
+        d = (z.to(work).unsqueeze(1) - self.means.to(work)) * torch.exp(-log_scales)
+        constant = 0.5 * self.dims * math.log(2 * math.pi)
+        normals = -0.5 * d.square().sum(2) - (log_scales.sum(1) + constant)
+        return torch.logsumexp(normals + torch.log_softmax(self.logits.to(work), 0), 1)
+
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw ``[n, D]``; ``temperature`` is a factor on the standard deviations.
+
+        Gradients reach means and scales, through the samples, but not the weights.
+        """
+        # not torch.multinomial, which wants at least one sample
+        weights = torch.softmax(self.logits.detach().to(accumulation_dtype(self.means.dtype)), 0)
+        u = torch.rand(n, generator=generator, dtype=weights.dtype, device=weights.device)
+        chosen = torch.searchsorted(weights.cumsum(0)[:-1], u, right=True)
+        noise = torch.randn(
+            n, self.dims, generator=generator, dtype=self.means.dtype, device=self.means.device
+        )
+        scales = torch.exp(self.log_scales) * temperature
+        return self.means.index_select(0, chosen) + scales.index_select(0, chosen) * noise
+
+    def distribution(self) -> Distribution:
+        """Return the same as a :class:`torch.distributions.MixtureSameFamily`."""
+        each = Independent(Normal(self.means, self.log_scales.exp()), 1)
+        return MixtureSameFamily(Categorical(logits=self.logits), each)
+
+    def extra_repr(self) -> str:
+        """Return what the representation shows."""
+        return f"dims={self.dims}, components={self.components}"
+
+
+class Uniform(torch.nn.Module):
+    r"""The uniform distribution on ``[low, high)`` in every dimension: a box, or a torus of angles.
+
+    Args:
+        dims: ``D``.
+        low: least value.
+        high: end of the values.
+
+    Raises:
+        ValueError: for less than one dimension, or high that is not above low.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> flows.Uniform(2, 0.0, 2.0).log_prob(torch.tensor([[0.5, 1.5], [0.5, 2.5]]))
+        tensor([-1.3863,    -inf])
+    """
+
+    zero: Tensor
+
+    def __init__(self, dims: int, low: float = -math.pi, high: float = math.pi) -> None:
+        super().__init__()
+        _check_dims(dims)
+        if not low < high:
+            raise ValueError(f"high must be above low, got {low} and {high}")
+        self.dims, self.low, self.high = dims, low, high
+        # follows the module's dtype and device, so that samples do
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of ``z`` ``[N, D]``, ``[N]``; both ends count as inside."""
+        _check_z(z, self.dims)
+        # compared in the dtype of z, in which the ends are rounded; NaN is neither inside nor outside
+        outside = ((z < self.low) | (z > self.high)).any(1)
+        unknown = z.isnan().any(1)
+        density = z.new_full(
+            z.shape[:1], -self.dims * math.log(self.high - self.low), dtype=_work(z)
+        )
+        return density.masked_fill(outside, -math.inf).masked_fill(unknown, math.nan)
+
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw ``[n, D]``; ``temperature``, at most 1, shrinks the box about its middle."""
+        if temperature > 1:
+            raise ValueError(f"temperature must be at most 1 in a box, got {temperature}")
+        u = torch.rand(
+            n, self.dims, generator=generator, dtype=self.zero.dtype, device=self.zero.device
+        )
+        middle, length = (self.low + self.high) / 2, self.high - self.low
+        return middle + (u - 0.5) * (length * temperature)
+
+    def distribution(self) -> Independent[Any]:
+        """Return the same as a :class:`torch.distributions.Independent`."""
+        ends = (self.zero + self.low).expand(self.dims), (self.zero + self.high).expand(self.dims)
+        return Independent(TorchUniform(*ends, validate_args=False), 1)
+
+    def extra_repr(self) -> str:
+        """Return what the representation shows."""
+        return f"dims={self.dims}, low={self.low:.6g}, high={self.high:.6g}"
+
+
+def _work(z: Tensor) -> torch.dtype:
+    return accumulation_dtype(z.dtype)
+
+
+def _check_dims(dims: int) -> None:
+    if dims < 1:
+        raise ValueError(f"dims must be at least 1, got {dims}")
+
+
+def _check_z(z: Tensor, dims: int) -> None:
+    check_batched("z", z)
+    if z.dim() != 2 or z.shape[1] != dims:
+        raise ValueError(f"z must have shape [N, {dims}], got {tuple(z.shape)}")

@@ -1,0 +1,286 @@
+"""Neural spline flows: couplings or autoregressive layers of splines, on vectors, angles and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from pyflowkern.flows._base import Flow
+from pyflowkern.flows._build import (
+    ConditionerFactory,
+    check_positive,
+    check_space,
+    feature_order,
+    layer_permutation,
+    parse_event,
+    parse_shape,
+    parse_widths,
+    squeeze_levels,
+)
+from pyflowkern.flows.bases import Uniform
+from pyflowkern.nn import (
+    MLP,
+    Bijection,
+    CircularShift,
+    ConvNet,
+    GlowStep,
+    InvertibleLinear,
+    MaskedAutoregressive,
+    PeriodicInput,
+    ResidualConvNet,
+    ResidualMLP,
+    Sequential,
+    SplineCoupling,
+    channel_mask,
+)
+from pyflowkern.ops import SplineMap
+
+__all__ = ["NSF"]
+
+
+class NSF(Flow):
+    r"""Neural spline flow: rational-quadratic splines, whose parameters networks compute.
+
+    On vectors there are ``transforms`` layers: couplings of alternating features (RQ-NSF (C)), or
+    with ``autoregressive`` layers in which every feature is conditioned on those before it (RQ-NSF
+    (AR): better densities, slower samples).  ``mixing`` is what lies between them:
+
+    ============= ============================================================================
+    plu           an invertible matrix, which starts as a random permutation; the default for
+                  couplings
+    permutation   a permutation, folded into the masks: one for each layer, the same in every flow
+    none          couplings of even and odd features, autoregressive orders forth and back; the
+                  default for autoregressive layers and bounded domains
+    ============= ============================================================================
+
+    Splines live in ``[-bound, bound]``: scale the data to about unit variance.  With ``circular`` the
+    data are angles in :math:`[-\pi, \pi)`: circular splines and learned shifts between them, a
+    uniform base, and couplings that see an angle's cosine and sine (autoregressive networks see the
+    angle itself, and their density may jump where it wraps).  With ``tails="none"`` the data are in
+    ``[0, 1]``, and so is the uniform base.
+
+    On images there are ``levels`` of squeeze, ``steps`` times (ActNorm, 1x1 convolution, spline
+    coupling), and split, as in Glow.
+
+    Args:
+        event_shape: a dimension ``D`` or ``(D,)`` (at least 2 for couplings), or ``(C, *space)``.
+        transforms: number of spline layers (vectors).
+        levels: number of levels (images); ``2 ** levels`` must divide each spatial size.
+        steps: steps a level (images).
+        hidden: width of each residual block of a network (all the same), or of each hidden layer
+            without ``residual``; one number stands for two.
+        bins: bins of a spline.
+        bound: the splines span ``[-bound, bound]``; None for 3, and for :math:`\pi` of angles.
+        tails: ``"linear"``, ``"affine"``, ``"circular"`` or ``"none"``: see
+            :class:`~pyflowkern.ops.SplineMap`.
+        autoregressive: masked networks in place of couplings.
+        circular: the data are angles: ``tails="circular"``.
+        mixing: ``"plu"``, ``"permutation"``, ``"none"``, or None for the default above.
+        residual: networks of residual blocks.
+        unconditional: splines for the passing features of a coupling, too.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
+        bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
+        alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
+        spline: the splines in place of the above; its tails count.
+        base: the latent's distribution (see :class:`Flow`); None for the standard normal, or the
+            uniform one on a bounded domain.
+        conditioner: factory ``(in, out) -> module`` for the couplings.
+
+    Raises:
+        ValueError: for a count below 1, an unknown name, fewer than 2 dimensions for a coupling,
+            sizes that do not divide, or what does not go together (images and angles, say).
+
+    Source: Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows" (2019); for angles
+    Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> flow = flows.NSF(5, transforms=3, hidden=(32, 32))
+        >>> (-flow.log_prob(torch.randn(16, 5)).mean()).backward()
+        >>> angles = flows.NSF(2, hidden=(32, 32), circular=True).sample(100)
+        >>> bool((angles.abs() <= torch.pi).all())
+        True
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        *,
+        transforms: int = 5,
+        levels: int = 3,
+        steps: int = 7,
+        hidden: int | Sequence[int] = (256, 256),
+        bins: int = 8,
+        bound: float | None = None,
+        tails: str = "linear",
+        autoregressive: bool = False,
+        circular: bool = False,
+        mixing: str | None = None,
+        residual: bool = True,
+        unconditional: bool = False,
+        context_features: int = 0,
+        bits: int | None = None,
+        alpha: float = 0.05,
+        spline: SplineMap | None = None,
+        base: torch.nn.Module | None = None,
+        conditioner: ConditionerFactory | None = None,
+    ) -> None:
+        shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
+        widths = parse_widths(hidden)
+        check_positive(transforms=transforms, levels=levels, steps=steps)
+        if spline is None:
+            spline = _spline_map(bins, bound, tails, circular)
+        domain = spline.interval if spline.tails in ("circular", "none") else None
+        mixing = _check_mixing(mixing, domain, autoregressive)
+        if (len(shape) > 1 or bits is not None) and (autoregressive or domain is not None):
+            raise ValueError(
+                "autoregressive layers, angles and tails='none' are for real vectors, "
+                f"got event_shape {event_shape!r} and bits={bits}"
+            )
+        network: dict[str, Any] = {"residual": residual, "context_features": context_features}
+        if conditioner is None:
+            conditioner = _network(widths, len(shape) - 1, **network)
+        coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
+        if len(shape) > 1:
+            check_space(shape, levels)
+            level = partial(_image_steps, steps=steps, coupling=coupling, conditioner=conditioner)
+            prior = partial(
+                ConvNet,
+                hidden=widths[0],
+                context_features=context_features,
+                spatial_dims=len(shape) - 1,
+            )
+            bijection: Bijection = squeeze_levels(shape, levels, level, prior)
+        else:
+            if autoregressive:
+                layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
+            else:
+                layers = _couplings(shape[0], transforms, conditioner, coupling, spline, mixing)
+            bijection = Sequential(*_mixed(layers, shape[0], spline, mixing))
+        if base is None and domain is not None:
+            base = Uniform(shape[0], *domain)
+        super().__init__(
+            bijection,
+            shape,
+            base=base,
+            bits=bits,
+            alpha=alpha,
+            context_features=context_features,
+        )
+        self.domain = domain
+
+
+def _spline_map(bins: int, bound: float | None, tails: str, circular: bool) -> SplineMap:
+    if circular:
+        if tails not in ("linear", "circular"):
+            raise ValueError(f"tails must be 'circular' for angles, got {tails!r}")
+        tails = "circular"
+    if bound is None:
+        bound = torch.pi if tails == "circular" else 3.0
+    return SplineMap(bins=bins, bound=bound, tails=tails)  # type: ignore[arg-type]
+
+
+def _check_mixing(
+    mixing: str | None, domain: tuple[float, float] | None, autoregressive: bool
+) -> str:
+    if mixing is None:
+        return "plu" if domain is None and not autoregressive else "none"
+    if mixing not in (known := ("plu", "permutation", "none")):
+        raise ValueError(f"mixing must be one of {', '.join(known)}, got {mixing!r}")
+    if mixing == "plu" and domain is not None:
+        raise ValueError("mixing must be 'permutation' or 'none' on a bounded domain, got 'plu'")
+    return mixing
+
+
+def _network(
+    widths: tuple[int, ...], spatial_dims: int, *, residual: bool, context_features: int
+) -> ConditionerFactory:
+    """Return the factory of a coupling's network."""
+    if not residual and spatial_dims == 0:
+        return partial(MLP, hidden=widths, context_features=context_features)
+    if len(set(widths)) > 1:
+        raise ValueError(f"residual blocks must have one width, got hidden={widths}")
+    options: dict[str, Any] = {"hidden": widths[0], "context_features": context_features}
+    if spatial_dims == 0:
+        return partial(ResidualMLP, blocks=len(widths), activate_last=False, **options)
+    if not residual:
+        return partial(ConvNet, spatial_dims=spatial_dims, **options)
+    return partial(ResidualConvNet, blocks=len(widths), spatial_dims=spatial_dims, **options)
+
+
+def _image_steps(
+    channels: int,
+    steps: int,
+    coupling: partial[SplineCoupling],
+    conditioner: ConditionerFactory,
+) -> list[Bijection]:
+    layers: list[Bijection] = []
+    for _ in range(steps):
+        layers += [GlowStep(channels), coupling(channels, conditioner)]
+    return layers
+
+
+def _couplings(
+    features: int,
+    transforms: int,
+    conditioner: ConditionerFactory,
+    coupling: partial[SplineCoupling],
+    spline: SplineMap,
+    mixing: str,
+) -> list[Bijection]:
+    if spline.tails == "circular":
+        conditioner = partial(PeriodicInput, conditioner=conditioner, bound=spline.bound)
+    alternate = channel_mask(features, interleaved=True)
+    layers: list[Bijection] = []
+    for i in range(transforms):
+        if mixing == "plu":  # which mixes halves, whose features lie side by side, as well as any
+            layers.append(coupling(features, conditioner, swap=i % 2 == 1))
+            continue
+        mask = alternate ^ (i % 2 == 1)
+        if mixing == "permutation":
+            mask = mask[layer_permutation(features, i)]
+        layers.append(coupling(features, conditioner, split=mask))
+    return layers
+
+
+def _autoregressive(
+    features: int,
+    transforms: int,
+    widths: tuple[int, ...],
+    spline: SplineMap,
+    mixing: str,
+    network: dict[str, Any],
+) -> list[Bijection]:
+    layers: list[Bijection] = []
+    order = "random" if mixing == "permutation" else "reverse"
+    for i in range(transforms):
+        layer = MaskedAutoregressive(
+            features,
+            widths,
+            transform=spline,
+            order=feature_order(order, features, i),
+            **network,
+        )
+        with torch.no_grad():  # the identity, at first
+            first = spline.identity_raw().repeat(features)
+            layer.conditioner.layers[-1].bias.copy_(first)  # type: ignore[operator]
+        layers.append(layer)
+    return layers
+
+
+def _mixed(
+    layers: list[Bijection], features: int, spline: SplineMap, mixing: str
+) -> list[Bijection]:
+    """Put what mixes features behind each layer, and what turns circles before it."""
+    mixed: list[Bijection] = []
+    for layer in layers:
+        if spline.tails == "circular":  # behind the last one a turn would change nothing
+            mixed.append(CircularShift(features, bound=spline.bound))
+        mixed.append(layer)
+        if mixing == "plu":
+            mixed.append(InvertibleLinear(features, init="permutation"))
+    return mixed

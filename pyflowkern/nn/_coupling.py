@@ -1,0 +1,146 @@
+"""What all couplings share: who passes, who is transformed, and the conditioner between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyflowkern.nn._base import Bijection, check_count
+from pyflowkern.ops import channel_split_sizes, checkerboard_mask
+
+__all__ = [
+    "Conditioner",
+    "Coupling",
+    "build_conditioner",
+    "channel_mask",
+    "check_split",
+    "condition",
+]
+
+#: A module, called as ``g(h)`` or ``g(h, context)``, or a factory ``(in, out) -> module``.
+Conditioner = torch.nn.Module | Callable[[int, int], torch.nn.Module]
+
+
+def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
+    """Return a boolean mask ``[C]``, True where a coupling transforms.
+
+    Args:
+        channels: number of channels.
+        interleaved: take channels 1, 3, 5, ... in place of the last half.
+
+    Example:
+        >>> from pyflowkern.nn import channel_mask
+        >>> channel_mask(5).tolist()
+        [False, False, False, True, True]
+    """
+    check_count("channels", channels)
+    index = torch.arange(channels)
+    return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
+
+
+class Coupling(Bijection):
+    """The split of a coupling layer: what its conditioner sees and what its op is told.
+
+    With ``compact`` the conditioner of a channel mask sees and serves its own channels alone, as it
+    does for a channel split; without, it sees all of ``x``, zero where transformed.
+    """
+
+    mask: Tensor | None
+    passing: Tensor | None
+
+    def __init__(self, channels: int, split: str | Tensor, swap: bool, compact: bool) -> None:
+        super().__init__()
+        check_split(split, channels)
+        self.channels, self.swap = channels, swap
+        self.split = "mask" if isinstance(split, Tensor) else split
+        # True is transformed, swap included; structure and not state: moved, but not saved
+        mask = split ^ swap if isinstance(split, Tensor) else None
+        self.register_buffer("mask", mask, persistent=False)
+        self._slice: slice | None = None
+        index = None
+        if self.split == "channel":
+            first = channel_split_sizes(channels)[0]
+            self._slice = slice(first, None) if swap else slice(first)
+            self.sizes = channel_split_sizes(channels, swap)
+        elif compact and mask is not None and mask.dim() == 1:
+            index = (~mask).nonzero().flatten()
+            self.sizes = (index.numel(), channels - index.numel())
+            if min(self.sizes) < 1:
+                raise ValueError(
+                    "split must let a channel pass and transform one, "
+                    f"got a mask with {self.sizes[1]} of {channels} channels True"
+                )
+            self._slice = _as_slice(index.tolist())
+        else:
+            self.sizes = (channels, channels)
+        # a slice is a view, and its gradient a copy; an index gathers and scatters
+        self.register_buffer("passing", None if self._slice else index, persistent=False)
+
+    def _mask_for(self, x: Tensor) -> Tensor | None:
+        if self.split == "checkerboard":
+            return checkerboard_mask(tuple(x.shape[1:]), x.device) ^ self.swap
+        return self.mask
+
+    def _passing(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what the conditioner may see."""
+        if self._slice is not None:
+            return x[:, self._slice]
+        if self.passing is not None:
+            return x.index_select(1, self.passing)
+        if mask is None:  # unreachable: without a mask the split is by channels
+            return x
+        if mask.dim() == 1:
+            mask = mask.view(-1, *[1] * (x.dim() - 2))
+        # select, not multiply: NaN where transformed must not reach the parameters
+        return x.masked_fill(mask, 0.0)
+
+
+def build_conditioner(conditioner: Conditioner, inputs: int, outputs: int) -> torch.nn.Module:
+    """Return the module, or what the factory makes of ``(inputs, outputs)``."""
+    if isinstance(conditioner, torch.nn.Module):
+        return conditioner
+    if not callable(conditioner):
+        raise TypeError(
+            "conditioner must be a torch.nn.Module or a factory (in, out) -> module, "
+            f"got {type(conditioner).__name__}"
+        )
+    module = conditioner(inputs, outputs)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"a conditioner factory must return a torch.nn.Module, got {type(module).__name__}"
+        )
+    return module
+
+
+def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
+    """Call a conditioner; one that knows nothing of contexts is not bothered with None."""
+    out: Tensor = conditioner(h) if context is None else conditioner(h, context)
+    return out
+
+
+def check_split(split: str | Tensor, channels: int) -> None:
+    """Raise unless ``split`` splits so many channels."""
+    check_count("channels", channels)
+    if isinstance(split, Tensor):
+        if split.dtype != torch.bool:
+            raise TypeError(f"split must be a boolean mask, got {split.dtype}")
+        if split.dim() == 0 or split.shape[0] != channels:
+            raise ValueError(
+                f"split must be a mask [{channels}] or [{channels}, *space], "
+                f"got shape {tuple(split.shape)}"
+            )
+    elif split not in ("channel", "checkerboard"):
+        raise ValueError(
+            f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
+        )
+    elif channels < (2 if split == "channel" else 1):
+        raise ValueError(f"channels must be at least 2 for a channel split, got {channels}")
+
+
+def _as_slice(index: list[int]) -> slice | None:
+    """Return the slice that takes these positions, if there is one."""
+    step = index[1] - index[0] if len(index) > 1 else 1
+    found = slice(index[0], index[-1] + 1, step)
+    return found if list(range(found.start, found.stop, step)) == index else None

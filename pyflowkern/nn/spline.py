@@ -1,0 +1,198 @@
+"""Spline layers: couplings whose elements go through monotonic splines, and shifts of a circle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
+from pyflowkern.nn.conditioners import start_at
+from pyflowkern.ops import SplineMap
+
+__all__ = ["CircularShift", "SplineCoupling"]
+
+
+class SplineCoupling(Coupling):
+    r"""Spline coupling: one part of ``x`` decides the splines that the other goes through.
+
+    .. math:: z_a = x_a, \qquad z_b = \tau(x_b; \theta), \qquad \theta = g(x_a, \text{context}).
+
+    The log-determinant is :math:`\sum \log \tau'`.  With the conditioners of this package a new layer
+    is the identity: their last layer is zero but for a bias, :meth:`SplineMap.identity_raw`.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        conditioner: ``g``: a module, or a factory ``(in_channels, out_channels) -> module``, called
+            as :class:`AffineCoupling` calls it.  It returns the ``P`` raw numbers of each
+            transformed channel side by side on the channel axis. For a channel split or a mask of
+            channels it sees and serves its part of the channels alone; for masks over space it sees
+            all of ``x``, zero where transformed, and serves all channels.
+        split: ``"channel"``, ``"checkerboard"`` or a boolean mask ``[C]`` or ``[C, *space]``,
+            True is transformed.
+        swap: exchange the two parts.
+        spline: which splines; None for a :class:`~pyflowkern.ops.SplineMap` of the options.
+        unconditional: also put the passing channels through splines, one for each channel, whose
+            parameters are those of the layer; after the conditioner has seen them.
+        **options: arguments of :class:`~pyflowkern.ops.SplineMap`: ``bins=8``, ``bound=3.0``, ...
+
+    Raises:
+        ValueError: for fewer than 2 channels with a channel split, an unknown split, a mask of
+            another size or one that leaves a part without channels, wrong options, or options
+            beside a ``spline``.
+        TypeError: for a conditioner that cannot be called, a mask that is not boolean, or a
+            ``spline`` that is no SplineMap.
+
+    Source: Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows" (2019).
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from pyflowkern import nn
+        >>> layer = nn.SplineCoupling(4, partial(nn.MLP, hidden=16), bins=5, bound=4.0)
+        >>> x = torch.randn(8, 4)
+        >>> z, log_det = layer(x)
+        >>> bool(torch.allclose(layer.inverse(z)[0], x, atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conditioner: Conditioner,
+        *,
+        split: str | Tensor = "channel",
+        swap: bool = False,
+        spline: SplineMap | None = None,
+        unconditional: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(channels, split, swap, compact=True)
+        self.spline = _spline_map(spline, options)
+        passes, moves = self.sizes
+        self.conditioner = build_conditioner(conditioner, passes, moves * self.spline.params)
+        identity = self.spline.identity_raw()
+        if not isinstance(conditioner, torch.nn.Module):  # a module that was given stays as it is
+            start_at(self.conditioner, identity.repeat(moves))
+        self.unconditional = torch.nn.Parameter(identity.repeat(passes)) if unconditional else None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
+        check_channels("x", x, self.channels)
+        mask = self._mask_for(x)
+        params = condition(self.conditioner, self._passing(x, mask), context)
+        z, log_det = self._splines(x, params, mask, passing=False, inverse=False)
+        if self.unconditional is None:
+            return z, log_det
+        own = _for_all(self.unconditional, z)
+        z, more = self._splines(z, own, mask, passing=True, inverse=False)
+        return z, log_det + more
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        check_channels("z", z, self.channels)
+        mask = self._mask_for(z)
+        more: Tensor | None = None
+        if self.unconditional is not None:
+            own = _for_all(self.unconditional, z)
+            z, more = self._splines(z, own, mask, passing=True, inverse=True)
+        params = condition(self.conditioner, self._passing(z, mask), context)
+        x, log_det = self._splines(z, params, mask, passing=False, inverse=True)
+        return x, log_det if more is None else log_det + more
+
+    def _splines(
+        self, x: Tensor, params: Tensor, mask: Tensor | None, passing: bool, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return ops.spline_coupling(
+            x,
+            params,
+            self.spline,
+            split="channel" if mask is None else mask,
+            swap=(self.swap and mask is None) ^ passing,
+            inverse=inverse,
+        )
+
+
+class CircularShift(Bijection):
+    r"""Turn every channel, an angle, by a learned amount: :math:`z_c = x_c + s_c` on the circle.
+
+    A circular spline leaves the point where its circle is cut where it is; shifts between splines let
+    the cut lie elsewhere in each.  The log-determinant is 0.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        bound: half the circle's length: values are in ``[-bound, bound)``.
+        shift: the first amount, a number or ``[C]``.
+        learned: whether the amount is a parameter or stays what it is.
+
+    Raises:
+        ValueError: for less than one channel or a bound that is not positive.
+
+    Source: Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn
+        >>> layer = nn.CircularShift(1, bound=2.0, shift=1.5)
+        >>> layer(torch.tensor([[-1.0], [0.0], [1.0]]))[0].flatten().tolist()
+        [0.5, 1.5, -1.5]
+    """
+
+    shift: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        bound: float = torch.pi,
+        shift: float | Tensor = 0.0,
+        learned: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        if not bound > 0:
+            raise ValueError(f"bound must be positive, got {bound}")
+        self.channels, self.bound = channels, bound
+        amount = torch.as_tensor(shift, dtype=torch.get_default_dtype()).expand(channels).clone()
+        if learned:
+            self.shift = torch.nn.Parameter(amount)
+        else:
+            self.register_buffer("shift", amount)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Turn ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``, the latter 0."""
+        check_channels("x", x, self.channels)
+        return self._wrapped(x + self._amount(x)), zero_log_det(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward`."""
+        check_channels("z", z, self.channels)
+        return self._wrapped(z - self._amount(z)), zero_log_det(z)
+
+    def _amount(self, x: Tensor) -> Tensor:
+        return self.shift.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)
+
+    def _wrapped(self, x: Tensor) -> Tensor:
+        turned = torch.remainder(x + self.bound, 2 * self.bound) - self.bound
+        # the remainder of a tiny negative number rounds to the whole circle
+        return torch.where(turned >= self.bound, -self.bound, turned)
+
+
+def _for_all(params: Tensor, x: Tensor) -> Tensor:
+    """Return parameters of the channels for every sample and position of ``x``, as a view."""
+    own = params.view(1, -1, *[1] * (x.dim() - 2))
+    return own.expand(x.shape[0], -1, *x.shape[2:])
+
+
+def _spline_map(spline: SplineMap | None, options: dict[str, Any]) -> SplineMap:
+    if spline is None:
+        return SplineMap(**options)
+    if not isinstance(spline, SplineMap):
+        raise TypeError(f"spline must be a SplineMap, got {type(spline).__name__}")
+    if options:
+        raise ValueError(f"give options ({', '.join(options)}) or a spline, not both")
+    return spline

