@@ -68,9 +68,11 @@ def to(dtype, *groups):
 
 
 def check(plan, weights, biases, z, transform="affine", dtype=torch.float32):
-    """Values and gradients: at most twice plain PyTorch's error at this dtype, and 16 roundings of the largest.
+    """Values and gradients: at most twice plain PyTorch's error at this dtype, and some roundings of the largest.
 
-    The floor is higher than other ops have: a unit is a sum of as many terms as there are units before it.
+    These are 16, more than other ops are allowed: a unit is a sum of as many terms as there are units before it.  In
+    float64 they are 256, since what both are held against is not exact there: every feature's rounding goes
+    through all later ones, whose slopes are up to ten.
     """
     results = []
     for function, kind in (
@@ -91,7 +93,8 @@ def check(plan, weights, biases, z, transform="affine", dtype=torch.float32):
         if exact.numel() == 0:
             continue
         scale = max(float(exact.abs().max()), plan.features**0.5 if i == 1 else 0.0)
-        allowed = 2 * (plain - exact).abs().max() + 16 * torch.finfo(dtype).eps * scale
+        roundings = 256 if dtype == torch.float64 else 16
+        allowed = 2 * (plain - exact).abs().max() + roundings * torch.finfo(dtype).eps * scale
         worst = (ours - exact).abs().max()
         assert worst <= allowed, f"result {i}: error {worst:.3g}, allowed {allowed:.3g}"
 
