@@ -7,7 +7,7 @@
 //   f' = d0 zeta^2 + 2 (3 s - d0 - d1) xi zeta + d1 xi^2.
 #pragma once
 
-#include "spline/spline.h"
+#include "spline/spline_bins.h"
 
 PFK_BEGIN
 

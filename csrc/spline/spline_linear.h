@@ -2,7 +2,7 @@
 // Piecewise linear splines (Müller et al. 2019): bins of equal width, raw heights alone.
 #pragma once
 
-#include "spline/spline.h"
+#include "spline/spline_bins.h"
 
 PFK_BEGIN
 

@@ -10,7 +10,7 @@
 // - edge (w_0 + w_l)),  I being the area of the inner bins.
 #pragma once
 
-#include "spline/spline.h"
+#include "spline/spline_bins.h"
 
 PFK_BEGIN
 

@@ -10,7 +10,7 @@
 // same from the other end; nothing cancels, and the discriminant is never negative.
 #pragma once
 
-#include "spline/spline.h"
+#include "spline/spline_bins.h"
 
 PFK_BEGIN
 

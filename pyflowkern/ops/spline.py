@@ -21,20 +21,21 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._coupling import channel_split_sizes, mask_of
 from pyflowkern.ops._registry import (
     accumulation_dtype,
     cast,
-    check_batched,
-    check_floating,
-    check_same_device,
     check_shape,
     empty_canonical,
     gradient_of_reference,
     register,
-    sum_per_sample,
 )
-from pyflowkern.ops._spline import elements, reference
+from pyflowkern.ops._spline import reference
+from pyflowkern.ops._spline_coupling import (
+    check_coupling,
+    check_packed,
+    check_parts,
+    coupling_reference,
+)
 from pyflowkern.ops.spline_map import Parameterization, SplineMap, Tails, from_code
 
 __all__ = [
@@ -101,7 +102,7 @@ def rational_quadratic_spline(
         >>> bool(torch.allclose(back, x, atol=1e-4)), tuple(log_det.shape)
         (True, (4,))
     """
-    _check_parts(x, widths, heights, derivatives)
+    check_parts(x, widths, heights, derivatives)
     smap = SplineMap(
         "rational_quadratic",
         widths.shape[-1],
@@ -151,7 +152,7 @@ def spline(
         >>> bool(torch.allclose(y, x, atol=1e-5))
         True
     """
-    _check_packed(x, params, spline_map)
+    check_packed(x, params, spline_map)
     if not kernel_serves("spline", x, params):
         return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
     return _run(x, None, (params, None, None), spline_map, _flags(inverse, elementwise))
@@ -196,9 +197,9 @@ def spline_coupling(
         >>> bool((y[:, :3] == x[:, :3]).all()), tuple(log_det.shape)
         (True, (5,))
     """
-    mask = _check_coupling(x, params, spline_map, split, swap)
+    mask = check_coupling(x, params, spline_map, split, swap)
     if not kernel_serves("spline", x, params):
-        return _coupling(x, params, mask, spline_map, swap, inverse)
+        return coupling_reference(x, params, mask, spline_map, swap, inverse)
     flags = _flags(inverse, False) + _COUPLING + _SWAP * (swap and mask is None)
     return _run(x, mask, (params, None, None), spline_map, flags)
 
@@ -222,7 +223,7 @@ def rational_quadratic_spline_reference(
     elementwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`rational_quadratic_spline` in plain PyTorch, differentiable to any order."""
-    _check_parts(x, widths, heights, derivatives)
+    check_parts(x, widths, heights, derivatives)
     smap = SplineMap(
         "rational_quadratic",
         widths.shape[-1],
@@ -246,7 +247,7 @@ def spline_reference(
     elementwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`spline` in plain PyTorch, differentiable by autograd to any order."""
-    _check_packed(x, params, spline_map)
+    check_packed(x, params, spline_map)
     return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
 
 
@@ -260,90 +261,8 @@ def spline_coupling_reference(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`spline_coupling` in plain PyTorch, differentiable by autograd to any order."""
-    mask = _check_coupling(x, params, spline_map, split, swap)
-    return _coupling(x, params, mask, spline_map, swap, inverse)
-
-
-def _coupling(
-    x: Tensor, params: Tensor, mask: Tensor | None, smap: SplineMap, swap: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    c = x.shape[1]
-    rows = params.unflatten(1, (params.shape[1] // smap.params, smap.params))
-    rows = rows.movedim(2, -1)  # [N, Ct, *space, P]
-    if mask is None:
-        first = channel_split_sizes(c)[0]
-        parts = [x[:, :first], x[:, first:]]
-        which = 0 if swap else 1
-        parts[which], log_slope = elements(parts[which], smap.split(rows), smap, inverse)
-        return torch.cat(parts, 1), sum_per_sample(log_slope)
-    if rows.shape[1] != c:  # spread parameters of transformed channels alone over all channels
-        by_channel = mask.reshape(c, -1)[:, 0]
-        rows = rows.index_select(1, (by_channel.cumsum(0) - 1).clamp(0, rows.shape[1] - 1))
-    # what passes gets harmless numbers, so that garbage there reaches neither y nor a gradient
-    rows = torch.where(mask.unsqueeze(-1), rows, 0.0)
-    y, log_slope = elements(torch.where(mask, x, 0.0), smap.split(rows), smap, inverse)
-    return torch.where(mask, y, x), sum_per_sample(torch.where(mask, log_slope, 0.0))
-
-
-# --- argument checks ----------------------------------------------------------------------------------------
-
-
-def _check_parts(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
-    check_batched("x", x, min_dim=1)
-    for name, t in (("widths", widths), ("heights", heights), ("derivatives", derivatives)):
-        check_floating(name, t)
-    check_same_device(x=x, widths=widths, heights=heights, derivatives=derivatives)
-    if widths.shape[:-1] != x.shape or widths.dim() == 0:
-        raise ValueError(
-            f"widths must have the shape of x and a last axis, {(*x.shape, 'K')}, got {tuple(widths.shape)}"
-        )
-    check_shape("heights", heights, widths.shape)
-
-
-def _check_map(spline_map: SplineMap) -> None:
-    if not isinstance(spline_map, SplineMap):
-        raise TypeError(f"spline_map must be a SplineMap, got {type(spline_map).__name__}")
-
-
-def _check_packed(x: Tensor, params: Tensor, spline_map: SplineMap) -> None:
-    _check_map(spline_map)
-    check_batched("x", x, min_dim=1)
-    check_floating("params", params)
-    check_same_device(x=x, params=params)
-    check_shape("params", params, (*x.shape, spline_map.params))
-
-
-def _check_coupling(
-    x: Tensor, params: Tensor, spline_map: SplineMap, split: str | Tensor, swap: bool
-) -> Tensor | None:
-    """Check everything; return the mask ``[C, *space]`` of what is transformed, None for the channel split."""
-    _check_map(spline_map)
-    check_batched("x", x)
-    check_floating("params", params)
-    mask = mask_of(split, x)
-    check_same_device(x=x, params=params, mask=mask)
-    n, c, *space = x.shape
-    channels = isinstance(split, str) and split == "channel"
-    full = channel_split_sizes(c, swap)[1] if channels else c
-    p = spline_map.params
-    if mask is not None and swap:
-        mask = ~mask
-    if tuple(params.shape) == (n, full * p, *space):
-        return mask
-    if isinstance(split, Tensor) and split.dim() == 1 and params.dim() == x.dim():
-        size = params.shape[1] // p
-        # counting True on a GPU would wait for it: there the caller's word is taken
-        known = split.device.type == "cpu" and not torch.compiler.is_compiling()
-        if (
-            0 < size < c
-            and tuple(params.shape) == (n, size * p, *space)
-            and (not known or size == int((split ^ swap).sum()))
-        ):
-            return mask
-    raise ValueError(
-        f"params must have shape {(n, full * p, *space)} for x of shape {tuple(x.shape)} and {p} numbers an "
-        f"element, got {tuple(params.shape)}"
-    )
+    mask = check_coupling(x, params, spline_map, split, swap)
+    return coupling_reference(x, params, mask, spline_map, swap, inverse)
 
 
 # --- schema, fake, autograd ---------------------------------------------------------------------------------
@@ -411,7 +330,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]
 
         def forward(v: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
             if flags & _COUPLING:
-                return _coupling(v, given[0], mask, smap, bool(flags & _SWAP), inverse)
+                return coupling_reference(v, given[0], mask, smap, bool(flags & _SWAP), inverse)
             known = smap.split(given[0]) if given[1] is None else (given[0], given[1], given[2])
             return reference(v, known, smap, inverse, bool(flags & _ELEMENTWISE))
 

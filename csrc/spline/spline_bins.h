@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bins of a spline: sizes from raw numbers, the bin of an element, and gradients of raw sizes.
+//
+// A bin j of an axis has the size  least + rate e_j,  where e_j is an exponential (softmax) or a
+// softplus, and starts at  low + j least + rate (e_0 + ... + e_{j-1}):  normalising takes one
+// division, a knot one multiplication, and the bin's size keeps the relative accuracy of e_j.
+#pragma once
+
+#include "spline/spline.h"
+
+PFK_BEGIN
+
+// ---- sums of the sizes before a bin -------------------------------------------------------------
+// Kahan's: within two roundings of the whole, whatever K.
+template <class V>
+struct CarefulSum {
+  V total, lost;
+
+  static PFK_HD V scaled(V e) { return e; }
+  static PFK_HD CarefulSum zero() { return {V(Lane<V>(0)), V(Lane<V>(0))}; }
+  PFK_HD void add(V e) {
+    const V term = e - lost, next = total + term;
+    lost = (next - total) - term;
+    total = next;
+  }
+  PFK_HD V value() const { return total; }
+};
+template <class V, class M>
+PFK_HD CarefulSum<V> select_sum(M mask, const CarefulSum<V>& a, const CarefulSum<V>& b) {
+  return {select(mask, a.total, b.total), V(Lane<V>(0))};
+}
+template <class V>
+PFK_HD CarefulSum<V> choose_sum(bool first, const CarefulSum<V>& a, const CarefulSum<V>& b) {
+  return {first ? a.total : b.total, first ? a.lost : b.lost};
+}
+template <class V>
+PFK_HD V rest_of(const CarefulSum<V>& whole, const CarefulSum<V>& part) {
+  return whole.total - part.total;  // exact where part is more than half
+}
+
+// In fixed point: exact but for what e has below 2^-27, and faster too, an addition being one
+// cycle. For up to 8 terms, the largest of which is 1.
+#if !defined(__CUDACC__)
+struct FixedSum {
+  using V = Vec<float>;
+  Vec<float>::RawInt total;
+
+  static PFK_HD V scaled(V e) { return e * V(134217728.0f); }
+  static PFK_HD FixedSum zero() { return {Vec<float>::RawInt{}}; }
+  PFK_HD void add(V e) { total += __builtin_convertvector(e.v, Vec<float>::RawInt); }
+  PFK_HD V value() const { return V(__builtin_convertvector(total, Vec<float>::Raw)); }
+};
+static PFK_HD FixedSum select_sum(Mask<float> mask, const FixedSum& a, const FixedSum& b) {
+  return {mask.m ? a.total : b.total};
+}
+static PFK_HD FixedSum choose_sum(bool first, const FixedSum& a, const FixedSum& b) {
+  return first ? a : b;
+}
+static PFK_HD Vec<float> rest_of(const FixedSum& whole, const FixedSum& part) {
+  return FixedSum{whole.total - part.total}.value();
+}
+#endif
+
+template <class C, class V>
+struct SumType {
+  using type = CarefulSum<V>;
+};
+#if !defined(__CUDACC__)
+template <int kParameters, int kTails>
+struct SumType<SplineConfig<8, kParameters, kTails>, Vec<float>> {
+  using type = FixedSum;
+};
+#endif
+template <class C, class V>
+using SumOf = typename SumType<C, V>::type;
+
+// ---- the bins of an axis -----------------------------------------------------------------------
+template <class C, class V>
+struct Axis {
+  int first;  // column
+  V low, high, rate, sum;
+  Lane<V> least;
+  SumOf<C, V> whole;
+
+  PFK_HD V span(int bins) const { return sum * rate + V(Lane<V>(bins) * least); }
+};
+
+// u f with f = 1 / (1 + |u| clip), whose slope is f^2; beyond the bend as what it lacks of its
+// limit 1 / clip, so that errors of f count half at most.
+template <class V>
+struct Clipped {
+  V value, factor;
+};
+template <class V>
+PFK_HD Clipped<V> softclip(V u, Lane<V> clip) {
+  using T = Lane<V>;
+  const V size = abs_(u * V(clip)), factor = V(T(1)) / (V(T(1)) + size), limit = T(1) / clip;
+  return {select(size > V(T(1)), copysign_(limit - limit * factor, u), u * factor), factor};
+}
+
+// One of two, member by member: as one of two addresses they would leave a GPU's registers.
+template <class C, class V>
+PFK_HD Axis<C, V> choose(bool first, const Axis<C, V>& a, const Axis<C, V>& b) {
+  return {first ? a.first : b.first,
+          first ? a.low : b.low,
+          first ? a.high : b.high,
+          first ? a.rate : b.rate,
+          first ? a.sum : b.sum,
+          first ? a.least : b.least,
+          choose_sum(first, a.whole, b.whole)};
+}
+
+// Turns raw sizes into exponentials; leaves the softclip's factors in the scratch columns.
+template <class C, class V, class Tile>
+PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int first) {
+  using T = Lane<V>;
+  using Sum = SumOf<C, V>;
+  const int bins = C::bins(m);
+  Axis<C, V> a{first, V(m.low), V(m.high), V(T(1)), V(T(0)), m.least[axis], Sum::zero()};
+  if (C::free_sizes(m)) {
+    for (int j = 0; j < bins; ++j) {
+      const V size = softplus_with_slope(t.get(first + j) * V(m.scale) + V(m.shift[axis])).value;
+      t.put(first + j, size);
+      a.whole.add(size);
+    }
+    a.sum = a.whole.value();
+    a.low = t.get(m.domain + 1 - axis) - V(m.bound);
+    a.high = a.low + a.span(bins);
+    return a;
+  }
+  if (C::parameters(m, kSoftclip)) {
+    PFK_UNROLL
+    for (int j = 0; j < bins; ++j) {
+      const Clipped<V> u = softclip(t.get(first + j), m.clip);
+      t.put(first + j, u.value);
+      t.put(m.columns + first + j, u.factor);
+    }
+  }
+  V top = t.get(first);
+  PFK_UNROLL
+  for (int j = 1; j < bins; ++j) top = max_(top, t.get(first + j));
+  // the difference first: it is exact where it matters, and the product need not be
+  PFK_UNROLL
+  for (int j = 0; j < bins; ++j) {
+    const V e = Sum::scaled(exp2_below((t.get(first + j) - top) * V(m.exponent)));
+    t.put(first + j, e);
+    a.whole.add(e);
+  }
+  a.sum = a.whole.value();
+  a.rate = V(m.room[axis]) / a.sum;
+  if (C::parameters(m, kDomain)) {
+    a.high = V(m.bound) * softplus_with_slope(t.get(m.domain) + V(m.domain_shift)).value;
+    a.low = -a.high;
+    a.rate = (a.high - a.low) / a.sum;
+  }
+  return a;
+}
+
+// ---- finding the bin ---------------------------------------------------------------------------
+// Of the axis searched and of the other: what lies before the bin (the sum of e) and its own e.
+template <class V>
+struct Place {
+  V bin;  // its number
+  V before[2], size[2];
+  V start[2], end[2];
+
+  // no index: an array that has one at run time leaves a GPU's registers
+  PFK_HD V before_of(bool other) const { return other ? before[1] : before[0]; }
+  PFK_HD V size_of(bool other) const { return other ? size[1] : size[0]; }
+};
+
+// Where a bin starts, from the nearer end: an error of the rate then counts half at most.
+template <class C, class V>
+PFK_HD V start_of(const Axis<C, V>& a, V bin, const SumOf<C, V>& before, int bins) {
+  using T = Lane<V>;
+  const V rest = rest_of(a.whole, before), value = before.value();
+  const auto far = value > rest;
+  const V from = select(far, a.high - V(T(bins) * a.least), a.low);
+  return select(far, -rest, value) * a.rate + (bin * V(a.least) + from);
+}
+
+// Calls picked(mask, j) for every inner knot, which v has reached in the lanes of the mask.
+template <class C, class V, class Tile, class Picked>
+PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>& in,
+                     const Axis<C, V>& out, Picked picked) {
+  using T = Lane<V>;
+  using Sum = SumOf<C, V>;
+  const int bins = C::bins(m);
+  Place<V> p{};
+  p.bin = V(T(0));
+  Sum before = Sum::zero(), other = before, found = before, other_found = before;
+  V size = t.get(in.first), other_size = t.get(out.first);
+  p.size[0] = size, p.size[1] = other_size;
+  PFK_UNROLL
+  for (int j = 1; j < bins; ++j) {
+    before.add(size), other.add(other_size);
+    size = t.get(in.first + j), other_size = t.get(out.first + j);
+    const auto reached = v >= before.value() * in.rate + (in.low + V(T(j) * in.least));
+    p.bin = select(reached, V(T(j)), p.bin);
+    found = select_sum(reached, before, found);
+    other_found = select_sum(reached, other, other_found);
+    p.size[0] = select(reached, size, p.size[0]);
+    p.size[1] = select(reached, other_size, p.size[1]);
+    picked(reached, j);
+  }
+  const V next = p.bin + V(T(1));
+  p.before[0] = found.value(), p.before[1] = other_found.value();
+  p.start[0] = start_of(in, p.bin, found, bins);
+  p.start[1] = start_of(out, p.bin, other_found, bins);
+  found.add(p.size[0]), other_found.add(p.size[1]);
+  p.end[0] = start_of(in, next, found, bins), p.end[1] = start_of(out, next, other_found, bins);
+  return p;
+}
+
+// ---- gradients of raw sizes --------------------------------------------------------------------
+// From those of the bin's start and size, and one of every size alike (a learned interval alone);
+// bins before this one moved its start, and bins after it did nothing.
+template <class C, class V, class Tile>
+PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<C, V>& a, V bin,
+                           V before, V size, V grad_start, V grad_size, V grad_all) {
+  using T = Lane<V>;
+  const int bins = C::bins(m);
+  if (C::free_sizes(m)) {
+    const V start = (grad_start + grad_all) * V(m.scale), own = (grad_size + grad_all) * V(m.scale),
+            all = grad_all * V(m.scale);
+    for (int j = 0; j < bins; ++j) {
+      const V g = select(bin > V(T(j)), start, select(bin == V(T(j)), own, all));
+      t.put(a.first + j, g * -expm1_(-t.get(a.first + j)));  // the slope of softplus
+    }
+    return;
+  }
+  const V mean = (grad_start * before + grad_size * size) / a.sum, factor = a.rate * V(m.scale);
+  const V start = (grad_start - mean) * factor, own = (grad_size - mean) * factor,
+          none = -mean * factor;
+  PFK_UNROLL
+  for (int j = 0; j < bins; ++j) {
+    V g = select(bin > V(T(j)), start, select(bin == V(T(j)), own, none)) * t.get(a.first + j);
+    if (C::parameters(m, kSoftclip)) {
+      const V clipped = t.get(m.columns + a.first + j);
+      g = g * clipped * clipped;
+    }
+    t.put(a.first + j, g);
+  }
+}
+
+PFK_END
