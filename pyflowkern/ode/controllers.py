@@ -97,7 +97,8 @@ def next_factor(ratio: float, order: int) -> float:
         return LARGEST
     if not math.isfinite(ratio):
         return SMALLEST
-    return min(LARGEST, max(SAFETY / ratio ** (1 / order), 1.0 if ratio < 1 else SMALLEST))
+    factor: float = SAFETY / ratio ** (1 / order)
+    return min(LARGEST, max(factor, 1.0 if ratio < 1 else SMALLEST))
 
 
 # --- a step size for each sample: tensors --------------------------------------------------------
