@@ -6,7 +6,7 @@ approximations of the paper; the last stage is the slope at the end.
 
 from __future__ import annotations
 
-__all__ = ["DOPRI8_A", "DOPRI8_B", "DOPRI8_C", "DOPRI8_ERROR", "DOPRI8_MID"]
+__all__ = ["DOPRI8_A", "DOPRI8_B", "DOPRI8_C", "DOPRI8_DENSE", "DOPRI8_ERROR"]
 
 Row = tuple[float, ...]
 
@@ -163,8 +163,8 @@ _EMBEDDED: Row = (
 
 DOPRI8_ERROR: Row = tuple(p - q for p, q in zip((*DOPRI8_B, 0.0), _EMBEDDED, strict=True))
 
-# Weights of a continuous extension, coefficients of powers 0 to 5 of theta; used half way.
-_EXTENSION: tuple[Row, ...] = (
+# Continuous extension: coefficients of powers 1 to 6 of theta.
+DOPRI8_DENSE: tuple[Row, ...] = (
     (
         1.0,
         -6.6910181737837595,
@@ -173,10 +173,10 @@ _EXTENSION: tuple[Row, ...] = (
         22.139650499809406,
         -6.34483493928604,
     ),
-    (),
-    (),
-    (),
-    (),
+    (0.0,) * 6,
+    (0.0,) * 6,
+    (0.0,) * 6,
+    (0.0,) * 6,
     (
         0.0,
         -7.6142658045872675,
@@ -250,5 +250,3 @@ _EXTENSION: tuple[Row, ...] = (
         20.300692582210083,
     ),
 )
-
-DOPRI8_MID: Row = tuple(0.5 * sum(p * 0.5**d for d, p in enumerate(row)) for row in _EXTENSION)

@@ -110,7 +110,7 @@ def odeint_event(
     def event(t: Tensor, y: Tensor) -> Tensor:
         return event_fn(t, packing.unpack(y))
 
-    begin = float(t0)
+    begin = float(t0.detach())
     far = begin - max_time if reverse_time else begin + max_time
     found, status = _search(packing.field(func), event, start.detach(), begin, far, options)
     times = torch.stack([t0.reshape(()), t0.new_tensor(found).detach()])

@@ -33,7 +33,10 @@ def plan(times: Sequence[float], options: Options) -> Plan:
     outputs: list[tuple[int, float | None]] = [(-1, None)]
     for t, t1 in itertools.pairwise(times):
         size = math.inf if options.step_size is None else options.step_size
-        n = max(1, math.ceil(abs(t1 - t) / size * (1 - 1e-12))) if t1 != t else 0
+        if t1 == t:
+            outputs.append((len(steps) - 1, None))
+            continue
+        n = max(1, math.ceil(abs(t1 - t) / size * (1 - 1e-12)))
         grid = [t + (t1 - t) * j / n for j in range(n)]
         steps += [(a, b - a) for a, b in zip(grid, [*grid[1:], t1], strict=True)]
         outputs.append((len(steps) - 1, None))
@@ -43,6 +46,8 @@ def plan(times: Sequence[float], options: Options) -> Plan:
 def _their_plan(times: Sequence[float], size: float) -> Plan:
     t0, end = times[0], times[-1]
     sign = 1.0 if end >= t0 else -1.0
+    if end == t0:
+        return [], [(-1, None)] * len(times)
     n = math.ceil(abs(end - t0) / size + 1)
     grid = [t0 + sign * size * j for j in range(n - 1)] + [end]
     steps = [(a, b - a) for a, b in itertools.pairwise(grid)]

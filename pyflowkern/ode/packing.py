@@ -85,7 +85,7 @@ class Packing:
     def field(self, func: Callable[..., Any]) -> Field:
         """Return ``func`` as a function of a packed state."""
         if self.trivial:
-            return func
+            return lambda t, y: self.pack(func(t, y))
         return lambda t, y: self.pack(func(t, self.unpack(y)))
 
     def tolerance(self, name: str, value: Any, device: torch.device) -> float | Tensor:

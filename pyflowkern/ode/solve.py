@@ -20,7 +20,7 @@ from pyflowkern.ode.problem import Problem, autocast_like_now, parameters_of
 from pyflowkern.ode.reversible import Reversible, integrate
 from pyflowkern.ode.solution import DenseOutput, Solution, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
-from pyflowkern.ode.tableaus import Tableau, end_slope, tableau
+from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, their_dense
 
 __all__ = ["odeint", "solve"]
 
@@ -126,6 +126,8 @@ def solve(
     chosen = tableau(method)
     if dense or chosen.error is not None:
         chosen = end_slope(chosen)
+    if compat is not None:
+        chosen = their_dense(chosen)
     if check_every is None:
         check_every = 1 if start.device.type == "cpu" else 8
     options = Options(

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyflowkern.ode._dopri8 import DOPRI8_A, DOPRI8_B, DOPRI8_C, DOPRI8_ERROR, DOPRI8_MID
+from pyflowkern.ode._dopri8 import DOPRI8_A, DOPRI8_B, DOPRI8_C, DOPRI8_DENSE, DOPRI8_ERROR
 
-__all__ = ["TABLEAUS", "Coefficients", "Tableau", "end_slope", "tableau"]
+__all__ = ["TABLEAUS", "Coefficients", "Tableau", "end_slope", "tableau", "their_dense"]
 
 Row = tuple[float, ...]
 
@@ -277,10 +277,20 @@ TABLEAUS = {
             (*DOPRI8_B, 0.0),
             DOPRI8_C,
             DOPRI8_ERROR,
-            quartic((*DOPRI8_B, 0.0), DOPRI8_MID),
+            DOPRI8_DENSE,
         ),
     )
 }
+
+
+def their_dense(method: Tableau) -> Tableau:
+    """Return the method with the dense output of torchdiffeq: always a quartic through a value half way."""
+    if method.name == "bosh3":
+        return replace(method, dense=quartic(method.b, (0.0, 0.5, 0.0, 0.0)))
+    if method.name == "dopri8":
+        half = [sum(p * 0.5**d for d, p in enumerate(row, 1)) for row in DOPRI8_DENSE]
+        return replace(method, dense=quartic(method.b, tuple(half)))
+    return method
 
 
 def tableau(method: str | Tableau) -> Tableau:
