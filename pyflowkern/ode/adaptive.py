@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import first_step, next_factor, scaled
+from pyflowkern.ode.controllers import Scaling, first_step, next_factor
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
@@ -58,7 +58,7 @@ def integrate(
         return out
     h = _begin(stepper, t, sign, y, first, options)
     accepted, rejected, bad = 0, 0, False
-    order, rtol, atol = options.method.order, options.rtol, options.atol
+    order, scaled = options.method.order, Scaling(y0, options.rtol, options.atol)
     over, smallest, largest = options.torchdiffeq, options.min_step, options.max_step
     while i < len(times):
         h = min(max(h, smallest), largest)
@@ -73,7 +73,7 @@ def integrate(
             break
         dt = sign * h
         y1 = stepper.step(t, dt, y)
-        ratio = float(options.norm(scaled(stepper.error(dt), y, y1, rtol, atol)))
+        ratio = float(options.norm(scaled(stepper.error(dt), y, y1)))
         bad = not math.isfinite(ratio)
         if ratio <= 1 or (h <= smallest and not bad):
             if record or options.dense:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import first_steps, next_factors, scaled
+from pyflowkern.ode.controllers import Scaling, first_steps, next_factors
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
@@ -93,6 +93,7 @@ def integrate(
     finite = torch.isfinite(y0).all(-1) & torch.isfinite(slope).all(-1)
     status = torch.where(finite, status, status + int(Status.non_finite))
     out.ys[:] = y0
+    scaled = Scaling(y0, options.rtol, options.atol)
     bad, done, steps = torch.zeros_like(finite), torch.zeros_like(finite), 0
     columns = torch.arange(rows, device=y0.device)
     while True:
@@ -116,7 +117,7 @@ def integrate(
         evaluations += method.stages - 1
         steps += 1
         error = arguments(c, slopes, 0, dt, torch.zeros_like(y), c.error)
-        ratio = options.norm(scaled(error, y, y1, options.rtol, options.atol)).to(times.dtype)
+        ratio = options.norm(scaled(error, y, y1)).to(times.dtype)
         bad = ~torch.isfinite(ratio)
         accept = running & ((ratio <= 1) | (~bad & (dt.abs() <= options.min_step)))
         keep = accept[:, None]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import first_step, next_factor, scaled
+from pyflowkern.ode.controllers import Scaling, first_step, next_factor
 from pyflowkern.ode.fixed import plan
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
@@ -67,7 +67,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     given = None if o.adaptive else iter(plan(times, o)[0])
     h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
     out.ys[:] = y0
-    accepted, rejected, bad = 0, 0, False
+    accepted, rejected, bad, scaled = 0, 0, False, Scaling(y0, o.rtol, o.atol)
     while i < len(times):
         if times[i] == t:
             out.ys[i] = y
@@ -96,7 +96,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
         ratio = 0.0
         if given is None:
             error = stepper.error(dt)
-            ratio = float(o.norm(scaled(error, y, y1, o.rtol, o.atol)))
+            ratio = float(o.norm(scaled(error, y, y1)))
         z1 = z - stepper.increment(t1, -dt, y1)
         bad = not (math.isfinite(ratio) and bool(torch.isfinite(torch.add(y1, z1)).all()))
         if bad and given is not None:

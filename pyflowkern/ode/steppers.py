@@ -59,6 +59,7 @@ class Stepper:
         self.evaluations = 0
         self.graphs: list[Graph] | None = None  # of the last step, where it shall be kept
         self._last: Graph | None = None
+        self._error: Tensor | None = None
 
     def start(self, t: float, y: Tensor) -> None:
         """Evaluate the first slope at a new state."""
@@ -116,9 +117,12 @@ class Stepper:
         return increment(self.method, self.c, self.slopes.view(method.stages, -1), dt).view_as(y)
 
     def error(self, dt: float) -> Tensor:
-        """Return the estimated error of the last step."""
+        """Return the estimated error of the last step, in memory that the next call overwrites."""
         assert self.c.error is not None
-        return torch.mv(self.before[-1], self.c.error * dt).view(self.shape)
+        if self._error is None:
+            self._error = self.slopes.new_empty(self.slopes[0].numel())
+        torch.mv(self.before[-1], self.c.error * dt, out=self._error)
+        return self._error.view(self.shape)
 
     def dense(self, y: Tensor, dt: float, theta: float) -> Tensor:
         """Return the state a fraction ``theta`` into the last step, which began at ``y``."""
