@@ -15,6 +15,7 @@ __all__ = ["SAFETY", "Norm", "Scaling", "first_step", "first_steps", "next_facto
 
 Norm = Callable[[Tensor], Tensor]
 Tolerance = float | Tensor
+_PARTS, _ROW = 32768, 4096
 SAFETY, LARGEST, SMALLEST = 0.9, 10.0, 0.2  # Hairer, Norsett and Wanner (1993), II.4
 
 
@@ -44,8 +45,21 @@ class Scaling:
 
 def rms(r: Tensor) -> Tensor:
     """Root of the mean square of everything; 0 of nothing."""
-    size: Tensor = torch.linalg.vector_norm(r)
-    return size * (1 / math.sqrt(max(r.numel(), 1)))
+    return _size(r.reshape(-1)) * (1 / math.sqrt(max(r.numel(), 1)))
+
+
+def _size(r: Tensor) -> Tensor:
+    """Euclidean norm, in an order of summation that does not depend on the number of threads.
+
+    PyTorch divides the sum of a whole tensor among threads from 32768 numbers on, but never the sum of a row.
+    """
+    if r.numel() <= _PARTS:
+        whole: Tensor = torch.linalg.vector_norm(r)
+        return whole
+    rows = r.numel() // _ROW
+    parts = torch.linalg.vector_norm(r[: rows * _ROW].view(rows, _ROW), dim=1)
+    rest = torch.linalg.vector_norm(r[rows * _ROW :])
+    return _size(torch.cat([parts, rest[None]]))
 
 
 def rms_rows(r: Tensor) -> Tensor:

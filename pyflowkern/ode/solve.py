@@ -212,6 +212,7 @@ def warn_unless_ok(status: Status | Tensor) -> None:
     )
 
 
+@torch.compiler.disable  # its numbers would make a graph for every step; compile the field instead
 def _solve(
     func: Any,
     field: Field,

@@ -83,7 +83,7 @@ class Stepper:
     def step(self, t: float, dt: float, y: Tensor) -> Tensor:
         """Return the state after a step; the first slope must be there."""
         method = self.method
-        rows = torch._foreach_mul(self.c.rows, dt)
+        rows = self.c.rows
         times = stage_times(self.c, t, dt, self.perturb)
         flat = y.view(-1)
         if self.graphs is not None:
@@ -91,11 +91,11 @@ class Stepper:
             self.graphs = [self._last]
         arg = y
         for i in range(1, method.stages):
-            arg = torch.addmv(flat, self.before[i], rows[i]).view(self.shape)
+            arg = torch.addmv(flat, self.before[i], rows[i], alpha=dt).view(self.shape)
             self._slope(i, times[i], arg)
         if method.fsal:
             return arg
-        return torch.addmv(flat, self.before[-1], rows[-1]).view(self.shape)
+        return torch.addmv(flat, self.before[-1], rows[-1], alpha=dt).view(self.shape)
 
     def increment(self, t: float, dt: float, y: Tensor, error: bool = False) -> Tensor:
         """Return the change of the state over a step that starts anywhere.
@@ -108,11 +108,12 @@ class Stepper:
         """
         method = self.method
         stages = method.stages if error else method.needed
-        rows = torch._foreach_mul(self.c.rows, dt)
+        rows = self.c.rows
         times = stage_times(self.c, t, dt, self.perturb)
         self._slope(0, times[0], y)
+        flat = y.view(-1)
         for i in range(1, stages):
-            arg = torch.addmv(y.view(-1), self.before[i], rows[i]).view(self.shape)
+            arg = torch.addmv(flat, self.before[i], rows[i], alpha=dt).view(self.shape)
             self._slope(i, times[i], arg)
         return increment(self.method, self.c, self.slopes.view(method.stages, -1), dt).view_as(y)
 
@@ -120,9 +121,10 @@ class Stepper:
         """Return the estimated error of the last step, in memory that the next call overwrites."""
         assert self.c.error is not None
         if self._error is None:
-            self._error = self.slopes.new_empty(self.slopes[0].numel())
-        torch.mv(self.before[-1], self.c.error * dt, out=self._error)
-        return self._error.view(self.shape)
+            self._error = self.slopes.new_zeros(self.slopes[0].numel())
+        e = self._error
+        torch.addmv(e, self.before[-1], self.c.error, beta=0, alpha=dt, out=e)
+        return e.view(self.shape)
 
     def dense(self, y: Tensor, dt: float, theta: float) -> Tensor:
         """Return the state a fraction ``theta`` into the last step, which began at ``y``."""
@@ -159,11 +161,11 @@ def record_stages(
 ) -> tuple[list[Graph], Tensor]:
     """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
     slopes = y.new_empty((stages, y.numel()))
-    rows = torch._foreach_mul(c.rows, dt)
+    rows = c.rows
     graphs: list[Graph] = []
     flat = y.view(-1)
     for i in range(stages):
-        arg = y if i == 0 else torch.addmv(flat, slopes[:i].t(), rows[i]).view(y.shape)
+        arg = y if i == 0 else torch.addmv(flat, slopes[:i].t(), rows[i], alpha=dt).view(y.shape)
         with torch.enable_grad():
             leaf = arg.detach().requires_grad_()
             slope = field(times[i], leaf)
@@ -210,7 +212,7 @@ def step_pullback(
     for i in reversed(range(needed)):
         weight = method.b[i] * dt
         if i + 1 < needed:
-            k_bar = torch.addmv(flat, found[i + 1 :].t(), c.columns[i] * dt, beta=weight)
+            k_bar = torch.addmv(flat, found[i + 1 :].t(), c.columns[i], beta=weight, alpha=dt)
         else:
             k_bar = flat * weight
         if extra:

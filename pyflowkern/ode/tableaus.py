@@ -73,7 +73,11 @@ class Coefficients:
 @lru_cache(maxsize=256)
 def coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> Coefficients:
     """Return the tensors of a method; kept, since making them costs more than a step."""
+    with torch.inference_mode(False):  # they outlive whatever mode they are first asked for in
+        return _coefficients(method, dtype, device)
 
+
+def _coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> Coefficients:
     def put(row: Sequence[float]) -> Tensor:
         return torch.tensor(row, dtype=torch.float64).to(device=device, dtype=dtype)
 

@@ -171,6 +171,16 @@ def test_results_do_not_depend_on_the_threads(method):
     assert torch.equal(*found)
 
 
+def test_the_norm_of_a_large_state_does_not_depend_on_the_threads():
+    y0, found = normal(300, 1000, dtype=torch.float32), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ode.solve(lambda t, y: torch.sin(y), y0, [0.0, 2.0], rtol=1e-4, atol=1e-4))
+    torch.set_num_threads(1)
+    assert found[0].stats == found[1].stats
+    assert torch.equal(found[0].ys, found[1].ys)
+
+
 # --- CUDA ----------------------------------------------------------------------------------------
 
 

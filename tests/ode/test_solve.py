@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyflowkern import ode
-from pyflowkern.ode.tableaus import TABLEAUS
+from pyflowkern.ode.tableaus import TABLEAUS, coefficients
 
 METHODS = sorted(TABLEAUS)
 ADAPTIVE = [name for name in METHODS if TABLEAUS[name].error is not None]
@@ -281,3 +281,35 @@ def test_min_and_max_step():
 def test_bad_input(error, arguments, settings, text):
     with pytest.raises(error, match=text):
         ode.odeint(*arguments, **settings)
+
+
+# --- modes of PyTorch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rk4", "dopri5"])
+def test_inference_mode_leaves_nothing_behind(name):
+    """Coefficients are kept: made in inference mode, they must serve gradients later."""
+    coefficients.cache_clear()
+    with torch.inference_mode():
+        first = ode.odeint(decay, start(3), [0.0, 0.5, 1.0], method=name)
+    y0 = start(3).requires_grad_()
+    y = ode.odeint(decay, y0, [0.0, 0.5, 1.0], method=name)
+    assert torch.equal(y, first)
+    (grad,) = torch.autograd.grad(y[-1].sum(), y0, create_graph=True)
+    torch.testing.assert_close(grad, y[-1].detach() / y0.detach())
+
+
+@pytest.mark.parametrize("adjoint", ["direct", "continuous", "reversible"])
+def test_inside_a_compiled_function(adjoint):
+    layer = torch.nn.Linear(2, 2).double()
+
+    def loss(y):
+        return ode.odeint(lambda t, y: torch.tanh(layer(y)), y, [0.0, 1.0], adjoint=adjoint)[
+            -1
+        ].sum()
+
+    y0 = start(3, 2)
+    expected = torch.autograd.grad(loss(y0), layer.weight)[0]
+    compiled = torch.compile(loss, backend="eager")
+    found = torch.autograd.grad(compiled(y0), layer.weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
