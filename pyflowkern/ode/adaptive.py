@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import Scaling, first_step, next_factor
+from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_step, next_factor
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
@@ -59,13 +59,14 @@ def integrate(
     h = _begin(stepper, t, sign, y, first, options)
     accepted, rejected, bad = 0, 0, False
     order, scaled = options.method.order, Scaling(y0, options.rtol, options.atol)
+    least = UNDERFLOW * abs(end - t)
     over, smallest, largest = options.torchdiffeq, options.min_step, options.max_step
     while i < len(times):
         h = min(max(h, smallest), largest)
         t1 = t + sign * h
         if not over and sign * (t1 - end) >= 0:
             t1, h = end, abs(end - t)
-        if t1 == t or not math.isfinite(t1):
+        if t1 == t or h < least or not math.isfinite(t1):
             out.status = Status.non_finite if bad else Status.dt_underflow
             break
         if accepted + rejected >= options.max_steps:

@@ -11,10 +11,20 @@ from torch import Tensor
 
 from pyflowkern.ode.packing import Packing
 
-__all__ = ["SAFETY", "Norm", "Scaling", "first_step", "first_steps", "next_factor", "next_factors"]
+__all__ = [
+    "SAFETY",
+    "UNDERFLOW",
+    "Norm",
+    "Scaling",
+    "first_step",
+    "first_steps",
+    "next_factor",
+    "next_factors",
+]
 
 Norm = Callable[[Tensor], Tensor]
 Tolerance = float | Tensor
+UNDERFLOW = 1e-20  # of the whole interval: a step that no rounding of the time would show
 _PARTS, _ROW = 32768, 4096
 SAFETY, LARGEST, SMALLEST = 0.9, 10.0, 0.2  # Hairer, Norsett and Wanner (1993), II.4
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import Scaling, first_steps, next_factors
+from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_steps, next_factors
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
@@ -94,6 +94,7 @@ def integrate(
     status = torch.where(finite, status, status + int(Status.non_finite))
     out.ys[:] = y0
     scaled = Scaling(y0, options.rtol, options.atol)
+    least = UNDERFLOW * (times[-1] - times[0]).abs()
     bad, done, steps = torch.zeros_like(finite), torch.zeros_like(finite), 0
     columns = torch.arange(rows, device=y0.device)
     while True:
@@ -104,7 +105,7 @@ def integrate(
         target = times[slot, columns]
         clipped = sign * (t + sign * h - target) >= 0
         t1 = torch.where(clipped, target, t + sign * h)
-        dead = running & ~clipped & (t1 == t)
+        dead = running & ~clipped & ((t1 == t) | (h < least))
         failure = torch.where(bad, int(Status.non_finite), int(Status.dt_underflow)).to(torch.int8)
         status = torch.where(dead, failure, status)
         if steps >= options.max_steps:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import Scaling, first_step, next_factor
+from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_step, next_factor
 from pyflowkern.ode.fixed import plan
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
@@ -67,6 +67,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     given = None if o.adaptive else iter(plan(times, o)[0])
     h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
     out.ys[:] = y0
+    least = UNDERFLOW * abs(times[-1] - t)
     accepted, rejected, bad, scaled = 0, 0, False, Scaling(y0, o.rtol, o.atol)
     while i < len(times):
         if times[i] == t:
@@ -86,7 +87,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
             h = min(max(h, o.min_step), o.max_step)
             t1 = t + sign * h
             cut = sign * (t1 - times[i]) >= 0
-            if t1 == t and not cut:
+            if (t1 == t or h < least) and not cut:
                 out.status = Status.non_finite if bad else Status.dt_underflow
                 break
             t1 = times[i] if cut else t1

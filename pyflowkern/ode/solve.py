@@ -212,7 +212,7 @@ def warn_unless_ok(status: Status | Tensor) -> None:
     )
 
 
-@torch.compiler.disable  # its numbers would make a graph for every step; compile the field instead
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph for every step
 def _solve(
     func: Any,
     field: Field,
