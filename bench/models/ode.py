@@ -122,7 +122,7 @@ def _case(name: str, work: Callable[..., Any], settings: dict[str, Any], **own: 
         passes=("call",),
         constants=("x",),
         compiles=False,
-        targets={"call vs eager": 1.5} if work is solve and "method" in settings else {},
+        targets={"call vs eager": 1.5} if work is solve and settings is DOPRI5 else {},
     )
 
 
