@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = sorted(p.name for p in (ROOT / "csrc").iterdir() if p.is_dir() and p.name != "core")
-ORDER = ["cli", "train", "flows", "nn", "ops", "_library"]
+ORDER = ["cli", "train", "flows", "nn", "ode", "ops", "_library"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +41,7 @@ def test_files_are_short():
 
 
 def test_imports_run_one_way():
-    """cli -> train -> flows -> nn -> ops -> _library, never back."""
+    """cli -> train -> flows -> nn -> ode -> ops -> _library, never back."""
     for i, low in enumerate(ORDER):
         files = tracked(f"pyflowkern/{low}/*.py", f"pyflowkern/{low}.py")
         for path in files:

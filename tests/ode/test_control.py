@@ -1,0 +1,211 @@
+"""Step control: that of torchdiffeq, count for count, and one for each sample."""
+
+import pytest
+import torch
+from laws import normal
+from torch import nn
+
+from pyflowkern import ode
+
+ADAPTIVE = ["bosh3", "dopri5", "dopri8", "tsit5"]
+
+
+class Pendulum(nn.Module):
+    """y'' = -sin y - 0.1 y' + cos 3t, counting its evaluations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, t, y):
+        self.count += 1
+        a, v = y[..., 0], y[..., 1]
+        return torch.stack([v, -torch.sin(a) - 0.1 * v + torch.cos(3 * t)], -1)
+
+
+SPANS = ([0.0, 5.0], [0.0, 0.7, 0.71, 4.0, 9.0], [1.0, -3.0])
+TOLERANCES = ({"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-7, "atol": 1e-9})
+# evaluations of torchdiffeq 0.2.5, by method, tolerance and span
+RECORDED = {
+    "bosh3": [257, 473, 200, 2924, 5621, 2459],
+    "dopri5": [104, 182, 86, 374, 686, 290],
+    "dopri8": [80, 132, 67, 223, 392, 184],
+}
+
+
+@pytest.mark.parametrize("method", ["bosh3", "dopri5", "dopri8"])
+def test_evaluations_are_those_of_torchdiffeq(method):
+    y0, counts = normal(7, 2), []
+    for tolerance in TOLERANCES:
+        for span in SPANS:
+            field = Pendulum()
+            s = ode.solve(field, y0, span, method=method, compat="torchdiffeq", **tolerance)
+            assert s.stats.evaluations == field.count
+            counts.append(field.count)
+    assert counts == RECORDED[method]
+
+
+@pytest.mark.parametrize(
+    "method", ["bosh3", "dopri5", "dopri8", "rk4", "euler", "midpoint", "heun2"]
+)
+def test_steps_and_results_are_those_of_torchdiffeq(method):
+    theirs = pytest.importorskip("torchdiffeq")
+    y0 = normal(7, 2)
+
+    class Steps(Pendulum):
+        def __init__(self):
+            super().__init__()
+            self.accepted = []
+
+        def callback_accept_step(self, t0, y0, dt):
+            self.accepted.append((t0.item(), dt.item()))
+
+    for tolerance in TOLERANCES:
+        for span in SPANS:
+            if method == "heun2" or method in ("rk4", "euler", "midpoint"):
+                options = {"step_size": 0.3}
+                field, ours = Pendulum(), Pendulum()
+                a = theirs.odeint(
+                    field,
+                    y0,
+                    torch.tensor(span, dtype=torch.float64),
+                    method=method,
+                    options=options,
+                )
+                b = ode.odeint(ours, y0, span, method=method, compat="torchdiffeq", step_size=0.3)
+                assert ours.count == field.count
+                torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+                continue
+            field = Steps()
+            a = theirs.odeint(
+                field, y0, torch.tensor(span, dtype=torch.float64), method=method, **tolerance
+            )
+            s = ode.solve(Pendulum(), y0, span, method=method, compat="torchdiffeq", **tolerance)
+            assert s.stats.evaluations == field.count
+            assert s.stats.accepted == len(field.accepted)
+            # a small step's error is a difference of nearly equal numbers: its rounding shows in the step
+            # sizes, hence in the results as a part of the tolerance
+            near = 0.1 * tolerance["rtol"]
+            torch.testing.assert_close(s.ys, a, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_a_tuple_is_as_large_as_its_largest_entry(method):
+    theirs = pytest.importorskip("torchdiffeq")
+    if method == "tsit5":
+        pytest.skip("this torchdiffeq has none")
+    counts = []
+
+    def field(t, state):
+        counts.append(1)
+        return -state[0], torch.cos(5 * t) * torch.ones_like(state[1]) * 30
+
+    state = (normal(5, 3), torch.zeros(5).double())
+    theirs.odeint(field, state, torch.tensor([0.0, 2.0]).double(), method=method)
+    expected = len(counts)
+    s = ode.solve(field, state, [0.0, 2.0], method=method, compat="torchdiffeq")
+    assert s.stats.evaluations == expected
+
+
+# --- a step size for each sample -----------------------------------------------------------------
+
+
+def stiffness(rates):
+    def field(t, y):
+        return -rates[:, None] * (y - torch.sin(t)[:, None])
+
+    return field
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("check_every", [1, 8])
+def test_samples_are_solved_as_if_alone(method, check_every):
+    """One fast sample and slow ones: each result is what the sample gives alone, bit for bit."""
+    rates = torch.tensor([0.1, 1.0, 100.0, 3.0]).double()
+    y0, ts = normal(4, 3), [0.0, 0.4, 1.0]
+    settings = {"method": method, "control": "sample", "check_every": check_every, "rtol": 1e-6}
+    together = ode.solve(stiffness(rates), y0, ts, **settings)
+    assert together.ok
+    assert together.status.shape == (4,)
+    for i in range(4):
+        alone = ode.solve(stiffness(rates[i : i + 1]), y0[i : i + 1], ts, **settings)
+        torch.testing.assert_close(together.ys[:, i], alone.ys[:, 0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_times_of_ones_own(method):
+    ts = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.5, 0.5, 0.0, 3.0], [1.0, -1.0, 0.0, 3.0]]).double()
+    s = ode.solve(lambda t, y: -y, torch.ones(4, 2).double(), ts, method=method, control="sample")
+    assert s.ok
+    expected = torch.exp(ts[0] - ts)[..., None].expand(3, 4, 2)
+    torch.testing.assert_close(s.ys, expected, rtol=1e-5, atol=0)
+
+
+def test_a_bad_sample_changes_nothing_in_the_others():
+    """Samples of nan, of a field of nan and of an explosion; the others' results and gradients stay."""
+    weight = torch.tensor(1.0).double().requires_grad_()
+
+    def field(t, y):
+        return weight * torch.where(y > 0, y * y, -y)
+
+    good = -torch.tensor([[1.0], [0.5], [2.0]]).double()
+    bad = torch.tensor([[torch.nan], [1.0]]).double()
+    settings = {"control": "sample", "max_steps": 300}
+    s = ode.solve(field, torch.cat([good, bad]), [0.0, 0.5, 2.0], **settings)
+    alone = ode.solve(field, good, [0.0, 0.5, 2.0], **settings)
+    assert s.status[:3].tolist() == [0, 0, 0]
+    assert s.status[3].item() == ode.Status.non_finite
+    assert s.status[4].item() != ode.Status.ok
+    assert torch.isfinite(s.ys[:, 4]).all()
+    torch.testing.assert_close(s.ys[:, :3], alone.ys, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_results_do_not_depend_on_the_threads(method):
+    y0, found = normal(700, 30), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ode.solve(lambda t, y: torch.sin(y), y0, [0.0, 1.0], method=method,
+                               control="sample").ys)  # fmt: skip
+    torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
+def test_the_norm_of_a_large_state_does_not_depend_on_the_threads():
+    y0, found = normal(300, 1000, dtype=torch.float32), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ode.solve(lambda t, y: torch.sin(y), y0, [0.0, 2.0], rtol=1e-4, atol=1e-4))
+    torch.set_num_threads(1)
+    assert found[0].stats == found[1].stats
+    assert torch.equal(found[0].ys, found[1].ys)
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_fixed_steps_are_captured_as_a_graph():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    layer = nn.Linear(8, 8, device="cuda")
+    x = torch.randn(16, 8, device="cuda")
+
+    def solve():
+        with torch.no_grad():
+            return ode.solve(
+                lambda t, y: torch.tanh(layer(y)), x, [0.0, 1.0], method="rk4", step_size=0.1
+            )
+
+    eager = solve().ys.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        solve()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = solve()
+    graph.replay()
+    torch.testing.assert_close(captured.ys, eager)
+    assert captured.status.item() == ode.Status.ok
