@@ -7,6 +7,7 @@ from pyflowkern.ops.actnorm import (
     channel_moments,
     channel_moments_reference,
 )
+from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.affine import (
     affine,
     affine_coupling,
@@ -20,6 +21,12 @@ from pyflowkern.ops.density import (
     bits_per_dim_reference,
     normal_log_prob,
     normal_log_prob_reference,
+)
+from pyflowkern.ops.divergence import (
+    field_divergence,
+    field_divergence_reference,
+    hutchinson_trace,
+    hutchinson_trace_reference,
 )
 from pyflowkern.ops.linear import (
     glow_step,
@@ -61,10 +68,15 @@ __all__ = [
     "checkerboard_mask",
     "dequantize",
     "dequantize_reference",
+    "draw_probe",
+    "field_divergence",
+    "field_divergence_reference",
     "glow_step",
     "glow_step_reference",
     "householder_matrix",
     "householder_matrix_reference",
+    "hutchinson_trace",
+    "hutchinson_trace_reference",
     "invertible_linear",
     "invertible_linear_reference",
     "logit",
@@ -75,6 +87,7 @@ __all__ = [
     "plu_matrix_reference",
     "quantize",
     "quantize_reference",
+    "rademacher",
     "scale_map",
     "slogdet_inverse",
     "slogdet_inverse_reference",
