@@ -36,6 +36,7 @@ struct FieldLayer {
   void* grad_gate;     // or null
   // the copy in cache: padded rows, and where the layer begins in `packed` and in a task's sums
   int64_t in_stride, out_stride, packed, sums;
+  int64_t column;  // sum of the strides of the layers before
 };
 
 // Probes [probes, samples, features] with these steps, or the seed of signs.
@@ -72,10 +73,10 @@ struct LayerArgs {
   int activation;
   bool value_kept;
   void* p;  // forward, if value_kept: h' replaces the primal
-  const void* tangents;  // of p, [probes, samples, columns]: behind the primal, or a cached product
+  const void* tangents;  // of p, [probes, samples, columns], rows tangent_step apart; null: behind p
+  int64_t tangent_step;
   void* s;               // h' and its tangents, or null
   void* grad;            // backward: cotangents of h' and h.', replaced by those of p and p.
-  void* slope;           // forward, exact trace: g f'(a) [samples, columns], or null
   const void* bias;
   const void* gate;
   int64_t bias_step, gate_step;

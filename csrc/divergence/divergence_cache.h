@@ -18,33 +18,38 @@ constexpr int64_t kTileRows = 48;  // stacked rows of a tile: 12 KiB a buffer at
 // The buffers of a thread.
 template <class T>
 struct Tile {
-  int64_t samples;  // of a whole tile
-  T *input, *p, *s, *grad, *other;
+  int64_t samples, rows;  // of a whole tile
+  T *input, *s, *grad, *other;
+  T* products;  // of every layer
   T *bias, *gate, *grad_bias, *grad_gate;  // parameters of each sample, padded
   T* memory;
 
   explicit Tile(const FieldArgs& a) {
     samples = kTileRows / (1 + a.probes);
     samples = samples < 1 ? 1 : samples;
-    int64_t widest = 0;
+    int64_t widest = 0, all = 0;
     bool own = false;
     for (int l = 0; l < a.layers; ++l) {
       const FieldLayer& y = a.layer[l];
       widest = y.out_stride > widest ? y.out_stride : widest;
       widest = y.in_stride > widest ? y.in_stride : widest;
       own = own || y.bias_step || y.gate_step;
+      all += y.out_stride;
     }
-    const int64_t size = samples * (1 + a.probes) * widest, extra = own ? samples * widest : 0;
-    const int64_t total = 5 * size + 4 * extra;
+    rows = samples * (1 + a.probes);
+    const int64_t size = rows * widest, extra = own ? samples * widest : 0;
+    const int64_t total = 4 * size + 4 * extra + rows * all;
     memory = static_cast<T*>(aligned_alloc(64, (total * sizeof(T) + 63) / 64 * 64));
     memset(memory, 0, total * sizeof(T));
     T* at = memory;
-    T** const buffers[] = {&input, &p, &s, &grad, &other};
+    T** const buffers[] = {&input, &s, &grad, &other};
     T** const own_buffers[] = {&bias, &gate, &grad_bias, &grad_gate};
     for (T** buffer : buffers) *buffer = at, at += size;
     for (T** buffer : own_buffers) *buffer = at, at += extra;
+    products = at;
   }
   ~Tile() { free(memory); }
+  T* product(const FieldLayer& y) const { return products + y.column * rows; }
   Tile(const Tile&) = delete;
 };
 
@@ -151,8 +156,9 @@ LayerArgs layer_args(const FieldArgs& a, const FieldLayer& y, int64_t n, const T
   r.stride = y.out_stride;
   r.activation = a.activation;
   r.value_kept = y.value_kept;
-  r.p = w.p;
-  r.tangents = w.p + n * y.out_stride;
+  r.p = w.product(y);
+  r.tangents = w.product(y) + n * y.out_stride;
+  r.tangent_step = y.out_stride;
   r.s = w.s;
   return r;
 }
@@ -169,7 +175,7 @@ OutputArgs output_args(const FieldArgs& a, const FieldLayer& y, int64_t first, i
   r.features = a.features;
   r.stride = y.out_stride;
   r.trace_step = a.samples;
-  r.p = w.p;
+  r.p = w.product(y);
   r.e = w.input;
   r.y = at(a.y, first * a.features);
   r.trace = at(a.trace, first);
@@ -188,47 +194,58 @@ void multiply(const T* left, int64_t left_stride, const T* right, int64_t right_
           false);
 }
 
+// All layers of a tile but the last; leaves their products, and in w.s what goes into the last.
+template <class T>
+const T* hidden_layers(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
+  const T* h = w.input;
+  for (int l = 0; l < a.layers - 1; ++l) {
+    const FieldLayer& y = a.layer[l];
+    multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out,
+                y.in, w.product(y), y.out_stride);
+    LayerArgs r = layer_args(a, y, n, w);
+    set_parameters(a, y, first, n, w, r, 0);
+    layer_function<T>(a.activation, kForward)(r, 0, n);
+    h = w.s;
+  }
+  return h;
+}
+
+template <class T>
+void last_product(const FieldArgs& a, Tile<T>& w, const T* h, int64_t n) {
+  const FieldLayer& y = a.layer[a.layers - 1];
+  multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out, y.in,
+              w.product(y), y.out_stride);
+}
+
 template <class T>
 void forward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
-  const int64_t rows = n * (1 + a.probes);
   stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
                 a.layer[0].in_stride, n);
-  const T* h = w.input;
-  for (int l = 0; l < a.layers; ++l) {
-    const FieldLayer& y = a.layer[l];
-    multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, rows, y.out, y.in, w.p,
-                y.out_stride);
-    if (l == a.layers - 1) {
-      OutputArgs o = output_args(a, y, first, n, w);
-      set_parameters(a, y, first, n, w, o, 0);
-      output_forward<T>(o, 0, n);
-    } else {
-      LayerArgs r = layer_args(a, y, n, w);
-      set_parameters(a, y, first, n, w, r, 0);
-      layer_function<T>(a.activation, kForward)(r, 0, n);
-      move_kept(a, y, first, n, w.p, false);
-      h = w.s;
-    }
+  last_product(a, w, hidden_layers(a, w, first, n), n);
+  const FieldLayer& y = a.layer[a.layers - 1];
+  OutputArgs o = output_args(a, y, first, n, w);
+  set_parameters(a, y, first, n, w, o, 0);
+  output_forward<T>(o, 0, n);
+  for (int l = 0; l < a.layers - 1; ++l) {
+    move_kept(a, a.layer[l], first, n, w.product(a.layer[l]), false);
   }
 }
 
 // Cotangents of the last product, in w.grad; where they depend on its result it is computed again.
 template <class T>
-void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task) {
+void output_tile(const FieldArgs& a, Tile<T>& w, const T* h, int64_t first, int64_t n,
+                 int64_t task) {
   const FieldLayer& y = a.layer[a.layers - 1];
   OutputArgs o = output_args(a, y, first, n, w);
   if (a.grad_norm || y.gate) {
-    const T* h = w.input;
-    if (a.layers > 1) {
+    if (h == nullptr) {
       const FieldLayer& below = a.layer[a.layers - 2];
-      move_kept(a, below, first, n, w.p, true);
       LayerArgs r = layer_args(a, below, n, w);
       set_parameters(a, below, first, n, w, r, task);
       layer_function<T>(a.activation, kRestored)(r, 0, n);
       h = w.s;
     }
-    multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out,
-                y.in, w.p, y.out_stride);
+    last_product(a, w, h, n);
   }
   set_parameters(a, y, first, n, w, o, task);
   output_backward<T>(o, 0, n);
@@ -240,16 +257,23 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
   const int64_t rows = n * (1 + a.probes);
   stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
                 a.layer[0].in_stride, n);
-  output_tile(a, w, first, n, task);
+  const T* h = a.layers == 1 ? w.input : nullptr;
+  if (a.kept == nullptr) {
+    h = hidden_layers(a, w, first, n);
+  } else {
+    for (int l = 0; l < a.layers - 1; ++l) {
+      move_kept(a, a.layer[l], first, n, w.product(a.layer[l]), true);
+    }
+  }
+  output_tile(a, w, h, first, n, task);
   for (int l = a.layers - 1; l >= 0; --l) {
     const FieldLayer& y = a.layer[l];
-    const T* h = w.input;
+    h = w.input;
     const T* weight = Packed<T>(a, y).weight;
     if (l > 0) {
       const FieldLayer& below = a.layer[l - 1];
       multiply<T>(w.grad, y.out_stride, weight, y.in_stride, rows, y.in, y.out, w.other,
                   y.in_stride);
-      move_kept(a, below, first, n, w.p, true);
       LayerArgs r = layer_args(a, below, n, w);
       r.grad = w.other;
       set_parameters(a, below, first, n, w, r, task);

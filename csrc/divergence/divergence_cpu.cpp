@@ -65,7 +65,7 @@ PFK_END
 #if PFK_SIMD_LEVEL == 0
 #include <stdlib.h>
 
-#include "divergence/divergence_host.h"
+#include "divergence/divergence_ops.h"
 
 namespace pfk {
 namespace {
@@ -81,7 +81,7 @@ struct OnCpu {
   static void layer(LayerArgs a, LayerStep step, DType dtype) {
     const bool wide = dtype == kFloat64;
     const int64_t behind = a.samples * a.stride * (wide ? sizeof(double) : sizeof(float));
-    a.tangents = static_cast<const char*>(a.tangents) + behind;
+    if (a.tangents == nullptr) a.tangents = static_cast<const char*>(a.p) + behind;
     parallel_tasks(a.samples, a.columns * (1 + a.probes) * 4, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(field_layer, a, static_cast<int>(step), wide, begin, end);
     });
@@ -90,6 +90,12 @@ struct OnCpu {
     const bool wide = dtype == kFloat64;
     parallel_tasks(a.samples, a.features * (1 + a.probes), [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(field_output, a, backward, wide, begin, end);
+    });
+  }
+  static void row_dot(const RowDotArgs& a, bool backward, DType dtype) {
+    const bool wide = dtype == kFloat64;
+    parallel_tasks(a.rows, a.features, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_row_dot, a, backward, wide, begin, end);
     });
   }
 };
@@ -169,86 +175,33 @@ void backward_in_cache(Field& f, bool wide, int64_t size) {
 }
 
 // ---- ops ---------------------------------------------------------------------------------------
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& probe,
-                                                   int64_t probes, Tensors weights, Tensors biases,
-                                                   Tensors gates, int64_t activation,
-                                                   int64_t flags) {
-  Field f(x, probe, probes, weights, biases, gates, activation, flags);
-  FieldOutputs out(f);
-  const bool wide = dtype_of(x) == kFloat64;
-  if (flags & kFieldInCache) {
+void run_forward(Field& f, const Tensor& kept) {
+  const bool wide = dtype_of(f.x) == kFloat64;
+  if (f.args.flags & kFieldInCache) {
     forward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
   } else {
-    wide_forward<OnCpu>(f, out.kept);
+    wide_forward<OnCpu>(f, kept);
   }
-  return {out.y, out.trace, out.norm, out.kept};
 }
-
-std::tuple<Tensor, Tensors, Tensors, Tensors> backward(
-    std::optional<Tensor> grad_y, std::optional<Tensor> grad_trace, std::optional<Tensor> grad_norm,
-    const Tensor& x, const Tensor& probe, int64_t probes, Tensors weights, Tensors biases,
-    Tensors gates, const Tensor& kept, int64_t activation, int64_t flags) {
-  Field f(x, probe, probes, weights, biases, gates, activation, flags);
-  FieldGradients to(f);
-  const std::optional<Tensor> gy = dense(grad_y), gt = dense(grad_trace), gn = dense(grad_norm);
-  f.args.grad_y = data_of(gy);
-  f.args.grad_trace = data_of(gt);
-  f.args.grad_norm = data_of(gn);
-  f.args.kept = data_of(kept);
-  const bool wide = dtype_of(x) == kFloat64;
-  if (flags & kFieldInCache) {
+void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
+  const bool wide = dtype_of(f.x) == kFloat64;
+  if (f.args.flags & kFieldInCache) {
     backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
   } else {
     wide_backward<OnCpu>(f, kept, to);
   }
-  return {to.x, to.weights, to.biases, to.gates};
-}
-
-RowDotArgs row_args(const Tensor& a, const Tensor& b) {
-  RowDotArgs r{};
-  r.rows = a.sizes()[0];
-  r.features = a.sizes()[1];
-  r.a = a.const_data_ptr();
-  r.b = b.const_data_ptr();
-  return r;
-}
-
-std::tuple<Tensor, Tensor> dot(const Tensor& e, const Tensor& je) {
-  const Tensor a = dense(e), b = dense(je);
-  RowDotArgs r = row_args(a, b);
-  Tensor trace = empty(a, {r.rows}), norm = empty(a, {r.rows});
-  r.trace = data_of(trace);
-  r.norm = data_of(norm);
-  parallel_tasks(r.rows, r.features, [&](int64_t begin, int64_t end) {
-    PFK_CALL_LEVEL(field_row_dot, r, false, dtype_of(a) == kFloat64, begin, end);
-  });
-  return {trace, norm};
-}
-
-std::tuple<Tensor, Tensor> dot_backward(std::optional<Tensor> grad_trace,
-                                        std::optional<Tensor> grad_norm, const Tensor& e,
-                                        const Tensor& je) {
-  const Tensor a = dense(e), b = dense(je);
-  const std::optional<Tensor> gt = dense(grad_trace), gn = dense(grad_norm);
-  RowDotArgs r = row_args(a, b);
-  Tensor grad_a = empty(a, a.sizes()), grad_b = empty(a, a.sizes());
-  r.grad_trace = data_of(gt);
-  r.grad_norm = data_of(gn);
-  r.grad_a = data_of(grad_a);
-  r.grad_b = data_of(grad_b);
-  parallel_tasks(r.rows, r.features, [&](int64_t begin, int64_t end) {
-    PFK_CALL_LEVEL(field_row_dot, r, true, dtype_of(a) == kFloat64, begin, end);
-  });
-  return {grad_a, grad_b};
 }
 
 }  // namespace
 }  // namespace pfk
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
-  m.impl("field_divergence", TORCH_BOX(&pfk::forward));
-  m.impl("field_divergence_backward", TORCH_BOX(&pfk::backward));
-  m.impl("hutchinson_trace", TORCH_BOX(&pfk::dot));
-  m.impl("hutchinson_trace_backward", TORCH_BOX(&pfk::dot_backward));
+  using namespace pfk;
+  m.impl("field_divergence", TORCH_BOX(&field_forward<run_forward>));
+  m.impl("field_divergence_backward", TORCH_BOX(&field_backward<run_backward>));
+  m.impl("field_exact", TORCH_BOX(&exact_forward<OnCpu>));
+  m.impl("field_exact_backward", TORCH_BOX(&exact_backward<OnCpu>));
+  m.impl("hutchinson_trace", TORCH_BOX(&trace_forward<OnCpu>));
+  m.impl("hutchinson_trace_backward", TORCH_BOX(&trace_backward<OnCpu>));
 }
 #endif

@@ -3,8 +3,8 @@
 //
 // Wide layers are matrix products of torch (one of all stacked rows a layer; in the backward pass
 // one for the input and one for the weight) with elementwise kernels between them, which a Device
-// provides:  stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType) and
-// output(OutputArgs, backward, DType).
+// provides:  stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType), output(OutputArgs,
+// backward, DType) and row_dot(RowDotArgs, backward, DType).
 #pragma once
 
 #include "core/host.h"
@@ -96,6 +96,8 @@ struct Field {
   }
 
  private:
+  int64_t columns_ = 0;
+
   void add_layer(int l, const Tensors& w, const Tensors& b, const Tensors& g) {
     weights.push_back(dense(w[l]));
     biases.push_back(dense(b[l]));
@@ -121,6 +123,8 @@ struct Field {
     args.sums_size += shared;
     y.packed = packed_size;
     packed_size += y.in * y.out_stride + shared;
+    y.column = columns_;
+    columns_ += y.out_stride;
     layers.push_back(y);
   }
 };
@@ -170,7 +174,7 @@ inline LayerArgs layer_args(const Field& f, int l, const Tensor& p) {
   r.activation = f.args.activation;
   r.value_kept = y.value_kept;
   r.p = data_of(p);
-  r.tangents = r.p;  // made to point behind the primal by a Device, which knows the type
+  r.tangent_step = y.out;
   r.bias = y.bias;
   r.gate = y.gate;
   r.bias_step = y.bias_step;

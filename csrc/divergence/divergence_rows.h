@@ -50,7 +50,6 @@ void layer_forward(const LayerArgs& a, int64_t first, int64_t last) {
   using V = Vec<T>;
   T* const p = typed<T>(a.p);
   T* const s = typed<T>(a.s);
-  T* const slope = typed<T>(a.slope);
   const T* const tangents = typed<T>(a.tangents);
   const T* const bias = typed<T>(a.bias);
   const T* const gate = typed<T>(a.gate);
@@ -65,10 +64,9 @@ void layer_forward(const LayerArgs& a, int64_t first, int64_t last) {
       const Curve<V> c = kRestore ? curve_of_kept<kKind>(pre, b, g, value_kept)
                                   : curve_at<kKind>(g * pre + b);
       if (!kRestore && value_kept) put(c.value, at, m);
-      if (slope) put(g * c.slope, slope + i * stride + j, m);
       put(c.value, s + i * stride + j, m);
       for (int64_t k = 0; k < probes; ++k) {
-        const V t = get(tangents + (k * samples + i) * stride + j, m);
+        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m);
         put(c.slope * (g * t), s + ((k + 1) * samples + i) * stride + j, m);
       }
     });
@@ -95,7 +93,7 @@ void layer_backward(const LayerArgs& a, int64_t first, int64_t last) {
       V crossed = T(0), of_gate = T(0);
       for (int64_t k = 0; k < probes; ++k) {
         const int64_t at = ((k + 1) * samples + i) * stride + j;
-        const V t = get(tangents + (k * samples + i) * stride + j, m), q = get(grad + at, m);
+        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m), q = get(grad + at, m);
         const V moved = g * t, A = c.slope * q;
         crossed += moved * q;
         of_gate += A * t;

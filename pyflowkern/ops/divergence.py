@@ -79,7 +79,10 @@ def field_divergence(
             :func:`~pyflowkern.ops.draw_probe`); not for ``method="exact"``.
         probes: ``K`` for a seed.
         activation: "tanh", "softplus", "silu" or "gelu".
-        method: "hutchinson" (the mean of ``K`` estimates) or "exact" (``D`` tangents).
+        method: "hutchinson" (the mean of ``K`` estimates) or "exact": with one or two hidden
+            layers in closed form, :math:`s_2^T M s_1` with the slopes :math:`s_l = g_l \sigma'(a_l)`
+            and :math:`M = W_2 \odot (W_1 W_3)^T`, which costs one matrix product; from ``D``
+            tangents for other fields, for gates of each sample on the output, and for the norm.
         per_probe: return the ``K`` estimates ``[K, N]`` in place of their mean.
         regularizers: also return :math:`|f|^2` and :math:`|J e|^2`, which RNODE penalizes.
 
@@ -106,7 +109,28 @@ def field_divergence(
     work, gates = _check_field(x, weights, biases, gates, activation)
     e, probes = _probe_of(method, probe, probes, x, work)
     layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)
+    return evaluate_field(
+        x, e, probes, layers, activation, method, per_probe=per_probe, regularizers=regularizers
+    )
+
+
+def evaluate_field(
+    x: Tensor,
+    e: Tensor,
+    probes: int,
+    layers: Field,
+    activation: str,
+    method: str,
+    *,
+    per_probe: bool = False,
+    regularizers: bool = False,
+) -> tuple[Tensor, ...]:
+    """Do what :func:`field_divergence` does, with arguments that have been checked."""
+    work = layers[0][0].dtype
     inputs = (cast(x, work), e, probes, *layers)
+    if method == "exact" and not regularizers and _is_shallow(layers):
+        y, divergence = _exact(inputs[0], layers, activation)
+        return cast(y, x.dtype), divergence
     if _use_reference(inputs[0], e, layers):
         with full_precision(x):
             y, trace, norm = _stacked_reference(*inputs, activation, regularizers)
@@ -225,6 +249,27 @@ def _stacked_reference(
     return h, (e * tangent).sum(-1), norm if with_norm else norm[:0]
 
 
+def _exact_reference(
+    x: Tensor,
+    coupling: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y`` and the trace of a field with one or two hidden layers."""
+    h, slopes = x, []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h = h @ weight.t()
+        h = (gates[i] * h if gates else h) + bias
+        if i < len(weights) - 1:
+            h, slope = activation_and_slope(h, activation)
+            slopes.append(gates[i] * slope if gates else slope)
+    if len(slopes) == 1:
+        return h, slopes[0] @ coupling
+    return h, (slopes[1] * (slopes[0] @ coupling.t())).sum(1)
+
+
 def hutchinson_trace_reference(e: Tensor, je: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the trace and the norm of :func:`hutchinson_trace` in plain PyTorch."""
     work = accumulation_dtype(torch.promote_types(e.dtype, je.dtype))
@@ -305,6 +350,30 @@ def _use_reference(x: Tensor, probe: Tensor, layers: Field) -> bool:
     return not kernel_serves("field_divergence", x, e, *layers[0], *layers[1], *layers[2])
 
 
+def _is_shallow(layers: Field) -> bool:
+    """Whether the exact trace has a closed form: it needs one output gate for all samples."""
+    weights, _, gates = layers
+    return len(weights) in (2, 3) and (not gates or gates[-1].dim() == 1)
+
+
+def _exact(x: Tensor, layers: Field, activation: str) -> tuple[Tensor, Tensor]:
+    weights, biases, gates = layers
+    last = weights[-1]
+    with full_precision(x):
+        if gates:
+            last = gates[-1].unsqueeze(1) * last
+        if len(weights) == 2:
+            coupling = (last.t() * weights[0]).sum(1)
+        else:
+            coupling = weights[1] * (last.t() @ weights[0].t())
+        if not kernel_serves("field_exact", x, coupling, *weights, *biases, *gates):
+            return _exact_reference(x, coupling, *layers, activation)
+    ones = x.new_ones(max(w.shape[0] for w in weights))
+    kind = ACTIVATIONS.index(activation)
+    found: tuple[Tensor, ...] = _exact_op(x, coupling, ones, *map(list, layers), kind)
+    return found[0], found[1]
+
+
 def _flags(x: Tensor, layers: Field, with_norm: bool) -> int:
     weights, biases, gates = layers
     widest = max(max(w.shape) for w in weights)
@@ -312,7 +381,8 @@ def _flags(x: Tensor, layers: Field, with_norm: bool) -> int:
         x.requires_grad or any(t.requires_grad for t in (*weights, *biases, *gates))
     )
     in_cache = x.device.type == "cpu" and widest <= _MOST_IN_CACHE
-    return _KEEP * keep + _IN_CACHE * in_cache + _NORM * with_norm
+    import os
+    return _KEEP * (keep and not (in_cache and os.environ.get('RECOMP'))) + _IN_CACHE * in_cache + _NORM * with_norm
 
 
 def _results(
@@ -389,7 +459,7 @@ def _field_backward(
         )
         grad_x, grads = found[0], found[1:]
         return grad_x, None, None, grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
-    grad_x, *lists = torch.ops.pyflowkern.field_divergence_backward.default(
+    grad_x, *lists = _field_backward_op(
         grad_y,
         grad_trace,
         grad_norm,
@@ -447,11 +517,83 @@ _field_op = register(
     backward=_field_backward,
     setup_context=_field_setup,
 )
-register(
+_field_backward_op = register(
     "field_divergence_backward(Tensor? grad_y, Tensor? grad_trace, Tensor? grad_norm, Tensor x, "
     "Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, "
     "int activation, int flags) -> (Tensor, Tensor[], Tensor[], Tensor[])",
     fake=_field_backward_fake,
+)
+
+
+def _exact_fake(
+    x: Tensor,
+    coupling: Tensor,
+    ones: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gates: list[Tensor],
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = [w.shape[0] for w in weights[:-1]]
+    kept = x.shape[0] * (sum(sizes) + sum(sizes[1:]))
+    return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(kept)
+
+
+def _exact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, coupling, ones, weights, biases, gates, ctx.activation = inputs
+    ctx.layers = len(weights)
+    ctx.save_for_backward(x, coupling, ones, output[2], *weights, *biases, *gates)
+    ctx.set_materialize_grads(False)
+
+
+def _exact_backward(
+    ctx: Any, grad_y: Tensor | None, grad_trace: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    x, coupling, ones, kept, *parameters = ctx.saved_tensors
+    n = ctx.layers
+    lists = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+    grad_trace = x.new_zeros(x.shape[0]) if grad_trace is None else grad_trace
+    if torch.is_grad_enabled():
+
+        def forward(x: Tensor, m: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
+            layers = p[:n], p[n : 2 * n], p[2 * n :]
+            return _exact_reference(x, m, *layers, ACTIVATIONS[ctx.activation])
+
+        found = gradient_of_reference(forward, (x, coupling, *parameters), (grad_y, grad_trace))
+        grads = found[2:]
+        return *found[:2], None, grads[:n], grads[n : 2 * n], grads[2 * n :], None
+    grad_x, grad_m, *grad_lists = _exact_backward_op(
+        grad_y, grad_trace, x, coupling, ones, *lists, kept, ctx.activation
+    )
+    return grad_x, grad_m, None, *grad_lists, None
+
+
+def _exact_backward_fake(
+    grad_y: Tensor,
+    grad_trace: Tensor,
+    x: Tensor,
+    coupling: Tensor,
+    ones: Tensor,
+    *lists: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    weights, biases, gates = ([t.new_empty(t.shape) for t in part] for part in lists[:3])
+    return x.new_empty(x.shape), coupling.new_empty(coupling.shape), weights, biases, gates
+
+
+# ones: as many as the widest layer has outputs
+_exact_op = register(
+    "field_exact(Tensor x, Tensor coupling, Tensor ones, Tensor[] weights, Tensor[] biases, "
+    "Tensor[] gates, int activation) -> (Tensor, Tensor, Tensor)",
+    fake=_exact_fake,
+    backward=_exact_backward,
+    setup_context=_exact_setup,
+)
+_exact_backward_op = register(
+    "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor coupling, "
+    "Tensor ones, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, int activation)"
+    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    fake=_exact_backward_fake,
 )
 
 
@@ -468,9 +610,7 @@ def _trace_backward(
         zero = e.new_zeros(e.shape[0])
         grads = [zero if g is None else g for g in (grad_trace, grad_norm)]
         return tuple(gradient_of_reference(hutchinson_trace_reference, (e, je), grads))
-    found: tuple[Tensor, Tensor] = torch.ops.pyflowkern.hutchinson_trace_backward.default(
-        grad_trace, grad_norm, e, je
-    )
+    found: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, e, je)
     return found
 
 
@@ -480,7 +620,7 @@ _trace_op = register(
     backward=_trace_backward,
     setup_context=_trace_setup,
 )
-register(
+_trace_backward_op = register(
     "hutchinson_trace_backward(Tensor? grad_trace, Tensor? grad_norm, Tensor e, Tensor je)"
     " -> (Tensor, Tensor)",
     fake=lambda t, n, e, je: (torch.empty_like(e), torch.empty_like(je)),
