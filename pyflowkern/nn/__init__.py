@@ -16,6 +16,7 @@ from pyflowkern.nn.multiscale import MultiScale
 from pyflowkern.nn.normalization import ActNorm
 from pyflowkern.nn.preprocess import Dequantize, Logit
 from pyflowkern.nn.reshape import Permutation, Reverse, Squeeze
+from pyflowkern.nn.vector_field import VectorField, VectorFieldMLP
 
 __all__ = [
     "MLP",
@@ -39,6 +40,8 @@ __all__ = [
     "Sequential",
     "Split",
     "Squeeze",
+    "VectorField",
+    "VectorFieldMLP",
     "channel_mask",
     "checkerboard_mask",
 ]

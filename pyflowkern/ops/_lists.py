@@ -56,7 +56,9 @@ def differentiable_lists(
         if torch.compiler.is_compiling():
             return overload(*inputs)
         shape, flat = flatten(inputs)
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+        if torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in flat
+        ):
             return Eager.apply(shape, *flat)  # type: ignore[no-untyped-call]
         return below_autograd(inputs)
 

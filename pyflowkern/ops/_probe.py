@@ -107,7 +107,12 @@ def as_probe(probe: Tensor, probes: int, x: Tensor, dtype: torch.dtype) -> tuple
     if not probe.is_floating_point():
         raise TypeError(f"probe must be floating-point, or an int64 seed, got {probe.dtype}")
     e = probe.unsqueeze(0) if probe.dim() == 2 else probe
-    if e.dim() != 3 or e.shape[0] < 1 or e.shape[1] not in (1, x.shape[0]) or e.shape[2] != x.shape[1]:
+    if (
+        e.dim() != 3
+        or e.shape[0] < 1
+        or e.shape[1] not in (1, x.shape[0])
+        or e.shape[2] != x.shape[1]
+    ):
         raise ValueError(
             f"probe must have shape [N, D] or [K, N, D] for x of shape {tuple(x.shape)}, "
             f"got {tuple(probe.shape)}"

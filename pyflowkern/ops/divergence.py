@@ -15,6 +15,7 @@ the weight and for the layer below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,9 +179,8 @@ def hutchinson_trace(
     if not kernel_serves("hutchinson_trace", e, je):
         trace, norm = hutchinson_trace_reference(e, je)
     else:
-        features = e[0].numel() if e.shape[0] else 1
-        rows = (t.to(work).reshape(e.shape[0], features) for t in (e, je))
-        trace, norm = _trace_op(*rows)
+        rows = (e.shape[0], math.prod(e.shape[1:]))
+        trace, norm = _trace_op(cast(e, work).reshape(rows), cast(je, work).reshape(rows))
     return (trace, norm) if with_norm else trace
 
 
@@ -273,7 +273,8 @@ def _exact_reference(
 def hutchinson_trace_reference(e: Tensor, je: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the trace and the norm of :func:`hutchinson_trace` in plain PyTorch."""
     work = accumulation_dtype(torch.promote_types(e.dtype, je.dtype))
-    a, b = e.to(work).reshape(e.shape[0], -1), je.to(work).reshape(e.shape[0], -1)
+    rows = (e.shape[0], math.prod(e.shape[1:]))
+    a, b = e.to(work).reshape(rows), je.to(work).reshape(rows)
     return (a * b).sum(1), b.square().sum(1)
 
 
@@ -304,7 +305,11 @@ def _check_field(
     for i, weight in enumerate(weights):
         check_floating(f"weights[{i}]", weight)
         last = i == len(weights) - 1
-        if weight.dim() != 2 or weight.shape[1] != size or (last and weight.shape[0] != x.shape[1]):
+        if (
+            weight.dim() != 2
+            or weight.shape[1] != size
+            or (last and weight.shape[0] != x.shape[1])
+        ):
             want = f"[{x.shape[1] if last else 'out'}, {size}]"
             raise ValueError(f"weights[{i}] must have shape {want}, got {tuple(weight.shape)}")
         size = weight.shape[0]
@@ -381,8 +386,8 @@ def _flags(x: Tensor, layers: Field, with_norm: bool) -> int:
         x.requires_grad or any(t.requires_grad for t in (*weights, *biases, *gates))
     )
     in_cache = x.device.type == "cpu" and widest <= _MOST_IN_CACHE
-    import os
-    return _KEEP * (keep and not (in_cache and os.environ.get('RECOMP'))) + _IN_CACHE * in_cache + _NORM * with_norm
+    # in cache the backward pass computes the products again: a third more, and nothing is kept
+    return _KEEP * (keep and not in_cache) + _IN_CACHE * in_cache + _NORM * with_norm
 
 
 def _results(
@@ -455,7 +460,9 @@ def _field_backward(
             return _stacked_reference(x, probe, ctx.probes, *layers, activation, norm)
 
         found = gradient_of_reference(
-            forward, (x, *parameters), _filled(forward, x, parameters, grad_y, grad_trace, grad_norm)
+            forward,
+            (x, *parameters),
+            _filled(forward, x, parameters, grad_y, grad_trace, grad_norm),
         )
         grad_x, grads = found[0], found[1:]
         return grad_x, None, None, grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
@@ -484,9 +491,7 @@ def _filled(
         return [g for g in grads if g is not None]
     with torch.no_grad():
         outputs = forward(x, *parameters)
-    return [
-        torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)
-    ]
+    return [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
 
 
 def _field_backward_fake(
@@ -509,7 +514,8 @@ def _field_backward_fake(
     return x.new_empty(x.shape), like(weights), like(biases), like(gates)
 
 
-# probe: [probes, N or 1, D], or the seed of signs; kept: the products of all layers but the last
+# probe: [probes, N or 1, D], or the seed of signs; the last result is what is kept for the backward
+# pass, the products of all layers but the last
 _field_op = register(
     "field_divergence(Tensor x, Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, "
     "Tensor[] gates, int activation, int flags) -> (Tensor, Tensor, Tensor, Tensor)",

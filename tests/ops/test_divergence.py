@@ -293,13 +293,17 @@ def test_compiles():
 
     def loss(x, seed):
         y, divergence = field_divergence(x, *parts, probe=seed)
-        return y.square().sum() + divergence.sum() + field_divergence(x, *parts, method="exact")[
-            1
-        ].sum()
+        return (
+            y.square().sum()
+            + divergence.sum()
+            + field_divergence(x, *parts, method="exact")[1].sum()
+        )
 
     seed = torch.tensor(3)
     expected = torch.autograd.grad(loss(x, seed), x)
-    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, seed), x)
+    found = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(x, seed), x
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -355,7 +359,9 @@ def test_hutchinson_trace(backend, dtype):
         for a, b in zip(ours, plain, strict=True):
             # a pairwise sum: a few roundings of the sum of magnitudes, which is below the size
             tol = 8 * torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a.double(), b.detach(), rtol=tol, atol=tol * shape[-1] ** 0.5)
+            torch.testing.assert_close(
+                a.double(), b.detach(), rtol=tol, atol=tol * shape[-1] ** 0.5
+            )
 
 
 def test_hutchinson_trace_second_derivatives(backend):
