@@ -1,0 +1,18 @@
+"""Ordinary differential equations: explicit Runge-Kutta solvers, their adjoints and events."""
+
+from pyflowkern.ode.events import odeint_event
+from pyflowkern.ode.solution import DenseOutput, Solution, Stats, Status
+from pyflowkern.ode.solve import odeint, solve
+from pyflowkern.ode.tableaus import TABLEAUS, Tableau
+
+__all__ = [
+    "TABLEAUS",
+    "DenseOutput",
+    "Solution",
+    "Stats",
+    "Status",
+    "Tableau",
+    "odeint",
+    "odeint_event",
+    "solve",
+]

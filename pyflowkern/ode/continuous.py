@@ -1,0 +1,121 @@
+"""The continuous adjoint: an ODE of state, adjoint and parameter gradients, solved backwards in time.
+
+Memory does not grow with the number of steps; the gradient is that of the flow up to the error of the backward solve,
+not that of the discrete solution (Chen et al., 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyflowkern.ode import adaptive, fixed
+from pyflowkern.ode.controllers import largest_of
+from pyflowkern.ode.direct import run
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.problem import Problem, time_gradients
+
+__all__ = ["Continuous"]
+
+
+class Continuous(torch.autograd.Function):
+    """A whole solve as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *params: Tensor
+    ) -> Tensor:
+        """Return the outputs, packed."""
+        trajectory = run(problem, y0.detach(), False)
+        problem.finish(trajectory)
+        ctx.problem = problem
+        ctx.save_for_backward(t, trajectory.ys, *params)
+        return trajectory.ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the first state, the times and the parameters."""
+        t, ys, *params = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        with problem.context():
+            first, totals = _solve_back(problem, ys, grads, params)
+            grad_t = None
+            if t is not None and ctx.needs_input_grad[2]:
+                args = problem.field, problem.times, ys, grads, first
+                grad_t = time_gradients(*args).to(t.dtype)
+        sizes = [p.numel() for p in params]
+        parts = [
+            g.view_as(p).to(p.dtype) for g, p in zip(totals.split(sizes), params, strict=True)
+        ]
+        return (None, first + grads[0], grad_t, *parts)
+
+
+def _solve_back(
+    problem: Problem, ys: Tensor, grads: Tensor, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    n, shape = ys[0].numel(), ys[0].shape
+    width = sum(p.numel() for p in params)
+
+    def augmented(t: Tensor, state: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = state[:n].view(shape).detach().requires_grad_()
+            slope = problem.field(t, leaf)
+        out = state.new_zeros(state.shape)
+        out[:n] = slope.detach().reshape(-1)
+        if slope.requires_grad:
+            a = -state[n : 2 * n].view(shape).to(slope.dtype)
+            found = torch.autograd.grad(
+                slope, (leaf, *params), a, retain_graph=True, allow_unused=True
+            )
+            parts = out[n:].split([n, *(p.numel() for p in params)])
+            for part, g in zip(parts, found, strict=True):
+                if g is not None:
+                    part.copy_(g.reshape(-1))
+        return out
+
+    options = _augmented_options(problem.options, ys, n, width, len(params), params)
+    a, totals = torch.zeros_like(ys[0]).view(-1), ys.new_zeros(width)
+    for i in range(len(problem.times) - 1, 0, -1):
+        a = a + grads[i].reshape(-1)
+        span = problem.times[i], problem.times[i - 1]
+        if span[0] == span[1]:
+            continue
+        start = torch.cat([ys[i].reshape(-1), a, totals])
+        solver = adaptive.integrate if options.adaptive else fixed.integrate
+        end = solver(augmented, start, span, options).ys[-1]
+        a, totals = end[n : 2 * n], end[2 * n :]
+    return a.view(shape), totals
+
+
+def _augmented_options(
+    options: Options, ys: Tensor, n: int, width: int, count: int, params: Sequence[Tensor]
+) -> Options:
+    """Return the settings of the backward solve: its norm is that of torchdiffeq, less the parameters if asked."""
+    own = 2 * n
+
+    def seminorm(r: Tensor) -> Tensor:
+        return largest_of([n, n])(r[:own])
+
+    norm = seminorm if options.seminorm else largest_of([n, n, *(p.numel() for p in params)])
+
+    def extend(tolerance: float | Tensor) -> float | Tensor:
+        if isinstance(tolerance, float):
+            return tolerance
+        full = tolerance.expand(ys[0].shape).reshape(-1)
+        return torch.cat([full, full, full.min().expand(width)])
+
+    return replace(
+        options,
+        norm=norm,
+        rtol=extend(options.rtol),
+        atol=extend(options.atol),
+        checkpoint=True,
+        dense=False,
+        first_step=None,
+    )

@@ -1,0 +1,134 @@
+"""Step sizes: the norm of an error, the first step and the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.packing import Packing
+
+__all__ = ["SAFETY", "Norm", "first_step", "first_steps", "next_factor", "next_factors", "scaled"]
+
+Norm = Callable[[Tensor], Tensor]
+Tolerance = float | Tensor
+SAFETY, LARGEST, SMALLEST = 0.9, 10.0, 0.2  # Hairer, Norsett and Wanner (1993), II.4
+
+
+def scaled(error: Tensor, y: Tensor, y1: Tensor, rtol: Tolerance, atol: Tolerance) -> Tensor:
+    """Return ``error / (atol + rtol max(|y|, |y1|))``, and nan where ``y1`` is not finite."""
+    scale = torch.maximum(y.abs(), y1.abs()).mul_(rtol).add_(atol)
+    return torch.addcdiv(y1 - y1, error, scale)
+
+
+def rms(r: Tensor) -> Tensor:
+    """Root of the mean square of everything; 0 of nothing."""
+    size: Tensor = torch.linalg.vector_norm(r)
+    return size * (1 / math.sqrt(max(r.numel(), 1)))
+
+
+def rms_rows(r: Tensor) -> Tensor:
+    """Root of the mean square of each row."""
+    size: Tensor = torch.linalg.vector_norm(r, dim=-1)
+    return size * (1 / math.sqrt(max(r.shape[-1], 1)))
+
+
+def norm_of(packing: Packing, user: Callable[[Any], Tensor] | None) -> Norm:
+    """Return the norm of a packed state: RMS, for a tuple the largest RMS of its entries."""
+    if user is not None:
+        return lambda r: user(packing.unpack(r))
+    one = rms_rows if packing.per_sample else rms
+    if len(packing.sizes) == 1:
+        return one
+    return largest_of(packing.sizes, one)
+
+
+def largest_of(sizes: Sequence[int], one: Norm = rms) -> Norm:
+    """Return the largest norm of parts of the last axis."""
+
+    def norm(r: Tensor) -> Tensor:
+        return torch.stack([one(part) for part in r.split(list(sizes), -1)]).amax(0)
+
+    return norm
+
+
+# --- one step size for everything: host numbers --------------------------------------------------
+
+
+def first_step(
+    norm: Norm,
+    probe: Callable[[float], Tensor],
+    y: Tensor,
+    slope: Tensor,
+    order: int,
+    rtol: Tolerance,
+    atol: Tolerance,
+) -> float:
+    """Return a first step by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
+
+    Args:
+        norm: of a state.
+        probe: the slope after an Euler step of the given length.
+        y: first state.
+        slope: there.
+        order: of the method.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+    """
+    scale = y.abs().mul_(rtol).add_(atol)
+    d0, d1 = float(norm(y / scale)), float(norm(slope / scale))
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    if not (math.isfinite(h0) and h0 > 0):
+        return 1e-6
+    d2 = float(norm((probe(h0) - slope) / scale)) / h0
+    if not math.isfinite(d2):
+        return h0
+    largest = max(d1, d2)
+    h1: float = max(1e-6, 1e-3 * h0) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
+    return min(100 * h0, h1)
+
+
+def next_factor(ratio: float, order: int) -> float:
+    """Return what to multiply the step by after one whose error was ``ratio`` of what is allowed."""
+    if ratio == 0:
+        return LARGEST
+    if not math.isfinite(ratio):
+        return SMALLEST
+    factor: float = SAFETY / ratio ** (1 / order)
+    return min(LARGEST, max(factor, 1.0 if ratio < 1 else SMALLEST))
+
+
+# --- a step size for each sample: tensors --------------------------------------------------------
+
+
+def first_steps(
+    norm: Norm,
+    probe: Callable[[Tensor], Tensor],
+    y: Tensor,
+    slope: Tensor,
+    order: int,
+    rtol: Tolerance,
+    atol: Tolerance,
+) -> Tensor:
+    """Return :func:`first_step` of each sample, without a look at the host."""
+    scale = y.abs().mul_(rtol).add_(atol)
+    d0, d1 = norm(y / scale), norm(slope / scale)
+    small = torch.full_like(d0, 1e-6)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), small, 0.01 * d0 / d1)
+    h0 = torch.where(torch.isfinite(h0) & (h0 > 0), h0, small)
+    d2 = norm((probe(h0) - slope) / scale) / h0
+    largest = torch.maximum(d1, d2)
+    h1 = torch.where(
+        largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / largest) ** (1 / order)
+    )
+    return torch.where(torch.isfinite(h1), torch.minimum(100 * h0, h1), h0)
+
+
+def next_factors(ratio: Tensor, order: int) -> Tensor:
+    """Return :func:`next_factor` of each sample."""
+    least = torch.where(ratio < 1, torch.ones_like(ratio), torch.full_like(ratio, SMALLEST))
+    factor = torch.maximum(SAFETY * ratio ** (-1 / order), least).clamp(max=LARGEST)
+    return torch.where(torch.isfinite(ratio), factor, torch.full_like(ratio, SMALLEST))

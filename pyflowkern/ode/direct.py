@@ -1,0 +1,205 @@
+"""Gradients of the discrete solution: the steps are run again backwards, one at a time.
+
+Of the forward pass only the state at the start of each accepted step is kept (or, with ``checkpoint=False``, the graphs
+of its stages); rejected steps and the choice of step sizes are constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode import adaptive, fixed, per_sample
+from pyflowkern.ode.per_sample import SampleTrajectory
+from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
+from pyflowkern.ode.solution import Trajectory
+from pyflowkern.ode.steppers import (
+    differentiable_step,
+    record_stages,
+    stage_times,
+    step_pullback,
+)
+from pyflowkern.ode.tableaus import coefficients
+
+__all__ = ["Direct", "run"]
+
+Totals = list[Tensor | None]
+
+
+def run(problem: Problem, y0: Tensor, record: bool) -> Trajectory:
+    """Solve forward."""
+    o = problem.options
+    if o.per_sample:
+        return per_sample.integrate(problem.field, y0, problem.times, o, record=record)
+    solver = adaptive.integrate if o.adaptive else fixed.integrate
+    return solver(problem.field, y0, problem.times, o, record=record, first=problem.first)
+
+
+class Direct(torch.autograd.Function):
+    """A whole solve as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, y0: Tensor, t: Tensor | None, *params: Tensor
+    ) -> Tensor:
+        """Return the outputs, packed."""
+        trajectory = run(problem, y0.detach(), True)
+        problem.finish(trajectory)
+        ys, trajectory.ys = trajectory.ys, torch.empty(0)
+        ctx.problem, ctx.trajectory = problem, trajectory
+        ctx.save_for_backward(y0, t, ys, *params)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the first state, the times and the parameters."""
+        y0, t, ys, *params = ctx.saved_tensors
+        problem, trajectory = ctx.problem, ctx.trajectory
+        if torch.is_grad_enabled():
+
+            def replay(start: Tensor) -> Tensor:
+                if problem.options.per_sample:
+                    return _replay_samples(problem, trajectory, start)
+                return _replay(problem, trajectory, start)
+
+            return (None, *gradients_of_replay(replay, problem, y0, t, params, grads))
+        totals: Totals = [None] * len(params)
+        grads = grads.contiguous()
+        with problem.context():
+            if problem.options.per_sample:
+                first = _pull_samples(problem, trajectory, grads, params, totals)
+            else:
+                first = _pull(problem, trajectory, grads, params, totals)
+            grad_t = None
+            if t is not None and ctx.needs_input_grad[2]:
+                args = problem.field, problem.times, ys, grads, first
+                grad_t = time_gradients(*args).to(t.dtype)
+        return (None, first + grads[0], grad_t, *totals)
+
+
+def _by_step(trajectory: Trajectory) -> list[list[tuple[int, float | None]]]:
+    """Return the outputs of each step; the first list is of those that are the first state."""
+    steps: list[list[tuple[int, float | None]]] = [[] for _ in range(len(trajectory.t) + 1)]
+    for i, (step, theta) in enumerate(trajectory.outputs[1:], 1):
+        steps[step + 1].append((i, theta))
+    return steps
+
+
+# --- one size for all ----------------------------------------------------------------------------
+
+
+def _pull(
+    problem: Problem, trajectory: Trajectory, grads: Tensor, params: list[Tensor], totals: Totals
+) -> Tensor:
+    method, perturb = problem.options.method, problem.options.torchdiffeq
+    at = _by_step(trajectory)
+    cotangent = torch.zeros_like(grads[0])
+    for j in reversed(range(len(trajectory.t))):
+        t, dt, y = trajectory.t[j], trajectory.dt[j], trajectory.states[j]
+        c = coefficients(method, y.dtype, y.device)
+        inside: list[tuple[float, Tensor]] = []
+        chord = torch.zeros_like(cotangent)
+        for i, theta in at[j + 1]:
+            if theta is None:
+                cotangent = cotangent + grads[i]
+            elif problem.options.adaptive:
+                inside.append((theta, grads[i]))
+            else:  # between the ends of a fixed step: linear
+                cotangent = torch.add(cotangent, grads[i], alpha=theta)
+                chord = torch.add(chord, grads[i], alpha=1 - theta)
+        if trajectory.graphs:
+            graphs = trajectory.graphs[j]
+        else:
+            stages = method.stages if inside else method.needed
+            times = stage_times(c, t, dt, perturb)
+            graphs, _ = record_stages(problem.field, c, stages, times, dt, y)
+        through = step_pullback(method, c, graphs, dt, cotangent, params, totals, inside)
+        cotangent = cotangent + through + chord
+        for _, g in inside:
+            cotangent = cotangent + g
+    for i, _ in at[0]:
+        cotangent = cotangent + grads[i]
+    return cotangent
+
+
+def _replay(problem: Problem, trajectory: Trajectory, y: Tensor) -> Tensor:
+    method, perturb = problem.options.method, problem.options.torchdiffeq
+    at = _by_step(trajectory)
+    c = coefficients(method, y.dtype, y.device)
+    outputs: list[Tensor] = [y] * len(trajectory.outputs)
+    for j, (t, dt) in enumerate(zip(trajectory.t, trajectory.dt, strict=True)):
+        times = stage_times(c, t, dt, perturb)
+        y1, slopes = differentiable_step(problem.field, method, c, times, dt, y)
+        for i, theta in at[j + 1]:
+            if theta is None:
+                outputs[i] = y1
+            elif problem.options.adaptive:
+                assert method.dense is not None
+                outputs[i] = y
+                for row, k in zip(method.dense, slopes, strict=True):
+                    weight = sum(p * theta ** (d + 1) for d, p in enumerate(row))
+                    outputs[i] = torch.add(outputs[i], k, alpha=weight * dt)
+            else:
+                outputs[i] = torch.lerp(y, y1, theta)
+        y = y1
+    return torch.stack(outputs)
+
+
+# --- a size for each sample ----------------------------------------------------------------------
+
+
+def _column(dt: Tensor, y: Tensor) -> Tensor:
+    return dt[:, None].to(y.dtype)
+
+
+def _pull_samples(
+    problem: Problem,
+    trajectory: SampleTrajectory,
+    grads: Tensor,
+    params: list[Tensor],
+    totals: Totals,
+) -> Tensor:
+    """As :func:`_pull`; the slopes are scaled by each sample's step, so the weights keep a step of one."""
+    method, field = problem.options.method, problem.field
+    cotangent = torch.where(trajectory.missing[..., None], grads, 0.0).sum(0)
+    rows = torch.arange(grads.shape[1], device=grads.device)
+    zero = torch.zeros_like(cotangent)
+    for j in reversed(range(len(trajectory.t))):
+        t, dt, y = trajectory.t[j], trajectory.dt[j], trajectory.states[j]
+        c = coefficients(method, y.dtype, y.device)
+        here = grads[trajectory.slots[j], rows]
+        cotangent = cotangent + torch.where(trajectory.reached[j][:, None], here, zero)
+        h = _column(dt, y)
+        times = [(t + node * dt).to(y.dtype) for node in method.c[: method.needed]]
+
+        def by_step(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
+            return field(s, x) * h
+
+        graphs, _ = record_stages(by_step, c, method.needed, times, 1.0, y)
+        cotangent = cotangent + step_pullback(method, c, graphs, 1.0, cotangent, params, totals)
+    return cotangent
+
+
+def _replay_samples(problem: Problem, trajectory: SampleTrajectory, y: Tensor) -> Tensor:
+    method = problem.options.method
+    c = coefficients(method, y.dtype, y.device)
+    count = problem.times.shape[0]
+    outputs: list[Tensor] = [y] * count
+    for t, dt, slot, reached in zip(
+        trajectory.t, trajectory.dt, trajectory.slots, trajectory.reached, strict=True
+    ):
+        h = _column(dt, y)
+        times = [(t + node * dt).to(y.dtype) for node in method.c]
+
+        def by_step(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
+            return problem.field(s, x) * h
+
+        y, _ = differentiable_step(by_step, method, c, times, 1.0, y)
+        for i in range(1, count):
+            mine = (reached & (slot == i))[:, None]
+            outputs[i] = torch.where(mine, y, outputs[i])
+    for i in range(1, count):
+        outputs[i] = torch.where(trajectory.missing[i][:, None], y, outputs[i])
+    return torch.stack(outputs)

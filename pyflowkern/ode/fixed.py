@@ -1,0 +1,136 @@
+"""Steps of given lengths: nothing waits for the device, so that a solve can be captured as a CUDA graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.packing import Field
+from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.steppers import Graph, Stepper
+
+__all__ = ["Plan", "integrate", "plan"]
+
+#: Starts and signed lengths of the steps, and for each output its step and the fraction of it.
+Plan = tuple[list[tuple[float, float]], list[tuple[int, float | None]]]
+
+
+def plan(times: Sequence[float], options: Options) -> Plan:
+    """Return the steps to be taken.
+
+    Every interval between outputs is divided into equal steps of at most ``step_size``, so that each output is the
+    end of a step.  With ``torchdiffeq`` the steps start from the first time only, and output is linear in between.
+    """
+    if options.torchdiffeq and options.step_size is not None:
+        return _their_plan(times, options.step_size)
+    steps: list[tuple[float, float]] = []
+    outputs: list[tuple[int, float | None]] = [(-1, None)]
+    for t, t1 in itertools.pairwise(times):
+        size = math.inf if options.step_size is None else options.step_size
+        n = max(1, math.ceil(abs(t1 - t) / size * (1 - 1e-12))) if t1 != t else 0
+        grid = [t + (t1 - t) * j / n for j in range(n)]
+        steps += [(a, b - a) for a, b in zip(grid, [*grid[1:], t1], strict=True)]
+        outputs.append((len(steps) - 1, None))
+    return steps, outputs
+
+
+def _their_plan(times: Sequence[float], size: float) -> Plan:
+    t0, end = times[0], times[-1]
+    sign = 1.0 if end >= t0 else -1.0
+    n = math.ceil(abs(end - t0) / size + 1)
+    grid = [t0 + sign * size * j for j in range(n - 1)] + [end]
+    steps = [(a, b - a) for a, b in itertools.pairwise(grid)]
+    outputs: list[tuple[int, float | None]] = [(-1, None)]
+    for t in times[1:]:
+        j = next(j for j, b in enumerate(grid[1:]) if sign * (b - t) >= 0)
+        outputs.append((j, None if grid[j + 1] == t else (t - grid[j]) / steps[j][1]))
+    return steps, outputs
+
+
+@torch.no_grad()
+def integrate(
+    field: Field,
+    y0: Tensor,
+    times: Sequence[float],
+    options: Options,
+    *,
+    record: bool = False,
+    first: Graph | None = None,
+) -> Trajectory:
+    """Integrate through ``times``; arguments as those of :func:`pyflowkern.ode.adaptive.integrate`."""
+    if len(plan(times, options)[0]) > options.max_steps:
+        out = _run(field, y0, times, options, record, first, checked=True)
+        if out.status == Status.ok:
+            out.status = Status.max_steps
+        return out
+    out = _run(field, y0, times, options, record, first, checked=False)
+    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+        finite = torch.isfinite(out.ys[-1]).all()
+        out.status = torch.where(finite, int(Status.ok), int(Status.non_finite)).to(torch.int8)
+        return out
+    # nan and inf stay to the end: one look says whether the rare path, which looks at each step, is needed
+    if not bool(torch.isfinite(out.ys[-1]).all()):
+        evaluations = out.stats.evaluations
+        out = _run(field, y0, times, options, record, first, checked=True)
+        out.status = Status.non_finite
+        total = evaluations + out.stats.evaluations
+        out.stats = replace(out.stats, evaluations=total)
+    return out
+
+
+def _run(
+    field: Field,
+    y0: Tensor,
+    times: Sequence[float],
+    options: Options,
+    record: bool,
+    first: Graph | None,
+    checked: bool,
+) -> Trajectory:
+    steps, outputs = plan(times, options)
+    steps = steps[: options.max_steps]
+    method = options.method
+    out = Trajectory(y0.new_empty((len(times), *y0.shape)))
+    stepper = Stepper(field, method, y0)
+    if record and not options.checkpoint:
+        stepper.graphs = []
+    y, done, i, fresh = y0, 0, 0, False
+    while i < len(times) and outputs[i][0] < 0:
+        out.ys[i] = y0
+        i += 1
+    for t, dt in steps:
+        if first is not None and done == 0:
+            stepper.set_first(first)
+            stepper.evaluations += 1
+        elif not fresh:
+            stepper.start(t, y)
+        y1 = stepper.step(t, dt, y)
+        if checked and not bool(torch.isfinite(y1).all()):
+            break
+        if record or options.dense:
+            out.t.append(t)
+            out.dt.append(dt)
+            out.states.append(y)
+            if options.dense:
+                out.slopes.append(stepper.slopes.clone())
+        if stepper.graphs is not None:
+            out.graphs.append(stepper.graphs)
+        while i < len(times) and outputs[i][0] == done:
+            theta = outputs[i][1]
+            out.ys[i] = y1 if theta is None else torch.lerp(y, y1, theta)
+            i += 1
+        if method.fsal:
+            stepper.advance()
+            fresh = True
+        y = y1
+        done += 1
+    out.ys[i:] = y
+    out.outputs = outputs[:i] + [(done - 1, None)] * (len(times) - i)
+    out.stats = Stats(done, 0, stepper.evaluations)
+    return out

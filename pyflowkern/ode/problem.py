@@ -1,0 +1,146 @@
+"""What the adjoints share: the problem, the parameters of its field, and gradients of times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.packing import Field
+from pyflowkern.ode.solution import Trajectory
+from pyflowkern.ode.steppers import Graph
+
+__all__ = ["Gate", "Problem", "parameters_of", "time_gradients"]
+
+
+def parameters_of(func: Any, slope: Tensor, given: Iterable[Tensor] | None) -> list[Tensor]:
+    """Return the tensors that a field depends on and that want gradients.
+
+    Args:
+        func: the user's field; of a module all parameters count.
+        slope: an evaluation, recorded by autograd: its leaves count.
+        given: the user's own list, which counts alone.
+    """
+    if given is not None:
+        return [p for p in given if p.requires_grad]
+    found: dict[int, Tensor] = {}
+    if isinstance(func, torch.nn.Module):
+        found.update({id(p): p for p in func.parameters() if p.requires_grad})
+    seen, todo = set(), [slope.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found[id(leaf)] = leaf
+        todo.extend(parent for parent, _ in node.next_functions)
+    return list(found.values())
+
+
+def autocast_like_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a maker of the autocast context that is on now: a backward pass starts without one."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
+@dataclass
+class Problem:
+    """A solve whose gradients are wanted.
+
+    Args:
+        field: of packed states.
+        times: of the outputs; a float64 tensor ``[T, N]`` where each sample has its own.
+        options: settings.
+        first: the first state, a leaf, and its slope.
+        context: see :func:`autocast_like_now`.
+        result: what the forward pass found, without what only the backward pass needs.
+    """
+
+    field: Field
+    times: Any
+    options: Options
+    first: Graph | None
+    context: Callable[[], AbstractContextManager[Any]]
+    result: Trajectory | None = None
+
+    def finish(self, t: Trajectory) -> None:
+        """Keep the part of a trajectory that the caller is told."""
+        self.result = Trajectory(t.ys, t.status, stats=t.stats)
+        if self.options.dense:
+            self.result.t, self.result.dt = t.t, t.dt
+            self.result.states, self.result.slopes = t.states, t.slopes
+        self.first = None
+
+
+def time_gradients(
+    field: Field, times: Sequence[float], ys: Tensor, grads: Tensor, first: Tensor
+) -> Tensor:
+    r"""Return the gradients of the output times, those of the flow itself.
+
+    :math:`\partial y(t_i) / \partial t_i = f(t_i, y_i)`, and moving the start is to start from
+    :math:`y_0 - f(t_0, y_0) dt_0`; they hold up to the error of the solve.
+
+    Args:
+        field: of packed states.
+        times: of the outputs.
+        ys: states there.
+        grads: their cotangents.
+        first: what reaches the first state through the later ones.
+    """
+    found = []
+    for i, t in enumerate(times):
+        slope = field(torch.full((), t, dtype=ys.dtype, device=ys.device), ys[i])
+        found.append(((grads[i] if i > 0 else -first) * slope).sum())
+    return torch.stack(found)
+
+
+class Gate(torch.autograd.Function):
+    """Pass a tensor on, and its gradient only while open.
+
+    A gradient with respect to parameters shall not run on into what the first state was computed from, yet be
+    differentiable with respect to that state.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, is_open: list[bool]) -> Tensor:
+        """Return an alias."""
+        ctx.is_open = is_open
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        """Return the gradient if open."""
+        return (grad if ctx.is_open[0] else None), None
+
+
+def gradients_of_replay(
+    replay: Callable[[Tensor], Tensor],
+    problem: Problem,
+    y0: Tensor,
+    t: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of ``y0``, ``t`` and ``params`` as expressions that autograd can differentiate again."""
+    is_open = [False]
+    with torch.enable_grad(), problem.context():
+        start = Gate.apply(y0, is_open) if y0.requires_grad else y0.detach().requires_grad_()  # type: ignore[no-untyped-call]
+        ys = replay(start)
+        later = ys[1:]
+        found = torch.autograd.grad(
+            later, (start, *params), grads[1:], create_graph=True, allow_unused=True
+        )
+        first = torch.zeros_like(y0) if found[0] is None else found[0]
+        grad_t = None
+        if t is not None and t.requires_grad:
+            grad_t = time_gradients(problem.field, problem.times, ys, grads, first).to(t.dtype)
+    is_open[0] = True
+    return [first + grads[0], grad_t, *found[1:]]

@@ -1,0 +1,138 @@
+"""What a solve returns: states, how it ended, and what it cost."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.packing import Packing
+from pyflowkern.ode.tableaus import Tableau, coefficients
+
+__all__ = ["DenseOutput", "Solution", "Stats", "Status", "Trajectory"]
+
+
+class Status(IntEnum):
+    """How a solve ended; anything but ``ok`` leaves the last finite state in the rest of the output."""
+
+    ok = 0
+    max_steps = 1
+    dt_underflow = 2
+    non_finite = 3
+    no_event = 4
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts of a solve; with a step size for each sample, of the batch's rounds.
+
+    Args:
+        accepted: steps kept.
+        rejected: steps repeated with a smaller size.
+        evaluations: calls of the field, those for the first step size included.
+    """
+
+    accepted: int
+    rejected: int
+    evaluations: int
+
+
+@dataclass
+class Trajectory:
+    """What a solver hands on: outputs, and the steps from which a backward pass starts.
+
+    Args:
+        ys: packed states at the output times, ``[T, ...]``.
+        status: of the whole, or an int8 tensor ``[N]``.
+        t: starts of the accepted steps.
+        dt: their signed lengths.
+        states: states at their starts; empty where no backward pass will come.
+        outputs: for every output the number of its step and the fraction of it, None for its end;
+            step -1 is the first state.
+        graphs: of the stages, where they were kept.
+        slopes: of the stages, where a dense output was asked for.
+        stats: counts.
+    """
+
+    ys: Tensor
+    status: Status | Tensor = Status.ok
+    t: list[Any] = field(default_factory=list)
+    dt: list[Any] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    outputs: list[tuple[int, float | None]] = field(default_factory=list)
+    graphs: list[Any] = field(default_factory=list)
+    slopes: list[Tensor] = field(default_factory=list)
+    stats: Stats = Stats(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class DenseOutput:
+    """The state at any time within a solve, by the method's interpolation; not differentiable.
+
+    Args:
+        method: tableau with its polynomials.
+        starts: of the accepted steps, in their order.
+        dt: signed lengths.
+        states: at the starts.
+        slopes: of the stages of each step.
+        packing: from packed states to the user's.
+    """
+
+    method: Tableau
+    starts: Sequence[float]
+    dt: Sequence[float]
+    states: Sequence[Tensor]
+    slopes: Sequence[Tensor]
+    packing: Packing
+
+    @torch.no_grad()
+    def __call__(self, t: float) -> Any:
+        """Return the state at ``t``; ValueError outside of what was integrated."""
+        if not self.starts:
+            raise ValueError("the solve took no step: there is nothing to interpolate")
+        first, last = self.starts[0], self.starts[-1] + self.dt[-1]
+        if not min(first, last) <= t <= max(first, last):
+            raise ValueError(f"t must be between {first} and {last}, got {t}")
+        sign = 1.0 if last >= first else -1.0
+        i = bisect.bisect_right(self.starts, sign * t, key=lambda s: sign * s) - 1
+        y = self.states[i]
+        c = coefficients(self.method, y.dtype, y.device)
+        assert c.dense is not None
+        theta = (t - self.starts[i]) / self.dt[i]
+        powers = [theta**d for d in range(1, c.dense.shape[1] + 1)]
+        weights = torch.mv(c.dense, torch.tensor(powers, dtype=y.dtype, device=y.device))
+        flat = self.slopes[i].view(self.method.stages, -1)
+        packed = torch.addmv(y.view(-1), flat.t(), weights * self.dt[i]).view(y.shape)
+        return self.packing.unpack(packed)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of :func:`pyflowkern.ode.solve`.
+
+    Args:
+        ys: states at the times ``t``, ``[T, *shape]``, one tensor per entry of a tuple state.
+        ts: the times, float64.
+        status: a :class:`Status`; an int8 tensor ``[N]`` of its values where each sample has its own steps, and a
+            0-d tensor where a fixed-step solve is being captured as a CUDA graph.
+        stats: counts.
+        dense: the state at any time, if asked for.
+    """
+
+    ys: Any
+    ts: Tensor
+    status: Status | Tensor
+    stats: Stats
+    dense: DenseOutput | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was integrated to its end."""
+        if isinstance(self.status, Tensor):
+            return bool((self.status == Status.ok).all())
+        return self.status == Status.ok

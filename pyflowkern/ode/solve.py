@@ -1,0 +1,295 @@
+"""The public functions: solve an initial value problem, with gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.continuous import Continuous
+from pyflowkern.ode.controllers import norm_of
+from pyflowkern.ode.direct import Direct, run
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.packing import Field, Packing
+from pyflowkern.ode.problem import Problem, autocast_like_now, parameters_of
+from pyflowkern.ode.reversible import Reversible, integrate
+from pyflowkern.ode.solution import DenseOutput, Solution, Status, Trajectory
+from pyflowkern.ode.steppers import Graph
+from pyflowkern.ode.tableaus import Tableau, end_slope, tableau
+
+__all__ = ["odeint", "solve"]
+
+_ADJOINTS: dict[str, Any] = {
+    "direct": Direct,
+    "continuous": Continuous,
+    "reversible": Reversible,
+}
+_THEIR_NAMES = {"rk4": "rk4_38", "heun2": "heun"}
+
+
+def solve(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Tensor | Sequence[float],
+    *,
+    method: str | Tableau = "dopri5",
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    adjoint: str = "direct",
+    checkpoint: bool = True,
+    seminorm: bool = True,
+    coupling: float = 0.99,
+    params: Iterable[Tensor] | None = None,
+    step_size: float | None = None,
+    first_step: float | None = None,
+    min_step: float = 0.0,
+    max_step: float = math.inf,
+    max_steps: int = 10_000,
+    control: str = "batch",
+    check_every: int | None = None,
+    norm: Callable[[Any], Tensor] | None = None,
+    dense: bool = False,
+    compat: str | None = None,
+) -> Solution:
+    r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0`` and never raise on account of numbers.
+
+    A solve that cannot go on ends with a status; the rest of its output is the last finite state.
+
+    Gradients reach ``y0``, ``t`` and whatever the field depends on:
+
+    * ``adjoint="direct"`` gives those of the discrete solution (the step sizes being constants), and can be
+      differentiated again.  Memory: the state at each step; with ``checkpoint=False`` the graphs of all stages, which
+      spares running the steps again.
+    * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients up to the
+      tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).
+    * ``"reversible"`` takes the reversible form of the method (McCallum and Foster, 2024): constant memory, gradients
+      of its discrete solution up to rounding, twice the evaluations.
+
+    The field must compute the same when it is called again.  Tensors that it depends on are found by one recorded
+    evaluation at the start (and all parameters, if it is a module); name them in ``params`` if it reaches others
+    later, or if they are not leaves.
+
+    Args:
+        func: ``(t, y) -> dy/dt``; ``t`` is a 0-d tensor of the state's dtype, ``[N]`` with ``control="sample"``.
+        y0: tensor or tuple of tensors; half precision is integrated in float32.
+        t: times of the output, monotone, two or more; numbers spare a copy from the device.  With
+            ``control="sample"`` also ``[T, N]``.
+        method: "euler", "midpoint", "heun", "rk4" (classical), "rk4_38", or with step control "bosh3", "dopri5",
+            "tsit5", "dopri8"; or a :class:`Tableau`.
+        rtol: allowed error relative to the state, a number or one for each entry of a tuple.
+        atol: allowed absolute error, likewise.
+        adjoint: see above.
+        checkpoint: see above.
+        seminorm: see above.
+        coupling: :math:`\lambda` of the reversible solver, in (0, 1].
+        params: see above.
+        step_size: largest fixed step; without it, a method without step control takes one step per output.  A method
+            with step control takes fixed steps when it is given.
+        first_step: else chosen by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
+        min_step: steps of this size are accepted whatever their error.
+        max_step: largest step.
+        max_steps: of the whole solve, rejected ones included.
+        control: "batch", one step size from one norm, or "sample", a time and a step size for each sample.
+        check_every: rounds between two looks at the host with ``control="sample"``; default 1 on a CPU, else 8.
+        norm: of the scaled error, given as the state is; default RMS, the largest of a tuple's entries.
+        dense: also return the state as a function of time.
+        compat: "torchdiffeq" for its steps and evaluations: it steps over the end and interpolates, evaluates the end
+            of a step just before it, and calls the 3/8 rule "rk4".
+
+    Returns:
+        A :class:`Solution`: ``ys [T, *shape]``, ``ts``, ``status``, ``stats``.
+
+    Raises:
+        TypeError: for a state that is not floating-point or a wrong result of ``func``.
+        ValueError: for times that are not monotone and finite, unknown names and settings out of range.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> solution = ode.solve(lambda t, y: -y, torch.ones(1), [0.0, 1.0])
+        >>> round(solution.ys[-1].item(), 4), solution.status.name
+        (0.3679, 'ok')
+    """
+    if compat not in (None, "torchdiffeq"):
+        raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
+    if control not in ("batch", "sample"):
+        raise ValueError(f"control must be 'batch' or 'sample', got {control!r}")
+    packing = Packing(y0, control == "sample")
+    start = packing.pack(y0).contiguous()
+    if compat is not None and isinstance(method, str):
+        method = _THEIR_NAMES.get(method, method)
+    chosen = tableau(method)
+    if dense or chosen.error is not None:
+        chosen = end_slope(chosen)
+    if check_every is None:
+        check_every = 1 if start.device.type == "cpu" else 8
+    options = Options(
+        method=chosen,
+        rtol=packing.tolerance("rtol", rtol, start.device),
+        atol=packing.tolerance("atol", atol, start.device),
+        norm=norm_of(packing, norm),
+        adjoint=adjoint,
+        checkpoint=checkpoint,
+        seminorm=seminorm,
+        coupling=coupling,
+        step_size=step_size,
+        first_step=first_step,
+        min_step=min_step,
+        max_step=max_step,
+        max_steps=max_steps,
+        per_sample=control == "sample",
+        check_every=check_every,
+        torchdiffeq=compat is not None,
+        dense=dense,
+    )
+    times, ts = _times(t, start, options.per_sample)
+    ys, trajectory = _solve(func, packing.field(func), start, times, t, options, params)
+    lead = (ts.shape[0],)
+    interpolation = None
+    if dense:
+        interpolation = DenseOutput(
+            chosen, trajectory.t, trajectory.dt, trajectory.states, trajectory.slopes, packing
+        )
+    return Solution(
+        packing.unpack(ys, lead), ts, trajectory.status, trajectory.stats, interpolation
+    )
+
+
+def odeint(func: Callable[..., Any], y0: Any, t: Tensor | Sequence[float], **settings: Any) -> Any:
+    r"""Integrate ``dy/dt = func(t, y)``; :func:`solve` with the result of torchdiffeq's ``odeint``.
+
+    Args:
+        func: ``(t, y) -> dy/dt``.
+        y0: tensor or tuple of tensors.
+        t: times of the output.
+        **settings: of :func:`solve`: ``method``, ``rtol``, ``atol``, ``adjoint``, ...
+
+    Returns:
+        States at the times, ``[T, *shape]`` for each entry.
+
+    Warns:
+        RuntimeWarning: if the solve could not go on; the rest of the result is the last finite state.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> rate = torch.tensor(2.0, requires_grad=True)
+        >>> y = ode.odeint(lambda t, y: -rate * y, torch.ones(3), [0.0, 1.0], rtol=1e-6, atol=1e-6)
+        >>> y[-1].sum().backward()
+        >>> round(rate.grad.item(), 4)  # d/da 3 exp(-a) at a = 2
+        -0.406
+    """
+    solution = solve(func, y0, t, **settings)
+    warn_unless_ok(solution.status)
+    return solution.ys
+
+
+def warn_unless_ok(status: Status | Tensor) -> None:
+    """Warn of a solve that could not go on; a status that is still on a device is not looked at."""
+    if isinstance(status, Tensor):
+        if status.device.type != "cpu" or not bool((status != Status.ok).any()):
+            return
+        names = [
+            f"{int((status == s).sum())} {s.name}" for s in Status if bool((status == s).any())
+        ]
+        text = ", ".join(names)
+    elif status == Status.ok:
+        return
+    else:
+        text = status.name
+    warnings.warn(
+        f"the ODE solve ended early ({text}): its result is the last finite state; "
+        "ode.solve returns the status instead of this warning",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _solve(
+    func: Any,
+    field: Field,
+    y0: Tensor,
+    times: Any,
+    t: Tensor | Sequence[float],
+    options: Options,
+    params: Iterable[Tensor] | None,
+) -> tuple[Tensor, Trajectory]:
+    time = t if isinstance(t, Tensor) and t.requires_grad else None
+    problem = Problem(field, times, options, None, autocast_like_now(y0.device))
+    found: list[Tensor] = []
+    if torch.is_grad_enabled():
+        problem.first, found = _first_slope(func, field, y0, times, options, params)
+    if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or found)):
+        with torch.no_grad():
+            trajectory = (
+                integrate(problem, y0)[0]
+                if options.adjoint == "reversible"
+                else run(problem, y0, False)
+            )
+        return trajectory.ys, trajectory
+    if options.per_sample and time is not None:
+        raise ValueError("control='sample' gives no gradient of t: detach it")
+    ys = _ADJOINTS[options.adjoint].apply(problem, y0, time, *found)
+    assert problem.result is not None
+    trajectory, problem.result = problem.result, None
+    return ys, trajectory
+
+
+def _first_slope(
+    func: Any,
+    field: Field,
+    y0: Tensor,
+    times: Any,
+    options: Options,
+    params: Iterable[Tensor] | None,
+) -> tuple[Graph | None, list[Tensor]]:
+    """Evaluate the field at the start under autograd, for the tensors it depends on."""
+    if params is not None:
+        params = list(params)
+        if options.per_sample or not y0.requires_grad:
+            return None, [p for p in params if p.requires_grad]
+    leaf = y0.detach().requires_grad_()
+    start = times[0].to(y0.dtype) if options.per_sample else None
+    if start is None:
+        start = torch.full((), times[0], dtype=y0.dtype, device=y0.device)
+    slope = field(start, leaf)
+    found = [p for p in parameters_of(func, slope, params) if p is not leaf]
+    if options.per_sample or options.adjoint == "reversible":
+        return None, found
+    return (leaf, slope if not options.checkpoint else slope.detach()), found
+
+
+def _times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[Any, Tensor]:
+    """Return the times as the solver wants them and as a tensor; raise unless monotone and finite."""
+    if isinstance(t, Tensor):
+        if not t.is_floating_point():
+            raise TypeError(f"t must be floating-point, got {t.dtype}")
+        ts = t.detach().to(torch.float64)
+    else:
+        ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+    if ts.dim() != 1 and not (per_sample and ts.dim() == 2):
+        raise ValueError(f"t must have one axis, got shape {tuple(ts.shape)}")
+    if ts.shape[0] < 1:
+        raise ValueError("t must hold at least one time")
+    if per_sample:
+        ts = ts.to(y0.device)
+        columns = ts if ts.dim() == 2 else ts[:, None].expand(-1, y0.shape[0])
+        if columns.shape[1] != y0.shape[0]:
+            raise ValueError(f"t must be [T] or [T, {y0.shape[0]}], got {tuple(ts.shape)}")
+        gaps = columns.diff(dim=0)
+        fine = torch.isfinite(columns).all() & ((gaps >= 0).all(0) | (gaps <= 0).all(0)).all()
+        if not bool(fine):
+            raise ValueError("t must be finite and monotone for each sample")
+        return columns.contiguous(), ts
+    times = ts.tolist()
+    gaps_ = [b - a for a, b in itertools.pairwise(times)]
+    if not all(math.isfinite(v) for v in times) or not (
+        all(g >= 0 for g in gaps_) or all(g <= 0 for g in gaps_)
+    ):
+        raise ValueError(f"t must be finite and monotone, got {times}")
+    return times, ts

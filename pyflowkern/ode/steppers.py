@@ -1,0 +1,279 @@
+"""One Runge-Kutta step, its vector-Jacobian product, and dense output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.packing import Field
+from pyflowkern.ode.tableaus import Coefficients, Tableau, coefficients
+
+__all__ = [
+    "Graph",
+    "Stepper",
+    "differentiable_step",
+    "increment",
+    "record_stages",
+    "stage_times",
+    "step_pullback",
+]
+
+Graph = tuple[Tensor, Tensor]  # the argument of a stage, a leaf, and the slope computed from it
+
+
+def stage_times(c: Coefficients, t: float, dt: float, perturb: bool) -> tuple[Tensor, ...]:
+    """Return the times of the stages as 0-d tensors.
+
+    Args:
+        c: of the method.
+        t: start of the step.
+        dt: its signed length.
+        perturb: keep the times just before the end, as torchdiffeq does for fields that jump there.
+    """
+    times = c.nodes * dt + t
+    if perturb:
+        times = torch.where(c.at_end, torch.nextafter(times, times - dt), times)
+    return times.unbind()
+
+
+class Stepper:
+    """Takes steps of one method on states of one shape; the slopes live in one buffer.
+
+    Args:
+        field: ``(t, y) -> dy/dt`` of packed states.
+        method: its tableau.
+        like: a contiguous state.
+        perturb: see :func:`stage_times`.
+    """
+
+    def __init__(self, field: Field, method: Tableau, like: Tensor, perturb: bool = False) -> None:
+        self.field, self.method, self.perturb = field, method, perturb
+        self.c = coefficients(method, like.dtype, like.device)
+        self.slopes = like.new_empty((method.stages, *like.shape))
+        self.k = self.slopes.unbind()
+        flat = self.slopes.view(method.stages, -1)
+        self.before = [flat[:i].t() for i in range(method.stages + 1)]
+        self.shape = like.shape
+        self.evaluations = 0
+        self.graphs: list[Graph] | None = None  # of the last step, where it shall be kept
+        self._last: Graph | None = None
+
+    def start(self, t: float, y: Tensor) -> None:
+        """Evaluate the first slope at a new state."""
+        if self.graphs is not None:
+            self.graphs = []
+        self._slope(0, torch.full((), t, dtype=y.dtype, device=y.device), y)
+        if self.graphs is not None:
+            self._last = self.graphs[0]
+
+    def set_first(self, graph: Graph) -> None:
+        """Take the first slope, and the state it was computed from, from elsewhere."""
+        self.k[0].copy_(graph[1].detach())
+        self._last = graph
+
+    def advance(self) -> None:
+        """Accept the last step: its last slope is the next step's first."""
+        self.k[0].copy_(self.k[-1])
+        if self.graphs is not None:
+            self._last = self.graphs[-1]
+
+    def step(self, t: float, dt: float, y: Tensor) -> Tensor:
+        """Return the state after a step; the first slope must be there."""
+        method = self.method
+        rows = torch._foreach_mul(self.c.rows, dt)
+        times = stage_times(self.c, t, dt, self.perturb)
+        flat = y.view(-1)
+        if self.graphs is not None:
+            assert self._last is not None
+            self.graphs = [self._last]
+        arg = y
+        for i in range(1, method.stages):
+            arg = torch.addmv(flat, self.before[i], rows[i]).view(self.shape)
+            self._slope(i, times[i], arg)
+        if method.fsal:
+            return arg
+        return torch.addmv(flat, self.before[-1], rows[-1]).view(self.shape)
+
+    def increment(self, t: float, dt: float, y: Tensor, error: bool = False) -> Tensor:
+        """Return the change of the state over a step that starts anywhere.
+
+        Args:
+            t: start.
+            dt: signed length.
+            y: state.
+            error: also compute the slopes that only the error needs.
+        """
+        method = self.method
+        stages = method.stages if error else method.needed
+        rows = torch._foreach_mul(self.c.rows, dt)
+        times = stage_times(self.c, t, dt, self.perturb)
+        self._slope(0, times[0], y)
+        for i in range(1, stages):
+            arg = torch.addmv(y.view(-1), self.before[i], rows[i]).view(self.shape)
+            self._slope(i, times[i], arg)
+        return increment(self.method, self.c, self.slopes.view(method.stages, -1), dt).view_as(y)
+
+    def error(self, dt: float) -> Tensor:
+        """Return the estimated error of the last step."""
+        assert self.c.error is not None
+        return torch.mv(self.before[-1], self.c.error * dt).view(self.shape)
+
+    def dense(self, y: Tensor, dt: float, theta: float) -> Tensor:
+        """Return the state a fraction ``theta`` into the last step, which began at ``y``."""
+        assert self.c.dense is not None
+        weights = dense_weights(self.c.dense, theta) * dt
+        return torch.addmv(y.view(-1), self.before[-1], weights).view(self.shape)
+
+    def _slope(self, i: int, t: Tensor, y: Tensor) -> None:
+        self.evaluations += 1
+        if self.graphs is None:
+            self.k[i].copy_(self.field(t, y))
+            return
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            slope = self.field(t, leaf)
+        self.graphs.append((leaf, slope))
+        self.k[i].copy_(slope.detach())
+
+
+def dense_weights(dense: Tensor, theta: float) -> Tensor:
+    """Return the weights of the slopes at a fraction ``theta`` of a step."""
+    powers = [theta**d for d in range(1, dense.shape[1] + 1)]
+    return torch.mv(dense, torch.tensor(powers, dtype=dense.dtype, device=dense.device))
+
+
+def increment(method: Tableau, c: Coefficients, slopes: Tensor, dt: float) -> Tensor:
+    """Return ``dt sum b_i k_i`` of slopes ``[stages, n]``."""
+    n = method.needed
+    return torch.mv(slopes[:n].t(), c.rows[-1][:n] * dt)
+
+
+def record_stages(
+    field: Field, c: Coefficients, stages: int, times: Sequence[Tensor], dt: float, y: Tensor
+) -> tuple[list[Graph], Tensor]:
+    """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
+    slopes = y.new_empty((stages, y.numel()))
+    rows = torch._foreach_mul(c.rows, dt)
+    graphs: list[Graph] = []
+    flat = y.view(-1)
+    for i in range(stages):
+        arg = y if i == 0 else torch.addmv(flat, slopes[:i].t(), rows[i]).view(y.shape)
+        with torch.enable_grad():
+            leaf = arg.detach().requires_grad_()
+            slope = field(times[i], leaf)
+        graphs.append((leaf, slope))
+        slopes[i].copy_(slope.detach().reshape(-1))
+    return graphs, slopes
+
+
+def step_pullback(
+    method: Tableau,
+    c: Coefficients,
+    graphs: Sequence[Graph],
+    dt: float,
+    cotangent: Tensor,
+    params: Sequence[Tensor],
+    totals: list[Tensor | None],
+    interior: Sequence[tuple[float, Tensor]] = (),
+) -> Tensor:
+    r"""Return the gradient that reaches ``y`` through the slopes of a step, and add up those of parameters.
+
+    With :math:`\bar y` the cotangent of :math:`h \sum b_i k_i`, the stages are taken in reverse order,
+    :math:`\bar k_i = h (b_i \bar y + \sum_{j>i} a_{ji} \bar Y_j)`, :math:`\bar Y_i = J_i^T \bar k_i`; the result is
+    :math:`\sum \bar Y_i` (Hager, 2000).
+
+    Args:
+        method: of the step.
+        c: its tensors.
+        graphs: of its stages.
+        dt: length of the step.
+        cotangent: of the increment.
+        params: whose gradients are added to ``totals``.
+        totals: one sum for each parameter, None while zero.
+        interior: fractions of the step and the cotangents of the dense output there.
+    """
+    needed = method.needed
+    found = cotangent.new_empty((needed, cotangent.numel()))
+    flat = cotangent.reshape(-1)
+    extra = [(dense_weights(_dense(c), theta) * dt, g.reshape(-1)) for theta, g in interior]
+    end: Tensor | None = None
+    if extra and method.stages > needed:  # the end slope acts through the end state
+        k_bar = _weighted(extra, needed)
+        end = _through(*graphs[needed], k_bar, params, totals)
+        flat = flat + end
+    for i in reversed(range(needed)):
+        weight = method.b[i] * dt
+        if i + 1 < needed:
+            k_bar = torch.addmv(flat, found[i + 1 :].t(), c.columns[i] * dt, beta=weight)
+        else:
+            k_bar = flat * weight
+        if extra:
+            k_bar = k_bar + _weighted(extra, i)
+        found[i] = _through(*graphs[i], k_bar, params, totals)
+    total = found.sum(0)
+    return (total if end is None else total + end).view(cotangent.shape)
+
+
+def _weighted(extra: Sequence[tuple[Tensor, Tensor]], i: int) -> Tensor:
+    return torch.stack([weights[i] * g for weights, g in extra]).sum(0)
+
+
+def _through(
+    argument: Tensor,
+    slope: Tensor,
+    k_bar: Tensor,
+    params: Sequence[Tensor],
+    totals: list[Tensor | None],
+) -> Tensor:
+    if not slope.requires_grad:
+        return torch.zeros_like(k_bar)
+    grads = torch.autograd.grad(
+        slope,
+        (argument, *params),
+        k_bar.view(slope.shape).to(slope.dtype),
+        retain_graph=True,  # what the field reads may hang on a graph of the caller's
+        allow_unused=True,
+    )
+    accumulate(totals, grads[1:])
+    return torch.zeros_like(k_bar) if grads[0] is None else grads[0].reshape(-1)
+
+
+def accumulate(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients, of which some may be None, to sums in place."""
+    have: list[Tensor] = []
+    new: list[Tensor] = []
+    for i, g in enumerate(grads):
+        if g is None:
+            continue
+        total = totals[i]
+        if total is None:
+            totals[i] = g.clone()
+        else:
+            have.append(total)
+            new.append(g)
+    if have:
+        torch._foreach_add_(have, new)
+
+
+def _dense(c: Coefficients) -> Tensor:
+    assert c.dense is not None
+    return c.dense
+
+
+def differentiable_step(
+    field: Field, method: Tableau, c: Coefficients, times: Sequence[Tensor], dt: float, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the state after a step and its slopes, in operations that autograd records."""
+    slopes: list[Tensor] = []
+    for i in range(method.stages):
+        slopes.append(field(times[i], _combine(y, slopes, method.a[i], dt)))
+    return _combine(y, slopes, method.b, dt), slopes
+
+
+def _combine(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], dt: float) -> Tensor:
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight != 0:
+            y = torch.add(y, slope.to(y.dtype), alpha=weight * dt)
+    return y

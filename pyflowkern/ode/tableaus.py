@@ -1,0 +1,292 @@
+"""Butcher tableaus of the explicit Runge-Kutta methods, with error weights and dense output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode._dopri8 import DOPRI8_A, DOPRI8_B, DOPRI8_C, DOPRI8_ERROR, DOPRI8_MID
+
+__all__ = ["TABLEAUS", "Coefficients", "Tableau", "end_slope", "tableau"]
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Tableau:
+    r"""An explicit Runge-Kutta method.
+
+    .. math::
+        k_i = f(t + c_i h,\; y + h \sum_{j<i} a_{ij} k_j), \qquad y_1 = y + h \sum_i b_i k_i,
+        \qquad y(t + \theta h) \approx y + h \sum_i \sum_d \theta^{d+1} p_{id} k_i
+
+    Args:
+        name: as ``method`` takes it.
+        order: of convergence.
+        a: rows below the diagonal, the first one empty.
+        b: weights of the step.
+        c: nodes.
+        error: ``b`` less the weights of the embedded method; None without step control.
+        dense: ``p``, the polynomials of the dense output without their constant term.
+    """
+
+    name: str
+    order: int
+    a: tuple[Row, ...]
+    b: Row
+    c: Row
+    error: Row | None = None
+    dense: tuple[Row, ...] | None = None
+
+    @property
+    def stages(self) -> int:
+        """Number of stages, one that only gives the slope at the end included."""
+        return len(self.b)
+
+    @property
+    def fsal(self) -> bool:
+        """Whether the last stage is the slope at the end, the first stage of the next step."""
+        return self.b[-1] == 0 and self.a[-1] == self.b[:-1] and self.c[-1] == 1
+
+    @property
+    def needed(self) -> int:
+        """Number of stages that the result depends on."""
+        return max(i for i, weight in enumerate(self.b) if weight != 0) + 1
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A tableau as tensors of one dtype on one device."""
+
+    rows: list[Tensor]  # rows[i]: a[i], then b
+    columns: list[Tensor]  # columns[i]: a[i + 1:needed, i]
+    nodes: Tensor
+    at_end: Tensor  # which nodes are 1
+    error: Tensor | None
+    dense: Tensor | None
+
+
+@lru_cache(maxsize=256)
+def coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> Coefficients:
+    """Return the tensors of a method; kept, since making them costs more than a step."""
+
+    def put(row: Sequence[float]) -> Tensor:
+        return torch.tensor(row, dtype=torch.float64).to(device=device, dtype=dtype)
+
+    n = method.needed
+    columns = [put([method.a[j][i] for j in range(i + 1, n)]) for i in range(n)]
+    dense = None if method.dense is None else torch.tensor(method.dense, dtype=torch.float64)
+    return Coefficients(
+        rows=[put(row) for row in (*method.a, method.b)],
+        columns=columns,
+        nodes=put(method.c),
+        at_end=put(method.c) == 1,
+        error=None if method.error is None else put(method.error),
+        dense=None if dense is None else dense.to(device=device, dtype=dtype),
+    )
+
+
+def hermite(b: Row) -> tuple[Row, ...]:
+    """Cubic through both states with both slopes, for a method whose last stage is the end slope."""
+    rows = [[0.0, 3 * w, -2 * w] for w in b]
+    rows[0] = [p + q for p, q in zip(rows[0], (1.0, -2.0, 1.0), strict=True)]
+    rows[-1] = [p + q for p, q in zip(rows[-1], (0.0, -1.0, 1.0), strict=True)]
+    return tuple(tuple(row) for row in rows)
+
+
+def quartic(b: Row, middle: Row) -> tuple[Row, ...]:
+    """Quartic through both states with both slopes, and ``y + h sum(middle k)`` half way."""
+    rows = [
+        [0.0, -5 * w + 16 * m, 14 * w - 32 * m, -8 * w + 16 * m]
+        for w, m in zip(b, middle, strict=True)
+    ]
+    rows[0] = [p + q for p, q in zip(rows[0], (1.0, -4.0, 5.0, -2.0), strict=True)]
+    rows[-1] = [p + q for p, q in zip(rows[-1], (0.0, 1.0, -3.0, 2.0), strict=True)]
+    return tuple(tuple(row) for row in rows)
+
+
+def linear(b: Row) -> tuple[Row, ...]:
+    """Return the chord between both states."""
+    return tuple((w,) for w in b)
+
+
+def end_slope(method: Tableau) -> Tableau:
+    """Return the method with one more stage, the end slope, and the cubic dense output it allows."""
+    if method.dense is not None:
+        return method
+    if not method.fsal:
+        a, b = (*method.a, method.b), (*method.b, 0.0)
+        error = None if method.error is None else (*method.error, 0.0)
+        method = replace(method, a=a, b=b, c=(*method.c, 1.0), error=error)
+    return replace(method, dense=hermite(method.b))
+
+
+def _tsit5_dense() -> tuple[Row, ...]:
+    """Return Tsitouras (2011), section 4: ``scale theta^2 (theta^2 + u theta + v)`` and the first row apart."""
+    scale, p, q, r = (
+        -1.0530884977290216,
+        1.3299890189751412,
+        1.4364028541716351,
+        0.7139816917074209,
+    )
+    first = (scale * -p * r, scale * (r + p * q), scale * (-q - p), scale)
+    others = (
+        (0.1017, -2.1966568338249754, 1.2949852507374631),
+        (2.490627285651252793, -2.38535645472061657, 1.57803468208092486),
+        (
+            -16.54810288924490272,
+            -1.21712927295533244 - 0.61620406037800089,
+            1.21712927295533244 * 0.61620406037800089,
+        ),
+        (
+            47.37952196281928122,
+            -1.203071208372362603 - 0.658047292653547382,
+            1.203071208372362603 * 0.658047292653547382,
+        ),
+        (-34.87065786149660974, -1.2 - 2 / 3, 0.8),
+        (2.5, -1.6, 0.6),
+    )
+    return (first, *((0.0, s * v, s * u, s) for s, u, v in others))
+
+
+_DOPRI5_B = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+# Shampine's (1986) weights of order 4
+_SHAMPINE_EMBEDDED = (
+    1951 / 21600,
+    0.0,
+    22642 / 50085,
+    451 / 720,
+    -12231 / 42400,
+    649 / 6300,
+    1 / 60,
+)
+_DOPRI5_MID = (
+    6025192743 / 30085553152 / 2,
+    0.0,
+    51252292925 / 65400821598 / 2,
+    -2691868925 / 45128329728 / 2,
+    187940372067 / 1594534317056 / 2,
+    -1776094331 / 19743644256 / 2,
+    11237099 / 235043384 / 2,
+)
+_BOSH3_B = (2 / 9, 1 / 3, 4 / 9)
+_TSIT5_B = (
+    0.09646076681806523,
+    0.01,
+    0.4798896504144996,
+    1.379008574103742,
+    -3.290069515436081,
+    2.324710524099774,
+)
+
+
+def _difference(b: Row, other: Row) -> Row:
+    return tuple(p - q for p, q in zip(b, other, strict=True))
+
+
+TABLEAUS = {
+    method.name: method
+    for method in (
+        Tableau("euler", 1, ((),), (1.0,), (0.0,)),
+        Tableau("midpoint", 2, ((), (0.5,)), (0.0, 1.0), (0.0, 0.5)),
+        Tableau("heun", 2, ((), (1.0,)), (0.5, 0.5), (0.0, 1.0)),
+        # Kutta (1901): "the" method and the 3/8 rule
+        Tableau(
+            "rk4",
+            4,
+            ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+            (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+            (0.0, 0.5, 0.5, 1.0),
+        ),
+        Tableau(
+            "rk4_38",
+            4,
+            ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+            (1 / 8, 3 / 8, 3 / 8, 1 / 8),
+            (0.0, 1 / 3, 2 / 3, 1.0),
+        ),
+        # Bogacki and Shampine (1989)
+        Tableau(
+            "bosh3",
+            3,
+            ((), (1 / 2,), (0.0, 3 / 4), _BOSH3_B),
+            (*_BOSH3_B, 0.0),
+            (0.0, 1 / 2, 3 / 4, 1.0),
+            _difference((*_BOSH3_B, 0.0), (7 / 24, 1 / 4, 1 / 3, 1 / 8)),
+            hermite((*_BOSH3_B, 0.0)),
+        ),
+        # Dormand and Prince (1980), with Shampine's (1986) error weights and value half way
+        Tableau(
+            "dopri5",
+            5,
+            (
+                (),
+                (1 / 5,),
+                (3 / 40, 9 / 40),
+                (44 / 45, -56 / 15, 32 / 9),
+                (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+                (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+                _DOPRI5_B,
+            ),
+            (*_DOPRI5_B, 0.0),
+            (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+            _difference((*_DOPRI5_B, 0.0), _SHAMPINE_EMBEDDED),
+            quartic((*_DOPRI5_B, 0.0), _DOPRI5_MID),
+        ),
+        # Tsitouras (2011)
+        Tableau(
+            "tsit5",
+            5,
+            (
+                (),
+                (0.161,),
+                (-0.008480655492356989, 0.335480655492357),
+                (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
+                (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
+                (
+                    5.86145544294642,
+                    -12.92096931784711,
+                    8.159367898576159,
+                    -0.071584973281401,
+                    -0.028269050394068383,
+                ),
+                _TSIT5_B,
+            ),
+            (*_TSIT5_B, 0.0),
+            (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
+            (
+                -0.00178001105222577714,
+                -0.0008164344596567469,
+                0.007880878010261995,
+                -0.1447110071732629,
+                0.5823571654525552,
+                -0.45808210592918697,
+                1 / 66,
+            ),
+            _tsit5_dense(),
+        ),
+        # Prince and Dormand (1981), the pair of orders 8 and 7
+        Tableau(
+            "dopri8",
+            8,
+            DOPRI8_A,
+            (*DOPRI8_B, 0.0),
+            DOPRI8_C,
+            DOPRI8_ERROR,
+            quartic((*DOPRI8_B, 0.0), DOPRI8_MID),
+        ),
+    )
+}
+
+
+def tableau(method: str | Tableau) -> Tableau:
+    """Return the tableau of a method's name; raise ValueError where there is none."""
+    if isinstance(method, Tableau):
+        return method
+    if method not in TABLEAUS:
+        raise ValueError(f"method must be one of {sorted(TABLEAUS)} or a Tableau, got {method!r}")
+    return TABLEAUS[method]
