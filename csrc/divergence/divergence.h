@@ -3,8 +3,9 @@
 // to the primal and to its tangents, forward and VJP, for scalars (CUDA) and Vecs (CPU).
 //
 // A layer is  p = W h  (a matrix product, primal and K tangents stacked),  a = g p + b,
-// h' = f(a),  and for every tangent  p. = W h.,  a. = g p.,  h.' = f'(a) a. .  The field's output is
-// a last layer without f; with the probe e in the first tangent the trace is estimated by e . (J e).
+// h' = f(a),  and for every tangent  p. = W h.,  a. = g p.,  h.' = f'(a) a. .  The field's output
+// is a last layer without f; with the probe e in the first tangent the trace is estimated by e . (J
+// e).
 //
 // VJP with cotangents  q of h' and q. of h.':
 //   A. = f'(a) q.,  A = f'(a) q + f''(a) sum a. q.,
@@ -29,11 +30,11 @@ struct FieldLayer {
   const void* bias;    // [out] or [samples, out]
   const void* gate;    // the same, or null
   int64_t bias_step, gate_step;
-  bool value_kept;     // backward finds h' instead of p: tanh without a gate
-  int64_t kept;        // offset of this layer in what is kept
+  bool value_kept;  // backward finds h' instead of p: tanh without a gate
+  int64_t kept;     // offset of this layer in what is kept
   void* grad_weight;
   void* grad_bias;
-  void* grad_gate;     // or null
+  void* grad_gate;  // or null
   // the copy in cache: padded rows, and where the layer begins in `packed` and in a task's sums
   int64_t in_stride, out_stride, packed, sums;
   int64_t column;  // sum of the strides of the layers before
@@ -73,10 +74,11 @@ struct LayerArgs {
   int activation;
   bool value_kept;
   void* p;  // forward, if value_kept: h' replaces the primal
-  const void* tangents;  // of p, [probes, samples, columns], rows tangent_step apart; null: behind p
+  const void*
+      tangents;  // of p, [probes, samples, columns], rows tangent_step apart; null: behind p
   int64_t tangent_step;
-  void* s;               // h' and its tangents, or null
-  void* grad;            // backward: cotangents of h' and h.', replaced by those of p and p.
+  void* s;     // h' and its tangents, or null
+  void* grad;  // backward: cotangents of h' and h.', replaced by those of p and p.
   const void* bias;
   const void* gate;
   int64_t bias_step, gate_step;

@@ -20,7 +20,7 @@ template <class T>
 struct Tile {
   int64_t samples, rows;  // of a whole tile
   T *input, *s, *grad, *other;
-  T* products;  // of every layer
+  T* products;                             // of every layer
   T *bias, *gate, *grad_bias, *grad_gate;  // parameters of each sample, padded
   T* memory;
 
@@ -166,9 +166,7 @@ LayerArgs layer_args(const FieldArgs& a, const FieldLayer& y, int64_t n, const T
 template <class T>
 OutputArgs output_args(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n,
                        const Tile<T>& w) {
-  auto at = [](const void* p, int64_t i) {
-    return p ? const_cast<T*>(typed<T>(p)) + i : nullptr;
-  };
+  auto at = [](const void* p, int64_t i) { return p ? const_cast<T*>(typed<T>(p)) + i : nullptr; };
   OutputArgs r{};
   r.samples = n;
   r.probes = a.probes;

@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kThreads)
     v = typed<T>(a.probe.data)[k * a.probe.step_probe + n * a.probe.step_sample + j];
   } else {
     const int64_t i = flat - size;
-    const PhiloxBlock<uint32_t> b = philox_block(static_cast<uint64_t>(i / kSignBits),
-                                                 static_cast<uint64_t>(*a.probe.seed));
+    const PhiloxBlock<uint32_t> b =
+        philox_block(static_cast<uint64_t>(i / kSignBits), static_cast<uint64_t>(*a.probe.seed));
     v = static_cast<T>(sign_of(b, static_cast<int>(i % kSignBits)));
   }
   typed<T>(a.s)[flat] = v;
@@ -208,8 +208,7 @@ __global__ void __launch_bounds__(kThreads)
   const T s = a.grad_trace ? typed<T>(a.grad_trace)[i] : T(0);
   const T x = typed<T>(a.a)[flat], y = typed<T>(a.b)[flat];
   typed<T>(a.grad_a)[flat] = s * y;
-  typed<T>(a.grad_b)[flat] =
-      a.grad_norm ? s * x + T(2) * typed<T>(a.grad_norm)[i] * y : s * x;
+  typed<T>(a.grad_b)[flat] = a.grad_norm ? s * x + T(2) * typed<T>(a.grad_norm)[i] * y : s * x;
 }
 
 // ---- launches ----------------------------------------------------------------------------------
@@ -254,10 +253,10 @@ struct OnCuda {
       if (a.tangents == nullptr) a.tangents = static_cast<const T*>(a.p) + a.samples * a.stride;
       constexpr int width = 16 / sizeof(T);
       bool wide = a.columns % width == 0;
-      for (const void* p : {static_cast<const void*>(a.p), a.tangents,
-                            static_cast<const void*>(a.s), static_cast<const void*>(a.grad), a.bias,
-                            a.gate, static_cast<const void*>(a.grad_bias),
-                            static_cast<const void*>(a.grad_gate)}) {
+      for (const void* p :
+           {static_cast<const void*>(a.p), a.tangents, static_cast<const void*>(a.s),
+            static_cast<const void*>(a.grad), a.bias, a.gate, static_cast<const void*>(a.grad_bias),
+            static_cast<const void*>(a.grad_gate)}) {
         wide = wide && aligned16(p);
       }
       const int64_t packs = a.samples * a.columns / (wide ? width : 1);

@@ -37,7 +37,9 @@ inline Tensor sum_rows(const Tensor& t) {
   const int64_t rows = 0;
   return torch::stable::sum(t, Sizes(&rows, 1));
 }
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 inline const void* data_of(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
@@ -228,8 +230,8 @@ void wide_forward(const Field& f, const Tensor& kept) {
   Tensor h = input;
   for (int l = 0; l < f.args.layers; ++l) {
     const bool last = l == f.args.layers - 1;
-    Tensor p = f.args.kept && !last ? f.kept_block(kept, l)
-                                    : empty(f.x, {f.rows(), f.layers[l].out});
+    Tensor p =
+        f.args.kept && !last ? f.kept_block(kept, l) : empty(f.x, {f.rows(), f.layers[l].out});
     multiply_out(p, h, turned(f.weights[l]));
     if (last) {
       Device::output(output_args(f, p, input), false, dtype_of(f.x));
@@ -245,8 +247,7 @@ struct OwnGradients {
   Tensor bias, gate;
 
   template <class Args>
-  OwnGradients(const Field& f, const FieldLayer& y, Args& to)
-      : needed(y.bias_step || y.gate) {
+  OwnGradients(const Field& f, const FieldLayer& y, Args& to) : needed(y.bias_step || y.gate) {
     if (!needed) return;
     bias = empty(f.x, {f.args.samples, y.out});
     to.grad_bias = data_of(bias);
@@ -262,18 +263,32 @@ struct OwnGradients {
   }
 };
 
+// What a forward pass would have kept.
 template <class Device>
-void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
+Tensor products_again(const Field& f, const Tensor& input) {
+  const Tensor kept = empty(f.x, {f.kept_size});
+  Tensor h = input;
+  for (int l = 0; l < f.args.layers - 1; ++l) {
+    Tensor p = f.kept_block(kept, l);
+    multiply_out(p, h, turned(f.weights[l]));
+    h = activated<Device>(f, l, p, kLayerForward);
+  }
+  return kept;
+}
+
+template <class Device>
+void wide_backward(Field& f, Tensor kept, FieldGradients& to) {
   const FieldArgs& a = f.args;
   const DType dtype = dtype_of(f.x);
   const Tensor input = stacked_input<Device>(f);
+  if (f.args.kept == nullptr) kept = products_again<Device>(f, input);
   int l = a.layers - 1;
   Tensor grad = empty(f.x, {f.rows(), a.features});
   const bool again = a.grad_norm || f.last().gate;
   Tensor p = empty(f.x, {again ? f.rows() : 0, a.features});
   if (again) {
-    const Tensor h = l ? activated<Device>(f, l - 1, f.kept_block(kept, l - 1), kLayerRestore)
-                       : input;
+    const Tensor h =
+        l ? activated<Device>(f, l - 1, f.kept_block(kept, l - 1), kLayerRestore) : input;
     multiply_out(p, h, turned(f.weights[l]));
   }
   auto gate_of = [&](int layer) { return f.gates.empty() ? nullptr : &to.gates[layer]; };

@@ -61,8 +61,8 @@ void layer_forward(const LayerArgs& a, int64_t first, int64_t last) {
       const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
       T* const at = p + i * stride + j;
       const V pre = get(at, m);
-      const Curve<V> c = kRestore ? curve_of_kept<kKind>(pre, b, g, value_kept)
-                                  : curve_at<kKind>(g * pre + b);
+      const Curve<V> c =
+          kRestore ? curve_of_kept<kKind>(pre, b, g, value_kept) : curve_at<kKind>(g * pre + b);
       if (!kRestore && value_kept) put(c.value, at, m);
       put(c.value, s + i * stride + j, m);
       for (int64_t k = 0; k < probes; ++k) {
@@ -93,7 +93,8 @@ void layer_backward(const LayerArgs& a, int64_t first, int64_t last) {
       V crossed = T(0), of_gate = T(0);
       for (int64_t k = 0; k < probes; ++k) {
         const int64_t at = ((k + 1) * samples + i) * stride + j;
-        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m), q = get(grad + at, m);
+        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m),
+                q = get(grad + at, m);
         const V moved = g * t, A = c.slope * q;
         crossed += moved * q;
         of_gate += A * t;

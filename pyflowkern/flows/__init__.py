@@ -2,7 +2,18 @@
 
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
+from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousBijection, ContinuousTerms
 from pyflowkern.flows.glow import Glow
 from pyflowkern.flows.realnvp import RealNVP
 
-__all__ = ["Flow", "FlowDistribution", "Glow", "RealNVP", "StandardNormal"]
+__all__ = [
+    "CNF",
+    "FFJORD",
+    "ContinuousBijection",
+    "ContinuousTerms",
+    "Flow",
+    "FlowDistribution",
+    "Glow",
+    "RealNVP",
+    "StandardNormal",
+]

@@ -2,6 +2,7 @@ r"""Vector fields :math:`f(t, x)` that know their divergence."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -193,7 +194,7 @@ class VectorFieldMLP(torch.nn.Module):
         if time not in TIMES:
             raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
         self.dims, self.hidden, self.activation, self.time = dims, tuple(hidden), activation, time
-        pairs = list(zip(sizes, sizes[1:], strict=False))
+        pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairs)
         # of every layer: "concat" the column of t, "concatsquash" slope and offset of the gate's
         # argument, and the slope of the bias
@@ -280,8 +281,8 @@ class VectorFieldMLP(torch.nn.Module):
 
     def _at(self, t: Tensor | float, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return weights, biases and gates at a time."""
-        weights = [layer.weight for layer in self.layers]  # type: ignore[misc]
-        biases = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers]
         work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))  # type: ignore[arg-type]
         if work != weights[0].dtype:
             weights, biases = [w.to(work) for w in weights], [b.to(work) for b in biases]
@@ -294,7 +295,7 @@ class VectorFieldMLP(torch.nn.Module):
                 weights,
                 [b + time * p[0].to(work) for b, p in zip(biases, self.times, strict=True)],
                 [],
-            )  # type: ignore[return-value, operator]
+            )  # type: ignore[return-value]
         gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in self.times]
         shifted = [
             torch.addcmul(time * p[2], g, b)  # type: ignore[arg-type]

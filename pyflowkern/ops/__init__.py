@@ -1,13 +1,13 @@
 """Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
 
 from pyflowkern import _library
+from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.actnorm import (
     actnorm,
     actnorm_reference,
     channel_moments,
     channel_moments_reference,
 )
-from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.affine import (
     affine,
     affine_coupling,

@@ -17,14 +17,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._probe import as_probe, expand_probe
+from pyflowkern.ops._field_autograd import IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
+from pyflowkern.ops._field_reference import (
+    ACTIVATIONS,
+    activation_and_slope,
+    coupling_of,
+    exact_reference,
+    hutchinson_trace_reference,
+    stacked_reference,
+)
+from pyflowkern.ops._probe import as_probe
 from pyflowkern.ops._registry import (
     accumulation_dtype,
     cast,
@@ -32,8 +39,6 @@ from pyflowkern.ops._registry import (
     check_same_device,
     check_shape,
     full_precision,
-    gradient_of_reference,
-    register,
 )
 
 __all__ = [
@@ -45,8 +50,6 @@ __all__ = [
     "hutchinson_trace_reference",
 ]
 
-ACTIVATIONS = ("tanh", "softplus", "silu", "gelu")
-_KEEP, _IN_CACHE, _NORM = 1, 2, 4
 #: Layers up to this size go through the CPU's caches in one op; wider ones are left to BLAS.
 _MOST_IN_CACHE = 128
 
@@ -134,11 +137,11 @@ def evaluate_field(
         return cast(y, x.dtype), divergence
     if _use_reference(inputs[0], e, layers):
         with full_precision(x):
-            y, trace, norm = _stacked_reference(*inputs, activation, regularizers)
+            y, trace, norm = stacked_reference(*inputs, activation, regularizers)
     else:
         flags = _flags(inputs[0], layers, regularizers)
         kind = ACTIVATIONS.index(activation)
-        y, trace, norm, _ = _field_op(*inputs[:3], *map(list, layers), kind, flags)
+        y, trace, norm, _ = field_op(*inputs[:3], *map(list, layers), kind, flags)
     return _results(x, y, trace, norm, method, per_probe, regularizers)
 
 
@@ -180,25 +183,11 @@ def hutchinson_trace(
         trace, norm = hutchinson_trace_reference(e, je)
     else:
         rows = (e.shape[0], math.prod(e.shape[1:]))
-        trace, norm = _trace_op(cast(e, work).reshape(rows), cast(je, work).reshape(rows))
+        trace, norm = trace_op(cast(e, work).reshape(rows), cast(je, work).reshape(rows))
     return (trace, norm) if with_norm else trace
 
 
 # --- references ----------------------------------------------------------------------------------
-
-
-def activation_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return an activation and its derivative, both differentiable by autograd to any order."""
-    if activation == "tanh":
-        h = torch.tanh(a)
-        return h, 1 - h * h
-    if activation == "softplus":  # torch's own is linear from 20 on
-        return -F.logsigmoid(-a), torch.sigmoid(a)
-    if activation == "silu":
-        q = torch.sigmoid(a)
-        return a * q, q * (1 + a * torch.sigmoid(-a))
-    cdf = 0.5 * torch.erfc(-a * 0.5**0.5)
-    return a * cdf, cdf + a * torch.exp(-0.5 * a * a) * 0.39894228040143267794
 
 
 def field_divergence_reference(
@@ -218,64 +207,8 @@ def field_divergence_reference(
     work, gates = _check_field(x, weights, biases, gates, activation)
     e, probes = _probe_of(method, probe, probes, x, work)
     layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)
-    y, trace, norm = _stacked_reference(
-        cast(x, work), e, probes, *layers, activation, regularizers
-    )
+    y, trace, norm = stacked_reference(cast(x, work), e, probes, *layers, activation, regularizers)
     return _results(x, y, trace, norm, method, per_probe, regularizers)
-
-
-def _stacked_reference(
-    x: Tensor,
-    probe: Tensor,
-    probes: int,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    activation: str,
-    with_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``y``, the traces ``[K, N]`` and the norms ``[K, N]`` (``[0, N]`` if not wanted)."""
-    e = expand_probe(probe, probes, x)
-    h, tangent = x, e
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        h, tangent = h @ weight.t(), tangent @ weight.t()
-        if gates:
-            h, tangent = gates[i] * h, gates[i] * tangent
-        h = h + bias
-        if i < len(weights) - 1:
-            h, slope = activation_and_slope(h, activation)
-            tangent = slope * tangent
-    norm = tangent.square().sum(-1)
-    return h, (e * tangent).sum(-1), norm if with_norm else norm[:0]
-
-
-def _exact_reference(
-    x: Tensor,
-    coupling: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Return ``y`` and the trace of a field with one or two hidden layers."""
-    h, slopes = x, []
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        h = h @ weight.t()
-        h = (gates[i] * h if gates else h) + bias
-        if i < len(weights) - 1:
-            h, slope = activation_and_slope(h, activation)
-            slopes.append(gates[i] * slope if gates else slope)
-    if len(slopes) == 1:
-        return h, slopes[0] @ coupling
-    return h, (slopes[1] * (slopes[0] @ coupling.t())).sum(1)
-
-
-def hutchinson_trace_reference(e: Tensor, je: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the trace and the norm of :func:`hutchinson_trace` in plain PyTorch."""
-    work = accumulation_dtype(torch.promote_types(e.dtype, je.dtype))
-    rows = (e.shape[0], math.prod(e.shape[1:]))
-    a, b = e.to(work).reshape(rows), je.to(work).reshape(rows)
-    return (a * b).sum(1), b.square().sum(1)
 
 
 # --- argument checks -----------------------------------------------------------------------------
@@ -367,15 +300,12 @@ def _exact(x: Tensor, layers: Field, activation: str) -> tuple[Tensor, Tensor]:
     with full_precision(x):
         if gates:
             last = gates[-1].unsqueeze(1) * last
-        if len(weights) == 2:
-            coupling = (last.t() * weights[0]).sum(1)
-        else:
-            coupling = weights[1] * (last.t() @ weights[0].t())
+        coupling = coupling_of(weights, last)
         if not kernel_serves("field_exact", x, coupling, *weights, *biases, *gates):
-            return _exact_reference(x, coupling, *layers, activation)
+            return exact_reference(x, coupling, *layers, activation)
     ones = x.new_ones(max(w.shape[0] for w in weights))
     kind = ACTIVATIONS.index(activation)
-    found: tuple[Tensor, ...] = _exact_op(x, coupling, ones, *map(list, layers), kind)
+    found: tuple[Tensor, ...] = exact_op(x, coupling, ones, *map(list, layers), kind)
     return found[0], found[1]
 
 
@@ -387,7 +317,7 @@ def _flags(x: Tensor, layers: Field, with_norm: bool) -> int:
     )
     in_cache = x.device.type == "cpu" and widest <= _MOST_IN_CACHE
     # in cache the backward pass computes the products again: a third more, and nothing is kept
-    return _KEEP * (keep and not in_cache) + _IN_CACHE * in_cache + _NORM * with_norm
+    return KEEP * (keep and not in_cache) + IN_CACHE * in_cache + NORM * with_norm
 
 
 def _results(
@@ -408,226 +338,3 @@ def _results(
     if not regularizers:
         return cast(y, x.dtype), divergence
     return cast(y, x.dtype), divergence, y.square().sum(1), joined(norm)
-
-
-# --- schema, fake, autograd ----------------------------------------------------------------------
-
-
-def _field_fake(
-    x: Tensor,
-    probe: Tensor,
-    probes: int,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    gates: list[Tensor],
-    activation: int,
-    flags: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = x.shape[0]
-    kept = sum((1 + probes) * n * w.shape[0] for w in weights[:-1]) if flags & _KEEP else 0
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(probes, n),
-        x.new_empty(probes if flags & _NORM else 0, n),
-        x.new_empty(kept),
-    )
-
-
-def _field_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, probe, ctx.probes, weights, biases, gates, ctx.activation, ctx.flags = inputs
-    ctx.layers = len(weights)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, probe, output[3], *weights, *biases, *gates)
-
-
-def _field_backward(
-    ctx: Any,
-    grad_y: Tensor | None,
-    grad_trace: Tensor | None,
-    grad_norm: Tensor | None,
-    _: Tensor | None,
-) -> tuple[Any, ...]:
-    x, probe, kept, *parameters = ctx.saved_tensors
-    n = ctx.layers
-    weights, biases, gates = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
-    if grad_norm is not None and not ctx.flags & _NORM:
-        grad_norm = None
-    if torch.is_grad_enabled():
-        activation, norm = ACTIVATIONS[ctx.activation], bool(ctx.flags & _NORM)
-
-        def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
-            layers = p[:n], p[n : 2 * n], p[2 * n :]
-            return _stacked_reference(x, probe, ctx.probes, *layers, activation, norm)
-
-        found = gradient_of_reference(
-            forward,
-            (x, *parameters),
-            _filled(forward, x, parameters, grad_y, grad_trace, grad_norm),
-        )
-        grad_x, grads = found[0], found[1:]
-        return grad_x, None, None, grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
-    grad_x, *lists = _field_backward_op(
-        grad_y,
-        grad_trace,
-        grad_norm,
-        x,
-        probe,
-        ctx.probes,
-        weights,
-        biases,
-        gates,
-        kept,
-        ctx.activation,
-        ctx.flags,
-    )
-    return (grad_x, None, None, *lists, None, None)
-
-
-def _filled(
-    forward: Any, x: Tensor, parameters: Sequence[Tensor], *grads: Tensor | None
-) -> list[Tensor]:
-    """Return the output gradients with zeros where there are none."""
-    if all(g is not None for g in grads):
-        return [g for g in grads if g is not None]
-    with torch.no_grad():
-        outputs = forward(x, *parameters)
-    return [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
-
-
-def _field_backward_fake(
-    grad_y: Tensor | None,
-    grad_trace: Tensor | None,
-    grad_norm: Tensor | None,
-    x: Tensor,
-    probe: Tensor,
-    probes: int,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    gates: list[Tensor],
-    kept: Tensor,
-    activation: int,
-    flags: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    def like(tensors: list[Tensor]) -> list[Tensor]:
-        return [t.new_empty(t.shape) for t in tensors]
-
-    return x.new_empty(x.shape), like(weights), like(biases), like(gates)
-
-
-# probe: [probes, N or 1, D], or the seed of signs; the last result is what is kept for the backward
-# pass, the products of all layers but the last
-_field_op = register(
-    "field_divergence(Tensor x, Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, "
-    "Tensor[] gates, int activation, int flags) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_field_fake,
-    backward=_field_backward,
-    setup_context=_field_setup,
-)
-_field_backward_op = register(
-    "field_divergence_backward(Tensor? grad_y, Tensor? grad_trace, Tensor? grad_norm, Tensor x, "
-    "Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, "
-    "int activation, int flags) -> (Tensor, Tensor[], Tensor[], Tensor[])",
-    fake=_field_backward_fake,
-)
-
-
-def _exact_fake(
-    x: Tensor,
-    coupling: Tensor,
-    ones: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    gates: list[Tensor],
-    activation: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = [w.shape[0] for w in weights[:-1]]
-    kept = x.shape[0] * (sum(sizes) + sum(sizes[1:]))
-    return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(kept)
-
-
-def _exact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, coupling, ones, weights, biases, gates, ctx.activation = inputs
-    ctx.layers = len(weights)
-    ctx.save_for_backward(x, coupling, ones, output[2], *weights, *biases, *gates)
-    ctx.set_materialize_grads(False)
-
-
-def _exact_backward(
-    ctx: Any, grad_y: Tensor | None, grad_trace: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
-    x, coupling, ones, kept, *parameters = ctx.saved_tensors
-    n = ctx.layers
-    lists = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    grad_trace = x.new_zeros(x.shape[0]) if grad_trace is None else grad_trace
-    if torch.is_grad_enabled():
-
-        def forward(x: Tensor, m: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
-            layers = p[:n], p[n : 2 * n], p[2 * n :]
-            return _exact_reference(x, m, *layers, ACTIVATIONS[ctx.activation])
-
-        found = gradient_of_reference(forward, (x, coupling, *parameters), (grad_y, grad_trace))
-        grads = found[2:]
-        return *found[:2], None, grads[:n], grads[n : 2 * n], grads[2 * n :], None
-    grad_x, grad_m, *grad_lists = _exact_backward_op(
-        grad_y, grad_trace, x, coupling, ones, *lists, kept, ctx.activation
-    )
-    return grad_x, grad_m, None, *grad_lists, None
-
-
-def _exact_backward_fake(
-    grad_y: Tensor,
-    grad_trace: Tensor,
-    x: Tensor,
-    coupling: Tensor,
-    ones: Tensor,
-    *lists: Any,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    weights, biases, gates = ([t.new_empty(t.shape) for t in part] for part in lists[:3])
-    return x.new_empty(x.shape), coupling.new_empty(coupling.shape), weights, biases, gates
-
-
-# ones: as many as the widest layer has outputs
-_exact_op = register(
-    "field_exact(Tensor x, Tensor coupling, Tensor ones, Tensor[] weights, Tensor[] biases, "
-    "Tensor[] gates, int activation) -> (Tensor, Tensor, Tensor)",
-    fake=_exact_fake,
-    backward=_exact_backward,
-    setup_context=_exact_setup,
-)
-_exact_backward_op = register(
-    "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor coupling, "
-    "Tensor ones, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, int activation)"
-    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
-    fake=_exact_backward_fake,
-)
-
-
-def _trace_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
-
-
-def _trace_backward(
-    ctx: Any, grad_trace: Tensor | None, grad_norm: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    e, je = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        zero = e.new_zeros(e.shape[0])
-        grads = [zero if g is None else g for g in (grad_trace, grad_norm)]
-        return tuple(gradient_of_reference(hutchinson_trace_reference, (e, je), grads))
-    found: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, e, je)
-    return found
-
-
-_trace_op = register(
-    "hutchinson_trace(Tensor e, Tensor je) -> (Tensor, Tensor)",
-    fake=lambda e, je: (e.new_empty(e.shape[0]), e.new_empty(e.shape[0])),
-    backward=_trace_backward,
-    setup_context=_trace_setup,
-)
-_trace_backward_op = register(
-    "hutchinson_trace_backward(Tensor? grad_trace, Tensor? grad_norm, Tensor e, Tensor je)"
-    " -> (Tensor, Tensor)",
-    fake=lambda t, n, e, je: (torch.empty_like(e), torch.empty_like(je)),
-)
