@@ -30,8 +30,8 @@ struct FieldLayer {
   const void* bias;    // [out] or [samples, out]
   const void* gate;    // the same, or null
   int64_t bias_step, gate_step;
-  bool value_kept;  // backward finds h' instead of p: tanh without a gate
-  int64_t kept;     // offset of this layer in what is kept
+  bool value_kept;  // backward may find h' instead of p: tanh without a gate
+  int64_t kept;     // offset of this layer in what is kept, or -1
   void* grad_weight;
   void* grad_bias;
   void* grad_gate;  // or null
@@ -67,6 +67,16 @@ struct FieldArgs {
   void* sums;          // [tasks, sums_size]: gradients of shared parameters
   int64_t sums_size, task, first_task;
 };
+
+// Whether the backward pass, having the products of layer l computed again where they were not
+// kept, goes on to activate it: the next layer is computed again, too.
+inline bool continues(const FieldArgs& a, int l) {
+  return l + 1 < a.layers - 1 && a.layer[l + 1].kept < 0;
+}
+// Whether it then has h' in place of p.
+inline bool has_value(const FieldArgs& a, int l) {
+  return a.layer[l].value_kept && (a.layer[l].kept >= 0 || continues(a, l));
+}
 
 // The elementwise part of one layer, over rows [(1 + probes) samples, columns].
 struct LayerArgs {

@@ -103,7 +103,7 @@ void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
 template <class T>
 void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, T* tile,
                bool load) {
-  if (a.kept == nullptr) return;
+  if (a.kept == nullptr || y.kept < 0) return;
   for (int64_t k = 0; k <= a.probes; ++k) {
     T* kept = typed<T>(a.kept) + y.kept + (k * a.samples + first) * y.out;
     T* rows = tile + k * n * y.out_stride;
@@ -192,58 +192,68 @@ void multiply(const T* left, int64_t left_stride, const T* right, int64_t right_
           false);
 }
 
-// All layers of a tile but the last; leaves their products, and in w.s what goes into the last.
+// Of all samples of a tile, from h in rows of its stride.
 template <class T>
-const T* hidden_layers(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
-  const T* h = w.input;
-  for (int l = 0; l < a.layers - 1; ++l) {
-    const FieldLayer& y = a.layer[l];
-    multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out,
-                y.in, w.product(y), y.out_stride);
-    LayerArgs r = layer_args(a, y, n, w);
-    set_parameters(a, y, first, n, w, r, 0);
-    layer_function<T>(a.activation, kForward)(r, 0, n);
-    h = w.s;
-  }
-  return h;
-}
-
-template <class T>
-void last_product(const FieldArgs& a, Tile<T>& w, const T* h, int64_t n) {
-  const FieldLayer& y = a.layer[a.layers - 1];
+void product_tile(const FieldArgs& a, Tile<T>& w, int l, const T* h, int64_t n) {
+  const FieldLayer& y = a.layer[l];
   multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out, y.in,
               w.product(y), y.out_stride);
+}
+
+// From the products of a layer to w.s.
+template <class T>
+const T* activate_tile(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int64_t n,
+                       LayerPass pass) {
+  const FieldLayer& y = a.layer[l];
+  LayerArgs r = layer_args(a, y, n, w);
+  if (pass == kRestored) r.value_kept = has_value(a, l);
+  set_parameters(a, y, first, n, w, r, 0);
+  layer_function<T>(a.activation, pass)(r, 0, n);
+  return w.s;
 }
 
 template <class T>
 void forward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
   stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
                 a.layer[0].in_stride, n);
-  last_product(a, w, hidden_layers(a, w, first, n), n);
-  const FieldLayer& y = a.layer[a.layers - 1];
-  OutputArgs o = output_args(a, y, first, n, w);
-  set_parameters(a, y, first, n, w, o, 0);
-  output_forward<T>(o, 0, n);
-  for (int l = 0; l < a.layers - 1; ++l) {
+  const T* h = w.input;
+  const int last = a.layers - 1;
+  for (int l = 0; l < last; ++l) {
+    product_tile(a, w, l, h, n);
+    h = activate_tile(a, w, l, first, n, kForward);
     move_kept(a, a.layer[l], first, n, w.product(a.layer[l]), false);
+  }
+  product_tile(a, w, last, h, n);
+  OutputArgs o = output_args(a, a.layer[last], first, n, w);
+  set_parameters(a, a.layer[last], first, n, w, o, 0);
+  output_forward<T>(o, 0, n);
+}
+
+// The products of all hidden layers: what was kept, and what was not computed again.
+template <class T>
+void products_of_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
+  const T* h = w.input;
+  for (int l = 0; l < a.layers - 1; ++l) {
+    const FieldLayer& y = a.layer[l];
+    if (y.kept < 0) {
+      product_tile(a, w, l, h, n);
+    } else {
+      move_kept(a, y, first, n, w.product(y), true);
+    }
+    if (continues(a, l)) {
+      h = activate_tile(a, w, l, first, n, y.kept < 0 ? kForward : kRestored);
+    }
   }
 }
 
 // Cotangents of the last product, in w.grad; where they depend on its result it is computed again.
 template <class T>
-void output_tile(const FieldArgs& a, Tile<T>& w, const T* h, int64_t first, int64_t n,
-                 int64_t task) {
+void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task) {
   const FieldLayer& y = a.layer[a.layers - 1];
   OutputArgs o = output_args(a, y, first, n, w);
   if (a.grad_norm || y.gate) {
-    if (h == nullptr) {
-      const FieldLayer& below = a.layer[a.layers - 2];
-      LayerArgs r = layer_args(a, below, n, w);
-      set_parameters(a, below, first, n, w, r, task);
-      layer_function<T>(a.activation, kRestored)(r, 0, n);
-      h = w.s;
-    }
-    last_product(a, w, h, n);
+    const int l = a.layers - 1;
+    product_tile(a, w, l, l ? activate_tile(a, w, l - 1, first, n, kRestored) : w.input, n);
   }
   set_parameters(a, y, first, n, w, o, task);
   output_backward<T>(o, 0, n);
@@ -255,18 +265,11 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
   const int64_t rows = n * (1 + a.probes);
   stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
                 a.layer[0].in_stride, n);
-  const T* h = a.layers == 1 ? w.input : nullptr;
-  if (a.kept == nullptr) {
-    h = hidden_layers(a, w, first, n);
-  } else {
-    for (int l = 0; l < a.layers - 1; ++l) {
-      move_kept(a, a.layer[l], first, n, w.product(a.layer[l]), true);
-    }
-  }
-  output_tile(a, w, h, first, n, task);
+  products_of_tile(a, w, first, n);
+  output_tile(a, w, first, n, task);
   for (int l = a.layers - 1; l >= 0; --l) {
     const FieldLayer& y = a.layer[l];
-    h = w.input;
+    const T* h = w.input;
     const T* weight = Packed<T>(a, y).weight;
     if (l > 0) {
       const FieldLayer& below = a.layer[l - 1];
@@ -274,6 +277,7 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
                   y.in_stride);
       LayerArgs r = layer_args(a, below, n, w);
       r.grad = w.other;
+      r.value_kept = has_value(a, l - 1);
       set_parameters(a, below, first, n, w, r, task);
       layer_function<T>(a.activation, kBackward)(r, 0, n);
       store_own_gradients(below, first, n, w);

@@ -89,6 +89,11 @@ struct Field {
   int64_t rows() const { return args.samples * (1 + args.probes); }
   FieldLayer& last() { return layers.back(); }
 
+  // Nothing was kept: the backward pass computes everything again.
+  void forget() {
+    for (FieldLayer& y : layers) y.kept = -1;
+  }
+
   // The block of a layer in what is kept, [rows, out].
   Tensor kept_block(const Tensor& kept, int l) const {
     const FieldLayer& y = layers[l];
@@ -116,8 +121,11 @@ struct Field {
       y.gate_step = gates[l].dim() == 2 ? y.out : 0;
     }
     y.value_kept = !last && args.activation == kActTanh && y.gate == nullptr;
-    y.kept = kept_size;
-    if (!last) kept_size += rows() * y.out;
+    // every second layer from the last, which the others follow from with one product; a first
+    // layer of few inputs costs next to nothing
+    const bool keep = !last && (args.layers - l) % 2 == 0 && (l > 0 || y.in >= y.out);
+    y.kept = keep ? kept_size : -1;
+    if (keep) kept_size += rows() * y.out;
     y.in_stride = padded(y.in);
     y.out_stride = padded(y.out);
     const int64_t shared = y.out * y.in_stride + 2 * y.out_stride;
@@ -220,6 +228,7 @@ Tensor activated(const Field& f, int l, const Tensor& p, LayerStep step) {
   Tensor s = empty(f.x, {f.rows(), f.layers[l].out});
   LayerArgs r = layer_args(f, l, p);
   r.s = data_of(s);
+  if (step == kLayerRestore) r.value_kept = has_value(f.args, l);
   Device::layer(r, step, dtype_of(f.x));
   return s;
 }
@@ -230,8 +239,8 @@ void wide_forward(const Field& f, const Tensor& kept) {
   Tensor h = input;
   for (int l = 0; l < f.args.layers; ++l) {
     const bool last = l == f.args.layers - 1;
-    Tensor p =
-        f.args.kept && !last ? f.kept_block(kept, l) : empty(f.x, {f.rows(), f.layers[l].out});
+    Tensor p = f.args.kept && f.layers[l].kept >= 0 ? f.kept_block(kept, l)
+                                                    : empty(f.x, {f.rows(), f.layers[l].out});
     multiply_out(p, h, turned(f.weights[l]));
     if (last) {
       Device::output(output_args(f, p, input), false, dtype_of(f.x));
@@ -263,32 +272,35 @@ struct OwnGradients {
   }
 };
 
-// What a forward pass would have kept.
+// The products of all hidden layers: what was kept, and what was not computed again.
 template <class Device>
-Tensor products_again(const Field& f, const Tensor& input) {
-  const Tensor kept = empty(f.x, {f.kept_size});
+Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
+  Tensors found;
   Tensor h = input;
   for (int l = 0; l < f.args.layers - 1; ++l) {
-    Tensor p = f.kept_block(kept, l);
-    multiply_out(p, h, turned(f.weights[l]));
-    h = activated<Device>(f, l, p, kLayerForward);
+    const FieldLayer& y = f.layers[l];
+    Tensor p = y.kept < 0 ? empty(f.x, {f.rows(), y.out}) : f.kept_block(kept, l);
+    if (y.kept < 0) multiply_out(p, h, turned(f.weights[l]));
+    if (continues(f.args, l)) {
+      h = activated<Device>(f, l, p, y.kept < 0 ? kLayerForward : kLayerRestore);
+    }
+    found.push_back(p);
   }
-  return kept;
+  return found;
 }
 
 template <class Device>
-void wide_backward(Field& f, Tensor kept, FieldGradients& to) {
+void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   const FieldArgs& a = f.args;
   const DType dtype = dtype_of(f.x);
   const Tensor input = stacked_input<Device>(f);
-  if (f.args.kept == nullptr) kept = products_again<Device>(f, input);
+  Tensors products = wide_products<Device>(f, kept, input);
   int l = a.layers - 1;
   Tensor grad = empty(f.x, {f.rows(), a.features});
   const bool again = a.grad_norm || f.last().gate;
   Tensor p = empty(f.x, {again ? f.rows() : 0, a.features});
   if (again) {
-    const Tensor h =
-        l ? activated<Device>(f, l - 1, f.kept_block(kept, l - 1), kLayerRestore) : input;
+    const Tensor h = l ? activated<Device>(f, l - 1, products[l - 1], kLayerRestore) : input;
     multiply_out(p, h, turned(f.weights[l]));
   }
   auto gate_of = [&](int layer) { return f.gates.empty() ? nullptr : &to.gates[layer]; };
@@ -308,7 +320,8 @@ void wide_backward(Field& f, Tensor kept, FieldGradients& to) {
     Tensor below_grad = empty(f.x, {f.rows(), below.out});
     h = empty(f.x, {f.rows(), below.out});
     multiply_out(below_grad, grad, f.weights[l]);
-    LayerArgs r = layer_args(f, l - 1, f.kept_block(kept, l - 1));
+    LayerArgs r = layer_args(f, l - 1, products[l - 1]);
+    r.value_kept = has_value(a, l - 1);
     r.grad = data_of(below_grad);
     r.s = data_of(h);
     OwnGradients mine(f, below, r);

@@ -37,7 +37,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> field_backward(
   f.args.grad_y = data_of(gy);
   f.args.grad_trace = data_of(gt);
   f.args.grad_norm = data_of(gn);
-  f.args.kept = kept.numel() ? data_of(kept) : nullptr;
+  f.args.kept = data_of(kept);
+  if (kept.numel() != f.kept_size) f.forget();
   kRun(f, kept, to);
   return {to.x, to.weights, to.biases, to.gates};
 }
@@ -93,6 +94,11 @@ struct Exact : Field {
         n(args.samples),
         hidden(args.layers - 1) {
     args.probe = {};
+    kept_size = 0;
+    for (FieldLayer& y : layers) {
+      y.kept = kept_size;
+      kept_size += &y == &layers.back() ? 0 : n * y.out;
+    }
   }
 
   Tensor block(const Tensor& kept, int64_t at, int64_t columns) const {

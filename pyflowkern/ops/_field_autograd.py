@@ -21,6 +21,16 @@ __all__ = ["IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
 KEEP, IN_CACHE, NORM = 1, 2, 4
 
 
+def _kept_columns(weights: Sequence[Tensor]) -> int:
+    """Return the columns that a forward keeps for its backward: of every second layer from the last."""
+    count = len(weights)
+    return sum(
+        w.shape[0]
+        for i, w in enumerate(weights[:-1])
+        if (count - i) % 2 == 0 and (i > 0 or w.shape[1] >= w.shape[0])
+    )
+
+
 def _field_fake(
     x: Tensor,
     probe: Tensor,
@@ -32,7 +42,7 @@ def _field_fake(
     flags: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = x.shape[0]
-    kept = sum((1 + probes) * n * w.shape[0] for w in weights[:-1]) if flags & KEEP else 0
+    kept = (1 + probes) * n * _kept_columns(weights) if flags & KEEP else 0
     return (
         x.new_empty(x.shape),
         x.new_empty(probes, n),
@@ -123,7 +133,7 @@ def _field_backward_fake(
 
 
 # probe: [probes, N or 1, D], or the seed of signs; the last result is what is kept for the backward
-# pass, the products of all layers but the last
+# pass, which computes the rest again
 field_op = register(
     "field_divergence(Tensor x, Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, "
     "Tensor[] gates, int activation, int flags) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -316,8 +316,7 @@ def _flags(x: Tensor, layers: Field, with_norm: bool) -> int:
         x.requires_grad or any(t.requires_grad for t in (*weights, *biases, *gates))
     )
     in_cache = x.device.type == "cpu" and widest <= _MOST_IN_CACHE
-    # in cache the backward pass computes the products again: a third more, and nothing is kept
-    return KEEP * (keep and not in_cache) + IN_CACHE * in_cache + NORM * with_norm
+    return KEEP * keep + IN_CACHE * in_cache + NORM * with_norm
 
 
 def _results(
