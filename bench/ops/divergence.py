@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def make_inputs(n: int, dims: Sequence[int]) -> Callable[..., Inputs]:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         found = {"x": normal(n, dims[0]), "probe": normal(n, dims[0]).sign()}
-        for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(dims)):
             found |= {f"w{i}": normal(b, a) / a**0.5, f"b{i}": normal(b)}
         return found
 

@@ -226,7 +226,7 @@ void forward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
   product_tile(a, w, last, h, n);
   OutputArgs o = output_args(a, a.layer[last], first, n, w);
   set_parameters(a, a.layer[last], first, n, w, o, 0);
-  output_forward<T>(o, 0, n);
+  output_forward<true, T>(o, 0, n);
 }
 
 // The products of all hidden layers: what was kept, and what was not computed again.
@@ -256,7 +256,7 @@ void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64
     product_tile(a, w, l, l ? activate_tile(a, w, l - 1, first, n, kRestored) : w.input, n);
   }
   set_parameters(a, y, first, n, w, o, task);
-  output_backward<T>(o, 0, n);
+  output_backward<true, T>(o, 0, n);
   store_own_gradients(y, first, n, w);
 }
 

@@ -47,9 +47,11 @@ void field_layer(const LayerArgs& a, int pass, bool wide, int64_t begin, int64_t
 }
 void field_output(const OutputArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {
   if (wide) {
-    backward ? output_backward<double>(a, begin, end) : output_forward<double>(a, begin, end);
+    backward ? output_backward<false, double>(a, begin, end)
+             : output_forward<false, double>(a, begin, end);
   } else {
-    backward ? output_backward<float>(a, begin, end) : output_forward<float>(a, begin, end);
+    backward ? output_backward<false, float>(a, begin, end)
+             : output_forward<false, float>(a, begin, end);
   }
 }
 void field_row_dot(const RowDotArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {

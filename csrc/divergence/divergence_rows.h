@@ -128,7 +128,17 @@ LayerFunction layer_function(int activation, LayerPass pass) {
 }
 
 // ---- the output --------------------------------------------------------------------------------
-template <class T>
+// kPadded: rows of p, e, grad, bias and gate may be read and written in whole vectors.
+template <bool kPadded, class T>
+PFK_HD Vec<T> get_padded(const T* p, int m) {
+  return kPadded ? Vec<T>::load(p) : get(p, m);
+}
+template <bool kPadded, class T>
+PFK_HD void put_padded(Vec<T> v, T* p, int m) {
+  kPadded ? v.store(p) : put(v, p, m);
+}
+
+template <bool kPadded, class T>
 void output_forward(const OutputArgs& a, int64_t first, int64_t last) {
   using V = Vec<T>;
   const T* const p = typed<T>(a.p);
@@ -137,10 +147,11 @@ void output_forward(const OutputArgs& a, int64_t first, int64_t last) {
   const T* const gate = typed<T>(a.gate);
   for (int64_t i = first; i < last; ++i) {
     auto gate_at = [&](int64_t j, int m) {
-      return gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
+      return gate ? get_padded<kPadded>(gate + i * a.gate_step + j, m) : V(T(1));
     };
     each_vector<T>(a.features, [&](int64_t j, int m) {
-      const V y = gate_at(j, m) * get(p + i * a.stride + j, m) + get(bias + i * a.bias_step + j, m);
+      const V y = gate_at(j, m) * get_padded<kPadded>(p + i * a.stride + j, m) +
+                  get_padded<kPadded>(bias + i * a.bias_step + j, m);
       put(y, typed<T>(a.y) + i * a.features + j, m);
     });
     for (int64_t k = 0; k < a.probes; ++k) {
@@ -148,8 +159,8 @@ void output_forward(const OutputArgs& a, int64_t first, int64_t last) {
       const int64_t at = k * a.trace_step + i;
       V trace = T(0), norm = T(0);
       each_vector<T>(a.features, [&](int64_t j, int m) {
-        const V je = gate_at(j, m) * get(p + row + j, m);
-        trace += je * get(e + row + j, m);
+        const V je = gate_at(j, m) * get_padded<kPadded>(p + row + j, m);
+        trace += je * get_padded<kPadded>(e + row + j, m);
         norm += je * je;
       });
       typed<T>(a.trace)[at] = static_cast<T>(sum_lanes(trace));
@@ -158,7 +169,7 @@ void output_forward(const OutputArgs& a, int64_t first, int64_t last) {
   }
 }
 
-template <class T>
+template <bool kPadded, class T>
 void output_backward(const OutputArgs& a, int64_t first, int64_t last) {
   using V = Vec<T>;
   const T* const p = typed<T>(a.p);
@@ -168,23 +179,26 @@ void output_backward(const OutputArgs& a, int64_t first, int64_t last) {
   T* const grad = typed<T>(a.grad);
   for (int64_t i = first; i < last; ++i) {
     each_vector<T>(a.features, [&](int64_t j, int m) {
-      const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
+      const V g = gate ? get_padded<kPadded>(gate + i * a.gate_step + j, m) : V(T(1));
       const V q = grad_y ? get(grad_y + i * a.features + j, m) : V(T(0));
-      V of_gate = gate ? q * get(p + i * a.stride + j, m) : V(T(0));
-      put(g * q, grad + i * a.stride + j, m);
+      V of_gate = gate ? q * get_padded<kPadded>(p + i * a.stride + j, m) : V(T(0));
+      put_padded<kPadded>(g * q, grad + i * a.stride + j, m);
       for (int64_t k = 0; k < a.probes; ++k) {
         const int64_t at = ((k + 1) * a.samples + i) * a.stride + j;
         const int64_t scalar = k * a.trace_step + i;
         V t = T(0);
         if (a.grad_trace) {
-          t = V(typed<T>(a.grad_trace)[scalar]) * get(e + at, m);
+          t = V(typed<T>(a.grad_trace)[scalar]) * get_padded<kPadded>(e + at, m);
         }
-        if (a.grad_norm) t += V(T(2) * typed<T>(a.grad_norm)[scalar]) * (g * get(p + at, m));
-        if (gate) of_gate += t * get(p + at, m);
-        put(g * t, grad + at, m);
+        if (a.grad_norm) {
+          t += V(T(2) * typed<T>(a.grad_norm)[scalar]) * (g * get_padded<kPadded>(p + at, m));
+        }
+        if (gate) of_gate += t * get_padded<kPadded>(p + at, m);
+        put_padded<kPadded>(g * t, grad + at, m);
       }
-      put_parameter(q, a.grad_bias, a.grad_bias_step, i, j, m);
-      if (gate) put_parameter(of_gate, a.grad_gate, a.grad_gate_step, i, j, m);
+      const int whole = kPadded ? V::kLanes : m;
+      put_parameter(q, a.grad_bias, a.grad_bias_step, i, j, whole);
+      if (gate) put_parameter(of_gate, a.grad_gate, a.grad_gate_step, i, j, whole);
     });
   }
 }

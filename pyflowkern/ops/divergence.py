@@ -236,7 +236,8 @@ def _check_field(
         )
     dtype = x.dtype
     for i, weight in enumerate(weights):
-        check_floating(f"weights[{i}]", weight)
+        if not weight.is_floating_point():
+            check_floating(f"weights[{i}]", weight)
         last = i == len(weights) - 1
         if (
             weight.dim() != 2
@@ -249,15 +250,18 @@ def _check_field(
         for name, values in (("biases", biases), ("gates", own)):
             if not values:
                 continue
-            check_floating(f"{name}[{i}]", values[i])
-            if tuple(values[i].shape) not in ((size,), (n, size)):
+            shape = values[i].shape
+            if not values[i].is_floating_point():
+                check_floating(f"{name}[{i}]", values[i])
+            if shape != (size,) and shape != (n, size):
                 raise ValueError(
                     f"{name}[{i}] must have shape ({size},) or ({n}, {size}), "
                     f"got {tuple(values[i].shape)}"
                 )
-            check_same_device(x=x, **{f"{name}[{i}]": values[i]})
-        check_same_device(x=x, **{f"weights[{i}]": weight})
         dtype = torch.promote_types(dtype, weight.dtype)
+    if any(t.device != x.device for part in (weights, biases, own) for t in part):
+        devices = sorted({str(t.device) for part in (weights, biases, own) for t in part})
+        raise ValueError(f"all tensors must be on the device of x, {x.device}, got {devices}")
     return accumulation_dtype(dtype), own
 
 
