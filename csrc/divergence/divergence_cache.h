@@ -70,7 +70,7 @@ struct Sums {
   T *weight, *bias, *gate;
   Sums(const FieldArgs& a, const FieldLayer& y, int64_t task) {
     weight = static_cast<T*>(a.sums) + task * a.sums_size + y.sums;
-    bias = weight + y.out * y.in_stride;
+    bias = weight + (y.grad_rows ? 0 : y.out * y.in_stride);
     gate = bias + y.out_stride;
   }
 };
@@ -109,6 +109,16 @@ void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n
     T* rows = tile + k * n * y.out_stride;
     load ? copy_rows<T>(kept, y.out, rows, y.out_stride, n, y.out)
          : copy_rows<T>(rows, y.out_stride, kept, y.out, n, y.out);
+  }
+}
+
+// A tile's rows in a stack [(1 + probes) samples, columns].
+template <class T>
+void store_stack(const FieldArgs& a, void* to, int64_t columns, int64_t first, int64_t n,
+                 const T* rows, int64_t stride) {
+  for (int64_t k = 0; k <= a.probes; ++k) {
+    copy_rows<T>(rows + k * n * stride, stride, typed<T>(to) + (k * a.samples + first) * columns,
+                 columns, n, columns);
   }
 }
 
@@ -287,8 +297,13 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
       copy_rows<T>(w.other, y.in_stride, typed<T>(a.grad_x) + first * a.features, a.features, n,
                    a.features);
     }
-    gemm<T>({w.grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
-            {Sums<T>(a, y, task).weight, y.in_stride}, true);
+    if (y.grad_rows) {
+      store_stack<T>(a, y.grad_rows, y.out, first, n, w.grad, y.out_stride);
+      store_stack<T>(a, y.input_rows, y.in, first, n, h, y.in_stride);
+    } else {
+      gemm<T>({w.grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
+              {Sums<T>(a, y, task).weight, y.in_stride}, true);
+    }
     T* swap = w.grad;
     w.grad = w.other;
     w.other = swap;

@@ -2,8 +2,9 @@
 // Vector fields with their divergence on the CPU.
 //
 // Floor: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K) backward an element of
-// a weight and a sample.  Fields whose layers have at most 128 columns go tile by tile through all
-// layers (divergence_cache.h); wider ones through torch's BLAS with elementwise kernels between.
+// a weight and a sample.  Fields go tile by tile through all layers (divergence_cache.h).  Sums of
+// weights up to kOwnSums columns stay in cache, too; beyond, tiles leave cotangents and inputs in
+// memory for one product by torch's BLAS.  Weights too large for L3 are left to BLAS entirely.
 #include "core/simd.h"
 #include "divergence/divergence_cache.h"
 
@@ -147,17 +148,47 @@ template <class T>
 void write_gradients(const Field& f, const double* total) {
   for (const FieldLayer& y : f.layers) {
     const double* at = total + y.sums;
-    unpad<T>(at, y.in_stride, y.grad_weight, y.out, y.in);
-    at += y.out * y.in_stride;
+    if (!y.grad_rows) {
+      unpad<T>(at, y.in_stride, y.grad_weight, y.out, y.in);
+      at += y.out * y.in_stride;
+    }
     if (!y.bias_step) unpad<T>(at, y.out_stride, y.grad_bias, 1, y.out);
     at += y.out_stride;
     if (y.gate && !y.gate_step) unpad<T>(at, y.out_stride, y.grad_gate, 1, y.out);
   }
 }
 
+constexpr int64_t kOwnSums = 128;
+
+// Stacks of cotangents and of inputs of every layer, where BLAS is to multiply them.
+struct Stacks {
+  Tensors grads, inputs;
+
+  explicit Stacks(Field& f) {
+    bool wide = false;
+    for (const FieldLayer& y : f.layers) wide = wide || y.in > kOwnSums || y.out > kOwnSums;
+    if (!wide) return;
+    f.args.sums_size = 0;
+    for (FieldLayer& y : f.layers) {
+      grads.push_back(empty(f.x, {f.rows(), y.out}));
+      inputs.push_back(empty(f.x, {f.rows(), y.in}));
+      y.grad_rows = data_of(grads.back());
+      y.input_rows = data_of(inputs.back());
+      y.sums = f.args.sums_size;
+      f.args.sums_size += 2 * y.out_stride;
+    }
+  }
+  void multiply(Tensors& weights) const {
+    for (size_t l = 0; l < grads.size(); ++l) {
+      multiply_out(weights[l], turned(grads[l]), inputs[l]);
+    }
+  }
+};
+
 // Tasks go in waves, so that their sums take bounded memory; a wave's are added up in double.
-void backward_in_cache(Field& f, bool wide, int64_t size) {
+void backward_in_cache(Field& f, FieldGradients& to, bool wide, int64_t size) {
   FieldArgs& a = f.args;
+  const Stacks stacks(f);
   const Zeros packed(f.packed_size * size);
   a.packed = packed.data;
   PFK_CALL_LEVEL(field_pack, a, wide);
@@ -174,6 +205,7 @@ void backward_in_cache(Field& f, bool wide, int64_t size) {
     });
   }
   wide ? write_gradients<double>(f, total.data()) : write_gradients<float>(f, total.data());
+  stacks.multiply(to.weights);
 }
 
 // ---- ops ---------------------------------------------------------------------------------------
@@ -188,7 +220,7 @@ void run_forward(Field& f, const Tensor& kept) {
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   const bool wide = dtype_of(f.x) == kFloat64;
   if (f.args.flags & kFieldInCache) {
-    backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
+    backward_in_cache(f, to, wide, wide ? sizeof(double) : sizeof(float));
   } else {
     wide_backward<OnCpu>(f, kept, to);
   }

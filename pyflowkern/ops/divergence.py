@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 #: Layers up to this size go through the CPU's caches in one op; wider ones are left to BLAS.
-_MOST_IN_CACHE = 128
+_MOST_IN_CACHE = 1024
 
 Field = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
