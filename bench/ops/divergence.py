@@ -56,7 +56,9 @@ def exact_by_vjps(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
         x = x if x.requires_grad else x.requires_grad_()
         y = _mlp(x, parameters)
         terms = [
-            torch.autograd.grad(y[:, i].sum(), x, create_graph=recorded, retain_graph=True)[0][:, i]
+            torch.autograd.grad(y[:, i].sum(), x, create_graph=recorded, retain_graph=True)[0][
+                :, i
+            ]
             for i in range(x.shape[1])
         ]
     return y, torch.stack(terms).sum(0)

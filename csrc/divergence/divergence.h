@@ -37,7 +37,7 @@ struct FieldLayer {
   void* grad_gate;  // or null
   // the copy in cache: padded rows, and where the layer begins in `packed` and in a task's sums
   int64_t in_stride, out_stride, packed, sums;
-  // wide layers leave the product of these to BLAS: cotangents [rows, out] and inputs [rows, in]
+  // wide layers take the product of these at the end: stacks of cotangents and inputs, padded
   void* grad_rows;  // or null
   void* input_rows;
   int64_t column;  // sum of the strides of the layers before

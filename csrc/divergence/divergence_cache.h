@@ -112,13 +112,13 @@ void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n
   }
 }
 
-// A tile's rows in a stack [(1 + probes) samples, columns].
+// A tile's rows in a stack [(1 + probes) samples, stride].
 template <class T>
-void store_stack(const FieldArgs& a, void* to, int64_t columns, int64_t first, int64_t n,
-                 const T* rows, int64_t stride) {
+void store_stack(const FieldArgs& a, void* to, int64_t first, int64_t n, const T* rows,
+                 int64_t stride) {
   for (int64_t k = 0; k <= a.probes; ++k) {
-    copy_rows<T>(rows + k * n * stride, stride, typed<T>(to) + (k * a.samples + first) * columns,
-                 columns, n, columns);
+    memcpy(typed<T>(to) + (k * a.samples + first) * stride, rows + k * n * stride,
+           n * stride * sizeof(T));
   }
 }
 
@@ -298,8 +298,8 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
                    a.features);
     }
     if (y.grad_rows) {
-      store_stack<T>(a, y.grad_rows, y.out, first, n, w.grad, y.out_stride);
-      store_stack<T>(a, y.input_rows, y.in, first, n, h, y.in_stride);
+      store_stack<T>(a, y.grad_rows, first, n, w.grad, y.out_stride);
+      store_stack<T>(a, y.input_rows, first, n, h, y.in_stride);
     } else {
       gemm<T>({w.grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
               {Sums<T>(a, y, task).weight, y.in_stride}, true);
@@ -321,6 +321,23 @@ void field_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
       kBackward ? backward_tile<T>(a, w, first, n, task) : forward_tile<T>(a, w, first, n);
     }
   }
+}
+
+// Rows [begin, end) of a wide layer's weight gradient, summed over the stacks in their order, by
+// runs of rows of which a panel of inputs fits L1.
+template <class T>
+void weight_rows(const FieldArgs& a, const FieldLayer& y, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 256;
+  const int64_t rows = a.samples * (1 + a.probes), size = (end - begin) * y.in_stride;
+  T* sum = static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64));
+  memset(sum, 0, size * sizeof(T));
+  for (int64_t at = 0; at < rows; at += kRun) {
+    gemm<T>({typed<T>(y.grad_rows) + at * y.out_stride + begin, 1, y.out_stride},
+            {typed<T>(y.input_rows) + at * y.in_stride, y.in_stride}, end - begin, y.in,
+            rows - at < kRun ? rows - at : kRun, {sum, y.in_stride}, true);
+  }
+  copy_rows<T>(sum, y.in_stride, typed<T>(y.grad_weight) + begin * y.in, y.in, end - begin, y.in);
+  free(sum);
 }
 
 // total[begin, end) (+)= the sums of `tasks` tasks, in their order.

@@ -4,11 +4,12 @@
 // Floor: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K) backward an element of
 // a weight and a sample.  Fields go tile by tile through all layers (divergence_cache.h).  Sums of
 // weights up to kOwnSums columns stay in cache, too; beyond, tiles leave cotangents and inputs in
-// memory for one product by torch's BLAS.  Weights too large for L3 are left to BLAS entirely.
+// memory for one product at the end.  Weights too large for L3 are left to torch's BLAS.
 #include "core/simd.h"
 #include "divergence/divergence_cache.h"
 
 PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t);
+                   void field_weight(const FieldArgs&, int, bool, int64_t, int64_t);
                    void field_pack(const FieldArgs&, bool);
                    void field_add(const void*, int64_t, int64_t, bool, bool, int64_t, int64_t,
                                   double*);
@@ -25,6 +26,10 @@ void field_run(const FieldArgs& a, bool backward, bool wide, int64_t begin, int6
   } else {
     backward ? field_tasks<true, float>(a, begin, end) : field_tasks<false, float>(a, begin, end);
   }
+}
+void field_weight(const FieldArgs& a, int l, bool wide, int64_t begin, int64_t end) {
+  wide ? weight_rows<double>(a, a.layer[l], begin, end)
+       : weight_rows<float>(a, a.layer[l], begin, end);
 }
 void field_pack(const FieldArgs& a, bool wide) {
   wide ? pack_layers<double>(a) : pack_layers<float>(a);
@@ -160,7 +165,7 @@ void write_gradients(const Field& f, const double* total) {
 
 constexpr int64_t kOwnSums = 128;
 
-// Stacks of cotangents and of inputs of every layer, where BLAS is to multiply them.
+// Stacks of cotangents and of inputs of every layer, where the sums are too large for tiles.
 struct Stacks {
   Tensors grads, inputs;
 
@@ -170,23 +175,30 @@ struct Stacks {
     if (!wide) return;
     f.args.sums_size = 0;
     for (FieldLayer& y : f.layers) {
-      grads.push_back(empty(f.x, {f.rows(), y.out}));
-      inputs.push_back(empty(f.x, {f.rows(), y.in}));
+      grads.push_back(empty(f.x, {f.rows() + 1, y.out_stride}));  // vectors end beyond a row
+      inputs.push_back(empty(f.x, {f.rows() + 1, y.in_stride}));
       y.grad_rows = data_of(grads.back());
       y.input_rows = data_of(inputs.back());
       y.sums = f.args.sums_size;
       f.args.sums_size += 2 * y.out_stride;
     }
   }
-  void multiply(Tensors& weights) const {
-    for (size_t l = 0; l < grads.size(); ++l) {
-      multiply_out(weights[l], turned(grads[l]), inputs[l]);
+  void multiply(const Field& f, bool wide) const {
+    constexpr int64_t kRows = 48;  // of a weight, a task
+    for (int l = 0; l < static_cast<int>(grads.size()); ++l) {
+      const int64_t out = f.layers[l].out, tasks = (out + kRows - 1) / kRows;
+      parallel_tasks(tasks, kRows * f.rows(), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t stop = (t + 1) * kRows < out ? (t + 1) * kRows : out;
+          PFK_CALL_LEVEL(field_weight, f.args, l, wide, t * kRows, stop);
+        }
+      });
     }
   }
 };
 
 // Tasks go in waves, so that their sums take bounded memory; a wave's are added up in double.
-void backward_in_cache(Field& f, FieldGradients& to, bool wide, int64_t size) {
+void backward_in_cache(Field& f, bool wide, int64_t size) {
   FieldArgs& a = f.args;
   const Stacks stacks(f);
   const Zeros packed(f.packed_size * size);
@@ -205,7 +217,7 @@ void backward_in_cache(Field& f, FieldGradients& to, bool wide, int64_t size) {
     });
   }
   wide ? write_gradients<double>(f, total.data()) : write_gradients<float>(f, total.data());
-  stacks.multiply(to.weights);
+  stacks.multiply(f, wide);
 }
 
 // ---- ops ---------------------------------------------------------------------------------------
@@ -220,7 +232,7 @@ void run_forward(Field& f, const Tensor& kept) {
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   const bool wide = dtype_of(f.x) == kFloat64;
   if (f.args.flags & kFieldInCache) {
-    backward_in_cache(f, to, wide, wide ? sizeof(double) : sizeof(float));
+    backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
   } else {
     wide_backward<OnCpu>(f, kept, to);
   }

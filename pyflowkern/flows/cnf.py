@@ -29,6 +29,13 @@ class ContinuousTerms(NamedTuple):
         standard_error: of ``log_prob`` over the probes; zero for the exact trace, NaN for one probe.
         kinetic: :math:`\int |f|^2 dt`.
         jacobian: :math:`\int |J e|^2 dt`, for the exact trace :math:`\int \|J\|_F^2 dt`.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> flow = flows.CNF(2, hidden=(8,), divergence="exact", method="rk4", step_size=0.5)
+        >>> flow.terms(torch.zeros(3, 2)).standard_error.tolist()
+        [0.0, 0.0, 0.0]
     """
 
     log_prob: Tensor

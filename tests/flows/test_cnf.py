@@ -1,6 +1,8 @@
 """Continuous flows: closed-form densities, both directions, regularizers, standard errors."""
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +159,17 @@ def test_a_bad_sample_stays_alone():
 def test_empty_batch():
     flow = small(method="rk4", step_size=0.5)
     assert flow.log_prob(torch.zeros(0, 2).double()).shape == (0,)
+
+
+@pytest.mark.parametrize("data", ["rings", "digits"])
+def test_the_example_runs(data, tmp_path):
+    if data == "digits":
+        pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).resolve().parents[2] / "examples" / "ffjord.py"
+    main = runpy.run_path(str(path))["main"]
+    assert math.isfinite(main(["--quick", "--data", data, "--out", str(tmp_path)]))
+    assert data == "digits" or (tmp_path / "density.png").is_file()
 
 
 def test_wrong_arguments():

@@ -17,7 +17,7 @@ from pyflowkern.ops import (
 )
 from pyflowkern.ops.divergence import ACTIVATIONS, activation_and_slope
 
-SHAPES = [(7,), (64, 60, 5), (200, 130)]  # one tile wide, several layers, beyond the caches
+SHAPES = [(7,), (64, 60, 5), (200, 130)]  # narrow, several layers, sums beyond the caches
 
 
 def layers(dims, dtype=torch.float64, n=None, gates=False):
@@ -108,6 +108,14 @@ def test_awkward_batches(backend, n):
     for d, hidden in ((1, (3,)), (2, (64, 64, 64)), (43, (150,))):
         x, e = normal(n, d), normal(n, d, seed=1)
         check(x, layers((d, *hidden, d)), probe=e)
+
+
+def test_layers_beyond_the_caches(backend):
+    for activation, gates in (("tanh", False), ("silu", True)):
+        parts = layers((3, 1030, 40, 30, 3), gates=gates)
+        check(normal(7, 3), parts, probe=torch.tensor(4), probes=2, activation=activation)
+        e = normal(7, 3, seed=2)
+        check(normal(7, 3), parts, probe=e, activation=activation, regularizers=True)
 
 
 def test_no_hidden_layer(backend):
