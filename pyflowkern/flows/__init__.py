@@ -4,14 +4,19 @@ from pyflowkern.flows._base import Flow
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
 from pyflowkern.flows.autoregressive import IAF, MAF
 from pyflowkern.flows.bases import MixtureOfGaussians, Uniform
+from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousBijection, ContinuousTerms
 from pyflowkern.flows.glow import Glow
 from pyflowkern.flows.nsf import NSF
 from pyflowkern.flows.realnvp import RealNVP
 
 __all__ = [
+    "CNF",
+    "FFJORD",
     "IAF",
     "MAF",
     "NSF",
+    "ContinuousBijection",
+    "ContinuousTerms",
     "Flow",
     "FlowDistribution",
     "Glow",

@@ -26,6 +26,7 @@ from pyflowkern.nn.normalization import ActNorm
 from pyflowkern.nn.preprocess import Dequantize, Logit
 from pyflowkern.nn.reshape import Permutation, Reverse, Squeeze
 from pyflowkern.nn.spline import CircularShift, SplineCoupling
+from pyflowkern.nn.vector_field import VectorField, VectorFieldMLP
 
 __all__ = [
     "MLP",
@@ -55,6 +56,8 @@ __all__ = [
     "SplineCoupling",
     "Split",
     "Squeeze",
+    "VectorField",
+    "VectorFieldMLP",
     "channel_mask",
     "checkerboard_mask",
     "jacobi_inverse",

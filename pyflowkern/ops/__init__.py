@@ -1,6 +1,7 @@
 """Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
 
 from pyflowkern import _library
+from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.actnorm import (
     actnorm,
     actnorm_reference,
@@ -24,6 +25,12 @@ from pyflowkern.ops.density import (
     bits_per_dim_reference,
     normal_log_prob,
     normal_log_prob_reference,
+)
+from pyflowkern.ops.divergence import (
+    field_divergence,
+    field_divergence_reference,
+    hutchinson_trace,
+    hutchinson_trace_reference,
 )
 from pyflowkern.ops.linear import (
     glow_step,
@@ -80,10 +87,15 @@ __all__ = [
     "checkerboard_mask",
     "dequantize",
     "dequantize_reference",
+    "draw_probe",
+    "field_divergence",
+    "field_divergence_reference",
     "glow_step",
     "glow_step_reference",
     "householder_matrix",
     "householder_matrix_reference",
+    "hutchinson_trace",
+    "hutchinson_trace_reference",
     "invertible_linear",
     "invertible_linear_reference",
     "logit",
@@ -94,6 +106,7 @@ __all__ = [
     "plu_matrix_reference",
     "quantize",
     "quantize_reference",
+    "rademacher",
     "rational_quadratic_spline",
     "rational_quadratic_spline_reference",
     "scale_map",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import FLOATS, LIBRARY, OPS
+from pyflowkern.ops._lists import differentiable_lists
 
 __all__ = [
     "accumulation_dtype",
@@ -50,6 +51,10 @@ def register(
             overload(*inputs) if torch.compiler.is_compiling() else _named(overload, inputs)
         )
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    if "Tensor[]" in schema:
+        return differentiable_lists(
+            lambda inputs: _below_autograd(overload, inputs), overload, setup_context, backward
+        )
     return _differentiable(overload, setup_context, backward)
 
 

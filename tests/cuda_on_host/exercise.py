@@ -4,8 +4,10 @@ Called as ``python exercise.py LIBRARY [FAMILY ...]`` with the sanitizer's runti
 of the library under compute-sanitizer.
 """
 
+import itertools
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,6 +86,31 @@ def linear():
                 check(ops.glow_step, ops.glow_step_reference, *args)
 
 
+def divergence():
+    for n, dims in ((3, (2, 4, 8, 2)), (5, (3, 7, 3)), (1, (5, 33, 20, 5))):
+        pairs = list(itertools.pairwise(dims))
+        parameters = [torch.randn(b, a) / a**0.5 for a, b in pairs]
+        parameters += [torch.randn(n, b) for _, b in pairs] + [torch.rand(b) for _, b in pairs]
+        count = len(pairs)
+        for options in (
+            {"probe": torch.randn(2, n, dims[0]), "regularizers": True},
+            {"probe": torch.tensor(1), "activation": "gelu"},
+            {"method": "exact", "activation": "silu"},
+        ):
+
+            def field(function, x, *p, options=options, count=count):
+                return function(x, p[:count], p[count : 2 * count], p[2 * count :], **options)
+
+            check(
+                partial(field, ops.field_divergence),
+                partial(field, ops.field_divergence_reference),
+                torch.randn(n, dims[0]),
+                *parameters,
+            )
+        e = torch.randn(n, 40 * dims[0])
+        check(ops.hutchinson_trace, lambda a, b: ops.hutchinson_trace_reference(a, b)[0], e, 2 * e)
+
+
 def matrix():
     for c in (1, 3, 17, 33):
         weight = torch.eye(c) + 0.3 / c**0.5 * torch.randn(5, c, c)
@@ -112,7 +139,7 @@ def preprocess():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    families = [actnorm, affine, density, linear, matrix, preprocess]
+    families = [actnorm, affine, density, divergence, linear, matrix, preprocess]
     if sys.argv[1] == "cuda":
         torch.set_default_device("cuda")
         _library.require_kernels("cuda")

@@ -1,0 +1,144 @@
+"""Velocity and divergence of a field, against one VJP through autograd as everybody writes it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench._case import Case, Inputs, Outputs, Provider, nbytes
+from pyflowkern import ops
+
+
+def _layers(parameters: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    count = len(parameters) // 2
+    return [parameters[f"w{i}"] for i in range(count)], [parameters[f"b{i}"] for i in range(count)]
+
+
+def _mlp(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    weights, biases = _layers(parameters)
+    for w, b in zip(weights[:-1], biases[:-1], strict=True):
+        x = torch.tanh(F.linear(x, w, b))
+    return F.linear(x, weights[-1], biases[-1])
+
+
+def vjp(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
+    """FFJORD's estimate: the field, one VJP kept differentiable, and its product with the probe."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.requires_grad_()
+        y = _mlp(x, parameters)
+        (ej,) = torch.autograd.grad(y, x, probe, create_graph=recorded)
+    return y, (ej * probe).sum(1)
+
+
+def stacked(x: Tensor, probe: Tensor, **parameters: Tensor) -> Any:
+    """Our reference: tangents beside the primal, in plain PyTorch."""
+    return ops.field_divergence_reference(x, *_layers(parameters), probe=probe)
+
+
+def ours(x: Tensor, probe: Tensor, **parameters: Tensor) -> Any:
+    return ops.field_divergence(x, *_layers(parameters), probe=probe)
+
+
+def exact(x: Tensor, probe: Tensor, **parameters: Tensor) -> Any:
+    return ops.field_divergence(x, *_layers(parameters), method="exact")
+
+
+def exact_by_vjps(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
+    """The exact trace as most write it: a VJP for every dimension."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.requires_grad_()
+        y = _mlp(x, parameters)
+        terms = [
+            torch.autograd.grad(y[:, i].sum(), x, create_graph=recorded, retain_graph=True)[0][
+                :, i
+            ]
+            for i in range(x.shape[1])
+        ]
+    return y, torch.stack(terms).sum(0)
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def make_inputs(n: int, dims: Sequence[int]) -> Callable[..., Inputs]:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Inputs:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        found = {"x": normal(n, dims[0]), "probe": normal(n, dims[0]).sign()}
+        for i, (a, b) in enumerate(itertools.pairwise(dims)):
+            found |= {f"w{i}": normal(b, a) / a**0.5, f"b{i}": normal(b)}
+        return found
+
+    return make
+
+
+def _flops(inputs: Inputs) -> float:
+    """Primal and one tangent through every weight; a backward is twice that."""
+    weights = sum(t.numel() for name, t in inputs.items() if name.startswith("w"))
+    return 4.0 * len(inputs["x"]) * weights
+
+
+def _bytes(inputs: Inputs, outputs: Outputs) -> int:
+    return nbytes(*inputs.values(), *outputs)
+
+
+def hutchinson(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
+    providers: dict[str, Provider] = {"eager": vjp, "ours": ours, "stacked": stacked}
+    return Case(
+        name=name,
+        make_inputs=make_inputs(n, dims),
+        providers=providers,
+        passes=("forward", "forward+backward"),
+        forward_bytes=_bytes,
+        flops=_flops,
+        constants=("probe",),
+        compiles=False,  # torch.compile takes no autograd.grad inside
+        **case,
+    )
+
+
+def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
+    providers: dict[str, Provider] = {"eager": exact_by_vjps, "ours": exact}
+    return Case(
+        name=name,
+        make_inputs=make_inputs(n, dims),
+        providers=providers,
+        passes=("forward", "forward+backward"),
+        forward_bytes=_bytes,
+        flops=_flops,
+        constants=("probe",),
+        compiles=False,
+        **case,
+    )
+
+
+CASES = [
+    hutchinson(
+        "field 512x2 64x3",
+        512,
+        (2, 64, 64, 64, 2),
+        targets={"forward+backward vs eager": 2.0},
+    ),
+    hutchinson(
+        "field 1000x6 60x3",
+        1000,
+        (6, 60, 60, 60, 6),
+        targets={"forward+backward vs eager": 2.0},
+    ),
+    hutchinson(
+        "field 1000x43 860x2",
+        1000,
+        (43, 860, 860, 43),
+        targets={"forward+backward vs eager": 1.2},
+    ),
+    closed_form("exact 1000x6 64x2", 1000, (6, 64, 64, 6)),
+    closed_form("exact 1000x43 860x2", 1000, (43, 860, 860, 43), extra=True),
+]

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// A whole field on the CPU, block of samples by block: every layer of a tile of stacked rows is
+// computed before the next tile is loaded, so that activations and weights stay in L1 and L2 and
+// memory sees inputs, outputs and what is kept for the backward pass.
+#pragma once
+
+#include <stdlib.h>
+
+#include "core/gemm.h"
+#include "divergence/divergence_rows.h"
+
+PFK_BEGIN
+
+namespace {
+
+constexpr int64_t kTileRows = 48;  // stacked rows of a tile: 12 KiB a buffer at 64 columns
+
+// The buffers of a thread.
+template <class T>
+struct Tile {
+  int64_t samples, rows;  // of a whole tile
+  T *input, *s, *grad, *other;
+  T* products;                             // of every layer
+  T *bias, *gate, *grad_bias, *grad_gate;  // parameters of each sample, padded
+  T* memory;
+
+  explicit Tile(const FieldArgs& a) {
+    samples = kTileRows / (1 + a.probes);
+    samples = samples < 1 ? 1 : samples;
+    int64_t widest = 0, all = 0;
+    bool own = false;
+    for (int l = 0; l < a.layers; ++l) {
+      const FieldLayer& y = a.layer[l];
+      widest = y.out_stride > widest ? y.out_stride : widest;
+      widest = y.in_stride > widest ? y.in_stride : widest;
+      own = own || y.bias_step || y.gate_step;
+      all += y.out_stride;
+    }
+    rows = samples * (1 + a.probes);
+    const int64_t size = rows * widest, extra = own ? samples * widest : 0;
+    const int64_t total = 4 * size + 4 * extra + rows * all;
+    memory = static_cast<T*>(aligned_alloc(64, (total * sizeof(T) + 63) / 64 * 64));
+    memset(memory, 0, total * sizeof(T));
+    T* at = memory;
+    T** const buffers[] = {&input, &s, &grad, &other};
+    T** const own_buffers[] = {&bias, &gate, &grad_bias, &grad_gate};
+    for (T** buffer : buffers) *buffer = at, at += size;
+    for (T** buffer : own_buffers) *buffer = at, at += extra;
+    products = at;
+  }
+  ~Tile() { free(memory); }
+  T* product(const FieldLayer& y) const { return products + y.column * rows; }
+  Tile(const Tile&) = delete;
+};
+
+// Where a layer lies in `packed`: the transposed weight, the weight, bias and gate, all padded.
+template <class T>
+struct Packed {
+  T *turned, *weight, *bias, *gate;
+  Packed(const FieldArgs& a, const FieldLayer& y) {
+    turned = static_cast<T*>(const_cast<void*>(a.packed)) + y.packed;
+    weight = turned + y.in * y.out_stride;
+    bias = weight + y.out * y.in_stride;
+    gate = bias + y.out_stride;
+  }
+};
+
+template <class T>
+struct Sums {
+  T *weight, *bias, *gate;
+  Sums(const FieldArgs& a, const FieldLayer& y, int64_t task) {
+    weight = static_cast<T*>(a.sums) + task * a.sums_size + y.sums;
+    bias = weight + (y.grad_rows ? 0 : y.out * y.in_stride);
+    gate = bias + y.out_stride;
+  }
+};
+
+template <class T>
+void pack_layers(const FieldArgs& a) {
+  for (int l = 0; l < a.layers; ++l) {
+    const FieldLayer& y = a.layer[l];
+    const Packed<T> to(a, y);
+    const T* w = typed<T>(y.weight);
+    for (int64_t i = 0; i < y.out; ++i) {
+      memcpy(to.weight + i * y.in_stride, w + i * y.in, y.in * sizeof(T));
+      for (int64_t j = 0; j < y.in; ++j) to.turned[j * y.out_stride + i] = w[i * y.in + j];
+    }
+    if (!y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
+    if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));
+  }
+}
+
+// ---- moving rows -------------------------------------------------------------------------------
+template <class T>
+void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+               int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    memcpy(to + i * to_stride, from + i * from_stride, columns * sizeof(T));
+  }
+}
+
+// A tile's rows in the block of a layer of what is kept, in either direction.
+template <class T>
+void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, T* tile,
+               bool load) {
+  if (a.kept == nullptr || y.kept < 0) return;
+  for (int64_t k = 0; k <= a.probes; ++k) {
+    T* kept = typed<T>(a.kept) + y.kept + (k * a.samples + first) * y.out;
+    T* rows = tile + k * n * y.out_stride;
+    load ? copy_rows<T>(kept, y.out, rows, y.out_stride, n, y.out)
+         : copy_rows<T>(rows, y.out_stride, kept, y.out, n, y.out);
+  }
+}
+
+// A tile's rows in a stack [(1 + probes) samples, stride].
+template <class T>
+void store_stack(const FieldArgs& a, void* to, int64_t first, int64_t n, const T* rows,
+                 int64_t stride) {
+  for (int64_t k = 0; k <= a.probes; ++k) {
+    memcpy(typed<T>(to) + (k * a.samples + first) * stride, rows + k * n * stride,
+           n * stride * sizeof(T));
+  }
+}
+
+// Bias and gate of a tile with their steps; and where their gradients go.
+template <class T, class Args>
+void set_parameters(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, Tile<T>& w,
+                    Args& to, int64_t task) {
+  const Packed<T> packed(a, y);
+  to.bias = packed.bias;
+  to.gate = y.gate ? packed.gate : nullptr;
+  to.bias_step = y.bias_step ? y.out_stride : 0;
+  to.gate_step = y.gate_step ? y.out_stride : 0;
+  if (y.bias_step) {
+    copy_rows(typed<T>(y.bias) + first * y.out, y.out, w.bias, y.out_stride, n, y.out);
+    to.bias = w.bias;
+  }
+  if (y.gate_step) {
+    copy_rows(typed<T>(y.gate) + first * y.out, y.out, w.gate, y.out_stride, n, y.out);
+    to.gate = w.gate;
+  }
+  if (a.sums == nullptr) return;
+  const Sums<T> sums(a, y, task);
+  to.grad_bias = y.bias_step ? w.grad_bias : sums.bias;
+  to.grad_gate = !y.gate ? nullptr : y.gate_step ? w.grad_gate : sums.gate;
+  to.grad_bias_step = to.bias_step;
+  to.grad_gate_step = to.gate_step;
+}
+template <class T>
+void store_own_gradients(const FieldLayer& y, int64_t first, int64_t n, const Tile<T>& w) {
+  if (y.bias_step) {
+    copy_rows<T>(w.grad_bias, y.out_stride, typed<T>(y.grad_bias) + first * y.out, y.out, n, y.out);
+  }
+  if (y.gate_step) {
+    copy_rows<T>(w.grad_gate, y.out_stride, typed<T>(y.grad_gate) + first * y.out, y.out, n, y.out);
+  }
+}
+
+// ---- a tile ------------------------------------------------------------------------------------
+template <class T>
+LayerArgs layer_args(const FieldArgs& a, const FieldLayer& y, int64_t n, const Tile<T>& w) {
+  LayerArgs r{};
+  r.samples = n;
+  r.probes = a.probes;
+  r.columns = (y.out + Vec<T>::kLanes - 1) / Vec<T>::kLanes * Vec<T>::kLanes;
+  r.stride = y.out_stride;
+  r.activation = a.activation;
+  r.value_kept = y.value_kept;
+  r.p = w.product(y);
+  r.tangents = w.product(y) + n * y.out_stride;
+  r.tangent_step = y.out_stride;
+  r.s = w.s;
+  return r;
+}
+
+template <class T>
+OutputArgs output_args(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n,
+                       const Tile<T>& w) {
+  auto at = [](const void* p, int64_t i) { return p ? const_cast<T*>(typed<T>(p)) + i : nullptr; };
+  OutputArgs r{};
+  r.samples = n;
+  r.probes = a.probes;
+  r.features = a.features;
+  r.stride = y.out_stride;
+  r.trace_step = a.samples;
+  r.p = w.product(y);
+  r.e = w.input;
+  r.y = at(a.y, first * a.features);
+  r.trace = at(a.trace, first);
+  r.norm = at(a.norm, first);
+  r.grad_y = at(a.grad_y, first * a.features);
+  r.grad_trace = at(a.grad_trace, first);
+  r.grad_norm = at(a.grad_norm, first);
+  r.grad = w.grad;
+  return r;
+}
+
+template <class T>
+void multiply(const T* left, int64_t left_stride, const T* right, int64_t right_stride,
+              int64_t rows, int64_t columns, int64_t depth, T* out, int64_t out_stride) {
+  gemm<T>({left, left_stride, 1}, {right, right_stride}, rows, columns, depth, {out, out_stride},
+          false);
+}
+
+// Of all samples of a tile, from h in rows of its stride.
+template <class T>
+void product_tile(const FieldArgs& a, Tile<T>& w, int l, const T* h, int64_t n) {
+  const FieldLayer& y = a.layer[l];
+  multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out, y.in,
+              w.product(y), y.out_stride);
+}
+
+// From the products of a layer to w.s.
+template <class T>
+const T* activate_tile(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int64_t n,
+                       LayerPass pass) {
+  const FieldLayer& y = a.layer[l];
+  LayerArgs r = layer_args(a, y, n, w);
+  if (pass == kRestored) r.value_kept = has_value(a, l);
+  set_parameters(a, y, first, n, w, r, 0);
+  layer_function<T>(a.activation, pass)(r, 0, n);
+  return w.s;
+}
+
+template <class T>
+void forward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
+  stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
+                a.layer[0].in_stride, n);
+  const T* h = w.input;
+  const int last = a.layers - 1;
+  for (int l = 0; l < last; ++l) {
+    product_tile(a, w, l, h, n);
+    h = activate_tile(a, w, l, first, n, kForward);
+    move_kept(a, a.layer[l], first, n, w.product(a.layer[l]), false);
+  }
+  product_tile(a, w, last, h, n);
+  OutputArgs o = output_args(a, a.layer[last], first, n, w);
+  set_parameters(a, a.layer[last], first, n, w, o, 0);
+  output_forward<true, T>(o, 0, n);
+}
+
+// The products of all hidden layers: what was kept, and what was not computed again.
+template <class T>
+void products_of_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
+  const T* h = w.input;
+  for (int l = 0; l < a.layers - 1; ++l) {
+    const FieldLayer& y = a.layer[l];
+    if (y.kept < 0) {
+      product_tile(a, w, l, h, n);
+    } else {
+      move_kept(a, y, first, n, w.product(y), true);
+    }
+    if (continues(a, l)) {
+      h = activate_tile(a, w, l, first, n, y.kept < 0 ? kForward : kRestored);
+    }
+  }
+}
+
+// Cotangents of the last product, in w.grad; where they depend on its result it is computed again.
+template <class T>
+void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task) {
+  const FieldLayer& y = a.layer[a.layers - 1];
+  OutputArgs o = output_args(a, y, first, n, w);
+  if (a.grad_norm || y.gate) {
+    const int l = a.layers - 1;
+    product_tile(a, w, l, l ? activate_tile(a, w, l - 1, first, n, kRestored) : w.input, n);
+  }
+  set_parameters(a, y, first, n, w, o, task);
+  output_backward<true, T>(o, 0, n);
+  store_own_gradients(y, first, n, w);
+}
+
+template <class T>
+void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task) {
+  const int64_t rows = n * (1 + a.probes);
+  stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
+                a.layer[0].in_stride, n);
+  products_of_tile(a, w, first, n);
+  output_tile(a, w, first, n, task);
+  for (int l = a.layers - 1; l >= 0; --l) {
+    const FieldLayer& y = a.layer[l];
+    const T* h = w.input;
+    const T* weight = Packed<T>(a, y).weight;
+    if (l > 0) {
+      const FieldLayer& below = a.layer[l - 1];
+      multiply<T>(w.grad, y.out_stride, weight, y.in_stride, rows, y.in, y.out, w.other,
+                  y.in_stride);
+      LayerArgs r = layer_args(a, below, n, w);
+      r.grad = w.other;
+      r.value_kept = has_value(a, l - 1);
+      set_parameters(a, below, first, n, w, r, task);
+      layer_function<T>(a.activation, kBackward)(r, 0, n);
+      store_own_gradients(below, first, n, w);
+      h = w.s;
+    } else {
+      multiply<T>(w.grad, y.out_stride, weight, y.in_stride, n, y.in, y.out, w.other, y.in_stride);
+      copy_rows<T>(w.other, y.in_stride, typed<T>(a.grad_x) + first * a.features, a.features, n,
+                   a.features);
+    }
+    if (y.grad_rows) {
+      store_stack<T>(a, y.grad_rows, first, n, w.grad, y.out_stride);
+      store_stack<T>(a, y.input_rows, first, n, h, y.in_stride);
+    } else {
+      gemm<T>({w.grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
+              {Sums<T>(a, y, task).weight, y.in_stride}, true);
+    }
+    T* swap = w.grad;
+    w.grad = w.other;
+    w.other = swap;
+  }
+}
+
+template <bool kBackward, class T>
+void field_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
+  Tile<T> w(a);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t start = (a.first_task + task) * a.task;
+    const int64_t last = start + a.task < a.samples ? start + a.task : a.samples;
+    for (int64_t first = start; first < last; first += w.samples) {
+      const int64_t n = last - first < w.samples ? last - first : w.samples;
+      kBackward ? backward_tile<T>(a, w, first, n, task) : forward_tile<T>(a, w, first, n);
+    }
+  }
+}
+
+// Rows [begin, end) of a wide layer's weight gradient, summed over the stacks in their order, by
+// runs of rows of which a panel of inputs fits L1.
+template <class T>
+void weight_rows(const FieldArgs& a, const FieldLayer& y, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 256;
+  const int64_t rows = a.samples * (1 + a.probes), size = (end - begin) * y.in_stride;
+  T* sum = static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64));
+  memset(sum, 0, size * sizeof(T));
+  for (int64_t at = 0; at < rows; at += kRun) {
+    gemm<T>({typed<T>(y.grad_rows) + at * y.out_stride + begin, 1, y.out_stride},
+            {typed<T>(y.input_rows) + at * y.in_stride, y.in_stride}, end - begin, y.in,
+            rows - at < kRun ? rows - at : kRun, {sum, y.in_stride}, true);
+  }
+  copy_rows<T>(sum, y.in_stride, typed<T>(y.grad_weight) + begin * y.in, y.in, end - begin, y.in);
+  free(sum);
+}
+
+// total[begin, end) (+)= the sums of `tasks` tasks, in their order.
+template <class T>
+void add_tasks(const T* sums, int64_t size, int64_t tasks, bool add, int64_t begin, int64_t end,
+               double* total) {
+  if (!add) memset(total + begin, 0, (end - begin) * sizeof(double));
+  for (int64_t task = 0; task < tasks; ++task) {
+    const T* from = sums + task * size;
+    for (int64_t i = begin; i < end; ++i) total[i] += static_cast<double>(from[i]);
+  }
+}
+
+}  // namespace
+
+PFK_END

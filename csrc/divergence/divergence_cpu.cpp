@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vector fields with their divergence on the CPU.
+//
+// Floor: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K) backward an element of
+// a weight and a sample.  Fields go tile by tile through all layers (divergence_cache.h).  Sums of
+// weights up to kOwnSums columns stay in cache, too; beyond, tiles leave cotangents and inputs in
+// memory for one product at the end.  Weights too large for L3 are left to torch's BLAS.
+#include "core/simd.h"
+#include "divergence/divergence_cache.h"
+
+PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t);
+                   void field_weight(const FieldArgs&, int, bool, int64_t, int64_t);
+                   void field_pack(const FieldArgs&, bool);
+                   void field_add(const void*, int64_t, int64_t, bool, bool, int64_t, int64_t,
+                                  double*);
+                   void field_stack(const StackArgs&, bool, int64_t, int64_t);
+                   void field_layer(const LayerArgs&, int, bool, int64_t, int64_t);
+                   void field_output(const OutputArgs&, bool, bool, int64_t, int64_t);
+                   void field_row_dot(const RowDotArgs&, bool, bool, int64_t, int64_t))
+
+PFK_BEGIN
+
+void field_run(const FieldArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {
+  if (wide) {
+    backward ? field_tasks<true, double>(a, begin, end) : field_tasks<false, double>(a, begin, end);
+  } else {
+    backward ? field_tasks<true, float>(a, begin, end) : field_tasks<false, float>(a, begin, end);
+  }
+}
+void field_weight(const FieldArgs& a, int l, bool wide, int64_t begin, int64_t end) {
+  wide ? weight_rows<double>(a, a.layer[l], begin, end)
+       : weight_rows<float>(a, a.layer[l], begin, end);
+}
+void field_pack(const FieldArgs& a, bool wide) {
+  wide ? pack_layers<double>(a) : pack_layers<float>(a);
+}
+void field_add(const void* sums, int64_t size, int64_t tasks, bool add, bool wide, int64_t begin,
+               int64_t end, double* total) {
+  wide ? add_tasks(typed<double>(sums), size, tasks, add, begin, end, total)
+       : add_tasks(typed<float>(sums), size, tasks, add, begin, end, total);
+}
+void field_stack(const StackArgs& a, bool wide, int64_t begin, int64_t end) {
+  auto run = [&]<class T>(T) {
+    stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, begin, end,
+                  typed<T>(a.s) + begin * a.features, a.features, a.samples);
+  };
+  wide ? run(double{}) : run(float{});
+}
+void field_layer(const LayerArgs& a, int pass, bool wide, int64_t begin, int64_t end) {
+  const LayerPass p = static_cast<LayerPass>(pass);
+  wide ? layer_function<double>(a.activation, p)(a, begin, end)
+       : layer_function<float>(a.activation, p)(a, begin, end);
+}
+void field_output(const OutputArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {
+  if (wide) {
+    backward ? output_backward<false, double>(a, begin, end)
+             : output_forward<false, double>(a, begin, end);
+  } else {
+    backward ? output_backward<false, float>(a, begin, end)
+             : output_forward<false, float>(a, begin, end);
+  }
+}
+void field_row_dot(const RowDotArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {
+  if (wide) {
+    backward ? row_dot_backward<double>(a, begin, end) : row_dot<double>(a, begin, end);
+  } else {
+    backward ? row_dot_backward<float>(a, begin, end) : row_dot<float>(a, begin, end);
+  }
+}
+
+PFK_END
+
+#if PFK_SIMD_LEVEL == 0
+#include <stdlib.h>
+
+#include "divergence/divergence_ops.h"
+
+namespace pfk {
+namespace {
+
+// ---- between BLAS products ---------------------------------------------------------------------
+struct OnCpu {
+  static void stack(const StackArgs& a, DType dtype) {
+    const bool wide = dtype == kFloat64;
+    parallel_tasks(a.samples, a.features * (1 + a.probes), [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_stack, a, wide, begin, end);
+    });
+  }
+  static void layer(LayerArgs a, LayerStep step, DType dtype) {
+    const bool wide = dtype == kFloat64;
+    const int64_t behind = a.samples * a.stride * (wide ? sizeof(double) : sizeof(float));
+    if (a.tangents == nullptr) a.tangents = static_cast<const char*>(a.p) + behind;
+    parallel_tasks(a.samples, a.columns * (1 + a.probes) * 4, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_layer, a, static_cast<int>(step), wide, begin, end);
+    });
+  }
+  static void output(const OutputArgs& a, bool backward, DType dtype) {
+    const bool wide = dtype == kFloat64;
+    parallel_tasks(a.samples, a.features * (1 + a.probes), [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_output, a, backward, wide, begin, end);
+    });
+  }
+  static void row_dot(const RowDotArgs& a, bool backward, DType dtype) {
+    const bool wide = dtype == kFloat64;
+    parallel_tasks(a.rows, a.features, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_row_dot, a, backward, wide, begin, end);
+    });
+  }
+};
+
+// ---- in cache ----------------------------------------------------------------------------------
+constexpr int64_t kLeastTask = 64, kMostTask = 512, kWave = 64;  // samples, samples, tasks
+
+// Memory of zeros, aligned to whole vectors.
+struct Zeros {
+  void* data;
+  explicit Zeros(int64_t bytes) : data(aligned_alloc(64, (bytes + 64) / 64 * 64)) {
+    memset(data, 0, bytes);
+  }
+  ~Zeros() { free(data); }
+  Zeros(const Zeros&) = delete;
+};
+
+int64_t cut(FieldArgs& a) {
+  a.task = (a.samples + kWave - 1) / kWave;
+  a.task = a.task < kLeastTask ? kLeastTask : a.task > kMostTask ? kMostTask : a.task;
+  return (a.samples + a.task - 1) / a.task;
+}
+
+void run_tasks(const FieldArgs& a, bool backward, bool wide, int64_t tasks) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    PFK_CALL_LEVEL(field_run, a, backward, wide, begin, end);
+  });
+}
+
+void forward_in_cache(Field& f, bool wide, int64_t size) {
+  const Zeros packed(f.packed_size * size);
+  f.args.packed = packed.data;
+  PFK_CALL_LEVEL(field_pack, f.args, wide);
+  run_tasks(f.args, false, wide, cut(f.args));
+}
+
+template <class T>
+void unpad(const double* from, int64_t stride, void* to, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      static_cast<T*>(to)[i * columns + j] = static_cast<T>(from[i * stride + j]);
+    }
+  }
+}
+
+template <class T>
+void write_gradients(const Field& f, const double* total) {
+  for (const FieldLayer& y : f.layers) {
+    const double* at = total + y.sums;
+    if (!y.grad_rows) {
+      unpad<T>(at, y.in_stride, y.grad_weight, y.out, y.in);
+      at += y.out * y.in_stride;
+    }
+    if (!y.bias_step) unpad<T>(at, y.out_stride, y.grad_bias, 1, y.out);
+    at += y.out_stride;
+    if (y.gate && !y.gate_step) unpad<T>(at, y.out_stride, y.grad_gate, 1, y.out);
+  }
+}
+
+constexpr int64_t kOwnSums = 128;
+
+// Stacks of cotangents and of inputs of every layer, where the sums are too large for tiles.
+struct Stacks {
+  Tensors grads, inputs;
+
+  explicit Stacks(Field& f) {
+    bool wide = false;
+    for (const FieldLayer& y : f.layers) wide = wide || y.in > kOwnSums || y.out > kOwnSums;
+    if (!wide) return;
+    f.args.sums_size = 0;
+    for (FieldLayer& y : f.layers) {
+      grads.push_back(empty(f.x, {f.rows() + 1, y.out_stride}));  // vectors end beyond a row
+      inputs.push_back(empty(f.x, {f.rows() + 1, y.in_stride}));
+      y.grad_rows = data_of(grads.back());
+      y.input_rows = data_of(inputs.back());
+      y.sums = f.args.sums_size;
+      f.args.sums_size += 2 * y.out_stride;
+    }
+  }
+  void multiply(const Field& f, bool wide) const {
+    constexpr int64_t kRows = 48;  // of a weight, a task
+    for (int l = 0; l < static_cast<int>(grads.size()); ++l) {
+      const int64_t out = f.layers[l].out, tasks = (out + kRows - 1) / kRows;
+      parallel_tasks(tasks, kRows * f.rows(), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t stop = (t + 1) * kRows < out ? (t + 1) * kRows : out;
+          PFK_CALL_LEVEL(field_weight, f.args, l, wide, t * kRows, stop);
+        }
+      });
+    }
+  }
+};
+
+// Tasks go in waves, so that their sums take bounded memory; a wave's are added up in double.
+void backward_in_cache(Field& f, bool wide, int64_t size) {
+  FieldArgs& a = f.args;
+  const Stacks stacks(f);
+  const Zeros packed(f.packed_size * size);
+  a.packed = packed.data;
+  PFK_CALL_LEVEL(field_pack, a, wide);
+  const int64_t tasks = cut(a), wave = tasks < kWave ? tasks : kWave;
+  std::vector<double> total(a.sums_size, 0.0);
+  for (a.first_task = 0; a.first_task < tasks; a.first_task += wave) {
+    const int64_t count = tasks - a.first_task < wave ? tasks - a.first_task : wave;
+    const Zeros sums(count * a.sums_size * size);
+    a.sums = sums.data;
+    run_tasks(a, true, wide, count);
+    parallel_tasks(a.sums_size, count, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_add, sums.data, a.sums_size, count, a.first_task > 0, wide, begin, end,
+                     total.data());
+    });
+  }
+  wide ? write_gradients<double>(f, total.data()) : write_gradients<float>(f, total.data());
+  stacks.multiply(f, wide);
+}
+
+// ---- ops ---------------------------------------------------------------------------------------
+void run_forward(Field& f, const Tensor& kept) {
+  const bool wide = dtype_of(f.x) == kFloat64;
+  if (f.args.flags & kFieldInCache) {
+    forward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
+  } else {
+    wide_forward<OnCpu>(f, kept);
+  }
+}
+void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
+  const bool wide = dtype_of(f.x) == kFloat64;
+  if (f.args.flags & kFieldInCache) {
+    backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
+  } else {
+    wide_backward<OnCpu>(f, kept, to);
+  }
+}
+
+}  // namespace
+}  // namespace pfk
+
+STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
+  using namespace pfk;
+  m.impl("field_divergence", TORCH_BOX(&field_forward<run_forward>));
+  m.impl("field_divergence_backward", TORCH_BOX(&field_backward<run_backward>));
+  m.impl("field_exact", TORCH_BOX(&exact_forward<OnCpu>));
+  m.impl("field_exact_backward", TORCH_BOX(&exact_backward<OnCpu>));
+  m.impl("hutchinson_trace", TORCH_BOX(&trace_forward<OnCpu>));
+  m.impl("hutchinson_trace_backward", TORCH_BOX(&trace_backward<OnCpu>));
+}
+#endif

@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fields on the host: from tensors to FieldArgs, and the way through BLAS.
+//
+// Wide layers are matrix products of torch (one of all stacked rows a layer; in the backward pass
+// one for the input and one for the weight) with elementwise kernels between them, which a Device
+// provides:  stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType), output(OutputArgs,
+// backward, DType) and row_dot(RowDotArgs, backward, DType).
+#pragma once
+
+#include "core/host.h"
+#include "divergence/divergence.h"
+
+namespace pfk {
+
+using Tensors = std::vector<Tensor>;
+
+enum LayerStep : int { kLayerForward, kLayerRestore, kLayerBackward };
+
+// ---- torch's operators -------------------------------------------------------------------------
+inline void call_torch(const char* name, const char* overload, StableIValue* stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+}
+
+// out = a b
+inline void multiply_out(Tensor& out, const Tensor& a, const Tensor& b) {
+  StableIValue stack[3] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                           torch::stable::detail::from(out)};
+  call_torch("aten::mm", "out", stack);
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+inline Tensor turned(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
+  Tensor copy = t;
+  return torch::stable::narrow(copy, 0, first, count);
+}
+inline Tensor sum_rows(const Tensor& t) {
+  const int64_t rows = 0;
+  return torch::stable::sum(t, Sizes(&rows, 1));
+}
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
+inline const void* data_of(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(dense(*t)) : t;
+}
+
+// ---- arguments ---------------------------------------------------------------------------------
+// Rows of the copy in cache: whole vectors, and not a multiple of 256 bytes apart, which would fold
+// a column onto few of the sets of L1.
+inline int64_t padded(int64_t n) {
+  const int64_t p = (n + 15) / 16 * 16;
+  return p % 64 == 0 ? p + 16 : p;
+}
+
+struct Field {
+  Tensor x, probe;
+  Tensors weights, biases, gates;
+  std::vector<FieldLayer> layers;
+  FieldArgs args{};
+  int64_t packed_size = 0, kept_size = 0;
+
+  Field(const Tensor& x_, const Tensor& probe_, int64_t probes, const Tensors& weights_,
+        const Tensors& biases_, const Tensors& gates_, int64_t activation, int64_t flags)
+      : x(dense(x_)), probe(dense(probe_)) {
+    const auto sizes = x.sizes();
+    args.samples = sizes[0];
+    args.features = sizes[1];
+    args.probes = probes;
+    args.layers = static_cast<int>(weights_.size());
+    args.activation = static_cast<int>(activation);
+    args.flags = static_cast<int>(flags);
+    args.x = x.const_data_ptr();
+    if (probe.scalar_type() == ScalarType::Long) {
+      args.probe.seed = static_cast<const int64_t*>(probe.const_data_ptr());
+    } else {  // [probes, samples or 1, features]
+      const int64_t count = probe.sizes()[1];
+      args.probe.data = probe.const_data_ptr();
+      args.probe.step_probe = count * args.features;
+      args.probe.step_sample = count == 1 ? 0 : args.features;
+    }
+    for (int l = 0; l < args.layers; ++l) add_layer(l, weights_, biases_, gates_);
+    args.layer = layers.data();
+  }
+
+  int64_t rows() const { return args.samples * (1 + args.probes); }
+  FieldLayer& last() { return layers.back(); }
+
+  // Nothing was kept: the backward pass computes everything again.
+  void forget() {
+    for (FieldLayer& y : layers) y.kept = -1;
+  }
+
+  // The block of a layer in what is kept, [rows, out].
+  Tensor kept_block(const Tensor& kept, int l) const {
+    const FieldLayer& y = layers[l];
+    Tensor flat = kept;
+    const Tensor part = torch::stable::narrow(flat, 0, y.kept, rows() * y.out);
+    return torch::stable::view(part, {rows(), y.out});
+  }
+
+ private:
+  int64_t columns_ = 0;
+
+  void add_layer(int l, const Tensors& w, const Tensors& b, const Tensors& g) {
+    weights.push_back(dense(w[l]));
+    biases.push_back(dense(b[l]));
+    if (!g.empty()) gates.push_back(dense(g[l]));
+    const bool last = l == args.layers - 1;
+    FieldLayer y{};
+    y.out = weights[l].sizes()[0];
+    y.in = weights[l].sizes()[1];
+    y.weight = weights[l].const_data_ptr();
+    y.bias = biases[l].const_data_ptr();
+    y.bias_step = biases[l].dim() == 2 ? y.out : 0;
+    if (!g.empty()) {
+      y.gate = gates[l].const_data_ptr();
+      y.gate_step = gates[l].dim() == 2 ? y.out : 0;
+    }
+    y.value_kept = !last && args.activation == kActTanh && y.gate == nullptr;
+    // every second layer from the last, which the others follow from with one product; a first
+    // layer of few inputs costs next to nothing
+    const bool keep = !last && (args.layers - l) % 2 == 0 && (l > 0 || y.in >= y.out);
+    y.kept = keep ? kept_size : -1;
+    if (keep) kept_size += rows() * y.out;
+    y.in_stride = padded(y.in);
+    y.out_stride = padded(y.out);
+    const int64_t shared = y.out * y.in_stride + 2 * y.out_stride;
+    y.sums = args.sums_size;
+    args.sums_size += shared;
+    y.packed = packed_size;
+    packed_size += y.in * y.out_stride + shared;
+    y.column = columns_;
+    columns_ += y.out_stride;
+    layers.push_back(y);
+  }
+};
+
+struct FieldOutputs {
+  Tensor y, trace, norm, kept;
+  FieldOutputs(Field& f) {
+    FieldArgs& a = f.args;
+    y = empty(f.x, {a.samples, a.features});
+    trace = empty(f.x, {a.probes, a.samples});
+    const bool norm_wanted = a.flags & kFieldNorm, keep = a.flags & kFieldKeep;
+    norm = empty(f.x, {norm_wanted ? a.probes : 0, a.samples});
+    kept = empty(f.x, {keep ? f.kept_size : 0});
+    a.y = data_of(y);
+    a.trace = data_of(trace);
+    a.norm = norm_wanted ? data_of(norm) : nullptr;
+    a.kept = keep ? data_of(kept) : nullptr;
+  }
+};
+
+struct FieldGradients {
+  Tensor x;
+  Tensors weights, biases, gates;
+  FieldGradients(Field& f) {
+    x = empty(f.x, f.x.sizes());
+    f.args.grad_x = data_of(x);
+    for (int l = 0; l < f.args.layers; ++l) {
+      FieldLayer& y = f.layers[l];
+      weights.push_back(empty(f.x, f.weights[l].sizes()));
+      biases.push_back(empty(f.x, f.biases[l].sizes()));
+      y.grad_weight = data_of(weights[l]);
+      y.grad_bias = data_of(biases[l]);
+      if (f.gates.empty()) continue;
+      gates.push_back(empty(f.x, f.gates[l].sizes()));
+      y.grad_gate = data_of(gates[l]);
+    }
+  }
+};
+
+// ---- the way through BLAS ----------------------------------------------------------------------
+inline LayerArgs layer_args(const Field& f, int l, const Tensor& p) {
+  const FieldLayer& y = f.layers[l];
+  LayerArgs r{};
+  r.samples = f.args.samples;
+  r.probes = f.args.probes;
+  r.columns = r.stride = y.out;
+  r.activation = f.args.activation;
+  r.value_kept = y.value_kept;
+  r.p = data_of(p);
+  r.tangent_step = y.out;
+  r.bias = y.bias;
+  r.gate = y.gate;
+  r.bias_step = y.bias_step;
+  r.gate_step = y.gate_step;
+  return r;
+}
+
+inline OutputArgs output_args(const Field& f, const Tensor& p, const Tensor& input) {
+  const FieldArgs& a = f.args;
+  const FieldLayer& y = f.layers.back();
+  OutputArgs r{};
+  r.samples = r.trace_step = a.samples;
+  r.probes = a.probes;
+  r.features = r.stride = a.features;
+  r.p = data_of(p);
+  r.e = data_of(input);
+  r.bias = y.bias;
+  r.gate = y.gate;
+  r.bias_step = y.bias_step;
+  r.gate_step = y.gate_step;
+  r.y = a.y;
+  r.trace = a.trace;
+  r.norm = a.norm;
+  r.grad_y = a.grad_y;
+  r.grad_trace = a.grad_trace;
+  r.grad_norm = a.grad_norm;
+  return r;
+}
+
+template <class Device>
+Tensor stacked_input(const Field& f) {
+  const FieldArgs& a = f.args;
+  Tensor s = empty(f.x, {f.rows(), a.features});
+  Device::stack({a.samples, a.probes, a.features, a.x, a.probe, data_of(s)}, dtype_of(f.x));
+  return s;
+}
+
+// h' and its tangents of layer l from its products.
+template <class Device>
+Tensor activated(const Field& f, int l, const Tensor& p, LayerStep step) {
+  Tensor s = empty(f.x, {f.rows(), f.layers[l].out});
+  LayerArgs r = layer_args(f, l, p);
+  r.s = data_of(s);
+  if (step == kLayerRestore) r.value_kept = has_value(f.args, l);
+  Device::layer(r, step, dtype_of(f.x));
+  return s;
+}
+
+template <class Device>
+void wide_forward(const Field& f, const Tensor& kept) {
+  const Tensor input = stacked_input<Device>(f);
+  Tensor h = input;
+  for (int l = 0; l < f.args.layers; ++l) {
+    const bool last = l == f.args.layers - 1;
+    Tensor p = f.args.kept && f.layers[l].kept >= 0 ? f.kept_block(kept, l)
+                                                    : empty(f.x, {f.rows(), f.layers[l].out});
+    multiply_out(p, h, turned(f.weights[l]));
+    if (last) {
+      Device::output(output_args(f, p, input), false, dtype_of(f.x));
+    } else {
+      h = activated<Device>(f, l, p, kLayerForward);
+    }
+  }
+}
+
+// Gradients of a layer's parameters of every sample, summed where all share them.
+struct OwnGradients {
+  bool needed;
+  Tensor bias, gate;
+
+  template <class Args>
+  OwnGradients(const Field& f, const FieldLayer& y, Args& to) : needed(y.bias_step || y.gate) {
+    if (!needed) return;
+    bias = empty(f.x, {f.args.samples, y.out});
+    to.grad_bias = data_of(bias);
+    to.grad_bias_step = to.grad_gate_step = y.out;
+    if (!y.gate) return;
+    gate = empty(f.x, {f.args.samples, y.out});
+    to.grad_gate = data_of(gate);
+  }
+  // `primal`: cotangents of the layer's product, which without a gate are those of the bias
+  void finish(const FieldLayer& y, const Tensor& primal, Tensor& to_bias, Tensor* to_gate) {
+    to_bias = y.bias_step ? bias : sum_rows(needed ? bias : primal);
+    if (to_gate) *to_gate = y.gate_step ? gate : sum_rows(gate);
+  }
+};
+
+// The products of all hidden layers: what was kept, and what was not computed again.
+template <class Device>
+Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
+  Tensors found;
+  Tensor h = input;
+  for (int l = 0; l < f.args.layers - 1; ++l) {
+    const FieldLayer& y = f.layers[l];
+    Tensor p = y.kept < 0 ? empty(f.x, {f.rows(), y.out}) : f.kept_block(kept, l);
+    if (y.kept < 0) multiply_out(p, h, turned(f.weights[l]));
+    if (continues(f.args, l)) {
+      h = activated<Device>(f, l, p, y.kept < 0 ? kLayerForward : kLayerRestore);
+    }
+    found.push_back(p);
+  }
+  return found;
+}
+
+template <class Device>
+void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
+  const FieldArgs& a = f.args;
+  const DType dtype = dtype_of(f.x);
+  const Tensor input = stacked_input<Device>(f);
+  Tensors products = wide_products<Device>(f, kept, input);
+  int l = a.layers - 1;
+  Tensor grad = empty(f.x, {f.rows(), a.features});
+  const bool again = a.grad_norm || f.last().gate;
+  Tensor p = empty(f.x, {again ? f.rows() : 0, a.features});
+  if (again) {
+    const Tensor h = l ? activated<Device>(f, l - 1, products[l - 1], kLayerRestore) : input;
+    multiply_out(p, h, turned(f.weights[l]));
+  }
+  auto gate_of = [&](int layer) { return f.gates.empty() ? nullptr : &to.gates[layer]; };
+  OutputArgs o = output_args(f, p, input);
+  o.grad = data_of(grad);
+  OwnGradients own(f, f.last(), o);
+  Device::output(o, true, dtype);
+  own.finish(f.last(), rows_of(grad, 0, a.samples), to.biases[l], gate_of(l));
+  for (; l >= 0; --l) {
+    Tensor h = input;
+    if (l == 0) {
+      multiply_out(to.x, rows_of(grad, 0, a.samples), f.weights[0]);
+      multiply_out(to.weights[0], turned(grad), h);
+      return;
+    }
+    const FieldLayer& below = f.layers[l - 1];
+    Tensor below_grad = empty(f.x, {f.rows(), below.out});
+    h = empty(f.x, {f.rows(), below.out});
+    multiply_out(below_grad, grad, f.weights[l]);
+    LayerArgs r = layer_args(f, l - 1, products[l - 1]);
+    r.value_kept = has_value(a, l - 1);
+    r.grad = data_of(below_grad);
+    r.s = data_of(h);
+    OwnGradients mine(f, below, r);
+    Device::layer(r, kLayerBackward, dtype);
+    mine.finish(below, rows_of(below_grad, 0, a.samples), to.biases[l - 1], gate_of(l - 1));
+    multiply_out(to.weights[l], turned(grad), h);
+    grad = below_grad;
+  }
+}
+
+}  // namespace pfk

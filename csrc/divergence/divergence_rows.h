@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// The elementwise parts of a field on the CPU: activations, outputs and row sums.  They serve both
+// the tiles that stay in cache, whose rows are padded, and whole matrices between BLAS products.
+#pragma once
+
+#include "core/half.h"
+#include "divergence/divergence.h"
+
+PFK_BEGIN
+
+namespace {
+
+// Calls f(column, lanes) for whole vectors (lanes a constant) and then for the rest of a row.
+template <class T, class F>
+PFK_HD void each_vector(int64_t columns, F f) {
+  constexpr int w = Vec<T>::kLanes;
+  int64_t j = 0;
+  for (; j + w <= columns; j += w) f(j, w);
+  if (j < columns) f(j, static_cast<int>(columns - j));
+}
+template <class T>
+PFK_HD Vec<T> get(const T* p, int m) {
+  return m == Vec<T>::kLanes ? Vec<T>::load(p) : load_vec_n(p, m);
+}
+template <class T>
+PFK_HD void put(Vec<T> v, T* p, int m) {
+  m == Vec<T>::kLanes ? v.store(p) : store_vec_n(v, p, m);
+}
+template <class T>
+const T* typed(const void* p) {
+  return static_cast<const T*>(p);
+}
+template <class T>
+T* typed(void* p) {
+  return static_cast<T*>(p);
+}
+
+// A gradient of each sample, or added to the sum over the samples.
+template <class T>
+PFK_HD void put_parameter(Vec<T> v, void* to, int64_t step, int64_t sample, int64_t j, int m) {
+  if (to == nullptr) return;
+  T* p = typed<T>(to) + sample * step + j;
+  put(step == 0 ? get(p, m) + v : v, p, m);
+}
+
+// ---- a layer -----------------------------------------------------------------------------------
+// kRestore: from what was kept.
+template <int kKind, bool kRestore, class T>
+void layer_forward(const LayerArgs& a, int64_t first, int64_t last) {
+  using V = Vec<T>;
+  T* const p = typed<T>(a.p);
+  T* const s = typed<T>(a.s);
+  const T* const tangents = typed<T>(a.tangents);
+  const T* const bias = typed<T>(a.bias);
+  const T* const gate = typed<T>(a.gate);
+  const int64_t stride = a.stride, samples = a.samples, probes = a.probes;
+  const bool value_kept = a.value_kept;
+  for (int64_t i = first; i < last; ++i) {
+    each_vector<T>(a.columns, [&](int64_t j, int m) {
+      const V b = get(bias + i * a.bias_step + j, m);
+      const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
+      T* const at = p + i * stride + j;
+      const V pre = get(at, m);
+      const Curve<V> c =
+          kRestore ? curve_of_kept<kKind>(pre, b, g, value_kept) : curve_at<kKind>(g * pre + b);
+      if (!kRestore && value_kept) put(c.value, at, m);
+      put(c.value, s + i * stride + j, m);
+      for (int64_t k = 0; k < probes; ++k) {
+        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m);
+        put(c.slope * (g * t), s + ((k + 1) * samples + i) * stride + j, m);
+      }
+    });
+  }
+}
+
+template <int kKind, class T>
+void layer_backward(const LayerArgs& a, int64_t first, int64_t last) {
+  using V = Vec<T>;
+  const T* const p = typed<T>(a.p);
+  T* const s = typed<T>(a.s);
+  T* const grad = typed<T>(a.grad);
+  const T* const tangents = typed<T>(a.tangents);
+  const T* const bias = typed<T>(a.bias);
+  const T* const gate = typed<T>(a.gate);
+  const int64_t stride = a.stride, samples = a.samples, probes = a.probes;
+  const bool value_kept = a.value_kept;
+  for (int64_t i = first; i < last; ++i) {
+    each_vector<T>(a.columns, [&](int64_t j, int m) {
+      const V b = get(bias + i * a.bias_step + j, m);
+      const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
+      const V pre = get(p + i * stride + j, m);
+      const Curve<V> c = curve_of_kept<kKind>(pre, b, g, value_kept);
+      V crossed = T(0), of_gate = T(0);
+      for (int64_t k = 0; k < probes; ++k) {
+        const int64_t at = ((k + 1) * samples + i) * stride + j;
+        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m),
+                q = get(grad + at, m);
+        const V moved = g * t, A = c.slope * q;
+        crossed += moved * q;
+        of_gate += A * t;
+        put(g * A, grad + at, m);
+        put(c.slope * moved, s + at, m);
+      }
+      T* const first_grad = grad + i * stride + j;
+      const V A = c.slope * get(first_grad, m) + c.bend * crossed;
+      put(g * A, first_grad, m);
+      put(c.value, s + i * stride + j, m);
+      put_parameter(A, a.grad_bias, a.grad_bias_step, i, j, m);
+      if (gate) put_parameter(of_gate + A * pre, a.grad_gate, a.grad_gate_step, i, j, m);
+    });
+  }
+}
+
+using LayerFunction = void (*)(const LayerArgs&, int64_t, int64_t);
+
+enum LayerPass : int { kForward, kRestored, kBackward };
+
+template <class T>
+LayerFunction layer_function(int activation, LayerPass pass) {
+  static constexpr LayerFunction table[3][kActivations] = {
+      {layer_forward<kActTanh, false, T>, layer_forward<kActSoftplus, false, T>,
+       layer_forward<kActSilu, false, T>, layer_forward<kActGelu, false, T>},
+      {layer_forward<kActTanh, true, T>, layer_forward<kActSoftplus, true, T>,
+       layer_forward<kActSilu, true, T>, layer_forward<kActGelu, true, T>},
+      {layer_backward<kActTanh, T>, layer_backward<kActSoftplus, T>, layer_backward<kActSilu, T>,
+       layer_backward<kActGelu, T>}};
+  return table[pass][activation];
+}
+
+// ---- the output --------------------------------------------------------------------------------
+// kPadded: rows of p, e, grad, bias and gate may be read and written in whole vectors.
+template <bool kPadded, class T>
+PFK_HD Vec<T> get_padded(const T* p, int m) {
+  return kPadded ? Vec<T>::load(p) : get(p, m);
+}
+template <bool kPadded, class T>
+PFK_HD void put_padded(Vec<T> v, T* p, int m) {
+  kPadded ? v.store(p) : put(v, p, m);
+}
+
+template <bool kPadded, class T>
+void output_forward(const OutputArgs& a, int64_t first, int64_t last) {
+  using V = Vec<T>;
+  const T* const p = typed<T>(a.p);
+  const T* const e = typed<T>(a.e);
+  const T* const bias = typed<T>(a.bias);
+  const T* const gate = typed<T>(a.gate);
+  for (int64_t i = first; i < last; ++i) {
+    auto gate_at = [&](int64_t j, int m) {
+      return gate ? get_padded<kPadded>(gate + i * a.gate_step + j, m) : V(T(1));
+    };
+    each_vector<T>(a.features, [&](int64_t j, int m) {
+      const V y = gate_at(j, m) * get_padded<kPadded>(p + i * a.stride + j, m) +
+                  get_padded<kPadded>(bias + i * a.bias_step + j, m);
+      put(y, typed<T>(a.y) + i * a.features + j, m);
+    });
+    for (int64_t k = 0; k < a.probes; ++k) {
+      const int64_t row = ((k + 1) * a.samples + i) * a.stride;
+      const int64_t at = k * a.trace_step + i;
+      V trace = T(0), norm = T(0);
+      each_vector<T>(a.features, [&](int64_t j, int m) {
+        const V je = gate_at(j, m) * get_padded<kPadded>(p + row + j, m);
+        trace += je * get_padded<kPadded>(e + row + j, m);
+        norm += je * je;
+      });
+      typed<T>(a.trace)[at] = static_cast<T>(sum_lanes(trace));
+      if (a.norm) typed<T>(a.norm)[at] = static_cast<T>(sum_lanes(norm));
+    }
+  }
+}
+
+template <bool kPadded, class T>
+void output_backward(const OutputArgs& a, int64_t first, int64_t last) {
+  using V = Vec<T>;
+  const T* const p = typed<T>(a.p);
+  const T* const e = typed<T>(a.e);
+  const T* const gate = typed<T>(a.gate);
+  const T* const grad_y = typed<T>(a.grad_y);
+  T* const grad = typed<T>(a.grad);
+  for (int64_t i = first; i < last; ++i) {
+    each_vector<T>(a.features, [&](int64_t j, int m) {
+      const V g = gate ? get_padded<kPadded>(gate + i * a.gate_step + j, m) : V(T(1));
+      const V q = grad_y ? get(grad_y + i * a.features + j, m) : V(T(0));
+      V of_gate = gate ? q * get_padded<kPadded>(p + i * a.stride + j, m) : V(T(0));
+      put_padded<kPadded>(g * q, grad + i * a.stride + j, m);
+      for (int64_t k = 0; k < a.probes; ++k) {
+        const int64_t at = ((k + 1) * a.samples + i) * a.stride + j;
+        const int64_t scalar = k * a.trace_step + i;
+        V t = T(0);
+        if (a.grad_trace) {
+          t = V(typed<T>(a.grad_trace)[scalar]) * get_padded<kPadded>(e + at, m);
+        }
+        if (a.grad_norm) {
+          t += V(T(2) * typed<T>(a.grad_norm)[scalar]) * (g * get_padded<kPadded>(p + at, m));
+        }
+        if (gate) of_gate += t * get_padded<kPadded>(p + at, m);
+        put_padded<kPadded>(g * t, grad + at, m);
+      }
+      const int whole = kPadded ? V::kLanes : m;
+      put_parameter(q, a.grad_bias, a.grad_bias_step, i, j, whole);
+      if (gate) put_parameter(of_gate, a.grad_gate, a.grad_gate_step, i, j, whole);
+    });
+  }
+}
+
+// ---- the probe ---------------------------------------------------------------------------------
+// Elements [begin, begin + count) of the signs.
+template <class T>
+void fill_signs(const int64_t* key, int64_t begin, int64_t count, T* to) {
+  const uint64_t seed = static_cast<uint64_t>(*key);
+  for (int64_t i = 0; i < count;) {
+    const int64_t at = begin + i;
+    const PhiloxBlock<uint32_t> b = philox_block(static_cast<uint64_t>(at / kSignBits), seed);
+    for (int bit = static_cast<int>(at % kSignBits); bit < kSignBits && i < count; ++bit, ++i) {
+      to[i] = sign_of(b, bit);
+    }
+  }
+}
+
+// Rows [first, last) of x and of every probe, to rows `stride` apart of stacks `height` high.
+template <class T>
+void stack_rows(const void* x, const FieldProbe& probe, int64_t probes, int64_t samples,
+                int64_t features, int64_t first, int64_t last, T* to, int64_t stride,
+                int64_t height) {
+  for (int64_t i = first; i < last; ++i) {
+    memcpy(to + (i - first) * stride, typed<T>(x) + i * features, features * sizeof(T));
+  }
+  for (int64_t k = 0; k < probes; ++k) {
+    T* row = to + (k + 1) * height * stride;
+    if (probe.data == nullptr && stride == features) {
+      fill_signs(probe.seed, (k * samples + first) * features, (last - first) * features, row);
+      continue;
+    }
+    for (int64_t i = first; i < last; ++i, row += stride) {
+      if (probe.data == nullptr) {
+        fill_signs(probe.seed, (k * samples + i) * features, features, row);
+      } else {
+        memcpy(row, typed<T>(probe.data) + k * probe.step_probe + i * probe.step_sample,
+               features * sizeof(T));
+      }
+    }
+  }
+}
+
+// ---- rows of products --------------------------------------------------------------------------
+template <class T>
+void row_dot(const RowDotArgs& a, int64_t first, int64_t last) {
+  using V = Vec<T>;
+  for (int64_t i = first; i < last; ++i) {
+    const T* x = typed<T>(a.a) + i * a.features;
+    const T* y = typed<T>(a.b) + i * a.features;
+    double trace = 0, norm = 0;
+    constexpr int64_t kRun = 1024;  // beyond, sums go on in double
+    for (int64_t begin = 0; begin < a.features; begin += kRun) {
+      V t = T(0), n = T(0);
+      each_vector<T>(a.features - begin < kRun ? a.features - begin : kRun, [&](int64_t j, int m) {
+        const V v = get(y + begin + j, m);
+        t += get(x + begin + j, m) * v;
+        n += v * v;
+      });
+      trace += sum_lanes(t);
+      norm += sum_lanes(n);
+    }
+    typed<T>(a.trace)[i] = static_cast<T>(trace);
+    if (a.norm) typed<T>(a.norm)[i] = static_cast<T>(norm);
+  }
+}
+
+template <class T>
+void row_dot_backward(const RowDotArgs& a, int64_t first, int64_t last) {
+  using V = Vec<T>;
+  for (int64_t i = first; i < last; ++i) {
+    const V s = a.grad_trace ? typed<T>(a.grad_trace)[i] : T(0);
+    const V f = a.grad_norm ? T(2) * typed<T>(a.grad_norm)[i] : T(0);
+    each_vector<T>(a.features, [&](int64_t j, int m) {
+      const int64_t at = i * a.features + j;
+      const V x = get(typed<T>(a.a) + at, m), y = get(typed<T>(a.b) + at, m);
+      put(s * y, typed<T>(a.grad_a) + at, m);
+      put(a.grad_norm ? s * x + f * y : s * x, typed<T>(a.grad_b) + at, m);
+    });
+  }
+}
+
+}  // namespace
+
+PFK_END

@@ -1,0 +1,251 @@
+"""The ops of :mod:`pyflowkern.ops.divergence`: schemas, fakes and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ops._field_reference import (
+    ACTIVATIONS,
+    exact_reference,
+    hutchinson_trace_reference,
+    stacked_reference,
+)
+from pyflowkern.ops._registry import gradient_of_reference, register
+
+__all__ = ["IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
+
+KEEP, IN_CACHE, NORM = 1, 2, 4
+
+
+def _kept_columns(weights: Sequence[Tensor]) -> int:
+    """Return the columns that a forward keeps for its backward: of every second layer from the last."""
+    count = len(weights)
+    return sum(
+        w.shape[0]
+        for i, w in enumerate(weights[:-1])
+        if (count - i) % 2 == 0 and (i > 0 or w.shape[1] >= w.shape[0])
+    )
+
+
+def _field_fake(
+    x: Tensor,
+    probe: Tensor,
+    probes: int,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gates: list[Tensor],
+    activation: int,
+    flags: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = x.shape[0]
+    kept = (1 + probes) * n * _kept_columns(weights) if flags & KEEP else 0
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(probes, n),
+        x.new_empty(probes if flags & NORM else 0, n),
+        x.new_empty(kept),
+    )
+
+
+def _field_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, probe, ctx.probes, weights, biases, gates, ctx.activation, ctx.flags = inputs
+    ctx.layers = len(weights)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, probe, output[3], *weights, *biases, *gates)
+
+
+def _field_backward(
+    ctx: Any,
+    grad_y: Tensor | None,
+    grad_trace: Tensor | None,
+    grad_norm: Tensor | None,
+    _: Tensor | None,
+) -> tuple[Any, ...]:
+    x, probe, kept, *parameters = ctx.saved_tensors
+    n = ctx.layers
+    weights, biases, gates = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+    if grad_norm is not None and not ctx.flags & NORM:
+        grad_norm = None
+    if torch.is_grad_enabled():
+        activation, norm = ACTIVATIONS[ctx.activation], bool(ctx.flags & NORM)
+
+        def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+            layers = p[:n], p[n : 2 * n], p[2 * n :]
+            return stacked_reference(x, probe, ctx.probes, *layers, activation, norm)
+
+        found = gradient_of_reference(
+            forward,
+            (x, *parameters),
+            _filled(forward, x, parameters, grad_y, grad_trace, grad_norm),
+        )
+        grad_x, grads = found[0], found[1:]
+        return grad_x, None, None, grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
+    grad_x, *lists = _field_backward_op(
+        grad_y,
+        grad_trace,
+        grad_norm,
+        x,
+        probe,
+        ctx.probes,
+        weights,
+        biases,
+        gates,
+        kept,
+        ctx.activation,
+        ctx.flags,
+    )
+    return (grad_x, None, None, *lists, None, None)
+
+
+def _filled(
+    forward: Any, x: Tensor, parameters: Sequence[Tensor], *grads: Tensor | None
+) -> list[Tensor]:
+    """Return the output gradients with zeros where there are none."""
+    if all(g is not None for g in grads):
+        return [g for g in grads if g is not None]
+    with torch.no_grad():
+        outputs = forward(x, *parameters)
+    return [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
+
+
+def _field_backward_fake(
+    grad_y: Tensor | None,
+    grad_trace: Tensor | None,
+    grad_norm: Tensor | None,
+    x: Tensor,
+    probe: Tensor,
+    probes: int,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gates: list[Tensor],
+    kept: Tensor,
+    activation: int,
+    flags: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    def like(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t in tensors]
+
+    return x.new_empty(x.shape), like(weights), like(biases), like(gates)
+
+
+# probe: [probes, N or 1, D], or the seed of signs; the last result is what is kept for the backward
+# pass, which computes the rest again
+field_op = register(
+    "field_divergence(Tensor x, Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, "
+    "Tensor[] gates, int activation, int flags) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_field_fake,
+    backward=_field_backward,
+    setup_context=_field_setup,
+)
+_field_backward_op = register(
+    "field_divergence_backward(Tensor? grad_y, Tensor? grad_trace, Tensor? grad_norm, Tensor x, "
+    "Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, "
+    "int activation, int flags) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    fake=_field_backward_fake,
+)
+
+
+def _exact_fake(
+    x: Tensor,
+    coupling: Tensor,
+    ones: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gates: list[Tensor],
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = [w.shape[0] for w in weights[:-1]]
+    kept = x.shape[0] * (sum(sizes) + sum(sizes[1:]))
+    return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(kept)
+
+
+def _exact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, coupling, ones, weights, biases, gates, ctx.activation = inputs
+    ctx.layers = len(weights)
+    ctx.save_for_backward(x, coupling, ones, output[2], *weights, *biases, *gates)
+    ctx.set_materialize_grads(False)
+
+
+def _exact_backward(
+    ctx: Any, grad_y: Tensor | None, grad_trace: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    x, coupling, ones, kept, *parameters = ctx.saved_tensors
+    n = ctx.layers
+    lists = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+    grad_trace = x.new_zeros(x.shape[0]) if grad_trace is None else grad_trace
+    if torch.is_grad_enabled():
+
+        def forward(x: Tensor, m: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
+            layers = p[:n], p[n : 2 * n], p[2 * n :]
+            return exact_reference(x, m, *layers, ACTIVATIONS[ctx.activation])
+
+        found = gradient_of_reference(forward, (x, coupling, *parameters), (grad_y, grad_trace))
+        grads = found[2:]
+        return *found[:2], None, grads[:n], grads[n : 2 * n], grads[2 * n :], None
+    grad_x, grad_m, *grad_lists = _exact_backward_op(
+        grad_y, grad_trace, x, coupling, ones, *lists, kept, ctx.activation
+    )
+    return grad_x, grad_m, None, *grad_lists, None
+
+
+def _exact_backward_fake(
+    grad_y: Tensor,
+    grad_trace: Tensor,
+    x: Tensor,
+    coupling: Tensor,
+    ones: Tensor,
+    *lists: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    weights, biases, gates = ([t.new_empty(t.shape) for t in part] for part in lists[:3])
+    return x.new_empty(x.shape), coupling.new_empty(coupling.shape), weights, biases, gates
+
+
+# ones: as many as the widest layer has outputs
+exact_op = register(
+    "field_exact(Tensor x, Tensor coupling, Tensor ones, Tensor[] weights, Tensor[] biases, "
+    "Tensor[] gates, int activation) -> (Tensor, Tensor, Tensor)",
+    fake=_exact_fake,
+    backward=_exact_backward,
+    setup_context=_exact_setup,
+)
+_exact_backward_op = register(
+    "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor coupling, "
+    "Tensor ones, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, int activation)"
+    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    fake=_exact_backward_fake,
+)
+
+
+def _trace_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _trace_backward(
+    ctx: Any, grad_trace: Tensor | None, grad_norm: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    e, je = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        zero = e.new_zeros(e.shape[0])
+        grads = [zero if g is None else g for g in (grad_trace, grad_norm)]
+        return tuple(gradient_of_reference(hutchinson_trace_reference, (e, je), grads))
+    found: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, e, je)
+    return found
+
+
+trace_op = register(
+    "hutchinson_trace(Tensor e, Tensor je) -> (Tensor, Tensor)",
+    fake=lambda e, je: (e.new_empty(e.shape[0]), e.new_empty(e.shape[0])),
+    backward=_trace_backward,
+    setup_context=_trace_setup,
+)
+_trace_backward_op = register(
+    "hutchinson_trace_backward(Tensor? grad_trace, Tensor? grad_norm, Tensor e, Tensor je)"
+    " -> (Tensor, Tensor)",
+    fake=lambda t, n, e, je: (torch.empty_like(e), torch.empty_like(je)),
+)

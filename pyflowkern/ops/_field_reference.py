@@ -1,0 +1,99 @@
+"""The formulas of :mod:`pyflowkern.ops.divergence` in plain PyTorch, on arguments that were checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyflowkern.ops._probe import expand_probe
+from pyflowkern.ops._registry import accumulation_dtype
+
+__all__ = [
+    "ACTIVATIONS",
+    "activation_and_slope",
+    "coupling_of",
+    "exact_reference",
+    "hutchinson_trace_reference",
+    "stacked_reference",
+]
+
+ACTIVATIONS = ("tanh", "softplus", "silu", "gelu")
+
+
+def activation_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return an activation and its derivative, both differentiable by autograd to any order."""
+    if activation == "tanh":
+        h = torch.tanh(a)
+        return h, 1 - h * h
+    if activation == "softplus":  # torch's own is linear from 20 on
+        return -F.logsigmoid(-a), torch.sigmoid(a)
+    if activation == "silu":
+        q = torch.sigmoid(a)
+        return a * q, q * (1 + a * torch.sigmoid(-a))
+    cdf = 0.5 * torch.erfc(-a * 0.5**0.5)
+    return a * cdf, cdf + a * torch.exp(-0.5 * a * a) * 0.39894228040143267794
+
+
+def stacked_reference(
+    x: Tensor,
+    probe: Tensor,
+    probes: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    activation: str,
+    with_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``y``, the traces ``[K, N]`` and the norms ``[K, N]`` (``[0, N]`` if not wanted)."""
+    e = expand_probe(probe, probes, x)
+    h, tangent = x, e
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h, tangent = h @ weight.t(), tangent @ weight.t()
+        if gates:
+            h, tangent = gates[i] * h, gates[i] * tangent
+        h = h + bias
+        if i < len(weights) - 1:
+            h, slope = activation_and_slope(h, activation)
+            tangent = slope * tangent
+    norm = tangent.square().sum(-1)
+    return h, (e * tangent).sum(-1), norm if with_norm else norm[:0]
+
+
+def coupling_of(weights: Sequence[Tensor], last: Tensor) -> Tensor:
+    """Return ``M`` of the closed form, ``[H]`` or ``[H2, H1]``; ``last`` holds the output gate."""
+    if len(weights) == 2:
+        return (last.t() * weights[0]).sum(1)
+    return weights[1] * (last.t() @ weights[0].t())
+
+
+def exact_reference(
+    x: Tensor,
+    coupling: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y`` and the trace of a field with one or two hidden layers."""
+    h, slopes = x, []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h = h @ weight.t()
+        h = (gates[i] * h if gates else h) + bias
+        if i < len(weights) - 1:
+            h, slope = activation_and_slope(h, activation)
+            slopes.append(gates[i] * slope if gates else slope)
+    if len(slopes) == 1:
+        return h, slopes[0] @ coupling
+    return h, (slopes[1] * (slopes[0] @ coupling.t())).sum(1)
+
+
+def hutchinson_trace_reference(e: Tensor, je: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the trace and the norm of :func:`hutchinson_trace` in plain PyTorch."""
+    work = accumulation_dtype(torch.promote_types(e.dtype, je.dtype))
+    rows = (e.shape[0], math.prod(e.shape[1:]))
+    a, b = e.to(work).reshape(rows), je.to(work).reshape(rows)
+    return (a * b).sum(1), b.square().sum(1)

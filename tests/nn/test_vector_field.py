@@ -1,0 +1,144 @@
+"""Vector fields as modules: layers with time, and any network by reverse-mode products."""
+
+import itertools
+
+import pytest
+import torch
+from laws import check_gradients, normal
+
+from pyflowkern import nn, ops
+
+TIMES = ("none", "concat", "concatsquash")
+
+
+def make(time, hidden=(16, 12), activation="tanh", dims=3):
+    torch.manual_seed(0)
+    return nn.VectorFieldMLP(dims, hidden, activation, time).double()
+
+
+def plain(field):
+    """The same field as a module that autograd differentiates."""
+    return nn.VectorField(field)
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "silu", "gelu"])
+def test_same_as_products_of_autograd(time, activation):
+    field = make(time, activation=activation)
+    x = normal(6, 3)
+    for t in (0.3, torch.tensor(0.3), normal(6, seed=4)):
+        for options in (
+            {"probe": normal(6, 3, seed=1)},
+            {"probe": normal(2, 6, 3, seed=1), "per_probe": True},
+            {"probe": torch.tensor(3), "probes": 2},
+            {"method": "exact"},
+        ):
+            found = field.velocity_and_divergence(t, x, **options, regularizers=True)
+            expected = plain(field).velocity_and_divergence(t, x, **options, regularizers=True)
+            if options.get("method") == "exact":
+                closed = field.velocity_and_divergence(t, x, method="exact")
+                torch.testing.assert_close(closed, found[:2], rtol=1e-11, atol=1e-12)
+            else:  # |J e| and |e^T J| agree in the mean alone
+                found, expected = found[:3], expected[:3]
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(field(t, x), found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_gradients(time):
+    field, x = make(time), normal(6, 3)
+    for method, own in itertools.product(("hutchinson", "exact"), (False, True)):
+        options = {"method": method} | ({} if method == "exact" else {"probe": torch.tensor(1)})
+        t = normal(6, seed=4) if own else torch.tensor(0.4).double()
+        losses = []
+        for f in (field, plain(field)):
+            leaf, time_leaf = x.clone().requires_grad_(), t.clone().requires_grad_()
+            y, divergence = f.velocity_and_divergence(time_leaf, leaf, **options)
+            loss = y.square().sum() + divergence.square().sum()
+            wanted = [leaf, *field.parameters(), *([] if time == "none" else [time_leaf])]
+            losses.append(torch.autograd.grad(loss, wanted, allow_unused=True))
+        for a, b in zip(*losses, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        if method == "hutchinson":
+            check_gradients(
+                field, sum(map(torch.sum, field.velocity_and_divergence(t, x, **options)))
+            )
+
+
+def test_concatsquash_is_theirs():
+    """FFJORD's layer: (W x + b) sigmoid(gate(t)) + hyper_bias(t)."""
+    field, x, t = make("concatsquash", hidden=()), normal(4, 3), 0.7
+    layer, (u, c, v) = field.layers[0], field.times[0]
+    expected = layer(x) * torch.sigmoid(u * t + c) + v * t
+    torch.testing.assert_close(field(t, x), expected)
+
+
+def test_concat_is_a_further_input():
+    field, x, t = make("concat", hidden=()), normal(4, 3), 0.7
+    weight = torch.cat([field.times[0].t(), field.layers[0].weight], 1)  # t first
+    h = torch.cat([torch.full((4, 1), t).double(), x], 1)
+    torch.testing.assert_close(field(t, x), h @ weight.t() + field.layers[0].bias)
+
+
+def test_any_network_on_images():
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(2, 2, 3, padding=1).double()
+
+        def forward(self, t, x):
+            return torch.tanh(self.conv(x)) + t
+
+    field, x = nn.VectorField(Net()), normal(3, 2, 4, 4)
+    e = normal(3, 2, 4, 4, seed=1)
+    y, divergence = field.velocity_and_divergence(0.1, x, probe=e)
+    _, tangent = torch.func.jvp(lambda v: field(0.1, v), (x,), (e,))
+    torch.testing.assert_close(divergence, (e * tangent).flatten(1).sum(1))
+    assert y.shape == x.shape
+    divergence.sum().backward()
+    assert field.net.conv.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        y, divergence = field.velocity_and_divergence(0.1, x, probe=e)
+    assert not y.requires_grad
+    assert not divergence.requires_grad
+
+
+def test_half_states_are_computed_in_float32():
+    field = nn.VectorFieldMLP(3)
+    x = normal(5, 3, dtype=torch.bfloat16)
+    y, divergence = field.velocity_and_divergence(0.0, x, method="exact")
+    assert (y.dtype, divergence.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_wrong_arguments():
+    field, x = nn.VectorFieldMLP(3), torch.zeros(4, 3)
+    probe = ops.draw_probe(x)
+    for error, message, call in (
+        (ValueError, "dims and hidden", lambda: nn.VectorFieldMLP(0)),
+        (ValueError, "activation", lambda: nn.VectorFieldMLP(3, activation="relu")),
+        (ValueError, "time", lambda: nn.VectorFieldMLP(3, time="fourier")),
+        (ValueError, "x must have shape", lambda: field(0.0, x[:, :2])),
+        (ValueError, "t must be", lambda: nn.VectorFieldMLP(3, time="concat")(x[0], x)),
+        (ValueError, "needs a probe", lambda: field.velocity_and_divergence(0.0, x)),
+        (
+            ValueError,
+            "no probe",
+            lambda: field.velocity_and_divergence(0.0, x, probe=probe, method="exact"),
+        ),
+        (
+            ValueError,
+            "method must",
+            lambda: field.velocity_and_divergence(0.0, x, probe=probe, method="xtrace"),
+        ),
+        (TypeError, "net must", lambda: nn.VectorField(torch.tanh)),
+        (ValueError, "net must return", lambda: nn.VectorField(Narrow())(1.0, x)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+class Narrow(torch.nn.Module):
+    def forward(self, t, x):
+        return x[:, :1]

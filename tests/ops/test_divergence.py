@@ -1,0 +1,413 @@
+"""Fields with their divergence: against naive VJPs, enumeration, autograd and float64."""
+
+import itertools
+
+import pytest
+import torch
+from laws import normal
+
+from pyflowkern import _library, ops
+from pyflowkern.ops import (
+    draw_probe,
+    field_divergence,
+    field_divergence_reference,
+    hutchinson_trace,
+    hutchinson_trace_reference,
+    rademacher,
+)
+from pyflowkern.ops.divergence import ACTIVATIONS, activation_and_slope
+
+SHAPES = [(7,), (64, 60, 5), (200, 130)]  # narrow, several layers, sums beyond the caches
+
+
+def layers(dims, dtype=torch.float64, n=None, gates=False):
+    """Weights, biases and gates of a field; parameters of each of ``n`` samples if given."""
+    pairs = list(enumerate(itertools.pairwise(dims)))
+    own = () if n is None else (n,)
+    weights = [normal(b, a, seed=i, dtype=dtype) / a**0.5 for i, (a, b) in pairs]
+    biases = [normal(*own, b, seed=50 + i, dtype=dtype) for i, (_, b) in pairs]
+    found = [normal(*own, b, seed=90 + i, dtype=dtype).sigmoid() for i, (_, b) in pairs]
+    return weights, biases, found if gates else []
+
+
+def run(function, x, parts, **options):
+    """Results of a field, and the gradients of everything for fixed output gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *parts[0], *parts[1], *parts[2])]
+    n = len(parts[0])
+    w, b, g = leaves[1 : n + 1], leaves[n + 1 : 2 * n + 1], leaves[2 * n + 1 :]
+    found = function(leaves[0], w, b, g or None, **options)
+    grads = [normal(*t.shape, seed=7 + i).to(t.dtype) for i, t in enumerate(found)]
+    gradients = torch.autograd.grad(found, leaves, grads)
+    return [t.detach() for t in (*found, *gradients)]
+
+
+def check(x, parts, **options):
+    """The law of errors: at most twice plain PyTorch's, and 64 roundings of the largest entry."""
+    exact_options = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
+    ours, plain = (
+        run(f, x, parts, **options) for f in (field_divergence, field_divergence_reference)
+    )
+    exact = run(
+        field_divergence_reference,
+        x.double(),
+        [[t.double() for t in part] for part in parts],
+        **exact_options,
+    )
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if a.numel() == 0:
+            continue
+        # sums of up to a thousand terms in another order: twice the square root of as many roundings
+        floor = 64 * torch.finfo(a.dtype).eps * float(c.abs().max())
+        allowed = 2 * (b.double() - c).abs().max() + floor
+        worst = (a.double() - c).abs().max()
+        assert worst <= allowed, f"result {i}: error {worst:.3g}, allowed {allowed:.3g}"
+
+
+def mlp(x, parts, activation):
+    """The field alone, as everybody writes it."""
+    act = {
+        "tanh": torch.tanh,
+        "softplus": lambda a: torch.nn.functional.softplus(a, threshold=1e9),
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+    }[activation]
+    weights, biases, gates = parts
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        x = x @ w.t()
+        x = (gates[i] * x if gates else x) + b
+        x = act(x) if i < len(weights) - 1 else x
+    return x
+
+
+def naive(x, parts, e, activation="tanh"):
+    """FFJORD's estimate: one VJP, differentiable."""
+    x = x if x.requires_grad else x.detach().requires_grad_()
+    y = mlp(x, parts, activation)
+    (ej,) = torch.autograd.grad(y, x, e, create_graph=True)
+    return y, (ej * e).sum(1)
+
+
+# --- values and gradients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_and_size(backend, activation, dtype):
+    for hidden, (gates, n) in itertools.product(SHAPES, ((False, None), (True, None), (True, 37))):
+        x, parts = normal(37, 5, dtype=dtype), layers((5, *hidden, 5), dtype, n, gates)
+        e = normal(2, 37, 5, seed=3, dtype=dtype)
+        check(x, parts, probe=e, activation=activation, regularizers=True)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 24, 25, 129, 1000])
+def test_awkward_batches(backend, n):
+    for d, hidden in ((1, (3,)), (2, (64, 64, 64)), (43, (150,))):
+        x, e = normal(n, d), normal(n, d, seed=1)
+        check(x, layers((d, *hidden, d)), probe=e)
+
+
+def test_layers_beyond_the_caches(backend):
+    for activation, gates in (("tanh", False), ("silu", True)):
+        parts = layers((3, 1030, 40, 30, 3), gates=gates)
+        check(normal(7, 3), parts, probe=torch.tensor(4), probes=2, activation=activation)
+        e = normal(7, 3, seed=2)
+        check(normal(7, 3), parts, probe=e, activation=activation, regularizers=True)
+
+
+def test_no_hidden_layer(backend):
+    parts = layers((4, 4), gates=True)
+    check(normal(5, 4), parts, probe=torch.tensor(3), probes=2)
+    _, divergence = field_divergence(normal(5, 4), *parts, method="exact")
+    torch.testing.assert_close(divergence, (parts[2][0] * parts[0][0].diag()).sum().expand(5))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", [(64, 64, 64), (60, 33), (300, 200)], ids=str)
+def test_equals_the_naive_form_for_the_same_probe(backend, hidden, activation):
+    """(e^T J) e is e^T (J e): to 1e-12 in float64 and 1e-5 in float32, of sums of order one."""
+    for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        x, parts = normal(50, 6, dtype=dtype), layers((6, *hidden, 6), dtype)
+        e = normal(50, 6, seed=2, dtype=dtype)
+        y, divergence = field_divergence(x, *parts, probe=e, activation=activation)
+        velocity, estimate = naive(x, parts, e, activation)
+        for a, b in ((y, velocity), (divergence, estimate)):
+            assert (a - b).abs().max() <= rtol * b.abs().max()
+
+
+def test_mean_over_all_signs_is_the_trace(backend):
+    """T5: enumeration of the sign vectors gives the trace, to rounding."""
+    for hidden in SHAPES:
+        x, parts = normal(9, 5), layers((5, *hidden, 5))
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).double()
+        probes = signs[:, None].expand(-1, 9, -1)
+        _, mean = field_divergence(x, *parts, probe=probes)
+        _, exact = field_divergence(x, *parts, method="exact")
+        jacobians = torch.func.vmap(torch.func.jacrev(lambda v, p=parts: mlp(v, p, "tanh")))(x)
+        trace = jacobians.diagonal(dim1=1, dim2=2).sum(1)
+        torch.testing.assert_close(mean, trace, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(exact, trace, rtol=1e-12, atol=1e-12)
+        *_, frobenius = field_divergence(x, *parts, method="exact", regularizers=True)
+        expected = jacobians.square().sum((1, 2))
+        torch.testing.assert_close(frobenius, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("hidden", [(7,), (200,), (64, 60), (200, 130)], ids=str)
+def test_exact_trace_in_closed_form(backend, hidden, activation):
+    for dtype, gates in itertools.product((torch.float32, torch.float64), (False, True)):
+        x, parts = normal(37, 5, dtype=dtype), layers((5, *hidden, 5), dtype, None, gates)
+        check(x, parts, method="exact", activation=activation)
+    own = layers((5, *hidden, 5), gates=True, n=37)
+    check(normal(37, 5), own, method="exact", activation=activation)
+    own[2][-1] = own[2][-1][0]  # one output gate for all: the closed form again
+    check(normal(37, 5), own, method="exact", activation=activation)
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+def test_signs_from_a_seed_are_those_of_the_reference(backend):
+    for hidden in SHAPES:
+        for n, d, k in ((1, 3, 1), (50, 5, 3)):
+            x, parts = normal(n, d), layers((d, *hidden, d))
+            seed = draw_probe(x, seed=11)
+            e = rademacher(seed, (k, n, d), torch.float64)
+            found = field_divergence(x, *parts, probe=seed, probes=k, per_probe=True)
+            torch.testing.assert_close(found, field_divergence(x, *parts, probe=e, per_probe=True))
+
+
+def test_signs_are_fair():
+    signs = rademacher(torch.tensor(5), (100_000,))
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 4 / 100_000**0.5  # four standard deviations
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_variance_of_the_estimate(kind):
+    """T5: 2 (|S|^2 - sum S_ii^2) for signs, 2 |S|^2 for Gaussian probes, S the symmetric part."""
+    matrix, k = normal(4, 4), 200_000
+    sym = (matrix + matrix.t()) / 2
+    expected = 2 * (
+        sym.square().sum() - (sym.diagonal().square().sum() if kind == "rademacher" else 0)
+    )
+    x = normal(1, 4)
+    probe = draw_probe(x, probes=k, kind=kind, generator=torch.Generator().manual_seed(0))
+    _, found = field_divergence(
+        x, [matrix], [torch.zeros(4).double()], probe=probe, probes=k, per_probe=True
+    )
+    torch.testing.assert_close(found.mean(), matrix.trace(), rtol=0, atol=0.05)
+    torch.testing.assert_close(found.var(), expected, rtol=0.03, atol=0)  # 1 / sqrt(k) = 0.002
+
+
+def test_probe_that_wants_a_gradient(backend):
+    x, parts = normal(4, 3), layers((3, 8, 3))
+    e = normal(4, 3, seed=5).requires_grad_()
+    _, divergence = field_divergence(x, *parts, probe=e)
+    (grad,) = torch.autograd.grad(divergence.sum(), e)
+    (expected,) = torch.autograd.grad(naive(x, parts, e)[1].sum(), e)
+    torch.testing.assert_close(grad, expected)
+
+
+# --- laws ----------------------------------------------------------------------------------------
+
+
+def test_second_derivatives(backend):
+    for activation, gates in itertools.product(ACTIVATIONS, (False, True)):
+        for method in ("hutchinson", "exact"):
+            x, parts = normal(3, 2), layers((2, 4, 3, 2), gates=gates)
+            flat = [t.requires_grad_() for t in (x, *parts[0], *parts[1], *parts[2])]
+            probe = {"probe": normal(3, 2, seed=4)} if method == "hutchinson" else {}
+
+            def field(x, *p, activation=activation, method=method, probe=probe):
+                options = {"activation": activation, "method": method, **probe}
+                return field_divergence(x, p[:3], p[3:6], p[6:] or None, **options)
+
+            torch.autograd.gradcheck(field, flat)
+            torch.autograd.gradgradcheck(field, flat)
+
+
+def test_gradients_of_one_output_alone(backend):
+    for hidden, method in itertools.product(SHAPES, ("hutchinson", "exact")):
+        x, parts = normal(6, 5).requires_grad_(), layers((5, *hidden, 5))
+        options = {"method": method} | ({} if method == "exact" else {"probe": normal(6, 5)})
+        for i, create in itertools.product((0, 1), (False, True)):
+            found = field_divergence(x, *parts, **options)[i].sum()
+            expected = field_divergence_reference(x, *parts, **options)[i].sum()
+            for a, b in zip(
+                torch.autograd.grad(found, x, create_graph=create),
+                torch.autograd.grad(expected, x),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b)
+
+
+def test_a_bad_sample_stays_alone(backend):
+    for hidden, method in itertools.product(SHAPES, ("hutchinson", "exact")):
+        options = {"method": method} | ({} if method == "exact" else {"probe": torch.tensor(1)})
+        parts, x = layers((5, *hidden, 5)), normal(50, 5)
+        good = field_divergence(x, *parts, **options)
+        others = torch.arange(50) != 30
+        for poison in (torch.nan, torch.inf):
+            bad = x.clone()
+            bad[30, 2] = poison
+            found = field_divergence(bad, *parts, **options)
+            for a, b in zip(found, good, strict=True):
+                assert torch.equal(a[others], b[others])
+            assert found[0][30].isnan().any() or poison == torch.inf
+            leaf = bad.requires_grad_()
+            outputs = field_divergence(leaf, *parts, **options)
+            (grad,) = torch.autograd.grad([t.sum() for t in outputs], leaf)
+            assert grad[others].isfinite().all()
+
+
+def test_threads_do_not_matter():
+    """In cache; the wide fields' products are torch's."""
+    x, parts = normal(700, 6, dtype=torch.float32), layers((6, 60, 60, 6), torch.float32)
+    first = run(field_divergence, x, parts, probe=torch.tensor(2))
+    torch.set_num_threads(2)
+    for a, b in zip(first, run(field_divergence, x, parts, probe=torch.tensor(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_many_samples_in_waves(backend):
+    """More than 64 tasks of 512 samples: sums go on in double."""
+    x, parts = normal(40_000, 2, dtype=torch.float32), layers((2, 8, 2), torch.float32)
+    check(x, parts, probe=torch.tensor(2))
+
+
+def test_opcheck(backend):
+    x, probe = normal(5, 3).requires_grad_(), normal(2, 5, 3)
+    for hidden, gates in (((4, 4), True), ((4,), False), ((140,), False)):
+        w, b, g = ([t.requires_grad_() for t in p] for p in layers((3, *hidden, 3), gates=gates))
+        for flags in (1, 3, 7) if max(hidden) <= 128 else (1, 5):
+            torch.library.opcheck(
+                torch.ops.pyflowkern.field_divergence.default, (x, probe, 2, w, b, g, 0, flags)
+            )
+        coupling = normal(*(hidden[::-1])).requires_grad_()
+        torch.library.opcheck(
+            torch.ops.pyflowkern.field_exact.default, (x, coupling, x.new_ones(140), w, b, g, 0)
+        )
+    torch.library.opcheck(
+        torch.ops.pyflowkern.hutchinson_trace.default, (x, normal(5, 3, seed=1).requires_grad_())
+    )
+
+
+def test_compiles():
+    x, parts = normal(5, 3).requires_grad_(), layers((3, 8, 8, 3))
+
+    def loss(x, seed):
+        y, divergence = field_divergence(x, *parts, probe=seed)
+        return (
+            y.square().sum()
+            + divergence.sum()
+            + field_divergence(x, *parts, method="exact")[1].sum()
+        )
+
+    seed = torch.tensor(3)
+    expected = torch.autograd.grad(loss(x, seed), x)
+    found = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(x, seed), x
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_forward_mode_and_vmap_take_the_reference():
+    x, parts = normal(5, 3), layers((3, 8, 3))
+    e = normal(5, 3, seed=1)
+    _, tangent = torch.func.jvp(lambda v: field_divergence(v, *parts, probe=e)[1], (x,), (e,))
+    step = 1e-6
+    high, low = (field_divergence(x + s * e, *parts, probe=e)[1] for s in (step, -step))
+    torch.testing.assert_close(tangent, (high - low) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_autocast_changes_nothing(backend):
+    for hidden in SHAPES:
+        x, parts = normal(5, 3, dtype=torch.float32), layers((3, *hidden, 3), torch.float32)
+        for options in ({"probe": torch.tensor(1)}, {"method": "exact"}):
+            expected = field_divergence(x, *parts, **options)
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                found = field_divergence(x, *parts, **options)
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_out(backend, activation):
+    """Saturated and huge arguments: finite, and the limits of the functions."""
+    a = torch.tensor([-1e4, -100.0, -30.0, -9.0, 0.0, 9.0, 30.0, 100.0, 1e4]).double()
+    for dtype in (torch.float32, torch.float64):
+        x = a.to(dtype)[:, None]
+        one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype)
+        y, slope = field_divergence(
+            x, [one, one], [zero, zero], activation=activation, probe=torch.ones_like(x)
+        )
+        value, expected = activation_and_slope(a, activation)
+        eps = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y[:, 0].double(), value, rtol=eps, atol=eps)
+        torch.testing.assert_close(slope.double(), expected, rtol=eps, atol=eps)
+
+
+# --- the reduction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_hutchinson_trace(backend, dtype):
+    for shape in ((0, 3), (1, 1), (127, 3), (3, 1000), (2, 3, 4, 5), (4, 5000)):
+        leaves = [normal(*shape, seed=i, dtype=dtype).requires_grad_() for i in (0, 1)]
+        found = hutchinson_trace(*leaves, with_norm=True)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        expected = hutchinson_trace_reference(*exact)
+        grads = [normal(*t.shape, seed=3 + i).to(t.dtype) for i, t in enumerate(found)]
+        ours = (*found, *torch.autograd.grad(found, leaves, grads))
+        plain = (*expected, *torch.autograd.grad(expected, exact, [g.double() for g in grads]))
+        for a, b in zip(ours, plain, strict=True):
+            # a pairwise sum: a few roundings of the sum of magnitudes, which is below the size
+            tol = 8 * torch.finfo(a.dtype).eps
+            torch.testing.assert_close(
+                a.double(), b.detach(), rtol=tol, atol=tol * shape[-1] ** 0.5
+            )
+
+
+def test_hutchinson_trace_second_derivatives(backend):
+    a, b = normal(3, 4).requires_grad_(), normal(3, 4, seed=1).requires_grad_()
+    torch.autograd.gradgradcheck(lambda u, v: hutchinson_trace(u, v, with_norm=True), (a, b))
+
+
+# --- wrong arguments -----------------------------------------------------------------------------
+
+
+def test_wrong_arguments():
+    x, parts = normal(4, 3), layers((3, 8, 3))
+    w, b, _ = parts
+    e = normal(4, 3)
+    for error, message, call in (
+        (TypeError, "x must be", lambda: field_divergence([1.0], w, b, probe=e)),
+        (ValueError, "x must have shape", lambda: field_divergence(x[0], w, b, probe=e)),
+        (ValueError, "activation", lambda: field_divergence(x, w, b, probe=e, activation="relu")),
+        (ValueError, "method", lambda: field_divergence(x, w, b, probe=e, method="xtrace")),
+        (ValueError, "needs a probe", lambda: field_divergence(x, w, b)),
+        (ValueError, "no probe", lambda: field_divergence(x, w, b, probe=e, method="exact")),
+        (ValueError, "probe must have", lambda: field_divergence(x, w, b, probe=e[:2])),
+        (TypeError, "probe must be", lambda: field_divergence(x, w, b, probe=e.int())),
+        (ValueError, "no axes", lambda: field_divergence(x, w, b, probe=e.long())),
+        (ValueError, "probes", lambda: field_divergence(x, w, b, probe=torch.tensor(1), probes=0)),
+        (ValueError, "one entry a layer", lambda: field_divergence(x, w, b[:1], probe=e)),
+        (ValueError, r"weights\[1\]", lambda: field_divergence(x, [w[0], w[0]], b, probe=e)),
+        (ValueError, r"biases\[0\]", lambda: field_divergence(x, w, b[::-1], probe=e)),
+        (ValueError, "je must have", lambda: hutchinson_trace(e, e[:2])),
+        (TypeError, "e must be", lambda: hutchinson_trace(e.int(), e)),
+        (ValueError, "kind", lambda: draw_probe(x, kind="uniform")),
+        (ValueError, "seed is for", lambda: draw_probe(x, kind="gaussian", seed=1)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_kernels_serve():
+    names = ("field_divergence", "field_exact", "hutchinson_trace")
+    assert all(op in _library.OPS and f"{op}_backward" in _library.OPS for op in names)
+    assert ops.field_divergence is field_divergence
