@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 EXERCISE = ["tests/cuda_on_host/exercise.py", "cuda"]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Where the tests are that need a GPU; the others need packages that this machine may lack.
-TESTS = ("tests/core", "tests/ops", "tests/test_gpu.py")
+TESTS = ("tests/core", "tests/ops", "tests/ode", "tests/test_gpu.py")
 #: What the stages import, and the package that has it.
 PACKAGES = {
     "scikit_build_core": "scikit-build-core",

@@ -74,7 +74,7 @@ def train(
     flow: Annotated[
         str | None,
         typer.Option(
-            help="Which flow: Glow, RealNVP or NSF; for rows also MAF or IAF.  [default: Glow]"
+            help="Which flow: Glow, RealNVP, NSF, CNF or FFJORD; for rows also MAF or IAF.  [default: Glow]"
         ),
     ] = None,
     set_: Annotated[

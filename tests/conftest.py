@@ -3,6 +3,8 @@
 The reference, the CPU kernels at each SIMD level, the CUDA kernels compiled for the host, CUDA.
 """
 
+import sys
+
 import on_host
 import pytest
 import torch
@@ -17,6 +19,8 @@ torch.set_num_threads(1)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()  # else the compiled flows of many tests together reach the limit of one function
 
 
 def _cpu(level):

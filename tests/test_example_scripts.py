@@ -110,3 +110,7 @@ def test_a_mixture_base_leaves_less_between_two_modes(quick):
     # splines of 8 bins tear well enough; 0.3% is two standard errors of these shares
     assert bridges["NSF, a mixture"] < bridges["NSF, one normal"] + 0.003
     assert found["MAF, a mixture"][0] > found["MAF, one normal"][0]
+
+
+def test_a_continuous_flow(quick):
+    assert np.isfinite(quick("ffjord"))

@@ -47,13 +47,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     value.lanes[l] = c.value;
     slope.lanes[l] = c.slope * g;
   }
-  if (a.value_kept && !restore) value.store(typed<T>(a.p) + at);
-  value.store(typed<T>(a.s) + at);
+  if (a.value_kept && !restore) value.store_whole(typed<T>(a.p) + at);
+  value.store_whole(typed<T>(a.s) + at);
   for (int64_t k = 0; k < a.probes; ++k) {
     P t = P::load(typed<T>(a.tangents) + (k * a.samples + i) * a.tangent_step + j);
 #pragma unroll
     for (int l = 0; l < P::kCount; ++l) t.lanes[l] *= slope.lanes[l];
-    t.store(typed<T>(a.s) + (k + 1) * a.samples * a.stride + at);
+    t.store_whole(typed<T>(a.s) + (k + 1) * a.samples * a.stride + at);
   }
 }
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     slope.lanes[l] = c.slope;
     bend.lanes[l] = c.bend;
   }
-  value.store(typed<T>(a.s) + at);
+  value.store_whole(typed<T>(a.s) + at);
   for (int64_t k = 0; k < a.probes; ++k) {
     const int64_t row = (k + 1) * a.samples * a.stride + at;
     P t = P::load(typed<T>(a.tangents) + (k * a.samples + i) * a.tangent_step + j);
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       q.lanes[l] = gate.lanes[l] * cotangent;
       t.lanes[l] = slope.lanes[l] * moved;
     }
-    q.store(typed<T>(a.grad) + row);
-    t.store(typed<T>(a.s) + row);
+    q.store_whole(typed<T>(a.grad) + row);
+    t.store_whole(typed<T>(a.s) + row);
   }
   P q = P::load(typed<T>(a.grad) + at);
 #pragma unroll
@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     of_gate.lanes[l] += cotangent * pre.lanes[l];
     q.lanes[l] = gate.lanes[l] * cotangent;
   }
-  q.store(typed<T>(a.grad) + at);
-  if (a.grad_bias) crossed.store(typed<T>(a.grad_bias) + i * a.grad_bias_step + j);
-  if (a.grad_gate) of_gate.store(typed<T>(a.grad_gate) + i * a.grad_gate_step + j);
+  q.store_whole(typed<T>(a.grad) + at);
+  if (a.grad_bias) crossed.store_whole(typed<T>(a.grad_bias) + i * a.grad_bias_step + j);
+  if (a.grad_gate) of_gate.store_whole(typed<T>(a.grad_gate) + i * a.grad_gate_step + j);
 }
 
 // ---- input and output --------------------------------------------------------------------------

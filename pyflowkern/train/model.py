@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyflowkern import flows
+from pyflowkern import flows, ode
 from pyflowkern.data import DataSet
 from pyflowkern.flows import Flow
 from pyflowkern.train.config import ConfigError, TrainConfig
@@ -18,7 +19,16 @@ __all__ = ["DataFlow", "build", "score"]
 
 
 #: Arguments of flows that a run does not offer: its data decides bits, it has no context, and modules are no text.
-NOT_OPTIONS = ("bits", "context_features", "conditioner", "base", "spline")
+NOT_OPTIONS = (
+    "bits",
+    "context_features",
+    "conditioner",
+    "base",
+    "spline",
+    "field",
+    "params",
+    "norm",
+)
 
 
 class DataFlow(nn.Module):
@@ -83,6 +93,10 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
     _check_arguments(config, known[config.flow])
     arguments = dict(config.flow_args)
     if facts["bits"] is not None:
+        if not _takes_bits(known[config.flow]):
+            raise ConfigError(
+                f"{config.flow} is a flow of rows, {facts['name']} has images {shape}"
+            )
         arguments["bits"] = facts["bits"]
     try:
         flow = known[config.flow](shape if len(shape) > 1 else shape[0], **arguments)
@@ -100,11 +114,7 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
 
 def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
     """Compare the names and types of ``flow_args`` with what the flow takes."""
-    taken = {
-        name: parameter.default
-        for name, parameter in inspect.signature(flow).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_OPTIONS
-    }
+    taken = _options(flow)
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     for name, value in config.flow_args.items():
         if name not in taken:
@@ -116,6 +126,27 @@ def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
         fits = isinstance(value, (int, float) if kind is float else kind)
         if kind in words and (isinstance(value, bool) != (kind is bool) or not fits):
             raise ConfigError(f"{name} of {config.flow} must be {words[kind]}, got {value!r}")
+
+
+def _takes_bits(flow: type[Flow]) -> bool:
+    parameters = inspect.signature(flow).parameters
+    return "bits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _options(flow: type[Flow]) -> dict[str, Any]:
+    """Return the options of a flow with their defaults; what it passes on belongs to its base, then to the solver."""
+    taken: dict[str, Any] = {}
+    sources: list[Callable[..., Any]] = [
+        c for c in flow.__mro__ if issubclass(c, Flow) and c is not Flow
+    ]
+    for source in (*sources, ode.solve):
+        parameters = inspect.signature(source).parameters.values()
+        for p in parameters:
+            if p.default is not p.empty and p.name not in NOT_OPTIONS:
+                taken.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return taken
 
 
 def data_facts(data: DataSet) -> dict[str, Any]:

@@ -356,7 +356,7 @@ def test_compiles_whole():
         ({"params": torch.zeros(2, 3)}, ValueError, r"params must have shape \(2, 4\)"),
         ({"params": torch.zeros(3, 4)}, ValueError, r"got \(3, 4\)"),
         ({"split": "rows"}, ValueError, "split must be"),
-        ({"split": torch.ones(4)}, TypeError, "must be boolean"),
+        ({"split": torch.ones(4)}, TypeError, "a boolean tensor"),
         ({"split": torch.ones(3, dtype=torch.bool)}, ValueError, r"\(4,\)"),
         ({"split": "checkerboard"}, ValueError, "checkerboard needs"),
         ({"scale_map": "cosine"}, ValueError, "scale_map must be"),

@@ -231,7 +231,7 @@ def test_functional_transforms():
         ({"params": torch.zeros(2, 22).long()}, TypeError, "params must be a floating"),
         ({"spline_map": "rational_quadratic"}, TypeError, "must be a SplineMap, got str"),
         ({"split": "rows"}, ValueError, "split must be"),
-        ({"split": torch.ones(4)}, TypeError, "must be boolean"),
+        ({"split": torch.ones(4)}, TypeError, "a boolean tensor"),
         ({"split": torch.ones(4).bool()}, ValueError, r"params must have shape \(2, 44\)"),
     ],
 )

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pyflowkern import flows
 from pyflowkern.train import FlowModule, TrainConfig, train
 from pyflowkern.train.checkpoint import load_checkpoint
+from pyflowkern.train.config import ConfigError
 
 TINY = {
     "data": "digits",
@@ -59,15 +60,34 @@ def test_warm_up_decay_and_clipping_reach_the_optimizer(tmp_path, steps_taken):
     assert [norm for _, _, norm in steps_taken] == pytest.approx([0.01] * 6, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", FLOWS)
-@pytest.mark.parametrize("data", ["digits", "rows.csv"])
+SMALL = {
+    "CNF": {"hidden": [8], "method": "rk4", "step_size": 0.5},
+    "FFJORD": {"hidden": [8], "method": "rk4", "step_size": 0.5},
+    "MAF": {"transforms": 1},
+    "IAF": {"transforms": 1},
+}
+VECTORS = {"MAF", "IAF"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [(n, d) for n in FLOWS for d in ("digits", "rows.csv") if d != "digits" or n not in VECTORS],
+)
 def test_every_flow_trains_by_its_name(name, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "rows.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
-    run = train(config("run", flow=name, data=data, steps=2, every=1, flow_args={"levels": 1}))
+    arguments = SMALL.get(name, {"levels": 1})
+    run = train(config("run", flow=name, data=data, steps=2, every=1, flow_args=arguments))
     assert type(run.module.model.flow).__name__ == name
     assert math.isfinite(run.history[-1]["held_out"])
+
+
+@pytest.mark.parametrize("name", sorted(VECTORS))
+def test_a_flow_of_vectors_refuses_images(name, tmp_path):
+    with pytest.raises(ConfigError, match=f"{name} is a flow of rows, digits has images"):
+        train(config(tmp_path / "run", flow=name, flow_args={}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_bf16_autocasts_the_conditioners(tmp_path):
