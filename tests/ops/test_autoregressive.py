@@ -348,6 +348,12 @@ def test_bad_layers():
         MaskedLayer(torch.zeros(2, 2), activation="cosine")
     with pytest.raises(ValueError, match="must be a matrix"):
         MaskedLayer(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got list"):
+        MaskedLayer([[0, 0]])
+    with pytest.raises(TypeError, match=r"layers\[0\] must be a MaskedLayer, got Tensor"):
+        MaskedPlan([torch.zeros(2, 2)], 2)
+    with pytest.raises(TypeError, match="features must be an int, got float"):
+        MaskedPlan([MaskedLayer(torch.zeros(2, 2))], 2.0)
 
 
 @pytest.mark.parametrize(
