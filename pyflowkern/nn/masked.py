@@ -65,7 +65,7 @@ class MaskedMLP(torch.nn.Module):
         self.features, self.outputs = features, outputs
         self.context_features, self.activation = context_features, activation
         self.order = _order(order, features)
-        rank = torch.argsort(torch.tensor(self.order))
+        rank = torch.argsort(torch.tensor(self.order, device="cpu"))
         least = 0 if context_features else min(1, features - 1)
         degrees = [
             _degrees(h, least, features - 1, random_degrees)
@@ -161,8 +161,8 @@ def _order(order: Sequence[int] | Tensor | None, features: int) -> list[int]:
 def _degrees(units: int, least: int, most: int, random: bool) -> Tensor:
     """Return the degree of each unit, ascending: how many features, in order, it may see."""
     if random:
-        return torch.randint(least, most + 1, (units,)).sort().values
-    return least + torch.arange(units) * (most + 1 - least) // units
+        return torch.randint(least, most + 1, (units,), device="cpu").sort().values
+    return least + torch.arange(units, device="cpu") * (most + 1 - least) // units
 
 
 def _layers(masks: list[Tensor], activation: str, residual: bool) -> list[MaskedLayer]:

@@ -112,9 +112,9 @@ class MaskedPlan:
         self.order = torch.argsort(self.level, stable=True)
         self.rows = [torch.argsort(d, stable=True) for d in degree]
         first = self.order[:, None] * self.outputs
-        self.rows.append((first + torch.arange(self.outputs)).flatten())
+        self.rows.append((first + torch.arange(self.outputs, device="cpu")).flatten())
         #: Row 0: features of levels below t; row j + 1: units of layer j of degree t at most.
-        steps = torch.arange(self.levels + 1)[:, None]
+        steps = torch.arange(self.levels + 1, device="cpu")[:, None]
         self.counts = torch.stack(
             [(d <= steps).sum(1) for d in (self.level + 1, *degree, self.level.new_zeros(0))]
         )
@@ -254,8 +254,10 @@ class MaskedPlan:
     def _reach(self) -> list[Tensor]:
         """Return, for each layer, which inputs each unit depends on ``[units, D]``."""
         found: list[Tensor] = []
+        # a plan is made on the host, whatever torch's default dtype and device are
+        inputs = torch.eye(self.features, dtype=torch.float32, device="cpu")
         for layer, source in zip(self.layers, self.sources, strict=True):
-            below = torch.eye(self.features) if source < 0 else found[source].float()
+            below = inputs if source < 0 else found[source].float()
             seen = layer.mask.float() @ below > 0
             if layer.residual is not None:
                 seen |= found[layer.residual]
