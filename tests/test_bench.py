@@ -79,7 +79,7 @@ def test_memory_counts_what_is_kept():
 
 
 def test_results_have_the_documented_columns(tmp_path):
-    targets = {"forward vs eager": 1e-9, "inverse vs floor": 1.0, "forward vs absent": 1.0}
+    targets = {"forward vs eager": 1e-9, "inverse vs floor": 1.0, "forward vs unasked": 1.0}
     case = tiny(passes=("forward",), targets=targets)
     rows = run_case(case, PLAN)
     for row in rows:
