@@ -31,7 +31,7 @@ def jacobi_inverse(
 
     of which the first ``k`` features, in their order, are right after ``k`` steps: exact after ``D``, and often much
     sooner to rounding.  A sample stops where a step moves it by ``tolerance`` at most.  Gradients are implicit, by
-    the same iteration for :math:`v J = g`; no step is kept in memory.
+    the same iteration for :math:`v J = g`; no step is kept in memory.  There are first derivatives alone.
 
     Args:
         network: returns the parameters ``[N, D, P]`` of ``x`` ``[N, D]``; must be autoregressive in some order.
