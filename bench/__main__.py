@@ -125,7 +125,13 @@ def main() -> int:
     for family, module in families().items():
         if args.family in (family, "all"):
             cases = importlib.import_module(module).CASES
-            chosen = [c for c in cases if args.case in c.name and not (args.quick and c.extra)]
+            chosen = [
+                c
+                for c in cases
+                if args.case in c.name
+                and args.device in c.devices
+                and not (args.quick and c.extra)
+            ]
             if chosen:
                 good, ran = run_family(family, chosen, plan, args) and good, True
     if not ran:

@@ -94,6 +94,7 @@ class Case:
         constants: inputs that want no gradient.
         targets: such as ``{"forward vs eager": 6.0, "forward vs floor": 1.5}``.
         extra: skipped by ``--quick``.
+        devices: where it runs.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Case:
     compiles: bool = True
     targets: Mapping[str, float] = field(default_factory=dict)
     extra: bool = False
+    devices: Sequence[str] = ("cpu", "cuda")
 
 
 # --- inputs --------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def check_targets(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | Non
                 "compile": row.speedup_vs_compile,
             }
             peers = {r.provider: r.time_vs_ours for r in rows if r.pass_ == pass_}
-            got = (peers | known)[other]
+            got = (peers | known).get(other, math.nan)  # a peer may be absent, or not asked for
         met = None if math.isnan(got) else (got <= wanted if upper else got >= wanted)
         if row is not None and row.noisy:
             met = None

@@ -79,15 +79,16 @@ def test_memory_counts_what_is_kept():
 
 
 def test_results_have_the_documented_columns(tmp_path):
-    case = tiny(passes=("forward",), targets={"forward vs eager": 1e-9, "inverse vs floor": 1.0})
+    targets = {"forward vs eager": 1e-9, "inverse vs floor": 1.0, "forward vs unasked": 1.0}
+    case = tiny(passes=("forward",), targets=targets)
     rows = run_case(case, PLAN)
     for row in rows:
         row.noisy = False  # whatever else this machine does meanwhile
     verdicts = [met for _, met in _report.check_targets(case, rows)]
-    assert verdicts == [True, None]
+    assert verdicts == [True, None, None]
     for row in rows:
         row.noisy = True
-    assert [met for _, met in _report.check_targets(case, rows)] == [None, None]
+    assert [met for _, met in _report.check_targets(case, rows)] == [None] * 3
     assert "| forward (ms) | ours (reference) |" in _report.table(rows)
     facts = _environment.describe(CPU)
     paths = _report.write(tmp_path, "tiny", _report.records("tiny", rows, facts))

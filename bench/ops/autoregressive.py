@@ -193,6 +193,16 @@ CASES = [
     ),
     sampling("MAF D=43 5 x (512, 512), 1 sample", 1, 43, (512, 512), extra=True),
     gradient(256, 43, (128, 128)),
+    sampling(
+        "MAF D=784 one layer (1024, 1024), 1024 samples",
+        1024,
+        784,
+        (1024, 1024),
+        transforms=1,
+        peers=False,
+        targets={"call vs eager": 50.0},  # eager: a pass for each feature
+        devices=("cuda",),
+    ),
     *(
         sampling(
             f"one layer D={d} (512, 512), 1000 samples",

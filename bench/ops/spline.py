@@ -102,6 +102,13 @@ CASES = [
             "zuko": Lazy(zuko_spline(RQ), comparable=False),
             "zuko compile": Lazy(zuko_spline(RQ, compiled=True), comparable=False),
         },
+        targets={
+            "forward vs zuko": 15.0,
+            "forward vs zuko compile": 5.0,
+            "forward+backward vs zuko": 10.0,
+            "forward+backward vs zuko compile": 5.0,
+            "forward vs nflows": 25.0,
+        },
     ),
     spline(
         "rq softclip 4096x32 K=8",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ ConditionerFactory = Callable[[int, int], torch.nn.Module]
 
 def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """Return ``(D,)`` of a dimension, or the shape as a tuple; raise unless all is positive."""
-    event = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not event or not all(isinstance(size, int) and size >= 1 for size in event):
+    event = (shape,) if isinstance(shape, int) else _as_tuple("event_shape", shape)
+    if not event or not all(_is_int(size) and size >= 1 for size in event):
         raise ValueError(
             "event_shape must be a dimension D, (D,) or (C, *space) of positive ints, "
             f"got {shape!r}"
@@ -61,12 +61,22 @@ def parse_vector(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """Return the widths of hidden layers; one number stands for two layers."""
-    widths = (hidden, hidden) if isinstance(hidden, int) else tuple(hidden)
-    if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
+    widths = (hidden, hidden) if isinstance(hidden, int) else _as_tuple("hidden", hidden)
+    if not widths or not all(_is_int(width) and width >= 1 for width in widths):
         raise ValueError(
             f"hidden must be at least 1, or a sequence of such widths, got {hidden!r}"
         )
     return widths
+
+
+def _as_tuple(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
+    return tuple(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def feature_order(order: str, features: int, layer: int) -> list[int] | None:

@@ -69,6 +69,10 @@ class FlowDistribution(Distribution):
         context: ``[*batch, K]`` for a conditional flow.
         batch_shape: batch shape, by default that of the context.
 
+    Raises:
+        TypeError: for a context that is no tensor.
+        ValueError: for a context of another size, one too many or one too few.
+
     Example:
         >>> import torch
         >>> from pyflowkern import flows
@@ -83,6 +87,7 @@ class FlowDistribution(Distribution):
     def __init__(
         self, flow: Flow, context: Tensor | None = None, batch_shape: torch.Size | None = None
     ) -> None:
+        _check_context(flow, context)
         self.flow, self.context = flow, context
         if batch_shape is None:
             batch_shape = torch.Size() if context is None else context.shape[:-1]
@@ -131,3 +136,16 @@ class FlowDistribution(Distribution):
             return None
         size = self.context.shape[-1]
         return self.context.expand(*lead, size).reshape(lead.numel(), size)
+
+
+def _check_context(flow: Flow, context: Tensor | None) -> None:
+    size = flow.context_features
+    if context is None and not size:
+        return
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    if context is not None and not size:
+        raise ValueError("context was given, but the flow was made with context_features=0")
+    if context is None or context.dim() == 0 or context.shape[-1] != size:
+        got = None if context is None else tuple(context.shape)
+        raise ValueError(f"context must have shape [*batch, {size}], got {got}")

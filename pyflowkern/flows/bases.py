@@ -16,6 +16,7 @@ from torch.distributions import (
 )
 from torch.distributions import Uniform as TorchUniform
 
+from pyflowkern.nn._base import check_count
 from pyflowkern.ops._registry import accumulation_dtype, check_batched
 
 __all__ = ["MixtureOfGaussians", "Uniform"]
@@ -65,12 +66,13 @@ class MixtureOfGaussians(torch.nn.Module):
     ) -> None:
         super().__init__()
         _check_dims(dims)
-        if components < 1:
-            raise ValueError(f"components must be at least 1, got {components}")
+        check_count("components", components)
         if spread < 0:
             raise ValueError(f"spread must be at least 0, got {spread}")
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
+        if means is not None and not isinstance(means, Tensor):
+            raise TypeError(f"means must be a torch.Tensor, got {type(means).__name__}")
         if means is not None and tuple(means.shape) != (components, dims):
             raise ValueError(
                 f"means must have shape {(components, dims)}, got {tuple(means.shape)}"
@@ -191,8 +193,7 @@ def _work(z: Tensor) -> torch.dtype:
 
 
 def _check_dims(dims: int) -> None:
-    if dims < 1:
-        raise ValueError(f"dims must be at least 1, got {dims}")
+    check_count("dims", dims)
 
 
 def _check_z(z: Tensor, dims: int) -> None:

@@ -132,14 +132,17 @@ class NSF(Flow):
         shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         widths = parse_widths(hidden)
         check_positive(transforms=transforms, levels=levels, steps=steps)
-        if spline is None:
-            spline = _spline_map(bins, bound, tails, circular)
+        spline = _spline_map(spline, bins, bound, tails, circular)
         domain = spline.interval if spline.tails in ("circular", "none") else None
         mixing = _check_mixing(mixing, domain, autoregressive)
         if (len(shape) > 1 or bits is not None) and (autoregressive or domain is not None):
             raise ValueError(
                 "autoregressive layers, angles and tails='none' are for real vectors, "
                 f"got event_shape {event_shape!r} and bits={bits}"
+            )
+        if autoregressive and (unconditional or conditioner is not None):
+            raise ValueError(
+                "unconditional and conditioner are for couplings, got autoregressive=True"
             )
         network: dict[str, Any] = {"residual": residual, "context_features": context_features}
         if conditioner is None:
@@ -174,7 +177,15 @@ class NSF(Flow):
         self.domain = domain
 
 
-def _spline_map(bins: int, bound: float | None, tails: str, circular: bool) -> SplineMap:
+def _spline_map(
+    given: SplineMap | None, bins: int, bound: float | None, tails: str, circular: bool
+) -> SplineMap:
+    if given is not None:
+        if not isinstance(given, SplineMap):
+            raise TypeError(f"spline must be a SplineMap, got {type(given).__name__}")
+        if circular and given.tails != "circular":
+            raise ValueError(f"spline must have circular tails for angles, got {given.tails!r}")
+        return given
     if circular:
         if tails not in ("linear", "circular"):
             raise ValueError(f"tails must be 'circular' for angles, got {tails!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.nn._base import Bijection, check_channels, check_count
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.masked import MaskedMLP
@@ -43,6 +43,7 @@ class MaskedAutoregressive(Bijection):
 
     Raises:
         ValueError: as :class:`MaskedMLP`, and for a transform or a conditioner that does not fit.
+        TypeError: for counts that are not ints, and a conditioner that is no module.
 
     Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017).
 
@@ -69,6 +70,7 @@ class MaskedAutoregressive(Bijection):
         conditioner: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_count("features", features)
         self.features = features
         self.element_map = element_map(transform)
         outputs = element_parameters(self.element_map)
@@ -86,6 +88,10 @@ class MaskedAutoregressive(Bijection):
                 with torch.no_grad():
                     last: Tensor = conditioner.layers[-1].bias  # type: ignore[assignment]
                     last.copy_(self.element_map.identity_raw().repeat(features))
+        if not isinstance(conditioner, torch.nn.Module):
+            raise TypeError(
+                f"conditioner must be a torch.nn.Module, got {type(conditioner).__name__}"
+            )
         if isinstance(conditioner, MaskedMLP) and (conditioner.features, conditioner.outputs) != (
             features,
             outputs,

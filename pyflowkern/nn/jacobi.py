@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
+from pyflowkern.ops._registry import check_floating
 
 __all__ = ["jacobi_inverse"]
 
@@ -30,7 +31,7 @@ def jacobi_inverse(
 
     of which the first ``k`` features, in their order, are right after ``k`` steps: exact after ``D``, and often much
     sooner to rounding.  A sample stops where a step moves it by ``tolerance`` at most.  Gradients are implicit, by
-    the same iteration for :math:`v J = g`; no step is kept in memory.
+    the same iteration for :math:`v J = g`; no step is kept in memory.  There are first derivatives alone.
 
     Args:
         network: returns the parameters ``[N, D, P]`` of ``x`` ``[N, D]``; must be autoregressive in some order.
@@ -43,7 +44,8 @@ def jacobi_inverse(
         ``(x, log_det)`` as :func:`pyflowkern.ops.autoregressive_inverse`.
 
     Raises:
-        ValueError: for a negative tolerance, or ``max_steps`` below 1.
+        TypeError: for a ``z`` that is no floating-point tensor.
+        ValueError: for one of another shape, a negative tolerance, or ``max_steps`` below 1.
 
     Source: Song, Meng, Liao and Ermon, "Accelerating feedforward computation via parallel nonlinear
     equation solving" (2021).
@@ -56,6 +58,9 @@ def jacobi_inverse(
         >>> tuple(x.shape), tuple(log_det.shape)
         ((3, 4), (3,))
     """
+    check_floating("z", z)
+    if z.dim() != 2:
+        raise ValueError(f"z must have shape [N, D], got {tuple(z.shape)}")
     steps = z.shape[1] if max_steps is None else max_steps
     if tolerance < 0 or steps < 1:
         raise ValueError(

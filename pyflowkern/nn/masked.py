@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from pyflowkern.nn._base import check_count
+from pyflowkern.ops._registry import check_floating
 from pyflowkern.ops.masked_plan import ACTIVATIONS, MaskedLayer, MaskedPlan
 
 __all__ = ["MaskedMLP"]
@@ -58,12 +60,12 @@ class MaskedMLP(torch.nn.Module):
         random_degrees: bool = False,
     ) -> None:
         super().__init__()
-        widths = [int(h) for h in hidden]
+        widths = _widths(hidden)
         _check(features, outputs, widths, context_features, residual, activation)
         self.features, self.outputs = features, outputs
         self.context_features, self.activation = context_features, activation
         self.order = _order(order, features)
-        rank = torch.argsort(torch.tensor(self.order))
+        rank = torch.argsort(torch.tensor(self.order, device="cpu"))
         least = 0 if context_features else min(1, features - 1)
         degrees = [
             _degrees(h, least, features - 1, random_degrees)
@@ -88,6 +90,7 @@ class MaskedMLP(torch.nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, D, outputs]`` of ``x`` ``[N, D]``."""
+        check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must have shape [N, {self.features}], got {tuple(x.shape)}")
         return self.plan.parameters(x, *self.weights_and_biases(context, x.shape[0]))
@@ -105,6 +108,8 @@ class MaskedMLP(torch.nn.Module):
                 )
             return weights, biases
         want = (samples, self.context_features)
+        if context is not None:
+            check_floating("context", context)
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
@@ -128,29 +133,36 @@ def _check(
         ("features", features, 1),
         ("outputs", outputs, 1),
         ("the number of hidden layers", len(hidden), 1),
-        ("hidden widths", min(hidden, default=1), 1),
         ("context_features", context_features, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_count(name, value, least)
+    for width in hidden:
+        check_count("hidden widths", width)
     if residual and len(set(hidden)) > 1:
         raise ValueError(f"residual blocks must have one width, got {tuple(hidden)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
+def _widths(hidden: Sequence[int]) -> list[int]:
+    if not isinstance(hidden, Iterable):
+        raise TypeError(f"hidden must be a sequence of widths, got {type(hidden).__name__}")
+    return list(hidden)
+
+
 def _order(order: Sequence[int] | Tensor | None, features: int) -> list[int]:
-    found = list(range(features)) if order is None else [int(i) for i in order]
-    if sorted(found) != list(range(features)):
-        raise ValueError(f"order must be a permutation of 0 ... {features - 1}, got {found}")
+    known = list(range(features)) if order is None else list(order)
+    found = [int(i) for i in known]
+    if found != known or sorted(found) != list(range(features)):
+        raise ValueError(f"order must be a permutation of 0 ... {features - 1}, got {known}")
     return found
 
 
 def _degrees(units: int, least: int, most: int, random: bool) -> Tensor:
     """Return the degree of each unit, ascending: how many features, in order, it may see."""
     if random:
-        return torch.randint(least, most + 1, (units,)).sort().values
-    return least + torch.arange(units) * (most + 1 - least) // units
+        return torch.randint(least, most + 1, (units,), device="cpu").sort().values
+    return least + torch.arange(units, device="cpu") * (most + 1 - least) // units
 
 
 def _layers(masks: list[Tensor], activation: str, residual: bool) -> list[MaskedLayer]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
 from pyflowkern.nn.conditioners import start_at
 from pyflowkern.ops import SplineMap
@@ -129,7 +129,7 @@ class CircularShift(Bijection):
         learned: whether the amount is a parameter or stays what it is.
 
     Raises:
-        ValueError: for less than one channel or a bound that is not positive.
+        ValueError: for less than one channel, a bound that is not positive, a shift of another shape.
 
     Source: Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
 
@@ -152,12 +152,16 @@ class CircularShift(Bijection):
         learned: bool = True,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_count("channels", channels)
         if not bound > 0:
             raise ValueError(f"bound must be positive, got {bound}")
         self.channels, self.bound = channels, bound
-        amount = torch.as_tensor(shift, dtype=torch.get_default_dtype()).expand(channels).clone()
+        amount = torch.as_tensor(shift, dtype=torch.get_default_dtype())
+        if amount.dim() and tuple(amount.shape) != (channels,):
+            raise ValueError(
+                f"shift must be a number or have shape ({channels},), got {tuple(amount.shape)}"
+            )
+        amount = amount.expand(channels).clone()
         if learned:
             self.shift = torch.nn.Parameter(amount)
         else:

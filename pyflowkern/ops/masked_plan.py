@@ -39,6 +39,7 @@ class MaskedLayer:
         residual: index of a layer whose values, before any activation, are added; None for none.
 
     Raises:
+        TypeError: for a mask that is no tensor.
         ValueError: for a mask that is not a matrix, or an unknown activation.
 
     Example:
@@ -54,6 +55,8 @@ class MaskedLayer:
     residual: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor):
+            raise TypeError(f"mask must be a torch.Tensor, got {type(self.mask).__name__}")
         if self.mask.dim() != 2:
             raise ValueError(
                 f"mask must be a matrix [units, inputs], got {tuple(self.mask.shape)}"
@@ -78,6 +81,7 @@ class MaskedPlan:
         features: number ``D`` of inputs.
 
     Raises:
+        TypeError: for layers that are none, and features that are not an int.
         ValueError: for shapes that do not fit each other, and for masks that are not autoregressive.
 
     Example:
@@ -90,6 +94,11 @@ class MaskedPlan:
 
     def __init__(self, layers: Sequence[MaskedLayer], features: int) -> None:
         self.layers = tuple(layers)
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, MaskedLayer):
+                raise TypeError(f"layers[{i}] must be a MaskedLayer, got {type(layer).__name__}")
+        if isinstance(features, bool) or not isinstance(features, int):
+            raise TypeError(f"features must be an int, got {type(features).__name__}")
         self.features = features
         self.sources = [i - 1 if s.source is None else s.source for i, s in enumerate(self.layers)]
         self._check_shapes()
@@ -103,9 +112,9 @@ class MaskedPlan:
         self.order = torch.argsort(self.level, stable=True)
         self.rows = [torch.argsort(d, stable=True) for d in degree]
         first = self.order[:, None] * self.outputs
-        self.rows.append((first + torch.arange(self.outputs)).flatten())
+        self.rows.append((first + torch.arange(self.outputs, device="cpu")).flatten())
         #: Row 0: features of levels below t; row j + 1: units of layer j of degree t at most.
-        steps = torch.arange(self.levels + 1)[:, None]
+        steps = torch.arange(self.levels + 1, device="cpu")[:, None]
         self.counts = torch.stack(
             [(d <= steps).sum(1) for d in (self.level + 1, *degree, self.level.new_zeros(0))]
         )
@@ -245,8 +254,10 @@ class MaskedPlan:
     def _reach(self) -> list[Tensor]:
         """Return, for each layer, which inputs each unit depends on ``[units, D]``."""
         found: list[Tensor] = []
+        # a plan is made on the host, whatever torch's default dtype and device are
+        inputs = torch.eye(self.features, dtype=torch.float32, device="cpu")
         for layer, source in zip(self.layers, self.sources, strict=True):
-            below = torch.eye(self.features) if source < 0 else found[source].float()
+            below = inputs if source < 0 else found[source].float()
             seen = layer.mask.float() @ below > 0
             if layer.residual is not None:
                 seen |= found[layer.residual]

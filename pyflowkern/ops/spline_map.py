@@ -19,6 +19,7 @@ KINDS: tuple[Kind, ...] = ("rational_quadratic", "linear", "quadratic", "cubic")
 TAILS: tuple[Tails, ...] = ("linear", "circular", "none", "affine")
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("softmax", "softclip", "domain")
 MAX_BINS = 64
+_NUMBERS = ("bound", "min_bin_width", "min_bin_height", "min_derivative", "scale", "edge")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class SplineMap:
             0.5 makes it 1, so that the tails go on smoothly, and 0.25 is what nflows 0.14 has.
 
     Raises:
+        TypeError: for bins that are not an int, and numbers that are none.
         ValueError: for unknown names, numbers out of their range and combinations that do not exist.
 
     Example:
@@ -94,6 +96,12 @@ class SplineMap:
         _check_name("kind", self.kind, KINDS)
         _check_name("tails", self.tails, TAILS)
         _check_name("parameterization", self.parameterization, PARAMETERIZATIONS)
+        if isinstance(self.bins, bool) or not isinstance(self.bins, (int, torch.SymInt)):
+            raise TypeError(f"bins must be an int, got {type(self.bins).__name__}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, torch.SymFloat)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not 2 <= self.bins <= MAX_BINS:
             raise ValueError(f"bins must be from 2 to {MAX_BINS}, got {self.bins}")
         for name, value in (("bound", self.bound), ("scale", self.scale)):

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import on_host
 
-from pyflowkern import _library, ops
+from pyflowkern import _library, nn, ops
 
 VECTORS = [(3, 1), (5, 10), (2, 129)]
 IMAGES = [(2, 3, 7), (3, 6, 4, 4), (2, 7, 5, 3)]
@@ -29,14 +29,19 @@ def layouts(shape, dtype):
     yield torch.randn(x.numel() + 1).to(dtype)[1:].view(shape)  # 16-byte packs are misaligned
 
 
+def _leaf(a):
+    floating = isinstance(a, torch.Tensor) and a.is_floating_point()
+    return a.detach().requires_grad_() if floating else a
+
+
 def check(function, reference, *args, **options):
     """Forward and backward against the reference: the sanitizer judges memory, this the numbers."""
     results = []
     for f in (function, reference):
-        leaves = [a.detach().requires_grad_() if a.is_floating_point() else a for a in args]
+        leaves = [_leaf(a) for a in args]
         outputs = f(*leaves, **options)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        wanted = [a for a in leaves if a.requires_grad]
+        wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
         floats = [o for o in outputs if o.requires_grad]
         grads = torch.autograd.grad(
             [o.float().sum() for o in floats], wanted, materialize_grads=True
@@ -66,6 +71,33 @@ def affine():
                     for kind in ("tanh", "sigmoid"):
                         options = {"scale_map": kind, "inverse": kind == "tanh"}
                         check(ops.affine_coupling, ops.affine_coupling_reference, x, u, **options)
+
+
+def autoregressive():
+    for n, features, residual, tau in (
+        (1, 3, False, "affine"),
+        (33, 5, True, "tanh"),
+        (3, 9, True, ops.SplineMap(bins=3)),
+        (2, 4, False, ops.SplineMap("quadratic", bins=5)),
+        (3, 40, False, "exp"),
+    ):
+        outputs = 2 if isinstance(tau, str) else tau.params
+        net = nn.MaskedMLP(features, outputs, (70, 70), residual=residual)
+        shapes = [tuple(s.mask.shape) for s in net.plan.layers]
+        weights = [torch.randn(shape) / (2 * shape[1] ** 0.5) for shape in shapes]
+        biases = [torch.randn(n, shapes[0][0]), *(torch.randn(a) / 4 for a, _ in shapes[1:])]
+
+        def inverse(function, z, *p, plan=net.plan, tau=tau):
+            count = len(plan.layers)
+            return function(z, p[:count], p[count:], plan, transform=tau)
+
+        check(
+            partial(inverse, ops.autoregressive_inverse),
+            partial(inverse, ops.autoregressive_inverse_reference),
+            torch.randn(n, features),
+            *weights,
+            *biases,
+        )
 
 
 def density():
@@ -136,10 +168,43 @@ def preprocess():
             check(ops.logit, ops.logit_reference, z, alpha=0.05, inverse=True)
 
 
+def spline():
+    maps = [
+        ops.SplineMap(bins=b, tails=t) for b, t in ((2, "affine"), (8, "linear"), (64, "none"))
+    ]
+    maps += [ops.SplineMap(kind, bins=5) for kind in ("linear", "quadratic", "cubic")]
+    maps += [ops.SplineMap(bins=7, parameterization=p) for p in ("softclip", "domain")]
+    for smap in maps:
+        for shape in [*VECTORS[:2], IMAGES[0]]:
+            for x in layouts(shape, torch.float32):
+                x = x.sigmoid() if smap.tails == "none" else x
+                params = torch.randn(*shape, smap.params)
+                for inverse in (False, True):
+                    options = {"spline_map": smap, "inverse": inverse}
+                    check(ops.spline, ops.spline_reference, x, params, **options)
+    smap = ops.SplineMap(bins=4)
+    for shape in [(5, 10), (3, 6, 4, 4)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for x in layouts(shape, dtype):
+                params = torch.randn(shape[0], shape[1] // 2 * smap.params, *shape[2:]).to(dtype)
+                args = (x, params, smap)
+                check(ops.spline_coupling, ops.spline_coupling_reference, *args)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    families = [actnorm, affine, density, divergence, linear, matrix, preprocess]
+    families = [
+        actnorm,
+        affine,
+        autoregressive,
+        density,
+        divergence,
+        linear,
+        matrix,
+        preprocess,
+        spline,
+    ]
     if sys.argv[1] == "cuda":
         torch.set_default_device("cuda")
         _library.require_kernels("cuda")

@@ -205,10 +205,52 @@ def test_it_trains_in_one_graph(name):
         (lambda: flows.MAF(4, order="up"), "order must be 'reverse' or 'random', got 'up'"),
         (lambda: flows.MAF(4, transforms=0), "transforms must be at least 1, got 0"),
         (lambda: flows.IAF(4, scale_map="cube"), "scale_map .* 'cube'"),
+        (lambda: flows.NSF(4, autoregressive=True, unconditional=True), "are for couplings"),
+        (lambda: flows.NSF(4, autoregressive=True, conditioner=nn.MLP), "are for couplings"),
+        (
+            lambda: flows.NSF(4, circular=True, spline=SplineMap()),
+            "spline must have circular tails for angles, got 'linear'",
+        ),
+        (lambda: flows.MAF(True), "event_shape must be .* got True"),
+        (lambda: flows.MAF(4, hidden=True), "hidden must be at least 1, .* got True"),
+        (lambda: flows.MAF(4).distribution(torch.zeros(2)), "context was given"),
+        (
+            lambda: flows.MAF(4, context_features=2).distribution(torch.zeros(5, 3)),
+            r"context must have shape \[\*batch, 2\], got \(5, 3\)",
+        ),
+        (
+            lambda: flows.MAF(4, context_features=2).distribution(),
+            r"context must have shape \[\*batch, 2\], got None",
+        ),
     ],
 )
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: flows.MAF(2.5), "event_shape must be an int or a sequence of ints, got float"),
+        (lambda: flows.NSF(4, hidden=None), "hidden must be an int or a sequence .* got NoneType"),
+        (lambda: flows.MAF(4, context_features=2.0), "context_features must be an int, got float"),
+        (lambda: flows.NSF(4, spline="cubic"), "spline must be a SplineMap, got str"),
+        (lambda: flows.NSF(4, bins=8.0), "bins must be an int, got float"),
+        (lambda: flows.NSF(4, bound="3"), "bound must be a number, got str"),
+        (
+            lambda: flows.MAF(4, context_features=2).distribution([1.0, 2.0]),
+            "context must be a torch.Tensor, got list",
+        ),
+        (lambda: flows.MixtureOfGaussians(2, 2.0), "components must be an int, got float"),
+        (
+            lambda: flows.MixtureOfGaussians(2, 1, means=[[0.0, 1.0]]),
+            "means must be a torch.Tensor, got list",
+        ),
+    ],
+)
+def test_wrong_types_are_named(build, message):
+    with pytest.raises(TypeError, match=message):
         build()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from laws import jacobian_log_det, normal
 
+from pyflowkern import nn
 from pyflowkern.ops import (
     MaskedLayer,
     MaskedPlan,
@@ -308,6 +309,22 @@ def test_plans_can_be_copied():
         )
 
 
+@pytest.mark.parametrize("default", ["meta", "float64"])
+def test_plans_are_made_on_the_host(default):
+    layers = [MaskedLayer(torch.ones(3, 3).tril(-1))]
+    before = torch.get_default_dtype()
+    try:
+        if default == "float64":
+            torch.set_default_dtype(torch.float64)
+        with torch.device("meta" if default == "meta" else "cpu"):
+            plan = MaskedPlan(layers, 3)
+            network = nn.MaskedMLP(3, 2, random_degrees=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert plan.counts.device.type == network.plan.table.device.type == "cpu"
+    assert plan.level.tolist() == [0, 1, 2]
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -348,6 +365,12 @@ def test_bad_layers():
         MaskedLayer(torch.zeros(2, 2), activation="cosine")
     with pytest.raises(ValueError, match="must be a matrix"):
         MaskedLayer(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got list"):
+        MaskedLayer([[0, 0]])
+    with pytest.raises(TypeError, match=r"layers\[0\] must be a MaskedLayer, got Tensor"):
+        MaskedPlan([torch.zeros(2, 2)], 2)
+    with pytest.raises(TypeError, match="features must be an int, got float"):
+        MaskedPlan([MaskedLayer(torch.zeros(2, 2))], 2.0)
 
 
 @pytest.mark.parametrize(
