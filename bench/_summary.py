@@ -24,9 +24,25 @@ HEADLINES = (
     ("preprocess", "logit 512x3x32x32", "forward+backward"),
     ("density", "standard 512x3x32x32", "forward+backward"),
     ("density", "conditional 512x3x32x32", "forward+backward"),
+    ("spline", "rq 4096x32 K=8", "forward"),
+    ("spline", "rq 4096x32 K=8", "forward+backward"),
+    ("spline", "rq 4096x32 K=8", "inverse"),
+    ("divergence", "field 1000x6 60x3", "forward+backward"),
+    ("divergence", "exact 1000x6 64x2", "forward+backward"),
     ("glow", "training step", "call"),
     ("glow", "log_prob", "call"),
     ("glow", "sample", "call"),
+)
+#: The same against other libraries, which are named.
+PEERS = (
+    ("spline", "rq 4096x32 K=8", "forward", ("nflows", "zuko", "zuko compile")),
+    ("spline", "rq 4096x32 K=8", "forward+backward", ("nflows", "zuko", "zuko compile")),
+    ("autoregressive", "MAF D=43 5 x (512, 512)", "call", ("zuko",)),
+    ("autoregressive", "NSF D=43 5 x (256, 256)", "call", ("zuko",)),
+    ("nsf", "training step D=6 batch 200", "call", ("nflows",)),
+    ("nsf", "training step D=10 batch 1000", "call", ("nflows",)),
+    ("nsf", "training step D=20 batch 4096", "call", ("nflows",)),
+    ("nsf", "training step D=6 batch 512", "call", ("nflows",)),
 )
 LARGE = 20.0  # above that many floors a call is what costs, and the ratio says nothing
 
@@ -49,18 +65,30 @@ def summary(folder: Path | None) -> str:
         cells += [f"{_short(row[key])}x" if row[key] else "" for key in _SPEEDUPS]
         cells += [_short(floor) if floor and float(floor) < LARGE else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| case | pass | ms | other libraries take |", "|---|---|---|---|"]
+    for family, case, pass_, peers in PEERS:
+        path = folder / f"{family}.csv"
+        row = _row(path, case, pass_)
+        times = [
+            f"{float(_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({peer})"
+            for peer in peers
+        ]
+        name = row["case"] if family in ("spline", "nsf") else f"sampling {row['case']}"
+        cells = [name, row["pass"], _milliseconds(float(row["p50"])), ", ".join(times)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{'; '.join(where)}; float32."])
 
 
 _SPEEDUPS = ("speedup_vs_eager", "speedup_vs_compile")
 
 
-def _row(path: Path, case: str, pass_: str) -> dict[str, str]:
+def _row(path: Path, case: str, pass_: str, provider: str = "ours") -> dict[str, str]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["provider"] == "ours" and row["pass"] == pass_ and row["case"].startswith(case):
+            found = row["provider"] == provider and row["pass"] == pass_
+            if found and row["case"].startswith(case):
                 return row
-    raise ValueError(f"{path} has no row for the {pass_} of {case!r}")
+    raise ValueError(f"{path} has no row for the {pass_} of {case!r} by {provider}")
 
 
 def _milliseconds(p50: float) -> str:
