@@ -36,6 +36,8 @@ def test_python_blocks_run_one_after_the_other():
     assert namespace["images"].shape == (4, 3, 32, 32)
     assert namespace["samples"].shape == (3, 5)
     assert namespace["log_det"].shape == (8,)
+    assert namespace["draws"].shape == (1000, 6)
+    assert namespace["states"].shape == (3, 3)
 
 
 @pytest.mark.slow
