@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -41,22 +42,36 @@ def fit(
     lr: float = 2e-3,
     weight_decay: float = 0.0,
     say: str = "",
+    *,
+    cosine: bool = True,
+    minutes: float = math.inf,
+    look: Callable[[int, float], None] | None = None,
+    looks: int = 20,
 ) -> list[float]:
-    """Minimise ``loss()`` with AdamW, a cosine schedule and clipped gradients; return its course."""
+    """Minimise ``loss()`` with AdamW and clipped gradients; return its course.
+
+    It ends after so many ``steps``, or ``minutes`` of CPU time; the learning rate follows a cosine over
+    whichever ends first.  ``look(step, minutes)`` is called ``looks`` times.
+    """
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
     course: list[float] = []
-    for step in range(1, steps + 1):
+    began, done = time.process_time(), 0.0
+    while done < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done)) if cosine else lr
         optimizer.zero_grad()
         value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
-        schedule.step()
         course.append(float(value.detach()))
-        if say and (step % max(steps // 5, 1) == 0):
-            print(f"{say}: step {step}/{steps}, loss {course[-1]:.3f}", flush=True)
+        step, spent = len(course), (time.process_time() - began) / 60
+        before, done = done, max(step / steps, spent / minutes)
+        if say and int(5 * done) > int(5 * before):
+            print(f"{say}: step {step}, loss {course[-1]:.3f}", flush=True)
+        if look is not None and int(looks * done) > int(looks * before):
+            look(step, spent)
     return course
 
 
