@@ -2,10 +2,11 @@
 // Products of small matrices that already lie in L1: out (+)= left * right.
 //
 // Twelve vectors of accumulators (6 rows by 2 vectors) hide the latency of the multiply-adds and
-// leave four of AVX2's registers for one broadcast of left and two vectors of right.  left is read
-// by broadcasts, so it may be transposed for free; right and out are read in whole vectors and must
-// be padded to them.  Every element is one chain of multiply-adds in the order of depth, whatever
-// the shape around it.
+// leave four of AVX2's registers for one broadcast of left and two vectors of right.  The first
+// rows prefetch the columns of right that come next, which matters where right does not fit L2.
+// left is read by broadcasts, so it may be transposed for free; right and out are read in whole
+// vectors and must be padded to them.  Every element is one chain of multiply-adds in the order of
+// depth, whatever the shape around it.
 #pragma once
 
 #include "core/vec.h"
@@ -28,7 +29,7 @@ struct Rows {  // a row-major matrix
 
 constexpr int kGemmRows = 6;
 
-template <class T, int R, int C>
+template <class T, int R, int C, bool kAhead = false>
 inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, Rows<T> out,
                       bool add) {
   constexpr int w = Vec<T>::kLanes;
@@ -41,6 +42,9 @@ inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, 
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> b[C];
     for (int c = 0; c < C; ++c) b[c] = Vec<T>::load(right + c * w);
+    if (kAhead) {
+      for (int c = 0; c < C; ++c) __builtin_prefetch(right + (C + c) * w);
+    }
     for (int r = 0; r < R; ++r) {
       const Vec<T> a = l.p[r * l.row];
       for (int c = 0; c < C; ++c) sum[r][c] += a * b[c];
@@ -56,6 +60,13 @@ inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, 
 template <class T, int C>
 void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64_t depth,
                   Rows<T> out, bool add) {
+  // the first rows bring the next columns of right nearer
+  if (rows >= kGemmRows) {
+    gemm_tile<T, 6, C, true>(l, right, stride, depth, out, add);
+    l.p += kGemmRows * l.row;
+    out.p += kGemmRows * out.stride;
+    rows -= kGemmRows;
+  }
   for (; rows > 0; rows -= kGemmRows) {
     switch (rows) {
       case 1:

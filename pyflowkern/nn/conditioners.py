@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern.nn._base import check_count
-from pyflowkern.nn._relu_network import linear_layers, relu_network
+from pyflowkern.nn._relu_network import linear_layers
+from pyflowkern.ops.relu_network import evaluate_network
 
 __all__ = ["MLP", "ConvNet", "PeriodicInput", "ResidualConvNet", "ResidualMLP", "start_at"]
 
@@ -105,7 +106,7 @@ class MLP(_Conditioner):
         body = list(self.body._modules.values())
         layers = [self.first, *body[1::2], self.last]
         if (params := linear_layers(x, layers, body[0::2])) is not None:
-            return relu_network(x, self._context_bias(x, context), params, False, True)
+            return evaluate_network(x, *params, self._context_bias(x, context), False, True)
         out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
         return out
 
@@ -171,7 +172,7 @@ class ResidualMLP(_Conditioner):
             activations.append(activation)
         if (params := linear_layers(x, [*layers, last], activations)) is not None:
             bias = self._context_bias(x, context)
-            return relu_network(x, bias, params, True, self.activate_last)
+            return evaluate_network(x, *params, bias, True, self.activate_last)
         h = self._add_context(self.first(x), context)
         for block in self.blocks:
             h = h + block(h)

@@ -55,6 +55,7 @@ from pyflowkern.ops.preprocess import (
     quantize,
     quantize_reference,
 )
+from pyflowkern.ops.relu_network import relu_network, relu_network_reference
 from pyflowkern.ops.scale_map import ScaleMap, scale_map
 from pyflowkern.ops.spline import (
     rational_quadratic_spline,
@@ -109,6 +110,8 @@ __all__ = [
     "rademacher",
     "rational_quadratic_spline",
     "rational_quadratic_spline_reference",
+    "relu_network",
+    "relu_network_reference",
     "scale_map",
     "slogdet_inverse",
     "slogdet_inverse_reference",
