@@ -67,9 +67,16 @@ def test_kernels_are_clean(variant):
             r"__syncthreads\(\);\s+(if \(w\.member\(\) < half\))",
             r"\1",
         ),
+        (
+            "thread",
+            "divergence",
+            "divergence/divergence_fused.cuh",
+            r"__syncthreads\(\);\s+(if \(c >= y.out\))",
+            r"\1",
+        ),
         ("address", "actnorm", "actnorm/actnorm_cuda.cu", r"e < elements;", "e <= elements;"),
     ],
-    ids=["a barrier removed", "one element too far"],
+    ids=["a barrier removed", "a barrier between two uses removed", "one element too far"],
 )
 def test_a_planted_mistake_is_found(tmp_path, variant, family, file, old, new):
     copy = planted(tmp_path, file, old, new)

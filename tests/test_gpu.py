@@ -1,12 +1,13 @@
 """What only a GPU can show: streams, devices, graphs, and tensors of more than 2^31 elements."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from pyflowkern import _library, flows, ops, use_reference
+from pyflowkern import _library, flows, ode, ops, use_reference
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
@@ -125,3 +126,48 @@ def test_nothing_waits_for_the_host():
         flow.sample(4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def swing(t, y):
+    a, v = y[..., 0], y[..., 1]
+    return torch.stack([v, torch.cos(3 * t) - torch.sin(a)], -1)
+
+
+def test_a_captured_solve_replays():
+    layer = torch.nn.Linear(8, 8, device="cuda")
+    starts = torch.randn(3, 16, 8, device="cuda")
+    settings = {"method": "rk4", "step_size": 0.1}
+
+    def field(t, y):
+        return torch.tanh(layer(y)) * torch.cos(t)
+
+    captured = ode.capture(field, starts[0], [0.0, 0.5, 1.0], **settings)
+    with torch.no_grad():
+        for y0 in starts:
+            expected = ode.solve(field, y0, [0.0, 0.5, 1.0], **settings)
+            found = captured(y0)
+            torch.testing.assert_close(found.ys, expected.ys)
+            assert found.ok
+        layer.weight.mul_(0.5)  # a replay reads the parameters anew
+        expected = ode.solve(field, y0, [0.0, 0.5, 1.0], **settings)
+        torch.testing.assert_close(captured(y0).ys, expected.ys)
+        assert captured(y0 * torch.nan).status.item() == ode.Status.non_finite
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_steps_controlled_on_the_device_wait_for_nothing_between_looks():
+    """Of more than 30 steps, one wait for every eight, and a few at the start and at the end."""
+    y0 = torch.randn(64, 2, device="cuda", dtype=torch.float64)
+    settings = {"rtol": 1e-7, "atol": 1e-9}
+    expected = ode.solve(swing, y0, [0.0, 5.0, 9.0], **settings)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            s = ode.solve(swing, y0, [0.0, 5.0, 9.0], control="device", check_every=8, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steps = s.stats.accepted + s.stats.rejected
+    assert s.stats.accepted == expected.stats.accepted > 30
+    assert len(waits) <= -(-steps // 8) + 6
+    torch.testing.assert_close(s.ys, expected.ys, rtol=1e-6, atol=1e-6)

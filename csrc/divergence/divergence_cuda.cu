@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vector fields with their divergence on a GPU: torch's matrix products of all stacked rows, and
-// elementwise kernels between them.
+// Vector fields with their divergence on a GPU.  Forward, fields of narrow layers are one launch
+// (divergence_fused.cuh); all else are torch's matrix products of all stacked rows, and elementwise
+// kernels between them.
 //
-// Floor of a hidden layer: forward the products read and the activations written once,
+// Floor of a hidden layer that way: forward the products read and the activations written once,
 // 8 (1 + K) bytes an element of [samples, out]; backward 16 (1 + K), for the products and the
 // cotangents read, the activations and the new cotangents written.
 #include "core/teams.cuh"
+#include "divergence/divergence_fused.cuh"
 #include "divergence/divergence_ops.h"
 
 PFK_BEGIN
@@ -305,7 +307,12 @@ struct OnCuda {
   }
 };
 
-void run_forward(Field& f, const Tensor& kept) { wide_forward<OnCuda>(f, kept); }
+void run_forward(Field& f, const Tensor& kept) {
+  bool done = false;
+  each_type(dtype_of(f.x),
+            [&](auto type) { done = fused_forward<decltype(type)>(f, stream_of_call); });
+  if (!done) wide_forward<OnCuda>(f, kept);
+}
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   wide_backward<OnCuda>(f, kept, to);
 }

@@ -63,6 +63,9 @@ def integrate(
     over, smallest, largest = options.torchdiffeq, options.min_step, options.max_step
     while i < len(times):
         h = min(max(h, smallest), largest)
+        forced = (
+            h <= smallest
+        )  # before the end cuts it short: the difference of times may round up
         t1 = t + sign * h
         if not over and sign * (t1 - end) >= 0:
             t1, h = end, abs(end - t)
@@ -76,7 +79,7 @@ def integrate(
         y1 = stepper.step(t, dt, y)
         ratio = float(options.norm(scaled(stepper.error(dt), y, y1)))
         bad = not math.isfinite(ratio)
-        if ratio <= 1 or (h <= smallest and not bad):
+        if ratio <= 1 or ((forced or h <= smallest) and not bad):
             if record or options.dense:
                 out.t.append(t)
                 out.dt.append(dt)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyflowkern.ode import adaptive, fixed
 from pyflowkern.ode.controllers import largest_of
-from pyflowkern.ode.direct import run
+from pyflowkern.ode.direct import integrator, run
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.problem import Problem, time_gradients
 
@@ -87,8 +86,7 @@ def _solve_back(
         if span[0] == span[1]:
             continue
         start = torch.cat([ys[i].reshape(-1), a, totals])
-        solver = adaptive.integrate if options.adaptive else fixed.integrate
-        end = solver(augmented, start, span, options).ys[-1]
+        end = integrator(options)(augmented, start, span, options).ys[-1]
         a, totals = end[n : 2 * n], end[2 * n :]
     return a.view(shape), totals
 

@@ -6,12 +6,14 @@ of its stages); rejected steps and the choice of step sizes are constants.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ode import adaptive, fixed, per_sample
+from pyflowkern.ode import adaptive, device, fixed, per_sample
+from pyflowkern.ode.options import Options
 from pyflowkern.ode.per_sample import SampleTrajectory
 from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
 from pyflowkern.ode.solution import Trajectory
@@ -23,9 +25,16 @@ from pyflowkern.ode.steppers import (
 )
 from pyflowkern.ode.tableaus import coefficients
 
-__all__ = ["Direct", "run"]
+__all__ = ["Direct", "integrator", "run"]
 
 Totals = list[Tensor | None]
+
+
+def integrator(options: Options) -> Callable[..., Trajectory]:
+    """Return what takes steps of one size for the whole state."""
+    if options.on_device:
+        return device.integrate
+    return adaptive.integrate if options.adaptive else fixed.integrate
 
 
 def run(problem: Problem, y0: Tensor, record: bool) -> Trajectory:
@@ -33,8 +42,7 @@ def run(problem: Problem, y0: Tensor, record: bool) -> Trajectory:
     o = problem.options
     if o.per_sample:
         return per_sample.integrate(problem.field, y0, problem.times, o, record=record)
-    solver = adaptive.integrate if o.adaptive else fixed.integrate
-    return solver(problem.field, y0, problem.times, o, record=record, first=problem.first)
+    return integrator(o)(problem.field, y0, problem.times, o, record=record, first=problem.first)
 
 
 class Direct(torch.autograd.Function):

@@ -34,6 +34,7 @@ class Options:
     check_every: int
     torchdiffeq: bool
     dense: bool
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         choices = ("direct", "continuous", "reversible")
@@ -62,6 +63,15 @@ class Options:
             if self.adjoint != "direct" or self.torchdiffeq or self.dense or not self.checkpoint:
                 raise ValueError(
                     "control='sample' goes with adjoint='direct' and checkpoint=True, without compat and dense"
+                )
+        if self.on_device:
+            if not self.adaptive:
+                raise ValueError(
+                    "control='device' needs a method with error weights and no step_size"
+                )
+            if self.adjoint == "reversible" or self.torchdiffeq or not self.checkpoint:
+                raise ValueError(
+                    "control='device' goes with adjoint='direct' or 'continuous' and checkpoint=True, without compat"
                 )
         if self.adjoint == "reversible" and (self.torchdiffeq or self.dense):
             raise ValueError("adjoint='reversible' goes without compat and dense")

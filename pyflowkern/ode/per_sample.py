@@ -120,7 +120,9 @@ def integrate(
         error = arguments(c, slopes, 0, dt, torch.zeros_like(y), c.error)
         ratio = options.norm(scaled(error, y, y1)).to(times.dtype)
         bad = ~torch.isfinite(ratio)
-        accept = running & ((ratio <= 1) | (~bad & (dt.abs() <= options.min_step)))
+        # h as well as dt: the difference of times may round up
+        forced = torch.minimum(h, dt.abs()) <= options.min_step
+        accept = running & ((ratio <= 1) | (~bad & forced))
         keep = accept[:, None]
         if record:
             out.t.append(t)

@@ -94,8 +94,11 @@ def solve(
         min_step: steps of this size are accepted whatever their error.
         max_step: largest step.
         max_steps: of the whole solve, rejected ones included.
-        control: "batch", one step size from one norm, or "sample", a time and a step size for each sample.
-        check_every: rounds between two looks at the host with ``control="sample"``; default 1 on a CPU, else 8.
+        control: "batch", one step size from one norm; "device", the same decided by tensors on the device of the
+            state, where each output between the first and the last costs an interpolation a step; or "sample", a time
+            and a step size for each sample.
+        check_every: rounds between two looks of the host at the device with ``control="sample"`` or ``"device"``;
+            default 1 on a CPU, else 8.
         norm: of the scaled error, given as the state is; default RMS, the largest of a tuple's entries.
         dense: also return the state as a function of time.
         compat: "torchdiffeq" for its steps and evaluations: it steps over the end and interpolates, evaluates the end
@@ -117,8 +120,8 @@ def solve(
     """
     if compat not in (None, "torchdiffeq"):
         raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
-    if control not in ("batch", "sample"):
-        raise ValueError(f"control must be 'batch' or 'sample', got {control!r}")
+    if control not in ("batch", "device", "sample"):
+        raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
     packing = Packing(y0, control == "sample")
     start = packing.pack(y0).contiguous()
     if compat is not None and isinstance(method, str):
@@ -148,6 +151,7 @@ def solve(
         check_every=check_every,
         torchdiffeq=compat is not None,
         dense=dense,
+        on_device=control == "device",
     )
     times, ts = _times(t, start, options.per_sample)
     ys, trajectory = _solve(func, packing.field(func), start, times, t, options, params)

@@ -119,7 +119,12 @@ def linear():
 
 
 def divergence():
-    for n, dims in ((3, (2, 4, 8, 2)), (5, (3, 7, 3)), (1, (5, 33, 20, 5))):
+    shapes = ((3, (2, 4, 8, 2)), (5, (3, 7, 3)), (1, (5, 33, 20, 5)))
+    shapes += (
+        (100, (2, 12, 2)),
+        (3, (3, 130, 20, 3)),
+    )  # several tiles of a block; too wide for one
+    for n, dims in shapes:
         pairs = list(itertools.pairwise(dims))
         parameters = [torch.randn(b, a) / a**0.5 for a, b in pairs]
         parameters += [torch.randn(n, b) for _, b in pairs] + [torch.rand(b) for _, b in pairs]

@@ -28,6 +28,7 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 namespace pfk_host {
 
 Index thread_index, block_index, block_size, grid_size;
+int shared_limit = 48 * 1024;
 
 namespace {
 
@@ -112,6 +113,7 @@ Block block;
 std::mutex one_launch;
 uint64_t only_last = 0;   // blocks of a launch; 0: all of them
 bool fail_next = false;
+int64_t launches = 0;
 
 // ---- sanitizers --------------------------------------------------------------------------------
 #if defined(PFK_THREAD_SANITIZER)
@@ -286,6 +288,7 @@ void run(const char* kernel, Index grid, Index size, void (*body)(void*), void* 
     throw std::runtime_error(std::string(kernel) + ": this launch was to fail");
   }
   const uint64_t first = only_last > 0 && blocks > only_last ? blocks - only_last : 0;
+  ++launches;
   begin_launch();
   block.error.clear();
   block.body = body;
@@ -348,11 +351,17 @@ int lane() { return static_cast<int>(block.current % kWarp); }
 
 }  // namespace pfk_host
 
-// For tests: of each launch run the last blocks alone, which is where an index overflows; or refuse
-// the next launch.
+// For tests: of each launch run the last blocks alone, which is where an index overflows; refuse
+// the next launch; give a block so much shared memory; tell the number of launches so far.
 extern "C" __attribute__((visibility("default"))) void pfk_only_last_blocks(int64_t count) {
   pfk_host::only_last = static_cast<uint64_t>(count);
 }
 extern "C" __attribute__((visibility("default"))) void pfk_fail_next_launch() {
   pfk_host::fail_next = true;
+}
+extern "C" __attribute__((visibility("default"))) void pfk_limit_shared(int64_t bytes) {
+  pfk_host::shared_limit = static_cast<int>(bytes);
+}
+extern "C" __attribute__((visibility("default"))) int64_t pfk_launches() {
+  return pfk_host::launches;
 }

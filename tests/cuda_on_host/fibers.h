@@ -32,6 +32,10 @@ uint32_t ballot(uint32_t mask, bool holds, const char* file, int line);
 void sync_warp(uint32_t mask, const char* file, int line);
 int lane();
 
+// Shared memory that a block may ask for: as little as a kernel may find, so that it takes its way
+// around, unless a test says otherwise.
+extern int shared_limit;
+
 extern Index thread_index, block_index, block_size, grid_size;
 
 }  // namespace pfk_host

@@ -107,6 +107,20 @@ def test_a_tuple_is_as_large_as_its_largest_entry(method):
     assert s.stats.evaluations == expected
 
 
+@pytest.mark.parametrize("control", ["batch", "device", "sample"])
+def test_a_smallest_step_is_accepted_also_where_it_ends_the_solve(control):
+    """t + 0.3 is 9 but 9 - t is more than 0.3: the last step must not be repeated for ever."""
+    y0, t = torch.ones(2, 2).double(), 9 - 0.3
+    assert t + 0.3 == 9
+    assert 9 - t > 0.3
+    s = ode.solve(
+        lambda t, y: 1e3 * torch.cos(1e3 * t) * torch.ones_like(y) if t.dim() == 0 else 1e3 * y.cos(),
+        y0, [t, 9.0], control=control, min_step=0.3, first_step=0.3,
+    )  # fmt: skip
+    assert s.ok
+    assert s.stats.accepted == 1
+
+
 # --- a step size for each sample -----------------------------------------------------------------
 
 

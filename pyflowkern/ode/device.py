@@ -1,0 +1,261 @@
+"""Steps that follow the error, one size for the whole state, decided where the state is.
+
+The controller of :mod:`pyflowkern.ode.adaptive` with its time, step size, error, decision and status in tensors: the
+host asks only every few rounds whether the solve has ended, and until it does, a solve that has ended takes steps of
+length zero.  At the end the accepted steps come to the host in one copy, where a backward pass wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_steps, next_factors
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.packing import Field
+from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.steppers import Graph, Stepper
+
+__all__ = ["integrate"]
+
+
+class _Stepper(Stepper):
+    """A stepper whose times and lengths are 0-d float64 tensors."""
+
+    def moved(self, y: Tensor, weights: Tensor, stages: int, dt: Tensor) -> Tensor:
+        """Return ``y + dt sum_i w_i k_i`` over the first stages."""
+        scaled = weights * dt.to(y.dtype)
+        return torch.addmv(y.view(-1), self.before[stages], scaled).view(self.shape)
+
+    def step_by(self, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
+        """Return the state after a step, as :meth:`Stepper.step`."""
+        times = (self.c.nodes * dt + t).to(y.dtype).unbind()
+        rows, stages, arg = self.c.rows, self.method.stages, y
+        for i in range(1, stages):
+            arg = self.moved(y, rows[i], i, dt)
+            self._slope(i, times[i], arg)
+        return arg if self.method.fsal else self.moved(y, rows[-1], stages, dt)
+
+    def error_of(self, dt: Tensor) -> Tensor:
+        """Return the estimated error of the last step."""
+        assert self.c.error is not None
+        return (torch.mv(self.before[-1], self.c.error) * dt.to(self.slopes.dtype)).view(
+            self.shape
+        )
+
+    def inside(self, y: Tensor, dt: Tensor, theta: Tensor) -> Tensor:
+        """Return the states at fractions ``theta [m]`` of the last step, ``[m, *shape]``."""
+        assert self.c.dense is not None
+        degrees = range(1, self.c.dense.shape[1] + 1)
+        powers = torch.stack([theta**d for d in degrees]).to(y.dtype)
+        weights = (self.c.dense @ powers).t() * dt.to(y.dtype)
+        found = y.reshape(1, -1) + weights @ self.slopes.view(self.method.stages, -1)
+        return found.view(-1, *self.shape)
+
+
+@dataclass
+class _Round:
+    """What a round leaves to the backward pass: tensors that the host reads at the end."""
+
+    accept: Tensor
+    t: Tensor
+    t1: Tensor
+    dt: Tensor
+    y: Tensor
+    slopes: Tensor | None
+
+
+@dataclass
+class _Solve:
+    """A solve on its way; all but the host's own counts are 0-d tensors."""
+
+    stepper: _Stepper
+    options: Options
+    span: tuple[float, float]
+    inner: Tensor  # times of the outputs between, [m]
+    found: Tensor  # the states there, [m, *shape]
+    scaled: Scaling
+    t: Tensor
+    h: Tensor
+    y: Tensor
+    status: Tensor
+    bad: Tensor
+    done: Tensor
+    accepted: Tensor
+    steps: Tensor
+
+    def look(self) -> tuple[bool, Status, int, int]:
+        """Ask the device: whether the solve goes on, its status, accepted steps and all steps."""
+        done, status, accepted, steps = torch.stack(
+            [self.done.to(torch.int64), self.status, self.accepted, self.steps]
+        ).tolist()
+        return not done and status == Status.ok, Status(status), accepted, steps
+
+    def round(self, last: bool, keep: bool) -> _Round | None:
+        """Take one step and accept or reject it; with ``last`` none, the solve has used up its steps."""
+        o, stepper, y, t = self.options, self.stepper, self.y, self.t
+        begin, end = self.span
+        sign = 1.0 if end >= begin else -1.0
+        running = ~self.done & (self.status == int(Status.ok))
+        h = self.h.clamp(o.min_step, o.max_step)
+        forced = (
+            h <= o.min_step
+        )  # before the end cuts it short: the difference of times may round up
+        t1 = t + sign * h
+        clipped = sign * (t1 - end) >= 0
+        t1 = torch.where(clipped, end, t1)
+        h = torch.where(clipped, (end - t).abs(), h)
+        dead = (t1 == t) | (h < UNDERFLOW * abs(end - begin)) | ~torch.isfinite(t1)
+        failure = torch.where(self.bad, int(Status.non_finite), int(Status.dt_underflow))
+        self.status = torch.where(running & dead, failure, self.status)
+        running = running & ~dead
+        if last:
+            self.status = torch.where(running, int(Status.max_steps), self.status)
+            return None
+        dt = torch.where(running, sign * h, 0.0)
+        y1 = stepper.step_by(t, dt, y)
+        ratio = o.norm(self.scaled(stepper.error_of(dt), y, y1)).to(t.dtype)
+        bad = ~torch.isfinite(ratio)
+        accept = running & ((ratio <= 1) | (~bad & (forced | (h <= o.min_step))))
+        slopes = stepper.slopes.clone() if keep and o.dense else None
+        kept = _Round(accept, t, t1, dt, y, slopes) if keep else None
+        self._write(accept, t1, dt, y1, sign)
+        self.bad = torch.where(running, bad, self.bad)
+        self.y = torch.where(accept, y1, y)
+        stepper.k[0].copy_(torch.where(accept, stepper.k[-1], stepper.k[0]))
+        self.t = torch.where(accept, t1, t)
+        self.done = self.done | (accept & clipped)
+        self.h = torch.where(running, h * next_factors(ratio, o.method.order), self.h)
+        self.accepted, self.steps = self.accepted + accept, self.steps + running
+        return kept
+
+    def _write(self, accept: Tensor, t1: Tensor, dt: Tensor, y1: Tensor, sign: float) -> None:
+        """Interpolate the outputs that the step passed, all of them masked."""
+        if self.inner.numel() == 0:
+            return
+        now = accept & (sign * (self.inner - self.t) > 0) & (sign * (t1 - self.inner) >= 0)
+        theta = (self.inner - self.t) / torch.where(dt == 0, 1.0, dt)
+        lead = (-1, *[1] * y1.dim())
+        inside = self.stepper.inside(self.y, dt, theta)
+        value = torch.where((self.inner == t1).view(lead), y1, inside)
+        self.found = torch.where(now.view(lead), value, self.found)
+
+
+@torch.no_grad()
+def integrate(
+    field: Field,
+    y0: Tensor,
+    times: Sequence[float],
+    options: Options,
+    *,
+    record: bool = False,
+    first: Graph | None = None,
+) -> Trajectory:
+    """Integrate through ``times``; arguments and steps are those of :func:`pyflowkern.ode.adaptive.integrate`.
+
+    An output before the last one costs an interpolation in every round, for what it is worth.
+    """
+    out = Trajectory(y0.new_empty((len(times), *y0.shape)))
+    out.ys[:] = y0
+    between = [i for i, t in enumerate(times) if t not in (times[0], times[-1])]
+    ends = [i for i, t in enumerate(times) if t == times[-1] != times[0]]
+    if not ends:
+        out.outputs = [(-1, None)] * len(times)
+        return out
+    s = _begin(field, y0, times, [times[i] for i in between], options, first)
+    keep, rounds, kept = record or options.dense, 0, list[_Round]()
+    while rounds % options.check_every != 0 or s.look()[0]:
+        found = s.round(rounds == options.max_steps, keep)
+        if rounds == options.max_steps:
+            break
+        rounds += 1
+        if found is not None:
+            kept.append(found)
+    _, out.status, accepted, steps = s.look()
+    if between:
+        sign = 1.0 if times[-1] >= times[0] else -1.0
+        reached = (sign * (s.t - s.inner) >= 0).view(-1, *[1] * y0.dim())
+        out.ys[between[0] : between[-1] + 1] = torch.where(reached, s.found, s.y)
+    out.ys[ends[0] :] = s.y
+    out.stats = Stats(accepted, steps - accepted, s.stepper.evaluations)
+    if keep:
+        _recall(out, kept, times)
+    return out
+
+
+def _begin(
+    field: Field,
+    y0: Tensor,
+    times: Sequence[float],
+    between: Sequence[float],
+    options: Options,
+    first: Graph | None,
+) -> _Solve:
+    """Compute the first slope and the first step."""
+    stepper = _Stepper(field, options.method, y0)
+    t, sign = times[0], 1.0 if times[-1] >= times[0] else -1.0
+    if first is None:
+        stepper.start(t, y0)
+    else:
+        stepper.set_first(first)
+        stepper.evaluations += 1
+    like = torch.zeros((), dtype=torch.float64, device=y0.device)
+    slope = stepper.k[0]
+
+    def probe(h: Tensor) -> Tensor:
+        stepper.evaluations += 1
+        return field(
+            (t + sign * h).to(y0.dtype), torch.addcmul(y0, (sign * h).to(y0.dtype), slope)
+        )
+
+    def norm(r: Tensor) -> Tensor:
+        return options.norm(r).to(torch.float64)
+
+    if options.first_step is None:
+        h = first_steps(norm, probe, y0, slope, options.method.order, options.rtol, options.atol)
+    else:
+        h = like + options.first_step
+    inner = torch.tensor(between, dtype=torch.float64, device=y0.device)
+    count, no = like.to(torch.int64), like.to(torch.bool)
+    return _Solve(
+        stepper=stepper,
+        options=options,
+        span=(times[0], times[-1]),
+        inner=inner,
+        found=y0.expand(len(between), *y0.shape),
+        scaled=Scaling(y0, options.rtol, options.atol),
+        t=like + t,
+        h=h,
+        y=y0,
+        status=count,
+        bad=no,
+        done=no,
+        accepted=count,
+        steps=count,
+    )
+
+
+def _recall(out: Trajectory, rounds: Sequence[_Round], times: Sequence[float]) -> None:
+    """Fill in the accepted steps, and the step and the fraction of it of each output."""
+    sign = 1.0 if times[-1] >= times[0] else -1.0
+    numbers = [torch.stack([r.accept.to(r.t.dtype), r.t, r.t1, r.dt]) for r in rounds]
+    i = next(i for i, t in enumerate(times) if t != times[0])
+    out.outputs = [(-1, None)] * i
+    for r, (accept, t, t1, dt) in zip(
+        rounds, torch.stack(numbers).tolist() if numbers else [], strict=True
+    ):
+        if not accept:
+            continue
+        while i < len(times) and sign * (t1 - times[i]) >= 0:
+            theta = None if times[i] == t1 else (times[i] - t) / dt
+            out.outputs.append((len(out.t), theta))
+            i += 1
+        out.t.append(t)
+        out.dt.append(dt)
+        out.states.append(r.y)
+        if r.slopes is not None:
+            out.slopes.append(r.slopes)
+    out.outputs += [(len(out.t) - 1, None)] * (len(times) - i)

@@ -1,0 +1,176 @@
+"""Solves with fixed steps as CUDA graphs: recorded once, replayed without a call from the host for each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.packing import Packing
+from pyflowkern.ode.solution import Solution, Status
+from pyflowkern.ode.solve import solve
+from pyflowkern.ode.tableaus import Tableau, tableau
+
+__all__ = ["CapturedSolve", "capture"]
+
+_WARM = 2  # solves before the recording, in which libraries allocate what they keep
+
+
+class CapturedSolve:
+    """A solve with fixed steps that :func:`capture` recorded; call it with a first state.
+
+    Args:
+        inputs: memory of the first state, which the recorded kernels read.
+        solution: memory that they write.
+        packing: of the first state.
+        replay: runs them.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Tensor, ...],
+        solution: Solution,
+        packing: Packing,
+        replay: Callable[[], None],
+    ) -> None:
+        self._inputs, self._solution = inputs, solution
+        self._packing, self._replay = packing, replay
+
+    @torch.no_grad()
+    def __call__(self, y0: Any) -> Solution:
+        """Solve from another first state of the same structure, shapes, dtypes and device.
+
+        Args:
+            y0: tensor or tuple of tensors, as that of :func:`capture`.
+
+        Returns:
+            A :class:`Solution` in memory of its own, without a gradient; its ``status`` is a 0-d tensor on the device.
+
+        Raises:
+            TypeError: for another structure.
+            ValueError: for another shape, dtype or device.
+        """
+        entries = _entries(y0)
+        if isinstance(y0, tuple) != self._packing.is_tuple or len(entries) != len(self._inputs):
+            want = f"a tuple of {len(self._inputs)}" if self._packing.is_tuple else "a tensor"
+            raise TypeError(f"y0 must be {want}, as it was captured, got {type(y0).__name__}")
+        for new, old in zip(entries, self._inputs, strict=True):
+            _check_like(new, old)
+        for new, old in zip(entries, self._inputs, strict=True):
+            old.copy_(new)
+        self._replay()
+        s = self._solution
+        ys = tuple(y.clone() for y in s.ys) if isinstance(s.ys, tuple) else s.ys.clone()
+        status = s.status.clone() if isinstance(s.status, Tensor) else s.status
+        return Solution(ys, s.ts, status, s.stats)
+
+
+def capture(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Tensor | Sequence[float],
+    *,
+    method: str | Tableau = "rk4",
+    step_size: float | None = None,
+    max_steps: int = 10_000,
+    compat: str | None = None,
+) -> CapturedSolve:
+    """Record a solve with fixed steps as a CUDA graph.
+
+    The steps of small states cost more in calls from the host than on the device; a replay is one call.  The times, the
+    steps and what ``func`` does besides kernels are as they were at the recording, while tensors that it reads, such as
+    parameters, are read anew: update them in place.  ``func`` may not wait for the device, and gradients do not pass.
+
+    Args:
+        func: ``(t, y) -> dy/dt``, of CUDA tensors.
+        y0: a first state on a CUDA device: a tensor or a tuple of tensors.
+        t: times of the output, monotone, two or more.
+        method: as in :func:`solve`; one with step control needs ``step_size``.
+        step_size: as in :func:`solve`.
+        max_steps: as in :func:`solve`, but more are an error.
+        compat: as in :func:`solve`.
+
+    Returns:
+        A :class:`CapturedSolve`, to be called with first states.
+
+    Raises:
+        TypeError: for a state that is not floating-point or a wrong result of ``func``.
+        ValueError: for a method that would choose its steps, for more than ``max_steps``, and for tensors that are not
+            on a CUDA device or want a gradient; and as :func:`solve`.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> if torch.cuda.is_available():
+        ...     y0 = torch.ones(3, device="cuda")
+        ...     decay = ode.capture(lambda t, y: -y, y0, [0.0, 1.0], step_size=0.1)
+        ...     assert torch.allclose(decay(2 * y0).ys[-1], 2 * torch.exp(-y0), rtol=1e-5)
+    """
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {type(func).__name__}")
+    packing = Packing(y0, False)
+    if tableau(method).error is not None and step_size is None:
+        raise ValueError(f"method {method!r} chooses its steps: a captured solve needs step_size")
+    times = t.detach().tolist() if isinstance(t, Tensor) else [float(v) for v in t]
+    entries = _entries(y0)
+    if any(e.requires_grad for e in entries):
+        raise ValueError("y0 must not require a gradient, none passes a captured solve: detach it")
+    _check_device(entries[0])
+    inputs = tuple(e.detach().clone() for e in entries)
+    state = inputs if packing.is_tuple else inputs[0]
+
+    def run() -> Solution:
+        return solve(
+            func, state, times, method=method, step_size=step_size, max_steps=max_steps,
+            compat=compat,
+        )  # fmt: skip
+
+    def first() -> None:
+        if run().status == Status.max_steps:
+            raise ValueError(f"max_steps must allow for all steps, got {max_steps}")
+
+    with torch.no_grad():
+        replay, solution = _record(first, run, inputs[0].device)
+    return CapturedSolve(inputs, solution, packing, replay)
+
+
+def _record(
+    first: Callable[[], None], run: Callable[[], Solution], device: torch.device
+) -> tuple[Callable[[], None], Solution]:
+    """Return what replays ``run``, and the memory that it writes."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM):
+                first()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            solution = run()
+    return graph.replay, solution
+
+
+def _entries(state: Any) -> tuple[Any, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def _check_device(y: Tensor) -> None:
+    if not y.is_cuda:
+        raise ValueError(
+            f"y0 must be on a CUDA device, got {y.device}: nothing else records a graph"
+        )
+
+
+def _check_like(new: Any, old: Tensor) -> None:
+    if not isinstance(new, Tensor):
+        raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(new).__name__}")
+    for name, want, got in (
+        ("shape", tuple(old.shape), tuple(new.shape)),
+        ("dtype", old.dtype, new.dtype),
+        ("device", old.device, new.device),
+    ):
+        if want != got:
+            raise ValueError(f"y0 must have the captured {name}, {want}, got {got}")

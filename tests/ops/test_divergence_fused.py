@@ -1,0 +1,78 @@
+"""The one launch of a narrow field on CUDA, run on the host: every way against float64, and counted."""
+
+import ctypes
+from contextlib import contextmanager
+
+import on_host
+import pytest
+import torch
+from fields import check, layers
+from laws import normal
+
+from pyflowkern.ops import field_divergence
+from pyflowkern.ops.divergence import ACTIVATIONS
+
+
+@pytest.fixture
+def host_kernels(cuda_on_host):
+    """CUDA's kernels on the host, with so many bytes of shared memory; counts launches."""
+    loaded = ctypes.CDLL(str(cuda_on_host))
+    loaded.pfk_launches.restype = ctypes.c_int64
+
+    @contextmanager
+    def kernels(shared):
+        counts, before = [], loaded.pfk_launches()
+        loaded.pfk_limit_shared(ctypes.c_int64(shared))
+        try:
+            with on_host.kernels(cuda_on_host):
+                yield counts
+        finally:
+            loaded.pfk_limit_shared(ctypes.c_int64(48 * 1024))
+            counts.append(loaded.pfk_launches() - before)
+
+    return kernels
+
+
+#: Shared memory of a block of an H100; what holds one layer at a time; what holds none.
+RESIDENT, STAGED, NONE = 227 << 10, 120 << 10, 0
+NARROW = [(7,), (64, 60, 5), (128, 128, 43, 128), ()]
+
+
+@pytest.mark.parametrize("shared", [RESIDENT, STAGED, NONE])
+def test_a_narrow_field_is_one_launch(host_kernels, shared):
+    for hidden in NARROW:
+        x, parts = (
+            normal(70, 5, dtype=torch.float32),
+            layers((5, *hidden, 5), torch.float32, gates=True),
+        )
+        with host_kernels(shared) as counts:
+            field_divergence(x, *parts, probe=torch.tensor(3), regularizers=True)
+        assert counts == [1 if shared else len(hidden) + 2]
+
+
+@pytest.mark.parametrize("shared", [RESIDENT, STAGED, NONE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden", NARROW, ids=str)
+def test_narrow_fields_by_every_way(host_kernels, hidden, dtype, shared):
+    """Values, and gradients from what was kept: tiles of several samples, tails, own parameters."""
+    for i, (n, d, k) in enumerate(((3, 1, 1), (150, 6, 1), (37, 43, 2), (9, 5, 20))):
+        for gates, own in ((False, None), (True, n)):
+            x, parts = normal(n, d, dtype=dtype), layers((d, *hidden, d), dtype, own, gates)
+            options = {"activation": ACTIVATIONS[(i + gates) % 4], "regularizers": gates}
+            with host_kernels(shared):
+                check(x, parts, probe=torch.tensor(5), probes=k, **options)
+                check(x, parts, probe=normal(k, n, d, seed=8, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("hidden", NARROW, ids=str)
+def test_bits_do_not_depend_on_the_tile(host_kernels, hidden):
+    x, e = (normal(150, 6, seed=i, dtype=torch.float32) for i in (0, 1))
+    parts = layers((6, *hidden, 6), torch.float32)
+    with host_kernels(RESIDENT):
+        found = field_divergence(x, *parts, probe=e)
+        alone = field_divergence(x[77:78], *parts, probe=e[77:78])
+    with host_kernels(STAGED):
+        staged = field_divergence(x, *parts, probe=e)
+    for a, b, c in zip(found, alone, staged, strict=True):
+        assert torch.equal(a[77:78], b)
+        assert torch.equal(a, c)
