@@ -24,14 +24,41 @@ TIMES = ("none", "concat", "concatsquash")
 METHODS = ("hutchinson", "exact")
 
 
-def _check_states(x: Tensor, dims: int | None = None) -> None:
+def check_states(x: Tensor, size: int | None = None, rank: int = 2) -> None:
+    """Raise unless ``x`` is ``[N, ...]``, with ``size`` ``[N, size]`` or, of rank 4, ``[N, size, H, W]``."""
     check_floating("x", x)
-    if x.dim() < 2 or (dims is not None and tuple(x.shape[1:]) != (dims,)):
-        want = "[N, ...]" if dims is None else f"[N, {dims}]"
+    if x.dim() < 2 or (size is not None and (x.dim() != rank or x.shape[1] != size)):
+        want = "[N, ...]" if size is None else f"[N, {size}{', H, W' if rank == 4 else ''}]"
         raise ValueError(f"x must have shape {want}, got {tuple(x.shape)}")
 
 
-def _as_time(t: Tensor | float, x: Tensor) -> Tensor:
+def check_field(
+    name: str, size: int, hidden: Sequence[int], activation: str, time: str
+) -> list[int]:
+    """Raise unless the arguments make a field; return the sizes of all its layers."""
+    sizes = [size, *hidden, size]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if time not in TIMES:
+        raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
+    return sizes
+
+
+def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
+    """Raise unless the context is ``[N, features]``, or None for a field that takes none."""
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    if context is None and not features:
+        return
+    if context is None or not features or tuple(context.shape) != (x.shape[0], features):
+        want = f"have shape ({x.shape[0]}, {features})" if features else "be None"
+        got = None if context is None else tuple(context.shape)
+        raise ValueError(f"context must {want}, got {got}")
+
+
+def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     """Return a time as a scalar or ``[N]``, in the dtype that fields compute in."""
     dtype = accumulation_dtype(x.dtype)
     if not isinstance(t, Tensor):
@@ -74,8 +101,8 @@ class VectorField(torch.nn.Module):
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity, shaped like ``x``."""
-        _check_states(x)
-        velocity: Tensor = self.net(_as_time(t, x), x)
+        check_states(x)
+        velocity: Tensor = self.net(as_time(t, x), x)
         if velocity.shape != x.shape:
             raise ValueError(
                 f"net must return shape {tuple(x.shape)}, got {tuple(velocity.shape)}"
@@ -94,17 +121,14 @@ class VectorField(torch.nn.Module):
         regularizers: bool = False,
     ) -> tuple[Tensor, ...]:
         """Return what :meth:`VectorFieldMLP.velocity_and_divergence` does."""
-        _check_states(x)
-        e = _probes(x.flatten(1), probe, probes, method)
+        check_states(x)
+        e = probes_of(x, probe, probes, method)
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             start = x if x.requires_grad else x.detach().requires_grad_()
             velocity = self(t, start)
-            products = [_product(velocity, start, v.view_as(x), recorded) for v in e]
-        pairs = [
-            hutchinson_trace(v.view_as(x), p, with_norm=True)
-            for v, p in zip(e, products, strict=True)
-        ]
+            products = [_product(velocity, start, v, recorded) for v in e]
+        pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
         traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
         if not recorded:
             velocity = velocity.detach()
@@ -126,22 +150,23 @@ def _product(velocity: Tensor, x: Tensor, e: Tensor, recorded: bool) -> Tensor:
     return torch.zeros_like(x) if product is None else product
 
 
-def _probes(x: Tensor, probe: Tensor | None, probes: int, method: str) -> Tensor:
-    """Return probes ``[K, N, D]`` for states ``[N, D]``; those of "exact" are the unit vectors."""
+def probes_of(x: Tensor, probe: Tensor | None, probes: int, method: str) -> Tensor:
+    """Return probes ``[K, N, ...]`` for states ``[N, ...]``; those of "exact" are the unit vectors."""
     if method not in METHODS:
         raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
+    flat = x.flatten(1)
     if method == "exact":
         if probe is not None:
             raise ValueError("method='exact' takes no probe")
-        size = x.shape[1]
-        return torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, *x.shape)
+        size = flat.shape[1]
+        unit = torch.eye(size, dtype=x.dtype, device=x.device)
+        return unit.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
     if probe is None:
         raise ValueError("method='hutchinson' needs a probe; ops.draw_probe(x) draws one")
-    if isinstance(probe, Tensor) and probe.is_floating_point() and probe.dim() > 2:
-        lead = probe.shape[:1] if probe.shape[1:2] == x.shape[:1] else ()
-        probe = probe.reshape(*lead, *x.shape)
-    e, count = as_probe(probe, probes, x, x.dtype)
-    return expand_probe(e, count, x)
+    if isinstance(probe, Tensor) and x.dim() > 2 and probe.shape[1 - x.dim() :] == x.shape[1:]:
+        probe = probe.flatten(1 - x.dim())
+    e, count = as_probe(probe, probes, flat, flat.dtype)
+    return expand_probe(e, count, flat).view(count, *x.shape)
 
 
 class VectorFieldMLP(torch.nn.Module):
@@ -182,17 +207,7 @@ class VectorFieldMLP(torch.nn.Module):
         time: str = "none",
     ) -> None:
         super().__init__()
-        sizes = [dims, *hidden, dims]
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-            raise ValueError(
-                f"dims and hidden must be ints of at least 1, got {dims} and {hidden}"
-            )
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
-        if time not in TIMES:
-            raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
+        sizes = check_field("dims", dims, hidden, activation, time)
         self.dims, self.hidden, self.activation, self.time = dims, tuple(hidden), activation, time
         pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairs)
@@ -207,7 +222,7 @@ class VectorFieldMLP(torch.nn.Module):
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity ``[N, D]`` at ``t``, a float, a scalar tensor or ``[N]``."""
-        _check_states(x, self.dims)
+        check_states(x, self.dims)
         weights, biases, gates = self._at(t, x)
         h = x
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -257,14 +272,14 @@ class VectorFieldMLP(torch.nn.Module):
             ValueError: for shapes that do not fit, an unknown method, or a probe that is missing
                 or too many.
         """
-        _check_states(x, self.dims)
+        check_states(x, self.dims)
         layers = self._at(t, x)
         work = layers[0][0].dtype
         if method == "exact" and probe is None:
             size = self.dims
             e, count = torch.eye(size, dtype=work, device=x.device)[:, None], size
         elif method != "hutchinson" or probe is None:
-            _probes(x, probe, probes, method)  # raises
+            probes_of(x, probe, probes, method)  # raises
             raise AssertionError  # pragma: no cover
         else:
             e, count = as_probe(probe, probes, x, work)
@@ -288,7 +303,7 @@ class VectorFieldMLP(torch.nn.Module):
             weights, biases = [w.to(work) for w in weights], [b.to(work) for b in biases]
         if self.time == "none":
             return weights, biases, []  # type: ignore[return-value]
-        time = _as_time(t, x).to(work)
+        time = as_time(t, x).to(work)
         time = time[:, None] if time.dim() else time
         if self.time == "concat":
             return (
