@@ -1,0 +1,150 @@
+"""A bijection along an ordinary differential equation, with everything that is integrated on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ode, ops
+from pyflowkern.flows._build import check_positive
+from pyflowkern.nn import Bijection
+from pyflowkern.ops._registry import accumulation_dtype
+
+__all__ = ["ContinuousBijection", "Way"]
+
+DIVERGENCES = ("hutchinson", "exact")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A solve: where it went, the log-determinants of each probe ``[N, K]``, the regularizers (else 0)."""
+
+    end: Tensor
+    log_det: Tensor
+    kinetic: Tensor
+    jacobian: Tensor
+
+
+class ContinuousBijection(Bijection):
+    r"""The map along :math:`dx/dt = f(t, x)` from ``t = 0`` to ``T``.
+
+    Its log-determinant obeys :math:`d \log\det / dt = \operatorname{div} f` and is integrated with
+    the state.  The probe of the divergence is drawn once a call and fixed over the solve.
+
+    Args:
+        field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
+            or :class:`~pyflowkern.nn.VectorField` have it.
+        duration: ``T``, positive.
+        divergence: "hutchinson" or "exact".
+        probes: ``K`` for "hutchinson".
+        noise: "rademacher" or "gaussian".
+        **solver: settings of :func:`pyflowkern.ode.odeint`.
+
+    Raises:
+        TypeError: for a field without a divergence.
+        ValueError: for a duration that is not positive, unknown names, or probes below 1.
+
+    Source: Chen et al. 2018, *Neural ordinary differential equations*; Grathwohl et al. 2019.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows, nn
+        >>> flow = flows.ContinuousBijection(nn.VectorFieldMLP(2), method="rk4", step_size=0.1)
+        >>> x = torch.randn(5, 2)
+        >>> z, log_det = flow(x)
+        >>> bool(torch.allclose(flow.inverse(z)[0], x, atol=1e-4)), tuple(log_det.shape)
+        (True, (5,))
+    """
+
+    def __init__(
+        self,
+        field: torch.nn.Module,
+        *,
+        duration: float = 1.0,
+        divergence: str = "hutchinson",
+        probes: int = 1,
+        noise: str = "rademacher",
+        **solver: Any,
+    ) -> None:
+        super().__init__()
+        if not hasattr(field, "velocity_and_divergence"):
+            raise TypeError(
+                f"field must have velocity_and_divergence, got {type(field).__name__}; "
+                "nn.VectorField(net) gives it to any network"
+            )
+        if not 0 < duration < math.inf:
+            raise ValueError(f"duration must be positive and finite, got {duration}")
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be 'hutchinson' or 'exact', got {divergence!r}")
+        if noise not in ("rademacher", "gaussian"):
+            raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
+        check_positive(probes=probes)
+        self.field, self.duration, self.divergence = field, float(duration), divergence
+        self.probes, self.noise = probes, noise
+        self.solver = solver
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Go from data to latent; return ``(z, log_det[N])``."""
+        way = self.way(x)
+        return way.end, way.log_det.mean(1)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Go from latent to data; return ``(x, log_det[N])``."""
+        way = self.way(z, backwards=True)
+        return way.end, way.log_det.mean(1)
+
+    def way(
+        self,
+        x: Tensor,
+        *,
+        backwards: bool = False,
+        probes: int | None = None,
+        regularizers: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Way:
+        """Integrate the state, the log-determinant of every probe, and the regularizers."""
+        exact = self.divergence == "exact"
+        count = 1 if exact else (self.probes if probes is None else probes)
+        check_positive(probes=count)
+        options: dict[str, Any] = {"method": self.divergence, "regularizers": regularizers}
+        if not exact:
+            drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
+            options |= {"probe": drawn, "probes": count, "per_probe": True}
+
+        def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
+                t, state[0], **options
+            )
+            return (
+                velocity,
+                divergence.t() if divergence.dim() == 2 else divergence[:, None],
+                *rest,
+            )
+
+        # a solve ends for all where one state is not finite: such samples take part as zeros
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        x = x.masked_fill(rows_like(bad, x), 0.0)
+        zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
+        start = (x, zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
+        times = [self.duration, 0.0] if backwards else [0.0, self.duration]
+        settings = {"rtol": 1e-5, "atol": 1e-5, "params": tuple(self.field.parameters())}
+        end = [s[-1] for s in ode.odeint(dynamics, start, times, **(settings | self.solver))]
+        end = [s.masked_fill(rows_like(bad, s), math.nan) for s in end]
+        return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
+
+    @torch.no_grad()
+    def trajectory(self, x: Tensor, times: Sequence[float]) -> Tensor:
+        """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
+        settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
+        path: Tensor = ode.odeint(self.field, x, list(times), **settings)
+        return path
+
+
+def rows_like(rows: Tensor, x: Tensor) -> Tensor:
+    """Return a mask ``[N]`` with the axes of ``x``."""
+    return rows.view(-1, *[1] * (x.dim() - 1))
