@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> float:
     """Train as the command line says; return the last loss, or the held-out bits/dim."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=["rings", "digits"], default="rings")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="a few steps of a small flow")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
