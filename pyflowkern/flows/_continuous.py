@@ -13,6 +13,7 @@ from torch import Tensor
 from pyflowkern import ode, ops
 from pyflowkern.flows._build import check_positive
 from pyflowkern.nn import Bijection
+from pyflowkern.nn.vector_field import check_context
 from pyflowkern.ops._registry import accumulation_dtype
 
 __all__ = ["ContinuousBijection", "Way"]
@@ -38,7 +39,8 @@ class ContinuousBijection(Bijection):
 
     Args:
         field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
-            or :class:`~pyflowkern.nn.VectorField` have it.
+            or :class:`~pyflowkern.nn.VectorField` have it; one with ``context_features`` is given the
+            ``context``, too.
         duration: ``T``, positive.
         divergence: "hutchinson" or "exact".
         probes: ``K`` for "hutchinson".
@@ -84,23 +86,25 @@ class ContinuousBijection(Bijection):
         if noise not in ("rademacher", "gaussian"):
             raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
         check_positive(probes=probes)
+        self.context_features: int = getattr(field, "context_features", 0)
         self.field, self.duration, self.divergence = field, float(duration), divergence
         self.probes, self.noise = probes, noise
         self.solver = solver
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from data to latent; return ``(z, log_det[N])``."""
-        way = self.way(x)
+        way = self.way(x, context)
         return way.end, way.log_det.mean(1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from latent to data; return ``(x, log_det[N])``."""
-        way = self.way(z, backwards=True)
+        way = self.way(z, context, backwards=True)
         return way.end, way.log_det.mean(1)
 
     def way(
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         backwards: bool = False,
         probes: int | None = None,
@@ -116,6 +120,16 @@ class ContinuousBijection(Bijection):
             drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
             options |= {"probe": drawn, "probes": count, "per_probe": True}
 
+        # a solve ends for all where one state is not finite: such samples take part as zeros
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if self.context_features:
+            check_context(context, self.context_features, x)
+            assert context is not None
+            bad = bad | ~torch.isfinite(context).all(1)
+            context = context.masked_fill(rows_like(bad, context), 0.0)
+            options["context"] = context
+        x = x.masked_fill(rows_like(bad, x), 0.0)
+
         def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
                 t, state[0], **options
@@ -126,22 +140,29 @@ class ContinuousBijection(Bijection):
                 *rest,
             )
 
-        # a solve ends for all where one state is not finite: such samples take part as zeros
-        bad = ~torch.isfinite(x).flatten(1).all(1)
-        x = x.masked_fill(rows_like(bad, x), 0.0)
         zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
         start = (x, zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
         times = [self.duration, 0.0] if backwards else [0.0, self.duration]
-        settings = {"rtol": 1e-5, "atol": 1e-5, "params": tuple(self.field.parameters())}
+        settings = {"rtol": 1e-5, "atol": 1e-5, "params": self._depends_on(context)}
         end = [s[-1] for s in ode.odeint(dynamics, start, times, **(settings | self.solver))]
         end = [s.masked_fill(rows_like(bad, s), math.nan) for s in end]
         return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
 
+    def _depends_on(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the tensors that want gradients of a solve."""
+        given = (context,) if context is not None and self.context_features else ()
+        return (*self.field.parameters(), *given)
+
     @torch.no_grad()
-    def trajectory(self, x: Tensor, times: Sequence[float]) -> Tensor:
+    def trajectory(
+        self, x: Tensor, times: Sequence[float], context: Tensor | None = None
+    ) -> Tensor:
         """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
         settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
-        path: Tensor = ode.odeint(self.field, x, list(times), **settings)
+        given = (context,) if self.context_features else ()
+        path: Tensor = ode.odeint(
+            lambda t, y: self.field(t, y, *given), x, list(times), **settings
+        )
         return path
 
 

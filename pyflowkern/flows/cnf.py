@@ -75,6 +75,8 @@ class CNF(Flow):
         noise: "rademacher" or "gaussian".
         bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
         alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
+        context_features: size ``K`` of the context ``[N, K]``, an input of every layer of the fields;
+            0 for an unconditional flow.
         **solver: settings of :func:`pyflowkern.ode.odeint`, such as ``method``, ``rtol``, ``atol``
             (1e-5 both), ``step_size``, ``adjoint``.
 
@@ -112,16 +114,21 @@ class CNF(Flow):
         noise: str = "rademacher",
         bits: int | None = None,
         alpha: float = 0.05,
+        context_features: int = 0,
         **solver: Any,
     ) -> None:
         shape = parse_shape(event_shape)
         conv = _is_conv(conv, levels, shape)
         levels = 1 if levels is None else levels
         check_positive(blocks=blocks, levels=levels)
-        perceptron = VectorFieldConv if conv else VectorFieldMLP
+        kind = VectorFieldConv if conv else VectorFieldMLP
+
+        def own(size: int) -> torch.nn.Module:
+            return kind(size, hidden, activation, time, context_features=context_features)
 
         def block(size: int) -> ContinuousBijection:
-            made = field(size) if field else perceptron(size, hidden, activation, time)
+            made = field(size) if field else own(size)
+            _check_takes(made, context_features)
             return ContinuousBijection(
                 made,
                 duration=duration,
@@ -139,7 +146,9 @@ class CNF(Flow):
         else:
             flat = [_Flatten(shape)] if len(shape) > 1 else []
             bijection = Sequential(*flat, *stack(math.prod(shape)))
-        super().__init__(bijection, shape, bits=bits, alpha=alpha)
+        super().__init__(
+            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+        )
 
     def blocks(self) -> Iterator[ContinuousBijection]:
         """Yield the continuous parts in order."""
@@ -150,6 +159,7 @@ class CNF(Flow):
     def terms(
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         probes: int | None = None,
         generator: torch.Generator | None = None,
@@ -158,14 +168,16 @@ class CNF(Flow):
 
         Args:
             x: ``[N, *event_shape]``.
+            context: ``[N, K]`` for a conditional flow.
             probes: ``K``, in place of the flow's own.
             generator: source of the probes.
 
         Raises:
             TypeError: for another dtype.
-            ValueError: for another shape, or probes below 1.
+            ValueError: for another shape, a context that does not fit, or probes below 1.
         """
         self._check_data("x", x)
+        self._check_context(context, x.shape[0])
         z, before = x, None
         if self.preprocess is not None:
             z, before = self.preprocess(x)
@@ -173,8 +185,9 @@ class CNF(Flow):
 
         def run(layer: Bijection, x: Tensor) -> tuple[Tensor, Tensor]:
             if not isinstance(layer, ContinuousBijection):
-                return layer(x)  # type: ignore[no-any-return]
-            way = layer.way(x, probes=probes, regularizers=True, generator=generator)
+                return layer(x, context)  # type: ignore[no-any-return]
+            options = {"probes": probes, "regularizers": True, "generator": generator}
+            way = layer.way(x, context, **options)  # type: ignore[arg-type]
             ways.append(way)
             return way.end, way.log_det.mean(1)
 
@@ -246,6 +259,15 @@ def _is_conv(conv: bool | None, levels: int | None, shape: tuple[int, ...]) -> b
             f"event_shape must be (C, H, W) for convolutional fields and levels, got {shape}"
         )
     return wanted
+
+
+def _check_takes(field: torch.nn.Module, context_features: int) -> None:
+    """Raise unless the field takes a context of this size."""
+    taken = getattr(field, "context_features", 0)
+    if taken != context_features:
+        raise ValueError(
+            f"field must make fields with context_features={context_features}, got {taken}"
+        )
 
 
 def _image_levels(

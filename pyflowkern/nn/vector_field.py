@@ -3,14 +3,15 @@ r"""Vector fields :math:`f(t, x)` that know their divergence."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.nn._base import check_count
 from pyflowkern.ops._probe import as_probe, expand_probe
-from pyflowkern.ops._registry import accumulation_dtype, check_floating
+from pyflowkern.ops._registry import accumulation_dtype, check_floating, full_precision
 from pyflowkern.ops.divergence import (
     ACTIVATIONS,
     activation_and_slope,
@@ -58,6 +59,16 @@ def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
         raise ValueError(f"context must {want}, got {got}")
 
 
+def add_context(
+    biases: Sequence[Tensor], context: Tensor, matrices: Iterable[Tensor]
+) -> list[Tensor]:
+    """Return ``bias + context C^T`` of each layer, ``[N, out]``."""
+    with full_precision(context):
+        c = context.to(biases[0].dtype)
+        pairs = zip(biases, matrices, strict=True)
+        return [torch.addmm(b, c, m.to(b.dtype).t()) for b, m in pairs]
+
+
 def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     """Return a time as a scalar or ``[N]``, in the dtype that fields compute in."""
     dtype = accumulation_dtype(x.dtype)
@@ -75,10 +86,12 @@ class VectorField(torch.nn.Module):
     every module that autograd differentiates, to the order that it does.
 
     Args:
-        net: module called as ``net(t, x) -> [N, ...]``, shaped like ``x``.
+        net: module called as ``net(t, x) -> [N, ...]``, shaped like ``x``; as ``net(t, x, context)``
+            where there is a context.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
 
     Raises:
-        TypeError: for a net that is not a module.
+        TypeError: for a net that is not a module, or a context size that is not an int.
 
     Source: Grathwohl et al. 2019, *FFJORD*.
 
@@ -93,16 +106,19 @@ class VectorField(torch.nn.Module):
         [7.0, 7.0]
     """
 
-    def __init__(self, net: torch.nn.Module) -> None:
+    def __init__(self, net: torch.nn.Module, *, context_features: int = 0) -> None:
         super().__init__()
         if not isinstance(net, torch.nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        self.net = net
+        check_count("context_features", context_features, 0)
+        self.net, self.context_features = net, context_features
 
-    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity, shaped like ``x``."""
         check_states(x)
-        velocity: Tensor = self.net(as_time(t, x), x)
+        check_context(context, self.context_features, x)
+        given = (x,) if context is None else (x, context)
+        velocity: Tensor = self.net(as_time(t, x), *given)
         if velocity.shape != x.shape:
             raise ValueError(
                 f"net must return shape {tuple(x.shape)}, got {tuple(velocity.shape)}"
@@ -119,6 +135,7 @@ class VectorField(torch.nn.Module):
         method: str = "hutchinson",
         per_probe: bool = False,
         regularizers: bool = False,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return what :meth:`VectorFieldMLP.velocity_and_divergence` does."""
         check_states(x)
@@ -126,7 +143,7 @@ class VectorField(torch.nn.Module):
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             start = x if x.requires_grad else x.detach().requires_grad_()
-            velocity = self(t, start)
+            velocity = self(t, start, context)
             products = [_product(velocity, start, v, recorded) for v in e]
         pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
         traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
@@ -175,6 +192,7 @@ class VectorFieldMLP(torch.nn.Module):
     Layers are :math:`h = \sigma(W h + b)`, the last without :math:`\sigma`.  Time enters nowhere
     ("none"), as a further input of every layer ("concat", :math:`W h + t w + b`), or as
     "concatsquash", :math:`(W h + b) \odot \mathrm{sigmoid}(t u + c) + t v`: FFJORD's layers.
+    A context is a further input of every layer: :math:`C\,\text{context}` is added to its bias.
 
     Args:
         dims: ``D``, the dimension of states.
@@ -182,8 +200,10 @@ class VectorFieldMLP(torch.nn.Module):
             two of them.
         activation: "tanh", "softplus", "silu" or "gelu".
         time: "none", "concat" or "concatsquash".
+        context_features: size ``K`` of a context ``[N, K]``; 0 for none.
 
     Raises:
+        TypeError: for a context size that is not an int.
         ValueError: for sizes below 1, an unknown activation or kind of time.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
@@ -205,10 +225,14 @@ class VectorFieldMLP(torch.nn.Module):
         hidden: Sequence[int] = (64, 64, 64),
         activation: str = "tanh",
         time: str = "none",
+        *,
+        context_features: int = 0,
     ) -> None:
         super().__init__()
         sizes = check_field("dims", dims, hidden, activation, time)
+        check_count("context_features", context_features, 0)
         self.dims, self.hidden, self.activation, self.time = dims, tuple(hidden), activation, time
+        self.context_features = context_features
         pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairs)
         # of every layer: "concat" the column of t, "concatsquash" slope and offset of the gate's
@@ -219,11 +243,18 @@ class VectorFieldMLP(torch.nn.Module):
             for a, b in pairs
             if count
         )
+        self.contexts = torch.nn.ParameterList(
+            torch.nn.Parameter(
+                torch.empty(b, context_features).uniform_(-1, 1) / context_features**0.5
+            )
+            for _, b in pairs
+            if context_features
+        )
 
-    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity ``[N, D]`` at ``t``, a float, a scalar tensor or ``[N]``."""
         check_states(x, self.dims)
-        weights, biases, gates = self._at(t, x)
+        weights, biases, gates = self._at(t, x, context)
         h = x
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             weight = weight if weight.dtype == h.dtype else weight.to(h.dtype)
@@ -250,6 +281,7 @@ class VectorFieldMLP(torch.nn.Module):
         method: str = "hutchinson",
         per_probe: bool = False,
         regularizers: bool = False,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         r"""Return the velocity and :math:`\operatorname{div} f` in one pass.
 
@@ -262,6 +294,7 @@ class VectorFieldMLP(torch.nn.Module):
             method: "hutchinson" or "exact".
             per_probe: return the estimates ``[K, N]`` in place of their mean.
             regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
+            context: ``[N, context_features]``.
 
         Returns:
             ``(velocity[N, D], divergence[N])``, and with ``regularizers`` ``kinetic`` and
@@ -273,7 +306,7 @@ class VectorFieldMLP(torch.nn.Module):
                 or too many.
         """
         check_states(x, self.dims)
-        layers = self._at(t, x)
+        layers = self._at(t, x, context)
         work = layers[0][0].dtype
         if method == "exact" and probe is None:
             size = self.dims
@@ -294,30 +327,31 @@ class VectorFieldMLP(torch.nn.Module):
             regularizers=regularizers,
         )
 
-    def _at(self, t: Tensor | float, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return weights, biases and gates at a time."""
-        weights = [layer.weight for layer in self.layers]
-        biases = [layer.bias for layer in self.layers]
-        work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))  # type: ignore[arg-type]
+    def _at(
+        self, t: Tensor | float, x: Tensor, context: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return weights, biases and gates at a time, for a context."""
+        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
+        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        gates: list[Tensor] = []
+        work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
         if work != weights[0].dtype:
             weights, biases = [w.to(work) for w in weights], [b.to(work) for b in biases]
-        if self.time == "none":
-            return weights, biases, []  # type: ignore[return-value]
         time = as_time(t, x).to(work)
         time = time[:, None] if time.dim() else time
         if self.time == "concat":
-            return (
-                weights,
-                [b + time * p[0].to(work) for b, p in zip(biases, self.times, strict=True)],
-                [],
-            )  # type: ignore[return-value]
-        gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in self.times]
-        shifted = [
-            torch.addcmul(time * p[2], g, b)  # type: ignore[arg-type]
-            for b, g, p in zip(biases, gates, self.times, strict=True)
-        ]
-        return weights, shifted, gates  # type: ignore[return-value]
+            pairs = zip(biases, self.times, strict=True)
+            biases = [b + time * p[0].to(work) for b, p in pairs]
+        elif self.time == "concatsquash":
+            gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in self.times]
+            triples = zip(biases, gates, self.times, strict=True)
+            biases = [torch.addcmul(time * p[2], g, b) for b, g, p in triples]
+        check_context(context, self.context_features, x)
+        if context is not None:
+            biases = add_context(biases, context, self.contexts)
+        return weights, biases, gates
 
     def extra_repr(self) -> str:
         """Return the arguments."""
-        return f"{self.dims}, hidden={self.hidden}, activation={self.activation!r}, time={self.time!r}"
+        given = f"{self.dims}, hidden={self.hidden}, activation={self.activation!r}"
+        return f"{given}, time={self.time!r}, context_features={self.context_features}"

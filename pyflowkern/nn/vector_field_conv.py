@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pyflowkern.nn._base import check_count
 from pyflowkern.nn.vector_field import (
+    add_context,
     as_time,
     check_context,
     check_field,
@@ -191,11 +192,7 @@ class VectorFieldConv(torch.nn.Module):
             ]
         check_context(context, self.context_features, x)
         if context is not None:
-            c = context.to(work)
-            biases = [
-                torch.addmm(b, c, p.to(work).t())
-                for b, p in zip(biases, self.contexts, strict=True)
-            ]
+            biases = add_context(biases, context, self.contexts)
         biases, gates = ([v[..., None, None] for v in part] for part in (biases, gates))
         if self.time == "concat":
             # a channel of t is zero around the image, so what a kernel makes of it differs there
