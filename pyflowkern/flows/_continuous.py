@@ -42,6 +42,9 @@ class ContinuousBijection(Bijection):
             or :class:`~pyflowkern.nn.VectorField` have it; one with ``context_features`` is given the
             ``context``, too.
         duration: ``T``, positive.
+        train_time: learn ``T``, starting from ``duration``: the solve is that of
+            :math:`dx/ds = T f(sT, x)` over ``[0, 1]``, whose gradient in ``T`` is exact with every
+            adjoint, and step sizes are fractions of ``T``.
         divergence: "hutchinson" or "exact".
         probes: ``K`` for "hutchinson".
         noise: "rademacher" or "gaussian".
@@ -68,6 +71,7 @@ class ContinuousBijection(Bijection):
         field: torch.nn.Module,
         *,
         duration: float = 1.0,
+        train_time: bool = False,
         divergence: str = "hutchinson",
         probes: int = 1,
         noise: str = "rademacher",
@@ -87,9 +91,17 @@ class ContinuousBijection(Bijection):
             raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
         check_positive(probes=probes)
         self.context_features: int = getattr(field, "context_features", 0)
-        self.field, self.duration, self.divergence = field, float(duration), divergence
+        self.field, self.divergence, self._duration = field, divergence, float(duration)
+        self.log_duration: torch.nn.Parameter | None = None
+        if train_time:
+            self.log_duration = torch.nn.Parameter(torch.tensor(math.log(duration)))
         self.probes, self.noise = probes, noise
         self.solver = solver
+
+    @property
+    def duration(self) -> Tensor | float:
+        """The end ``T`` of the time, a positive scalar tensor where it is learned."""
+        return self._duration if self.log_duration is None else self.log_duration.exp()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from data to latent; return ``(z, log_det[N])``."""
@@ -128,30 +140,29 @@ class ContinuousBijection(Bijection):
             bad = bad | ~torch.isfinite(context).all(1)
             context = context.masked_fill(rows_like(bad, context), 0.0)
             options["context"] = context
+        else:
+            context = None
         x = x.masked_fill(rows_like(bad, x), 0.0)
+
+        scale = self.duration if self.log_duration is not None else None
 
         def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
-                t, state[0], **options
+                t if scale is None else t * scale, state[0], **options
             )
-            return (
-                velocity,
-                divergence.t() if divergence.dim() == 2 else divergence[:, None],
-                *rest,
-            )
+            divergence = divergence.t() if divergence.dim() == 2 else divergence[:, None]
+            slopes = (velocity, divergence, *rest)
+            return slopes if scale is None else tuple(scale * slope for slope in slopes)
 
         zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
         start = (x, zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
-        times = [self.duration, 0.0] if backwards else [0.0, self.duration]
-        settings = {"rtol": 1e-5, "atol": 1e-5, "params": self._depends_on(context)}
+        times = [0.0, self._duration if scale is None else 1.0]
+        times = times[::-1] if backwards else times
+        given = [t for t in (context, scale) if isinstance(t, Tensor)]
+        settings = {"rtol": 1e-5, "atol": 1e-5, "params": (*self.field.parameters(), *given)}
         end = [s[-1] for s in ode.odeint(dynamics, start, times, **(settings | self.solver))]
         end = [s.masked_fill(rows_like(bad, s), math.nan) for s in end]
         return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
-
-    def _depends_on(self, context: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the tensors that want gradients of a solve."""
-        given = (context,) if context is not None and self.context_features else ()
-        return (*self.field.parameters(), *given)
 
     @torch.no_grad()
     def trajectory(

@@ -70,6 +70,8 @@ class CNF(Flow):
         field: makes the field of a block from ``D``, or from its channels with ``conv``, in place
             of the perceptron or the convolutions.
         duration: ``T``.
+        train_time: learn ``T`` of every block, starting from ``duration``; step sizes are then
+            fractions of ``T``.
         divergence: "hutchinson", or "exact", which costs no more with at most two hidden layers.
         probes: ``K`` probes of Hutchinson's estimator, averaged.
         noise: "rademacher" or "gaussian".
@@ -109,6 +111,7 @@ class CNF(Flow):
         conv: bool | None = None,
         field: Callable[[int], torch.nn.Module] | None = None,
         duration: float = 1.0,
+        train_time: bool = False,
         divergence: str = "hutchinson",
         probes: int = 1,
         noise: str = "rademacher",
@@ -132,6 +135,7 @@ class CNF(Flow):
             return ContinuousBijection(
                 made,
                 duration=duration,
+                train_time=train_time,
                 divergence=divergence,
                 probes=probes,
                 noise=noise,
