@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyflowkern import ode, ops
 from pyflowkern.flows._build import check_positive
+from pyflowkern.flows._rescue import Dynamics, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
 from pyflowkern.nn.vector_field import check_context
 from pyflowkern.ops._registry import accumulation_dtype
@@ -35,7 +36,8 @@ class ContinuousBijection(Bijection):
     r"""The map along :math:`dx/dt = f(t, x)` from ``t = 0`` to ``T``.
 
     Its log-determinant obeys :math:`d \log\det / dt = \operatorname{div} f` and is integrated with
-    the state.  The probe of the divergence is drawn once a call and fixed over the solve.
+    the state.  The probe of the divergence is drawn once a call and fixed over the solve.  A sample
+    that cannot be integrated is NaN, with a warning, and changes nothing in the others.
 
     Args:
         field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
@@ -132,19 +134,35 @@ class ContinuousBijection(Bijection):
             drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
             options |= {"probe": drawn, "probes": count, "per_probe": True}
 
-        # a solve ends for all where one state is not finite: such samples take part as zeros
-        bad = ~torch.isfinite(x).flatten(1).all(1)
-        if self.context_features:
-            check_context(context, self.context_features, x)
-            assert context is not None
-            bad = bad | ~torch.isfinite(context).all(1)
-            context = context.masked_fill(rows_like(bad, context), 0.0)
-            options["context"] = context
-        else:
-            context = None
-        x = x.masked_fill(rows_like(bad, x), 0.0)
+        context = self._context_of(x, context)
+        bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
+        scale = self.duration if isinstance(self.duration, Tensor) else None
+        zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
+        rest = (zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
+        times = [0.0, self._duration if scale is None else 1.0]
+        times = times[::-1] if backwards else times
+        settings = {"rtol": 1e-5, "atol": 1e-5} | self.solver
 
-        scale = self.duration if self.log_duration is not None else None
+        def solve(bad: Tensor, alive: Tensor | None = None, **changes: Any) -> ode.Solution:
+            given = _zeroed(bad, context)
+            dynamics = self._dynamics(
+                options | ({"context": given} if self.context_features else {}), scale
+            )
+            start = (_zeroed(bad, x), *rest)
+            params = [t for t in (given, scale) if t is not None]
+            return ode.solve(
+                dynamics if alive is None else guarded(dynamics, alive),
+                start,
+                times,
+                **({"params": (*self.field.parameters(), *params)} | settings | changes),
+            )
+
+        ys, _ = solve_rows(solve, bad, settings)
+        end = [y[-1] for y in ys]
+        return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
+
+    def _dynamics(self, options: dict[str, Any], scale: Tensor | None) -> Dynamics:
+        """Return the slopes of the state, of each probe's log-determinant and of the regularizers."""
 
         def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
@@ -154,15 +172,14 @@ class ContinuousBijection(Bijection):
             slopes = (velocity, divergence, *rest)
             return slopes if scale is None else tuple(scale * slope for slope in slopes)
 
-        zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
-        start = (x, zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
-        times = [0.0, self._duration if scale is None else 1.0]
-        times = times[::-1] if backwards else times
-        given = [t for t in (context, scale) if isinstance(t, Tensor)]
-        settings = {"rtol": 1e-5, "atol": 1e-5, "params": (*self.field.parameters(), *given)}
-        end = [s[-1] for s in ode.odeint(dynamics, start, times, **(settings | self.solver))]
-        end = [s.masked_fill(rows_like(bad, s), math.nan) for s in end]
-        return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
+        return dynamics
+
+    def _context_of(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """Return the context if the field takes one; raise where it does not fit."""
+        if not self.context_features:
+            return None
+        check_context(context, self.context_features, x)
+        return context
 
     @torch.no_grad()
     def trajectory(
@@ -170,13 +187,25 @@ class ContinuousBijection(Bijection):
     ) -> Tensor:
         """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
         settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
-        given = (context,) if self.context_features else ()
-        path: Tensor = ode.odeint(
-            lambda t, y: self.field(t, y, *given), x, list(times), **settings
-        )
-        return path
+        context = self._context_of(x, context)
+        bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
+
+        def solve(bad: Tensor, alive: Tensor | None = None, **changes: Any) -> ode.Solution:
+            given = () if context is None else (_zeroed(bad, context),)
+
+            def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return (self.field(t, state[0], *given),)
+
+            field = dynamics if alive is None else guarded(dynamics, alive)
+            return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
+
+        return solve_rows(solve, bad, settings)[0][0]
 
 
-def rows_like(rows: Tensor, x: Tensor) -> Tensor:
-    """Return a mask ``[N]`` with the axes of ``x``."""
-    return rows.view(-1, *[1] * (x.dim() - 1))
+def _not_finite(x: Tensor) -> Tensor:
+    return ~torch.isfinite(x).flatten(1).all(1)
+
+
+def _zeroed(bad: Tensor, x: Any) -> Any:
+    """Return ``x`` with zeros for the bad samples; None stays None."""
+    return None if x is None else x.masked_fill(rows_like(bad, x), 0.0)

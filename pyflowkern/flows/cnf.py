@@ -55,6 +55,7 @@ class CNF(Flow):
 
     ``forward`` integrates from data at ``t = 0`` to the latent at ``T``.  Velocity, divergence and
     the terms that RNODE penalizes come from one fused evaluation of the field.
+    A sample that cannot be integrated gets NaN, with a warning; the others are not affected.
 
     Args:
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.

@@ -70,10 +70,12 @@ def add_context(
 
 
 def as_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in."""
+    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in; ``[N, 1, ...]`` is one, too."""
     dtype = accumulation_dtype(x.dtype)
     if not isinstance(t, Tensor):
         return torch.full((), float(t), dtype=dtype, device=x.device)
+    if t.dim() > 1 and t.shape[0] == t.numel():
+        t = t.flatten()
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x.shape[0]):
         raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(t.shape)}")
     return t.to(dtype)
@@ -87,7 +89,8 @@ class VectorField(torch.nn.Module):
 
     Args:
         net: module called as ``net(t, x) -> [N, ...]``, shaped like ``x``; as ``net(t, x, context)``
-            where there is a context.
+            where there is a context.  The time is a scalar tensor, or ``[N, 1, ...]`` with the axes of
+            ``x`` where each sample has its own.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
 
     Raises:
@@ -118,7 +121,10 @@ class VectorField(torch.nn.Module):
         check_states(x)
         check_context(context, self.context_features, x)
         given = (x,) if context is None else (x, context)
-        velocity: Tensor = self.net(as_time(t, x), *given)
+        time = as_time(t, x)
+        if time.dim():
+            time = time.view(-1, *[1] * (x.dim() - 1))
+        velocity: Tensor = self.net(time, *given)
         if velocity.shape != x.shape:
             raise ValueError(
                 f"net must return shape {tuple(x.shape)}, got {tuple(velocity.shape)}"

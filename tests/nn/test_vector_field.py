@@ -105,6 +105,19 @@ def test_any_network_on_images():
     assert not divergence.requires_grad
 
 
+def test_times_of_each_sample_are_broadcast_with_the_states():
+    class Net(torch.nn.Module):
+        def forward(self, t, x):
+            return t * x
+
+    field, t = nn.VectorField(Net()), normal(3, seed=4)
+    for shape in ((3, 2), (3, 3), (3, 2, 4, 4)):  # also where N = D
+        x = normal(*shape)
+        y, divergence = field.velocity_and_divergence(t, x, method="exact")
+        torch.testing.assert_close(y, torch.stack([a * b for a, b in zip(t, x, strict=True)]))
+        torch.testing.assert_close(divergence, t * x[0].numel())
+
+
 def test_half_states_are_computed_in_float32():
     field = nn.VectorFieldMLP(3)
     x = normal(5, 3, dtype=torch.bfloat16)
