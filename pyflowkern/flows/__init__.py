@@ -1,10 +1,11 @@
 """Complete flows: densities, samples and a torch distribution from one object."""
 
 from pyflowkern.flows._base import Flow
+from pyflowkern.flows._continuous import ContinuousBijection
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
 from pyflowkern.flows.autoregressive import IAF, MAF
 from pyflowkern.flows.bases import MixtureOfGaussians, Uniform
-from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousBijection, ContinuousTerms
+from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousTerms
 from pyflowkern.flows.glow import Glow
 from pyflowkern.flows.nsf import NSF
 from pyflowkern.flows.realnvp import RealNVP

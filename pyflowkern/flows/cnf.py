@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyflowkern import ode, ops
 from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import check_positive, parse_shape
-from pyflowkern.nn import Bijection, Sequential, VectorFieldMLP
+from pyflowkern.flows._build import check_positive, check_space, parse_shape, squeezed
+from pyflowkern.flows._continuous import ContinuousBijection, Way
+from pyflowkern.nn import (
+    Bijection,
+    MultiScale,
+    Sequential,
+    Split,
+    Squeeze,
+    VectorFieldConv,
+    VectorFieldMLP,
+)
+from pyflowkern.nn.multiscale import run_through
 from pyflowkern.ops._registry import accumulation_dtype
 
-__all__ = ["CNF", "FFJORD", "ContinuousBijection", "ContinuousTerms"]
-
-DIVERGENCES = ("hutchinson", "exact")
+__all__ = ["CNF", "FFJORD", "ContinuousTerms"]
 
 
 class ContinuousTerms(NamedTuple):
@@ -44,150 +50,36 @@ class ContinuousTerms(NamedTuple):
     jacobian: Tensor
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A solve: where it went, the log-determinants of each probe ``[N, K]``, the regularizers (else 0)."""
-
-    end: Tensor
-    log_det: Tensor
-    kinetic: Tensor
-    jacobian: Tensor
-
-
-class ContinuousBijection(Bijection):
-    r"""The map along :math:`dx/dt = f(t, x)` from ``t = 0`` to ``T``.
-
-    Its log-determinant obeys :math:`d \log\det / dt = \operatorname{div} f` and is integrated with
-    the state.  The probe of the divergence is drawn once a call and fixed over the solve.
-
-    Args:
-        field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
-            or :class:`~pyflowkern.nn.VectorField` have it.
-        duration: ``T``, positive.
-        divergence: "hutchinson" or "exact".
-        probes: ``K`` for "hutchinson".
-        noise: "rademacher" or "gaussian".
-        **solver: settings of :func:`pyflowkern.ode.odeint`.
-
-    Raises:
-        TypeError: for a field without a divergence.
-        ValueError: for a duration that is not positive, unknown names, or probes below 1.
-
-    Source: Chen et al. 2018, *Neural ordinary differential equations*; Grathwohl et al. 2019.
-
-    Example:
-        >>> import torch
-        >>> from pyflowkern import flows, nn
-        >>> flow = flows.ContinuousBijection(nn.VectorFieldMLP(2), method="rk4", step_size=0.1)
-        >>> x = torch.randn(5, 2)
-        >>> z, log_det = flow(x)
-        >>> bool(torch.allclose(flow.inverse(z)[0], x, atol=1e-4)), tuple(log_det.shape)
-        (True, (5,))
-    """
-
-    def __init__(
-        self,
-        field: torch.nn.Module,
-        *,
-        duration: float = 1.0,
-        divergence: str = "hutchinson",
-        probes: int = 1,
-        noise: str = "rademacher",
-        **solver: Any,
-    ) -> None:
-        super().__init__()
-        if not hasattr(field, "velocity_and_divergence"):
-            raise TypeError(
-                f"field must have velocity_and_divergence, got {type(field).__name__}; "
-                "nn.VectorField(net) gives it to any network"
-            )
-        if not 0 < duration < math.inf:
-            raise ValueError(f"duration must be positive and finite, got {duration}")
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence must be 'hutchinson' or 'exact', got {divergence!r}")
-        if noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
-        check_positive(probes=probes)
-        self.field, self.duration, self.divergence = field, float(duration), divergence
-        self.probes, self.noise = probes, noise
-        self.solver = solver
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Go from data to latent; return ``(z, log_det[N])``."""
-        way = self.way(x)
-        return way.end, way.log_det.mean(1)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Go from latent to data; return ``(x, log_det[N])``."""
-        way = self.way(z, backwards=True)
-        return way.end, way.log_det.mean(1)
-
-    def way(
-        self,
-        x: Tensor,
-        *,
-        backwards: bool = False,
-        probes: int | None = None,
-        regularizers: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> _Way:
-        """Integrate the state, the log-determinant of every probe, and the regularizers."""
-        exact = self.divergence == "exact"
-        count = 1 if exact else (self.probes if probes is None else probes)
-        check_positive(probes=count)
-        options: dict[str, Any] = {"method": self.divergence, "regularizers": regularizers}
-        if not exact:
-            drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
-            options |= {"probe": drawn, "probes": count, "per_probe": True}
-
-        def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
-                t, state[0], **options
-            )
-            return (
-                velocity,
-                divergence.t() if divergence.dim() == 2 else divergence[:, None],
-                *rest,
-            )
-
-        # a solve ends for all where one state is not finite: such samples take part as zeros
-        bad = ~torch.isfinite(x).all(1, keepdim=True)
-        x = x.masked_fill(bad, 0.0)
-        zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
-        start = (x, zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
-        times = [self.duration, 0.0] if backwards else [0.0, self.duration]
-        settings = {"rtol": 1e-5, "atol": 1e-5, "params": tuple(self.field.parameters())}
-        end = [s[-1] for s in ode.odeint(dynamics, start, times, **(settings | self.solver))]
-        end = [s.masked_fill(bad if s.dim() > 1 else bad[:, 0], math.nan) for s in end]
-        return _Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
-
-    @torch.no_grad()
-    def trajectory(self, x: Tensor, times: Sequence[float]) -> Tensor:
-        """Return the states ``[T, N, D]`` at monotone times, the first being that of ``x``."""
-        settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
-        path: Tensor = ode.odeint(self.field, x, list(times), **settings)
-        return path
-
-
 class CNF(Flow):
     r"""A continuous normalizing flow: :math:`\log p(x) = \log p_Z(z(T)) + \int_0^T \operatorname{div} f\,dt`.
 
     ``forward`` integrates from data at ``t = 0`` to the latent at ``T``.  Velocity, divergence and
     the terms that RNODE penalizes come from one fused evaluation of the field.
+    A sample that cannot be integrated gets NaN, with a warning; the others are not affected.
 
     Args:
-        event_shape: a dimension ``D``, or a shape whose events are flattened.
+        event_shape: a dimension ``D``, or a shape ``(C, *space)``.
         hidden: widths of the field's hidden layers.
         activation: of the field: "tanh", "softplus", "silu" or "gelu".
         time: how time enters the field: "none", "concat" or "concatsquash".
-        blocks: fields one after another, each over ``[0, T]``.
-        field: makes the field of a block from ``D``, in place of the perceptron.
+        blocks: fields one after another, each over ``[0, T]``; of images before and after each
+            squeeze.
+        levels: of images ``(C, H, W)``: after each level but the last a squeeze and half of the
+            channels leave as latents; ``2 ** (levels - 1)`` must divide both sizes.
+        conv: convolutional fields on images (:class:`~pyflowkern.nn.VectorFieldConv`), by default
+            if ``levels`` is given; else events are flattened.
+        field: makes the field of a block from ``D``, or from its channels with ``conv``, in place
+            of the perceptron or the convolutions.
         duration: ``T``.
+        train_time: learn ``T`` of every block, starting from ``duration``; step sizes are then
+            fractions of ``T``.
         divergence: "hutchinson", or "exact", which costs no more with at most two hidden layers.
         probes: ``K`` probes of Hutchinson's estimator, averaged.
         noise: "rademacher" or "gaussian".
         bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
         alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
+        context_features: size ``K`` of the context ``[N, K]``, an input of every layer of the fields;
+            0 for an unconditional flow.
         **solver: settings of :func:`pyflowkern.ode.odeint`, such as ``method``, ``rtol``, ``atol``
             (1e-5 both), ``step_size``, ``adjoint``.
 
@@ -216,43 +108,63 @@ class CNF(Flow):
         activation: str = "tanh",
         time: str = "concat",
         blocks: int = 1,
+        levels: int | None = None,
+        conv: bool | None = None,
         field: Callable[[int], torch.nn.Module] | None = None,
         duration: float = 1.0,
+        train_time: bool = False,
         divergence: str = "hutchinson",
         probes: int = 1,
         noise: str = "rademacher",
         bits: int | None = None,
         alpha: float = 0.05,
+        context_features: int = 0,
         **solver: Any,
     ) -> None:
         shape = parse_shape(event_shape)
-        check_positive(blocks=blocks)
-        dims = math.prod(shape)
+        conv = _is_conv(conv, levels, shape)
+        levels = 1 if levels is None else levels
+        check_positive(blocks=blocks, levels=levels)
+        kind = VectorFieldConv if conv else VectorFieldMLP
 
-        def block() -> ContinuousBijection:
-            made = field(dims) if field else VectorFieldMLP(dims, hidden, activation, time)
+        def own(size: int) -> torch.nn.Module:
+            return kind(size, hidden, activation, time, context_features=context_features)
+
+        def block(size: int) -> ContinuousBijection:
+            made = field(size) if field else own(size)
+            _check_takes(made, context_features)
             return ContinuousBijection(
                 made,
                 duration=duration,
+                train_time=train_time,
                 divergence=divergence,
                 probes=probes,
                 noise=noise,
                 **solver,
             )
 
-        layers = [block() for _ in range(blocks)]
-        flat = [_Flatten(shape)] if len(shape) > 1 else []
-        super().__init__(Sequential(*flat, *layers), shape, bits=bits, alpha=alpha)
+        def stack(size: int) -> list[Bijection]:
+            return [block(size) for _ in range(blocks)]
+
+        if conv:
+            bijection: Bijection = _image_levels(shape, levels, stack)
+        else:
+            flat = [_Flatten(shape)] if len(shape) > 1 else []
+            bijection = Sequential(*flat, *stack(math.prod(shape)))
+        super().__init__(
+            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+        )
 
     def blocks(self) -> Iterator[ContinuousBijection]:
         """Yield the continuous parts in order."""
-        for layer in self.bijection:  # type: ignore[attr-defined]
+        for layer in self.bijection.modules():
             if isinstance(layer, ContinuousBijection):
                 yield layer
 
     def terms(
         self,
         x: Tensor,
+        context: Tensor | None = None,
         *,
         probes: int | None = None,
         generator: torch.Generator | None = None,
@@ -261,28 +173,35 @@ class CNF(Flow):
 
         Args:
             x: ``[N, *event_shape]``.
+            context: ``[N, K]`` for a conditional flow.
             probes: ``K``, in place of the flow's own.
             generator: source of the probes.
 
         Raises:
             TypeError: for another dtype.
-            ValueError: for another shape, or probes below 1.
+            ValueError: for another shape, a context that does not fit, or probes below 1.
         """
         self._check_data("x", x)
+        self._check_context(context, x.shape[0])
         z, before = x, None
         if self.preprocess is not None:
             z, before = self.preprocess(x)
-        z = z.flatten(1).to(self._anchor)  # type: ignore[arg-type]
-        log_dets: Tensor | None = None
-        kinetic = jacobian = z.new_zeros(z.shape[0], dtype=accumulation_dtype(z.dtype))
-        for block in self.blocks():
-            way = block.way(z, probes=probes, regularizers=True, generator=generator)
-            z = way.end
-            log_dets = way.log_det if log_dets is None else log_dets + way.log_det
-            kinetic, jacobian = kinetic + way.kinetic, jacobian + way.jacobian
-        assert log_dets is not None
-        log_prob = self.base.log_prob(z) + log_dets.mean(1)  # type: ignore[operator]
+        ways: list[Way] = []
+
+        def run(layer: Bijection, x: Tensor) -> tuple[Tensor, Tensor]:
+            if not isinstance(layer, ContinuousBijection):
+                return layer(x, context)  # type: ignore[no-any-return]
+            options = {"probes": probes, "regularizers": True, "generator": generator}
+            way = layer.way(x, context, **options)  # type: ignore[arg-type]
+            ways.append(way)
+            return way.end, way.log_det.mean(1)
+
+        z, log_det = run_through(self.bijection, z.to(self._anchor), run)  # type: ignore[arg-type]
+        log_prob = self.base.log_prob(z.flatten(1)) + log_det  # type: ignore[operator]
         log_prob = log_prob if before is None else log_prob + before
+        log_dets = torch.stack([way.log_det for way in ways]).sum(0)
+        kinetic = torch.stack([way.kinetic for way in ways]).sum(0)
+        jacobian = torch.stack([way.jacobian for way in ways]).sum(0)
         error = torch.zeros_like(log_prob)
         if next(self.blocks()).divergence != "exact":
             count = log_dets.shape[1]
@@ -294,8 +213,11 @@ class CNF(Flow):
 class FFJORD(CNF):
     """FFJORD: a CNF with concatsquash layers and Hutchinson's estimator, in one or more blocks.
 
+    With ``levels`` it is FFJORD's multi-scale flow on images: fields of convolutions, then a
+    squeeze, fields again, and half of the channels leave.
+
     Args:
-        event_shape: a dimension ``D``, or a shape whose events are flattened.
+        event_shape: a dimension ``D``, or a shape ``(C, *space)``.
         hidden: widths of the hidden layers of a field.
         blocks: fields one after another.
         **options: of :class:`CNF`.
@@ -309,6 +231,12 @@ class FFJORD(CNF):
         >>> flow = flows.FFJORD(6, hidden=(60, 60, 60), blocks=2, method="rk4", step_size=0.5)
         >>> tuple(flow.log_prob(torch.randn(4, 6)).shape)
         (4,)
+        >>> solver = {"method": "rk4", "step_size": 0.5}
+        >>> flow = flows.FFJORD((1, 4, 4), hidden=(8, 8), levels=2, bits=8, **solver)
+        >>> x = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)
+        >>> flow.bits_per_dim(x).mean().backward()
+        >>> [tuple(part.shape) for part in flow.split_latents(flow(x)[0])]
+        [(3, 2, 2, 2), (3, 2, 2, 2)]
     """
 
     def __init__(
@@ -322,6 +250,45 @@ class FFJORD(CNF):
         super().__init__(
             event_shape, hidden, blocks=blocks, **({"time": "concatsquash"} | options)
         )
+
+
+def _is_conv(conv: bool | None, levels: int | None, shape: tuple[int, ...]) -> bool:
+    """Return whether fields are convolutional; raise where the arguments contradict each other."""
+    if conv is not None and not isinstance(conv, bool):
+        raise TypeError(f"conv must be True, False or None, got {type(conv).__name__}")
+    wanted = levels is not None if conv is None else conv
+    if levels is not None and not wanted:
+        raise ValueError(f"conv=False goes without levels, got levels={levels}")
+    if wanted and len(shape) != 3:
+        raise ValueError(
+            f"event_shape must be (C, H, W) for convolutional fields and levels, got {shape}"
+        )
+    return wanted
+
+
+def _check_takes(field: torch.nn.Module, context_features: int) -> None:
+    """Raise unless the field takes a context of this size."""
+    taken = getattr(field, "context_features", 0)
+    if taken != context_features:
+        raise ValueError(
+            f"field must make fields with context_features={context_features}, got {taken}"
+        )
+
+
+def _image_levels(
+    shape: tuple[int, ...], levels: int, stack: Callable[[int], list[Bijection]]
+) -> MultiScale:
+    """Return FFJORD's levels: ``stack(channels)``, squeeze, stack, half leaves; the last a stack alone."""
+    check_space(shape, levels - 1)
+    parts: list[Bijection] = []
+    splits: list[Split] = []
+    event = shape
+    for _ in range(levels - 1):
+        inside = squeezed(event)
+        parts.append(Sequential(*stack(event[0]), Squeeze(), *stack(inside[0])))
+        splits.append(Split(inside[0]))
+        event = (splits[-1].kept, *inside[1:])
+    return MultiScale(shape, [*parts, Sequential(*stack(event[0]))], splits)
 
 
 class _Flatten(Bijection):

@@ -27,6 +27,7 @@ from pyflowkern.nn.preprocess import Dequantize, Logit
 from pyflowkern.nn.reshape import Permutation, Reverse, Squeeze
 from pyflowkern.nn.spline import CircularShift, SplineCoupling
 from pyflowkern.nn.vector_field import VectorField, VectorFieldMLP
+from pyflowkern.nn.vector_field_conv import VectorFieldConv
 
 __all__ = [
     "MLP",
@@ -57,6 +58,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "VectorField",
+    "VectorFieldConv",
     "VectorFieldMLP",
     "channel_mask",
     "checkerboard_mask",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import Bijection, BijectionTransform
+from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential, zero_log_det
 from pyflowkern.nn.coupling import Split
 
-__all__ = ["MultiScale"]
+__all__ = ["MultiScale", "run_through"]
+
+#: What stands in place of ``layer(x)``.
+Run = Callable[[Bijection, Tensor], tuple[Tensor, Tensor]]
 
 
 class MultiScale(Bijection):
@@ -59,13 +62,17 @@ class MultiScale(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the latents ``[N, D]`` and ``log_det[N]``."""
+        return self.run(x, lambda layer, y: layer(y, context))
+
+    def run(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """Do what :meth:`forward` does, with ``run(layer, x)`` in place of every level and split."""
         latents: list[Tensor] = []
-        x, total = self.levels[0](x, context)
+        x, total = run(self.levels[0], x)  # type: ignore[arg-type]
         for split, level in zip(self.splits, self.levels[1:], strict=True):
-            y, log_det = split(x, context)
+            y, log_det = run(split, x)  # type: ignore[arg-type]
             kept, latent = split.partition(y)  # type: ignore[operator]
             latents.append(latent.flatten(1))
-            x, level_log_det = level(kept, context)
+            x, level_log_det = run(level, kept)  # type: ignore[arg-type]
             total = total + log_det + level_log_det
         return torch.cat([*latents, x.flatten(1)], 1), total
 
@@ -105,3 +112,16 @@ class MultiScale(Bijection):
         """Return this layer as a torch Transform; it knows its own event shapes."""
         options.pop("event_dim", None)
         return BijectionTransform(self, context, len(self.event_shape), 1, **options)
+
+
+def run_through(layer: Bijection, x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """Go forward with ``run(part, x)`` for each part that is neither a chain of others nor levels."""
+    if isinstance(layer, MultiScale):
+        return layer.run(x, lambda part, y: run_through(part, y, run))
+    if not isinstance(layer, Sequential):
+        return run(layer, x)
+    total = zero_log_det(x)
+    for part in layer:
+        x, log_det = run_through(part, x, run)
+        total = total + log_det
+    return x, total

@@ -3,14 +3,15 @@ r"""Vector fields :math:`f(t, x)` that know their divergence."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.nn._base import check_count
 from pyflowkern.ops._probe import as_probe, expand_probe
-from pyflowkern.ops._registry import accumulation_dtype, check_floating
+from pyflowkern.ops._registry import accumulation_dtype, check_floating, full_precision
 from pyflowkern.ops.divergence import (
     ACTIVATIONS,
     activation_and_slope,
@@ -24,18 +25,57 @@ TIMES = ("none", "concat", "concatsquash")
 METHODS = ("hutchinson", "exact")
 
 
-def _check_states(x: Tensor, dims: int | None = None) -> None:
+def check_states(x: Tensor, size: int | None = None, rank: int = 2) -> None:
+    """Raise unless ``x`` is ``[N, ...]``, with ``size`` ``[N, size]`` or, of rank 4, ``[N, size, H, W]``."""
     check_floating("x", x)
-    if x.dim() < 2 or (dims is not None and tuple(x.shape[1:]) != (dims,)):
-        want = "[N, ...]" if dims is None else f"[N, {dims}]"
+    if x.dim() < 2 or (size is not None and (x.dim() != rank or x.shape[1] != size)):
+        want = "[N, ...]" if size is None else f"[N, {size}{', H, W' if rank == 4 else ''}]"
         raise ValueError(f"x must have shape {want}, got {tuple(x.shape)}")
 
 
-def _as_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in."""
+def check_field(
+    name: str, size: int, hidden: Sequence[int], activation: str, time: str
+) -> list[int]:
+    """Raise unless the arguments make a field; return the sizes of all its layers."""
+    sizes = [size, *hidden, size]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if time not in TIMES:
+        raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
+    return sizes
+
+
+def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
+    """Raise unless the context is ``[N, features]``, or None for a field that takes none."""
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    if context is None and not features:
+        return
+    if context is None or not features or tuple(context.shape) != (x.shape[0], features):
+        want = f"have shape ({x.shape[0]}, {features})" if features else "be None"
+        got = None if context is None else tuple(context.shape)
+        raise ValueError(f"context must {want}, got {got}")
+
+
+def add_context(
+    biases: Sequence[Tensor], context: Tensor, matrices: Iterable[Tensor]
+) -> list[Tensor]:
+    """Return ``bias + context C^T`` of each layer, ``[N, out]``."""
+    with full_precision(context):
+        c = context.to(biases[0].dtype)
+        pairs = zip(biases, matrices, strict=True)
+        return [torch.addmm(b, c, m.to(b.dtype).t()) for b, m in pairs]
+
+
+def as_time(t: Tensor | float, x: Tensor) -> Tensor:
+    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in; ``[N, 1, ...]`` is one, too."""
     dtype = accumulation_dtype(x.dtype)
     if not isinstance(t, Tensor):
         return torch.full((), float(t), dtype=dtype, device=x.device)
+    if t.dim() > 1 and t.shape[0] == t.numel():
+        t = t.flatten()
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x.shape[0]):
         raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(t.shape)}")
     return t.to(dtype)
@@ -48,10 +88,13 @@ class VectorField(torch.nn.Module):
     every module that autograd differentiates, to the order that it does.
 
     Args:
-        net: module called as ``net(t, x) -> [N, ...]``, shaped like ``x``.
+        net: module called as ``net(t, x) -> [N, ...]``, shaped like ``x``; as ``net(t, x, context)``
+            where there is a context.  The time is a scalar tensor, or ``[N, 1, ...]`` with the axes of
+            ``x`` where each sample has its own.
+        context_features: size ``K`` of the context ``[N, K]``; 0 for none.
 
     Raises:
-        TypeError: for a net that is not a module.
+        TypeError: for a net that is not a module, or a context size that is not an int.
 
     Source: Grathwohl et al. 2019, *FFJORD*.
 
@@ -66,16 +109,22 @@ class VectorField(torch.nn.Module):
         [7.0, 7.0]
     """
 
-    def __init__(self, net: torch.nn.Module) -> None:
+    def __init__(self, net: torch.nn.Module, *, context_features: int = 0) -> None:
         super().__init__()
         if not isinstance(net, torch.nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        self.net = net
+        check_count("context_features", context_features, 0)
+        self.net, self.context_features = net, context_features
 
-    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity, shaped like ``x``."""
-        _check_states(x)
-        velocity: Tensor = self.net(_as_time(t, x), x)
+        check_states(x)
+        check_context(context, self.context_features, x)
+        given = (x,) if context is None else (x, context)
+        time = as_time(t, x)
+        if time.dim():
+            time = time.view(-1, *[1] * (x.dim() - 1))
+        velocity: Tensor = self.net(time, *given)
         if velocity.shape != x.shape:
             raise ValueError(
                 f"net must return shape {tuple(x.shape)}, got {tuple(velocity.shape)}"
@@ -92,19 +141,17 @@ class VectorField(torch.nn.Module):
         method: str = "hutchinson",
         per_probe: bool = False,
         regularizers: bool = False,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return what :meth:`VectorFieldMLP.velocity_and_divergence` does."""
-        _check_states(x)
-        e = _probes(x.flatten(1), probe, probes, method)
+        check_states(x)
+        e = probes_of(x, probe, probes, method)
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             start = x if x.requires_grad else x.detach().requires_grad_()
-            velocity = self(t, start)
-            products = [_product(velocity, start, v.view_as(x), recorded) for v in e]
-        pairs = [
-            hutchinson_trace(v.view_as(x), p, with_norm=True)
-            for v, p in zip(e, products, strict=True)
-        ]
+            velocity = self(t, start, context)
+            products = [_product(velocity, start, v, recorded) for v in e]
+        pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
         traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
         if not recorded:
             velocity = velocity.detach()
@@ -126,22 +173,23 @@ def _product(velocity: Tensor, x: Tensor, e: Tensor, recorded: bool) -> Tensor:
     return torch.zeros_like(x) if product is None else product
 
 
-def _probes(x: Tensor, probe: Tensor | None, probes: int, method: str) -> Tensor:
-    """Return probes ``[K, N, D]`` for states ``[N, D]``; those of "exact" are the unit vectors."""
+def probes_of(x: Tensor, probe: Tensor | None, probes: int, method: str) -> Tensor:
+    """Return probes ``[K, N, ...]`` for states ``[N, ...]``; those of "exact" are the unit vectors."""
     if method not in METHODS:
         raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
+    flat = x.flatten(1)
     if method == "exact":
         if probe is not None:
             raise ValueError("method='exact' takes no probe")
-        size = x.shape[1]
-        return torch.eye(size, dtype=x.dtype, device=x.device)[:, None].expand(size, *x.shape)
+        size = flat.shape[1]
+        unit = torch.eye(size, dtype=x.dtype, device=x.device)
+        return unit.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
     if probe is None:
         raise ValueError("method='hutchinson' needs a probe; ops.draw_probe(x) draws one")
-    if isinstance(probe, Tensor) and probe.is_floating_point() and probe.dim() > 2:
-        lead = probe.shape[:1] if probe.shape[1:2] == x.shape[:1] else ()
-        probe = probe.reshape(*lead, *x.shape)
-    e, count = as_probe(probe, probes, x, x.dtype)
-    return expand_probe(e, count, x)
+    if isinstance(probe, Tensor) and x.dim() > 2 and probe.shape[1 - x.dim() :] == x.shape[1:]:
+        probe = probe.flatten(1 - x.dim())
+    e, count = as_probe(probe, probes, flat, flat.dtype)
+    return expand_probe(e, count, flat).view(count, *x.shape)
 
 
 class VectorFieldMLP(torch.nn.Module):
@@ -150,6 +198,7 @@ class VectorFieldMLP(torch.nn.Module):
     Layers are :math:`h = \sigma(W h + b)`, the last without :math:`\sigma`.  Time enters nowhere
     ("none"), as a further input of every layer ("concat", :math:`W h + t w + b`), or as
     "concatsquash", :math:`(W h + b) \odot \mathrm{sigmoid}(t u + c) + t v`: FFJORD's layers.
+    A context is a further input of every layer: :math:`C\,\text{context}` is added to its bias.
 
     Args:
         dims: ``D``, the dimension of states.
@@ -157,8 +206,10 @@ class VectorFieldMLP(torch.nn.Module):
             two of them.
         activation: "tanh", "softplus", "silu" or "gelu".
         time: "none", "concat" or "concatsquash".
+        context_features: size ``K`` of a context ``[N, K]``; 0 for none.
 
     Raises:
+        TypeError: for a context size that is not an int.
         ValueError: for sizes below 1, an unknown activation or kind of time.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
@@ -180,20 +231,14 @@ class VectorFieldMLP(torch.nn.Module):
         hidden: Sequence[int] = (64, 64, 64),
         activation: str = "tanh",
         time: str = "none",
+        *,
+        context_features: int = 0,
     ) -> None:
         super().__init__()
-        sizes = [dims, *hidden, dims]
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-            raise ValueError(
-                f"dims and hidden must be ints of at least 1, got {dims} and {hidden}"
-            )
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
-        if time not in TIMES:
-            raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
+        sizes = check_field("dims", dims, hidden, activation, time)
+        check_count("context_features", context_features, 0)
         self.dims, self.hidden, self.activation, self.time = dims, tuple(hidden), activation, time
+        self.context_features = context_features
         pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairs)
         # of every layer: "concat" the column of t, "concatsquash" slope and offset of the gate's
@@ -204,11 +249,18 @@ class VectorFieldMLP(torch.nn.Module):
             for a, b in pairs
             if count
         )
+        self.contexts = torch.nn.ParameterList(
+            torch.nn.Parameter(
+                torch.empty(b, context_features).uniform_(-1, 1) / context_features**0.5
+            )
+            for _, b in pairs
+            if context_features
+        )
 
-    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity ``[N, D]`` at ``t``, a float, a scalar tensor or ``[N]``."""
-        _check_states(x, self.dims)
-        weights, biases, gates = self._at(t, x)
+        check_states(x, self.dims)
+        weights, biases, gates = self._at(t, x, context)
         h = x
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             weight = weight if weight.dtype == h.dtype else weight.to(h.dtype)
@@ -235,6 +287,7 @@ class VectorFieldMLP(torch.nn.Module):
         method: str = "hutchinson",
         per_probe: bool = False,
         regularizers: bool = False,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         r"""Return the velocity and :math:`\operatorname{div} f` in one pass.
 
@@ -247,6 +300,7 @@ class VectorFieldMLP(torch.nn.Module):
             method: "hutchinson" or "exact".
             per_probe: return the estimates ``[K, N]`` in place of their mean.
             regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
+            context: ``[N, context_features]``.
 
         Returns:
             ``(velocity[N, D], divergence[N])``, and with ``regularizers`` ``kinetic`` and
@@ -257,14 +311,14 @@ class VectorFieldMLP(torch.nn.Module):
             ValueError: for shapes that do not fit, an unknown method, or a probe that is missing
                 or too many.
         """
-        _check_states(x, self.dims)
-        layers = self._at(t, x)
+        check_states(x, self.dims)
+        layers = self._at(t, x, context)
         work = layers[0][0].dtype
         if method == "exact" and probe is None:
             size = self.dims
             e, count = torch.eye(size, dtype=work, device=x.device)[:, None], size
         elif method != "hutchinson" or probe is None:
-            _probes(x, probe, probes, method)  # raises
+            probes_of(x, probe, probes, method)  # raises
             raise AssertionError  # pragma: no cover
         else:
             e, count = as_probe(probe, probes, x, work)
@@ -279,30 +333,31 @@ class VectorFieldMLP(torch.nn.Module):
             regularizers=regularizers,
         )
 
-    def _at(self, t: Tensor | float, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return weights, biases and gates at a time."""
-        weights = [layer.weight for layer in self.layers]
-        biases = [layer.bias for layer in self.layers]
-        work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))  # type: ignore[arg-type]
+    def _at(
+        self, t: Tensor | float, x: Tensor, context: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return weights, biases and gates at a time, for a context."""
+        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
+        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        gates: list[Tensor] = []
+        work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
         if work != weights[0].dtype:
             weights, biases = [w.to(work) for w in weights], [b.to(work) for b in biases]
-        if self.time == "none":
-            return weights, biases, []  # type: ignore[return-value]
-        time = _as_time(t, x).to(work)
+        time = as_time(t, x).to(work)
         time = time[:, None] if time.dim() else time
         if self.time == "concat":
-            return (
-                weights,
-                [b + time * p[0].to(work) for b, p in zip(biases, self.times, strict=True)],
-                [],
-            )  # type: ignore[return-value]
-        gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in self.times]
-        shifted = [
-            torch.addcmul(time * p[2], g, b)  # type: ignore[arg-type]
-            for b, g, p in zip(biases, gates, self.times, strict=True)
-        ]
-        return weights, shifted, gates  # type: ignore[return-value]
+            pairs = zip(biases, self.times, strict=True)
+            biases = [b + time * p[0].to(work) for b, p in pairs]
+        elif self.time == "concatsquash":
+            gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in self.times]
+            triples = zip(biases, gates, self.times, strict=True)
+            biases = [torch.addcmul(time * p[2], g, b) for b, g, p in triples]
+        check_context(context, self.context_features, x)
+        if context is not None:
+            biases = add_context(biases, context, self.contexts)
+        return weights, biases, gates
 
     def extra_repr(self) -> str:
         """Return the arguments."""
-        return f"{self.dims}, hidden={self.hidden}, activation={self.activation!r}, time={self.time!r}"
+        given = f"{self.dims}, hidden={self.hidden}, activation={self.activation!r}"
+        return f"{given}, time={self.time!r}, context_features={self.context_features}"

@@ -124,8 +124,8 @@ def solve(
         raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
     packing = Packing(y0, control == "sample")
     start = packing.pack(y0).contiguous()
-    if compat is not None and isinstance(method, str):
-        method = _THEIR_NAMES.get(method, method)
+    if compat is not None:
+        method = their_names(method)
     chosen = tableau(method)
     if dense or chosen.error is not None:
         chosen = end_slope(chosen)
@@ -193,6 +193,11 @@ def odeint(func: Callable[..., Any], y0: Any, t: Tensor | Sequence[float], **set
     solution = solve(func, y0, t, **settings)
     warn_unless_ok(solution.status)
     return solution.ys
+
+
+def their_names(method: str | Tableau) -> str | Tableau:
+    """Return our name of a method of torchdiffeq's."""
+    return _THEIR_NAMES.get(method, method) if isinstance(method, str) else method
 
 
 def warn_unless_ok(status: Status | Tensor) -> None:

@@ -105,6 +105,19 @@ def test_any_network_on_images():
     assert not divergence.requires_grad
 
 
+def test_times_of_each_sample_are_broadcast_with_the_states():
+    class Net(torch.nn.Module):
+        def forward(self, t, x):
+            return t * x
+
+    field, t = nn.VectorField(Net()), normal(3, seed=4)
+    for shape in ((3, 2), (3, 3), (3, 2, 4, 4)):  # also where N = D
+        x = normal(*shape)
+        y, divergence = field.velocity_and_divergence(t, x, method="exact")
+        torch.testing.assert_close(y, torch.stack([a * b for a, b in zip(t, x, strict=True)]))
+        torch.testing.assert_close(divergence, t * x[0].numel())
+
+
 def test_half_states_are_computed_in_float32():
     field = nn.VectorFieldMLP(3)
     x = normal(5, 3, dtype=torch.bfloat16)
@@ -142,3 +155,42 @@ def test_wrong_arguments():
 class Narrow(torch.nn.Module):
     def forward(self, t, x):
         return x[:, :1]
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("hidden", [(7,), (16, 12), (8, 8, 8)], ids=str)
+def test_context_is_a_further_input_of_every_layer(time, hidden):
+    """Values and gradients against autograd, the exact trace in closed form and by tangents too."""
+    torch.manual_seed(0)
+    field = nn.VectorFieldMLP(3, hidden, "silu", time, context_features=2).double()
+    x = normal(6, 3)
+    for options in ({"probe": normal(6, 3, seed=1)}, {"method": "exact"}):
+        found = []
+        for f in (field, nn.VectorField(field, context_features=2)):
+            context = normal(6, 2, seed=2).requires_grad_()
+            values = f.velocity_and_divergence(0.4, x, context=context, **options)
+            loss = values[0].square().sum() + values[1].square().sum()
+            gradients = torch.autograd.grad(loss, [context, *field.parameters()])
+            found.append([*values, *gradients])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(field(0.4, x, context), values[0])
+    layer = nn.VectorFieldMLP(3, (), context_features=2).double()
+    weight = torch.cat([layer.layers[0].weight, layer.contexts[0]], 1)
+    expected = torch.cat([x, context], 1) @ weight.t() + layer.layers[0].bias
+    torch.testing.assert_close(layer(0.0, x, context), expected)
+
+
+def test_wrong_contexts():
+    x, context = torch.zeros(4, 3), torch.zeros(4, 2)
+    field, told = nn.VectorFieldMLP(3), nn.VectorFieldMLP(3, context_features=2)
+    for error, message, call in (
+        (ValueError, "context must be None", lambda: field(0.0, x, context)),
+        (ValueError, r"context must have shape \(4, 2\), got None", lambda: told(0.0, x)),
+        (ValueError, r"context must have shape \(4, 2\)", lambda: told(0.0, x, context[:3])),
+        (ValueError, "context must be None", lambda: nn.VectorField(field)(0.0, x, context)),
+        (ValueError, "context_features", lambda: nn.VectorFieldMLP(3, context_features=-1)),
+        (TypeError, "context_features", lambda: nn.VectorField(field, context_features=1.0)),
+    ):
+        with pytest.raises(error, match=message):
+            call()

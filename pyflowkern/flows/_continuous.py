@@ -1,0 +1,211 @@
+"""A bijection along an ordinary differential equation, with everything that is integrated on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ode, ops
+from pyflowkern.flows._build import check_positive
+from pyflowkern.flows._rescue import Dynamics, guarded, rows_like, solve_rows
+from pyflowkern.nn import Bijection
+from pyflowkern.nn.vector_field import check_context
+from pyflowkern.ops._registry import accumulation_dtype
+
+__all__ = ["ContinuousBijection", "Way"]
+
+DIVERGENCES = ("hutchinson", "exact")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A solve: where it went, the log-determinants of each probe ``[N, K]``, the regularizers (else 0)."""
+
+    end: Tensor
+    log_det: Tensor
+    kinetic: Tensor
+    jacobian: Tensor
+
+
+class ContinuousBijection(Bijection):
+    r"""The map along :math:`dx/dt = f(t, x)` from ``t = 0`` to ``T``.
+
+    Its log-determinant obeys :math:`d \log\det / dt = \operatorname{div} f` and is integrated with
+    the state.  The probe of the divergence is drawn once a call and fixed over the solve.  A sample
+    that cannot be integrated is NaN, with a warning, and changes nothing in the others.
+
+    Args:
+        field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
+            or :class:`~pyflowkern.nn.VectorField` have it; one with ``context_features`` is given the
+            ``context``, too.
+        duration: ``T``, positive.
+        train_time: learn ``T``, starting from ``duration``: the solve is that of
+            :math:`dx/ds = T f(sT, x)` over ``[0, 1]``, whose gradient in ``T`` is exact with every
+            adjoint, and step sizes are fractions of ``T``.
+        divergence: "hutchinson" or "exact".
+        probes: ``K`` for "hutchinson".
+        noise: "rademacher" or "gaussian".
+        **solver: settings of :func:`pyflowkern.ode.odeint`.
+
+    Raises:
+        TypeError: for a field without a divergence.
+        ValueError: for a duration that is not positive, unknown names, or probes below 1.
+
+    Source: Chen et al. 2018, *Neural ordinary differential equations*; Grathwohl et al. 2019.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows, nn
+        >>> flow = flows.ContinuousBijection(nn.VectorFieldMLP(2), method="rk4", step_size=0.1)
+        >>> x = torch.randn(5, 2)
+        >>> z, log_det = flow(x)
+        >>> bool(torch.allclose(flow.inverse(z)[0], x, atol=1e-4)), tuple(log_det.shape)
+        (True, (5,))
+    """
+
+    def __init__(
+        self,
+        field: torch.nn.Module,
+        *,
+        duration: float = 1.0,
+        train_time: bool = False,
+        divergence: str = "hutchinson",
+        probes: int = 1,
+        noise: str = "rademacher",
+        **solver: Any,
+    ) -> None:
+        super().__init__()
+        if not hasattr(field, "velocity_and_divergence"):
+            raise TypeError(
+                f"field must have velocity_and_divergence, got {type(field).__name__}; "
+                "nn.VectorField(net) gives it to any network"
+            )
+        if not 0 < duration < math.inf:
+            raise ValueError(f"duration must be positive and finite, got {duration}")
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be 'hutchinson' or 'exact', got {divergence!r}")
+        if noise not in ("rademacher", "gaussian"):
+            raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
+        check_positive(probes=probes)
+        self.context_features: int = getattr(field, "context_features", 0)
+        self.field, self.divergence, self._duration = field, divergence, float(duration)
+        self.log_duration: torch.nn.Parameter | None = None
+        if train_time:
+            self.log_duration = torch.nn.Parameter(torch.tensor(math.log(duration)))
+        self.probes, self.noise = probes, noise
+        self.solver = solver
+
+    @property
+    def duration(self) -> Tensor | float:
+        """The end ``T`` of the time, a positive scalar tensor where it is learned."""
+        return self._duration if self.log_duration is None else self.log_duration.exp()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Go from data to latent; return ``(z, log_det[N])``."""
+        way = self.way(x, context)
+        return way.end, way.log_det.mean(1)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Go from latent to data; return ``(x, log_det[N])``."""
+        way = self.way(z, context, backwards=True)
+        return way.end, way.log_det.mean(1)
+
+    def way(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        backwards: bool = False,
+        probes: int | None = None,
+        regularizers: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Way:
+        """Integrate the state, the log-determinant of every probe, and the regularizers."""
+        exact = self.divergence == "exact"
+        count = 1 if exact else (self.probes if probes is None else probes)
+        check_positive(probes=count)
+        options: dict[str, Any] = {"method": self.divergence, "regularizers": regularizers}
+        if not exact:
+            drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
+            options |= {"probe": drawn, "probes": count, "per_probe": True}
+
+        context = self._context_of(x, context)
+        bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
+        scale = self.duration if isinstance(self.duration, Tensor) else None
+        zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
+        rest = (zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
+        times = [0.0, self._duration if scale is None else 1.0]
+        times = times[::-1] if backwards else times
+        settings = {"rtol": 1e-5, "atol": 1e-5} | self.solver
+
+        def solve(bad: Tensor, alive: Tensor | None = None, **changes: Any) -> ode.Solution:
+            given = _zeroed(bad, context)
+            dynamics = self._dynamics(
+                options | ({"context": given} if self.context_features else {}), scale
+            )
+            start = (_zeroed(bad, x), *rest)
+            params = [t for t in (given, scale) if t is not None]
+            return ode.solve(
+                dynamics if alive is None else guarded(dynamics, alive),
+                start,
+                times,
+                **({"params": (*self.field.parameters(), *params)} | settings | changes),
+            )
+
+        ys, _ = solve_rows(solve, bad, settings)
+        end = [y[-1] for y in ys]
+        return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
+
+    def _dynamics(self, options: dict[str, Any], scale: Tensor | None) -> Dynamics:
+        """Return the slopes of the state, of each probe's log-determinant and of the regularizers."""
+
+        def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
+                t if scale is None else t * scale, state[0], **options
+            )
+            divergence = divergence.t() if divergence.dim() == 2 else divergence[:, None]
+            slopes = (velocity, divergence, *rest)
+            return slopes if scale is None else tuple(scale * slope for slope in slopes)
+
+        return dynamics
+
+    def _context_of(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """Return the context if the field takes one; raise where it does not fit."""
+        if not self.context_features:
+            return None
+        check_context(context, self.context_features, x)
+        return context
+
+    @torch.no_grad()
+    def trajectory(
+        self, x: Tensor, times: Sequence[float], context: Tensor | None = None
+    ) -> Tensor:
+        """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
+        settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
+        context = self._context_of(x, context)
+        bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
+
+        def solve(bad: Tensor, alive: Tensor | None = None, **changes: Any) -> ode.Solution:
+            given = () if context is None else (_zeroed(bad, context),)
+
+            def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return (self.field(t, state[0], *given),)
+
+            field = dynamics if alive is None else guarded(dynamics, alive)
+            return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
+
+        return solve_rows(solve, bad, settings)[0][0]
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    return ~torch.isfinite(x).flatten(1).all(1)
+
+
+def _zeroed(bad: Tensor, x: Any) -> Any:
+    """Return ``x`` with zeros for the bad samples; None stays None."""
+    return None if x is None else x.masked_fill(rows_like(bad, x), 0.0)

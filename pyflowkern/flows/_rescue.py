@@ -1,0 +1,156 @@
+"""Solves in which a sample that cannot be integrated leaves the others as they are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ode
+from pyflowkern.ode.solve import their_names
+from pyflowkern.ode.tableaus import tableau
+
+__all__ = ["Dynamics", "guarded", "rows_like", "solve_rows"]
+
+Dynamics = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+#: What gives each sample steps of its own, whatever the flow's settings are.
+_OWN_STEPS: dict[str, Any] = {
+    "control": "sample",
+    "adjoint": "direct",
+    "checkpoint": True,
+    "compat": None,
+    "norm": None,
+    "dense": False,
+}
+
+
+def solve_rows(
+    solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
+) -> tuple[list[Tensor], Tensor]:
+    """Solve, and where it ends early find the samples that failed and solve for the others.
+
+    A solve with one step size ends for the whole batch where one sample blows up.  Then, and only
+    then, each sample gets steps of its own, or with fixed steps those that blow up are stopped one
+    by one.  Gradients come from a solve that the failed samples enter as zeros: a zero cotangent
+    of a value that is not finite would be NaN.
+
+    Args:
+        solve: ``(bad, alive=None, **changed settings)``: with zeros for the bad samples and, given
+            ``alive``, with :func:`guarded` slopes.
+        bad: ``[N]``, the samples that are known not to be finite.
+        settings: those of the solver.
+
+    Returns:
+        The states ``[T, N, ...]`` and ``bad`` with the samples that failed; those states are NaN.
+    """
+    solution = solve(bad)
+    if not _is_known(solution.status) or solution.ok:
+        return _masked(solution, bad), bad
+    if _has_adaptive_steps(settings):
+        found, status = _with_own_steps(solve, solution, bad, settings)
+    else:
+        found, status = _stopped_one_by_one(solve, bad)
+    failed = (status != 0) & ~bad
+    _warn(status[failed], bad.numel())
+    bad = bad | failed
+    return _masked(found, bad), bad
+
+
+def _with_own_steps(
+    solve: Callable[..., ode.Solution],
+    solution: ode.Solution,
+    bad: Tensor,
+    settings: Mapping[str, Any],
+) -> tuple[ode.Solution, Tensor]:
+    """Give each sample steps of its own; return that solve and the status of each."""
+    found = solution
+    with torch.no_grad():
+        if settings.get("control", "batch") != "sample":
+            try:
+                found = solve(bad, **_OWN_STEPS)
+            except (TypeError, ValueError, RuntimeError):
+                # a field of a scalar time alone cannot tell one sample's failure from another's
+                return solution, _status(solution, bad)
+    status = _status(found, bad)
+    if torch.is_grad_enabled():
+        found = solve(bad | (status != 0), **_OWN_STEPS)
+        status = torch.where(status == 0, _status(found, bad), status)
+    return found, status
+
+
+def _stopped_one_by_one(
+    solve: Callable[..., ode.Solution], bad: Tensor
+) -> tuple[ode.Solution, Tensor]:
+    """Take the fixed steps with those samples stopped that blow up; return that solve and each status."""
+    alive = ~bad
+    with torch.no_grad():
+        found = solve(bad, alive=alive)
+    status = torch.zeros_like(bad, dtype=torch.int8)
+    status = status.masked_fill(~alive & ~bad, int(ode.Status.non_finite))
+    if torch.is_grad_enabled() or not found.ok:
+        found = solve(~alive)
+        status = torch.where(status == 0, _status(found, bad), status)
+    return found, status
+
+
+def _status(solution: ode.Solution, bad: Tensor) -> Tensor:
+    """Return the status of each sample, ``[N]``."""
+    status = torch.as_tensor(solution.status, dtype=torch.int8, device=bad.device)
+    return status.expand(bad.shape)
+
+
+def guarded(dynamics: Dynamics, alive: Tensor) -> Dynamics:
+    """Return dynamics that stop a sample, and strike it off ``alive [N]``, before it overflows."""
+
+    def stopped(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        slopes = dynamics(t, state)
+        for s in slopes:
+            # the square root leaves room for what a step adds up
+            fine = s.abs() < math.sqrt(torch.finfo(s.dtype).max)
+            alive.logical_and_(fine.reshape(fine.shape[0], math.prod(fine.shape[1:])).all(1))
+        return tuple(s.masked_fill(rows_like(~alive, s), 0.0) for s in slopes)
+
+    return stopped
+
+
+def rows_like(rows: Tensor, x: Tensor) -> Tensor:
+    """Return a mask ``[N]`` with the axes of ``x``."""
+    return rows.view(-1, *[1] * (x.dim() - 1))
+
+
+def _masked(solution: ode.Solution, bad: Tensor) -> list[Tensor]:
+    return [y.masked_fill(rows_like(bad, y[0])[None], math.nan) for y in solution.ys]
+
+
+def _is_known(status: ode.Status | Tensor) -> bool:
+    """Whether a status can be looked at: not while a CUDA graph is captured."""
+    return not (
+        isinstance(status, Tensor) and status.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
+    method = settings.get("method", "dopri5")
+    if settings.get("compat") is not None:
+        method = their_names(method)
+    return settings.get("step_size") is None and tableau(method).error is not None
+
+
+def _warn(status: Tensor, count: int) -> None:
+    """Warn of samples that failed, by the status of each."""
+    if not status.numel():
+        return
+    names = [
+        f"{int((status == s).sum())} {s.name}" for s in ode.Status if bool((status == s).any())
+    ]
+    warnings.warn(
+        f"{status.numel()} of {count} samples could not be integrated ({', '.join(names)}): "
+        "their results are NaN, the others are not affected",
+        RuntimeWarning,
+        stacklevel=4,
+    )

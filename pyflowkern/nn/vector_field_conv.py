@@ -1,0 +1,207 @@
+r"""Convolutional vector fields :math:`f(t, x)` on images, with their divergence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyflowkern.nn._base import check_count
+from pyflowkern.nn.vector_field import (
+    add_context,
+    as_time,
+    check_context,
+    check_field,
+    check_states,
+    probes_of,
+)
+from pyflowkern.ops._registry import accumulation_dtype, cast, full_precision
+from pyflowkern.ops.divergence import activation_and_slope, hutchinson_trace
+
+__all__ = ["VectorFieldConv"]
+
+SIDE = 3  # of the kernels
+
+
+class VectorFieldConv(torch.nn.Module):
+    r"""Convolutions :math:`f(t, x)` on images, whose velocity and divergence are one pass.
+
+    Layers are :math:`h = \sigma(W * h + b)`, with kernels of side 3 and zeros around the image, the
+    last without :math:`\sigma`.  Time enters nowhere ("none"), as a further channel of every layer
+    ("concat"), or as "concatsquash",
+    :math:`(W * h + b) \odot \mathrm{sigmoid}(t u + c) + t v`: FFJORD's layers.  Primal and tangents
+    go through one convolution a layer, stacked along the batch.
+
+    Args:
+        channels: ``C`` of states ``[N, C, H, W]``.
+        hidden: channels of the hidden layers.
+        activation: "tanh", "softplus", "silu" or "gelu".
+        time: "none", "concat" or "concatsquash".
+        context_features: size ``K`` of a context ``[N, K]``, which each layer turns into a bias of
+            every sample and channel; 0 for none.
+
+    Raises:
+        TypeError: for a context size that is not an int.
+        ValueError: for sizes below 1, an unknown activation or kind of time.
+
+    Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
+    Generative Models*.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import nn, ops
+        >>> field, x = nn.VectorFieldConv(3, (8, 8), time="concat"), torch.randn(5, 3, 4, 4)
+        >>> probe = ops.draw_probe(x)
+        >>> velocity, divergence = field.velocity_and_divergence(0.5, x, probe=probe)
+        >>> tuple(velocity.shape), tuple(divergence.shape)
+        ((5, 3, 4, 4), (5,))
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        time: str = "none",
+        *,
+        context_features: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = check_field("channels", channels, hidden, activation, time)
+        check_count("context_features", context_features, 0)
+        self.channels, self.hidden = channels, tuple(hidden)
+        self.activation, self.time, self.context_features = activation, time, context_features
+        pairs = list(itertools.pairwise(sizes))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Conv2d(a, b, SIDE, padding=SIDE // 2) for a, b in pairs
+        )
+
+        def uniform(fan: int, *shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
+
+        # of every layer: "concat" the kernel of the channel t, "concatsquash" slope and offset of
+        # the gate's argument, and the slope of the bias
+        self.times = torch.nn.ParameterList()
+        if time == "concat":
+            self.times.extend(uniform(SIDE**2 * a, b, 1, SIDE, SIDE) for a, b in pairs)
+        elif time == "concatsquash":
+            self.times.extend(uniform(a, 3, b) for a, b in pairs)
+        self.contexts = torch.nn.ParameterList(
+            uniform(context_features, b, context_features) for _, b in pairs if context_features
+        )
+
+    def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the velocity ``[N, C, H, W]`` at ``t``, a float, a scalar tensor or ``[N]``."""
+        check_states(x, self.channels, 4)
+        h, _ = self._run(t, x, None, context)
+        return cast(h, x.dtype)
+
+    def velocity_and_divergence(
+        self,
+        t: Tensor | float,
+        x: Tensor,
+        *,
+        probe: Tensor | None = None,
+        probes: int = 1,
+        method: str = "hutchinson",
+        per_probe: bool = False,
+        regularizers: bool = False,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        r"""Return the velocity and :math:`\operatorname{div} f` in one pass.
+
+        Args:
+            t: a float, a scalar tensor or ``[N]``.
+            x: states ``[N, C, H, W]``.
+            probe: ``[N, C, H, W]``, ``[K, N, C, H, W]`` or the seed of signs
+                (:func:`~pyflowkern.ops.draw_probe`); the same over a solve.
+            probes: ``K`` for a seed.
+            method: "hutchinson", or "exact" from a tangent for each of the ``C H W`` dimensions.
+            per_probe: return the estimates ``[K, N]`` in place of their mean.
+            regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
+            context: ``[N, context_features]``.
+
+        Returns:
+            ``(velocity[N, C, H, W], divergence[N])``, and with ``regularizers`` ``kinetic`` and
+            ``frobenius`` ``[N]``.
+
+        Raises:
+            TypeError: for states that are not floating-point.
+            ValueError: for shapes that do not fit, an unknown method, or a probe that is missing
+                or too many.
+        """
+        check_states(x, self.channels, 4)
+        e = probes_of(x, probe, probes, method)
+        velocity, product = self._run(t, x, e, context)
+        assert product is not None
+        e = e.to(product.dtype).expand_as(product)
+        found = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
+        traces, norms = (part.view(e.shape[:2]) for part in found)
+        exact = method == "exact"
+        divergence = traces.sum(0) if exact else traces if per_probe else traces.mean(0)
+        if not regularizers:
+            return cast(velocity, x.dtype), divergence
+        kinetic = velocity.flatten(1).square().sum(1)
+        frobenius = norms.sum(0) if exact else norms.mean(0)
+        return cast(velocity, x.dtype), divergence, kinetic, frobenius
+
+    def _run(
+        self, t: Tensor | float, x: Tensor, e: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``f`` and, for probes ``[K, N, C, H, W]``, ``J e``; both in the dtype of the work."""
+        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
+        work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
+        n, count = x.shape[0], 0 if e is None else e.shape[0]
+        h = cast(x, work)
+        if e is not None:
+            h = torch.cat([h, e.to(work).reshape(count * n, *x.shape[1:])])
+        with full_precision(x):
+            biases, gates = self._at(as_time(t, x).to(work), x, context, work)
+            for i, weight in enumerate(weights):
+                h = F.conv2d(h, weight.to(work), padding=SIDE // 2)
+                primal, tangents = h[:n], h[n:].view(count, n, *h.shape[1:])
+                primal = (
+                    torch.addcmul(biases[i], primal, gates[i]) if gates else primal + biases[i]
+                )
+                tangents = tangents * gates[i] if gates and count else tangents
+                if i < len(weights) - 1:
+                    primal, slope = activation_and_slope(primal, self.activation)
+                    tangents = tangents * slope if count else tangents
+                if not count:
+                    h = primal
+                elif i < len(weights) - 1:
+                    h = torch.cat([primal, tangents.flatten(0, 1)])
+        return primal, tangents if count else None
+
+    def _at(
+        self, time: Tensor, x: Tensor, context: Tensor | None, work: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return biases and gates of the layers at a time, all to be broadcast with ``[N, C, H, W]``."""
+        biases: list[Tensor] = [layer.bias.to(work) for layer in self.layers]  # type: ignore[misc]
+        gates: list[Tensor] = []
+        time = time[:, None] if time.dim() else time
+        if self.time == "concatsquash":
+            times = [p.to(work) for p in self.times]
+            gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in times]
+            biases = [
+                torch.addcmul(time * p[2], g, b)
+                for b, g, p in zip(biases, gates, times, strict=True)
+            ]
+        check_context(context, self.context_features, x)
+        if context is not None:
+            biases = add_context(biases, context, self.contexts)
+        biases, gates = ([v[..., None, None] for v in part] for part in (biases, gates))
+        if self.time == "concat":
+            # a channel of t is zero around the image, so what a kernel makes of it differs there
+            ones = x.new_ones((1, 1, *x.shape[2:]), dtype=work)
+            maps = [F.conv2d(ones, p.to(work), padding=SIDE // 2) for p in self.times]
+            biases = [b + time[..., None, None] * m for b, m in zip(biases, maps, strict=True)]
+        return biases, gates
+
+    def extra_repr(self) -> str:
+        """Return the arguments."""
+        given = f"{self.channels}, hidden={self.hidden}, activation={self.activation!r}"
+        return f"{given}, time={self.time!r}, context_features={self.context_features}"
