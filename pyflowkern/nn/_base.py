@@ -86,6 +86,8 @@ class BijectionTransform(Transform):
         domain_dim: axes of one event of the data.
         codomain_dim: axes of one event of the latent.
         cache_size: 1 keeps the last call and its log-determinant.
+        domain: where the data lie, over events; None for all real numbers.
+        codomain: where the latent lies.
 
     Example:
         >>> import torch
@@ -107,18 +109,26 @@ class BijectionTransform(Transform):
         codomain_dim: int = 1,
         *,
         cache_size: int = 0,
+        domain: constraints.Constraint | None = None,
+        codomain: constraints.Constraint | None = None,
     ) -> None:
         super().__init__(cache_size=cache_size)
         self.bijection, self.context = bijection, context
         self.domain_dim, self.codomain_dim = domain_dim, codomain_dim
-        self.domain = independent(constraints.real, domain_dim)
-        self.codomain = independent(constraints.real, codomain_dim)
+        self.domain = domain or independent(constraints.real, domain_dim)
+        self.codomain = codomain or independent(constraints.real, codomain_dim)
         self._last: tuple[Tensor, Tensor] | None = None
 
     def with_cache(self, cache_size: int = 1) -> BijectionTransform:
         """Return the same transform with another cache size."""
         return BijectionTransform(
-            self.bijection, self.context, self.domain_dim, self.codomain_dim, cache_size=cache_size
+            self.bijection,
+            self.context,
+            self.domain_dim,
+            self.codomain_dim,
+            cache_size=cache_size,
+            domain=self.domain,
+            codomain=self.codomain,
         )
 
     def _call(self, x: Tensor) -> Tensor:
