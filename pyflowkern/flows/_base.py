@@ -15,6 +15,7 @@ from pyflowkern.flows._build import parse_shape
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal, support_of
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
 from pyflowkern.nn._base import check_count, independent
+from pyflowkern.ops._registry import autocasts
 
 __all__ = ["Flow"]
 
@@ -316,7 +317,7 @@ class Flow(Bijection):
             hint = "uint8 in a flow made with bits=8" if self.preprocess is None else "uint8"
             pixels = f" (or {hint})" if name.startswith("x") else ""
             raise TypeError(f"{name} must be {self._anchor.dtype}{pixels}, got {x.dtype}")
-        if x.dtype != self._anchor.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self._anchor.dtype and not autocasts(x):
             raise TypeError(
                 f"{name} must have the flow's dtype {self._anchor.dtype}, got {x.dtype}; "
                 "convert one of them, as by flow.to(x.dtype)"

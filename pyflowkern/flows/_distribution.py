@@ -38,7 +38,7 @@ class StandardNormal(torch.nn.Module):
         if dims < 1:
             raise ValueError(f"dims must be at least 1, got {dims}")
         self.dims = dims
-        # follows the module's dtype and device, so that samples do
+        # follows the module's dtype and device, so that samples do; its value is never read
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class StandardNormal(torch.nn.Module):
     def distribution(self) -> Independent[Normal]:
         """Return the same as a :class:`torch.distributions.Independent`."""
         return Independent(
-            Normal(self.zero.expand(self.dims), torch.ones_like(self.zero).expand(self.dims)), 1
+            Normal(self.zero.new_zeros(self.dims), self.zero.new_ones(self.dims)), 1
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import transformed
-from pyflowkern.ops._registry import gradient_of_reference
+from pyflowkern.ops._registry import autocasts, gradient_of_reference
 
 __all__ = ["linear_layers", "relu_network", "relu_network_reference"]
 
@@ -30,7 +30,7 @@ def linear_layers(
     """
     if torch.compiler.is_compiling() or transformed():
         return None
-    if x.dim() != 2 or torch.is_autocast_enabled(x.device.type):
+    if x.dim() != 2 or autocasts(x):
         return None
     params: list[Tensor] = []
     for modules, kind in ((layers, torch.nn.Linear), (activations, torch.nn.ReLU)):
