@@ -14,8 +14,7 @@ from pyflowkern import ops
 from pyflowkern.flows._build import parse_shape
 from pyflowkern.flows._distribution import FlowDistribution, StandardNormal, support_of
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
-from pyflowkern.nn._base import check_count, independent
-from pyflowkern.ops._registry import autocasts
+from pyflowkern.nn._base import check_count, check_dtype, independent
 
 __all__ = ["Flow"]
 
@@ -57,6 +56,8 @@ class Flow(Bijection):
 
     #: Ends of the interval that each element of ``x`` lies in, for flows with a bounded domain.
     domain: tuple[float, float] | None = None
+
+    _anchor: Tensor
 
     def __init__(
         self,
@@ -317,11 +318,7 @@ class Flow(Bijection):
             hint = "uint8 in a flow made with bits=8" if self.preprocess is None else "uint8"
             pixels = f" (or {hint})" if name.startswith("x") else ""
             raise TypeError(f"{name} must be {self._anchor.dtype}{pixels}, got {x.dtype}")
-        if x.dtype != self._anchor.dtype and not autocasts(x):
-            raise TypeError(
-                f"{name} must have the flow's dtype {self._anchor.dtype}, got {x.dtype}; "
-                "convert one of them, as by flow.to(x.dtype)"
-            )
+        check_dtype(name, x, self._anchor.dtype, "flow")
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         if not self.context_features:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyflowkern.ops._registry import accumulation_dtype, check_batched
+from pyflowkern.ops._registry import accumulation_dtype, autocasts, check_batched
 
 __all__ = [
     "Bijection",
@@ -16,6 +16,7 @@ __all__ = [
     "Sequential",
     "check_channels",
     "check_count",
+    "check_dtype",
     "zero_log_det",
 ]
 
@@ -260,6 +261,16 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
+    """Raise TypeError unless ``t`` has the dtype of the parameters, or autocast makes up the difference."""
+    if t.dtype == want or (autocasts(t) and torch.float64 not in (t.dtype, want)):
+        return
+    raise TypeError(
+        f"{name} must have the {whose}'s dtype {want}, got {t.dtype}; "
+        f"convert one of them, as by {whose}.to({name}.dtype)"
+    )
 
 
 def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
