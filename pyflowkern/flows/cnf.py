@@ -272,7 +272,7 @@ class CNF(Flow):
         z, before = x, None
         if self.preprocess is not None:
             z, before = self.preprocess(x)
-        z = z.flatten(1).to(self._anchor)  # type: ignore[arg-type]
+        z = z.flatten(1).to(self._anchor)
         log_dets: Tensor | None = None
         kinetic = jacobian = z.new_zeros(z.shape[0], dtype=accumulation_dtype(z.dtype))
         for block in self.blocks():
