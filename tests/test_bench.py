@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _environment, _report
+from bench import _environment, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import run_case
 from bench._timing import Plan, percentiles
@@ -103,3 +103,15 @@ def test_results_have_the_documented_columns(tmp_path):
         "other",
         "absent",
     }
+
+
+@pytest.mark.parametrize("name", _steps.models())
+def test_a_training_step_moves_the_parameters(name):
+    step = _steps.Step(_steps.models()[name], CPU, False)
+    before = step.parameters().clone()
+    for _ in range(
+        2
+    ):  # networks start at 0: what is below their last layer moves in the second step
+        step()
+    assert step.parameters().isfinite().all()
+    assert (step.parameters() != before).double().mean() > 0.5
