@@ -25,6 +25,8 @@ def models() -> dict[str, Callable[[], torch.nn.Module]]:
     return {
         "Glow": lambda: flows.Glow(SHAPE, levels=2, steps=4, hidden=32),
         "RealNVP": lambda: flows.RealNVP(SHAPE, hidden=16),
+        "NSF": lambda: flows.NSF(20, transforms=4, hidden=(64, 64)),
+        "MAF": lambda: flows.MAF(43, transforms=4, hidden=(128, 128)),
     }
 
 
@@ -36,7 +38,7 @@ class Step:
     ) -> None:
         torch.manual_seed(0)
         self.flow: Any = make().to(device)
-        self.x = torch.randn(BATCH, *SHAPE, device=device)
+        self.x = torch.randn(BATCH, *self.flow.event_shape, device=device)
         self.flow.log_prob(self.x)  # ActNorm looks at its data once
         capturable = device.type == "cuda"
         self.optimizer = torch.optim.Adam(self.flow.parameters(), 1e-3, capturable=capturable)

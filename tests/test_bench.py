@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _environment, _report
+from bench import _environment, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import run_case
 from bench._timing import Plan, percentiles
@@ -103,3 +103,14 @@ def test_results_have_the_documented_columns(tmp_path):
         "other",
         "absent",
     }
+
+
+@pytest.mark.parametrize("name", _steps.models())
+def test_training_steps_move_every_parameter(name):
+    step = _steps.Step(_steps.models()[name], CPU, False)
+    before = {k: p.detach().clone() for k, p in step.flow.named_parameters()}
+    for _ in range(3):  # networks end in zeros: what lies below moves a step later
+        step()
+    for k, p in step.flow.named_parameters():
+        assert p.isfinite().all(), k
+        assert not torch.equal(p, before[k]), k

@@ -1,5 +1,6 @@
 """What only a GPU can show: streams, devices, graphs, and tensors of more than 2^31 elements."""
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyflowkern import _library, flows, ode, ops, use_reference
+from pyflowkern import _library, flows, nn, ode, ops, use_reference
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
@@ -31,6 +32,33 @@ def glow_step(x):
     return ops.glow_step(x, zeros + 0.1, zeros + 1, weight, torch.zeros((), **like))
 
 
+def line(like, *shape):
+    """Return numbers from -0.5 to 0.5, which need no generator."""
+    return torch.linspace(-0.5, 0.5, math.prod(shape), device=like.device).view(shape)
+
+
+def spline(x):
+    smap = ops.SplineMap(bins=4)
+    return ops.spline(x, x[..., None] * line(x, smap.params), smap)
+
+
+def autoregressive(x):
+    z = x.flatten(1)[:, :6]
+    return ops.autoregressive_inverse(
+        z, [line(x, 9, 6), line(x, 12, 9)], [z[:, :1] * line(x, 9), None], PLAN, transform="tanh"
+    )
+
+
+def divergence(x):
+    h = x.flatten(1)[:, :6]
+    weights, biases = [line(x, 9, 6), line(x, 6, 9)], [line(x, 9), line(x, 6)]
+    probe = torch.where(h > 0, 1.0, -1.0)
+    estimate = ops.field_divergence(h, weights, biases, probe=probe, regularizers=True)
+    return (*estimate, *ops.field_divergence(h, weights, biases, method="exact"))
+
+
+PLAN = nn.MaskedMLP(6, 2, (9,)).plan
+
 #: One call of each family, whose results follow from x alone.
 CALLS = {
     "affine": lambda x: ops.affine_coupling(x, x),
@@ -39,6 +67,9 @@ CALLS = {
     "matrix": lambda x: ops.slogdet_inverse(x[:, 0, :8, :8] + 16 * torch.eye(8, device=x.device)),
     "preprocess": lambda x: ops.logit(x.sigmoid(), alpha=0.05),
     "density": lambda x: (ops.normal_log_prob(x, x[0], log_det=x[:, 0, 0, 0]),),
+    "spline": spline,
+    "autoregressive": autoregressive,
+    "divergence": divergence,
 }
 every_family = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -53,6 +84,7 @@ def check(got, call, x):
 def test_ops_run_on_the_current_stream(call):
     """Work queued before on the same side stream must be seen: the default stream would not wait."""
     x = torch.randn(64, 24, 32, 32, device="cuda")
+    call(x)  # what comes to the device once, as plans do, would wait for the work
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -91,7 +123,29 @@ def test_empty_batch():
     assert log_det.shape == (0,)
 
 
-@pytest.mark.parametrize("op", [lambda x: ops.logit(x)[0], lambda x: ops.affine(x, x, x)[0]])
+def linear_spline(x):
+    return ops.spline(x, torch.stack([x, -x], -1), ops.SplineMap("linear", bins=2))[0]
+
+
+def many_samples(x):
+    plan = nn.MaskedMLP(2, 1, (3,)).plan
+    weights = [line(x, 3, 2), line(x, 2, 3)]
+    z = x.view(-1, 2)
+    return ops.autoregressive_inverse(z, weights, [None, None], plan, transform="additive")[
+        0
+    ].view_as(x)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: ops.logit(x)[0],
+        lambda x: ops.affine(x, x, x)[0],
+        linear_spline,
+        many_samples,
+        lambda x: ops.hutchinson_trace(x, x),
+    ],
+)
 def test_more_than_2_to_the_31_elements(op):
     if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
         pytest.skip("needs 60 GiB")
@@ -100,7 +154,7 @@ def test_more_than_2_to_the_31_elements(op):
     torch.testing.assert_close(got, op(x[-1:].clone())[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["Glow", "RealNVP"])
+@pytest.mark.parametrize("name", ["Glow", "RealNVP", "NSF", "MAF"])
 def test_a_training_step_replays_as_a_graph(name):
     from bench import _steps
 
@@ -116,10 +170,22 @@ def test_a_training_step_replays_as_a_graph(name):
     torch.testing.assert_close(step.parameters(), plain.parameters(), rtol=1e-3, atol=1e-4)
 
 
-def test_nothing_waits_for_the_host():
-    flow = flows.Glow((3, 16, 16), levels=2, steps=2, hidden=16).cuda()
-    x = torch.randn(8, 3, 16, 16, device="cuda")
+QUIET = {
+    "Glow": lambda: flows.Glow((3, 16, 16), levels=2, steps=2, hidden=16),
+    "NSF": lambda: flows.NSF(6, transforms=2, hidden=(16, 16), mixing="permutation"),
+    "NSF autoregressive": lambda: flows.NSF(
+        6, transforms=2, hidden=(16, 16), autoregressive=True, tails="none"
+    ),
+    "MAF": lambda: flows.MAF(6, transforms=2, hidden=(16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_nothing_waits_for_the_host(name):
+    flow = QUIET[name]().cuda()
+    x = torch.rand(8, *flow.event_shape, device="cuda")
     flow.log_prob(x)
+    flow.sample(4)  # plans come to the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
         flow.log_prob(x).mean().backward()

@@ -7,7 +7,7 @@ import on_host
 import pytest
 import torch
 
-from pyflowkern import ops
+from pyflowkern import nn, ops
 
 #: 2^31 + 2^27 elements; the last ones belong to the last block also of a grid of 65,536 that starts over.
 HUGE = (2176, 2, 2**19)
@@ -81,6 +81,52 @@ def test_last_of_many_samples_of_a_coupling(library):
         got = ops.affine_coupling(x, params)[0][-1]
     alone = ops.affine_coupling(x[-1:].clone(), params[-1:].clone())[0][0]
     torch.testing.assert_close(got, alone, rtol=1e-2, atol=1e-2)
+
+
+def test_last_of_many_samples_of_a_spline(library):
+    """Also: parameters of more than 2^32 elements."""
+    smap = ops.SplineMap("linear", bins=2)
+    x, params = (torch.empty((*HUGE, k), dtype=torch.bfloat16) for k in (1, smap.params))
+    x, last = x.squeeze(-1), (-1, slice(None), slice(-(2**14), None))  # of each channel
+    x[last] = torch.randn(2, 2**14)
+    params[last] = torch.randn(2, 2**14, smap.params)
+    with last_blocks(library, 1024):
+        got = ops.spline(x, params, smap)[0][last]
+    alone = ops.spline(x[last].clone(), params[last].clone(), smap)[0]
+    written = got != 0
+    assert written.sum() >= 2**13
+    torch.testing.assert_close(got[written], alone[written], rtol=1e-2, atol=1e-2)
+
+
+def test_last_of_many_samples_of_an_autoregressive_flow(library):
+    plan = nn.MaskedMLP(2, 2, (3,)).plan
+    weights = [torch.linspace(-1, 1, 6).view(3, 2), torch.linspace(-1, 1, 12).view(4, 3)]
+    z = torch.empty(2**30 + 2**10, 2)
+    z[-256:] = torch.randn(256, 2)
+
+    def last(z):
+        found = ops.autoregressive_inverse(z, weights, [torch.ones(3), None], plan)
+        return [t[-256:] for t in found]
+
+    with last_blocks(library, 32):
+        got = last(z)
+        alone = last(z[-256:].clone())
+    torch.testing.assert_close(got, alone, rtol=0, atol=0)
+
+
+def test_last_of_many_samples_of_a_trace(library):
+    """In both directions; the layers of a field are matrix products for the most part, and torch's."""
+    e, je = (torch.empty(HUGE) for _ in range(2))
+    e[-1], je[-1] = torch.randn(HUGE[1:]), torch.randn(HUGE[1:])
+    je.requires_grad_()
+    with last_blocks(library, 1):
+        trace = ops.hutchinson_trace(e, je)
+        assert torch.equal(trace[-1:], ops.hutchinson_trace(e[-1:].clone(), je[-1:].clone()))
+    with last_blocks(library, 16):
+        (grad,) = torch.autograd.grad(trace[-1], je)
+    written = grad[-1] != 0
+    assert written.sum() >= 2**12
+    assert torch.equal(grad[-1][written], e[-1][written])
 
 
 @pytest.mark.parametrize("op", [logit, elementwise])

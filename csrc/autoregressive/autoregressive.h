@@ -4,7 +4,8 @@
 // Units lie sorted by degree, so that those of degree t at most are the first counts[t] of their
 // layer, and read the first counts[t] of the layer below.  Step t finds the units of degree t,
 // layer by layer, then the features of level t:
-//   v_u = sum_k W_uk a(v_k) + b_u + residual_u,    x_i = tau^-1(z_i; theta_i).
+//   v_u = g_u (sum_k W_uk a(v_k) + b_u) + residual_u,    x_i = tau^-1(z_i; theta_i),
+// with gates g of some layers, and 1 in the others.
 // Each unit is computed once, when what it sees has become known.
 #pragma once
 
@@ -33,9 +34,10 @@ constexpr int kMaxLayers = 24;
 // -1: not kept.  The last layer's are the parameters of the features of one level.
 struct MaskedLayer {
   const void *weight, *bias;  // [units, stride], [units] or [samples, units]
+  const void* gate;           // like bias, or null
   const int32_t* counts;      // units of degree t at most, t = 0 ... levels - 1
   const int32_t* residual_at;
-  int stride, units, bias_row;
+  int stride, units, bias_row, gate_row;
   int source;  // row of the work space where what it reads begins
   const int32_t* source_counts;
   int residual;  // row, -1 for none

@@ -28,7 +28,17 @@ struct Work {
   T* row(int64_t r) const { return rows + r * width; }
 };
 
-// Where the sums of units [begin, end) begin: their biases and what a residual adds.
+// Adds what a residual adds to unit u.
+template <class T>
+void add_residual(const MaskedLayer& layer, const Work<T>& w, int u, T* out) {
+  const T* add = w.row(layer.residual + layer.residual_at[u]);
+  for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
+    (Vec<T>::load(out + i) + Vec<T>::load(add + i)).store(out + i);
+  }
+}
+
+// Where the sums of units [begin, end) begin: their biases, and what a residual adds that no gate
+// is to multiply.
 template <class T>
 void start_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, T* out) {
   const T* bias = static_cast<const T*>(layer.bias);
@@ -40,12 +50,17 @@ void start_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end,
       for (int64_t i = 0; i < w.count; ++i) out[i] = bias[(w.first + i) * layer.bias_row + u];
       for (int64_t i = w.count; i < w.columns; ++i) out[i] = T(0);
     }
-    if (layer.residual >= 0) {
-      const T* add = w.row(layer.residual + layer.residual_at[u]);
-      for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
-        (Vec<T>::load(out + i) + Vec<T>::load(add + i)).store(out + i);
-      }
-    }
+    if (layer.residual >= 0 && layer.gate == nullptr) add_residual(layer, w, u, out);
+  }
+}
+
+// The gates of units [begin, end), and what a residual adds behind them.
+template <class T>
+void gate_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, T* out) {
+  const T* gate = static_cast<const T*>(layer.gate);
+  for (int u = begin; u < end; ++u, out += w.width) {
+    for (int64_t i = 0; i < w.count; ++i) out[i] *= gate[(w.first + i) * layer.gate_row + u];
+    if (layer.residual >= 0) add_residual(layer, w, u, out);
   }
 }
 
@@ -64,13 +79,20 @@ void multiply(const MaskedLayer& layer, const Work<T>& w, int begin, int end, in
   }
 }
 
+// Values of units [begin, end).
+template <class T>
+void sum_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, int depth, T* out) {
+  start_units(layer, w, begin, end, out);
+  multiply(layer, w, begin, end, depth, out);
+  if (layer.gate != nullptr) gate_units(layer, w, begin, end, out);
+}
+
 template <class T>
 void find_units(const MaskedLayer& layer, const Work<T>& w, int step) {
   const int begin = step == 0 ? 0 : layer.counts[step - 1], end = layer.counts[step];
   if (begin == end) return;
   T* out = w.row((layer.raw >= 0 ? layer.raw : layer.activated) + begin);
-  start_units(layer, w, begin, end, out);
-  multiply(layer, w, begin, end, layer.source_counts[step], out);
+  sum_units(layer, w, begin, end, layer.source_counts[step], out);
   if (layer.activated < 0) return;
   T* activated = w.row(layer.activated + begin);
   with_activation(layer.activation, [&](auto activation) {
@@ -154,8 +176,7 @@ void run_block(const AutoregressiveArgs& a, const Work<T>& w, const ElementMaps<
     T* params = w.row(a.params);
     for (int rank = a.feature_counts[step]; rank < a.feature_counts[step + 1]; ++rank) {
       const int begin = rank * a.outputs, end = begin + a.outputs;
-      start_units(last, w, begin, end, params);
-      multiply(last, w, begin, end, last.source_counts[step], params);
+      sum_units(last, w, begin, end, last.source_counts[step], params);
       find_feature(a, w, rank, params, maps);
     }
   }

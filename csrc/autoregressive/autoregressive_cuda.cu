@@ -111,8 +111,8 @@ __device__ void find_units(const MaskedLayer& layer, const Tile<T>& t, int begin
     const int r = threadIdx.x / kTile, s = threadIdx.x % kTile;
     constexpr int kRowsAtOnce = kThreads / kTile;
     T start = T(0);
+    const int64_t sample = t.first + min(s, t.count - 1);
     const auto bias = [&](int unit) {
-      const int64_t sample = layer.bias_row == 0 ? 0 : t.first + min(s, t.count - 1);
       return static_cast<const T*>(layer.bias)[sample * layer.bias_row + unit];
     };
     if (r < units) start = bias(begin + r);
@@ -127,6 +127,9 @@ __device__ void find_units(const MaskedLayer& layer, const Tile<T>& t, int begin
       T value = row == r ? start : bias(unit);
       for (int part = 0; part < parts; ++part) {
         value += t.partial[(part * units + row) * kTile + s];
+      }
+      if (layer.gate != nullptr) {
+        value *= static_cast<const T*>(layer.gate)[sample * layer.gate_row + unit];
       }
       if (layer.residual >= 0) value += t.at(layer.residual + layer.residual_at[unit], s);
       put(unit, s, value);

@@ -9,10 +9,12 @@ namespace pfk {
 
 // `structure` is features, outputs, levels, most features of a level, then five numbers a layer:
 // its source (-1: the input), whether activated values are read there, the residual layer (-1:
-// none), the activation that others see it through, whether its raw values are kept.  `table` lies
-// on the device: the order, the counts [layers + 1, levels + 1] (the input's first), then where
+// none), the activation that others see it through, and whether its raw values are kept (1) and it
+// has a gate (2).  Gates come behind the biases, those of the first layer first.  `table` lies on
+// the device: the order, the counts [layers + 1, levels + 1] (the input's first), then where
 // residual values lie.
 constexpr int kHead = 4, kEach = 5;
+constexpr int kKeepsRaw = 1, kGated = 2;
 constexpr int kSplineCode = 64;  // a spline's kind is this and its code, its flags are its bins
 
 struct AutoregressiveTensors {
@@ -29,6 +31,7 @@ inline void place_layers(AutoregressiveTensors& t, const std::vector<int64_t>& s
   a.feature_counts = table + a.features;
   const int32_t* residual_at = counts(a.layer_count + 1);
   int rows = a.features;
+  size_t gates = t.weights.size();
   for (int j = 0; j < a.layer_count; ++j) {
     MaskedLayer& layer = a.layers[j];
     const int64_t* s = structure.data() + kHead + kEach * j;
@@ -37,6 +40,11 @@ inline void place_layers(AutoregressiveTensors& t, const std::vector<int64_t>& s
     layer.units = static_cast<int>(t.weights[j].size(0));
     layer.stride = static_cast<int>(t.weights[j].size(1));
     layer.bias_row = t.biases[j].dim() == 2 ? layer.units : 0;
+    if (s[4] & kGated) {
+      const Tensor& gate = t.biases[gates++];
+      layer.gate = gate.const_data_ptr();
+      layer.gate_row = gate.dim() == 2 ? layer.units : 0;
+    }
     layer.counts = counts(j + 1);
     const int source = static_cast<int>(s[0]);
     layer.source_counts = counts(source + 1);
@@ -47,7 +55,7 @@ inline void place_layers(AutoregressiveTensors& t, const std::vector<int64_t>& s
     layer.activation = static_cast<Activation>(s[3]);
     layer.raw = layer.activated = -1;
     if (j + 1 == a.layer_count) continue;
-    if (s[4]) layer.raw = rows, rows += layer.units;
+    if (s[4] & kKeepsRaw) layer.raw = rows, rows += layer.units;
     if (s[3]) layer.activated = rows, rows += layer.units;
   }
   a.params = rows;
@@ -74,7 +82,11 @@ inline AutoregressiveTensors autoregressive_tensors(
     const Tensor& z, const Tensor& table, const std::vector<Tensor>& weights,
     const std::vector<Tensor>& biases, const std::vector<int64_t>& structure, int64_t kind,
     const std::vector<double>& numbers, int64_t flags) {
-  STD_TORCH_CHECK(weights.size() <= kMaxLayers && weights.size() == biases.size() &&
+  size_t factors = weights.size();
+  for (size_t i = kHead + kEach - 1; i < structure.size(); i += kEach) {
+    if (structure[i] & kGated) ++factors;
+  }
+  STD_TORCH_CHECK(weights.size() <= kMaxLayers && biases.size() == factors &&
                       structure.size() == kHead + kEach * weights.size(),
                   "pyflowkern: layers that do not fit each other");
   AutoregressiveTensors t{torch::stable::contiguous(z),   table, empty(z, z.sizes()),

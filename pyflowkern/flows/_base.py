@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyflowkern import ops
 from pyflowkern.flows._build import parse_shape
-from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
+from pyflowkern.flows._distribution import FlowDistribution, StandardNormal, support_of
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
-from pyflowkern.nn._base import check_count
+from pyflowkern.nn._base import check_count, check_dtype, independent
 
 __all__ = ["Flow"]
 
@@ -55,6 +56,8 @@ class Flow(Bijection):
 
     #: Ends of the interval that each element of ``x`` lies in, for flows with a bounded domain.
     domain: tuple[float, float] | None = None
+
+    _anchor: Tensor
 
     def __init__(
         self,
@@ -120,7 +123,17 @@ class Flow(Bijection):
         return x, log_det
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the log-density of ``x`` in nats, ``[N]``."""
+        """Return the log-density of ``x`` in nats, ``[N]``: -inf outside of a bounded domain."""
+        if self.domain is None:
+            return self._log_prob_inside(x, context)
+        self._check_data("x", x)
+        low, high = self.domain  # compared in the dtype of x, in which the ends are rounded
+        outside = (x < low) | (x > high)
+        # a point that stands in keeps NaN, inf and angles that would wrap out of the networks
+        log_prob = self._log_prob_inside(x.masked_fill(outside, (low + high) / 2), context)
+        return log_prob.masked_fill(outside.flatten(1).any(1) & ~log_prob.isnan(), -math.inf)
+
+    def _log_prob_inside(self, x: Tensor, context: Tensor | None) -> Tensor:
         z, log_det = self(x, context)
         log_prob: Tensor = self.base.log_prob(z) + log_det  # type: ignore[operator]
         return log_prob
@@ -224,11 +237,14 @@ class Flow(Bijection):
             return self.bijection.split_latents(z)
         return [z.reshape(z.shape[0], *self._latent_shape)]
 
-    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
+    def distribution(
+        self, context: Tensor | None = None, *, validate_args: bool = False
+    ) -> FlowDistribution:
         """Return a :class:`torch.distributions.Distribution` of the data.
 
         Args:
             context: ``[*batch, K]``: its leading axes become the batch shape.
+            validate_args: refuse values outside of the support, as :class:`FlowDistribution` does.
 
         Example:
             >>> import torch
@@ -238,12 +254,24 @@ class Flow(Bijection):
             >>> d.event_shape, tuple(x.shape), tuple(d.log_prob(x).shape)
             (torch.Size([2]), (3, 4, 2), (3, 4))
         """
-        return FlowDistribution(self, context)
+        return FlowDistribution(self, context, validate_args=validate_args)
 
     def transform(self, context: Tensor | None = None, **options: Any) -> BijectionTransform:
-        """Return the flow as a torch Transform; it knows its own event shapes."""
+        """Return the flow as a torch Transform; it knows its own event shapes and its domain.
+
+        A flow on a bounded domain maps the interval onto itself: both sides are constrained to it.
+        """
         options.pop("event_dim", None)
-        return BijectionTransform(self, context, len(self.event_shape), 1, **options)
+        each = constraints.real if self.domain is None else constraints.interval(*self.domain)
+        return BijectionTransform(
+            self,
+            context,
+            len(self.event_shape),
+            1,
+            domain=support_of(self),
+            codomain=independent(each, 1),
+            **options,
+        )
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return ``(D,)``."""
@@ -290,11 +318,7 @@ class Flow(Bijection):
             hint = "uint8 in a flow made with bits=8" if self.preprocess is None else "uint8"
             pixels = f" (or {hint})" if name.startswith("x") else ""
             raise TypeError(f"{name} must be {self._anchor.dtype}{pixels}, got {x.dtype}")
-        if x.dtype != self._anchor.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"{name} must have the flow's dtype {self._anchor.dtype}, got {x.dtype}; "
-                "convert one of them, as by flow.to(x.dtype)"
-            )
+        check_dtype(name, x, self._anchor.dtype, "flow")
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         if not self.context_features:

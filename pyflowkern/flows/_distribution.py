@@ -14,7 +14,7 @@ from pyflowkern.nn._base import broadcast_shapes, independent
 if TYPE_CHECKING:
     from pyflowkern.flows._base import Flow
 
-__all__ = ["FlowDistribution", "StandardNormal"]
+__all__ = ["FlowDistribution", "StandardNormal", "support_of"]
 
 
 class StandardNormal(torch.nn.Module):
@@ -38,7 +38,7 @@ class StandardNormal(torch.nn.Module):
         if dims < 1:
             raise ValueError(f"dims must be at least 1, got {dims}")
         self.dims = dims
-        # follows the module's dtype and device, so that samples do
+        # follows the module's dtype and device, so that samples do; its value is never read
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class StandardNormal(torch.nn.Module):
     def distribution(self) -> Independent[Normal]:
         """Return the same as a :class:`torch.distributions.Independent`."""
         return Independent(
-            Normal(self.zero.expand(self.dims), torch.ones_like(self.zero).expand(self.dims)), 1
+            Normal(self.zero.new_zeros(self.dims), self.zero.new_ones(self.dims)), 1
         )
 
 
@@ -68,6 +68,8 @@ class FlowDistribution(Distribution):
         flow: the flow.
         context: ``[*batch, K]`` for a conditional flow.
         batch_shape: batch shape, by default that of the context.
+        validate_args: check each value of ``log_prob``: of another shape, outside of the support or
+            NaN it raises ValueError, for which a GPU is waited for.  Else its density is -inf or NaN.
 
     Raises:
         TypeError: for a context that is no tensor.
@@ -85,24 +87,23 @@ class FlowDistribution(Distribution):
     has_rsample = True
 
     def __init__(
-        self, flow: Flow, context: Tensor | None = None, batch_shape: torch.Size | None = None
+        self,
+        flow: Flow,
+        context: Tensor | None = None,
+        batch_shape: torch.Size | None = None,
+        *,
+        validate_args: bool = False,
     ) -> None:
         _check_context(flow, context)
         self.flow, self.context = flow, context
         if batch_shape is None:
             batch_shape = torch.Size() if context is None else context.shape[:-1]
-        super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=False)
+        super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
         """The real line or the flow's domain; for pixels the unit interval and the margin of alpha."""
-        each: constraints.Constraint = constraints.real
-        if self.flow.domain is not None:
-            each = constraints.interval(*self.flow.domain)
-        if self.flow.preprocess is not None:
-            margin = self.flow.preprocess.alpha / (1 - 2 * self.flow.preprocess.alpha)
-            each = constraints.interval(-margin, 1 + margin)
-        return independent(each, len(self.event_shape))
+        return support_of(self.flow)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """Return the distribution with another batch shape."""
@@ -110,7 +111,7 @@ class FlowDistribution(Distribution):
         context = (
             None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
         )
-        return FlowDistribution(self.flow, context, shape)
+        return FlowDistribution(self.flow, context, shape, validate_args=self._validate_args)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``[*sample_shape, *batch_shape, *event_shape]``, with gradients."""
@@ -126,6 +127,8 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of ``[*sample, *batch, *event]``, one number an event."""
+        if self._validate_args and value.dtype != torch.uint8:  # of which every value is a pixel
+            self._validate_sample(value)
         cut = value.dim() - len(self.event_shape)
         lead = broadcast_shapes(value.shape[:cut], self.batch_shape)
         x = value.expand(*lead, *value.shape[cut:]).reshape(lead.numel(), *value.shape[cut:])
@@ -136,6 +139,17 @@ class FlowDistribution(Distribution):
             return None
         size = self.context.shape[-1]
         return self.context.expand(*lead, size).reshape(lead.numel(), size)
+
+
+def support_of(flow: Flow) -> constraints.Constraint:
+    """Return where the flow's data lie: see :attr:`FlowDistribution.support`."""
+    each: constraints.Constraint = constraints.real
+    if flow.domain is not None:
+        each = constraints.interval(*flow.domain)
+    if flow.preprocess is not None:
+        margin = flow.preprocess.alpha / (1 - 2 * flow.preprocess.alpha)
+        each = constraints.interval(-margin, 1 + margin)
+    return independent(each, len(flow.event_shape))
 
 
 def _check_context(flow: Flow, context: Tensor | None) -> None:

@@ -152,7 +152,7 @@ class Uniform(torch.nn.Module):
         if not low < high:
             raise ValueError(f"high must be above low, got {low} and {high}")
         self.dims, self.low, self.high = dims, low, high
-        # follows the module's dtype and device, so that samples do
+        # follows the module's dtype and device, so that samples do; its value is never read
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -180,8 +180,8 @@ class Uniform(torch.nn.Module):
 
     def distribution(self) -> Independent[Any]:
         """Return the same as a :class:`torch.distributions.Independent`."""
-        ends = (self.zero + self.low).expand(self.dims), (self.zero + self.high).expand(self.dims)
-        return Independent(TorchUniform(*ends, validate_args=False), 1)
+        low, high = (self.zero.new_full((self.dims,), end) for end in (self.low, self.high))
+        return Independent(TorchUniform(low, high, validate_args=False), 1)
 
     def extra_repr(self) -> str:
         """Return what the representation shows."""

@@ -196,7 +196,7 @@ class CNF(Flow):
             ways.append(way)
             return way.end, way.log_det.mean(1)
 
-        z, log_det = run_through(self.bijection, z.to(self._anchor), run)  # type: ignore[arg-type]
+        z, log_det = run_through(self.bijection, z.to(self._anchor), run)
         log_prob = self.base.log_prob(z.flatten(1)) + log_det  # type: ignore[operator]
         log_prob = log_prob if before is None else log_prob + before
         log_dets = torch.stack([way.log_det for way in ways]).sum(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyflowkern.ops._registry import accumulation_dtype, check_batched
+from pyflowkern.ops._registry import accumulation_dtype, autocasts, check_batched
 
 __all__ = [
     "Bijection",
@@ -16,6 +16,7 @@ __all__ = [
     "Sequential",
     "check_channels",
     "check_count",
+    "check_dtype",
     "zero_log_det",
 ]
 
@@ -86,6 +87,8 @@ class BijectionTransform(Transform):
         domain_dim: axes of one event of the data.
         codomain_dim: axes of one event of the latent.
         cache_size: 1 keeps the last call and its log-determinant.
+        domain: where the data lie, over events; None for all real numbers.
+        codomain: where the latent lies.
 
     Example:
         >>> import torch
@@ -107,18 +110,26 @@ class BijectionTransform(Transform):
         codomain_dim: int = 1,
         *,
         cache_size: int = 0,
+        domain: constraints.Constraint | None = None,
+        codomain: constraints.Constraint | None = None,
     ) -> None:
         super().__init__(cache_size=cache_size)
         self.bijection, self.context = bijection, context
         self.domain_dim, self.codomain_dim = domain_dim, codomain_dim
-        self.domain = independent(constraints.real, domain_dim)
-        self.codomain = independent(constraints.real, codomain_dim)
+        self.domain = domain or independent(constraints.real, domain_dim)
+        self.codomain = codomain or independent(constraints.real, codomain_dim)
         self._last: tuple[Tensor, Tensor] | None = None
 
     def with_cache(self, cache_size: int = 1) -> BijectionTransform:
         """Return the same transform with another cache size."""
         return BijectionTransform(
-            self.bijection, self.context, self.domain_dim, self.codomain_dim, cache_size=cache_size
+            self.bijection,
+            self.context,
+            self.domain_dim,
+            self.codomain_dim,
+            cache_size=cache_size,
+            domain=self.domain,
+            codomain=self.codomain,
         )
 
     def _call(self, x: Tensor) -> Tensor:
@@ -250,6 +261,16 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
+    """Raise TypeError unless ``t`` has the dtype of the parameters, or autocast makes up the difference."""
+    if t.dtype == want or (autocasts(t) and torch.float64 not in (t.dtype, want)):
+        return
+    raise TypeError(
+        f"{name} must have the {whose}'s dtype {want}, got {t.dtype}; "
+        f"convert one of them, as by {whose}.to({name}.dtype)"
+    )
 
 
 def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyflowkern.nn._base import Bijection, check_count
 from pyflowkern.ops import channel_split_sizes, checkerboard_mask
+from pyflowkern.ops._coupling import structure_device
 
 __all__ = [
     "Conditioner",
@@ -36,7 +38,7 @@ def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
         [False, False, False, True, True]
     """
     check_count("channels", channels)
-    index = torch.arange(channels)
+    index = torch.arange(channels, device=structure_device())
     return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
 
 
@@ -57,7 +59,8 @@ class Coupling(Bijection):
         self.split = "mask" if isinstance(split, Tensor) else split
         # True is transformed, swap included; structure and not state: moved, but not saved
         mask = split ^ swap if isinstance(split, Tensor) else None
-        self.register_buffer("mask", mask, persistent=False)
+        self._structure: dict[str, Tensor] = {}
+        self._register_structure("mask", mask)
         self._slice: slice | None = None
         index = None
         if self.split == "channel":
@@ -76,7 +79,24 @@ class Coupling(Bijection):
         else:
             self.sizes = (channels, channels)
         # a slice is a view, and its gradient a copy; an index gathers and scatters
-        self.register_buffer("passing", None if self._slice else index, persistent=False)
+        self._register_structure("passing", None if self._slice else index)
+
+    def _register_structure(self, name: str, value: Tensor | None) -> None:
+        """Register a buffer that :meth:`to_empty` cannot empty, and that is on meta where all of the layer is."""
+        if value is not None:
+            self._structure[name] = value.cpu()
+            if structure_device() is not None:
+                value = value.to("meta")
+        self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        for name, host in self._structure.items():
+            found = self._buffers[name]
+            if found is not None and found is not before[name]:
+                self._buffers[name] = host.to(found.device)
+        return self
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         if self.split == "checkerboard":
@@ -126,6 +146,8 @@ def check_split(split: str | Tensor, channels: int) -> None:
     if isinstance(split, Tensor):
         if split.dtype != torch.bool:
             raise TypeError(f"split must be a boolean mask, got {split.dtype}")
+        if split.is_meta:
+            raise ValueError("split must be a mask with values, got one on the device meta")
         if split.dim() == 0 or split.shape[0] != channels:
             raise ValueError(
                 f"split must be a mask [{channels}] or [{channels}, *space], "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import transformed
+from pyflowkern.ops._registry import autocasts
 
 __all__ = ["linear_layers"]
 
@@ -23,7 +24,7 @@ def linear_layers(
     """
     if torch.compiler.is_compiling() or transformed():
         return None
-    if x.dim() != 2 or torch.is_autocast_enabled(x.device.type):
+    if x.dim() != 2 or autocasts(x):
         return None
     weights: list[Tensor] = []
     biases: list[Tensor] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels, check_count
+from pyflowkern.nn._base import Bijection, check_channels, check_count, check_dtype
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.masked import MaskedMLP
@@ -43,7 +43,8 @@ class MaskedAutoregressive(Bijection):
 
     Raises:
         ValueError: as :class:`MaskedMLP`, and for a transform or a conditioner that does not fit.
-        TypeError: for counts that are not ints, and a conditioner that is no module.
+        TypeError: for counts that are not ints, a conditioner that is no module, and a dtype other than that of the
+            parameters, without autocast.
 
     Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017).
 
@@ -115,6 +116,7 @@ class MaskedAutoregressive(Bijection):
                 lambda x: condition(self.conditioner, x, context), z, transform=self.element_map
             )
         weights, biases = self.conditioner.weights_and_biases(context, z.shape[0])
+        check_dtype("z", z, weights[0].dtype, "network")
         return ops.autoregressive_inverse(
             z, weights, biases, self.conditioner.plan, transform=self.element_map
         )

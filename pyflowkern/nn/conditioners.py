@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import check_count
+from pyflowkern.nn._base import check_count, check_dtype
 from pyflowkern.nn._relu_network import linear_layers
 from pyflowkern.ops.relu_network import evaluate_network
 
@@ -20,6 +20,7 @@ Activation = Callable[[], torch.nn.Module]
 class _Conditioner(torch.nn.Module):
     """Context as a bias per channel: the same as concatenating it, broadcast over space."""
 
+    first: torch.nn.Module
     last: torch.nn.Module
 
     def __init__(self, hidden: int, context_features: int, first: int | None = None) -> None:
@@ -36,7 +37,10 @@ class _Conditioner(torch.nn.Module):
             else None
         )
 
-    def _add_context(self, h: Tensor, context: Tensor | None) -> Tensor:
+    def _first_layer(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return the first layer's output, the context added; a dtype that does not fit is named."""
+        _check_dtype_of("x", x, self.first)
+        h: Tensor = self.first(x)
         bias = self._context_bias(h, context)
         return h if bias is None else h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
 
@@ -53,6 +57,8 @@ class _Conditioner(torch.nn.Module):
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
+        if context.dtype != h.dtype:
+            _check_dtype_of("context", context, self.context)
         bias: Tensor = self.context(context)
         return bias
 
@@ -107,7 +113,7 @@ class MLP(_Conditioner):
         layers = [self.first, *body[1::2], self.last]
         if (params := linear_layers(x, layers, body[0::2])) is not None:
             return evaluate_network(x, *params, self._context_bias(x, context), False, True)
-        out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
+        out: Tensor = self.last(self.body(self._first_layer(x, context)))
         return out
 
 
@@ -173,7 +179,7 @@ class ResidualMLP(_Conditioner):
         if (params := linear_layers(x, [*layers, last], activations)) is not None:
             bias = self._context_bias(x, context)
             return evaluate_network(x, *params, bias, True, self.activate_last)
-        h = self._add_context(self.first(x), context)
+        h = self._first_layer(x, context)
         for block in self.blocks:
             h = h + block(h)
         out: Tensor = self.last(h)
@@ -222,7 +228,7 @@ class ConvNet(_Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_channels, *space]``."""
-        out: Tensor = self.last(self.body(self._add_context(self.first(x), context)))
+        out: Tensor = self.last(self.body(self._first_layer(x, context)))
         return out
 
 
@@ -281,7 +287,7 @@ class ResidualConvNet(_Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_channels, *space]``."""
-        h = self._add_context(self.first(x), context)
+        h = self._first_layer(x, context)
         for block in self.blocks:
             h = h + block(h)
         out: Tensor = self.last(h)
@@ -337,6 +343,12 @@ def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
             last = last[-1]
         with torch.no_grad():
             last.bias.copy_(values)  # type: ignore[operator]
+
+
+def _check_dtype_of(name: str, t: Tensor, layer: torch.nn.Module) -> None:
+    known = next(layer.parameters(), None)  # of a layer put in place of ours, perhaps
+    if known is not None and known.is_floating_point():
+        check_dtype(name, t, known.dtype, "network")
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
-from pyflowkern.ops._registry import check_floating
+from pyflowkern.ops._registry import accumulation_dtype, check_floating
 
 __all__ = ["jacobi_inverse"]
 
 Network = Callable[[Tensor], Tensor]
+
+
+@overload
+def jacobi_inverse(
+    network: Network,
+    z: Tensor,
+    *,
+    transform: str | ElementMap = "affine",
+    tolerance: float = 0.0,
+    max_steps: int | None = None,
+    return_residual: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def jacobi_inverse(
+    network: Network,
+    z: Tensor,
+    *,
+    transform: str | ElementMap = "affine",
+    tolerance: float = 0.0,
+    max_steps: int | None = None,
+    return_residual: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def jacobi_inverse(
@@ -24,14 +47,23 @@ def jacobi_inverse(
     transform: str | ElementMap = "affine",
     tolerance: float = 0.0,
     max_steps: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_residual: bool = False,
+) -> tuple[Tensor, ...]:
     r"""Invert :math:`z_i = \tau(x_i; \theta_i(x_{<i}))`, all features at once, by iteration.
 
     .. math:: x^{(k+1)} = \tau^{-1}(z; \theta(x^{(k)})),
 
     of which the first ``k`` features, in their order, are right after ``k`` steps: exact after ``D``, and often much
     sooner to rounding.  A sample stops where a step moves it by ``tolerance`` at most.  Gradients are implicit, by
-    the same iteration for :math:`v J = g`; no step is kept in memory.  There are first derivatives alone.
+    the same iteration for :math:`v J = g`; no step is kept in memory.  There are first derivatives alone: a second one
+    raises RuntimeError.
+
+    Whether the steps were enough the residual tells, which costs nothing:
+
+    .. math:: r = \max_i \frac{|z_i - \tau(x_i; \theta_i(x))|}{1 + |z_i|},
+
+    some roundings where ``x`` is the inverse, more where ``z`` moves much with ``x``, and NaN where ``z`` or ``x`` is
+    not finite.
 
     Args:
         network: returns the parameters ``[N, D, P]`` of ``x`` ``[N, D]``; must be autoregressive in some order.
@@ -39,9 +71,11 @@ def jacobi_inverse(
         transform: :math:`\tau`, as for :class:`MaskedAutoregressive`.
         tolerance: largest change of a feature in the last step, in units of ``1 + |x|``.
         max_steps: most steps; None for ``D``.
+        return_residual: also return ``r``, without gradient.
 
     Returns:
-        ``(x, log_det)`` as :func:`pyflowkern.ops.autoregressive_inverse`.
+        ``(x, log_det)`` as :func:`pyflowkern.ops.autoregressive_inverse`, or ``(x, log_det, r)``, ``r`` of shape
+        ``[N]``, float32 or float64.
 
     Raises:
         TypeError: for a ``z`` that is no floating-point tensor.
@@ -57,6 +91,9 @@ def jacobi_inverse(
         >>> x, log_det = nn.jacobi_inverse(net, torch.randn(3, 4))
         >>> tuple(x.shape), tuple(log_det.shape)
         ((3, 4), (3,))
+        >>> *_, residual = nn.jacobi_inverse(net, torch.randn(3, 4), return_residual=True)
+        >>> bool((residual < 1e-6).all())
+        True
     """
     check_floating("z", z)
     if z.dim() != 2:
@@ -77,7 +114,17 @@ def jacobi_inverse(
         # zero in value: how far z and the parameters are from those that x belongs to
         residual = z - apply_elements(x, network(x), tau)[0]
         x = _Implicit.apply(residual, x, network, tau, tolerance, steps)  # type: ignore[no-untyped-call]
-    return x, -apply_elements(x, network(x), tau)[1]
+    back, log_det = apply_elements(x, network(x), tau)
+    if return_residual:
+        return x, -log_det, _residual(z.detach(), back.detach())
+    return x, -log_det
+
+
+def _residual(z: Tensor, back: Tensor) -> Tensor:
+    """Return the largest relative difference of each sample; infinities are not equal to each other."""
+    work = accumulation_dtype(z.dtype)
+    z, back = z.to(work), back.to(work)
+    return ((z - back).abs() / (1 + z.abs())).amax(1)
 
 
 class _Implicit(torch.autograd.Function):
@@ -86,14 +133,23 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, *plan: Any) -> Tensor:
         ctx.plan = plan
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(residual, x)
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        network, tau, tolerance, steps = ctx.plan
+        residual, x = ctx.saved_tensors
+        v = _Implicit.solve(grad.detach(), x, *ctx.plan)
+        if torch.is_grad_enabled():
+            v = _FirstAlone.apply(v, grad, residual)  # type: ignore[no-untyped-call]
+        return v, None, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def solve(
+        grad: Tensor, x: Tensor, network: Network, tau: ElementMap, tolerance: float, steps: int
+    ) -> Tensor:
+        """Return ``v`` of ``v J = grad``."""
         with torch.enable_grad():
             inner, outer = (x.detach().requires_grad_() for _ in range(2))
             params = network(inner)
@@ -106,8 +162,25 @@ class _Implicit(torch.autograd.Function):
             moved: Tensor = v + (grad - product) / diagonal
             return moved
 
-        v = _iterate(step, grad / diagonal, tolerance, steps)
-        return v, None, None, None, None, None
+        return _iterate(step, grad / diagonal, tolerance, steps)
+
+
+class _FirstAlone(torch.autograd.Function):
+    """The identity of ``v``, through which nothing that ``v`` depends on can be reached.
+
+    The residual leads to ``z`` and to all parameters: torch's ``once_differentiable`` sees the upstream gradient alone,
+    and would let a wrong second derivative pass where that is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, *causes: Tensor) -> Tensor:
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "jacobi_inverse has first derivatives alone: differentiate the forward direction twice, or use a MaskedMLP"
+        )
 
 
 def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, tolerance: float, steps: int) -> Tensor:

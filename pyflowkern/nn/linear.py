@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pyflowkern import ops
 from pyflowkern.nn._base import Bijection, check_channels, check_count
-from pyflowkern.ops._registry import accumulation_dtype
+from pyflowkern.ops._registry import accumulation_dtype, autocasts
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 
@@ -185,7 +185,7 @@ class InvertibleConv1x1(InvertibleLinear):
 def _is_product(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own product does: for vectors it is as fast, and cheaper to call, than an op of ours."""
     full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    return x.dim() == 2 and full and not torch.is_autocast_enabled(x.device.type)
+    return x.dim() == 2 and full and not autocasts(x)
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import check_count
+from pyflowkern.nn._base import check_count, check_dtype
 from pyflowkern.ops._registry import check_floating
 from pyflowkern.ops.masked_plan import ACTIVATIONS, MaskedLayer, MaskedPlan
 
@@ -35,6 +35,7 @@ class MaskedMLP(torch.nn.Module):
     Raises:
         ValueError: for a width below 1, widths that differ with ``residual``, an order that is no permutation, an
             unknown activation, or a context of another shape.
+        TypeError: for counts that are not ints, and a dtype other than that of the parameters, without autocast.
 
     Source: Germain, Gregor, Murray and Larochelle, "MADE: Masked Autoencoder for Distribution
     Estimation" (2015); the residual form Durkan and Nash, "Autoregressive Energy Machines" (2019).
@@ -93,7 +94,9 @@ class MaskedMLP(torch.nn.Module):
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must have shape [N, {self.features}], got {tuple(x.shape)}")
-        return self.plan.parameters(x, *self.weights_and_biases(context, x.shape[0]))
+        weights, biases = self.weights_and_biases(context, x.shape[0])
+        check_dtype("x", x, weights[0].dtype, "network")
+        return self.plan.parameters(x, weights, biases)
 
     def weights_and_biases(
         self, context: Tensor | None, samples: int
@@ -113,6 +116,7 @@ class MaskedMLP(torch.nn.Module):
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
+        check_dtype("context", context, weights[0].dtype, "network")
         biases[0] = self.context(context) + biases[0]
         return weights, biases
 

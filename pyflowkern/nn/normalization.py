@@ -13,6 +13,8 @@ from pyflowkern.nn._base import Bijection, check_channels, check_count
 
 __all__ = ["ActNorm"]
 
+_TRIES = 3  # training batches that are looked at: one is enough unless all of it is NaN
+
 
 class ActNorm(Bijection):
     r"""Scale and shift each channel: :math:`z = \exp(\ell)\,(x + b)`.
@@ -23,7 +25,9 @@ class ActNorm(Bijection):
     in each channel; before that, and in eval mode, the layer is the identity.  The flag
     ``initialized`` is a buffer, so that resuming does not start again.  Initialisation waits for
     no device, sums over all ranks of an initialised process group, and leaves a channel alone
-    whose batch is constant or not finite.  Under torch.compile the first call runs its own graph.
+    that is constant or whose variance overflows.  Samples that hold NaN or inf are left out; a batch
+    of nothing else does not count, and the next two are tried.  Under torch.compile the first call
+    runs its own graph, and is the only try.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
@@ -51,8 +55,8 @@ class ActNorm(Bijection):
         self.log_scale = torch.nn.Parameter(torch.zeros(channels))
         self.bias = torch.nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        # what the host knows without asking the device: False means certainly initialised
-        self._may_need_init = True
+        # what the host knows without asking the device: at 0 it looks no more
+        self._tries = _TRIES
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalise ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
@@ -68,34 +72,49 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set scale and bias from ``x`` if this is the first training batch."""
-        if not (self.training and self._may_need_init):
+        if not (self.training and self._tries):
             return
         distributed = dist.is_available() and dist.is_initialized()
         if x.numel() == 0 and not distributed:
             return
-        mean, var = _global_moments(x) if distributed else ops.channel_moments(x)
+        mean, var, count = _finite_moments(x)
+        if distributed:
+            mean, var, count = _over_all_ranks(mean, var, count)
         # a spread below the rounding of the mean is no spread
         spread = var > (torch.finfo(torch.float32).eps * mean).square()
         log_scale = torch.where(spread & var.isfinite(), -0.5 * torch.log(var), 0.0)
         bias = torch.where(mean.isfinite(), -mean, 0.0)
-        self.log_scale.copy_(torch.where(self.initialized, self.log_scale, log_scale))
-        self.bias.copy_(torch.where(self.initialized, self.bias, bias))
-        self.initialized.fill_(True)
-        self._may_need_init = False
+        keeps = self.initialized | (count == 0)
+        self.log_scale.copy_(torch.where(keeps, self.log_scale, log_scale))
+        self.bias.copy_(torch.where(keeps, self.bias, bias))
+        self.initialized.logical_or_(count > 0)
+        # each number of tries is a graph of its own to a compiler: there it is one or none
+        self._tries = 0 if torch.compiler.is_compiling() else self._tries - 1
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._may_need_init = True  # the flag that comes may be either
+        self._tries = _TRIES  # the flag that comes may be either
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def _global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance per channel over all ranks, some of which may be empty."""
-    mean, var = ops.channel_moments(x)
-    count = mean.new_full((1,), float(x.numel() // x.shape[1]))
+def _finite_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and variance per channel of the samples without NaN and inf, and their elements a channel."""
+    finite = x.isfinite().flatten(1).all(1)
+    rows = finite.view(-1, *[1] * (x.dim() - 1))
+    mean = ops.channel_moments(x.masked_fill(~rows, 0.0))[0]
+    found = finite.sum().to(mean.dtype)
+    factor = x.shape[0] / found
+    # the mean of the others stands in for what is left out: their sum of squares is that of all
+    fill = (mean * factor).view(-1, *[1] * (x.dim() - 2))
+    mean, var = ops.channel_moments(torch.where(rows, x, fill))
+    return mean, var * factor, found * x.shape[2:].numel()
+
+
+def _over_all_ranks(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and count over all ranks, some of which may be empty."""
     mean, var = (torch.where(count > 0, t, 0.0) for t in (mean, var))
-    sums = torch.cat([count * mean, count])
+    sums = torch.cat([count * mean, count.view(1)])
     dist.all_reduce(sums)
-    total_mean = sums[:-1] / sums[-1]
+    total_mean, total = sums[:-1] / sums[-1], sums[-1]
     squares = count * (var + (mean - total_mean).square())
     dist.all_reduce(squares)
-    return total_mean, squares / sums[-1]
+    return total_mean, squares / total, total

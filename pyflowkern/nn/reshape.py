@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
+from pyflowkern.ops._coupling import structure_device
 from pyflowkern.ops._registry import check_batched
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]
@@ -109,9 +110,9 @@ class Permutation(Bijection):
         super().__init__()
         if isinstance(permutation, int):
             check_count("permutation", permutation)
-            order = torch.randperm(permutation)
+            order = torch.randperm(permutation, device=structure_device())
         else:
-            order = torch.as_tensor(permutation)
+            order = torch.as_tensor(permutation, device=structure_device())
         if (
             order.is_floating_point()
             or order.dim() != 1
@@ -120,6 +121,10 @@ class Permutation(Bijection):
         ):
             raise ValueError(f"permutation must order 0 ... C - 1, got {order.tolist()}")
         self.channels = order.numel()
+        if (
+            structure_device() is not None
+        ):  # the layer is made on meta, and order came from the host
+            order = order.to("meta")
         self.register_buffer("permutation", order.long())
         self.register_buffer("inverse_permutation", order.argsort())
 

@@ -29,10 +29,16 @@ def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
     return (last, first) if swap else (first, last)
 
 
+def structure_device() -> torch.device | None:
+    """Return None for the default device, or the host where that is meta: a mask needs its values there, too."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else None
+
+
 def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number."""
     if len(event_shape) < 2:
         raise ValueError(f"a checkerboard needs [C, *space], got event shape {tuple(event_shape)}")
+    device = structure_device() if device is None else device
     space = event_shape[1:]
     parity = torch.zeros(space, dtype=torch.int64, device=device)
     for axis, size in enumerate(space):

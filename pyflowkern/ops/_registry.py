@@ -14,6 +14,7 @@ from pyflowkern.ops._lists import differentiable_lists
 
 __all__ = [
     "accumulation_dtype",
+    "autocasts",
     "cast",
     "check_batched",
     "check_floating",
@@ -160,9 +161,14 @@ def empty_canonical(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def autocasts(t: Tensor) -> bool:
+    """Whether autocast is on where ``t`` is; there is none on the meta device, and asking is an error."""
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
+
+
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off where it is on: a matrix product would round to half behind our back."""
-    if torch.is_autocast_enabled(t.device.type):
+    if autocasts(t):
         return torch.autocast(t.device.type, enabled=False)
     return nullcontext()
 

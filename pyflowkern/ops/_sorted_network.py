@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern.ops._elements import ElementMap, apply_elements
-from pyflowkern.ops.masked_plan import ACTIVATIONS, HEAD
+from pyflowkern.ops.masked_plan import ACTIVATIONS, GATED, HEAD
 
 __all__ = ["SortedNetwork", "solve"]
 
@@ -22,7 +22,7 @@ class SortedNetwork:
     Args:
         table: the plan's table, on the device of the weights.
         weights: packed weights ``[units, padded inputs]``.
-        biases: ``[units]`` or ``[N, units]``.
+        biases: ``[units]`` or ``[N, units]``, then the gates.
         structure: what :meth:`MaskedPlan.structure` returns.
     """
 
@@ -38,6 +38,9 @@ class SortedNetwork:
         each = [structure[i : i + _EACH] for i in range(HEAD, len(structure), _EACH)]
         self.sources = [s[0] for s in each]
         self.residuals = [s[2] for s in each]
+        gated = [i for i, s in enumerate(each) if s[4] & GATED]
+        #: Where behind the biases the gate of a layer is.
+        self.gate_at = {i: len(each) + k for k, i in enumerate(gated)}
         self.reads_activated = [bool(s[1]) for s in each]
         self.activations = [ACTIVATIONS[list(ACTIVATIONS)[s[3]]] for s in each]
         self.order = table[: self.features].long()
@@ -56,11 +59,13 @@ class SortedNetwork:
         """Return the values of every layer for sorted features; the last are the parameters."""
         found: list[Tensor] = []
         for i, (source, weight, bias) in enumerate(
-            zip(self.sources, weights, biases, strict=True)
+            zip(self.sources, weights, biases[: len(weights)], strict=True)
         ):
             read = x if source < 0 else found[source]
             read = self.activations[source](read) if self.reads_activated[i] else read
             value = functional.linear(read, weight[:, : read.shape[1]]) + bias
+            if i in self.gate_at:
+                value = value * biases[self.gate_at[i]]
             if self.residuals[i] >= 0:
                 value = value + found[self.residuals[i]].index_select(1, self.residual_at[i])
             found.append(value)
@@ -89,7 +94,7 @@ class SortedNetwork:
         transform: ElementMap,
         counts: Tensor,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return the gradients of ``z``, the packed weights and the biases; ``counts`` is the table on the host."""
+        """Return the gradients of ``z``, the packed weights, and biases and gates; ``counts`` lies on the host."""
         layers, grad = len(self.packed), torch.autograd.grad
         x, grad_x = (t.detach().index_select(1, self.order) for t in (x, grad_x))
         inner, *tensors = (t.detach().requires_grad_() for t in (x, *self.packed, *self.biases))
@@ -114,7 +119,7 @@ class SortedNetwork:
             by_theta,
             counts,
             self.packed,
-            slopes,
+            slopes + [t.detach() for t in self.biases[layers:]],
             self.structure,
         )
         upstream = -(v[:, :, None] * by_theta) - log_by_theta
@@ -144,20 +149,22 @@ def solve(
         by_theta: by its parameters ``[N, D, P]``.
         counts: the plan's table, on the host.
         weights: packed weights.
-        slopes: of each hidden layer, the derivative of its activation at its values ``[N, units]``.
+        slopes: of each hidden layer, the derivative of its activation at its values ``[N, units]``; then the gates.
         structure: what :meth:`MaskedPlan.structure` returns.
     """
     net = SortedNetwork(counts, weights, weights, structure)
+    gates = dict(zip(net.gate_at, slopes[len(weights) - 1 :], strict=True))
     width, outputs = net.levels + 1, net.outputs
     rows: list[int] = counts[net.features : net.features + width * (len(weights) + 1)].tolist()
     known = [rows[i : i + width] for i in range(0, len(rows), width)]
     grad, v = grad.clone(), torch.empty_like(grad)
-    adjoint = [torch.zeros_like(s) for s in slopes]
+    adjoint = [torch.zeros_like(s) for s in slopes[: len(weights) - 1]]
 
     def push(j: int, begin: int, end: int, upstream: Tensor, step: int) -> None:
         source = net.sources[j]
         depth = known[source + 1][step]
-        reads = upstream @ weights[j][begin:end, :depth]
+        gated = upstream * gates[j][..., begin:end] if j in gates else upstream
+        reads = gated @ weights[j][begin:end, :depth]
         if source < 0:
             grad[:, :depth] -= reads
         elif net.reads_activated[j]:

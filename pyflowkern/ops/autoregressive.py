@@ -56,6 +56,7 @@ def autoregressive_inverse(
     plan: MaskedPlan,
     *,
     transform: str | ElementMap = "affine",
+    gates: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     r"""Return ``x`` with :math:`z_i = \tau(x_i; \theta_i(x))`, and the log-determinant of that direction.
 
@@ -66,6 +67,8 @@ def autoregressive_inverse(
         plan: the network's masks and activations.
         transform: :math:`\tau` in the density direction: ``"affine"``, the name of a scale map, a
             :class:`~pyflowkern.ops.ScaleMap` or a :class:`~pyflowkern.ops.SplineMap`.
+        gates: factors of the layers that the plan says are gated, ``[units]`` or ``[N, units]``, such as the sigmoid
+            of a context's linear map.
 
     Returns:
         ``(x, log_det)``: ``x`` like ``z``; ``log_det`` ``[N]`` in nats, float32 or float64.
@@ -86,18 +89,22 @@ def autoregressive_inverse(
         ((5, 3), (5,))
     """
     tau = element_map(transform)
-    _check(z, weights, biases, plan, tau)
-    given = [b for b in biases if b is not None]
+    _check(z, weights, biases, plan, tau, gates)
+    given = [*(b for b in biases if b is not None), *gates]
     if len(weights) > _MOST_LAYERS or not kernel_serves(
         "autoregressive_inverse", z, *weights, *given
     ):
-        return autoregressive_inverse_reference(z, weights, biases, plan, transform=tau)
+        return autoregressive_inverse_reference(
+            z, weights, biases, plan, transform=tau, gates=gates
+        )
     dtype = z.dtype
     for t in (*weights, *given):
         dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
     work = accumulation_dtype(dtype)
     packed, offsets = plan.pack(
-        [cast(w, work) for w in weights], [None if b is None else cast(b, work) for b in biases]
+        [cast(w, work) for w in weights],
+        [None if b is None else cast(b, work) for b in biases],
+        [cast(g, work) for g in gates],
     )
     at = plan.indices(z.device)
     x, log_det = torch.ops.pyflowkern.autoregressive_inverse.default(
@@ -116,18 +123,19 @@ def autoregressive_inverse_reference(
     plan: MaskedPlan,
     *,
     transform: str | ElementMap = "affine",
+    gates: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`autoregressive_inverse` in plain PyTorch: a pass of the network for each level."""
     tau = element_map(transform)
-    _check(z, weights, biases, plan, tau)
+    _check(z, weights, biases, plan, tau, gates)
     level = plan.indices(z.device).level
     with full_precision(z):
         x = torch.zeros_like(z)
         for t in range(plan.levels):
-            params = plan.parameters(x, weights, biases)
+            params = plan.parameters(x, weights, biases, gates)
             found, _ = apply_elements(z, params, tau, inverse=True, reference=True)
             x = torch.where(level == t, found, x)
-        params = plan.parameters(x, weights, biases)
+        params = plan.parameters(x, weights, biases, gates)
         return x, -apply_elements(x, params, tau, reference=True)[1]
 
 
@@ -140,6 +148,7 @@ def _check(
     biases: Sequence[Tensor | None],
     plan: MaskedPlan,
     transform: ElementMap,
+    gates: Sequence[Tensor],
 ) -> None:
     check_floating("z", z)
     if z.dim() != 2 or z.shape[1] != plan.features:
@@ -157,11 +166,18 @@ def _check(
         check_floating(f"weights[{i}]", weight)
         check_shape(f"weights[{i}]", weight, layer.mask.shape)
         if bias is not None:
-            check_floating(f"biases[{i}]", bias)
-            units = layer.mask.shape[0]
-            wanted = (z.shape[0], units) if bias.dim() == 2 else (units,)
-            check_shape(f"biases[{i}]", bias, wanted)
+            _check_units(f"biases[{i}]", bias, z, layer.mask.shape[0])
         check_same_device(z=z, weight=weight, bias=bias)
+    if len(gates) != len(plan.gated):
+        raise ValueError(f"the plan has {len(plan.gated)} gated layers, got {len(gates)} gates")
+    for k, (i, gate) in enumerate(zip(plan.gated, gates, strict=True)):
+        _check_units(f"gates[{k}]", gate, z, plan.layers[i].mask.shape[0])
+        check_same_device(z=z, gate=gate)
+
+
+def _check_units(name: str, t: Tensor, z: Tensor, units: int) -> None:
+    check_floating(name, t)
+    check_shape(name, t, (z.shape[0], units) if t.dim() == 2 else (units,))
 
 
 # --- schema, fake, autograd ---------------------------------------------------------------------------------

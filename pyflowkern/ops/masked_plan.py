@@ -24,12 +24,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": functional.softplus,
 }
 ALIGN = 4  # a packed row starts at a multiple of 16 bytes
+GATED = 2  # a bit of the last number of a layer in structure()
 HEAD = 4  # numbers of structure() before those of the layers
 
 
 @dataclass(frozen=True)
 class MaskedLayer:
-    r"""One masked linear layer of a network: :math:`v = (M \circ W)\, a(v_{source}) + b + v_{residual}`.
+    r"""One masked linear layer: :math:`v = g \circ ((M \circ W)\, a(v_{source}) + b) + v_{residual}`.
 
     Args:
         mask: boolean or 0/1 ``[units, inputs]``, True where the weight counts.
@@ -37,6 +38,7 @@ class MaskedLayer:
         activation: ``a``, applied to the values that are read: one of identity, relu, leaky_relu, elu, tanh,
             sigmoid, silu, gelu, softplus.
         residual: index of a layer whose values, before any activation, are added; None for none.
+        gated: whether there is a gate ``g``, which is given with weight and bias; else it is 1.
 
     Raises:
         TypeError: for a mask that is no tensor.
@@ -53,6 +55,7 @@ class MaskedLayer:
     source: int | None = None
     activation: str = "identity"
     residual: int | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Tensor):
@@ -101,6 +104,8 @@ class MaskedPlan:
             raise TypeError(f"features must be an int, got {type(features).__name__}")
         self.features = features
         self.sources = [i - 1 if s.source is None else s.source for i, s in enumerate(self.layers)]
+        #: Indices of the layers that have a gate.
+        self.gated = [i for i, s in enumerate(self.layers) if s.gated]
         self._check_shapes()
         self.outputs = self.layers[-1].mask.shape[0] // features
         reach = self._reach()
@@ -129,10 +134,15 @@ class MaskedPlan:
     # --- evaluation -----------------------------------------------------------------------------
 
     def parameters(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        gates: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the network's output ``[N, D, outputs]`` in plain PyTorch."""
         masks = self.indices(x.device).masks
+        left = iter(gates)
         values: list[Tensor] = []
         for layer, source, weight, mask, bias in zip(
             self.layers, self.sources, weights, masks, biases, strict=True
@@ -142,15 +152,20 @@ class MaskedPlan:
             value = functional.linear(read, torch.where(mask, weight, 0.0), shared)
             if bias is not None and bias.dim() == 2:
                 value = value + bias
+            if layer.gated:
+                value = value * next(left)
             if layer.residual is not None:
                 value = value + values[layer.residual]
             values.append(value)
         return values[-1].view(-1, self.features, self.outputs)
 
     def pack(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        gates: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return weights and biases in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes.
+        """Return weights in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes; biases and gates.
 
         On the CPU packed weights are kept, and used again where no gradient is wanted and the weights are equal to
         what they were.  They are compared, which is ten times faster than packing: not every write to a parameter
@@ -161,6 +176,8 @@ class MaskedPlan:
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             b = weight.new_zeros(weight.shape[0]) if bias is None else bias
             offsets.append(b.index_select(-1, at.rows[i]))
+        for i, gate in zip(self.gated, gates, strict=True):
+            offsets.append(gate.index_select(-1, at.rows[i]))
         keeps = at.device.type == "cpu" and not (
             torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
@@ -196,7 +213,7 @@ class MaskedPlan:
 
         They are features, outputs, levels and most features of a level, then five numbers a layer: the source;
         whether its activated or its raw values are read; the residual layer or -1; the activation that others see
-        this layer through; whether its raw values are kept.
+        this layer through; 1 if its raw values are kept, and 2 more if it has a gate.
         """
         names = list(ACTIVATIONS)
         raw = {s.residual for s in self.layers} | {
@@ -216,7 +233,7 @@ class MaskedPlan:
                 int(s.activation != "identity"),
                 residual,
                 seen_through[i],
-                int(i in raw),
+                int(i in raw) + GATED * s.gated,
             ]
         return found
 

@@ -159,6 +159,38 @@ def test_split_latents_are_the_latent_in_parts(name):
     )
 
 
+@every_flow
+def test_a_flow_made_on_meta_becomes_the_flow_whose_state_it_takes(name):
+    flow, x, context = make(name)
+    with torch.device("meta"):
+        other = FLOWS[name][0]().double().eval()
+        assert all(t.is_meta for t in (*other.parameters(), *other.buffers()))
+        assert other.log_prob(*(torch.empty_like(t, device="meta") for t in (x, context))).is_meta
+    other.to_empty(device="cpu")
+    check_takes_the_state(other, flow, x, context)
+    other.to_empty(device="cpu")  # also memory that was given twice
+    check_takes_the_state(other, flow, x, context)
+
+
+def check_takes_the_state(other, flow, x, context):
+    """Memory of to_empty holds anything: what is not state is spoilt first, but for masks."""
+    for t in (*other.parameters(), *other.buffers()):
+        if t.is_floating_point():
+            t.detach().fill_(torch.nan)
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(seeded(other.log_prob, x, context), seeded(flow.log_prob, x, context))
+    assert torch.equal(seeded(other.sample, 3, context[:3]), seeded(flow.sample, 3, context[:3]))
+    if hasattr(flow.base, "distribution"):
+        z = flow(x, context)[0]
+        expected = flow.base.distribution().log_prob(z)
+        assert torch.equal(other.base.distribution().log_prob(z), expected)
+
+
+def seeded(call, *args):
+    torch.manual_seed(0)
+    return call(*args)
+
+
 def test_split_latents_have_the_shapes_of_the_levels():
     flow = flows.Glow((3, 16, 16), levels=3, steps=1, hidden=4)
     shapes = [tuple(p.shape) for p in flow.split_latents(torch.zeros(2, 768))]

@@ -135,6 +135,110 @@ def test_on_a_bounded_domain_the_density_integrates_to_one(options):
     assert not bool(flow.distribution().support.check(x[0] + 10))
 
 
+BOUNDED = [
+    {"circular": True},
+    {"circular": True, "autoregressive": True},
+    {"tails": "none"},
+    {"tails": "none", "autoregressive": True, "mixing": "permutation"},
+]
+bounded = pytest.mark.parametrize("options", BOUNDED, ids=str)
+
+
+def bounded_flow(options, dtype=torch.float64):
+    """A flow of three features, and ten points of its domain, the ends among them."""
+    torch.manual_seed(0)
+    flow = randomize(flows.NSF(3, context_features=2, **SMALL, **options)).to(dtype).eval()
+    low, high = flow.domain
+    x = torch.rand(10, 3, dtype=dtype) * (high - low) + low
+    x[0, 0], x[1, 1] = low, high
+    return flow, x, normal(10, 2, dtype=dtype)
+
+
+@bounded
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_lies_outside_of_a_bounded_domain(options, dtype):
+    flow, x, context = bounded_flow(options, dtype)
+    low, high = flow.domain
+    inside = flow.log_prob(x, context)
+    assert inside.isfinite().all()
+    spoilt = x.clone()
+    spoilt[3, 0] = low - 1e-3
+    spoilt[4, 1], spoilt[4, 2] = high + 100, high + 0.5
+    spoilt[5, 2], spoilt[6, 2] = math.inf, -math.inf
+    spoilt[7, 1] = math.nan
+    spoilt[8, 0], spoilt[8, 1] = math.nan, high + 1
+    spoilt.requires_grad_()
+    found = flow.log_prob(spoilt, context)
+    assert found[3:7].tolist() == [-math.inf] * 4
+    assert found[7:9].isnan().all()  # unknown, and not impossible
+    kept = [0, 1, 2, 9]
+    assert torch.equal(found[kept], inside[kept])
+    assert flow.bits_per_dim(spoilt, context)[3] == math.inf
+    found.exp().sum().backward()
+    x.requires_grad_()
+    flow.log_prob(x, context).exp().sum().backward()
+    torch.testing.assert_close(spoilt.grad[kept], x.grad[kept], rtol=0, atol=0)
+    assert spoilt.grad[3:7].eq(0).all()
+
+
+@bounded
+def test_points_outside_leave_the_parameters_gradients_finite(options):
+    flow, x, context = bounded_flow(options)
+    x[3:6] = flow.domain[1] + 1
+    log_prob = flow.log_prob(x, context)
+    torch.where(log_prob.isfinite(), log_prob, 0.0).sum().backward()
+    found = [p.grad.clone() for p in flow.parameters()]
+    flow.zero_grad()
+    kept = [0, 1, 2, 6, 7, 8, 9]
+    flow.log_prob(x[kept], context[kept]).sum().backward()
+    torch.testing.assert_close(found, [p.grad for p in flow.parameters()])
+
+
+@bounded
+def test_a_bounded_domain_compiles(options):
+    flow, x, context = bounded_flow(options)
+    x[3], x[4, 0] = flow.domain[0] - 1, math.nan
+    log_prob = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        log_prob(x, context), flow.log_prob(x, context), equal_nan=True, rtol=1e-10, atol=1e-10
+    )
+
+
+@bounded
+def test_torch_knows_the_bounded_domain(options):
+    flow, x, context = bounded_flow(options)
+    lenient = flow.distribution(context)
+    strict = flow.distribution(context, validate_args=True)
+    for d in (strict, strict.expand((2, 10))):
+        expected = lenient.log_prob(x).expand(d.batch_shape)
+        torch.testing.assert_close(d.log_prob(x), expected)
+        for bad in (flow.domain[1] + 0.1, math.nan):
+            with pytest.raises(ValueError, match="to be within the support"):
+                d.log_prob(torch.full((10, 3), bad))
+    assert lenient.log_prob(x + 10).eq(-math.inf).all()
+    transform = flow.transform(context)
+    z = transform(x)
+    for t in (transform, transform.with_cache()):
+        assert t.domain.check(x).all()
+        assert t.codomain.check(z).all()
+        assert not t.domain.check(x + 10).any()
+        assert not t.codomain.check(z + 10).any()
+        assert t.inv.domain is t.codomain
+        assert (t.domain.event_dim, t.codomain.event_dim) == (1, 1)
+
+
+def test_pixels_are_validated_as_densities_alone():
+    flow = flows.Glow((1, 4, 4), levels=1, steps=1, hidden=4, bits=8)
+    d = flow.distribution(validate_args=True)
+    assert d.log_prob(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)).isfinite().all()
+    with pytest.raises(ValueError, match="to be within the support"):
+        d.log_prob(torch.full((2, 1, 4, 4), 2.0))
+    domain = flow.transform().domain
+    assert domain.event_dim == 3
+    assert domain.check(torch.ones(2, 1, 4, 4)).all()
+    assert not domain.check(2 * torch.ones(2, 1, 4, 4)).any()
+
+
 def test_a_circular_flow_learns_two_directions():
     torch.manual_seed(0)
     flow = flows.NSF(2, circular=True, transforms=2, hidden=16)

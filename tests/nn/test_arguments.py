@@ -1,5 +1,7 @@
 """Wrong arguments of layers are refused by name: what was wanted, what was given."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -62,3 +64,59 @@ def test_layers(build, error, message):
 def test_a_context_that_is_no_tensor():
     with pytest.raises(TypeError, match=r"context must be a torch.Tensor, got list"):
         nn.MLP(3, 3, hidden=4, context_features=2)(torch.zeros(1, 3), [1, 2])
+
+
+LAYERS = {
+    "MaskedAutoregressive": lambda: nn.MaskedAutoregressive(4, (6,), context_features=2),
+    "SplineCoupling": lambda: nn.SplineCoupling(4, partial(nn.MLP, context_features=2)),
+    "AffineCoupling": lambda: nn.AffineCoupling(4, partial(nn.ResidualMLP, context_features=2)),
+    "convolutions": lambda: nn.SplineCoupling(
+        4, partial(nn.ConvNet, context_features=2, spatial_dims=1)
+    ),
+    "residual convolutions": lambda: nn.AffineCoupling(
+        4, partial(nn.ResidualConvNet, context_features=2, spatial_dims=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_another_dtype_than_that_of_the_parameters(name, direction, own, given):
+    layer = LAYERS[name]().to(own)
+    call = getattr(layer, direction)
+    x = torch.randn(3, 4, 5 if "convolutions" in name else 1).squeeze(-1)
+    context = torch.randn(3, 2)
+    for dtypes, who in (((given, own), "[xz]"), ((own, given), "context"), ((given, given), "")):
+        with pytest.raises(
+            TypeError, match=f"{who}.* must have the network's dtype {own}, got {given}"
+        ):
+            call(x.to(dtypes[0]), context.to(dtypes[1]))
+    call(x.to(own), context.to(own))
+    with torch.autocast("cpu", torch.bfloat16):
+        if torch.float64 not in (own, given):
+            y, log_det = call(x.to(given), context.to(given))
+            assert (y.dtype, log_det.dtype) == (given, torch.float32)
+        else:  # which autocast leaves alone
+            with pytest.raises(TypeError, match="must have the network's dtype"):
+                call(x.to(given), context.to(given))
+
+
+def test_a_network_of_ones_own_answers_for_its_dtypes():
+    class Widening(torch.nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.net = nn.MLP(inputs, outputs).double()
+
+        def forward(self, x):
+            return self.net(x.double()).to(x.dtype)
+
+    x = torch.randn(3, 4)
+    assert nn.SplineCoupling(4, Widening)(x)[0].dtype == torch.float32

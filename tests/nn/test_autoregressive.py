@@ -253,6 +253,58 @@ def test_jacobi_stops_at_the_tolerance():
             nn.jacobi_inverse(net, z, **bad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transform", ["affine", SplineMap(bins=3)], ids=["affine", "spline"])
+def test_jacobi_knows_how_far_it_is(transform, dtype):
+    outputs = 2 if transform == "affine" else transform.params
+    net = randomize(nn.MaskedMLP(16, outputs), 1.0).to(dtype)
+    z = normal(6, 16, dtype=dtype)
+    layer = nn.MaskedAutoregressive(16, transform=transform, conditioner=net)
+    for steps in (None, 16, 2, 1):
+        x, log_det, residual = nn.jacobi_inverse(
+            net, z, transform=transform, max_steps=steps, return_residual=True
+        )
+        assert (residual.shape, residual.dtype) == (log_det.shape, log_det.dtype)
+        assert not residual.requires_grad
+        expected = ((z - layer(x)[0]).abs() / (1 + z.abs())).amax(1)
+        torch.testing.assert_close(residual, expected)
+        if (
+            steps is None or steps == 16
+        ):  # x is rounded, which tau multiplies by its slopes of 1 to 10
+            assert residual.max() < 16 * torch.finfo(dtype).eps
+        else:
+            assert residual.min() > 1e-3
+            assert (residual > 0.01).double().mean() > 0.5
+
+
+def test_the_residual_of_jacobi_is_that_of_each_sample():
+    net, z = randomize(nn.MaskedMLP(8, 2)).double(), normal(5, 8)
+    z[1, 3], z[2, 0] = torch.nan, torch.inf
+    with torch.no_grad():
+        *_, residual = nn.jacobi_inverse(net, z, return_residual=True)
+        *_, none = nn.jacobi_inverse(net, z[:0], return_residual=True)
+    assert residual.isnan().tolist() == [False, True, True, False, False]
+    assert residual[[0, 3, 4]].max() < 1e-14
+    assert none.shape == (0,)
+    *_, half = nn.jacobi_inverse(net.bfloat16(), z.bfloat16(), return_residual=True)
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("of", ["z", "parameters"])
+@pytest.mark.parametrize("power", [1, 3])
+def test_second_derivatives_of_jacobi_are_refused(of, power):
+    """Also where the upstream gradient is a constant: what would come is not the second derivative."""
+    layer = nn.MaskedAutoregressive(4, conditioner=Cumulative(2))
+    z = normal(3, 4).requires_grad_()
+    leaves = [z] if of == "z" else list(layer.parameters())
+    x, _ = layer.inverse(z)
+    first = torch.autograd.grad((x**power).sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="jacobi_inverse has first derivatives alone"):
+        torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+    plain = torch.autograd.grad((layer.inverse(z)[0] ** power).sum(), leaves)
+    torch.testing.assert_close(first, plain)
+
+
 # --- turned round --------------------------------------------------------------------------------
 
 

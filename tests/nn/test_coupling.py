@@ -1,5 +1,6 @@
 """Couplings and splits: who sees whom, user conditioners, contexts, bad arguments."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -131,3 +132,40 @@ def test_a_conditioner_of_the_wrong_size_is_named():
     layer = nn.AffineCoupling(4, torch.nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"params must have shape \(5, 4\).* got \(5, 3\)"):
         layer(torch.zeros(5, 4))
+
+
+SPLITS = {
+    "channels": lambda: nn.channel_mask(5, interleaved=True),
+    "no slice": lambda: torch.tensor([True, True, False, True, False], device="cpu"),
+    "space": lambda: nn.checkerboard_mask((1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("build", [nn.AffineCoupling, nn.SplineCoupling])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_mask_outlives_whatever_happens_to_a_layers_memory(build, split):
+    factory = CONV if split == "space" else MLP
+    channels = 1 if split == "space" else 5
+    layer = build(channels, factory, split=SPLITS[split](), swap=True)
+    kept = [b.clone() for b in layer.buffers()]
+    with torch.device("meta"):
+        other = build(channels, factory, split=SPLITS[split](), swap=True)
+        assert all(b.is_meta for b in other.buffers())
+        copied = copy.deepcopy(other)
+    changes = [
+        lambda m: m.to_empty(device="cpu"),
+        lambda m: m.double(),
+        lambda m: m.type(torch.float64),
+        lambda m: m.share_memory(),
+        lambda m: m.to("meta").to_empty(device="cpu"),
+    ]
+    for start in (other, copied, layer):
+        for change in changes:
+            change(start)
+            assert all(map(torch.equal, start.buffers(), kept)), change
+    assert not [name for name in layer.state_dict() if "mask" in name or "passing" in name]
+
+
+def test_a_mask_without_values_is_refused():
+    with pytest.raises(ValueError, match=r"split must be a mask with values, .* meta"):
+        nn.AffineCoupling(4, MLP, split=torch.ones(4, dtype=torch.bool, device="meta"))

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from laws import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyflowkern import nn
+from pyflowkern import nn, ops
 
 
 def moments(z):
@@ -82,15 +82,89 @@ def test_an_untrained_state_starts_again():
     torch.testing.assert_close(layer.bias, torch.full((3,), 7.0), atol=1.0, rtol=0)
 
 
-def test_a_constant_or_spoilt_channel_keeps_its_scale():
+def test_a_constant_channel_keeps_its_scale():
     x = normal(16, 3).float()
-    x[:, 0], x[3, 1] = 1e4, torch.nan
+    x[:, 0] = 1e4
+    x[3, 1] = 3e38  # its square overflows
     layer = nn.ActNorm(3)
     layer(x)
-    assert layer.log_scale[0] == 0
+    assert layer.log_scale[0] == layer.log_scale[1] == 0
     assert layer.bias[0] == -1e4
-    assert layer.log_scale[1] == layer.bias[1] == 0
     assert layer.log_scale[2] != 0
+
+
+SPOILT = {"first": [0], "some": [1, 4, 5], "all but two": list(range(2, 12))}
+
+
+@pytest.mark.parametrize("rows", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("shape", [(12, 3), (12, 3, 4, 4)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("make", [nn.ActNorm, nn.GlowStep])
+def test_samples_that_are_not_finite_are_left_out(rows, shape, mean, make):
+    """The others decide, as if they were the batch; they lose nothing of their accuracy."""
+    x = (normal(*shape) * 3 + mean).float()
+    kept = [i for i in range(len(x)) if i not in rows]
+    x[rows, 1] = (
+        torch.tensor([torch.nan, torch.inf, -torch.inf])
+        .repeat(4)[: len(rows)]
+        .view(-1, *[1] * (x.dim() - 2))
+    )
+    layer, alone = make(3), make(3)
+    layer(x)
+    alone(x[kept])
+    layer, alone = (m.actnorm if make is nn.GlowStep else m for m in (layer, alone))
+    assert layer.initialized
+    # two roundings of the mean, and what they make of the variance
+    torch.testing.assert_close(layer.bias, alone.bias, atol=1e-6, rtol=2**-22)
+    torch.testing.assert_close(layer.log_scale, alone.log_scale, atol=1e-5, rtol=1e-5)
+
+
+def test_in_half_precision_too_samples_are_left_out():
+    x = (normal(12, 3) * 2 + 100).bfloat16()
+    x[3], x[7, 0] = torch.nan, torch.inf
+    layer, alone = nn.ActNorm(3), nn.ActNorm(3)
+    layer(x)
+    alone(x[x.isfinite().all(1)])
+    torch.testing.assert_close(layer.state_dict(), alone.state_dict(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_without_a_finite_sample_is_not_the_first():
+    layer, fresh = nn.ActNorm(3), nn.ActNorm(3)
+    for _ in range(2):
+        bad = normal(8, 3).float()
+        bad[:, 1] = torch.nan
+        z, _ = layer(bad)
+        assert torch.equal(z[:, ::2], bad[:, ::2])  # the identity
+        assert all(torch.equal(layer.state_dict()[k], v) for k, v in fresh.state_dict().items())
+    x = normal(8, 3, seed=1).float() * 4 - 9
+    layer(x)
+    fresh(x)
+    assert layer.initialized
+    assert all(torch.equal(layer.state_dict()[k], v) for k, v in fresh.state_dict().items())
+
+
+def test_the_layer_does_not_look_at_its_input_for_ever(monkeypatch):
+    looks = []
+    moments = ops.channel_moments
+    monkeypatch.setattr(ops, "channel_moments", lambda x: looks.append(1) or moments(x))
+    layer = nn.ActNorm(3)
+    for _ in range(10):
+        layer(normal(8, 3).float())
+    assert 0 < len(looks) < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [0, 3, 8])
+def test_compiled_initialisation_leaves_out_what_is_not_finite(bad):
+    layer, eager = nn.ActNorm(3), nn.ActNorm(3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = normal(8, 3).float() * 3 + 1
+    x[:bad, 1] = torch.nan
+    for seed in range(2):
+        found, expected = compiled(x), eager(x)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        assert layer.initialized == eager.initialized == (bad < 8)
+        x = normal(8, 3, seed=seed).float() if bad < 8 else x
 
 
 def test_an_empty_batch_is_not_the_first():
@@ -132,21 +206,35 @@ def test_at_least_one_channel():
         nn.ActNorm(0)
 
 
+#: How many samples of the first rank, which has ten of 30, are NaN.
+SPOILT_OF_A_RANK = (0, 4, 10)
+
+
+def batch_of_both(spoilt):
+    x = normal(30, 3).float() * 4 + 100
+    x[:spoilt, 0] = torch.nan
+    x[25, 2] = torch.inf if spoilt else x[25, 2]
+    return x
+
+
 def _rank(rank, file, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    x = normal(30, 3).float() * 4 + 100
-    layer = nn.ActNorm(3)
-    layer(x[:10] if rank == 0 else x[10:])  # batches of different sizes
-    torch.save(layer.state_dict(), f"{results}/{rank}.pt")
+    for spoilt in SPOILT_OF_A_RANK:
+        x = batch_of_both(spoilt)
+        layer = nn.ActNorm(3)
+        layer(x[:10] if rank == 0 else x[10:])  # batches of different sizes
+        torch.save(layer.state_dict(), f"{results}/{rank}-{spoilt}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_agree_on_the_moments_of_all_their_batches(tmp_path):
     mp.spawn(_rank, args=(tmp_path / "store", tmp_path), nprocs=2)
-    layer = nn.ActNorm(3)
-    layer(normal(30, 3).float() * 4 + 100)
-    for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(state["log_scale"], layer.log_scale.detach())
-        torch.testing.assert_close(state["bias"], layer.bias.detach())
+    for spoilt in SPOILT_OF_A_RANK:
+        layer = nn.ActNorm(3)
+        layer(batch_of_both(spoilt))
+        for rank in range(2):
+            state = torch.load(tmp_path / f"{rank}-{spoilt}.pt")
+            assert state["initialized"]
+            torch.testing.assert_close(state["log_scale"], layer.log_scale.detach())
+            torch.testing.assert_close(state["bias"], layer.bias.detach())

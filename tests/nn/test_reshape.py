@@ -59,3 +59,15 @@ def test_bad_arguments_are_named():
         nn.Squeeze()(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="splits must be one fewer than levels, got 0 and 2"):
         nn.MultiScale((1, 4, 4), [nn.Squeeze(), nn.Squeeze()], [])
+
+
+def test_a_permutation_is_made_on_meta_and_takes_its_state():
+    layer = nn.Permutation(6)
+    with torch.device("meta"):
+        others = [nn.Permutation(6), nn.Permutation([0, 1, 2, 3, 5, 4]), nn.Reverse(6)]
+    x = torch.randn(2, 6)
+    for other in others:
+        assert other.permutation.is_meta
+        other.to_empty(device="cpu").load_state_dict(layer.state_dict())
+        assert torch.equal(other(x)[0], layer(x)[0])
+        assert torch.equal(other.inverse(x)[0], layer.inverse(x)[0])

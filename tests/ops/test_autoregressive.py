@@ -1,6 +1,7 @@
 """autoregressive_inverse: every network and transform against a pass a feature in float64, and its gradients."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from laws import jacobian_log_det, normal
 
-from pyflowkern import nn
 from pyflowkern.ops import (
     MaskedLayer,
     MaskedPlan,
@@ -68,7 +68,22 @@ def to(dtype, *groups):
     return [[t.to(dtype) for t in group] for group in groups]
 
 
-def check(plan, weights, biases, z, transform="affine", dtype=torch.float32):
+def gated(plan, n=0, seed=70):
+    """Return the plan with gates on the second layer of each residual block and on the last, and gates in (0, 1)."""
+    last = len(plan.layers) - 1
+    layers = [
+        dataclasses.replace(s, gated=s.residual is not None or i == last)
+        for i, s in enumerate(plan.layers)
+    ]
+    gates = [
+        normal(*([n] if n else []), s.mask.shape[0], seed=seed + i).sigmoid()
+        for i, s in enumerate(layers)
+        if s.gated
+    ]
+    return MaskedPlan(layers, plan.features), gates
+
+
+def check(plan, weights, biases, z, transform="affine", dtype=torch.float32, gates=()):
     """Values and gradients: at most twice plain PyTorch's error at this dtype, and some roundings of the largest.
 
     These are 16, more than other ops are allowed: a unit is a sum of as many terms as there are units before it.  In
@@ -81,9 +96,11 @@ def check(plan, weights, biases, z, transform="affine", dtype=torch.float32):
         (autoregressive_inverse_reference, dtype),
         (autoregressive_inverse_reference, torch.float64),
     ):
-        leaves = [t.detach().to(dtype).to(kind).requires_grad_() for t in (z, *weights, *biases)]
+        given = (z, *weights, *biases, *gates)
+        leaves = [t.detach().to(dtype).to(kind).requires_grad_() for t in given]
         w, b = leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
-        x, log_det = function(leaves[0], w, b, plan, transform=transform)
+        b, g = b[: len(biases)], b[len(biases) :]
+        x, log_det = function(leaves[0], w, b, plan, transform=transform, gates=g)
         assert x.dtype == kind
         loss = (x.double() * normal(*x.shape, seed=7)).sum()
         loss = loss + (log_det.double() * normal(len(x), seed=8)).sum()
@@ -121,6 +138,54 @@ def test_awkward_sizes(backend, samples, residual):
         order = list(range(features))[::-1]
         plan, w, b = made(features, hidden, 2, order=order, residual=residual, n=samples)
         check(plan, w, b, normal(samples, features, seed=3))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 65, 300])
+@pytest.mark.parametrize("of", ["each sample", "all samples"])
+def test_gates(backend, samples, of):
+    for features, hidden, transform in ((1, (3,), "affine"), (7, (70, 33), "softplus")):
+        plan, w, b = made(features, hidden, 2, residual=2, n=samples)
+        plan, gates = gated(plan, samples if of == "each sample" else 0)
+        for dtype in (torch.float32, torch.float64):
+            check(plan, w, b, normal(samples, features, seed=3), transform, dtype, gates)
+
+
+@pytest.mark.parametrize("transform", ["additive", SplineMap(bins=3)], ids=str)
+def test_gates_of_other_transforms(backend, transform):
+    plan, w, b = made(5, (13, 9), element_parameters(element_map(transform)), residual=1)
+    plan, gates = gated(plan, 7)
+    for dtype in (torch.float32, torch.float64):
+        check(plan, w, b, normal(7, 5, seed=3), transform, dtype, gates)
+
+
+def test_a_gate_multiplies_product_and_bias_and_spares_the_residual(backend):
+    plan, w, b = made(4, (9,), 2, residual=1, activation="tanh")
+    plan, gates = gated(plan, 3)
+    x = normal(3, 4)
+
+    def linear(i, v):
+        return v @ (w[i] * plan.layers[i].mask).T + b[i]
+
+    h = linear(0, x)
+    h = h + gates[0] * linear(2, linear(1, h.tanh()).tanh())
+    theta = gates[1] * linear(3, h.tanh())
+    torch.testing.assert_close(plan.parameters(x, w, b, gates).flatten(1), theta)
+    z, log_det = apply_elements(x, theta.view(3, 4, 2), scale_map("exp"))
+    found = autoregressive_inverse(z, w, b, plan, transform="exp", gates=gates)
+    torch.testing.assert_close(found, (x, -log_det))
+
+
+def test_a_bad_gate_stays_in_its_sample(backend):
+    plan, w, b = made(5, (20,), 2, residual=1)
+    plan, gates = gated(plan, 4)
+    w, b, gates, (z,) = to(torch.float32, w, b, gates, [normal(4, 5)])
+    good = autoregressive_inverse(z, w, b, plan, gates=gates)
+    gates[0][2] = torch.nan
+    found = autoregressive_inverse(z, w, b, plan, gates=gates)
+    others = [0, 1, 3]
+    for a, c in zip(found, good, strict=True):
+        assert torch.equal(a[others], c[others])
+    assert found[1][2].isnan()
 
 
 def test_agrees_with_passes_at_the_size_of_miniboone():
@@ -182,12 +247,15 @@ def test_log_det_is_that_of_the_jacobian(backend):
     torch.testing.assert_close(log_det, expected)
 
 
-def test_gradgradcheck(backend):
+@pytest.mark.parametrize("with_gates", [False, True])
+def test_gradgradcheck(backend, with_gates):
     plan, w, b = made(3, (5,), 2, activation="tanh", residual=1)
-    leaves = [t.requires_grad_() for t in (normal(2, 3), *w, *b)]
+    plan, gates = gated(plan, 2) if with_gates else (plan, [])
+    leaves = [t.requires_grad_() for t in (normal(2, 3), *w, *b, *gates)]
 
     def op(z, *rest):
-        return autoregressive_inverse(z, rest[: len(w)], rest[len(w) :], plan, transform="exp")
+        w, b, gates = rest[:4], rest[4:8], rest[8:]
+        return autoregressive_inverse(z, w, b, plan, transform="exp", gates=gates)
 
     torch.autograd.gradcheck(op, leaves)
     torch.autograd.gradgradcheck(op, leaves)
@@ -309,68 +377,7 @@ def test_plans_can_be_copied():
         )
 
 
-@pytest.mark.parametrize("default", ["meta", "float64"])
-def test_plans_are_made_on_the_host(default):
-    layers = [MaskedLayer(torch.ones(3, 3).tril(-1))]
-    before = torch.get_default_dtype()
-    try:
-        if default == "float64":
-            torch.set_default_dtype(torch.float64)
-        with torch.device("meta" if default == "meta" else "cpu"):
-            plan = MaskedPlan(layers, 3)
-            network = nn.MaskedMLP(3, 2, random_degrees=True)
-    finally:
-        torch.set_default_dtype(before)
-    assert plan.counts.device.type == network.plan.table.device.type == "cpu"
-    assert plan.level.tolist() == [0, 1, 2]
-
-
 # --- what is refused -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layers", "features", "words"),
-    [
-        ([], 2, "at least one layer"),
-        ([MaskedLayer(torch.ones(2, 2))], 2, r"not autoregressive: features \[0, 1\]"),
-        ([MaskedLayer(torch.eye(2))], 2, "depend on themselves"),
-        ([MaskedLayer(torch.zeros(3, 2))], 2, "not a multiple of 2"),
-        ([MaskedLayer(torch.zeros(2, 3))], 2, "reads 3 values, its source has 2"),
-        ([MaskedLayer(torch.zeros(2, 2), activation="relu")], 2, "without an activation"),
-        ([MaskedLayer(torch.zeros(2, 2), source=1)], 2, "earlier layers"),
-        ([MaskedLayer(torch.zeros(2, 2), residual=0)], 2, "earlier layers"),
-        (
-            [MaskedLayer(torch.zeros(4, 2)), MaskedLayer(torch.zeros(2, 4), residual=0)],
-            2,
-            "differ in width",
-        ),
-        (
-            [
-                MaskedLayer(torch.zeros(2, 2)),
-                MaskedLayer(torch.zeros(2, 2), source=0, activation="relu"),
-                MaskedLayer(torch.zeros(2, 2), source=0, activation="tanh"),
-            ],
-            2,
-            "several activations",
-        ),
-    ],
-)
-def test_bad_plans(layers, features, words):
-    with pytest.raises(ValueError, match=words):
-        MaskedPlan(layers, features)
-
-
-def test_bad_layers():
-    with pytest.raises(ValueError, match="activation must be one of"):
-        MaskedLayer(torch.zeros(2, 2), activation="cosine")
-    with pytest.raises(ValueError, match="must be a matrix"):
-        MaskedLayer(torch.zeros(2))
-    with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got list"):
-        MaskedLayer([[0, 0]])
-    with pytest.raises(TypeError, match=r"layers\[0\] must be a MaskedLayer, got Tensor"):
-        MaskedPlan([torch.zeros(2, 2)], 2)
-    with pytest.raises(TypeError, match="features must be an int, got float"):
-        MaskedPlan([MaskedLayer(torch.zeros(2, 2))], 2.0)
 
 
 @pytest.mark.parametrize(
@@ -396,10 +403,15 @@ def test_bad_layers():
             "returns 2 numbers a feature, the transform takes 1",
         ),
         ({"transform": "cosine"}, ValueError, "scale_map must be"),
+        ({"gates": []}, ValueError, "1 gated layers, got 0 gates"),
+        ({"gates": [torch.zeros(3, 6)]}, ValueError, r"gates\[0\] must have shape \(2, 6\)"),
+        ({"gates": [torch.ones(6, dtype=torch.bool)]}, TypeError, r"gates\[0\] must be a float"),
     ],
 )
 def test_bad_arguments(change, error, words):
     plan, _, _ = made(3, (5,), 2)
+    if "gates" in change:
+        plan, _ = gated(plan)
     arguments = {
         "z": torch.zeros(2, 3),
         "weights": [torch.zeros(5, 3), torch.zeros(6, 5)],
