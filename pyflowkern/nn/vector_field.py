@@ -345,13 +345,17 @@ class VectorFieldMLP(torch.nn.Module):
             weights, biases = [w.to(work) for w in weights], [b.to(work) for b in biases]
         time = as_time(t, x).to(work)
         time = time[:, None] if time.dim() else time
-        if self.time == "concat":
-            pairs = zip(biases, self.times, strict=True)
-            biases = [b + time * p[0].to(work) for b, p in pairs]
-        elif self.time == "concatsquash":
-            gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in self.times]
-            triples = zip(biases, gates, self.times, strict=True)
-            biases = [torch.addcmul(time * p[2], g, b) for b, g, p in triples]
+        if self.time != "none":  # of all layers at once: a solve spends much time in small calls
+            sizes = [b.shape[0] for b in biases]
+            flat = torch.cat(biases)
+            slope, *rest = torch.cat(list(self.times), 1).to(work).unbind()
+            if rest:
+                gate = torch.sigmoid(torch.addcmul(rest[0], time, slope))
+                gates = list(gate.split(sizes, -1))
+                flat = torch.addcmul(time * rest[1], gate, flat)
+            else:
+                flat = torch.addcmul(flat, time, slope)
+            biases = list(flat.split(sizes, -1))
         check_context(context, self.context_features, x)
         if context is not None:
             biases = add_context(biases, context, self.contexts)
