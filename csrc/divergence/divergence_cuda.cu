@@ -235,6 +235,7 @@ void each_kind(int activation, F f) {
 thread_local cudaStream_t stream_of_call = nullptr;  // set by Call, for the launches of one op
 
 struct OnCuda {
+  static void multiply(Tensor& out, const Tensor& a, const Tensor& b) { multiply_out(out, a, b); }
   static TeamPlan teams(int64_t rows, int64_t features) {  // rows are not cut into chunks
     TeamPlan p{rows, features, features, 1, 1};
     while (p.size < 32 && p.size * 4 < features) p.size *= 2;

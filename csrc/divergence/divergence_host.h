@@ -3,8 +3,8 @@
 //
 // Wide layers are matrix products of torch (one of all stacked rows a layer; in the backward pass
 // one for the input and one for the weight) with elementwise kernels between them, which a Device
-// provides:  stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType), output(OutputArgs,
-// backward, DType) and row_dot(RowDotArgs, backward, DType).
+// provides:  multiply(out, a, b), stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType),
+// output(OutputArgs, backward, DType) and row_dot(RowDotArgs, backward, DType).
 #pragma once
 
 #include "core/host.h"
@@ -241,7 +241,7 @@ void wide_forward(const Field& f, const Tensor& kept) {
     const bool last = l == f.args.layers - 1;
     Tensor p = f.args.kept && f.layers[l].kept >= 0 ? f.kept_block(kept, l)
                                                     : empty(f.x, {f.rows(), f.layers[l].out});
-    multiply_out(p, h, turned(f.weights[l]));
+    Device::multiply(p, h, turned(f.weights[l]));
     if (last) {
       Device::output(output_args(f, p, input), false, dtype_of(f.x));
     } else {
@@ -280,7 +280,7 @@ Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
   for (int l = 0; l < f.args.layers - 1; ++l) {
     const FieldLayer& y = f.layers[l];
     Tensor p = y.kept < 0 ? empty(f.x, {f.rows(), y.out}) : f.kept_block(kept, l);
-    if (y.kept < 0) multiply_out(p, h, turned(f.weights[l]));
+    if (y.kept < 0) Device::multiply(p, h, turned(f.weights[l]));
     if (continues(f.args, l)) {
       h = activated<Device>(f, l, p, y.kept < 0 ? kLayerForward : kLayerRestore);
     }
@@ -301,7 +301,7 @@ void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   Tensor p = empty(f.x, {again ? f.rows() : 0, a.features});
   if (again) {
     const Tensor h = l ? activated<Device>(f, l - 1, products[l - 1], kLayerRestore) : input;
-    multiply_out(p, h, turned(f.weights[l]));
+    Device::multiply(p, h, turned(f.weights[l]));
   }
   auto gate_of = [&](int layer) { return f.gates.empty() ? nullptr : &to.gates[layer]; };
   OutputArgs o = output_args(f, p, input);
@@ -312,14 +312,14 @@ void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   for (; l >= 0; --l) {
     Tensor h = input;
     if (l == 0) {
-      multiply_out(to.x, rows_of(grad, 0, a.samples), f.weights[0]);
-      multiply_out(to.weights[0], turned(grad), h);
+      Device::multiply(to.x, rows_of(grad, 0, a.samples), f.weights[0]);
+      Device::multiply(to.weights[0], turned(grad), h);
       return;
     }
     const FieldLayer& below = f.layers[l - 1];
     Tensor below_grad = empty(f.x, {f.rows(), below.out});
     h = empty(f.x, {f.rows(), below.out});
-    multiply_out(below_grad, grad, f.weights[l]);
+    Device::multiply(below_grad, grad, f.weights[l]);
     LayerArgs r = layer_args(f, l - 1, products[l - 1]);
     r.value_kept = has_value(a, l - 1);
     r.grad = data_of(below_grad);
@@ -327,7 +327,7 @@ void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
     OwnGradients mine(f, below, r);
     Device::layer(r, kLayerBackward, dtype);
     mine.finish(below, rows_of(below_grad, 0, a.samples), to.biases[l - 1], gate_of(l - 1));
-    multiply_out(to.weights[l], turned(grad), h);
+    Device::multiply(to.weights[l], turned(grad), h);
     grad = below_grad;
   }
 }

@@ -136,11 +136,11 @@ std::tuple<Tensor, Tensor, Tensor> exact_forward(const Tensor& x, const Tensor& 
   Tensor h = f.x, slopes = f.x;
   for (int l = 0; l < f.hidden; ++l) {
     Tensor p = f.product(kept, l), s = empty(f.x, {2 * f.n, f.layers[l].out});
-    multiply_out(p, h, turned(f.weights[l]));
+    Device::multiply(p, h, turned(f.weights[l]));
     Device::layer(f.arguments(l, p, s), kLayerForward, dtype);
     if (l == 1) {
       Tensor q = f.mixed(kept);
-      multiply_out(q, slopes, turned(m));
+      Device::multiply(q, slopes, turned(m));
       RowDotArgs r = row_args(f.below(s), q);
       r.trace = data_of(trace);
       Device::row_dot(r, false, dtype);
@@ -150,10 +150,10 @@ std::tuple<Tensor, Tensor, Tensor> exact_forward(const Tensor& x, const Tensor& 
   }
   if (f.hidden == 1) {
     Tensor column = torch::stable::view(trace, {f.n, 1});
-    multiply_out(column, slopes, torch::stable::view(m, {f.layers[0].out, 1}));
+    Device::multiply(column, slopes, torch::stable::view(m, {f.layers[0].out, 1}));
   }
   Tensor p = empty(f.x, f.x.sizes());
-  multiply_out(p, h, turned(f.weights[f.hidden]));
+  Device::multiply(p, h, turned(f.weights[f.hidden]));
   f.args.y = data_of(y);
   Device::output(output_args(f, p, f.x), false, dtype);
   return {y, trace, kept};
@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> exact_backward(
     Device::layer(f.arguments(l - 1, f.product(kept, l - 1), s), kLayerRestore, dtype);
   }
   Tensor p = empty(f.x, {f.last().gate ? f.n : 0, f.args.features});
-  if (f.last().gate) multiply_out(p, f.top(s), turned(f.weights[l]));
+  if (f.last().gate) Device::multiply(p, f.top(s), turned(f.weights[l]));
   OutputArgs o = output_args(f, p, f.x);
   o.grad_y = data_of(gy);
   o.grad = data_of(grad);
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> exact_backward(
     const FieldLayer& y = f.layers[l - 1];
     // cotangents of h' above, of s below
     Tensor both = empty(f.x, {2 * f.n, y.out}), high = f.top(both), low = f.below(both);
-    multiply_out(high, grad, f.weights[l]);
+    Device::multiply(high, grad, f.weights[l]);
     if (l == 2) {
       mixed = empty(f.x, {f.n, y.out});
       RowDotArgs r = row_args(f.below(s), f.mixed(kept));
@@ -198,24 +198,24 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> exact_backward(
       Device::row_dot(r, true, dtype);
     } else if (f.hidden == 2) {
       s = empty(f.x, {2 * f.n, y.out});
-      multiply_out(low, mixed, m);
+      Device::multiply(low, mixed, m);
     } else {
       mixed = torch::stable::view(t, {f.n, 1});
-      multiply_out(low, mixed, torch::stable::view(m, {1, y.out}));
+      Device::multiply(low, mixed, torch::stable::view(m, {1, y.out}));
     }
     LayerArgs r = f.arguments(l - 1, f.product(kept, l - 1), s);
     r.grad = data_of(both);
     OwnGradients mine(f, y, r);
     Device::layer(r, kLayerBackward, dtype);
     mine.finish(y, high, to.biases[l - 1], gate_of(l - 1));
-    multiply_out(to.weights[l], turned(grad), f.top(s));
+    Device::multiply(to.weights[l], turned(grad), f.top(s));
     grad = high;
   }
   const FieldLayer& first = f.layers[0];
   Tensor flat = torch::stable::view(grad_m, {grad_m.numel() / first.out, first.out});
-  multiply_out(flat, turned(mixed), f.below(s));
-  multiply_out(to.x, grad, f.weights[0]);
-  multiply_out(to.weights[0], turned(grad), f.x);
+  Device::multiply(flat, turned(mixed), f.below(s));
+  Device::multiply(to.x, grad, f.weights[0]);
+  Device::multiply(to.weights[0], turned(grad), f.x);
   return {to.x, grad_m, to.weights, to.biases, to.gates};
 }
 
