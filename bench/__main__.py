@@ -17,6 +17,7 @@ from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
 from bench._plot import plot
+from bench._scaling import plot_scaling
 from bench._steps import measure
 from bench._summary import summary
 from bench._timing import Plan
@@ -77,9 +78,10 @@ def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namesp
         print("\n".join([*lines, f"({time.monotonic() - begin:.0f} s)"]), flush=True)
     folder = _folder(args, _environment.slug(facts, plan.device), any(row.noisy for row in rows))
     written = _report.write(folder, family, _report.records(family, rows, facts))
-    picture = folder / f"{family}.png"
-    if plot(picture, f"{family} on {facts['device']}, {facts['threads']} threads", rows):
-        written.append(picture)
+    title = f"{family} on {facts['device']}, {facts['threads']} threads"
+    for draw, name in ((plot, f"{family}.png"), (plot_scaling, f"{family}_scaling.png")):
+        if draw(folder / name, title, rows):
+            written.append(folder / name)
     print("\n" + "\n".join([*verdicts, *(f"wrote {path}" for path in written)]))
     return all(row.status == "ok" or row.status.startswith("not installed") for row in rows)
 

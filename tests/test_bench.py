@@ -13,7 +13,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the inst
 
 from bench import _environment, _report, _steps
 from bench._case import Case, Lazy, random_inputs
-from bench._harness import run_case
+from bench._harness import Row, run_case
+from bench._scaling import plot_scaling
 from bench._timing import Plan, percentiles
 
 CPU = torch.device("cpu")
@@ -114,3 +115,12 @@ def test_training_steps_move_every_parameter(name):
     for k, p in step.flow.named_parameters():
         assert p.isfinite().all(), k
         assert not torch.equal(p, before[k]), k
+
+
+def test_growth_is_drawn_where_cases_differ_in_a_number_alone(tmp_path):
+    rows = [Row(f"one layer D={d}", "ours", "call", "float32", p50=float(d)) for d in (8, 16, 32)]
+    picture = tmp_path / "scaling.png"
+    assert not plot_scaling(picture, "title", rows)
+    rows.append(Row("one layer D=64", "ours", "call", "float32", p50=64.0))
+    assert plot_scaling(picture, "title", rows)
+    assert picture.stat().st_size > 1000
