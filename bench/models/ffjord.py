@@ -1,8 +1,8 @@
 """A training step of FFJORD at the size of POWER, against torchdiffeq and autograd: same weights, probes and loss.
 
 "eager" is what FFJORD's authors do, with torchdiffeq: the divergence is a VJP kept differentiable, and the graphs of
-all evaluations are kept.  "ours" takes the same steps and keeps graphs, too; "checkpointed" is the default of the flow, which keeps states and
-runs each step again, and "adjoint" the continuous adjoint, in the memory of one evaluation.
+all evaluations are kept.  "ours" takes the same steps and keeps graphs, too; "checkpointed", the default of flows,
+keeps states and runs each step again, and "adjoint" is the continuous adjoint, in the memory of one evaluation.
 """
 
 from __future__ import annotations

@@ -132,6 +132,20 @@ void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
   }
 }
 
+// to[c][r] = from[r][c] for a matrix without padding; rows of `to` are padded with zeros.
+template <class T>
+void transpose_padded(const T* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
+  constexpr int64_t w = Vec<T>::kLanes;
+  const int64_t whole_rows = rows / w * w, whole_columns = columns / w * w;
+  transpose<T>({from, columns}, whole_rows, whole_columns, {to, stride});
+  for (int64_t c = 0; c < columns; ++c) {
+    T* row = to + c * stride;
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+      row[r] = from[r * columns + c];
+    for (int64_t r = rows; r < stride; ++r) row[r] = T(0);
+  }
+}
+
 }  // namespace
 
 PFK_END

@@ -83,8 +83,8 @@ void pack_layers(const FieldArgs& a) {
     const T* w = typed<T>(y.weight);
     for (int64_t i = 0; i < y.out; ++i) {
       memcpy(to.weight + i * y.in_stride, w + i * y.in, y.in * sizeof(T));
-      for (int64_t j = 0; j < y.in; ++j) to.turned[j * y.out_stride + i] = w[i * y.in + j];
     }
+    transpose_padded(w, y.out, y.in, to.turned, y.out_stride);
     if (!y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
     if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));
   }

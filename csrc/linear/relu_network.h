@@ -123,14 +123,7 @@ void pack_layer(const NetworkLayer& y, bool backward) {
     }
     return;
   }
-  constexpr int64_t w = Vec<T>::kLanes;
-  const int64_t rows = y.out / w * w, columns = y.in / w * w;
-  transpose<T>({from, y.in}, rows, columns, {to, y.out_stride});
-  for (int64_t j = 0; j < y.in; ++j) {
-    T* row = to + j * y.out_stride;
-    for (int64_t i = j < columns ? rows : 0; i < y.out; ++i) row[i] = from[i * y.in + j];
-    for (int64_t i = y.out; i < y.out_stride; ++i) row[i] = T(0);
-  }
+  transpose_padded(from, y.out, y.in, to, y.out_stride);
 }
 
 // ---- a tile ------------------------------------------------------------------------------------

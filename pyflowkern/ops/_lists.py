@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["differentiable_lists", "flatten", "unflatten"]
 
@@ -15,11 +14,16 @@ Shape = tuple[int | None, ...]  # the lengths of the lists, None for what is no 
 
 def flatten(values: Sequence[Any]) -> tuple[Shape, list[Any]]:
     """Return the shape of ``values`` and its entries, those of lists one by one."""
-    shape = tuple(len(v) if isinstance(v, (list, tuple)) else None for v in values)
+    shape: list[int | None] = []
     flat: list[Any] = []
-    for v, count in zip(values, shape, strict=True):
-        flat += [v] if count is None else list(v)
-    return shape, flat
+    for v in values:
+        if isinstance(v, (list, tuple)):
+            shape.append(len(v))
+            flat += v
+        else:
+            shape.append(None)
+            flat.append(v)
+    return tuple(shape), flat
 
 
 def unflatten(shape: Shape, flat: Sequence[Any]) -> list[Any]:
@@ -56,9 +60,7 @@ def differentiable_lists(
         if torch.compiler.is_compiling():
             return overload(*inputs)
         shape, flat = flatten(inputs)
-        if torch.is_grad_enabled() and any(
-            isinstance(t, Tensor) and t.requires_grad for t in flat
-        ):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return Eager.apply(shape, *flat)  # type: ignore[no-untyped-call]
         return below_autograd(inputs)
 
