@@ -172,6 +172,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> relu_network_backward(
   NetworkArgs& a = n.args;
   const Tensor grad_out = dense(grad);
   a.grad_out = grad_out.const_data_ptr();
+  STD_TORCH_CHECK(kept.scalar_type() == x.scalar_type() && kept.is_contiguous() &&
+                      kept.numel() == a.samples * n.kept_size,
+                  "pyflowkern::relu_network_backward: needs what a forward pass with keep kept");
+  STD_TORCH_CHECK(
+      grad.scalar_type() == x.scalar_type() && grad.numel() == a.samples * n.layers.back().out,
+      "pyflowkern::relu_network_backward: a gradient of another size or dtype");
   n.set_kept(kept);
   const Tensor input = empty(n.x, {a.samples * n.layers[0].in_stride});
   n.layers[0].input = data_of(input);

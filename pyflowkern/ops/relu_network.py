@@ -200,7 +200,7 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, context, weights, biases, ctx.residual, ctx.activate_last, _ = inputs
+    x, context, weights, biases, ctx.residual, ctx.activate_last, ctx.kept = inputs
     ctx.layers = len(weights)
     ctx.save_for_backward(x, context, output[1], *weights, *biases)
     ctx.set_materialize_grads(False)
@@ -213,12 +213,14 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     if grad is None:
         grad = x.new_zeros(x.shape[0], weights[-1].shape[0])
     form = ctx.residual, ctx.activate_last
-    if torch.is_grad_enabled():
+    # a graph exported without gradients kept nothing, and may meet them later
+    if torch.is_grad_enabled() or not ctx.kept:
 
         def forward(x: Tensor, context: Tensor | None, *p: Tensor) -> Tensor:
             return _reference(x, context, p[:n], p[n:], *form)
 
-        found = gradient_of_reference(forward, (x, context, *parameters), (grad,))
+        with torch.enable_grad():
+            found = gradient_of_reference(forward, (x, context, *parameters), (grad,))
         return found[0], found[1], found[2 : 2 + n], found[2 + n :], None, None, None
     grad_x, grad_context, *lists = _backward_op(
         grad, x, weights, kept, *form, x.requires_grad, context is not None

@@ -49,7 +49,8 @@ class SplineMap:
     - ``domain`` (FrEIA): the interval is learned, and derivatives are ``min_derivative + softplus(u + c)``, 1 for
       ``u = 0`` (FrEIA has no least derivative). Affine tails: a bin is ``min + softplus(u + c)`` wide, ``2 B / K`` for
       ``u = 0``; lowest output and leftmost input are ``u - B``, and the tails have the slope of the whole. Linear
-      tails: half the interval is ``B softplus(u + log(e - 1))``, of which a bin takes ``p``.
+      tails: half the interval is ``B softplus(u + log(e - 1))``, of which a bin takes ``p``; as there is no least
+      width, raw numbers of some tens make bins so small that log-dets and gradients overflow.
 
     On the last axis of packed parameters lie the widths, the heights, then the derivatives, each from the left; under
     ``domain`` the numbers of the interval come before the derivatives: lowest output and leftmost input (affine tails),

@@ -181,6 +181,25 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(compiled(args, options), call(relu_network, args, options))
 
 
+class Exported(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3, 127), torch.nn.Linear(127, 2)
+
+    def forward(self, x):
+        layers = self.first, self.last
+        return relu_network(x, [y.weight for y in layers], [y.bias for y in layers])
+
+
+def test_a_graph_exported_without_gradients_still_has_them():
+    module, x = Exported(), normal(200, 3, dtype=torch.float32, seed=1).requires_grad_()
+    with torch.no_grad():
+        exported = torch.export.export(module, (x,)).module()
+    (found,) = torch.autograd.grad(exported(x).sum(), x)
+    (want,) = torch.autograd.grad(module(x).sum(), x)
+    torch.testing.assert_close(found, want)
+
+
 def test_the_reference_can_be_asked_for():
     args, options = make("plain", 5)
     with pyflowkern.use_reference():
