@@ -118,6 +118,8 @@ def solve(
         >>> round(solution.ys[-1].item(), 4), solution.status.name
         (0.3679, 'ok')
     """
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {type(func).__name__}")
     if compat not in (None, "torchdiffeq"):
         raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
     if control not in ("batch", "device", "sample"):
@@ -283,7 +285,10 @@ def _times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[A
             raise TypeError(f"t must be floating-point, got {t.dtype}")
         ts = t.detach().to(torch.float64)
     else:
-        ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+        try:
+            ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+        except TypeError as error:
+            raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error
     if ts.dim() != 1 and not (per_sample and ts.dim() == 2):
         raise ValueError(f"t must have one axis, got shape {tuple(ts.shape)}")
     if ts.shape[0] < 1:
@@ -299,6 +304,9 @@ def _times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[A
             raise ValueError("t must be finite and monotone for each sample")
         return columns.contiguous(), ts
     times = ts.tolist()
+    most = torch.finfo(y0.dtype).max
+    if any(most < abs(v) < math.inf for v in times):
+        raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")
     gaps_ = [b - a for a, b in itertools.pairwise(times)]
     if not all(math.isfinite(v) for v in times) or not (
         all(g >= 0 for g in gaps_) or all(g <= 0 for g in gaps_)
