@@ -110,6 +110,7 @@ def solve(
     Raises:
         TypeError: for a state that is not floating-point or a wrong result of ``func``.
         ValueError: for times that are not monotone and finite, unknown names and settings out of range.
+        RuntimeError: inside transforms of torch.func.
 
     Example:
         >>> import torch
@@ -263,6 +264,11 @@ def _first_slope(
     params: Iterable[Tensor] | None,
 ) -> tuple[Graph | None, list[Tensor]]:
     """Evaluate the field at the start under autograd, for the tensors it depends on."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "ode.solve does not run inside transforms of torch.func: use torch.autograd.grad, "
+            "and a batch axis with control='sample' in place of vmap"
+        )
     if params is not None:
         params = list(params)
         if options.per_sample or not y0.requires_grad:

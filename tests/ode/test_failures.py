@@ -70,3 +70,12 @@ def test_the_last_step_that_is_allowed_is_taken(most, status, compat):
     found = ode.solve(lambda t, y: torch.ones_like(y), torch.zeros(1), t, **settings)
     assert found.status == status
     torch.testing.assert_close(found.ys[:, 0], torch.tensor([0.0, 0.4, most / 10]))
+
+
+def test_transforms_of_torch_func_are_told_what_to_use_instead():
+    def end(y):
+        return ode.odeint(lambda t, y: -y, y, [0.0, 1.0])[-1].sum()
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="inside transforms"):
+            transform(end)(torch.ones(2, 3))
