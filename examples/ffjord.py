@@ -1,10 +1,12 @@
 """FFJORD on a two-dimensional density, or its multi-scale flow on scikit-learn's 8x8 digits.
 
     python examples/ffjord.py --out out/ffjord                # minutes; writes density.png
-    python examples/ffjord.py --data digits                   # longer; held-out bits/dim
+    python examples/ffjord.py --data digits                   # ten minutes; held-out bits/dim
     python examples/ffjord.py --quick                         # seconds: does it run
 
-The entropy of the rings is 2.1 nats, which bounds the loss there; 5 bits/dim is no model of the digits.
+The entropy of the rings is 2.1 nats, which bounds the loss there.  Digits whose 17 grey levels are
+equally likely take 4.09 bits/dim; 217 of the 1500 steps, a minute on one core of a busy machine,
+came to 2.3 held out.  They are trained with two steps of rk4 to a field and scored with eight.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ def digits() -> tuple[Tensor, Tensor]:
     return images[:1617], images[1617:]
 
 
-def train(flow: flows.FFJORD, draw: Callable[[], Tensor], steps: int, weight: float) -> float:
+def train(
+    flow: flows.FFJORD, draw: Callable[[], Tensor], steps: int, rate: float, weight: float
+) -> float:
     """Minimize the negative log-density and RNODE's penalties; return the last loss in nats."""
-    optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(flow.parameters(), rate)
     loss = torch.tensor(math.nan)
     for step in range(steps):
         optimizer.zero_grad()
@@ -76,17 +80,19 @@ def main(arguments: list[str] | None = None) -> float:
     """Train as the command line says; return the last loss, or the held-out bits/dim."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=["rings", "digits"], default="rings")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="1000 for rings, 1500 for digits")
     parser.add_argument("--quick", action="store_true", help="a few steps of a small flow")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
-    steps = 3 if args.quick else args.steps
-    solver = {"method": "rk4", "step_size": 0.25, "checkpoint": False}
+    usual = 1000 if args.data == "rings" else 1500
+    steps = 3 if args.quick else usual if args.steps is None else args.steps
+    size = 0.25 if args.data == "rings" else 0.5
+    solver = {"method": "rk4", "step_size": size, "checkpoint": False}
     if args.data == "rings":
         hidden = (16,) if args.quick else (64, 64, 64)
         flow = flows.FFJORD(2, hidden, **solver)
-        found = train(flow, lambda: rings(32 if args.quick else 512), steps, 1e-3)
+        found = train(flow, lambda: rings(32 if args.quick else 512), steps, 2e-3, 1e-3)
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             picture(flow, args.out / "density.png")
@@ -94,7 +100,9 @@ def main(arguments: list[str] | None = None) -> float:
     hidden = (4,) if args.quick else (32, 32)
     flow = flows.FFJORD((1, 8, 8), hidden, levels=2, bits=5, activation="softplus", **solver)
     images, held_out = digits()
-    train(flow, lambda: images[torch.randint(len(images), (64,))], steps, 1e-2)
+    train(flow, lambda: images[torch.randint(len(images), (64,))], steps, 5e-3, 1e-2)
+    for block in flow.blocks():
+        block.solver["step_size"] = 0.125
     with torch.no_grad():
         bits = float(flow.bits_per_dim(held_out[:32] if args.quick else held_out).mean())
     print(f"held out: {bits:.3f} bits/dim")

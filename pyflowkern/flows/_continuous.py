@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class ContinuousBijection(Bijection):
         **solver: settings of :func:`pyflowkern.ode.odeint`.
 
     Raises:
-        TypeError: for a field without a divergence.
+        TypeError: for a field without a divergence, or a setting that no solver has.
         ValueError: for a duration that is not positive, unknown names, or probes below 1.
 
     Source: Chen et al. 2018, *Neural ordinary differential equations*; Grathwohl et al. 2019.
@@ -85,6 +86,8 @@ class ContinuousBijection(Bijection):
                 f"field must have velocity_and_divergence, got {type(field).__name__}; "
                 "nn.VectorField(net) gives it to any network"
             )
+        if isinstance(duration, bool) or not isinstance(duration, (int, float, Tensor)):
+            raise TypeError(f"duration must be a number, got {type(duration).__name__}")
         if not 0 < duration < math.inf:
             raise ValueError(f"duration must be positive and finite, got {duration}")
         if divergence not in DIVERGENCES:
@@ -92,6 +95,7 @@ class ContinuousBijection(Bijection):
         if noise not in ("rademacher", "gaussian"):
             raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
         check_positive(probes=probes)
+        _check_solver(solver)
         self.context_features: int = getattr(field, "context_features", 0)
         self.field, self.divergence, self._duration = field, divergence, float(duration)
         self.log_duration: torch.nn.Parameter | None = None
@@ -200,6 +204,23 @@ class ContinuousBijection(Bijection):
             return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
 
         return solve_rows(solve, bad, settings)[0][0]
+
+
+def _check_solver(settings: Mapping[str, Any]) -> None:
+    """Raise unless a solve takes the settings."""
+    known = set(inspect.signature(ode.solve).parameters) - {"func", "y0", "t"}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"{', '.join(unknown)}: neither an argument of the flow nor a setting of "
+            f"pyflowkern.ode.solve, which are {', '.join(sorted(known))}"
+        )
+    # how many tolerances a tuple needs, the call decides: with regularizers there is more to integrate
+    rest = {
+        k: v for k, v in settings.items() if not isinstance(v, (tuple, list)) and k != "params"
+    }
+    with torch.no_grad(), torch.device("cpu"):  # of no length: the settings alone are looked at
+        ode.solve(lambda t, y: y, (torch.zeros(1, 1),), [0.0, 0.0], **rest)
 
 
 def _not_finite(x: Tensor) -> Tensor:

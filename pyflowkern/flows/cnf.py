@@ -84,6 +84,7 @@ class CNF(Flow):
             (1e-5 both), ``step_size``, ``adjoint``.
 
     Raises:
+        TypeError: for a setting that neither the flow nor the solver has.
         ValueError: for sizes below 1 and unknown names.
 
     Source: Chen et al. 2018, *Neural ordinary differential equations*; Finlay et al. 2020, *How to

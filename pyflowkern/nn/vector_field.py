@@ -37,6 +37,8 @@ def check_field(
     name: str, size: int, hidden: Sequence[int], activation: str, time: str
 ) -> list[int]:
     """Raise unless the arguments make a field; return the sizes of all its layers."""
+    if not isinstance(hidden, Iterable):
+        raise TypeError(f"hidden must be a sequence of ints, got {hidden!r}")
     sizes = [size, *hidden, size]
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")

@@ -166,7 +166,7 @@ def first_steps(
     h1 = torch.where(
         largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / largest) ** (1 / order)
     )
-    return torch.where(torch.isfinite(h1), torch.minimum(100 * h0, h1), h0)
+    return torch.where(torch.isfinite(d2 + h1), torch.minimum(100 * h0, h1), h0)
 
 
 def next_factors(ratio: Tensor, order: int) -> Tensor:

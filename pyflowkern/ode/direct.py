@@ -162,6 +162,27 @@ def _column(dt: Tensor, y: Tensor) -> Tensor:
     return dt[:, None].to(y.dtype)
 
 
+def _stand_in(trajectory: SampleTrajectory) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what puts a sample that went well in the place of those that failed, where these no longer move.
+
+    The slope of a sample that failed need not be finite, and zero times its derivative would be NaN in the gradients
+    of the parameters.
+    """
+    failed = torch.as_tensor(trajectory.status) != 0
+    if not trajectory.t:
+        return lambda x, dt: x
+    moved = torch.stack([dt != 0 for dt in trajectory.dt]).any(0)
+    donor = (2 * (~failed).to(torch.int8) + moved).argmax()[None] if len(moved) else None
+
+    def stand_in(x: Tensor, dt: Tensor) -> Tensor:
+        if donor is None:
+            return x
+        idle = failed & (dt == 0)
+        return torch.where(idle.view(-1, *[1] * (x.dim() - 1)), x.detach()[donor], x)
+
+    return stand_in
+
+
 def _pull_samples(
     problem: Problem,
     trajectory: SampleTrajectory,
@@ -174,8 +195,10 @@ def _pull_samples(
     cotangent = torch.where(trajectory.missing[..., None], grads, 0.0).sum(0)
     rows = torch.arange(grads.shape[1], device=grads.device)
     zero = torch.zeros_like(cotangent)
+    stand_in = _stand_in(trajectory)
     for j in reversed(range(len(trajectory.t))):
-        t, dt, y = trajectory.t[j], trajectory.dt[j], trajectory.states[j]
+        dt = trajectory.dt[j]
+        t, y = stand_in(trajectory.t[j], dt), stand_in(trajectory.states[j], dt)
         c = coefficients(method, y.dtype, y.device)
         here = grads[trajectory.slots[j], rows]
         cotangent = cotangent + torch.where(trajectory.reached[j][:, None], here, zero)
@@ -195,16 +218,19 @@ def _replay_samples(problem: Problem, trajectory: SampleTrajectory, y: Tensor) -
     c = coefficients(method, y.dtype, y.device)
     count = problem.times.shape[0]
     outputs: list[Tensor] = [y] * count
+    stand_in = _stand_in(trajectory)
     for t, dt, slot, reached in zip(
         trajectory.t, trajectory.dt, trajectory.slots, trajectory.reached, strict=True
     ):
-        h = _column(dt, y)
+        h, t = _column(dt, y), stand_in(t, dt)
         times = [(t + node * dt).to(y.dtype) for node in method.c]
 
         def by_step(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
             return problem.field(s, x) * h
 
-        y, _ = differentiable_step(by_step, method, c, times, 1.0, y)
+        y1, _ = differentiable_step(by_step, method, c, times, 1.0, stand_in(y, dt))
+        stay = (h == 0) & (torch.as_tensor(trajectory.status) != 0)[:, None]
+        y = torch.where(stay, y, y1)
         for i in range(1, count):
             mine = (reached & (slot == i))[:, None]
             outputs[i] = torch.where(mine, y, outputs[i])

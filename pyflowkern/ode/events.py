@@ -82,8 +82,10 @@ def odeint_event(
     chosen = end_slope(tableau(method))
     if chosen.error is None:
         raise ValueError(f"method must have step control, got {method!r}")
-    if not max_time > 0:
-        raise ValueError(f"max_time must be positive, got {max_time}")
+    if not callable(event_fn):
+        raise TypeError(f"event_fn must be callable, got {type(event_fn).__name__}")
+    if not 0 < max_time < math.inf:
+        raise ValueError(f"max_time must be positive and finite, got {max_time}")
     if not isinstance(t0, Tensor):
         t0 = torch.tensor(float(t0), dtype=torch.float64)
     start = packing.pack(y0).contiguous()

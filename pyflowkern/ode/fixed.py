@@ -17,6 +17,8 @@ from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["Plan", "integrate", "plan"]
 
+_MANY = 1e15  # steps that nobody takes, where their number would overflow
+
 #: Starts and signed lengths of the steps, and for each output its step and the fraction of it.
 Plan = tuple[list[tuple[float, float]], list[tuple[int, float | None]]]
 
@@ -26,35 +28,42 @@ def plan(times: Sequence[float], options: Options) -> Plan:
 
     Every interval between outputs is divided into equal steps of at most ``step_size``, so that each output is the
     end of a step.  With ``torchdiffeq`` the steps start from the first time only, and output is linear in between.
+    Of more than ``max_steps`` one more is there, and no list of a million that nobody takes.
     """
     if options.torchdiffeq and options.step_size is not None:
-        return _their_plan(times, options.step_size)
+        return _their_plan(times, options.step_size, options.max_steps + 1)
     steps: list[tuple[float, float]] = []
     outputs: list[tuple[int, float | None]] = [(-1, None)]
+    count = 0
     for t, t1 in itertools.pairwise(times):
         size = math.inf if options.step_size is None else options.step_size
         if t1 == t:
-            outputs.append((len(steps) - 1, None))
+            outputs.append((count - 1, None))
             continue
-        n = max(1, math.ceil(abs(t1 - t) / size * (1 - 1e-12)))
-        grid = [t + (t1 - t) * j / n for j in range(n)]
-        steps += [(a, b - a) for a, b in zip(grid, [*grid[1:], t1], strict=True)]
-        outputs.append((len(steps) - 1, None))
+        n = max(1, math.ceil(min(abs(t1 - t) / size, _MANY) * (1 - 1e-12)))
+        room = max(0, options.max_steps + 1 - count)
+        grid = [t + (t1 - t) * j / n for j in range(min(n, room + 1))]
+        grid += [t1] if n <= room else []
+        steps += [(a, b - a) for a, b in itertools.pairwise(grid)]
+        count += n
+        outputs.append((count - 1, None))
     return steps, outputs
 
 
-def _their_plan(times: Sequence[float], size: float) -> Plan:
+def _their_plan(times: Sequence[float], size: float, most: int) -> Plan:
     t0, end = times[0], times[-1]
     sign = 1.0 if end >= t0 else -1.0
     if end == t0:
         return [], [(-1, None)] * len(times)
-    n = math.ceil(abs(end - t0) / size + 1)
-    grid = [t0 + sign * size * j for j in range(n - 1)] + [end]
+    n = math.ceil(min(abs(end - t0) / size, _MANY) + 1)
+    grid = [t0 + sign * size * j for j in range(min(n - 1, most + 1))]
+    grid += [end] if n - 1 <= most else []
     steps = [(a, b - a) for a, b in itertools.pairwise(grid)]
     outputs: list[tuple[int, float | None]] = [(-1, None)]
     for t in times[1:]:
-        j = next(j for j, b in enumerate(grid[1:]) if sign * (b - t) >= 0)
-        outputs.append((j, None if grid[j + 1] == t else (t - grid[j]) / steps[j][1]))
+        j = next((j for j, b in enumerate(grid[1:]) if sign * (b - t) >= 0), len(steps))
+        there = j == len(steps) or grid[j + 1] == t
+        outputs.append((j, None if there else (t - grid[j]) / steps[j][1]))
     return steps, outputs
 
 

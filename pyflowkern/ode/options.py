@@ -40,6 +40,11 @@ class Options:
         choices = ("direct", "continuous", "reversible")
         if self.adjoint not in choices:
             raise ValueError(f"adjoint must be one of {choices}, got {self.adjoint!r}")
+        for name in ("step_size", "first_step", "max_step", "min_step", "coupling"):
+            value = getattr(self, name)
+            optional = name in ("step_size", "first_step")
+            if not (isinstance(value, (int, float)) or (value is None and optional)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         for name in ("step_size", "first_step", "max_step"):
             value = getattr(self, name)
             if value is not None and not value > 0:

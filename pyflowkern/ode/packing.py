@@ -112,6 +112,8 @@ def _check_tolerances(name: str, values: Sequence[Any]) -> None:
     for v in values:
         if isinstance(v, bool) or not (isinstance(v, (int, float, Tensor))):
             raise TypeError(f"{name} must be a number, got {type(v).__name__}")
+        if isinstance(v, Tensor) and v.numel() != 1:
+            raise ValueError(f"{name} must be a number, got a tensor of shape {tuple(v.shape)}")
         if not float(v) >= 0:
             raise ValueError(f"{name} must be at least 0, got {v}")
 

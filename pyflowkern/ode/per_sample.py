@@ -138,7 +138,9 @@ def integrate(
         out.ys.scatter_(0, slot[None, :, None].expand(1, *y.shape), y[None])
         done = done | (reached & (slot == count - 1))
         slot = torch.where(reached, (slot + 1).clamp(max=count - 1), slot)
-        proposal = dt.abs() * next_factors(ratio, method.order)
+        # not |dt|, which the rounding of the time may keep from shrinking
+        size = torch.where(clipped, dt.abs(), h)
+        proposal = size * next_factors(ratio, method.order)
         # a step cut short by an output says little about the next one
         h = torch.where(running, torch.where(reached, torch.maximum(proposal, h), proposal), h)
     slots = torch.arange(count, device=y0.device)[:, None]

@@ -65,7 +65,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     y, z, t, i = y0, y0, times[0], 1
     sign = 1.0 if times[-1] >= t else -1.0
     given = None if o.adaptive else iter(plan(times, o)[0])
-    h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
+    wanted = h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
     out.ys[:] = y0
     least = UNDERFLOW * abs(times[-1] - t)
     accepted, rejected, bad, scaled = 0, 0, False, Scaling(y0, o.rtol, o.atol)
@@ -84,7 +84,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
             t1 = times[i] if abs(times[i] - (t + dt)) <= 1e-9 * abs(dt) else t + dt
             dt = t1 - t
         else:
-            h = min(max(h, o.min_step), o.max_step)
+            wanted = h = min(max(h, o.min_step), o.max_step)
             t1 = t + sign * h
             cut = sign * (t1 - times[i]) >= 0
             if (t1 == t or h < least) and not cut:
@@ -92,6 +92,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
                 break
             t1 = times[i] if cut else t1
             dt = t1 - t
+            h = abs(dt) if cut else h  # |dt| else may not shrink for the rounding of the time
         step = stepper.increment(t, dt, z, error=o.adaptive)
         y1 = torch.lerp(z, y, coupling).add_(step)
         ratio = 0.0
@@ -111,11 +112,11 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
             accepted += 1
             y, z, t = y1, z1, t1
             if given is None:  # a step cut short by an output says little about the next one
-                proposal = abs(dt) * next_factor(ratio, o.method.order)
-                h = max(proposal, h) if cut else proposal
+                proposal = h * next_factor(ratio, o.method.order)
+                h = max(proposal, wanted) if cut else proposal
         else:
             rejected += 1
-            h = abs(dt) * next_factor(math.nan if bad else ratio, o.method.order)
+            h *= next_factor(math.nan if bad else ratio, o.method.order)
     out.ys[i:] = y
     tape.missing = list(range(i, len(times)))
     out.stats = Stats(accepted, rejected, stepper.evaluations)

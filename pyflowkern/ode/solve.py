@@ -110,6 +110,7 @@ def solve(
     Raises:
         TypeError: for a state that is not floating-point or a wrong result of ``func``.
         ValueError: for times that are not monotone and finite, unknown names and settings out of range.
+        RuntimeError: inside transforms of torch.func.
 
     Example:
         >>> import torch
@@ -118,6 +119,8 @@ def solve(
         >>> round(solution.ys[-1].item(), 4), solution.status.name
         (0.3679, 'ok')
     """
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {type(func).__name__}")
     if compat not in (None, "torchdiffeq"):
         raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
     if control not in ("batch", "device", "sample"):
@@ -261,6 +264,11 @@ def _first_slope(
     params: Iterable[Tensor] | None,
 ) -> tuple[Graph | None, list[Tensor]]:
     """Evaluate the field at the start under autograd, for the tensors it depends on."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "ode.solve does not run inside transforms of torch.func: use torch.autograd.grad, "
+            "and a batch axis with control='sample' in place of vmap"
+        )
     if params is not None:
         params = list(params)
         if options.per_sample or not y0.requires_grad:
@@ -283,7 +291,10 @@ def _times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[A
             raise TypeError(f"t must be floating-point, got {t.dtype}")
         ts = t.detach().to(torch.float64)
     else:
-        ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+        try:
+            ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+        except TypeError as error:
+            raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error
     if ts.dim() != 1 and not (per_sample and ts.dim() == 2):
         raise ValueError(f"t must have one axis, got shape {tuple(ts.shape)}")
     if ts.shape[0] < 1:
@@ -299,6 +310,9 @@ def _times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[A
             raise ValueError("t must be finite and monotone for each sample")
         return columns.contiguous(), ts
     times = ts.tolist()
+    most = torch.finfo(y0.dtype).max
+    if any(most < abs(v) < math.inf for v in times):
+        raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")
     gaps_ = [b - a for a, b in itertools.pairwise(times)]
     if not all(math.isfinite(v) for v in times) or not (
         all(g >= 0 for g in gaps_) or all(g <= 0 for g in gaps_)

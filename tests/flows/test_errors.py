@@ -141,3 +141,29 @@ def test_contexts(conditional, context, error, message):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"hiden": (8,)}, TypeError, "hiden: neither an argument of the flow nor a setting"),
+        ({"hidden": 8}, TypeError, "hidden must be a sequence of ints, got 8"),
+        ({"method": "rk5"}, ValueError, "method must be one of"),
+        ({"rtol": -1.0}, ValueError, "rtol must be at least 0"),
+        ({"step_size": 0.0}, ValueError, "step_size must be positive"),
+        ({"control": "sample", "adjoint": "reversible"}, ValueError, "control='sample'"),
+        ({"duration": "1"}, TypeError, "duration must be a number, got str"),
+    ],
+)
+def test_continuous_flows_look_at_the_settings_of_their_solver_when_they_are_made(
+    settings, error, message
+):
+    with pytest.raises(error, match=message):
+        flows.CNF(2, **settings)
+
+
+def test_continuous_flows_take_a_tolerance_for_each_part_and_are_made_on_meta():
+    flow = flows.CNF(2, (4,), rtol=(1e-3, 1e-2), atol=(1e-3, 1e-2))
+    assert flow.log_prob(torch.zeros(3, 2)).isfinite().all()
+    with torch.device("meta"):
+        assert flows.CNF(2, (4,), control="sample").bijection is not None

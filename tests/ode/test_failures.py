@@ -1,0 +1,81 @@
+"""Solves that fail: soon, with the status of the failure, and without harm to samples that do not."""
+
+import math
+
+import pytest
+import torch
+
+from pyflowkern import ode
+
+CONTROLS = [{"control": "batch"}, {"control": "device"}, {"control": "sample"}]
+WAYS = [*CONTROLS, {"adjoint": "reversible"}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_pole_ends_at_the_last_bit_of_the_time(way, dtype):
+    y0 = torch.tensor([[0.1], [3.0]], dtype=dtype)  # y' = y^2 has its pole at 1 / y0
+    found = ode.solve(lambda t, y: y * y, y0, [0.0, 1.0], rtol=1e-5, atol=1e-5, **way)
+    assert int(torch.as_tensor(found.status).max()) == ode.Status.dt_underflow
+    assert found.stats.accepted + found.stats.rejected < 400
+    assert found.ys[-1, 1] > 1e14
+
+
+@pytest.mark.parametrize("way", CONTROLS, ids=str)
+def test_a_first_step_into_a_region_without_a_field_is_only_too_long(way):
+    def fall(t, y):  # the Euler step that the first step is judged by leads below zero
+        return torch.where(y < 0.999, math.inf, -1e-9 * y)
+
+    found = ode.solve(fall, torch.ones(3, 1, dtype=torch.float64), [0.0, 1.0], **way)
+    assert found.ok
+    torch.testing.assert_close(found.ys[-1], torch.full((3, 1), 1 - 1e-9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_gradients_of_samples_with_steps_of_their_own_do_not_know_the_one_that_failed(bad):
+    # y' = -w sqrt(y): sqrt(y1) = sqrt(y0) - w / 2, and the root of a negative state is NaN
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    y0 = torch.tensor([[bad], [1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    found = ode.solve(lambda t, y: -w * y.sqrt(), y0, [0.0, 0.5, 1.0], control="sample")
+    assert found.status.tolist() == [ode.Status.non_finite, 0, 0]
+    loss, root = found.ys[-1, 1:].sum(), torch.tensor([1.0, 2.0], dtype=torch.float64).sqrt()
+    for create_graph in (False, True):
+        of_w, of_y = torch.autograd.grad(
+            loss, (w, y0), retain_graph=True, create_graph=create_graph
+        )
+        torch.testing.assert_close(of_w, -(root - 0.5).sum(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(of_y[1:, 0], 1 - 0.5 / root, rtol=1e-6, atol=0)
+        assert of_y[0, 0] == 0
+    (second,) = torch.autograd.grad(of_w, w)
+    torch.testing.assert_close(second, torch.ones_like(second), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("compat", [None, "torchdiffeq"])
+@pytest.mark.parametrize("step_size", [1e-9, 1e-300])
+def test_steps_that_are_far_too_many_are_not_even_listed(step_size, compat):
+    found = ode.solve(
+        lambda t, y: -y, torch.ones(1), [0.0, 0.5, 1.0], method="euler", step_size=step_size,
+        max_steps=5, compat=compat,
+    )  # fmt: skip
+    assert found.status == ode.Status.max_steps
+    assert found.stats.accepted == 5
+    assert torch.isfinite(found.ys).all()
+
+
+@pytest.mark.parametrize("compat", [None, "torchdiffeq"])
+@pytest.mark.parametrize(("most", "status"), [(10, ode.Status.ok), (9, ode.Status.max_steps)])
+def test_the_last_step_that_is_allowed_is_taken(most, status, compat):
+    t = [0.0, 0.4, 1.0]
+    settings = {"method": "euler", "step_size": 0.1, "max_steps": most, "compat": compat}
+    found = ode.solve(lambda t, y: torch.ones_like(y), torch.zeros(1), t, **settings)
+    assert found.status == status
+    torch.testing.assert_close(found.ys[:, 0], torch.tensor([0.0, 0.4, most / 10]))
+
+
+def test_transforms_of_torch_func_are_told_what_to_use_instead():
+    def end(y):
+        return ode.odeint(lambda t, y: -y, y, [0.0, 1.0])[-1].sum()
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="inside transforms"):
+            transform(end)(torch.ones(2, 3))
