@@ -4,9 +4,10 @@
     python examples/ffjord.py --data digits                   # ten minutes; held-out bits/dim
     python examples/ffjord.py --quick                         # seconds: does it run
 
-The entropy of the rings is 2.1 nats, which bounds the loss there.  Digits whose 17 grey levels are
+The entropy of the rings is 2.1 nats, which bounds the loss there; it comes to 2.17.  Digits whose 17 grey levels are
 equally likely take 4.09 bits/dim; 217 of the 1500 steps, a minute on one core of a busy machine,
-came to 2.3 held out.  They are trained with two steps of rk4 to a field and scored with eight.
+came to 2.3 held out by the solver that trained them, two steps of rk4 to a field; in the end they are
+scored with eight.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def train(
 ) -> float:
     """Minimize the negative log-density and RNODE's penalties; return the last loss in nats."""
     optimizer = torch.optim.Adam(flow.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loss = torch.tensor(math.nan)
     for step in range(steps):
         optimizer.zero_grad()
@@ -50,6 +52,7 @@ def train(
         (loss + weight * (terms.kinetic + terms.jacobian).mean()).backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
+        schedule.step()
         if step % max(1, steps // 10) == 0 or step == steps - 1:
             print(f"step {step:5d}  {float(loss.detach()):8.3f} nats", flush=True)
     return float(loss.detach())
@@ -62,8 +65,12 @@ def picture(flow: flows.FFJORD, path: Path) -> None:
 
     line = torch.linspace(-4, 4, 120)
     grid = torch.cartesian_prod(line, line)
-    density = flow.log_prob(grid).exp().reshape(120, 120)
     block = next(flow.blocks())
+    block.divergence, block.solver["step_size"] = (
+        "exact",
+        0.0625,
+    )  # one probe would be seen as noise
+    density = flow.log_prob(grid).exp().reshape(120, 120)
     path_of = block.trajectory(torch.randn(60, 2), torch.linspace(block.duration, 0, 40).tolist())
     figure = Figure(figsize=(9, 4.5))
     left, right = figure.subplots(1, 2)
@@ -91,8 +98,10 @@ def main(arguments: list[str] | None = None) -> float:
     solver = {"method": "rk4", "step_size": size, "checkpoint": False}
     if args.data == "rings":
         hidden = (16,) if args.quick else (64, 64, 64)
-        flow = flows.FFJORD(2, hidden, **solver)
-        found = train(flow, lambda: rings(32 if args.quick else 512), steps, 2e-3, 1e-3)
+        # With tanh and smaller steps the first 500 stay at the best Gaussian, 3.4 nats; with a smaller
+        # penalty the flow learns to profit from the errors of so coarse a solver, and loses on others.
+        flow = flows.FFJORD(2, hidden, activation="silu", **solver)
+        found = train(flow, lambda: rings(32 if args.quick else 512), steps, 5e-3, 1e-2)
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             picture(flow, args.out / "density.png")
