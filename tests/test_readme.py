@@ -72,7 +72,7 @@ def test_table_of_ops():
         for name in re.findall(r"`(\w+)`", names):
             family = getattr(ops, name).__module__.rpartition(".")[2]
             for said, suffix in ((cpu, "cpu.cpp"), (cuda, "cuda.cu")):
-                exists = (ROOT / "csrc" / family / f"{family}_{suffix}").is_file()
+                exists = any(ROOT.glob(f"csrc/*/{family}_{suffix}"))
                 assert said.startswith("yes") == exists, f"{name}: {said}"
 
 
