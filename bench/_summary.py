@@ -18,6 +18,8 @@ HEADLINES = (
     ("linear", "glow step 64x48x16x16", "forward+backward"),
     ("linear", "glow step 64x12x32x32", "forward+backward"),
     ("linear", "linear 4096x32", "forward+backward"),
+    ("relu_network", "residual 200 x", "forward+backward"),
+    ("relu_network", "residual 512 x", "forward+backward"),
     ("matrix", "slogdet_inverse 1x48", "forward"),
     ("matrix", "plu_matrix 48", "forward+backward"),
     ("preprocess", "dequantize+logit 512x3x32x32", "forward"),
@@ -43,7 +45,11 @@ PEERS = (
     ("nsf", "training step D=10 batch 1000", "call", ("nflows",)),
     ("nsf", "training step D=20 batch 4096", "call", ("nflows",)),
     ("nsf", "training step D=6 batch 512", "call", ("nflows",)),
+    ("ffjord", "training step D=6", "call", ("eager",)),
+    ("ode", "dopri5 2-64x3-2", "call", ("eager",)),
 )
+#: Families whose "eager" is another library.
+EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
 LARGE = 20.0  # above that many floors a call is what costs, and the ratio says nothing
 
 
@@ -70,10 +76,11 @@ def summary(folder: Path | None) -> str:
         path = folder / f"{family}.csv"
         row = _row(path, case, pass_)
         times = [
-            f"{float(_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({peer})"
+            f"{float(_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({EAGER.get(family, peer)})"
             for peer in peers
         ]
-        name = row["case"] if family in ("spline", "nsf") else f"sampling {row['case']}"
+        name = f"sampling {row['case']}" if family == "autoregressive" else row["case"]
+        name = f"{family}: {name}" if family in EAGER else name
         cells = [name, row["pass"], _milliseconds(float(row["p50"])), ", ".join(times)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{'; '.join(where)}; float32."])
