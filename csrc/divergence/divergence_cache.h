@@ -13,7 +13,7 @@ PFK_BEGIN
 
 namespace {
 
-constexpr int64_t kTileRows = 96;  // stacked rows of a tile: 12 KiB a buffer at 64 columns
+constexpr int64_t kTileRows = 48;  // stacked rows of a tile: 12 KiB a buffer at 64 columns
 
 // The buffers of a thread.
 template <class T>

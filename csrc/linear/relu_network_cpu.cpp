@@ -29,6 +29,8 @@ void network_weight(const NetworkArgs& a, int l, bool wide, int64_t begin, int64
 PFK_END
 
 #if PFK_SIMD_LEVEL == 0
+#include <algorithm>
+
 #include "core/host.h"
 
 namespace pfk {
@@ -125,6 +127,11 @@ struct Network {
     for (int l = args.layers - 1; l >= 0; --l) {
       for (int64_t at = 0; at < layers[l].out; at += kWeightRows) tasks.emplace_back(l, at);
     }
+    if (tasks.empty()) return;
+    // threads get runs of tasks: each run is to hold the same share of every layer
+    std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
+      return a.second * layers[b.first].out < b.second * layers[a.first].out;
+    });
     const int64_t work = packed.numel() / static_cast<int64_t>(tasks.size()) * args.samples / 8;
     parallel_tasks(static_cast<int64_t>(tasks.size()), work, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
