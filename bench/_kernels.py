@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -114,8 +115,12 @@ def _ptx(stem: str) -> str:
         defines = "-DPFK_SIMD_NAMESPACE=cuda -DTORCH_TARGET_VERSION=0x020b000000000000"
         places = ["-I", str(ROOT / "csrc"), "-isystem", str(include)]
         nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-        command = [nvcc, *flags.split(), *defines.split(), *places, str(source), "-o", str(path)]
-        subprocess.run(command, check=True, capture_output=True)
+        command = [nvcc, *flags.split(), *defines.split(), *places, str(source), "-o"]
+        # tests run in several processes, which may all be here: none must see another's half
+        with tempfile.TemporaryDirectory(dir=path.parent) as own:
+            made = Path(own) / path.name
+            subprocess.run([*command, str(made)], check=True, capture_output=True)
+            made.replace(path)
     return path.read_text()
 
 
