@@ -44,7 +44,8 @@ constexpr int64_t kMatmulDepth = 512;  // of a panel that is multiplied at a tim
 template <class T>
 constexpr int64_t kPanel = 2 * Vec<T>::kLanes;
 
-// Panels [begin, end) of b: [panel][depth][kPanel], zero beyond the last column.
+// Panels [begin, end) of b: [panel][depth][kPanel]; what is beyond the last column reaches no
+// result.
 template <class T>
 void matmul_pack(const MatmulArgs& m, int64_t begin, int64_t end) {
   constexpr int64_t width = kPanel<T>, w = Vec<T>::kLanes;
@@ -68,7 +69,6 @@ void matmul_pack(const MatmulArgs& m, int64_t begin, int64_t end) {
       } else {
         for (int64_t c = 0; c < n; ++c) row[c] = from[c * m.b_column];
       }
-      for (int64_t c = n; c < width; ++c) row[c] = T(0);
     }
   }
 }

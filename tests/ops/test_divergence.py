@@ -121,6 +121,18 @@ def test_exact_trace_in_closed_form(backend, hidden, activation):
     check(normal(37, 5), own, method="exact", activation=activation)
 
 
+@pytest.mark.parametrize(
+    ("n", "hidden", "method"),
+    [(7, (600, 65), "exact"), (9000, (9, 33), "exact"), (3, (1100, 40), "hutchinson")],
+    ids=["sums of more terms than a panel", "of more than are packed at once", "beyond the cache"],
+)
+def test_products_larger_than_what_is_multiplied_at_a_time(backend, n, hidden, method):
+    dims = (5, *hidden, 5)
+    options = {"method": method} | ({} if method == "exact" else {"probe": torch.tensor(3)})
+    for dtype in (torch.float32, torch.float64):
+        check(normal(n, 5, dtype=dtype), layers(dims, dtype), **options)
+
+
 # --- probes --------------------------------------------------------------------------------------
 
 
