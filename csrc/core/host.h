@@ -137,6 +137,18 @@ inline Tensor empty_per_sample(const Tensor& t, int64_t samples) {
   return empty(t, {samples}, accumulation_type(t));
 }
 
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
+
+// The step between rows of n numbers in a copy for core/gemm.h: whole vectors, and not a multiple
+// of 256 bytes, which would fold a column onto few of the sets of L1.
+inline int64_t padded(int64_t n) {
+  const int64_t p = (n + 15) / 16 * 16;
+  return p % 64 == 0 ? p + 16 : p;
+}
+
 // A contiguous tensor of float or double on the CPU, read and written as doubles; or none.
 struct Values {
   Tensor tensor;

@@ -37,10 +37,6 @@ inline Tensor sum_rows(const Tensor& t) {
   const int64_t rows = 0;
   return torch::stable::sum(t, Sizes(&rows, 1));
 }
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 inline const void* data_of(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
@@ -49,13 +45,6 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
 }
 
 // ---- arguments ---------------------------------------------------------------------------------
-// Rows of the copy in cache: whole vectors, and not a multiple of 256 bytes apart, which would fold
-// a column onto few of the sets of L1.
-inline int64_t padded(int64_t n) {
-  const int64_t p = (n + 15) / 16 * 16;
-  return p % 64 == 0 ? p + 16 : p;
-}
-
 struct Field {
   Tensor x, probe;
   Tensors weights, biases, gates;

@@ -38,16 +38,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
-
-// Whole vectors, and not a multiple of 256 bytes apart, which would fold a column onto few of the
-// sets of L1.
-int64_t padded(int64_t n) {
-  const int64_t p = (n + 15) / 16 * 16;
-  return p % 64 == 0 ? p + 16 : p;
-}
-
 struct Network {
   Tensor x;
   Tensors weights;
