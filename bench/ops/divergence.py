@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench._case import Case, Inputs, Outputs, Provider, nbytes
+from bench._case import Case, Inputs, Lazy, Outputs, Provider, nbytes
 from pyflowkern import ops
 
 
@@ -106,7 +106,12 @@ def hutchinson(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
 
 
 def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
-    providers: dict[str, Provider] = {"eager": exact_by_vjps, "ours": exact}
+    # one probe of ours is another number, and the cost that the exact trace is held against
+    providers: dict[str, Provider | Lazy] = {
+        "eager": exact_by_vjps,
+        "ours": exact,
+        "one probe": Lazy(lambda inputs: ours, comparable=False),
+    }
     return Case(
         name=name,
         make_inputs=make_inputs(n, dims),
@@ -120,6 +125,8 @@ def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
     )
 
 
+#: A probe's time over ours: the exact trace of two hidden layers is to cost 1.15 probes at most.
+ONE_PROBE = {"forward vs one probe": 1 / 1.15, "forward+backward vs one probe": 1 / 1.15}
 CASES = [
     hutchinson(
         "field 512x2 64x3",
@@ -139,6 +146,7 @@ CASES = [
         (43, 860, 860, 43),
         targets={"forward+backward vs eager": 1.2},
     ),
-    closed_form("exact 1000x6 64x2", 1000, (6, 64, 64, 6)),
-    closed_form("exact 1000x43 860x2", 1000, (43, 860, 860, 43), extra=True),
+    closed_form("exact 1000x6 64x2", 1000, (6, 64, 64, 6), targets=ONE_PROBE),
+    closed_form("exact 1000x43 128x2", 1000, (43, 128, 128, 43), targets=ONE_PROBE),
+    closed_form("exact 1000x43 860x2", 1000, (43, 860, 860, 43), targets=ONE_PROBE),
 ]
