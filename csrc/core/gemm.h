@@ -28,62 +28,73 @@ struct Rows {  // a row-major matrix
 };
 
 constexpr int kGemmRows = 6;
+template <class T>
+constexpr int kMostRows = sizeof(Vec<T>) == 64 ? 2 * kGemmRows : kGemmRows;
 
 template <class T, int R, int C, bool kAhead = false>
 inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, Rows<T> out,
                       bool add) {
   constexpr int w = Vec<T>::kLanes;
-  Vec<T> sum[R][C];
+  Vec<T> sum[R][C];  // unrolled by hand of the compiler: left to itself it keeps them in memory
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       sum[r][c] = add ? Vec<T>::load(out.p + r * out.stride + c * w) : Vec<T>(T(0));
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> b[C];
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) b[c] = Vec<T>::load(right + c * w);
     if (kAhead) {
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) __builtin_prefetch(right + (C + c) * w);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<T> a = l.p[r * l.row];
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) sum[r][c] += a * b[c];
     }
     l.p += l.step;
     right += stride;
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) sum[r][c].store(out.p + r * out.stride + c * w);
   }
+}
+
+template <class T, int R, int C, bool kAhead = false>
+inline void gemm_step(Left<T>& l, const T* right, int64_t stride, int64_t depth, Rows<T>& out,
+                      bool add) {
+  gemm_tile<T, R, C, kAhead>(l, right, stride, depth, out, add);
+  l.p += R * l.row;
+  out.p += R * out.stride;
 }
 
 template <class T, int C>
 void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64_t depth,
                   Rows<T> out, bool add) {
+  constexpr int kMost = kMostRows<T>;
   // the first rows bring the next columns of right nearer
-  if (rows >= kGemmRows) {
-    gemm_tile<T, 6, C, true>(l, right, stride, depth, out, add);
-    l.p += kGemmRows * l.row;
-    out.p += kGemmRows * out.stride;
-    rows -= kGemmRows;
-  }
-  for (; rows > 0; rows -= kGemmRows) {
-    switch (rows) {
-      case 1:
-        return gemm_tile<T, 1, C>(l, right, stride, depth, out, add);
-      case 2:
-        return gemm_tile<T, 2, C>(l, right, stride, depth, out, add);
-      case 3:
-        return gemm_tile<T, 3, C>(l, right, stride, depth, out, add);
-      case 4:
-        return gemm_tile<T, 4, C>(l, right, stride, depth, out, add);
-      case 5:
-        return gemm_tile<T, 5, C>(l, right, stride, depth, out, add);
-      default:
-        gemm_tile<T, 6, C>(l, right, stride, depth, out, add);
-    }
-    l.p += kGemmRows * l.row;
-    out.p += kGemmRows * out.stride;
+  if (rows >= kMost) gemm_step<T, kMost, C, true>(l, right, stride, depth, out, add), rows -= kMost;
+  for (; rows >= kMost; rows -= kMost) gemm_step<T, kMost, C>(l, right, stride, depth, out, add);
+  if (kMost > kGemmRows && rows >= kGemmRows)
+    gemm_step<T, kGemmRows, C>(l, right, stride, depth, out, add), rows -= kGemmRows;
+  switch (rows) {
+    case 1:
+      return gemm_tile<T, 1, C>(l, right, stride, depth, out, add);
+    case 2:
+      return gemm_tile<T, 2, C>(l, right, stride, depth, out, add);
+    case 3:
+      return gemm_tile<T, 3, C>(l, right, stride, depth, out, add);
+    case 4:
+      return gemm_tile<T, 4, C>(l, right, stride, depth, out, add);
+    case 5:
+      return gemm_tile<T, 5, C>(l, right, stride, depth, out, add);
   }
 }
 

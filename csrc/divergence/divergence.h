@@ -69,6 +69,8 @@ struct FieldArgs {
   const void* packed;  // weights as the products want them
   void* sums;          // [tasks, sums_size]: gradients of shared parameters
   int64_t sums_size, task, first_task;
+  const FieldLayer* coupling;  // of exact traces: M, see divergence_exact.h; or null
+  const void* ones;            // as many as the widest layer has columns, padded
 };
 
 // Whether the backward pass, having the products of layer l computed again where they were not

@@ -36,6 +36,7 @@ struct Tile {
       own = own || y.bias_step || y.gate_step;
       all += y.out_stride;
     }
+    if (a.coupling) all += a.coupling->out_stride;
     rows = samples * (1 + a.probes);
     const int64_t size = rows * widest, extra = own ? samples * widest : 0;
     const int64_t total = 4 * size + 4 * extra + rows * all;
@@ -76,18 +77,21 @@ struct Sums {
 };
 
 template <class T>
-void pack_layers(const FieldArgs& a) {
-  for (int l = 0; l < a.layers; ++l) {
-    const FieldLayer& y = a.layer[l];
-    const Packed<T> to(a, y);
-    const T* w = typed<T>(y.weight);
-    for (int64_t i = 0; i < y.out; ++i) {
-      memcpy(to.weight + i * y.in_stride, w + i * y.in, y.in * sizeof(T));
-    }
-    transpose_padded(w, y.out, y.in, to.turned, y.out_stride);
-    if (!y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
-    if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));
+void pack_layer(const FieldArgs& a, const FieldLayer& y) {
+  const Packed<T> to(a, y);
+  const T* w = typed<T>(y.weight);
+  for (int64_t i = 0; i < y.out; ++i) {
+    memcpy(to.weight + i * y.in_stride, w + i * y.in, y.in * sizeof(T));
   }
+  transpose_padded(w, y.out, y.in, to.turned, y.out_stride);
+  if (y.bias && !y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
+  if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));
+}
+
+template <class T>
+void pack_layers(const FieldArgs& a) {
+  for (int l = 0; l < a.layers; ++l) pack_layer<T>(a, a.layer[l]);
+  if (a.coupling) pack_layer<T>(a, *a.coupling);
 }
 
 // ---- moving rows -------------------------------------------------------------------------------
@@ -271,7 +275,8 @@ void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64
 }
 
 template <class T>
-void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task) {
+void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task,
+                   bool fresh) {
   const int64_t rows = n * (1 + a.probes);
   stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
                 a.layer[0].in_stride, n);
@@ -302,7 +307,7 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
       store_stack<T>(a, y.input_rows, first, n, h, y.in_stride);
     } else {
       gemm<T>({w.grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
-              {Sums<T>(a, y, task).weight, y.in_stride}, true);
+              {Sums<T>(a, y, task).weight, y.in_stride}, !fresh);
     }
     T* swap = w.grad;
     w.grad = w.other;
@@ -310,17 +315,33 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
   }
 }
 
-template <bool kBackward, class T>
-void field_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
-  Tile<T> w(a);
+// Calls run(first sample, samples, task, whether it is the task's first) for the tiles of tasks.
+// The first tile writes the sums of weights; those of biases and gates begin at zero.
+template <class T, class Run>
+void each_tile(const FieldArgs& a, const Tile<T>& w, int64_t begin, int64_t end, Run run) {
   for (int64_t task = begin; task < end; ++task) {
+    for (int l = 0; a.sums && l < a.layers; ++l) {
+      const FieldLayer& y = a.layer[l];
+      memset(Sums<T>(a, y, task).bias, 0, 2 * y.out_stride * sizeof(T));
+    }
     const int64_t start = (a.first_task + task) * a.task;
     const int64_t last = start + a.task < a.samples ? start + a.task : a.samples;
     for (int64_t first = start; first < last; first += w.samples) {
-      const int64_t n = last - first < w.samples ? last - first : w.samples;
-      kBackward ? backward_tile<T>(a, w, first, n, task) : forward_tile<T>(a, w, first, n);
+      run(first, last - first < w.samples ? last - first : w.samples, task, first == start);
     }
   }
+}
+
+template <bool kBackward, class T>
+void field_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
+  Tile<T> w(a);
+  each_tile<T>(a, w, begin, end, [&](int64_t first, int64_t n, int64_t task, bool fresh) {
+    if constexpr (kBackward) {
+      backward_tile<T>(a, w, first, n, task, fresh);
+    } else {
+      forward_tile<T>(a, w, first, n);
+    }
+  });
 }
 
 // Rows [begin, end) of a wide layer's weight gradient, summed over the stacks in their order, by

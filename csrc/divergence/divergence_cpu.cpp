@@ -9,7 +9,7 @@
 // 860.
 #include "core/matmul.h"
 #include "core/simd.h"
-#include "divergence/divergence_cache.h"
+#include "divergence/divergence_exact_cache.h"
 
 PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t);
                    void field_weight(const FieldArgs&, int, bool, int64_t, int64_t);
@@ -26,11 +26,14 @@ PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t
 PFK_BEGIN
 
 void field_run(const FieldArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {
-  if (wide) {
-    backward ? field_tasks<true, double>(a, begin, end) : field_tasks<false, double>(a, begin, end);
-  } else {
-    backward ? field_tasks<true, float>(a, begin, end) : field_tasks<false, float>(a, begin, end);
-  }
+  auto run = [&]<class T>(T) {
+    if (a.coupling) {
+      backward ? exact_tasks<true, T>(a, begin, end) : exact_tasks<false, T>(a, begin, end);
+    } else {
+      backward ? field_tasks<true, T>(a, begin, end) : field_tasks<false, T>(a, begin, end);
+    }
+  };
+  wide ? run(double{}) : run(float{});
 }
 void field_weight(const FieldArgs& a, int l, bool wide, int64_t begin, int64_t end) {
   wide ? weight_rows<double>(a, a.layer[l], begin, end)
@@ -87,7 +90,7 @@ PFK_END
 #if PFK_SIMD_LEVEL == 0
 #include <stdlib.h>
 
-#include "divergence/divergence_ops.h"
+#include "divergence/divergence_exact.h"
 
 namespace pfk {
 namespace {
@@ -159,19 +162,23 @@ struct OnCpu {
       PFK_CALL_LEVEL(field_row_dot, a, backward, wide, begin, end);
     });
   }
+  static void exact(Exact& f, ExactOutputs& to);
+  static Tensor exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& kept,
+                               FieldGradients& to);
 };
 
 // ---- in cache ----------------------------------------------------------------------------------
 constexpr int64_t kLeastTask = 64, kMostTask = 512, kWave = 64;  // samples, samples, tasks
 
-// Memory of zeros, aligned to whole vectors.
-struct Zeros {
+// Aligned to whole vectors.
+struct Memory {
   void* data;
-  explicit Zeros(int64_t bytes) : data(aligned_alloc(64, (bytes + 64) / 64 * 64)) {
-    memset(data, 0, bytes);
-  }
-  ~Zeros() { free(data); }
-  Zeros(const Zeros&) = delete;
+  explicit Memory(int64_t bytes) : data(aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
+  ~Memory() { free(data); }
+  Memory(const Memory&) = delete;
+};
+struct Zeros : Memory {
+  explicit Zeros(int64_t bytes) : Memory(bytes) { memset(data, 0, bytes); }
 };
 
 int64_t cut(FieldArgs& a) {
@@ -204,6 +211,9 @@ void unpad(const double* from, int64_t stride, void* to, int64_t rows, int64_t c
 
 template <class T>
 void write_gradients(const Field& f, const double* total) {
+  if (const FieldLayer* m = f.args.coupling) {
+    unpad<T>(total + m->sums, m->in_stride, m->grad_weight, m->out, m->in);
+  }
   for (const FieldLayer& y : f.layers) {
     const double* at = total + y.sums;
     if (!y.grad_rows) {
@@ -261,7 +271,7 @@ void backward_in_cache(Field& f, bool wide, int64_t size) {
   std::vector<double> total(a.sums_size, 0.0);
   for (a.first_task = 0; a.first_task < tasks; a.first_task += wave) {
     const int64_t count = tasks - a.first_task < wave ? tasks - a.first_task : wave;
-    const Zeros sums(count * a.sums_size * size);
+    const Memory sums(count * a.sums_size * size);
     a.sums = sums.data;
     run_tasks(a, true, wide, count);
     parallel_tasks(a.sums_size, count, [&](int64_t begin, int64_t end) {
@@ -271,6 +281,42 @@ void backward_in_cache(Field& f, bool wide, int64_t size) {
   }
   wide ? write_gradients<double>(f, total.data()) : write_gradients<float>(f, total.data());
   stacks.multiply(f, wide);
+}
+
+// What the tiles of an exact trace need besides the layers.
+template <class Run>
+void exact_in_cache(Exact& f, const Run& run) {
+  const bool wide = dtype_of(f.x) == kFloat64;
+  const int64_t size = wide ? sizeof(double) : sizeof(float);
+  int64_t widest = 0;
+  for (const FieldLayer& y : f.layers) widest = y.out_stride > widest ? y.out_stride : widest;
+  const Memory ones(widest * size);
+  for (int64_t i = 0; i < widest; ++i) {
+    wide ? static_cast<double*>(ones.data)[i] = 1 : static_cast<float*>(ones.data)[i] = 1;
+  }
+  f.args.coupling = &f.coupling;
+  f.args.probes = 1;  // rows of a tile: primal and slopes
+  f.args.ones = ones.data;
+  run(wide, size);
+}
+
+bool is_narrow(const Exact& f) {
+  int64_t widest = f.args.features;
+  for (const FieldLayer& y : f.layers) widest = y.out > widest ? y.out : widest;
+  return f.args.flags & kFieldInCache && widest <= kOwnSums;
+}
+void OnCpu::exact(Exact& f, ExactOutputs& to) {
+  if (!is_narrow(f)) return wide_exact<OnCpu>(f, to);
+  if (!(f.args.flags & kFieldKeep)) f.args.kept = nullptr;
+  exact_in_cache(f, [&](bool wide, int64_t size) { forward_in_cache(f, wide, size); });
+}
+Tensor OnCpu::exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& kept,
+                             FieldGradients& to) {
+  if (!is_narrow(f)) return wide_exact_backward<OnCpu>(f, grad_trace, kept, to);
+  const Tensor grad_m = empty(f.x, f.m.sizes());
+  f.coupling.grad_weight = data_of(grad_m);
+  exact_in_cache(f, [&](bool wide, int64_t size) { backward_in_cache(f, wide, size); });
+  return grad_m;
 }
 
 // ---- ops ---------------------------------------------------------------------------------------

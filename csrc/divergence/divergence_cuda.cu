@@ -7,8 +7,8 @@
 // 8 (1 + K) bytes an element of [samples, out]; backward 16 (1 + K), for the products and the
 // cotangents read, the activations and the new cotangents written.
 #include "core/teams.cuh"
+#include "divergence/divergence_exact.h"
 #include "divergence/divergence_fused.cuh"
-#include "divergence/divergence_ops.h"
 
 PFK_BEGIN
 namespace {
@@ -305,6 +305,11 @@ struct OnCuda {
       auto kernel = block ? row_dot_kernel<T, true> : row_dot_kernel<T, false>;
       PFK_LAUNCH(kernel, grid_of(blocks_of(plan)), kThreads, stream_of_call, a, plan);
     });
+  }
+  static void exact(Exact& f, ExactOutputs& to) { wide_exact<OnCuda>(f, to); }
+  static Tensor exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& kept,
+                               FieldGradients& to) {
+    return wide_exact_backward<OnCuda>(f, grad_trace, kept, to);
   }
 };
 

@@ -91,6 +91,19 @@ struct Field {
     return torch::stable::view(part, {rows(), y.out});
   }
 
+  // The copy in cache: padded, behind those of the layers before.
+  void place(FieldLayer& y) {
+    y.in_stride = padded(y.in);
+    y.out_stride = padded(y.out);
+    const int64_t shared = y.out * y.in_stride + 2 * y.out_stride;
+    y.sums = args.sums_size;
+    args.sums_size += shared;
+    y.packed = packed_size;
+    packed_size += y.in * y.out_stride + shared;
+    y.column = columns_;
+    columns_ += y.out_stride;
+  }
+
  private:
   int64_t columns_ = 0;
 
@@ -115,15 +128,7 @@ struct Field {
     const bool keep = !last && (args.layers - l) % 2 == 0 && (l > 0 || y.in >= y.out);
     y.kept = keep ? kept_size : -1;
     if (keep) kept_size += rows() * y.out;
-    y.in_stride = padded(y.in);
-    y.out_stride = padded(y.out);
-    const int64_t shared = y.out * y.in_stride + 2 * y.out_stride;
-    y.sums = args.sums_size;
-    args.sums_size += shared;
-    y.packed = packed_size;
-    packed_size += y.in * y.out_stride + shared;
-    y.column = columns_;
-    columns_ += y.out_stride;
+    place(y);
     layers.push_back(y);
   }
 };

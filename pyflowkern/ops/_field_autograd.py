@@ -151,72 +151,65 @@ _field_backward_op = register(
 
 def _exact_fake(
     x: Tensor,
-    coupling: Tensor,
-    ones: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
     gates: list[Tensor],
     activation: int,
+    flags: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [w.shape[0] for w in weights[:-1]]
-    kept = x.shape[0] * (sum(sizes) + sum(sizes[1:]))
+    kept = x.shape[0] * (sum(sizes) + sum(sizes[1:])) if flags & KEEP else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(kept)
 
 
 def _exact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, coupling, ones, weights, biases, gates, ctx.activation = inputs
+    x, weights, biases, gates, ctx.activation, ctx.flags = inputs
     ctx.layers = len(weights)
-    ctx.save_for_backward(x, coupling, ones, output[2], *weights, *biases, *gates)
+    ctx.save_for_backward(x, output[2], *weights, *biases, *gates)
     ctx.set_materialize_grads(False)
 
 
 def _exact_backward(
     ctx: Any, grad_y: Tensor | None, grad_trace: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    x, coupling, ones, kept, *parameters = ctx.saved_tensors
+    x, kept, *parameters = ctx.saved_tensors
     n = ctx.layers
     lists = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
     grad_trace = x.new_zeros(x.shape[0]) if grad_trace is None else grad_trace
     if torch.is_grad_enabled():
 
-        def forward(x: Tensor, m: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
             layers = p[:n], p[n : 2 * n], p[2 * n :]
-            return exact_reference(x, m, *layers, ACTIVATIONS[ctx.activation])
+            return exact_reference(x, *layers, ACTIVATIONS[ctx.activation])
 
-        found = gradient_of_reference(forward, (x, coupling, *parameters), (grad_y, grad_trace))
-        grads = found[2:]
-        return *found[:2], None, grads[:n], grads[n : 2 * n], grads[2 * n :], None
-    grad_x, grad_m, *grad_lists = _exact_backward_op(
-        grad_y, grad_trace, x, coupling, ones, *lists, kept, ctx.activation
+        found = gradient_of_reference(forward, (x, *parameters), (grad_y, grad_trace))
+        grads = found[1:]
+        return found[0], grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
+    grad_x, *grad_lists = _exact_backward_op(
+        grad_y, grad_trace, x, *lists, kept, ctx.activation, ctx.flags
     )
-    return grad_x, grad_m, None, *grad_lists, None
+    return grad_x, *grad_lists, None, None
 
 
 def _exact_backward_fake(
-    grad_y: Tensor,
-    grad_trace: Tensor,
-    x: Tensor,
-    coupling: Tensor,
-    ones: Tensor,
-    *lists: Any,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    grad_y: Tensor, grad_trace: Tensor, x: Tensor, *lists: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     weights, biases, gates = ([t.new_empty(t.shape) for t in part] for part in lists[:3])
-    return x.new_empty(x.shape), coupling.new_empty(coupling.shape), weights, biases, gates
+    return x.new_empty(x.shape), weights, biases, gates
 
 
-# ones: as many as the widest layer has outputs
 exact_op = register(
-    "field_exact(Tensor x, Tensor coupling, Tensor ones, Tensor[] weights, Tensor[] biases, "
-    "Tensor[] gates, int activation) -> (Tensor, Tensor, Tensor)",
+    "field_exact(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] gates, int activation, "
+    "int flags) -> (Tensor, Tensor, Tensor)",
     fake=_exact_fake,
     backward=_exact_backward,
     setup_context=_exact_setup,
 )
 _exact_backward_op = register(
-    "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor coupling, "
-    "Tensor ones, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, int activation)"
-    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor[] weights, "
+    "Tensor[] biases, Tensor[] gates, Tensor kept, int activation, int flags)"
+    " -> (Tensor, Tensor[], Tensor[], Tensor[])",
     fake=_exact_backward_fake,
 )
 

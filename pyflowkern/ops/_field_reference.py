@@ -15,7 +15,6 @@ from pyflowkern.ops._registry import accumulation_dtype
 __all__ = [
     "ACTIVATIONS",
     "activation_and_slope",
-    "coupling_of",
     "exact_reference",
     "hutchinson_trace_reference",
     "stacked_reference",
@@ -63,16 +62,8 @@ def stacked_reference(
     return h, (e * tangent).sum(-1), norm if with_norm else norm[:0]
 
 
-def coupling_of(weights: Sequence[Tensor], last: Tensor) -> Tensor:
-    """Return ``M`` of the closed form, ``[H]`` or ``[H2, H1]``; ``last`` holds the output gate."""
-    if len(weights) == 2:
-        return (last.t() * weights[0]).sum(1)
-    return weights[1] * (last.t() @ weights[0].t())
-
-
 def exact_reference(
     x: Tensor,
-    coupling: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     gates: Sequence[Tensor],
@@ -86,8 +77,10 @@ def exact_reference(
         if i < len(weights) - 1:
             h, slope = activation_and_slope(h, activation)
             slopes.append(gates[i] * slope if gates else slope)
+    last = gates[-1].unsqueeze(1) * weights[-1] if gates else weights[-1]
     if len(slopes) == 1:
-        return h, slopes[0] @ coupling
+        return h, slopes[0] @ (last.t() * weights[0]).sum(1)
+    coupling = weights[1] * (last.t() @ weights[0].t())
     return h, (slopes[1] * (slopes[0] @ coupling.t())).sum(1)
 
 

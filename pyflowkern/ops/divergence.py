@@ -26,7 +26,6 @@ from pyflowkern.ops._field_autograd import IN_CACHE, KEEP, NORM, exact_op, field
 from pyflowkern.ops._field_reference import (
     ACTIVATIONS,
     activation_and_slope,
-    coupling_of,
     exact_reference,
     hutchinson_trace_reference,
     stacked_reference,
@@ -300,16 +299,11 @@ def _is_shallow(layers: Field) -> bool:
 
 def _exact(x: Tensor, layers: Field, activation: str) -> tuple[Tensor, Tensor]:
     weights, biases, gates = layers
-    last = weights[-1]
-    with full_precision(x):
-        if gates:
-            last = gates[-1].unsqueeze(1) * last
-        coupling = coupling_of(weights, last)
-        if not kernel_serves("field_exact", x, coupling, *weights, *biases, *gates):
-            return exact_reference(x, coupling, *layers, activation)
-    ones = x.new_ones(max(w.shape[0] for w in weights))
-    kind = ACTIVATIONS.index(activation)
-    found: tuple[Tensor, ...] = exact_op(x, coupling, ones, *map(list, layers), kind)
+    if not kernel_serves("field_exact", x, *weights, *biases, *gates):
+        with full_precision(x):
+            return exact_reference(x, *layers, activation)
+    kind, flags = ACTIVATIONS.index(activation), _flags(x, layers, False)
+    found: tuple[Tensor, ...] = exact_op(x, *map(list, layers), kind, flags)
     return found[0], found[1]
 
 
