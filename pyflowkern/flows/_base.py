@@ -177,10 +177,14 @@ class Flow(Bijection):
                 "quantized=True needs a flow made with bits=..., this one has bits=None"
             )
         z = self._latents(n, temperature, generator)
-        x, _ = self.inverse(z, self._expand_context(context, n))
+        x = self._decode(z, self._expand_context(context, n))
         if self.preprocess is None:
             return x
         return self.preprocess.quantize(x) if quantized else x.clamp(0, 1)
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Return the data of latents, where nothing else is wanted."""
+        return self.inverse(z, context)[0]
 
     def sample_and_log_prob(
         self,

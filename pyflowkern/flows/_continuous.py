@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,20 @@ from pyflowkern.nn import Bijection
 from pyflowkern.nn.vector_field import check_context
 from pyflowkern.ops._registry import accumulation_dtype
 
-__all__ = ["ContinuousBijection", "Way"]
+__all__ = ["ContinuousBijection", "Way", "without_log_det"]
 
 DIVERGENCES = ("hutchinson", "exact")
+_LOG_DET_WANTED = ContextVar("log_det_wanted", default=True)
+
+
+@contextmanager
+def without_log_det() -> Iterator[None]:
+    """Let inverses inside integrate the state alone, as samples need no more; their log-determinants are NaN."""
+    token = _LOG_DET_WANTED.set(False)
+    try:
+        yield
+    finally:
+        _LOG_DET_WANTED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,11 @@ class ContinuousBijection(Bijection):
         self.solver = solver
 
     @property
+    def _no_forward(self) -> bool:
+        """Whether the field gives its velocity with the divergence only."""
+        return type(self.field).forward is torch.nn.Module.forward
+
+    @property
     def duration(self) -> Tensor | float:
         """The end ``T`` of the time, a positive scalar tensor where it is learned."""
         return self._duration if self.log_duration is None else self.log_duration.exp()
@@ -116,7 +134,9 @@ class ContinuousBijection(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from latent to data; return ``(x, log_det[N])``."""
-        way = self.way(z, context, backwards=True)
+        way = self.way(
+            z, context, backwards=True, log_det=_LOG_DET_WANTED.get() or self._no_forward
+        )
         return way.end, way.log_det.mean(1)
 
     def way(
@@ -125,16 +145,17 @@ class ContinuousBijection(Bijection):
         context: Tensor | None = None,
         *,
         backwards: bool = False,
+        log_det: bool = True,
         probes: int | None = None,
         regularizers: bool = False,
         generator: torch.Generator | None = None,
     ) -> Way:
-        """Integrate the state, the log-determinant of every probe, and the regularizers."""
+        """Integrate the state, the log-determinant of every probe, and the regularizers; or the state alone."""
         exact = self.divergence == "exact"
         count = 1 if exact else (self.probes if probes is None else probes)
         check_positive(probes=count)
         options: dict[str, Any] = {"method": self.divergence, "regularizers": regularizers}
-        if not exact:
+        if log_det and not exact:
             drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
             options |= {"probe": drawn, "probes": count, "per_probe": True}
 
@@ -142,16 +163,18 @@ class ContinuousBijection(Bijection):
         bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
         scale = self.duration if isinstance(self.duration, Tensor) else None
         zero = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
-        rest = (zero[:, None].expand(-1, count).contiguous(), *[zero] * (2 * regularizers))
+        changes = zero[:, None].expand(-1, count).contiguous()
+        rest = (changes, *[zero] * (2 * regularizers)) if log_det else ()
         times = [0.0, self._duration if scale is None else 1.0]
         times = times[::-1] if backwards else times
         settings = {"rtol": 1e-5, "atol": 1e-5} | self.solver
+        if not log_det:
+            settings = {k: _of_state(v) for k, v in settings.items()}
 
         def solve(bad: Tensor, alive: Tensor | None = None, **changes: Any) -> ode.Solution:
             given = _zeroed(bad, context)
-            dynamics = self._dynamics(
-                options | ({"context": given} if self.context_features else {}), scale
-            )
+            own = {"context": given} if self.context_features else {}
+            dynamics = self._dynamics(options | own if log_det else own, scale, log_det)
             start = (_zeroed(bad, x), *rest)
             params = [t for t in (given, scale) if t is not None]
             return ode.solve(
@@ -163,12 +186,17 @@ class ContinuousBijection(Bijection):
 
         ys, _ = solve_rows(solve, bad, settings)
         end = [y[-1] for y in ys]
+        if not log_det:
+            return Way(end[0], torch.full_like(changes, math.nan), zero, zero)
         return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
 
-    def _dynamics(self, options: dict[str, Any], scale: Tensor | None) -> Dynamics:
+    def _dynamics(self, options: dict[str, Any], scale: Tensor | None, log_det: bool) -> Dynamics:
         """Return the slopes of the state, of each probe's log-determinant and of the regularizers."""
 
         def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if not log_det:
+                velocity = self.field(t if scale is None else t * scale, state[0], **options)
+                return (velocity if scale is None else scale * velocity,)
             velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
                 t if scale is None else t * scale, state[0], **options
             )
@@ -204,6 +232,11 @@ class ContinuousBijection(Bijection):
             return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
 
         return solve_rows(solve, bad, settings)[0][0]
+
+
+def _of_state(value: Any) -> Any:
+    """Return a setting for the state alone: of tolerances of every entry the first."""
+    return value[0] if isinstance(value, (tuple, list)) else value
 
 
 def _check_solver(settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import check_positive, check_space, parse_shape, squeezed
-from pyflowkern.flows._continuous import ContinuousBijection, Way
+from pyflowkern.flows._continuous import ContinuousBijection, Way, without_log_det
 from pyflowkern.nn import (
     Bijection,
     MultiScale,
@@ -161,6 +161,10 @@ class CNF(Flow):
         for layer in self.bijection.modules():
             if isinstance(layer, ContinuousBijection):
                 yield layer
+
+    def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
+        with without_log_det():
+            return super()._decode(z, context)
 
     def terms(
         self,

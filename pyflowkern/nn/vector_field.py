@@ -11,11 +11,18 @@ from torch.nn import functional as F
 
 from pyflowkern.nn._base import check_count
 from pyflowkern.ops._probe import as_probe, expand_probe
-from pyflowkern.ops._registry import accumulation_dtype, check_floating, full_precision
+from pyflowkern.ops._registry import (
+    accumulation_dtype,
+    autocasts,
+    cast,
+    check_floating,
+    full_precision,
+)
 from pyflowkern.ops.divergence import (
     ACTIVATIONS,
     activation_and_slope,
     evaluate_field,
+    evaluate_velocity,
     hutchinson_trace,
 )
 
@@ -262,21 +269,15 @@ class VectorFieldMLP(torch.nn.Module):
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity ``[N, D]`` at ``t``, a float, a scalar tensor or ``[N]``."""
         check_states(x, self.dims)
-        weights, biases, gates = self._at(t, x, context)
+        layers = self._at(t, x, context)
+        if not autocasts(x):
+            return cast(evaluate_velocity(x, layers, self.activation), x.dtype)
         h = x
-        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            weight = weight if weight.dtype == h.dtype else weight.to(h.dtype)
-            if gates or bias.dim() == 2:
-                h = F.linear(h, weight)
-                h = (h * gates[i] if gates else h) + bias
-            else:
-                h = F.linear(h, weight, bias.to(h.dtype))
-            if i < len(weights) - 1:
-                h = (
-                    torch.tanh(h)
-                    if self.activation == "tanh"
-                    else activation_and_slope(h, self.activation)[0]
-                )
+        for i, (weight, bias) in enumerate(zip(*layers[:2], strict=True)):
+            h = F.linear(h, weight)
+            h = (layers[2][i] * h if layers[2] else h) + bias
+            if i < len(self.hidden):
+                h = activation_and_slope(h, self.activation)[0]
         return h.to(x.dtype)
 
     def velocity_and_divergence(

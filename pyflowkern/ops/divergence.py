@@ -144,6 +144,19 @@ def evaluate_field(
     return _results(x, y, trace, norm, method, per_probe, regularizers)
 
 
+def evaluate_velocity(x: Tensor, layers: Field, activation: str) -> Tensor:
+    """Return the velocity alone, of arguments that have been checked."""
+    x = cast(x, layers[0][0].dtype)
+    none = x.new_empty(0, 1, x.shape[1])  # probes
+    if _use_reference(x, none, layers):
+        return stacked_reference(x, none, 0, *layers, activation, False)[0]
+    kind = ACTIVATIONS.index(activation)
+    found: tuple[Tensor, ...] = field_op(
+        x, none, 0, *map(list, layers), kind, _flags(x, layers, False)
+    )
+    return found[0]
+
+
 def hutchinson_trace(
     e: Tensor, je: Tensor, *, with_norm: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

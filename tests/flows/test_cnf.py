@@ -92,6 +92,29 @@ def test_regularizers_are_integrals_along_the_way():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # of the trapezoids
 
 
+def test_samples_need_no_divergence(monkeypatch):
+    """The state alone is integrated, and ends where the state ends beside its log-determinant."""
+    for options in ({}, {"train_time": True, "duration": 0.7}, {"context_features": 2}):
+        flow = small(**options, **TIGHT | {"rtol": (1e-10, 1e-9), "atol": (1e-10, 1e-9)})
+        context = normal(5, 2) if "context_features" in options else None
+        pair = [torch.Generator().manual_seed(1) for _ in range(2)]
+        expected, _ = flow.sample_and_log_prob(5, context, generator=pair[0])
+
+        def fail(*args, **kwargs):
+            raise AssertionError("the divergence was computed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.VectorFieldMLP, "velocity_and_divergence", fail)
+            found = flow.sample(5, context, generator=pair[1])
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-7, atol=1e-7)
+
+    class Pair(torch.nn.Module):
+        def velocity_and_divergence(self, t, x, **options):
+            return -x, torch.full((1, len(x)), -2.0, dtype=x.dtype)
+
+    assert flows.CNF(2, field=lambda _: Pair()).sample(3).isfinite().all()
+
+
 def test_standard_error_tells_the_spread_of_the_estimate():
     flow, x = small(divergence="hutchinson"), normal(40, 2)
     exact = small().log_prob(x)

@@ -16,7 +16,7 @@ from pyflowkern.ops import (
     hutchinson_trace_reference,
     rademacher,
 )
-from pyflowkern.ops.divergence import ACTIVATIONS, activation_and_slope
+from pyflowkern.ops.divergence import ACTIVATIONS, activation_and_slope, evaluate_velocity
 
 SHAPES = [(7,), (64, 60, 5), (200, 130)]  # narrow, several layers, sums beyond the caches
 
@@ -55,6 +55,25 @@ def test_every_activation_and_size(backend, activation, dtype):
         x, parts = normal(37, 5, dtype=dtype), layers((5, *hidden, 5), dtype, n, gates)
         e = normal(2, 37, 5, seed=3, dtype=dtype)
         check(x, parts, probe=e, activation=activation, regularizers=True)
+
+
+def test_velocity_alone(backend):
+    """What comes without a tangent is what comes with one; so are its first and second derivatives."""
+    for hidden, (gates, n) in itertools.product(SHAPES, ((False, None), (True, None), (True, 37))):
+        x, parts = normal(37, 5), layers((5, *hidden, 5), n=n, gates=gates)
+        leaves = [t.requires_grad_() for t in (x, *parts[0], *parts[1], *parts[2])]
+        found = evaluate_velocity(x, parts, "tanh")
+        expected = mlp(x, parts, "tanh")
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        g = normal(37, 5, seed=5).requires_grad_()
+        first = [torch.autograd.grad(y, leaves, g, create_graph=True) for y in (found, expected)]
+        for a, b in zip(*first, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        second = [torch.autograd.grad(f[0].square().sum(), (x, g, parts[0][0])) for f in first]
+        for a, b in zip(*second, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        plain = evaluate_velocity(x.detach(), parts, "tanh")
+        assert torch.equal(plain, found.detach()) or x.is_cuda
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 24, 25, 129, 1000])
