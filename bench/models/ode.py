@@ -1,6 +1,7 @@
 """Solves of a small vector field, against torchdiffeq with the same tolerances and evaluations.
 
-"eager" is torchdiffeq here.  "field alone" calls the field as often as a solve does: no solver can be faster.
+"eager" is torchdiffeq with torch's layers.  "ours" has the same weights in a field of ours, "our solver" torch's layers
+as eager has, and "field alone" calls the field of "ours" as often as a solve does: no solver can be faster.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench._case import Case, Inputs, Lazy, Provider, random_inputs
+from pyflowkern import nn as pnn
 from pyflowkern import ode
 
 BATCH, SPAN, TOLERANCE = 512, (0.0, 1.0), 1e-5
@@ -48,6 +50,26 @@ def field(device: torch.device) -> Field:
     return made
 
 
+class OwnField(pnn.VectorFieldMLP):
+    """The same function of the same parameters, counting its evaluations."""
+
+    def __init__(self, like: Field) -> None:
+        super().__init__(2, (64, 64, 64))
+        linear = [layer for layer in like.net if isinstance(layer, nn.Linear)]
+        self.layers = nn.ModuleList(linear)
+        self.evaluations = 0
+
+    def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the velocity, and count."""
+        self.evaluations += 1
+        return super().forward(t, x, context)
+
+
+@cache
+def own_field(device: torch.device) -> OwnField:
+    return OwnField(field(device))
+
+
 def torchdiffeq_solver(inputs: Inputs) -> Callable[..., Tensor]:
     import torchdiffeq
 
@@ -55,33 +77,34 @@ def torchdiffeq_solver(inputs: Inputs) -> Callable[..., Tensor]:
     return partial(_theirs, torchdiffeq.odeint, span)
 
 
-def _theirs(odeint: Any, span: Tensor, f: Field, x: Tensor, **settings: Any) -> Tensor:
+def _theirs(odeint: Any, span: Tensor, f: nn.Module, x: Tensor, **settings: Any) -> Tensor:
     settings.pop("adjoint", None)
     out: Tensor = odeint(f, x, span, rtol=TOLERANCE, atol=TOLERANCE, **settings)
     return out[-1]
 
 
-def ours(f: Field, x: Tensor, **settings: Any) -> Tensor:
+def ours(f: nn.Module, x: Tensor, **settings: Any) -> Tensor:
     out: Tensor = ode.odeint(f, x, SPAN, rtol=TOLERANCE, atol=TOLERANCE, **settings)
     return out[-1]
 
 
-def evaluations(device: torch.device, **settings: Any) -> int:
+def evaluations(device: torch.device, x: Tensor, **settings: Any) -> int:
     """Return the evaluations of one solve of ours; those of torchdiffeq are the same (tests/ode)."""
-    f = field(device)
+    f = own_field(device)
     f.evaluations = 0
-    with torch.no_grad():
-        ours(f, torch.randn(BATCH, 2, device=device), **settings)
+    solve(ours, f, settings, x)
     return f.evaluations
 
 
-def solve(solver: Callable[..., Tensor], f: Field, settings: dict[str, Any], x: Tensor) -> Tensor:
+def solve(
+    solver: Callable[..., Tensor], f: nn.Module, settings: dict[str, Any], x: Tensor
+) -> Tensor:
     with torch.no_grad():
         return solver(f, x, **settings)
 
 
 def train(
-    solver: Callable[..., Tensor], f: Field, settings: dict[str, Any], x: Tensor
+    solver: Callable[..., Tensor], f: nn.Module, settings: dict[str, Any], x: Tensor
 ) -> list[Tensor]:
     """Solve and differentiate a loss, as a training step does."""
     f.zero_grad(set_to_none=True)
@@ -90,7 +113,7 @@ def train(
     return [loss.detach(), next(f.parameters()).grad]  # type: ignore[list-item]
 
 
-def alone(count: int, f: Field, x: Tensor) -> Tensor:
+def alone(count: int, f: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         for _ in range(count):
             x = f(torch.zeros(()), x)
@@ -102,13 +125,16 @@ def _providers(work: Callable[..., Any], settings: dict[str, Any], **own: Any) -
         return partial(work, torchdiffeq_solver(inputs), field(inputs["x"].device), settings)
 
     def mine(inputs: Inputs) -> Provider:
+        return partial(work, ours, own_field(inputs["x"].device), settings | own)
+
+    def half(inputs: Inputs) -> Provider:
         return partial(work, ours, field(inputs["x"].device), settings | own)
 
     def bare(inputs: Inputs) -> Provider:
-        device = inputs["x"].device
-        return partial(alone, evaluations(device, **settings), field(device))
+        x = inputs["x"]
+        return partial(alone, evaluations(x.device, x, **settings), own_field(x.device))
 
-    found = {"eager": Lazy(theirs), "ours": Lazy(mine)}
+    found = {"eager": Lazy(theirs), "ours": Lazy(mine), "our solver": Lazy(half)}
     if work is solve:
         found["field alone"] = Lazy(bare, comparable=False)
     return found
