@@ -92,6 +92,7 @@ class Case:
         backward_bytes: bytes that any backward must move; the default is twice a forward's.
         flops: floating-point operations of a forward; a backward is counted as twice that.
         constants: inputs that want no gradient.
+        parameters: inputs that exist anyway, so that keeping them for the backward costs nothing.
         targets: such as ``{"forward vs eager": 6.0, "forward vs floor": 1.5}``.
         extra: skipped by ``--quick``.
         devices: where it runs.
@@ -105,6 +106,7 @@ class Case:
     backward_bytes: Callable[[Inputs, Outputs], int] = lambda i, o: 2 * read_and_write(i, o)
     flops: Callable[[Inputs], float] | None = None
     constants: Sequence[str] = ()
+    parameters: Sequence[str] = ()
     dtype: torch.dtype = torch.float32
     compiles: bool = True
     targets: Mapping[str, float] = field(default_factory=dict)
@@ -263,8 +265,8 @@ def runs_kernel(provider: Provider, pass_: str, s: InputSet) -> bool:
     return mode.seen
 
 
-def kept_bytes(provider: Provider, s: InputSet) -> int:
-    """Return the bytes of storage that a forward keeps for its backward."""
+def kept_bytes(case: Case, provider: Provider, s: InputSet) -> int:
+    """Return the bytes of storage that a forward keeps for its backward, besides parameters."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -274,5 +276,7 @@ def kept_bytes(provider: Provider, s: InputSet) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         alive = provider(**s.inputs)
+    for name in case.parameters:
+        kept.pop(s.inputs[name].untyped_storage().data_ptr(), None)
     del alive
     return sum(kept.values())

@@ -204,7 +204,7 @@ def _run_memory(case: Case, plan: Plan, eager: Provider) -> list[Row]:
         if isinstance(provider, str):
             continue
         row_of = partial(Row, case.name, name, dtype=_name(case.dtype), metric="MiB")
-        kept = kept_bytes(provider, s) / 2**20
+        kept = kept_bytes(case, provider, s) / 2**20
         rows.append(row_of(pass_="kept for backward", p20=kept, p50=kept, p80=kept))
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)

@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_memory_counts_what_is_kept():
     case = Case("square", make, square, passes=("forward+backward",), compiles=False)
     kept = [row.p50 for row in run_case(case, PLAN) if row.pass_ == "kept for backward"]
     assert kept == [64 * 32 * 4 / 2**20] * 2
+    case = replace(case, parameters=("input",))
+    assert [row.p50 for row in run_case(case, PLAN) if row.pass_ == "kept for backward"] == [0, 0]
 
 
 def test_results_have_the_documented_columns(tmp_path):

@@ -80,6 +80,10 @@ def make_inputs(n: int, dims: Sequence[int]) -> Callable[..., Inputs]:
     return make
 
 
+def _names(dims: Sequence[int]) -> list[str]:
+    return [f"{kind}{i}" for kind in "wb" for i in range(len(dims) - 1)]
+
+
 def _flops(inputs: Inputs) -> float:
     """Primal and one tangent through every weight; a backward is twice that."""
     weights = sum(t.numel() for name, t in inputs.items() if name.startswith("w"))
@@ -100,6 +104,7 @@ def hutchinson(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
         forward_bytes=_bytes,
         flops=_flops,
         constants=("probe",),
+        parameters=_names(dims),
         compiles=False,  # torch.compile takes no autograd.grad inside
         **case,
     )
@@ -120,6 +125,7 @@ def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
         forward_bytes=_bytes,
         flops=_flops,
         constants=("probe",),
+        parameters=_names(dims),
         compiles=False,
         **case,
     )

@@ -116,16 +116,6 @@ void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n
   }
 }
 
-// A tile's rows in a stack [(1 + probes) samples, stride].
-template <class T>
-void store_stack(const FieldArgs& a, void* to, int64_t first, int64_t n, const T* rows,
-                 int64_t stride) {
-  for (int64_t k = 0; k <= a.probes; ++k) {
-    memcpy(typed<T>(to) + (k * a.samples + first) * stride, rows + k * n * stride,
-           n * stride * sizeof(T));
-  }
-}
-
 // Bias and gate of a tile with their steps; and where their gradients go.
 template <class T, class Args>
 void set_parameters(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, Tile<T>& w,
@@ -260,11 +250,12 @@ void products_of_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) 
   }
 }
 
-// Cotangents of the last product, in w.grad; where they depend on its result it is computed again.
+// Cotangents of the last product; where they depend on its result it is computed again.
 template <class T>
-void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task) {
+void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task, T* grad) {
   const FieldLayer& y = a.layer[a.layers - 1];
   OutputArgs o = output_args(a, y, first, n, w);
+  o.grad = grad;
   if (a.grad_norm || y.gate) {
     const int l = a.layers - 1;
     product_tile(a, w, l, l ? activate_tile(a, w, l - 1, first, n, kRestored) : w.input, n);
@@ -274,44 +265,56 @@ void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64
   store_own_gradients(y, first, n, w);
 }
 
+// Where a layer's cotangents and its input go: buffers of the tile by turns, or, of wide layers,
+// the tile's rows of stacks.
+template <class T>
+T* grad_of(const FieldArgs& a, const Tile<T>& w, int l, int64_t row) {
+  const FieldLayer& y = a.layer[l];
+  if (y.grad_rows) return typed<T>(y.grad_rows) + row * y.out_stride;
+  return (a.layers - l) % 2 ? w.grad : w.other;
+}
+template <class T>
+T* input_of(const FieldArgs& a, const Tile<T>& w, int l, int64_t row) {
+  const FieldLayer& y = a.layer[l];
+  return y.input_rows ? typed<T>(y.input_rows) + row * y.in_stride : l == 0 ? w.input : w.s;
+}
+
 template <class T>
 void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task,
                    bool fresh) {
   const int64_t rows = n * (1 + a.probes);
+  const int64_t row = (first - a.first_task * a.task) * (1 + a.probes);
+  const int last = a.layers - 1;
+  w.input = input_of(a, w, 0, row);
   stack_rows<T>(a.x, a.probe, a.probes, a.samples, a.features, first, first + n, w.input,
                 a.layer[0].in_stride, n);
   products_of_tile(a, w, first, n);
-  output_tile(a, w, first, n, task);
-  for (int l = a.layers - 1; l >= 0; --l) {
+  output_tile(a, w, first, n, task, grad_of(a, w, last, row));
+  for (int l = last; l >= 0; --l) {
     const FieldLayer& y = a.layer[l];
-    const T* h = w.input;
-    const T* weight = Packed<T>(a, y).weight;
+    T* const grad = grad_of(a, w, l, row);
+    T* const h = input_of(a, w, l, row);
+    // of the layer below, or of the primal input
+    T* const to = l > 0 ? grad_of(a, w, l - 1, row) : grad == w.other ? w.grad : w.other;
+    multiply<T>(grad, y.out_stride, Packed<T>(a, y).weight, y.in_stride, l > 0 ? rows : n, y.in,
+                y.out, to, y.in_stride);
     if (l > 0) {
       const FieldLayer& below = a.layer[l - 1];
-      multiply<T>(w.grad, y.out_stride, weight, y.in_stride, rows, y.in, y.out, w.other,
-                  y.in_stride);
       LayerArgs r = layer_args(a, below, n, w);
-      r.grad = w.other;
+      r.grad = to;
+      r.s = h;
       r.value_kept = has_value(a, l - 1);
       set_parameters(a, below, first, n, w, r, task);
       layer_function<T>(a.activation, kBackward)(r, 0, n);
       store_own_gradients(below, first, n, w);
-      h = w.s;
     } else {
-      multiply<T>(w.grad, y.out_stride, weight, y.in_stride, n, y.in, y.out, w.other, y.in_stride);
-      copy_rows<T>(w.other, y.in_stride, typed<T>(a.grad_x) + first * a.features, a.features, n,
+      copy_rows<T>(to, y.in_stride, typed<T>(a.grad_x) + first * a.features, a.features, n,
                    a.features);
     }
-    if (y.grad_rows) {
-      store_stack<T>(a, y.grad_rows, first, n, w.grad, y.out_stride);
-      store_stack<T>(a, y.input_rows, first, n, h, y.in_stride);
-    } else {
-      gemm<T>({w.grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
+    if (!y.grad_rows) {
+      gemm<T>({grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
               {Sums<T>(a, y, task).weight, y.in_stride}, !fresh);
     }
-    T* swap = w.grad;
-    w.grad = w.other;
-    w.other = swap;
   }
 }
 
@@ -342,23 +345,6 @@ void field_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
       forward_tile<T>(a, w, first, n);
     }
   });
-}
-
-// Rows [begin, end) of a wide layer's weight gradient, summed over the stacks in their order, by
-// runs of rows of which a panel of inputs fits L1.
-template <class T>
-void weight_rows(const FieldArgs& a, const FieldLayer& y, int64_t begin, int64_t end) {
-  constexpr int64_t kRun = 256;
-  const int64_t rows = a.samples * (1 + a.probes), size = (end - begin) * y.in_stride;
-  T* sum = static_cast<T*>(aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64));
-  memset(sum, 0, size * sizeof(T));
-  for (int64_t at = 0; at < rows; at += kRun) {
-    gemm<T>({typed<T>(y.grad_rows) + at * y.out_stride + begin, 1, y.out_stride},
-            {typed<T>(y.input_rows) + at * y.in_stride, y.in_stride}, end - begin, y.in,
-            rows - at < kRun ? rows - at : kRun, {sum, y.in_stride}, true);
-  }
-  copy_rows<T>(sum, y.in_stride, typed<T>(y.grad_weight) + begin * y.in, y.in, end - begin, y.in);
-  free(sum);
 }
 
 // total[begin, end) (+)= the sums of `tasks` tasks, in their order.

@@ -12,7 +12,6 @@
 #include "divergence/divergence_exact_cache.h"
 
 PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t);
-                   void field_weight(const FieldArgs&, int, bool, int64_t, int64_t);
                    void field_pack(const FieldArgs&, bool);
                    void field_add(const void*, int64_t, int64_t, bool, bool, int64_t, int64_t,
                                   double*);
@@ -21,7 +20,7 @@ PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t
                    void field_output(const OutputArgs&, bool, bool, int64_t, int64_t);
                    void field_row_dot(const RowDotArgs&, bool, bool, int64_t, int64_t);
                    void field_matmul(const MatmulArgs&, bool, bool, int64_t, int64_t);
-                   int64_t field_panel(bool))
+                   int64_t field_panel(bool); int64_t field_tile_rows())
 
 PFK_BEGIN
 
@@ -34,10 +33,6 @@ void field_run(const FieldArgs& a, bool backward, bool wide, int64_t begin, int6
     }
   };
   wide ? run(double{}) : run(float{});
-}
-void field_weight(const FieldArgs& a, int l, bool wide, int64_t begin, int64_t end) {
-  wide ? weight_rows<double>(a, a.layer[l], begin, end)
-       : weight_rows<float>(a, a.layer[l], begin, end);
 }
 void field_pack(const FieldArgs& a, bool wide) {
   wide ? pack_layers<double>(a) : pack_layers<float>(a);
@@ -84,6 +79,7 @@ void field_matmul(const MatmulArgs& m, bool pack, bool wide, int64_t begin, int6
   }
 }
 int64_t field_panel(bool wide) { return wide ? kPanel<double> : kPanel<float>; }
+int64_t field_tile_rows() { return kTileRows; }
 
 PFK_END
 
@@ -96,9 +92,9 @@ namespace pfk {
 namespace {
 
 // ---- between BLAS products ---------------------------------------------------------------------
-// out = a b by core/matmul.h, which at the sizes of fields is faster than the BLAS that torch
+// out (+)= a b by core/matmul.h, which at the sizes of fields is faster than the BLAS that torch
 // brings.
-void matmul(Tensor& out, const Tensor& a, const Tensor& b) {
+void matmul(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
   constexpr int64_t kDepth = 8192;  // of b packed at a time
   const bool wide = dtype_of(a) == kFloat64;
   const int64_t size = wide ? sizeof(double) : sizeof(float);
@@ -120,7 +116,7 @@ void matmul(Tensor& out, const Tensor& a, const Tensor& b) {
     m.depth = depth - k < kDepth ? depth - k : kDepth;
     m.a = static_cast<const char*>(a.const_data_ptr()) + k * m.a_step * size;
     m.b = static_cast<const char*>(b.const_data_ptr()) + k * m.b_step * size;
-    m.add = k > 0;
+    m.add = add || k > 0;
     parallel_tasks(panels, panel * m.depth, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(field_matmul, m, true, wide, begin, end);
     });
@@ -228,59 +224,70 @@ void write_gradients(const Field& f, const double* total) {
 
 constexpr int64_t kOwnSums = 128;
 
-// Stacks of cotangents and of inputs of every layer, where the sums are too large for tiles.
+// Where the sums of weights are too large for tiles, the cotangents and inputs of every layer are
+// stacked, a wave of tiles at a time, for one product: few enough rows to stay in L3.
 struct Stacks {
   Tensors grads, inputs;
+  int64_t wave = kWave;  // tasks
 
-  explicit Stacks(Field& f) {
+  Stacks(Field& f, int64_t tile_rows) {
+    constexpr int64_t kStackRows = 1008;
     bool wide = false;
     for (const FieldLayer& y : f.layers) wide = wide || y.in > kOwnSums || y.out > kOwnSums;
     if (!wide) return;
+    const int64_t height = 1 + f.args.probes;
+    f.args.task = tile_rows / height > 1 ? tile_rows / height : 1;  // one tile
+    wave = kStackRows / (f.args.task * height);
+    wave = wave > 1 ? wave : 1;
+    int64_t rows = wave * f.args.task * height;
+    rows = (rows < f.rows() ? rows : f.rows()) + 1;  // vectors end beyond a row
     f.args.sums_size = 0;
     for (FieldLayer& y : f.layers) {
-      grads.push_back(empty(f.x, {f.rows() + 1, y.out_stride}));  // vectors end beyond a row
-      inputs.push_back(empty(f.x, {f.rows() + 1, y.in_stride}));
+      grads.push_back(empty(f.x, {rows, y.out_stride}));
+      inputs.push_back(empty(f.x, {rows, y.in_stride}));
       y.grad_rows = data_of(grads.back());
       y.input_rows = data_of(inputs.back());
       y.sums = f.args.sums_size;
       f.args.sums_size += 2 * y.out_stride;
     }
   }
-  void multiply(const Field& f, bool wide) const {
-    constexpr int64_t kRows = 48;  // of a weight, a task
-    for (int l = 0; l < static_cast<int>(grads.size()); ++l) {
-      const int64_t out = f.layers[l].out, tasks = (out + kRows - 1) / kRows;
-      parallel_tasks(tasks, kRows * f.rows(), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t stop = (t + 1) * kRows < out ? (t + 1) * kRows : out;
-          PFK_CALL_LEVEL(field_weight, f.args, l, wide, t * kRows, stop);
-        }
-      });
+  void multiply(const Field& f, const FieldGradients& to, int64_t rows, bool add) const {
+    for (size_t l = 0; l < grads.size(); ++l) {
+      const FieldLayer& y = f.layers[l];
+      Tensor grad = rows_of(grads[l], 0, rows), input = rows_of(inputs[l], 0, rows);
+      Tensor out = to.weights[l];
+      matmul(out, turned(torch::stable::narrow(grad, 1, 0, y.out)),
+             torch::stable::narrow(input, 1, 0, y.in), add);
     }
   }
 };
 
 // Tasks go in waves, so that their sums take bounded memory; a wave's are added up in double.
-void backward_in_cache(Field& f, bool wide, int64_t size) {
+void backward_in_cache(Field& f, bool wide, int64_t size, const FieldGradients& to) {
   FieldArgs& a = f.args;
-  const Stacks stacks(f);
+  cut(a);
+  const Stacks stacks(f, PFK_CALL_LEVEL(field_tile_rows));
   const Zeros packed(f.packed_size * size);
   a.packed = packed.data;
   PFK_CALL_LEVEL(field_pack, a, wide);
-  const int64_t tasks = cut(a), wave = tasks < kWave ? tasks : kWave;
+  const int64_t tasks = (a.samples + a.task - 1) / a.task;
+  const int64_t wave = tasks < stacks.wave ? tasks : stacks.wave;
   std::vector<double> total(a.sums_size, 0.0);
-  for (a.first_task = 0; a.first_task < tasks; a.first_task += wave) {
+  const Memory sums(wave * a.sums_size * size);
+  a.sums = sums.data;
+  for (a.first_task = 0; a.first_task < tasks || a.first_task == 0; a.first_task += wave) {
     const int64_t count = tasks - a.first_task < wave ? tasks - a.first_task : wave;
-    const Memory sums(count * a.sums_size * size);
-    a.sums = sums.data;
+    const int64_t left = a.samples - a.first_task * a.task;
+    const int64_t samples = count * a.task < left ? count * a.task : left;
     run_tasks(a, true, wide, count);
     parallel_tasks(a.sums_size, count, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(field_add, sums.data, a.sums_size, count, a.first_task > 0, wide, begin, end,
                      total.data());
     });
+    stacks.multiply(f, to, samples * (1 + a.probes), a.first_task > 0);
+    if (wave == 0) break;
   }
   wide ? write_gradients<double>(f, total.data()) : write_gradients<float>(f, total.data());
-  stacks.multiply(f, wide);
 }
 
 // What the tiles of an exact trace need besides the layers.
@@ -315,7 +322,7 @@ Tensor OnCpu::exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& k
   if (!is_narrow(f)) return wide_exact_backward<OnCpu>(f, grad_trace, kept, to);
   const Tensor grad_m = empty(f.x, f.m.sizes());
   f.coupling.grad_weight = data_of(grad_m);
-  exact_in_cache(f, [&](bool wide, int64_t size) { backward_in_cache(f, wide, size); });
+  exact_in_cache(f, [&](bool wide, int64_t size) { backward_in_cache(f, wide, size, to); });
   return grad_m;
 }
 
@@ -331,7 +338,7 @@ void run_forward(Field& f, const Tensor& kept) {
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   const bool wide = dtype_of(f.x) == kFloat64;
   if (f.args.flags & kFieldInCache) {
-    backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
+    backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float), to);
   } else {
     wide_backward<OnCpu>(f, kept, to);
   }
