@@ -21,7 +21,8 @@ namespace pfk {
 enum ActivationKind : int { kActTanh, kActSoftplus, kActSilu, kActGelu };
 constexpr int kActivations = 4;
 
-enum FieldFlags : int { kFieldKeep = 1, kFieldInCache = 2, kFieldNorm = 4 };
+// kFieldFlat: one probe, whose trace has no axis of probes.
+enum FieldFlags : int { kFieldKeep = 1, kFieldInCache = 2, kFieldNorm = 4, kFieldFlat = 8 };
 
 // Parameters of a layer; steps are between samples: 0 for parameters that all samples share.
 struct FieldLayer {
@@ -37,11 +38,16 @@ struct FieldLayer {
   void* grad_gate;  // or null
   // the copy in cache: padded rows, and where the layer begins in `packed` and in a task's sums
   int64_t in_stride, out_stride, packed, sums;
+  bool sum_turned;  // the sum of weight gradients is [in, out], which takes fewer whole vectors
   // wide layers take the product of these at the end: stacks of cotangents and inputs, padded
   void* grad_rows;  // or null
   void* input_rows;
   int64_t column;  // sum of the strides of the layers before
 };
+
+inline int64_t weight_sum_size(const FieldLayer& y) {
+  return y.grad_rows ? 0 : y.sum_turned ? y.in * y.out_stride : y.out * y.in_stride;
+}
 
 // Probes [probes, samples, features] with these steps, or the seed of signs.
 struct FieldProbe {

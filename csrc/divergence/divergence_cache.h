@@ -71,7 +71,7 @@ struct Sums {
   T *weight, *bias, *gate;
   Sums(const FieldArgs& a, const FieldLayer& y, int64_t task) {
     weight = static_cast<T*>(a.sums) + task * a.sums_size + y.sums;
-    bias = weight + (y.grad_rows ? 0 : y.out * y.in_stride);
+    bias = weight + weight_sum_size(y);
     gate = bias + y.out_stride;
   }
 };
@@ -265,6 +265,20 @@ void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64
   store_own_gradients(y, first, n, w);
 }
 
+// The sum of a layer's weight gradients over the rows of a tile.
+template <class T>
+void add_weight(const FieldArgs& a, const FieldLayer& y, const T* grad, const T* h, int64_t rows,
+                int64_t task, bool fresh) {
+  T* const to = Sums<T>(a, y, task).weight;
+  if (y.sum_turned) {
+    gemm<T>({h, 1, y.in_stride}, {grad, y.out_stride}, y.in, y.out, rows, {to, y.out_stride},
+            !fresh);
+  } else {
+    gemm<T>({grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows, {to, y.in_stride},
+            !fresh);
+  }
+}
+
 // Where a layer's cotangents and its input go: buffers of the tile by turns, or, of wide layers,
 // the tile's rows of stacks.
 template <class T>
@@ -311,10 +325,7 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
       copy_rows<T>(to, y.in_stride, typed<T>(a.grad_x) + first * a.features, a.features, n,
                    a.features);
     }
-    if (!y.grad_rows) {
-      gemm<T>({grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, rows,
-              {Sums<T>(a, y, task).weight, y.in_stride}, !fresh);
-    }
+    if (!y.grad_rows) add_weight<T>(a, y, grad, h, rows, task, fresh);
   }
 }
 

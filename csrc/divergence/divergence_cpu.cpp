@@ -206,16 +206,22 @@ void unpad(const double* from, int64_t stride, void* to, int64_t rows, int64_t c
 }
 
 template <class T>
-void write_gradients(const Field& f, const double* total) {
-  if (const FieldLayer* m = f.args.coupling) {
-    unpad<T>(total + m->sums, m->in_stride, m->grad_weight, m->out, m->in);
-  }
-  for (const FieldLayer& y : f.layers) {
-    const double* at = total + y.sums;
-    if (!y.grad_rows) {
-      unpad<T>(at, y.in_stride, y.grad_weight, y.out, y.in);
-      at += y.out * y.in_stride;
+void write_weight(const FieldLayer& y, const double* total) {
+  const double* from = total + y.sums;
+  if (!y.sum_turned) return unpad<T>(from, y.in_stride, y.grad_weight, y.out, y.in);
+  for (int64_t i = 0; i < y.out; ++i) {
+    for (int64_t j = 0; j < y.in; ++j) {
+      static_cast<T*>(y.grad_weight)[i * y.in + j] = static_cast<T>(from[j * y.out_stride + i]);
     }
+  }
+}
+
+template <class T>
+void write_gradients(const Field& f, const double* total) {
+  if (f.args.coupling) write_weight<T>(*f.args.coupling, total);
+  for (const FieldLayer& y : f.layers) {
+    if (!y.grad_rows) write_weight<T>(y, total);
+    const double* at = total + y.sums + weight_sum_size(y);
     if (!y.bias_step) unpad<T>(at, y.out_stride, y.grad_bias, 1, y.out);
     at += y.out_stride;
     if (y.gate && !y.gate_step) unpad<T>(at, y.out_stride, y.grad_gate, 1, y.out);

@@ -116,13 +116,6 @@ void coupling_backward(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n,
 }
 
 template <class T>
-void add_weight(const FieldArgs& a, const FieldLayer& y, const T* grad, const T* h, int64_t n,
-                int64_t task, bool fresh) {
-  gemm<T>({grad, 1, y.out_stride}, {h, y.in_stride}, y.out, y.in, n,
-          {Sums<T>(a, y, task).weight, y.in_stride}, !fresh);
-}
-
-template <class T>
 void exact_backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task,
                          bool fresh) {
   const FieldLayer &c = *a.coupling, &last = a.layer[a.layers - 1];

@@ -95,11 +95,12 @@ struct Field {
   void place(FieldLayer& y) {
     y.in_stride = padded(y.in);
     y.out_stride = padded(y.out);
-    const int64_t shared = y.out * y.in_stride + 2 * y.out_stride;
+    constexpr int64_t kLanes = 16;
+    y.sum_turned = y.in * ((y.out + kLanes - 1) / kLanes) < y.out * ((y.in + kLanes - 1) / kLanes);
     y.sums = args.sums_size;
-    args.sums_size += shared;
+    args.sums_size += weight_sum_size(y) + 2 * y.out_stride;
     y.packed = packed_size;
-    packed_size += y.in * y.out_stride + shared;
+    packed_size += y.in * y.out_stride + y.out * y.in_stride + 2 * y.out_stride;
     y.column = columns_;
     columns_ += y.out_stride;
   }
@@ -138,7 +139,7 @@ struct FieldOutputs {
   FieldOutputs(Field& f) {
     FieldArgs& a = f.args;
     y = empty(f.x, {a.samples, a.features});
-    trace = empty(f.x, {a.probes, a.samples});
+    trace = a.flags & kFieldFlat ? empty(f.x, {a.samples}) : empty(f.x, {a.probes, a.samples});
     const bool norm_wanted = a.flags & kFieldNorm, keep = a.flags & kFieldKeep;
     norm = empty(f.x, {norm_wanted ? a.probes : 0, a.samples});
     kept = empty(f.x, {keep ? f.kept_size : 0});

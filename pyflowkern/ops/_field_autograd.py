@@ -16,9 +16,9 @@ from pyflowkern.ops._field_reference import (
 )
 from pyflowkern.ops._registry import gradient_of_reference, register
 
-__all__ = ["IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
+__all__ = ["FLAT", "IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
 
-KEEP, IN_CACHE, NORM = 1, 2, 4
+KEEP, IN_CACHE, NORM, FLAT = 1, 2, 4, 8  # FLAT: one probe, whose trace has no axis of probes
 
 
 def _kept_columns(weights: Sequence[Tensor]) -> int:
@@ -45,7 +45,7 @@ def _field_fake(
     kept = (1 + probes) * n * _kept_columns(weights) if flags & KEEP else 0
     return (
         x.new_empty(x.shape),
-        x.new_empty(probes, n),
+        x.new_empty(n) if flags & FLAT else x.new_empty(probes, n),
         x.new_empty(probes if flags & NORM else 0, n),
         x.new_empty(kept),
     )
@@ -72,6 +72,8 @@ def _field_backward(
         grad_norm = None
     if torch.is_grad_enabled():
         activation, norm = ACTIVATIONS[ctx.activation], bool(ctx.flags & NORM)
+        if grad_trace is not None:
+            grad_trace = grad_trace.view(ctx.probes, -1)
 
         def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
             layers = p[:n], p[n : 2 * n], p[2 * n :]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._field_autograd import IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
+from pyflowkern.ops._field_autograd import FLAT, IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
 from pyflowkern.ops._field_reference import (
     ACTIVATIONS,
     activation_and_slope,
@@ -138,7 +138,7 @@ def evaluate_field(
         with full_precision(x):
             y, trace, norm = stacked_reference(*inputs, activation, regularizers)
     else:
-        flags = _flags(inputs[0], layers, regularizers)
+        flags = _flags(inputs[0], layers, regularizers) + FLAT * (probes == 1 and not per_probe)
         kind = ACTIVATIONS.index(activation)
         y, trace, norm, _ = field_op(*inputs[:3], *map(list, layers), kind, flags)
     return _results(x, y, trace, norm, method, per_probe, regularizers)
@@ -340,6 +340,8 @@ def _results(
     regularizers: bool,
 ) -> tuple[Tensor, ...]:
     def joined(t: Tensor) -> Tensor:
+        if t.dim() == 1:
+            return t
         if method == "exact":
             return t.sum(0)
         return t.squeeze(0) if t.shape[0] == 1 else t.mean(0)
