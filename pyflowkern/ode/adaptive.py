@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_step, next_factor
+from pyflowkern.ode.controllers import UNDERFLOW, first_step, next_factor
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.stages import ErrorNorm
 from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["Stop", "integrate"]
@@ -58,7 +59,7 @@ def integrate(
         return out
     h = _begin(stepper, t, sign, y, first, options)
     accepted, rejected, bad = 0, 0, False
-    order, scaled = options.method.order, Scaling(y0, options.rtol, options.atol)
+    order, norm = options.method.order, ErrorNorm(stepper.stages, options, y0)
     least = UNDERFLOW * abs(end - t)
     over, smallest, largest = options.torchdiffeq, options.min_step, options.max_step
     while i < len(times):
@@ -77,7 +78,7 @@ def integrate(
             break
         dt = sign * h
         y1 = stepper.step(t, dt, y)
-        ratio = float(options.norm(scaled(stepper.error(dt), y, y1)))
+        ratio = float(norm(dt, y, y1))
         bad = not math.isfinite(ratio)
         if ratio <= 1 or ((forced or h <= smallest) and not bad):
             if record or options.dense:
@@ -115,7 +116,7 @@ def _begin(
         stepper.evaluations += 1
     if options.first_step is not None:
         return options.first_step
-    slope = stepper.k[0]
+    slope = stepper.slopes[0]
 
     def probe(h: float) -> Tensor:
         stepper.evaluations += 1

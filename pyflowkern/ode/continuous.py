@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyflowkern.ode.controllers import largest_of
+from pyflowkern.ode.controllers import Rms
 from pyflowkern.ode.direct import integrator, run
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.problem import Problem, time_gradients
@@ -95,12 +95,7 @@ def _augmented_options(
     options: Options, ys: Tensor, n: int, width: int, count: int, params: Sequence[Tensor]
 ) -> Options:
     """Return the settings of the backward solve: its norm is that of torchdiffeq, less the parameters if asked."""
-    own = 2 * n
-
-    def seminorm(r: Tensor) -> Tensor:
-        return largest_of([n, n])(r[:own])
-
-    norm = seminorm if options.seminorm else largest_of([n, n, *(p.numel() for p in params)])
+    norm = Rms([n, n] if options.seminorm else [n, n, *(p.numel() for p in params)])
 
     def extend(tolerance: float | Tensor) -> float | Tensor:
         if isinstance(tolerance, float):

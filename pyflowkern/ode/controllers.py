@@ -15,6 +15,7 @@ __all__ = [
     "SAFETY",
     "UNDERFLOW",
     "Norm",
+    "Rms",
     "Scaling",
     "first_step",
     "first_steps",
@@ -82,19 +83,27 @@ def norm_of(packing: Packing, user: Callable[[Any], Tensor] | None) -> Norm:
     """Return the norm of a packed state: RMS, for a tuple the largest RMS of its entries."""
     if user is not None:
         return lambda r: user(packing.unpack(r))
-    one = rms_rows if packing.per_sample else rms
-    if len(packing.sizes) == 1:
-        return one
-    return largest_of(packing.sizes, one)
+    return Rms(packing.sizes if len(packing.sizes) > 1 else [], packing.per_sample)
 
 
-def largest_of(sizes: Sequence[int], one: Norm = rms) -> Norm:
-    """Return the largest norm of parts of the last axis."""
+class Rms:
+    """The root of the mean square, of parts of the last axis the largest.
 
-    def norm(r: Tensor) -> Tensor:
-        return torch.stack([one(part) for part in r.split(list(sizes), -1)]).amax(0)
+    Args:
+        sizes: of the parts, beyond which nothing counts; none for the whole.
+        rows: a norm for each row.
+    """
 
-    return norm
+    def __init__(self, sizes: Sequence[int], rows: bool = False) -> None:
+        self.sizes, self.rows = list(sizes), rows
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """Return the norm."""
+        one = rms_rows if self.rows else rms
+        if not self.sizes:
+            return one(r)
+        parts = r[..., : sum(self.sizes)].split(self.sizes, -1)
+        return torch.stack([one(part) for part in parts]).amax(0)
 
 
 # --- one step size for everything: host numbers --------------------------------------------------

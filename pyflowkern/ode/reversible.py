@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_step, next_factor
+from pyflowkern.ode.controllers import UNDERFLOW, first_step, next_factor
 from pyflowkern.ode.fixed import plan
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
 from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.stages import ErrorNorm
 from pyflowkern.ode.steppers import (
     Stepper,
     differentiable_step,
@@ -68,7 +69,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     wanted = h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
     out.ys[:] = y0
     least = UNDERFLOW * abs(times[-1] - t)
-    accepted, rejected, bad, scaled = 0, 0, False, Scaling(y0, o.rtol, o.atol)
+    accepted, rejected, bad, norm = 0, 0, False, ErrorNorm(stepper.stages, o, y0)
     while i < len(times):
         if times[i] == t:
             out.ys[i] = y
@@ -97,8 +98,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
         y1 = torch.lerp(z, y, coupling).add_(step)
         ratio = 0.0
         if given is None:
-            error = stepper.error(dt)
-            ratio = float(o.norm(scaled(error, y, y1)))
+            ratio = float(norm(dt, y, y1))
         z1 = z - stepper.increment(t1, -dt, y1)
         bad = not (math.isfinite(ratio) and bool(torch.isfinite(torch.add(y1, z1)).all()))
         if bad and given is not None:
@@ -128,7 +128,7 @@ def _first(problem: Problem, stepper: Stepper, y0: Tensor, sign: float) -> float
     if o.first_step is not None:
         return o.first_step
     stepper.start(t, y0)
-    slope = stepper.k[0]
+    slope = stepper.slopes[0]
 
     def probe(h: float) -> Tensor:
         stepper.evaluations += 1

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.packing import Packing
-from pyflowkern.ode.tableaus import Tableau, coefficients
+from pyflowkern.ode.tableaus import Tableau, dense_weights
+from pyflowkern.ops import rk_combine
 
 __all__ = ["DenseOutput", "Solution", "Stats", "Status", "Trajectory"]
 
@@ -100,14 +101,8 @@ class DenseOutput:
             raise ValueError(f"t must be between {first} and {last}, got {t}")
         sign = 1.0 if last >= first else -1.0
         i = bisect.bisect_right(self.starts, sign * t, key=lambda s: sign * s) - 1
-        y = self.states[i]
-        c = coefficients(self.method, y.dtype, y.device)
-        assert c.dense is not None
-        theta = (t - self.starts[i]) / self.dt[i]
-        powers = [theta**d for d in range(1, c.dense.shape[1] + 1)]
-        weights = torch.mv(c.dense, torch.tensor(powers, dtype=y.dtype, device=y.device))
-        flat = self.slopes[i].view(self.method.stages, -1)
-        packed = torch.addmv(y.view(-1), flat.t(), weights * self.dt[i]).view(y.shape)
+        weights = dense_weights(self.method, (t - self.starts[i]) / self.dt[i])
+        packed = rk_combine(self.states[i], self.slopes[i], weights, self.dt[i])
         return self.packing.unpack(packed)
 
 

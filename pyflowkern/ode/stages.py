@@ -1,0 +1,147 @@
+"""The slopes of a step in one buffer, and the sums over them: one pass each where a kernel is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import kernel_serves
+from pyflowkern.ode.controllers import Rms, Scaling
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.tableaus import Coefficients
+from pyflowkern.ops.runge_kutta import MAX_SEGMENTS, MAX_SLOPES, STATES, below_autograd
+
+__all__ = ["ErrorNorm", "Stages", "Step"]
+
+#: A signed length: a number, or float64 on the device of the state, 0-d or ``[N]`` with one for each row.
+Step = float | Tensor
+
+_OPS = torch.ops.pyflowkern
+
+
+class Stages:
+    """The slopes ``[stages, *shape]`` of a step.
+
+    With a kernel, the slope that came last stays where the field left it, and the sum that needs it first puts it into
+    its row.  No field may be called in between: it may overwrite what it returned.
+
+    Args:
+        c: tensors of the method.
+        count: of stages.
+        like: a contiguous state.
+    """
+
+    def __init__(self, c: Coefficients, count: int, like: Tensor) -> None:
+        self.c = c
+        self.buffer = like.new_empty((count, *like.shape))
+        self.fused = count <= MAX_SLOPES and kernel_serves("rk_stage", like, dtypes=STATES)
+        self._fresh: Tensor | None = None
+        self._row = 0
+
+    def put(self, i: int, slope: Tensor) -> None:
+        """Take a slope, which must not change before the next sum or the next look."""
+        if self._fresh is not None:
+            self.settled()
+        if self.fused:
+            self._fresh, self._row = slope, i
+        else:
+            self.buffer[i].copy_(slope)
+
+    def settled(self) -> Tensor:
+        """Return all slopes, every one in its row."""
+        if self._fresh is not None:
+            self.buffer[self._row].copy_(self._fresh)
+            self._fresh = None
+        return self.buffer
+
+    def restart(self) -> None:
+        """Make the last slope the first."""
+        last = len(self.buffer) - 1
+        if self._fresh is not None and self._row == last:
+            self._row = 0
+        else:
+            self.put(0, self.buffer[last])
+
+    def moved(self, y: Tensor, i: int, dt: Step) -> Tensor:
+        """Return the argument of stage ``i``; that of one beyond the last is the state after the step."""
+        if self.fused:
+            return self._sum(y, self.c.host_rows[i], dt)
+        return self._plain(y, self.c.rows[i], dt)
+
+    def inside(self, y: Tensor, weights: Sequence[float], dt: Step) -> Tensor:
+        """Return ``y + dt sum_i w_i k_i`` for any weights."""
+        row = torch.tensor(weights, dtype=torch.float64)
+        if self.fused:
+            return self._sum(y, row, dt)
+        return self._plain(y, row.to(self.buffer), dt)
+
+    def error(self, dt: Step) -> Tensor:
+        """Return the estimated error of the step."""
+        assert self.c.error is not None
+        return self._plain(torch.zeros_like(self.buffer[0]), self.c.error, dt)
+
+    def norm_of_error(
+        self, y: Tensor, y1: Tensor, dt: Step, rtol: float, atol: float, sizes: list[int]
+    ) -> Tensor:
+        """Return :func:`pyflowkern.ops.rk_error`; there must be a kernel."""
+        step, steps = (0.0, dt) if isinstance(dt, Tensor) else (dt, None)
+        fresh, self._fresh = self._fresh, None
+        args = (y, y1, self.c.host_error, step, steps, rtol, atol, sizes)
+        found: Tensor
+        if fresh is not None:
+            found = _OPS.rk_last.default(self.buffer, fresh, self._row, *args)
+        else:
+            found = _OPS.rk_error.default(y, y1, self.buffer, *args[2:])
+        return found
+
+    def _sum(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
+        step, steps = (0.0, dt) if isinstance(dt, Tensor) else (dt, None)
+        fresh, self._fresh = self._fresh, None
+        moved: Tensor
+        if fresh is not None:
+            moved = _OPS.rk_stage.default(self.buffer, fresh, self._row, y, weights, step, steps)
+        else:
+            moved = below_autograd(y, self.buffer, weights, step, steps)
+        return moved
+
+    def _plain(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
+        slopes = self.settled()[: weights.numel()].view(weights.numel(), -1).t()
+        if not isinstance(dt, Tensor):
+            return torch.addmv(y.view(-1), slopes, weights, alpha=dt).view(y.shape)
+        dt = dt.to(y.dtype)
+        if dt.dim() == 0:
+            return torch.addmv(y.view(-1), slopes, weights * dt).view(y.shape)
+        return torch.addcmul(y, dt[:, None], torch.mv(slopes, weights).view(y.shape))
+
+
+class ErrorNorm:
+    """The norm of the error of a step over what is allowed: 1 is the largest that is accepted.
+
+    Args:
+        stages: the slopes.
+        options: tolerances and the norm.
+        like: a state.
+    """
+
+    def __init__(self, stages: Stages, options: Options, like: Tensor) -> None:
+        self.stages, self.options = stages, options
+        norm, rtol, atol = options.norm, options.rtol, options.atol
+        self.fused: tuple[float, float, list[int]] | None = None
+        if (
+            stages.fused
+            and isinstance(norm, Rms)
+            and len(norm.sizes) <= MAX_SEGMENTS
+            and isinstance(rtol, float)
+            and isinstance(atol, float)
+        ):
+            self.fused = rtol, atol, norm.sizes
+        else:
+            self.scaled = Scaling(like, rtol, atol)
+
+    def __call__(self, dt: Step, y: Tensor, y1: Tensor) -> Tensor:
+        """Return the norm of the step from ``y`` to ``y1``, NaN where this is not finite."""
+        if self.fused is not None:
+            return self.stages.norm_of_error(y, y1, dt, *self.fused)
+        return self.options.norm(self.scaled(self.stages.error(dt), y, y1))
