@@ -48,6 +48,22 @@ def field(device: torch.device) -> Field:
     return made
 
 
+class Decay(nn.Module):
+    """The velocity ``-y``: next to nothing beside the sums over the stages."""
+
+    evaluations = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return the velocity, and count."""
+        self.evaluations += 1
+        return -y
+
+
+@cache
+def decay(device: torch.device) -> Decay:
+    return Decay()
+
+
 def torchdiffeq_solver(inputs: Inputs) -> Callable[..., Tensor]:
     import torchdiffeq
 
@@ -55,33 +71,34 @@ def torchdiffeq_solver(inputs: Inputs) -> Callable[..., Tensor]:
     return partial(_theirs, torchdiffeq.odeint, span)
 
 
-def _theirs(odeint: Any, span: Tensor, f: Field, x: Tensor, **settings: Any) -> Tensor:
+def _theirs(odeint: Any, span: Tensor, f: nn.Module, x: Tensor, **settings: Any) -> Tensor:
     settings.pop("adjoint", None)
     out: Tensor = odeint(f, x, span, rtol=TOLERANCE, atol=TOLERANCE, **settings)
     return out[-1]
 
 
-def ours(f: Field, x: Tensor, **settings: Any) -> Tensor:
+def ours(f: nn.Module, x: Tensor, **settings: Any) -> Tensor:
     out: Tensor = ode.odeint(f, x, SPAN, rtol=TOLERANCE, atol=TOLERANCE, **settings)
     return out[-1]
 
 
-def evaluations(device: torch.device, **settings: Any) -> int:
+def evaluations(f: Field | Decay, x: Tensor, **settings: Any) -> int:
     """Return the evaluations of one solve of ours; those of torchdiffeq are the same (tests/ode)."""
-    f = field(device)
     f.evaluations = 0
     with torch.no_grad():
-        ours(f, torch.randn(BATCH, 2, device=device), **settings)
+        ours(f, torch.randn_like(x), **settings)
     return f.evaluations
 
 
-def solve(solver: Callable[..., Tensor], f: Field, settings: dict[str, Any], x: Tensor) -> Tensor:
+def solve(
+    solver: Callable[..., Tensor], f: nn.Module, settings: dict[str, Any], x: Tensor
+) -> Tensor:
     with torch.no_grad():
         return solver(f, x, **settings)
 
 
 def train(
-    solver: Callable[..., Tensor], f: Field, settings: dict[str, Any], x: Tensor
+    solver: Callable[..., Tensor], f: nn.Module, settings: dict[str, Any], x: Tensor
 ) -> list[Tensor]:
     """Solve and differentiate a loss, as a training step does."""
     f.zero_grad(set_to_none=True)
@@ -90,23 +107,28 @@ def train(
     return [loss.detach(), next(f.parameters()).grad]  # type: ignore[list-item]
 
 
-def alone(count: int, f: Field, x: Tensor) -> Tensor:
+def alone(count: int, f: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         for _ in range(count):
             x = f(torch.zeros(()), x)
     return x
 
 
-def _providers(work: Callable[..., Any], settings: dict[str, Any], **own: Any) -> dict[str, Lazy]:
+def _providers(
+    make: Callable[..., Field | Decay],
+    work: Callable[..., Any],
+    settings: dict[str, Any],
+    **own: Any,
+) -> dict[str, Lazy]:
     def theirs(inputs: Inputs) -> Provider:
-        return partial(work, torchdiffeq_solver(inputs), field(inputs["x"].device), settings)
+        return partial(work, torchdiffeq_solver(inputs), make(inputs["x"].device), settings)
 
     def mine(inputs: Inputs) -> Provider:
-        return partial(work, ours, field(inputs["x"].device), settings | own)
+        return partial(work, ours, make(inputs["x"].device), settings | own)
 
     def bare(inputs: Inputs) -> Provider:
-        device = inputs["x"].device
-        return partial(alone, evaluations(device, **settings), field(device))
+        f = make(inputs["x"].device)
+        return partial(alone, evaluations(f, inputs["x"], **settings), f)
 
     found = {"eager": Lazy(theirs), "ours": Lazy(mine)}
     if work is solve:
@@ -118,7 +140,7 @@ def _case(name: str, work: Callable[..., Any], settings: dict[str, Any], **own: 
     return Case(
         name=f"{name} 2-64x3-2, B={BATCH}",
         make_inputs=random_inputs(x=(BATCH, 2)),
-        providers=_providers(work, settings, **own),
+        providers=_providers(field, work, settings, **own),
         passes=("call",),
         constants=("x",),
         compiles=False,
@@ -133,4 +155,13 @@ CASES = [
     _case("dopri5 and gradient, checkpointed", train, DOPRI5),
     _case("dopri5 and gradient, graphs kept", train, DOPRI5, checkpoint=False),
     _case("dopri5 and gradient, reversible", train, DOPRI5, adjoint="reversible"),
+    Case(
+        name="dopri5 of 1000000 numbers, dy/dt = -y",
+        make_inputs=random_inputs(x=(1_000_000,)),
+        providers=_providers(decay, solve, DOPRI5),
+        passes=("call",),
+        constants=("x",),
+        compiles=False,
+        targets={"call vs eager": 2.0},
+    ),
 ]

@@ -99,7 +99,8 @@ def integrate(
         else:
             rejected += 1
         h *= next_factor(ratio, order)
-    out.ys[i:] = y
+    if i < len(times):
+        out.ys[i:] = y
     out.outputs += [(accepted - 1, None)] * (len(times) - i)
     out.stats = Stats(accepted, rejected, stepper.evaluations)
     return out
