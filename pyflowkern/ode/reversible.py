@@ -160,6 +160,7 @@ class Reversible(torch.autograd.Function):
         out, tape, y, z = integrate(problem, y0.detach())
         problem.finish(out)
         ctx.problem, ctx.tape, ctx.end = problem, tape, (y, z)
+        ctx.failed = out.status in (Status.non_finite, Status.dt_underflow)
         ctx.save_for_backward(y0, t, out.ys, *params)
         return out.ys
 
@@ -177,7 +178,9 @@ class Reversible(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(params)
         grads = grads.contiguous()
         with problem.context():
-            first = _pull(problem, tape, ctx.end, grads, params, totals)
+            # steps into a pole are not walked back: the difference of huge numbers holds nothing
+            pairs = _pairs(problem, tape, y0.detach()) if ctx.failed else []
+            first = _pull(problem, tape, ctx.end, pairs, grads, params, totals)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
                 args = problem.field, problem.times, ys, grads, first
@@ -185,10 +188,23 @@ class Reversible(torch.autograd.Function):
         return (None, first + grads[0], grad_t, *totals)
 
 
+@torch.no_grad()
+def _pairs(problem: Problem, tape: Tape, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Take the accepted steps again and return the pair at the start of each."""
+    stepper, coupling = Stepper(problem.field, problem.options.method, y), problem.options.coupling
+    z, found = y, list[tuple[Tensor, Tensor]]()
+    for t, t1, dt in zip(tape.t, tape.t1, tape.dt, strict=True):
+        found.append((y, z))
+        y = torch.lerp(z, y, coupling).add_(stepper.increment(t, dt, z))
+        z = z - stepper.increment(t1, -dt, y)
+    return found
+
+
 def _pull(
     problem: Problem,
     tape: Tape,
     end: tuple[Tensor, Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
     grads: Tensor,
     params: Sequence[Tensor],
     totals: list[Tensor | None],
@@ -204,10 +220,10 @@ def _pull(
         for i in _outputs_at(problem.times, tape, j):
             y_bar = y_bar + grads[i]
         graphs, step = _record(field, method, c, t1, -dt, y)
-        z = z + step
+        z = pairs[j][1] if pairs else z + step
         y_bar = y_bar + step_pullback(method, c, graphs, -dt, -z_bar, params, totals)
         graphs, step = _record(field, method, c, t, dt, z)
-        y = (y - (1 - coupling) * z - step) / coupling
+        y = pairs[j][0] if pairs else (y - (1 - coupling) * z - step) / coupling
         z_bar = z_bar + (1 - coupling) * y_bar
         z_bar = z_bar + step_pullback(method, c, graphs, dt, y_bar, params, totals)
         y_bar = coupling * y_bar

@@ -68,7 +68,8 @@ def solve(
     * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients up to the
       tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).
     * ``"reversible"`` takes the reversible form of the method (McCallum and Foster, 2024): constant memory, gradients
-      of its discrete solution up to rounding, twice the evaluations.
+      of its discrete solution up to rounding, twice the evaluations.  From a pole there is no way back: where a solve
+      ends with ``non_finite`` or ``dt_underflow``, the backward pass takes the accepted steps again and keeps them.
 
     The field must compute the same when it is called again.  Tensors that it depends on are found by one recorded
     evaluation at the start (and all parameters, if it is a module); name them in ``params`` if it reaches others

@@ -50,6 +50,31 @@ def test_gradients_of_samples_with_steps_of_their_own_do_not_know_the_one_that_f
     torch.testing.assert_close(second, torch.ones_like(second), rtol=1e-6, atol=0)
 
 
+def into_a_pole(dtype=torch.float64, most=math.inf):
+    """y' = a y^2 from 1 and 1/2: a pole at t = 1, and nothing beyond ``most``."""
+    a = torch.ones((), dtype=dtype, requires_grad=True)
+    y0 = torch.tensor([1.0, 0.5], dtype=dtype, requires_grad=True)
+    return (lambda t, y: torch.where(y < most, a * y * y, math.nan)), y0, a
+
+
+@pytest.mark.parametrize("way", [{}, {"method": "rk4", "step_size": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, math.inf), (torch.float64, math.inf), (torch.float64, 1e3)]
+)
+def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, dtype, most):
+    field, y0, a = into_a_pole(dtype, most)
+    settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | way
+    found = ode.solve(field, y0, [0.0, 0.5, 2.0], **settings)
+    assert found.status in (ode.Status.dt_underflow, ode.Status.non_finite)
+    loss = found.ys.sum()
+    plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
+    assert all(torch.isfinite(g).all() for g in plain)
+    if most < math.inf:  # else the last digits of the state decide about the first of the gradient
+        recorded = torch.autograd.grad(loss, (y0, a), create_graph=True)  # a replay by autograd
+        for one, other in zip(plain, recorded, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e5 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
 @pytest.mark.parametrize("step_size", [1e-9, 1e-300])
 def test_steps_that_are_far_too_many_are_not_even_listed(step_size, compat):
