@@ -102,6 +102,7 @@ def integrate(
     if i < len(times):
         out.ys[i:] = y
     out.outputs += [(accepted - 1, None)] * (len(times) - i)
+    out.end = None if out.status == Status.ok else t
     out.stats = Stats(accepted, rejected, stepper.evaluations)
     return out
 

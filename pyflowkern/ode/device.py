@@ -170,6 +170,7 @@ def integrate(
         out.ys[between[0] : between[-1] + 1] = torch.where(reached, s.found, s.y)
     out.ys[ends[0] :] = s.y
     out.stats = Stats(accepted, steps - accepted, s.stepper.evaluations)
+    out.end = None if out.status == Status.ok else float(s.t)
     if keep:
         _recall(out, kept, times)
     return out

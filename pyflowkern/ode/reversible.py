@@ -120,6 +120,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     out.ys[i:] = y
     tape.missing = list(range(i, len(times)))
     out.stats = Stats(accepted, rejected, stepper.evaluations)
+    out.end = None if out.status == Status.ok else t
     return out, tape, y, z
 
 
@@ -183,8 +184,7 @@ class Reversible(torch.autograd.Function):
             first = _pull(problem, tape, ctx.end, pairs, grads, params, totals)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
-                args = problem.field, problem.times, ys, grads, first
-                grad_t = time_gradients(*args).to(t.dtype)
+                grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
         return (None, first + grads[0], grad_t, *totals)
 
 

@@ -58,6 +58,7 @@ class Trajectory:
         graphs: of the stages, where they were kept.
         slopes: of the stages, where a dense output was asked for.
         stats: counts.
+        end: time of the last accepted state where the solve ended early, else None.
     """
 
     ys: Tensor
@@ -69,6 +70,7 @@ class Trajectory:
     graphs: list[Any] = field(default_factory=list)
     slopes: list[Tensor] = field(default_factory=list)
     stats: Stats = Stats(0, 0, 0)
+    end: float | None = None
 
 
 @dataclass(frozen=True)

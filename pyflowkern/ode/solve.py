@@ -58,7 +58,8 @@ def solve(
 ) -> Solution:
     r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0`` and never raise on account of numbers.
 
-    A solve that cannot go on ends with a status; the rest of its output is the last finite state.
+    A solve that cannot go on ends with a status; the rest of its output is the last finite state, and gradients are
+    those of this state: of the steps that were accepted.
 
     Gradients reach ``y0``, ``t`` and whatever the field depends on:
 
@@ -66,7 +67,8 @@ def solve(
       differentiated again.  Memory: the state at each step; with ``checkpoint=False`` the graphs of all stages, which
       spares running the steps again.
     * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients up to the
-      tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).
+      tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).  Where that
+      solve cannot go on, as from a pole, its gradients are NaN, with a warning.
     * ``"reversible"`` takes the reversible form of the method (McCallum and Foster, 2024): constant memory, gradients
       of its discrete solution up to rounding, twice the evaluations.  From a pole there is no way back: where a solve
       ends with ``non_finite`` or ``dt_underflow``, the backward pass takes the accepted steps again and keeps them.

@@ -75,6 +75,46 @@ def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, d
             torch.testing.assert_close(one, other, rtol=1e5 * torch.finfo(dtype).eps, atol=0)
 
 
+EARLY = [{"max_steps": 12}, {"method": "rk4", "step_size": 0.05, "max_steps": 12}]
+
+
+@pytest.mark.parametrize("control", ["batch", "device"])
+@pytest.mark.parametrize("way", [{"most": 30.0}, *EARLY], ids=str)
+def test_the_continuous_adjoint_goes_back_from_where_the_solve_ended(way, control):
+    field, y0, a = into_a_pole(most=way.get("most", math.inf))
+    settings = {name: value for name, value in way.items() if name != "most"}
+    if "method" not in way:
+        settings["control"] = control
+    found = []
+    for adjoint in ("direct", "continuous"):
+        t = torch.tensor([0.0, 0.2, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        s = ode.solve(field, y0, t, rtol=1e-9, atol=1e-9, adjoint=adjoint, **settings)
+        assert not s.ok
+        found.append(torch.autograd.grad(s.ys[1:].sum(), (y0, a, t)))
+    for of_flow, of_steps in zip(*found, strict=True):
+        # classical steps of 0.05 have an error of their own
+        torch.testing.assert_close(
+            of_flow, of_steps, rtol=1e-3 if "method" in way else 1e-5, atol=0
+        )
+    assert found[0][2][1] != 0
+    assert found[0][2][2:].tolist() == [0, 0], "times that it did not come to change nothing"
+
+
+def test_the_continuous_adjoint_says_where_there_is_no_way_back():
+    field, y0, a = into_a_pole()
+    s = ode.solve(field, y0, [0.0, 2.0], rtol=1e-6, atol=1e-6, adjoint="continuous")
+    assert s.status == ode.Status.dt_underflow
+    with pytest.warns(RuntimeWarning, match="adjoint solve ended early"):
+        grads = torch.autograd.grad(s.ys[-1].sum(), (y0, a))
+    assert all(g.isnan().all() for g in grads)
+
+
+def test_a_fixed_step_that_fails_is_no_want_of_steps():
+    field, y0, _ = into_a_pole(most=30.0)
+    s = ode.solve(field, y0, [0.0, 2.0], method="rk4", step_size=0.05, max_steps=39)
+    assert s.status == ode.Status.non_finite
+
+
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
 @pytest.mark.parametrize("step_size", [1e-9, 1e-300])
 def test_steps_that_are_far_too_many_are_not_even_listed(step_size, compat):
