@@ -62,8 +62,8 @@ def odeint_event(
         **settings: more of :func:`solve`, for the differentiable solve.
 
     Returns:
-        ``(event_t, ys)``: a 0-d float64 tensor, and the states at the start and at the event, ``[2, *shape]``.  Where the
-        solve failed before an event, they are the last time that it came to and the state there.
+        ``(event_t, ys)``: a 0-d float64 tensor, and the states at the start and at the event, ``[2, *shape]``.  Where
+        the solve failed before an event, they are the last time that it came to and the state there.
 
     Warns:
         RuntimeWarning: naming the status, if there was no event within ``max_time`` or the solve failed before.
@@ -112,6 +112,7 @@ def odeint_event(
         torchdiffeq=False,
         dense=False,
     )
+    packing.check_allowed(rtol, atol)
 
     def event(t: Tensor, y: Tensor) -> Tensor:
         return event_fn(t, packing.unpack(y))

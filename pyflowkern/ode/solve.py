@@ -85,7 +85,7 @@ def solve(
         method: "euler", "midpoint", "heun", "rk4" (classical), "rk4_38", or with step control "bosh3", "dopri5",
             "tsit5", "dopri8"; or a :class:`Tableau`.
         rtol: allowed error relative to the state, a number or one for each entry of a tuple.
-        atol: allowed absolute error, likewise.
+        atol: allowed absolute error, likewise; with step control not 0 where ``rtol`` is.
         adjoint: see above.
         checkpoint: see above.
         seminorm: see above.
@@ -112,7 +112,8 @@ def solve(
 
     Raises:
         TypeError: for a state that is not floating-point or a wrong result of ``func``.
-        ValueError: for times that are not monotone and finite, unknown names and settings out of range.
+        ValueError: for times that are not monotone and finite, unknown names, settings out of range, and tolerances
+            that are both 0.
         RuntimeError: inside transforms of torch.func.
 
     Example:
@@ -159,6 +160,8 @@ def solve(
         dense=dense,
         on_device=control == "device",
     )
+    if options.adaptive:
+        packing.check_allowed(rtol, atol)
     times, ts = _times(t, start, options.per_sample)
     ys, trajectory = _solve(func, packing.field(func), start, times, t, options, params)
     lead = (ts.shape[0],)

@@ -144,3 +144,23 @@ def test_transforms_of_torch_func_are_told_what_to_use_instead():
     for transform in (torch.func.grad, torch.func.vmap):
         with pytest.raises(RuntimeError, match="inside transforms"):
             transform(end)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_no_error_at_all_cannot_be_asked_for(way):
+    def decay(t, y):
+        return -y
+
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ode.solve(decay, torch.ones(3, 1), [0.0, 1.0], rtol=0, atol=0.0, **way)
+    pair = (torch.ones(3, 1), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ode.solve(
+            lambda t, y: (-y[0], -y[1]), pair, [0.0, 1.0], rtol=(1e-3, 0), atol=(0, 0), **way
+        )
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ode.odeint_event(decay, pair[0], 0.0, event_fn=lambda t, y: y[0] - 0.5, rtol=0, atol=0)
+
+
+def test_fixed_steps_ask_for_no_tolerance():
+    assert ode.solve(lambda t, y: -y, torch.ones(1), [0.0, 1.0], method="rk4", rtol=0, atol=0).ok
