@@ -84,6 +84,7 @@ class DenseOutput:
         states: at the starts.
         slopes: of the stages of each step.
         packing: from packed states to the user's.
+        begin: time and state before the first step, which there need not be.
     """
 
     method: Tableau
@@ -92,15 +93,18 @@ class DenseOutput:
     states: Sequence[Tensor]
     slopes: Sequence[Tensor]
     packing: Packing
+    begin: tuple[float, Tensor]
 
     @torch.no_grad()
     def __call__(self, t: float) -> Any:
         """Return the state at ``t``; ValueError outside of what was integrated."""
-        if not self.starts:
-            raise ValueError("the solve took no step: there is nothing to interpolate")
-        first, last = self.starts[0], self.starts[-1] + self.dt[-1]
+        first = last = self.begin[0]
+        if self.starts:
+            last = self.starts[-1] + self.dt[-1]
         if not min(first, last) <= t <= max(first, last):
             raise ValueError(f"t must be between {first} and {last}, got {t}")
+        if not self.starts:
+            return self.packing.unpack(self.begin[1])
         sign = 1.0 if last >= first else -1.0
         i = bisect.bisect_right(self.starts, sign * t, key=lambda s: sign * s) - 1
         weights = dense_weights(self.method, (t - self.starts[i]) / self.dt[i])

@@ -168,8 +168,9 @@ def solve(
     interpolation = None
     if dense:
         interpolation = DenseOutput(
-            chosen, trajectory.t, trajectory.dt, trajectory.states, trajectory.slopes, packing
-        )
+            chosen, trajectory.t, trajectory.dt, trajectory.states, trajectory.slopes, packing,
+            (times[0], start.detach()),
+        )  # fmt: skip
     return Solution(
         packing.unpack(ys, lead), ts, trajectory.status, trajectory.stats, interpolation
     )
