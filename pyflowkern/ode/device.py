@@ -193,19 +193,16 @@ def _begin(
         stepper.set_first(first)
         stepper.evaluations += 1
     like = torch.zeros((), dtype=torch.float64, device=y0.device)
-    slope = stepper.slopes[0]
+    norm = ErrorNorm(stepper.stages, options, y0)
 
-    def probe(h: Tensor) -> Tensor:
+    def change(h: Tensor) -> Tensor:
         stepper.evaluations += 1
-        return field(
-            (t + sign * h).to(y0.dtype), torch.addcmul(y0, (sign * h).to(y0.dtype), slope)
-        )
-
-    def norm(r: Tensor) -> Tensor:
-        return options.norm(r).to(torch.float64)
+        slope = field((t + sign * h).to(y0.dtype), stepper.stages.euler(y0, sign * h))
+        return norm.of_change(y0, slope).to(torch.float64)
 
     if options.first_step is None:
-        h = first_steps(norm, probe, y0, slope, options.method.order, options.rtol, options.atol)
+        d0, d1 = norm.of_start(y0)
+        h = first_steps((d0.to(torch.float64), d1.to(torch.float64)), change, options.method.order)
     else:
         h = like + options.first_step
     inner = torch.tensor(between, dtype=torch.float64, device=y0.device)
@@ -216,7 +213,7 @@ def _begin(
         span=(times[0], times[-1]),
         inner=inner,
         found=y0.expand(len(between), *y0.shape),
-        norm=ErrorNorm(stepper.stages, options, y0),
+        norm=norm,
         t=like + t,
         h=h,
         y=y0,

@@ -62,23 +62,20 @@ def integrate(
     t, y = times[0].clone(), y0
     slot = torch.ones(rows, dtype=torch.int64, device=y0.device).clamp(max=count - 1)
     stages.put(0, field(t.to(y0.dtype), y0))
-    slope, evaluations = stages.settled()[0], 2
+    norm, slope, evaluations = ErrorNorm(stages, options, y0), stages.settled()[0], 2
 
-    def probe(h: Tensor) -> Tensor:
-        step = (sign * h)[:, None].to(y0.dtype)
-        return field((t + sign * h).to(y0.dtype), torch.addcmul(y0, step, slope))
+    def change(h: Tensor) -> Tensor:
+        time, step = (t + sign * h).to(y0.dtype), (sign * h).to(times.dtype)
+        return norm.of_change(y0, field(time, stages.euler(y0, step)))
 
     if options.first_step is None:
-        h = first_steps(
-            options.norm, probe, y0, slope, method.order, options.rtol, options.atol
-        ).to(times.dtype)
+        h = first_steps(norm.of_start(y0), change, method.order).to(times.dtype)
     else:
         h, evaluations = torch.full_like(t, options.first_step), 1
     status = torch.zeros(rows, dtype=torch.int8, device=y0.device)
     finite = torch.isfinite(y0).all(-1) & torch.isfinite(slope).all(-1)
     status = torch.where(finite, status, status + int(Status.non_finite))
     out.ys[:] = y0
-    norm = ErrorNorm(stages, options, y0)
     least = UNDERFLOW * (times[-1] - times[0]).abs()
     bad, done, steps = torch.zeros_like(finite), torch.zeros_like(finite), 0
     columns = torch.arange(rows, device=y0.device)

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, first_step, next_factor
+from pyflowkern.ode.adaptive import begin
+from pyflowkern.ode.controllers import UNDERFLOW, next_factor
 from pyflowkern.ode.fixed import plan
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
@@ -66,10 +67,14 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     y, z, t, i = y0, y0, times[0], 1
     sign = 1.0 if times[-1] >= t else -1.0
     given = None if o.adaptive else iter(plan(times, o)[0])
-    wanted = h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
+    norm = ErrorNorm(stepper.stages, o, y0)
+    h = 0.0 if o.first_step is None else o.first_step
+    if o.adaptive and o.first_step is None:
+        h = begin(stepper, norm, t, sign, y0)
+    wanted = h
     out.ys[:] = y0
     least = UNDERFLOW * abs(times[-1] - t)
-    accepted, rejected, bad, norm = 0, 0, False, ErrorNorm(stepper.stages, o, y0)
+    accepted, rejected, bad = 0, 0, False
     while i < len(times):
         if times[i] == t:
             out.ys[i] = y
@@ -122,21 +127,6 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     out.stats = Stats(accepted, rejected, stepper.evaluations)
     out.end = None if out.status == Status.ok else t
     return out, tape, y, z
-
-
-def _first(problem: Problem, stepper: Stepper, y0: Tensor, sign: float) -> float:
-    o, t = problem.options, problem.times[0]
-    if o.first_step is not None:
-        return o.first_step
-    stepper.start(t, y0)
-    slope = stepper.slopes[0]
-
-    def probe(h: float) -> Tensor:
-        stepper.evaluations += 1
-        time = torch.full((), t + sign * h, dtype=y0.dtype, device=y0.device)
-        return stepper.field(time, torch.add(y0, slope, alpha=sign * h))
-
-    return first_step(o.norm, probe, y0, slope, o.method.order, o.rtol, o.atol)
 
 
 def back(

@@ -18,7 +18,12 @@ __all__ = ["ErrorNorm", "Stages", "Step"]
 #: A signed length: a number, or float64 on the device of the state, 0-d or ``[N]`` with one for each row.
 Step = float | Tensor
 
+#: Relative and absolute tolerance, and the sizes of the segments.
+Allowed = tuple[float, float, list[int]]
+
 _OPS = torch.ops.pyflowkern
+_ONE = torch.tensor([1.0], dtype=torch.float64, device="cpu")
+_CHANGE = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
 
 
 class Stages:
@@ -70,6 +75,12 @@ class Stages:
             return self._sum(y, self.c.host_rows[i], dt)
         return self._plain(y, self.c.rows[i], dt)
 
+    def euler(self, y: Tensor, dt: Step) -> Tensor:
+        """Return ``y + dt k_0``."""
+        if self.fused:
+            return self._sum(y, _ONE, dt)
+        return self._plain(y, self.buffer.new_ones(1), dt)
+
     def inside(self, y: Tensor, weights: Sequence[float], dt: Step) -> Tensor:
         """Return ``y + dt sum_i w_i k_i`` for any weights."""
         row = torch.tensor(weights, dtype=torch.float64)
@@ -82,13 +93,10 @@ class Stages:
         assert self.c.error is not None
         return self._plain(torch.zeros_like(self.buffer[0]), self.c.error, dt)
 
-    def norm_of_error(
-        self, y: Tensor, y1: Tensor, dt: Step, rtol: float, atol: float, sizes: list[int]
-    ) -> Tensor:
+    def norm(self, weights: Tensor, y: Tensor, y1: Tensor, dt: Step, allowed: Allowed) -> Tensor:
         """Return :func:`pyflowkern.ops.rk_error`; there must be a kernel."""
-        step, steps = (0.0, dt) if isinstance(dt, Tensor) else (dt, None)
         fresh, self._fresh = self._fresh, None
-        args = (y, y1, self.c.host_error, step, steps, rtol, atol, sizes)
+        args = (y, y1, weights, *_split(dt), *allowed)
         found: Tensor
         if fresh is not None:
             found = _OPS.rk_last.default(self.buffer, fresh, self._row, *args)
@@ -97,13 +105,12 @@ class Stages:
         return found
 
     def _sum(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
-        step, steps = (0.0, dt) if isinstance(dt, Tensor) else (dt, None)
         fresh, self._fresh = self._fresh, None
-        moved: Tensor
-        if fresh is not None:
-            moved = _OPS.rk_stage.default(self.buffer, fresh, self._row, y, weights, step, steps)
-        else:
-            moved = below_autograd(y, self.buffer, weights, step, steps)
+        if fresh is None:
+            return below_autograd(y, self.buffer, weights, *_split(dt))
+        moved: Tensor = _OPS.rk_stage.default(
+            self.buffer, fresh, self._row, y, weights, *_split(dt)
+        )
         return moved
 
     def _plain(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
@@ -128,7 +135,8 @@ class ErrorNorm:
     def __init__(self, stages: Stages, options: Options, like: Tensor) -> None:
         self.stages, self.options = stages, options
         norm, rtol, atol = options.norm, options.rtol, options.atol
-        self.fused: tuple[float, float, list[int]] | None = None
+        self.unit: Step = 1.0
+        self.fused: Allowed | None = None
         if (
             stages.fused
             and isinstance(norm, Rms)
@@ -137,11 +145,36 @@ class ErrorNorm:
             and isinstance(atol, float)
         ):
             self.fused = rtol, atol, norm.sizes
+            if norm.rows:
+                self.unit = like.new_ones(len(like), dtype=torch.float64)
         else:
             self.scaled = Scaling(like, rtol, atol)
 
     def __call__(self, dt: Step, y: Tensor, y1: Tensor) -> Tensor:
         """Return the norm of the step from ``y`` to ``y1``, NaN where this is not finite."""
         if self.fused is not None:
-            return self.stages.norm_of_error(y, y1, dt, *self.fused)
+            assert self.stages.c.host_error is not None
+            return self.stages.norm(self.stages.c.host_error, y, y1, dt, self.fused)
         return self.options.norm(self.scaled(self.stages.error(dt), y, y1))
+
+    def of_start(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norms of a state and of the first slope, which was computed there."""
+        if self.fused is None:
+            return self._plain(y, y), self._plain(y, self.stages.settled()[0])
+        slope = self.stages.norm(_ONE, y, y, self.unit, self.fused)
+        return _OPS.rk_error.default(y, y, y[None], _ONE, *_split(self.unit), *self.fused), slope
+
+    def of_change(self, y: Tensor, slope: Tensor) -> Tensor:
+        """Return the norm of the difference of another slope from the first; it takes the place of the second."""
+        if self.fused is None:
+            return self._plain(y, slope - self.stages.settled()[0])
+        self.stages.put(1, slope)
+        return self.stages.norm(_CHANGE, y, y, self.unit, self.fused)
+
+    def _plain(self, y: Tensor, r: Tensor) -> Tensor:
+        return self.options.norm(r / y.abs().mul_(self.options.rtol).add_(self.options.atol))
+
+
+def _split(dt: Step) -> tuple[float, Tensor | None]:
+    """Return a step as the ops take it: a number, or a tensor."""
+    return (0.0, dt) if isinstance(dt, Tensor) else (dt, None)
