@@ -44,6 +44,8 @@ class Stages:
         self.fused = count <= MAX_SLOPES and kernel_serves("rk_stage", like, dtypes=STATES)
         self._fresh: Tensor | None = None
         self._row = 0
+        self._zero: Tensor | None = None
+        self._before: list[Tensor] = []  # the first slopes as columns, where torch takes the sums
 
     def put(self, i: int, slope: Tensor) -> None:
         """Take a slope, which must not change before the next sum or the next look."""
@@ -91,7 +93,12 @@ class Stages:
     def error(self, dt: Step) -> Tensor:
         """Return the estimated error of the step."""
         assert self.c.error is not None
-        return self._plain(torch.zeros_like(self.buffer[0]), self.c.error, dt)
+        assert self.c.host_error is not None
+        if self._zero is None:
+            self._zero = self.buffer.new_zeros(self.buffer.shape[1:])
+        if self.fused:
+            return self._sum(self._zero, self.c.host_error, dt)
+        return self._plain(self._zero, self.c.error, dt)
 
     def norm(self, weights: Tensor, y: Tensor, y1: Tensor, dt: Step, allowed: Allowed) -> Tensor:
         """Return :func:`pyflowkern.ops.rk_error`; there must be a kernel."""
@@ -114,7 +121,11 @@ class Stages:
         return moved
 
     def _plain(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
-        slopes = self.settled()[: weights.numel()].view(weights.numel(), -1).t()
+        buffer = self.settled()
+        if not self._before:
+            flat = buffer.view(len(buffer), -1)
+            self._before = [flat[:i].t() for i in range(len(flat) + 1)]
+        slopes = self._before[len(weights)]
         if not isinstance(dt, Tensor):
             return torch.addmv(y.view(-1), slopes, weights, alpha=dt).view(y.shape)
         dt = dt.to(y.dtype)
@@ -160,19 +171,18 @@ class ErrorNorm:
     def of_start(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norms of a state and of the first slope, which was computed there."""
         if self.fused is None:
-            return self._plain(y, y), self._plain(y, self.stages.settled()[0])
+            o = self.options
+            self.scale = y.abs().mul_(o.rtol).add_(o.atol)
+            return o.norm(y / self.scale), o.norm(self.stages.settled()[0] / self.scale)
         slope = self.stages.norm(_ONE, y, y, self.unit, self.fused)
         return _OPS.rk_error.default(y, y, y[None], _ONE, *_split(self.unit), *self.fused), slope
 
     def of_change(self, y: Tensor, slope: Tensor) -> Tensor:
         """Return the norm of the difference of another slope from the first; it takes the place of the second."""
         if self.fused is None:
-            return self._plain(y, slope - self.stages.settled()[0])
+            return self.options.norm((slope - self.stages.settled()[0]) / self.scale)
         self.stages.put(1, slope)
         return self.stages.norm(_CHANGE, y, y, self.unit, self.fused)
-
-    def _plain(self, y: Tensor, r: Tensor) -> Tensor:
-        return self.options.norm(r / y.abs().mul_(self.options.rtol).add_(self.options.atol))
 
 
 def _split(dt: Step) -> tuple[float, Tensor | None]:
