@@ -33,7 +33,7 @@ class _Stepper(Stepper):
         for i in range(1, self.method.stages):
             arg = self.stages.moved(y, i, dt)
             self._slope(i, times[i], arg)
-        return arg if self.method.fsal else self.stages.moved(y, self.method.stages, dt)
+        return arg if self.method.fsal else self.stages.moved(y, -1, dt)
 
     def inside(self, y: Tensor, dt: Tensor, theta: Tensor) -> Tensor:
         """Return the states at fractions ``theta [m]`` of the last step, ``[m, *shape]``."""

@@ -44,7 +44,7 @@ def step(
     for i in range(1, method.stages):
         y1 = stages.moved(y, i, dt)
         stages.put(i, field((t + method.c[i] * dt).to(y.dtype), y1))
-    return y1 if method.fsal else stages.moved(y, method.stages, dt)
+    return y1 if method.fsal else stages.moved(y, -1, dt)
 
 
 @torch.no_grad()

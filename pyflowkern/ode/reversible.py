@@ -36,7 +36,6 @@ from pyflowkern.ode.stages import ErrorNorm
 from pyflowkern.ode.steppers import (
     Stepper,
     differentiable_step,
-    increment,
     record_stages,
     stage_times,
     step_pullback,
@@ -242,8 +241,8 @@ def _record(
     field: Field, method: Tableau, c: Coefficients, t: float, dt: float, y: Tensor
 ) -> tuple[Any, Tensor]:
     times = stage_times(c, t, dt, False)
-    graphs, slopes = record_stages(field, c, method.needed, times, dt, y)
-    return graphs, increment(method, c, slopes, dt).view_as(y)
+    graphs, stages = record_stages(field, c, method.needed, times, dt, y)
+    return graphs, stages.increment(dt)
 
 
 def _replay(problem: Problem, tape: Tape, y: Tensor) -> Tensor:

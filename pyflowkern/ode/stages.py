@@ -72,7 +72,7 @@ class Stages:
             self.put(0, self.buffer[last])
 
     def moved(self, y: Tensor, i: int, dt: Step) -> Tensor:
-        """Return the argument of stage ``i``; that of one beyond the last is the state after the step."""
+        """Return the argument of stage ``i``; with -1 the state after the step."""
         if self.fused:
             return self._sum(y, self.c.host_rows[i], dt)
         return self._plain(y, self.c.rows[i], dt)
@@ -90,15 +90,22 @@ class Stages:
             return self._sum(y, row, dt)
         return self._plain(y, row.to(self.buffer), dt)
 
+    def increment(self, dt: Step) -> Tensor:
+        """Return the change of the state over the step."""
+        return self.moved(self._nothing(), -1, dt)
+
     def error(self, dt: Step) -> Tensor:
         """Return the estimated error of the step."""
+        if self.fused:
+            assert self.c.host_error is not None
+            return self._sum(self._nothing(), self.c.host_error, dt)
         assert self.c.error is not None
-        assert self.c.host_error is not None
+        return self._plain(self._nothing(), self.c.error, dt)
+
+    def _nothing(self) -> Tensor:
         if self._zero is None:
             self._zero = self.buffer.new_zeros(self.buffer.shape[1:])
-        if self.fused:
-            return self._sum(self._zero, self.c.host_error, dt)
-        return self._plain(self._zero, self.c.error, dt)
+        return self._zero
 
     def norm(self, weights: Tensor, y: Tensor, y1: Tensor, dt: Step, allowed: Allowed) -> Tensor:
         """Return :func:`pyflowkern.ops.rk_error`; there must be a kernel."""

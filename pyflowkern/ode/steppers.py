@@ -15,7 +15,6 @@ __all__ = [
     "Graph",
     "Stepper",
     "differentiable_step",
-    "increment",
     "record_stages",
     "stage_times",
     "step_pullback",
@@ -96,7 +95,7 @@ class Stepper:
         for i in range(1, method.stages):
             arg = self.stages.moved(y, i, dt)
             self._slope(i, times[i], arg)
-        return arg if method.fsal else self.stages.moved(y, method.stages, dt)
+        return arg if method.fsal else self.stages.moved(y, -1, dt)
 
     def increment(self, t: float, dt: float, y: Tensor, error: bool = False) -> Tensor:
         """Return the change of the state over a step that starts anywhere.
@@ -113,7 +112,7 @@ class Stepper:
         self._slope(0, times[0], y)
         for i in range(1, stages):
             self._slope(i, times[i], self.stages.moved(y, i, dt))
-        return increment(self.method, self.c, self.slopes.view(method.stages, -1), dt).view_as(y)
+        return self.stages.increment(dt)
 
     def dense(self, y: Tensor, dt: float, theta: float) -> Tensor:
         """Return the state a fraction ``theta`` into the last step, which began at ``y``."""
@@ -131,15 +130,9 @@ class Stepper:
         self.stages.put(i, slope.detach())
 
 
-def increment(method: Tableau, c: Coefficients, slopes: Tensor, dt: float) -> Tensor:
-    """Return ``dt sum b_i k_i`` of slopes ``[stages, n]``."""
-    n = method.needed
-    return torch.mv(slopes[:n].t(), c.rows[-1][:n] * dt)
-
-
 def record_stages(
     field: Field, c: Coefficients, count: int, times: Sequence[Tensor], dt: float, y: Tensor
-) -> tuple[list[Graph], Tensor]:
+) -> tuple[list[Graph], Stages]:
     """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
     stages = Stages(c, count, y)
     graphs: list[Graph] = []
@@ -150,7 +143,7 @@ def record_stages(
             slope = field(times[i], leaf)
         graphs.append((leaf, slope))
         stages.put(i, slope.detach())
-    return graphs, stages.settled().view(count, -1)
+    return graphs, stages
 
 
 def step_pullback(

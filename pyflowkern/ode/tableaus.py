@@ -71,7 +71,7 @@ class Tableau:
 class Coefficients:
     """A tableau as tensors of one dtype on one device."""
 
-    rows: list[Tensor]  # rows[i]: a[i], then b
+    rows: list[Tensor]  # rows[i]: a[i], then b[:needed]
     columns: list[Tensor]  # columns[i]: a[i + 1:needed, i]
     nodes: Tensor
     at_end: Tensor  # which nodes are 1
@@ -97,17 +97,18 @@ def _coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> 
         return host(row).to(device=device, dtype=dtype)
 
     n = method.needed
+    rows = *method.a, method.b[:n]
     columns = [put([method.a[j][i] for j in range(i + 1, n)]) for i in range(n)]
     dense = None if method.dense is None else torch.tensor(method.dense, dtype=torch.float64)
     return Coefficients(
-        rows=[put(row) for row in (*method.a, method.b)],
+        rows=[put(row) for row in rows],
         columns=columns,
         nodes=put(method.c),
         at_end=put(method.c) == 1,
         error=None if method.error is None else put(method.error),
         dense=None if dense is None else dense.to(device=device, dtype=dtype),
         host_nodes=method.c,
-        host_rows=[host(row) for row in (*method.a, method.b)],
+        host_rows=[host(row) for row in rows],
         host_error=None if method.error is None else host(method.error),
     )
 
