@@ -16,6 +16,7 @@ the norm decides about step sizes and has no gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def rk_error(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-    segments = _check_sizes(sizes, y.numel() if not _rows(step) else y[0:1].numel())
+    segments = _check_sizes(sizes, math.prod(y.shape[1:] if _rows(step) else y.shape))
     if not _serves("rk_error", y, weights) or len(segments) > MAX_SEGMENTS:
         return rk_error_reference(
             y, y1, slopes, weights, step, rtol=rtol, atol=atol, sizes=segments
@@ -202,7 +203,7 @@ def _check(y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Te
         raise ValueError(f"weights must be at most {slopes.shape[0]}, got {len(weights)}")
     if isinstance(step, Tensor):
         check_floating("step", step)
-        if step.dim() > 0 and (step.dim() > 1 or step.shape[0] != y.shape[:1].numel()):
+        if step.dim() > 0 and step.shape != y.shape[:1]:
             raise ValueError(
                 "step must be a number, a 0-d tensor, or one for each row of y, "
                 f"{tuple(y.shape[:1])}, got shape {tuple(step.shape)}"

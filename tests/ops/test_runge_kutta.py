@@ -308,6 +308,11 @@ def error(y1=None, weights=(1.0,), rtol=0.1, atol=0.1, **more):
         (lambda: combine(weights=(1.0, 1.0, 1.0)), ValueError, "weights must be at most 2"),
         (lambda: combine(step=torch.zeros(3)), ValueError, "step must be"),
         (lambda: combine(step=torch.zeros(4, 1)), ValueError, "step must be"),
+        (
+            lambda: rk_combine(torch.ones(()), torch.ones(2), (1.0,), torch.ones(1)),
+            ValueError,
+            "step",
+        ),
         (lambda: combine(step="1"), TypeError, "step must be a number"),
         (lambda: error(y1=torch.zeros(3, 4)), ValueError, "y1 must have the shape"),
         (lambda: error(y1=torch.zeros(4, 3).double()), TypeError, "y1 must have the dtype"),
