@@ -136,6 +136,18 @@ CASES = [
         lambda x: ops.dequantize(x, alpha=0.05, seed=1),
         half=False,
     ),
+    TrafficCase(
+        "rk_combine",
+        _normal(IMAGE, (IMAGE[0], *IMAGE)),
+        lambda y, slopes: ops.rk_combine(y, slopes, [0.1] * IMAGE[0], 0.3),
+        half=False,
+    ),
+    TrafficCase(
+        "rk_error",
+        _normal(IMAGE, IMAGE, (IMAGE[0], *IMAGE)),
+        lambda *t: ops.rk_error(*t, [0.1] * IMAGE[0], 0.3, rtol=0.1, atol=0.1),
+        half=False,
+    ),
 ]
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_step, next_factor
+from pyflowkern.ode.controllers import UNDERFLOW, first_step, next_factor
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.stages import ErrorNorm
 from pyflowkern.ode.steppers import Graph, Stepper
 
-__all__ = ["Stop", "integrate"]
+__all__ = ["Stop", "begin", "integrate"]
 
 #: Looks at an accepted step, ``(stepper, t, dt, y, y1)``, and says whether to stop after it.
 Stop = Callable[[Stepper, float, float, Tensor, Tensor], bool]
@@ -56,9 +57,9 @@ def integrate(
     i = _reach(out, 1, times, t, sign, y, -1)
     if i == len(times):
         return out
-    h = _begin(stepper, t, sign, y, first, options)
-    accepted, rejected, bad = 0, 0, False
-    order, scaled = options.method.order, Scaling(y0, options.rtol, options.atol)
+    norm = ErrorNorm(stepper.stages, options, y0)
+    h = begin(stepper, norm, t, sign, y, first)
+    accepted, rejected, bad, order = 0, 0, False, options.method.order
     least = UNDERFLOW * abs(end - t)
     over, smallest, largest = options.torchdiffeq, options.min_step, options.max_step
     while i < len(times):
@@ -77,7 +78,7 @@ def integrate(
             break
         dt = sign * h
         y1 = stepper.step(t, dt, y)
-        ratio = float(options.norm(scaled(stepper.error(dt), y, y1)))
+        ratio = float(norm(dt, y, y1))
         bad = not math.isfinite(ratio)
         if ratio <= 1 or ((forced or h <= smallest) and not bad):
             if record or options.dense:
@@ -98,14 +99,16 @@ def integrate(
         else:
             rejected += 1
         h *= next_factor(ratio, order)
-    out.ys[i:] = y
+    if i < len(times):
+        out.ys[i:] = y
     out.outputs += [(accepted - 1, None)] * (len(times) - i)
+    out.end = None if out.status == Status.ok else t
     out.stats = Stats(accepted, rejected, stepper.evaluations)
     return out
 
 
-def _begin(
-    stepper: Stepper, t: float, sign: float, y: Tensor, first: Graph | None, options: Options
+def begin(
+    stepper: Stepper, norm: ErrorNorm, t: float, sign: float, y: Tensor, first: Graph | None = None
 ) -> float:
     """Compute the first slope and return the first step."""
     if first is None:
@@ -113,18 +116,15 @@ def _begin(
     else:
         stepper.set_first(first)
         stepper.evaluations += 1
-    if options.first_step is not None:
-        return options.first_step
-    slope = stepper.k[0]
+    if norm.options.first_step is not None:
+        return norm.options.first_step
 
-    def probe(h: float) -> Tensor:
+    def change(h: float) -> Tensor:
         stepper.evaluations += 1
         time = torch.full((), t + sign * h, dtype=y.dtype, device=y.device)
-        return stepper.field(time, torch.add(y, slope, alpha=sign * h))
+        return norm.of_change(y, stepper.field(time, stepper.stages.euler(y, sign * h)))
 
-    return first_step(
-        options.norm, probe, y, slope, options.method.order, options.rtol, options.atol
-    )
+    return first_step(norm.of_start(y), change, stepper.method.order)
 
 
 def _reach(

@@ -6,6 +6,8 @@ not that of the discrete solution (Chen et al., 2018).
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyflowkern.ode.controllers import largest_of
+from pyflowkern.ode.controllers import Rms
 from pyflowkern.ode.direct import integrator, run
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.problem import Problem, time_gradients
+from pyflowkern.ode.solution import Status
 
 __all__ = ["Continuous"]
 
@@ -46,8 +49,7 @@ class Continuous(torch.autograd.Function):
             first, totals = _solve_back(problem, ys, grads, params)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
-                args = problem.field, problem.times, ys, grads, first
-                grad_t = time_gradients(*args).to(t.dtype)
+                grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
         sizes = [p.numel() for p in params]
         parts = [
             g.view_as(p).to(p.dtype) for g, p in zip(totals.split(sizes), params, strict=True)
@@ -80,14 +82,23 @@ def _solve_back(
 
     options = _augmented_options(problem.options, ys, n, width, len(params), params)
     a, totals = torch.zeros_like(ys[0]).view(-1), ys.new_zeros(width)
-    for i in range(len(problem.times) - 1, 0, -1):
+    times = problem.reached()
+    for i in range(len(times) - 1, 0, -1):
         a = a + grads[i].reshape(-1)
-        span = problem.times[i], problem.times[i - 1]
+        span = times[i], times[i - 1]
         if span[0] == span[1]:
             continue
         start = torch.cat([ys[i].reshape(-1), a, totals])
-        end = integrator(options)(augmented, start, span, options).ys[-1]
-        a, totals = end[n : 2 * n], end[2 * n :]
+        back = integrator(options)(augmented, start, span, options)
+        if back.status != Status.ok:
+            warnings.warn(
+                f"the adjoint solve ended early ({Status(int(back.status)).name}): its gradients are NaN; "
+                "adjoint='direct' has those of the steps that were taken",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return torch.full_like(ys[0], math.nan), torch.full_like(totals, math.nan)
+        a, totals = back.ys[-1][n : 2 * n], back.ys[-1][2 * n :]
     return a.view(shape), totals
 
 
@@ -95,12 +106,7 @@ def _augmented_options(
     options: Options, ys: Tensor, n: int, width: int, count: int, params: Sequence[Tensor]
 ) -> Options:
     """Return the settings of the backward solve: its norm is that of torchdiffeq, less the parameters if asked."""
-    own = 2 * n
-
-    def seminorm(r: Tensor) -> Tensor:
-        return largest_of([n, n])(r[:own])
-
-    norm = seminorm if options.seminorm else largest_of([n, n, *(p.numel() for p in params)])
+    norm = Rms([n, n] if options.seminorm else [n, n, *(p.numel() for p in params)])
 
     def extend(tolerance: float | Tensor) -> float | Tensor:
         if isinstance(tolerance, float):

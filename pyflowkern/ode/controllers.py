@@ -15,6 +15,7 @@ __all__ = [
     "SAFETY",
     "UNDERFLOW",
     "Norm",
+    "Rms",
     "Scaling",
     "first_step",
     "first_steps",
@@ -82,50 +83,47 @@ def norm_of(packing: Packing, user: Callable[[Any], Tensor] | None) -> Norm:
     """Return the norm of a packed state: RMS, for a tuple the largest RMS of its entries."""
     if user is not None:
         return lambda r: user(packing.unpack(r))
-    one = rms_rows if packing.per_sample else rms
-    if len(packing.sizes) == 1:
-        return one
-    return largest_of(packing.sizes, one)
+    return Rms(packing.sizes if len(packing.sizes) > 1 else [], packing.per_sample)
 
 
-def largest_of(sizes: Sequence[int], one: Norm = rms) -> Norm:
-    """Return the largest norm of parts of the last axis."""
+class Rms:
+    """The root of the mean square, of parts of the last axis the largest.
 
-    def norm(r: Tensor) -> Tensor:
-        return torch.stack([one(part) for part in r.split(list(sizes), -1)]).amax(0)
+    Args:
+        sizes: of the parts, beyond which nothing counts; none for the whole.
+        rows: a norm for each row.
+    """
 
-    return norm
+    def __init__(self, sizes: Sequence[int], rows: bool = False) -> None:
+        self.sizes, self.rows = list(sizes), rows
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """Return the norm."""
+        one = rms_rows if self.rows else rms
+        if not self.sizes:
+            return one(r)
+        parts = r[..., : sum(self.sizes)].split(self.sizes, -1)
+        return torch.stack([one(part) for part in parts]).amax(0)
 
 
 # --- one step size for everything: host numbers --------------------------------------------------
 
 
 def first_step(
-    norm: Norm,
-    probe: Callable[[float], Tensor],
-    y: Tensor,
-    slope: Tensor,
-    order: int,
-    rtol: Tolerance,
-    atol: Tolerance,
+    norms: tuple[Tensor, Tensor], change: Callable[[float], Tensor], order: int
 ) -> float:
     """Return a first step by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
 
     Args:
-        norm: of a state.
-        probe: the slope after an Euler step of the given length.
-        y: first state.
-        slope: there.
+        norms: of the first state and of its slope, over what is allowed.
+        change: the norm of what an Euler step of the given length changes of the slope.
         order: of the method.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
     """
-    scale = y.abs().mul_(rtol).add_(atol)
-    d0, d1 = float(norm(y / scale)), float(norm(slope / scale))
+    d0, d1 = (float(norm) for norm in norms)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     if not (math.isfinite(h0) and h0 > 0):
         return 1e-6
-    d2 = float(norm((probe(h0) - slope) / scale)) / h0
+    d2 = float(change(h0)) / h0
     if not math.isfinite(d2):
         return h0
     largest = max(d1, d2)
@@ -147,21 +145,14 @@ def next_factor(ratio: float, order: int) -> float:
 
 
 def first_steps(
-    norm: Norm,
-    probe: Callable[[Tensor], Tensor],
-    y: Tensor,
-    slope: Tensor,
-    order: int,
-    rtol: Tolerance,
-    atol: Tolerance,
+    norms: tuple[Tensor, Tensor], change: Callable[[Tensor], Tensor], order: int
 ) -> Tensor:
     """Return :func:`first_step` of each sample, without a look at the host."""
-    scale = y.abs().mul_(rtol).add_(atol)
-    d0, d1 = norm(y / scale), norm(slope / scale)
+    d0, d1 = norms
     small = torch.full_like(d0, 1e-6)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), small, 0.01 * d0 / d1)
     h0 = torch.where(torch.isfinite(h0) & (h0 > 0), h0, small)
-    d2 = norm((probe(h0) - slope) / scale) / h0
+    d2 = change(h0) / h0
     largest = torch.maximum(d1, d2)
     h1 = torch.where(
         largest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / largest) ** (1 / order)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_steps, next_factors
+from pyflowkern.ode.controllers import UNDERFLOW, first_steps, next_factors
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.stages import ErrorNorm
 from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["integrate"]
@@ -25,26 +26,14 @@ __all__ = ["integrate"]
 class _Stepper(Stepper):
     """A stepper whose times and lengths are 0-d float64 tensors."""
 
-    def moved(self, y: Tensor, weights: Tensor, stages: int, dt: Tensor) -> Tensor:
-        """Return ``y + dt sum_i w_i k_i`` over the first stages."""
-        scaled = weights * dt.to(y.dtype)
-        return torch.addmv(y.view(-1), self.before[stages], scaled).view(self.shape)
-
     def step_by(self, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
         """Return the state after a step, as :meth:`Stepper.step`."""
         times = (self.c.nodes * dt + t).to(y.dtype).unbind()
-        rows, stages, arg = self.c.rows, self.method.stages, y
-        for i in range(1, stages):
-            arg = self.moved(y, rows[i], i, dt)
+        arg = y
+        for i in range(1, self.method.stages):
+            arg = self.stages.moved(y, i, dt)
             self._slope(i, times[i], arg)
-        return arg if self.method.fsal else self.moved(y, rows[-1], stages, dt)
-
-    def error_of(self, dt: Tensor) -> Tensor:
-        """Return the estimated error of the last step."""
-        assert self.c.error is not None
-        return (torch.mv(self.before[-1], self.c.error) * dt.to(self.slopes.dtype)).view(
-            self.shape
-        )
+        return arg if self.method.fsal else self.stages.moved(y, -1, dt)
 
     def inside(self, y: Tensor, dt: Tensor, theta: Tensor) -> Tensor:
         """Return the states at fractions ``theta [m]`` of the last step, ``[m, *shape]``."""
@@ -53,7 +42,7 @@ class _Stepper(Stepper):
         powers = torch.stack([theta**d for d in degrees]).to(y.dtype)
         weights = (self.c.dense @ powers).t() * dt.to(y.dtype)
         found = y.reshape(1, -1) + weights @ self.slopes.view(self.method.stages, -1)
-        return found.view(-1, *self.shape)
+        return found.view(-1, *y.shape)
 
 
 @dataclass
@@ -77,7 +66,7 @@ class _Solve:
     span: tuple[float, float]
     inner: Tensor  # times of the outputs between, [m]
     found: Tensor  # the states there, [m, *shape]
-    scaled: Scaling
+    norm: ErrorNorm
     t: Tensor
     h: Tensor
     y: Tensor
@@ -117,7 +106,7 @@ class _Solve:
             return None
         dt = torch.where(running, sign * h, 0.0)
         y1 = stepper.step_by(t, dt, y)
-        ratio = o.norm(self.scaled(stepper.error_of(dt), y, y1)).to(t.dtype)
+        ratio = self.norm(dt, y, y1).to(t.dtype)
         bad = ~torch.isfinite(ratio)
         accept = running & ((ratio <= 1) | (~bad & (forced | (h <= o.min_step))))
         slopes = stepper.slopes.clone() if keep and o.dense else None
@@ -125,7 +114,7 @@ class _Solve:
         self._write(accept, t1, dt, y1, sign)
         self.bad = torch.where(running, bad, self.bad)
         self.y = torch.where(accept, y1, y)
-        stepper.k[0].copy_(torch.where(accept, stepper.k[-1], stepper.k[0]))
+        stepper.stages.put(0, torch.where(accept, stepper.slopes[-1], stepper.slopes[0]))
         self.t = torch.where(accept, t1, t)
         self.done = self.done | (accept & clipped)
         self.h = torch.where(running, h * next_factors(ratio, o.method.order), self.h)
@@ -181,6 +170,7 @@ def integrate(
         out.ys[between[0] : between[-1] + 1] = torch.where(reached, s.found, s.y)
     out.ys[ends[0] :] = s.y
     out.stats = Stats(accepted, steps - accepted, s.stepper.evaluations)
+    out.end = None if out.status == Status.ok else float(s.t)
     if keep:
         _recall(out, kept, times)
     return out
@@ -203,19 +193,16 @@ def _begin(
         stepper.set_first(first)
         stepper.evaluations += 1
     like = torch.zeros((), dtype=torch.float64, device=y0.device)
-    slope = stepper.k[0]
+    norm = ErrorNorm(stepper.stages, options, y0)
 
-    def probe(h: Tensor) -> Tensor:
+    def change(h: Tensor) -> Tensor:
         stepper.evaluations += 1
-        return field(
-            (t + sign * h).to(y0.dtype), torch.addcmul(y0, (sign * h).to(y0.dtype), slope)
-        )
-
-    def norm(r: Tensor) -> Tensor:
-        return options.norm(r).to(torch.float64)
+        slope = field((t + sign * h).to(y0.dtype), stepper.stages.euler(y0, sign * h))
+        return norm.of_change(y0, slope).to(torch.float64)
 
     if options.first_step is None:
-        h = first_steps(norm, probe, y0, slope, options.method.order, options.rtol, options.atol)
+        d0, d1 = norm.of_start(y0)
+        h = first_steps((d0.to(torch.float64), d1.to(torch.float64)), change, options.method.order)
     else:
         h = like + options.first_step
     inner = torch.tensor(between, dtype=torch.float64, device=y0.device)
@@ -226,7 +213,7 @@ def _begin(
         span=(times[0], times[-1]),
         inner=inner,
         found=y0.expand(len(between), *y0.shape),
-        scaled=Scaling(y0, options.rtol, options.atol),
+        norm=norm,
         t=like + t,
         h=h,
         y=y0,

@@ -82,8 +82,7 @@ class Direct(torch.autograd.Function):
                 first = _pull(problem, trajectory, grads, params, totals)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
-                args = problem.field, problem.times, ys, grads, first
-                grad_t = time_gradients(*args).to(t.dtype)
+                grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
         return (None, first + grads[0], grad_t, *totals)
 
 

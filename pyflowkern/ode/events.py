@@ -62,7 +62,11 @@ def odeint_event(
         **settings: more of :func:`solve`, for the differentiable solve.
 
     Returns:
-        ``(event_t, ys)``: a 0-d float64 tensor, and the states at the start and at the event, ``[2, *shape]``.
+        ``(event_t, ys)``: a 0-d float64 tensor, and the states at the start and at the event, ``[2, *shape]``.  Where
+        the solve failed before an event, they are the last time that it came to and the state there.
+
+    Warns:
+        RuntimeWarning: naming the status, if there was no event within ``max_time`` or the solve failed before.
 
     Example:
         >>> import torch
@@ -108,6 +112,7 @@ def odeint_event(
         torchdiffeq=False,
         dense=False,
     )
+    packing.check_allowed(rtol, atol)
 
     def event(t: Tensor, y: Tensor) -> Tensor:
         return event_fn(t, packing.unpack(y))
@@ -137,7 +142,7 @@ def _search(
     far: float,
     options: Options,
 ) -> tuple[float, Status]:
-    """Return the time of the first change of sign, and whether there was one."""
+    """Return the time of the first change of sign, or the last one reached, and whether there was a change."""
     found: list[float] = []
 
     def at(t: float, y: Tensor) -> Tensor:
@@ -173,7 +178,8 @@ def _search(
     if out.status == Status.ok:
         return far, Status.no_event
     assert isinstance(out.status, Status)
-    return begin, out.status
+    assert out.end is not None
+    return out.end, out.status
 
 
 def _correct(func: Any, event_fn: Any, t: Tensor, ys: Any, packing: Packing) -> tuple[Tensor, Any]:

@@ -80,10 +80,11 @@ def integrate(
     """Integrate through ``times``; arguments as those of :func:`pyflowkern.ode.adaptive.integrate`."""
     if len(plan(times, options)[0]) > options.max_steps:
         out = _run(field, y0, times, options, record, first, checked=True)
-        if out.status == Status.ok:
-            out.status = Status.max_steps
+        all_taken = out.stats.accepted == options.max_steps
+        out.status = Status.max_steps if all_taken else Status.non_finite
         return out
     out = _run(field, y0, times, options, record, first, checked=False)
+    out.end = None
     if y0.is_cuda and torch.cuda.is_current_stream_capturing():
         finite = torch.isfinite(out.ys[-1]).all()
         out.status = torch.where(finite, int(Status.ok), int(Status.non_finite)).to(torch.int8)
@@ -110,7 +111,7 @@ def _run(
     steps, outputs = plan(times, options)
     steps = steps[: options.max_steps]
     method = options.method
-    out = Trajectory(y0.new_empty((len(times), *y0.shape)))
+    out = Trajectory(y0.new_empty((len(times), *y0.shape)), end=times[0])
     stepper = Stepper(field, method, y0)
     if record and not options.checkpoint:
         stepper.graphs = []
@@ -142,7 +143,7 @@ def _run(
         if method.fsal:
             stepper.advance()
             fresh = True
-        y = y1
+        y, out.end = y1, t + dt
         done += 1
     out.ys[i:] = y
     out.outputs = outputs[:i] + [(done - 1, None)] * (len(times) - i)

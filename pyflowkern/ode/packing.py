@@ -88,6 +88,12 @@ class Packing:
             return lambda t, y: self.pack(func(t, y))
         return lambda t, y: self.pack(func(t, self.unpack(y)))
 
+    def check_allowed(self, rtol: Any, atol: Any) -> None:
+        """Raise where no error at all is allowed, which no step could keep to."""
+        many = [v if isinstance(v, (tuple, list)) else [v] * len(self.sizes) for v in (rtol, atol)]
+        if any(float(r) == 0 and float(a) == 0 for r, a in zip(*many, strict=True)):
+            raise ValueError(f"rtol and atol must not both be 0, got {rtol} and {atol}")
+
     def tolerance(self, name: str, value: Any, device: torch.device) -> float | Tensor:
         """Return a tolerance as a number, or as a tensor shaped like the packed state's last axis."""
         if isinstance(value, (tuple, list)):

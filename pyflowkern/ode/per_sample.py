@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_steps, next_factors
+from pyflowkern.ode.controllers import UNDERFLOW, first_steps, next_factors
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
-from pyflowkern.ode.tableaus import Coefficients, Tableau, coefficients
+from pyflowkern.ode.stages import ErrorNorm, Stages
+from pyflowkern.ode.tableaus import Tableau, coefficients
 
-__all__ = ["SampleTrajectory", "arguments", "integrate"]
+__all__ = ["SampleTrajectory", "integrate"]
 
 
 @dataclass
@@ -35,30 +36,15 @@ class SampleTrajectory(Trajectory):
     missing: Tensor = None  # type: ignore[assignment]
 
 
-def arguments(
-    c: Coefficients, slopes: Tensor, i: int, dt: Tensor, y: Tensor, weights: Tensor | None = None
+def step(
+    field: Field, method: Tableau, stages: Stages, t: Tensor, dt: Tensor, y: Tensor
 ) -> Tensor:
-    """Return ``y + dt sum_j a_ij k_j`` for each sample; ``slopes`` is ``[stages, N, F]``."""
-    row = c.rows[i] if weights is None else weights
-    total = torch.mv(slopes[: row.numel()].view(row.numel(), -1).t(), row).view(y.shape)
-    return torch.addcmul(y, dt[:, None].to(y.dtype), total)
-
-
-def slopes_of(
-    field: Field,
-    method: Tableau,
-    c: Coefficients,
-    t: Tensor,
-    dt: Tensor,
-    y: Tensor,
-    slopes: Tensor,
-) -> Tensor:
-    """Fill all slopes but the first and return the state after the step."""
+    """Take all slopes but the first and return the state after the step."""
     y1 = y
     for i in range(1, method.stages):
-        y1 = arguments(c, slopes, i, dt, y)
-        slopes[i].copy_(field((t + method.c[i] * dt).to(y.dtype), y1))
-    return y1 if method.fsal else arguments(c, slopes, method.stages, dt, y)
+        y1 = stages.moved(y, i, dt)
+        stages.put(i, field((t + method.c[i] * dt).to(y.dtype), y1))
+    return y1 if method.fsal else stages.moved(y, -1, dt)
 
 
 @torch.no_grad()
@@ -70,30 +56,26 @@ def integrate(
     Each output is the end of a step of its sample.
     """
     method, (count, rows) = options.method, times.shape
-    c = coefficients(method, y0.dtype, y0.device)
+    stages = Stages(coefficients(method, y0.dtype, y0.device), method.stages, y0)
     out = SampleTrajectory(y0.new_empty((count, *y0.shape)), slots=[], reached=[])
     sign = torch.where(times[-1] >= times[0], 1.0, -1.0).to(times.dtype)
     t, y = times[0].clone(), y0
     slot = torch.ones(rows, dtype=torch.int64, device=y0.device).clamp(max=count - 1)
-    slopes = y0.new_empty((method.stages, *y0.shape))
-    slopes[0].copy_(field(t.to(y0.dtype), y0))
-    slope, evaluations = slopes[0], 2
+    stages.put(0, field(t.to(y0.dtype), y0))
+    norm, slope, evaluations = ErrorNorm(stages, options, y0), stages.settled()[0], 2
 
-    def probe(h: Tensor) -> Tensor:
-        step = (sign * h)[:, None].to(y0.dtype)
-        return field((t + sign * h).to(y0.dtype), torch.addcmul(y0, step, slope))
+    def change(h: Tensor) -> Tensor:
+        time, step = (t + sign * h).to(y0.dtype), (sign * h).to(times.dtype)
+        return norm.of_change(y0, field(time, stages.euler(y0, step)))
 
     if options.first_step is None:
-        h = first_steps(
-            options.norm, probe, y0, slope, method.order, options.rtol, options.atol
-        ).to(times.dtype)
+        h = first_steps(norm.of_start(y0), change, method.order).to(times.dtype)
     else:
         h, evaluations = torch.full_like(t, options.first_step), 1
     status = torch.zeros(rows, dtype=torch.int8, device=y0.device)
     finite = torch.isfinite(y0).all(-1) & torch.isfinite(slope).all(-1)
     status = torch.where(finite, status, status + int(Status.non_finite))
     out.ys[:] = y0
-    scaled = Scaling(y0, options.rtol, options.atol)
     least = UNDERFLOW * (times[-1] - times[0]).abs()
     bad, done, steps = torch.zeros_like(finite), torch.zeros_like(finite), 0
     columns = torch.arange(rows, device=y0.device)
@@ -114,11 +96,10 @@ def integrate(
             break
         running = running & ~dead
         dt = torch.where(running, t1 - t, torch.zeros_like(t))
-        y1 = slopes_of(field, method, c, t, dt, y, slopes)
+        y1 = step(field, method, stages, t, dt, y)
         evaluations += method.stages - 1
         steps += 1
-        error = arguments(c, slopes, 0, dt, torch.zeros_like(y), c.error)
-        ratio = options.norm(scaled(error, y, y1)).to(times.dtype)
+        ratio = norm(dt, y, y1).to(times.dtype)
         bad = ~torch.isfinite(ratio)
         # h as well as dt: the difference of times may round up
         forced = torch.minimum(h, dt.abs()) <= options.min_step
@@ -130,7 +111,8 @@ def integrate(
             out.states.append(y)
             out.slots.append(slot)
         y = torch.where(keep, y1, y)
-        slopes[0].copy_(torch.where(keep, slopes[-1], slopes[0]))
+        slopes = stages.settled()
+        stages.put(0, torch.where(keep, slopes[-1], slopes[0]))
         t = torch.where(accept, t1, t)
         reached = accept & clipped
         if record:

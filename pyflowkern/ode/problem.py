@@ -62,6 +62,7 @@ class Problem:
         first: the first state, a leaf, and its slope.
         context: see :func:`autocast_like_now`.
         result: what the forward pass found, without what only the backward pass needs.
+        end: the time it came to where it ended early, else None.
     """
 
     field: Field
@@ -70,6 +71,15 @@ class Problem:
     first: Graph | None
     context: Callable[[], AbstractContextManager[Any]]
     result: Trajectory | None = None
+    end: float | None = None
+
+    def reached(self) -> list[float]:
+        """Return the output times; those that the solve did not come to are where it ended, as their states are."""
+        times: list[float] = list(self.times)
+        if self.end is None:
+            return times
+        within = min if times[-1] >= times[0] else max
+        return [within(t, self.end) for t in times]
 
     def finish(self, t: Trajectory) -> None:
         """Keep the part of a trajectory that the caller is told."""
@@ -77,27 +87,27 @@ class Problem:
         if self.options.dense:
             self.result.t, self.result.dt = t.t, t.dt
             self.result.states, self.result.slopes = t.states, t.slopes
-        self.first = None
+        self.first, self.end = None, t.end
 
 
-def time_gradients(
-    field: Field, times: Sequence[float], ys: Tensor, grads: Tensor, first: Tensor
-) -> Tensor:
+def time_gradients(problem: Problem, ys: Tensor, grads: Tensor, first: Tensor) -> Tensor:
     r"""Return the gradients of the output times, those of the flow itself.
 
     :math:`\partial y(t_i) / \partial t_i = f(t_i, y_i)`, and moving the start is to start from
-    :math:`y_0 - f(t_0, y_0) dt_0`; they hold up to the error of the solve.
+    :math:`y_0 - f(t_0, y_0) dt_0`; they hold up to the error of the solve.  A time that it did not come to has none.
 
     Args:
-        field: of packed states.
-        times: of the outputs.
+        problem: that was solved.
         ys: states there.
         grads: their cotangents.
         first: what reaches the first state through the later ones.
     """
     found = []
-    for i, t in enumerate(times):
-        slope = field(torch.full((), t, dtype=ys.dtype, device=ys.device), ys[i])
+    for i, (t, reached) in enumerate(zip(problem.times, problem.reached(), strict=True)):
+        if t != reached:
+            found.append(ys.new_zeros(()))
+            continue
+        slope = problem.field(torch.full((), t, dtype=ys.dtype, device=ys.device), ys[i])
         found.append(((grads[i] if i > 0 else -first) * slope).sum())
     return torch.stack(found)
 
@@ -141,6 +151,6 @@ def gradients_of_replay(
         first = torch.zeros_like(y0) if found[0] is None else found[0]
         grad_t = None
         if t is not None and t.requires_grad:
-            grad_t = time_gradients(problem.field, problem.times, ys, grads, first).to(t.dtype)
+            grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
     is_open[0] = True
     return [first + grads[0], grad_t, *found[1:]]

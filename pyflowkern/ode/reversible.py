@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, first_step, next_factor
+from pyflowkern.ode.adaptive import begin
+from pyflowkern.ode.controllers import UNDERFLOW, next_factor
 from pyflowkern.ode.fixed import plan
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
 from pyflowkern.ode.solution import Stats, Status, Trajectory
+from pyflowkern.ode.stages import ErrorNorm
 from pyflowkern.ode.steppers import (
     Stepper,
     differentiable_step,
-    increment,
     record_stages,
     stage_times,
     step_pullback,
@@ -65,10 +66,14 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     y, z, t, i = y0, y0, times[0], 1
     sign = 1.0 if times[-1] >= t else -1.0
     given = None if o.adaptive else iter(plan(times, o)[0])
-    wanted = h = _first(problem, stepper, y0, sign) if o.adaptive else 0.0
+    norm = ErrorNorm(stepper.stages, o, y0)
+    h = 0.0 if o.first_step is None else o.first_step
+    if o.adaptive and o.first_step is None:
+        h = begin(stepper, norm, t, sign, y0)
+    wanted = h
     out.ys[:] = y0
     least = UNDERFLOW * abs(times[-1] - t)
-    accepted, rejected, bad, scaled = 0, 0, False, Scaling(y0, o.rtol, o.atol)
+    accepted, rejected, bad = 0, 0, False
     while i < len(times):
         if times[i] == t:
             out.ys[i] = y
@@ -97,8 +102,7 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
         y1 = torch.lerp(z, y, coupling).add_(step)
         ratio = 0.0
         if given is None:
-            error = stepper.error(dt)
-            ratio = float(o.norm(scaled(error, y, y1)))
+            ratio = float(norm(dt, y, y1))
         z1 = z - stepper.increment(t1, -dt, y1)
         bad = not (math.isfinite(ratio) and bool(torch.isfinite(torch.add(y1, z1)).all()))
         if bad and given is not None:
@@ -120,22 +124,8 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     out.ys[i:] = y
     tape.missing = list(range(i, len(times)))
     out.stats = Stats(accepted, rejected, stepper.evaluations)
+    out.end = None if out.status == Status.ok else t
     return out, tape, y, z
-
-
-def _first(problem: Problem, stepper: Stepper, y0: Tensor, sign: float) -> float:
-    o, t = problem.options, problem.times[0]
-    if o.first_step is not None:
-        return o.first_step
-    stepper.start(t, y0)
-    slope = stepper.k[0]
-
-    def probe(h: float) -> Tensor:
-        stepper.evaluations += 1
-        time = torch.full((), t + sign * h, dtype=y0.dtype, device=y0.device)
-        return stepper.field(time, torch.add(y0, slope, alpha=sign * h))
-
-    return first_step(o.norm, probe, y0, slope, o.method.order, o.rtol, o.atol)
 
 
 def back(
@@ -160,6 +150,7 @@ class Reversible(torch.autograd.Function):
         out, tape, y, z = integrate(problem, y0.detach())
         problem.finish(out)
         ctx.problem, ctx.tape, ctx.end = problem, tape, (y, z)
+        ctx.failed = out.status in (Status.non_finite, Status.dt_underflow)
         ctx.save_for_backward(y0, t, out.ys, *params)
         return out.ys
 
@@ -177,18 +168,32 @@ class Reversible(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(params)
         grads = grads.contiguous()
         with problem.context():
-            first = _pull(problem, tape, ctx.end, grads, params, totals)
+            # steps into a pole are not walked back: the difference of huge numbers holds nothing
+            pairs = _pairs(problem, tape, y0.detach()) if ctx.failed else []
+            first = _pull(problem, tape, ctx.end, pairs, grads, params, totals)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
-                args = problem.field, problem.times, ys, grads, first
-                grad_t = time_gradients(*args).to(t.dtype)
+                grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
         return (None, first + grads[0], grad_t, *totals)
+
+
+@torch.no_grad()
+def _pairs(problem: Problem, tape: Tape, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Take the accepted steps again and return the pair at the start of each."""
+    stepper, coupling = Stepper(problem.field, problem.options.method, y), problem.options.coupling
+    z, found = y, list[tuple[Tensor, Tensor]]()
+    for t, t1, dt in zip(tape.t, tape.t1, tape.dt, strict=True):
+        found.append((y, z))
+        y = torch.lerp(z, y, coupling).add_(stepper.increment(t, dt, z))
+        z = z - stepper.increment(t1, -dt, y)
+    return found
 
 
 def _pull(
     problem: Problem,
     tape: Tape,
     end: tuple[Tensor, Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
     grads: Tensor,
     params: Sequence[Tensor],
     totals: list[Tensor | None],
@@ -204,10 +209,10 @@ def _pull(
         for i in _outputs_at(problem.times, tape, j):
             y_bar = y_bar + grads[i]
         graphs, step = _record(field, method, c, t1, -dt, y)
-        z = z + step
+        z = pairs[j][1] if pairs else z + step
         y_bar = y_bar + step_pullback(method, c, graphs, -dt, -z_bar, params, totals)
         graphs, step = _record(field, method, c, t, dt, z)
-        y = (y - (1 - coupling) * z - step) / coupling
+        y = pairs[j][0] if pairs else (y - (1 - coupling) * z - step) / coupling
         z_bar = z_bar + (1 - coupling) * y_bar
         z_bar = z_bar + step_pullback(method, c, graphs, dt, y_bar, params, totals)
         y_bar = coupling * y_bar
@@ -236,8 +241,8 @@ def _record(
     field: Field, method: Tableau, c: Coefficients, t: float, dt: float, y: Tensor
 ) -> tuple[Any, Tensor]:
     times = stage_times(c, t, dt, False)
-    graphs, slopes = record_stages(field, c, method.needed, times, dt, y)
-    return graphs, increment(method, c, slopes, dt).view_as(y)
+    graphs, stages = record_stages(field, c, method.needed, times, dt, y)
+    return graphs, stages.increment(dt)
 
 
 def _replay(problem: Problem, tape: Tape, y: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.packing import Packing
-from pyflowkern.ode.tableaus import Tableau, coefficients
+from pyflowkern.ode.tableaus import Tableau, dense_weights
+from pyflowkern.ops import rk_combine
 
 __all__ = ["DenseOutput", "Solution", "Stats", "Status", "Trajectory"]
 
@@ -57,6 +58,7 @@ class Trajectory:
         graphs: of the stages, where they were kept.
         slopes: of the stages, where a dense output was asked for.
         stats: counts.
+        end: time of the last accepted state where the solve ended early, else None.
     """
 
     ys: Tensor
@@ -68,6 +70,7 @@ class Trajectory:
     graphs: list[Any] = field(default_factory=list)
     slopes: list[Tensor] = field(default_factory=list)
     stats: Stats = Stats(0, 0, 0)
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class DenseOutput:
         states: at the starts.
         slopes: of the stages of each step.
         packing: from packed states to the user's.
+        begin: time and state before the first step, which there need not be.
     """
 
     method: Tableau
@@ -89,25 +93,22 @@ class DenseOutput:
     states: Sequence[Tensor]
     slopes: Sequence[Tensor]
     packing: Packing
+    begin: tuple[float, Tensor]
 
     @torch.no_grad()
     def __call__(self, t: float) -> Any:
         """Return the state at ``t``; ValueError outside of what was integrated."""
-        if not self.starts:
-            raise ValueError("the solve took no step: there is nothing to interpolate")
-        first, last = self.starts[0], self.starts[-1] + self.dt[-1]
+        first = last = self.begin[0]
+        if self.starts:
+            last = self.starts[-1] + self.dt[-1]
         if not min(first, last) <= t <= max(first, last):
             raise ValueError(f"t must be between {first} and {last}, got {t}")
+        if not self.starts:
+            return self.packing.unpack(self.begin[1])
         sign = 1.0 if last >= first else -1.0
         i = bisect.bisect_right(self.starts, sign * t, key=lambda s: sign * s) - 1
-        y = self.states[i]
-        c = coefficients(self.method, y.dtype, y.device)
-        assert c.dense is not None
-        theta = (t - self.starts[i]) / self.dt[i]
-        powers = [theta**d for d in range(1, c.dense.shape[1] + 1)]
-        weights = torch.mv(c.dense, torch.tensor(powers, dtype=y.dtype, device=y.device))
-        flat = self.slopes[i].view(self.method.stages, -1)
-        packed = torch.addmv(y.view(-1), flat.t(), weights * self.dt[i]).view(y.shape)
+        weights = dense_weights(self.method, (t - self.starts[i]) / self.dt[i])
+        packed = rk_combine(self.states[i], self.slopes[i], weights, self.dt[i])
         return self.packing.unpack(packed)
 
 

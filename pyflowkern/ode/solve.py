@@ -58,7 +58,8 @@ def solve(
 ) -> Solution:
     r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0`` and never raise on account of numbers.
 
-    A solve that cannot go on ends with a status; the rest of its output is the last finite state.
+    A solve that cannot go on ends with a status; the rest of its output is the last finite state, and gradients are
+    those of this state: of the steps that were accepted.
 
     Gradients reach ``y0``, ``t`` and whatever the field depends on:
 
@@ -66,9 +67,11 @@ def solve(
       differentiated again.  Memory: the state at each step; with ``checkpoint=False`` the graphs of all stages, which
       spares running the steps again.
     * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients up to the
-      tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).
+      tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).  Where that
+      solve cannot go on, as from a pole, its gradients are NaN, with a warning.
     * ``"reversible"`` takes the reversible form of the method (McCallum and Foster, 2024): constant memory, gradients
-      of its discrete solution up to rounding, twice the evaluations.
+      of its discrete solution up to rounding, twice the evaluations.  From a pole there is no way back: where a solve
+      ends with ``non_finite`` or ``dt_underflow``, the backward pass takes the accepted steps again and keeps them.
 
     The field must compute the same when it is called again.  Tensors that it depends on are found by one recorded
     evaluation at the start (and all parameters, if it is a module); name them in ``params`` if it reaches others
@@ -82,7 +85,7 @@ def solve(
         method: "euler", "midpoint", "heun", "rk4" (classical), "rk4_38", or with step control "bosh3", "dopri5",
             "tsit5", "dopri8"; or a :class:`Tableau`.
         rtol: allowed error relative to the state, a number or one for each entry of a tuple.
-        atol: allowed absolute error, likewise.
+        atol: allowed absolute error, likewise; with step control not 0 where ``rtol`` is.
         adjoint: see above.
         checkpoint: see above.
         seminorm: see above.
@@ -109,7 +112,8 @@ def solve(
 
     Raises:
         TypeError: for a state that is not floating-point or a wrong result of ``func``.
-        ValueError: for times that are not monotone and finite, unknown names and settings out of range.
+        ValueError: for times that are not monotone and finite, unknown names, settings out of range, and tolerances
+            that are both 0.
         RuntimeError: inside transforms of torch.func.
 
     Example:
@@ -156,14 +160,17 @@ def solve(
         dense=dense,
         on_device=control == "device",
     )
+    if options.adaptive:
+        packing.check_allowed(rtol, atol)
     times, ts = _times(t, start, options.per_sample)
     ys, trajectory = _solve(func, packing.field(func), start, times, t, options, params)
     lead = (ts.shape[0],)
     interpolation = None
     if dense:
         interpolation = DenseOutput(
-            chosen, trajectory.t, trajectory.dt, trajectory.states, trajectory.slopes, packing
-        )
+            chosen, trajectory.t, trajectory.dt, trajectory.states, trajectory.slopes, packing,
+            (times[0], start.detach()),
+        )  # fmt: skip
     return Solution(
         packing.unpack(ys, lead), ts, trajectory.status, trajectory.stats, interpolation
     )

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.packing import Field
-from pyflowkern.ode.tableaus import Coefficients, Tableau, coefficients
+from pyflowkern.ode.stages import Stages
+from pyflowkern.ode.tableaus import Coefficients, Tableau, coefficients, dense_weights
 
 __all__ = [
     "Graph",
     "Stepper",
     "differentiable_step",
-    "increment",
     "record_stages",
     "stage_times",
     "step_pullback",
@@ -32,6 +32,10 @@ def stage_times(c: Coefficients, t: float, dt: float, perturb: bool) -> tuple[Te
         dt: its signed length.
         perturb: keep the times just before the end, as torchdiffeq does for fields that jump there.
     """
+    if (
+        c.nodes.device.type == "cpu" and not perturb
+    ):  # one call less; elsewhere it would wait for a copy
+        return torch.tensor([node * dt + t for node in c.host_nodes], dtype=c.nodes.dtype).unbind()
     times = c.nodes * dt + t
     if perturb:
         times = torch.where(c.at_end, torch.nextafter(times, times - dt), times)
@@ -39,7 +43,7 @@ def stage_times(c: Coefficients, t: float, dt: float, perturb: bool) -> tuple[Te
 
 
 class Stepper:
-    """Takes steps of one method on states of one shape; the slopes live in one buffer.
+    """Takes steps of one method on states of one shape.
 
     Args:
         field: ``(t, y) -> dy/dt`` of packed states.
@@ -51,15 +55,15 @@ class Stepper:
     def __init__(self, field: Field, method: Tableau, like: Tensor, perturb: bool = False) -> None:
         self.field, self.method, self.perturb = field, method, perturb
         self.c = coefficients(method, like.dtype, like.device)
-        self.slopes = like.new_empty((method.stages, *like.shape))
-        self.k = self.slopes.unbind()
-        flat = self.slopes.view(method.stages, -1)
-        self.before = [flat[:i].t() for i in range(method.stages + 1)]
-        self.shape = like.shape
+        self.stages = Stages(self.c, method.stages, like)
         self.evaluations = 0
         self.graphs: list[Graph] | None = None  # of the last step, where it shall be kept
         self._last: Graph | None = None
-        self._error: Tensor | None = None
+
+    @property
+    def slopes(self) -> Tensor:
+        """The slopes of the last step, ``[stages, *shape]``, in memory that the next one overwrites."""
+        return self.stages.settled()
 
     def start(self, t: float, y: Tensor) -> None:
         """Evaluate the first slope at a new state."""
@@ -71,31 +75,27 @@ class Stepper:
 
     def set_first(self, graph: Graph) -> None:
         """Take the first slope, and the state it was computed from, from elsewhere."""
-        self.k[0].copy_(graph[1].detach())
+        self.stages.put(0, graph[1].detach())
         self._last = graph
 
     def advance(self) -> None:
         """Accept the last step: its last slope is the next step's first."""
-        self.k[0].copy_(self.k[-1])
+        self.stages.restart()
         if self.graphs is not None:
             self._last = self.graphs[-1]
 
     def step(self, t: float, dt: float, y: Tensor) -> Tensor:
         """Return the state after a step; the first slope must be there."""
         method = self.method
-        rows = self.c.rows
         times = stage_times(self.c, t, dt, self.perturb)
-        flat = y.view(-1)
         if self.graphs is not None:
             assert self._last is not None
             self.graphs = [self._last]
         arg = y
         for i in range(1, method.stages):
-            arg = torch.addmv(flat, self.before[i], rows[i], alpha=dt).view(self.shape)
+            arg = self.stages.moved(y, i, dt)
             self._slope(i, times[i], arg)
-        if method.fsal:
-            return arg
-        return torch.addmv(flat, self.before[-1], rows[-1], alpha=dt).view(self.shape)
+        return arg if method.fsal else self.stages.moved(y, -1, dt)
 
     def increment(self, t: float, dt: float, y: Tensor, error: bool = False) -> Tensor:
         """Return the change of the state over a step that starts anywhere.
@@ -108,70 +108,42 @@ class Stepper:
         """
         method = self.method
         stages = method.stages if error else method.needed
-        rows = self.c.rows
         times = stage_times(self.c, t, dt, self.perturb)
         self._slope(0, times[0], y)
-        flat = y.view(-1)
         for i in range(1, stages):
-            arg = torch.addmv(flat, self.before[i], rows[i], alpha=dt).view(self.shape)
-            self._slope(i, times[i], arg)
-        return increment(self.method, self.c, self.slopes.view(method.stages, -1), dt).view_as(y)
-
-    def error(self, dt: float) -> Tensor:
-        """Return the estimated error of the last step, in memory that the next call overwrites."""
-        assert self.c.error is not None
-        if self._error is None:
-            self._error = self.slopes.new_zeros(self.slopes[0].numel())
-        e = self._error
-        torch.addmv(e, self.before[-1], self.c.error, beta=0, alpha=dt, out=e)
-        return e.view(self.shape)
+            self._slope(i, times[i], self.stages.moved(y, i, dt))
+        return self.stages.increment(dt)
 
     def dense(self, y: Tensor, dt: float, theta: float) -> Tensor:
         """Return the state a fraction ``theta`` into the last step, which began at ``y``."""
-        assert self.c.dense is not None
-        weights = dense_weights(self.c.dense, theta) * dt
-        return torch.addmv(y.view(-1), self.before[-1], weights).view(self.shape)
+        return self.stages.inside(y, dense_weights(self.method, theta), dt)
 
     def _slope(self, i: int, t: Tensor, y: Tensor) -> None:
         self.evaluations += 1
         if self.graphs is None:
-            self.k[i].copy_(self.field(t, y))
+            self.stages.put(i, self.field(t, y))
             return
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             slope = self.field(t, leaf)
         self.graphs.append((leaf, slope))
-        self.k[i].copy_(slope.detach())
-
-
-def dense_weights(dense: Tensor, theta: float) -> Tensor:
-    """Return the weights of the slopes at a fraction ``theta`` of a step."""
-    powers = [theta**d for d in range(1, dense.shape[1] + 1)]
-    return torch.mv(dense, torch.tensor(powers, dtype=dense.dtype, device=dense.device))
-
-
-def increment(method: Tableau, c: Coefficients, slopes: Tensor, dt: float) -> Tensor:
-    """Return ``dt sum b_i k_i`` of slopes ``[stages, n]``."""
-    n = method.needed
-    return torch.mv(slopes[:n].t(), c.rows[-1][:n] * dt)
+        self.stages.put(i, slope.detach())
 
 
 def record_stages(
-    field: Field, c: Coefficients, stages: int, times: Sequence[Tensor], dt: float, y: Tensor
-) -> tuple[list[Graph], Tensor]:
+    field: Field, c: Coefficients, count: int, times: Sequence[Tensor], dt: float, y: Tensor
+) -> tuple[list[Graph], Stages]:
     """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
-    slopes = y.new_empty((stages, y.numel()))
-    rows = c.rows
+    stages = Stages(c, count, y)
     graphs: list[Graph] = []
-    flat = y.view(-1)
-    for i in range(stages):
-        arg = y if i == 0 else torch.addmv(flat, slopes[:i].t(), rows[i], alpha=dt).view(y.shape)
+    for i in range(count):
+        arg = y if i == 0 else stages.moved(y, i, dt)
         with torch.enable_grad():
             leaf = arg.detach().requires_grad_()
             slope = field(times[i], leaf)
         graphs.append((leaf, slope))
-        slopes[i].copy_(slope.detach().reshape(-1))
-    return graphs, slopes
+        stages.put(i, slope.detach())
+    return graphs, stages
 
 
 def step_pullback(
@@ -203,7 +175,9 @@ def step_pullback(
     needed = method.needed
     found = cotangent.new_empty((needed, cotangent.numel()))
     flat = cotangent.reshape(-1)
-    extra = [(dense_weights(_dense(c), theta) * dt, g.reshape(-1)) for theta, g in interior]
+    extra = [
+        ([w * dt for w in dense_weights(method, theta)], g.reshape(-1)) for theta, g in interior
+    ]
     end: Tensor | None = None
     if extra and method.stages > needed:  # the end slope acts through the end state
         k_bar = _weighted(extra, needed)
@@ -222,7 +196,7 @@ def step_pullback(
     return (total if end is None else total + end).view(cotangent.shape)
 
 
-def _weighted(extra: Sequence[tuple[Tensor, Tensor]], i: int) -> Tensor:
+def _weighted(extra: Sequence[tuple[list[float], Tensor]], i: int) -> Tensor:
     return torch.stack([weights[i] * g for weights, g in extra]).sum(0)
 
 
@@ -261,11 +235,6 @@ def accumulate(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> N
             new.append(g)
     if have:
         torch._foreach_add_(have, new)
-
-
-def _dense(c: Coefficients) -> Tensor:
-    assert c.dense is not None
-    return c.dense
 
 
 def differentiable_step(

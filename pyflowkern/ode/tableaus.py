@@ -11,7 +11,16 @@ from torch import Tensor
 
 from pyflowkern.ode._dopri8 import DOPRI8_A, DOPRI8_B, DOPRI8_C, DOPRI8_DENSE, DOPRI8_ERROR
 
-__all__ = ["TABLEAUS", "Coefficients", "Tableau", "end_slope", "tableau", "their_dense"]
+__all__ = [
+    "TABLEAUS",
+    "Coefficients",
+    "Tableau",
+    "coefficients",
+    "dense_weights",
+    "end_slope",
+    "tableau",
+    "their_dense",
+]
 
 Row = tuple[float, ...]
 
@@ -62,12 +71,15 @@ class Tableau:
 class Coefficients:
     """A tableau as tensors of one dtype on one device."""
 
-    rows: list[Tensor]  # rows[i]: a[i], then b
+    rows: list[Tensor]  # rows[i]: a[i], then b[:needed]
     columns: list[Tensor]  # columns[i]: a[i + 1:needed, i]
     nodes: Tensor
     at_end: Tensor  # which nodes are 1
     error: Tensor | None
     dense: Tensor | None
+    host_nodes: Row
+    host_rows: list[Tensor]  # in float64, for kernels that take them as arguments
+    host_error: Tensor | None
 
 
 @lru_cache(maxsize=256)
@@ -78,20 +90,33 @@ def coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> C
 
 
 def _coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> Coefficients:
+    def host(row: Sequence[float]) -> Tensor:
+        return torch.tensor(row, dtype=torch.float64, device="cpu")
+
     def put(row: Sequence[float]) -> Tensor:
-        return torch.tensor(row, dtype=torch.float64).to(device=device, dtype=dtype)
+        return host(row).to(device=device, dtype=dtype)
 
     n = method.needed
+    rows = *method.a, method.b[:n]
     columns = [put([method.a[j][i] for j in range(i + 1, n)]) for i in range(n)]
     dense = None if method.dense is None else torch.tensor(method.dense, dtype=torch.float64)
     return Coefficients(
-        rows=[put(row) for row in (*method.a, method.b)],
+        rows=[put(row) for row in rows],
         columns=columns,
         nodes=put(method.c),
         at_end=put(method.c) == 1,
         error=None if method.error is None else put(method.error),
         dense=None if dense is None else dense.to(device=device, dtype=dtype),
+        host_nodes=method.c,
+        host_rows=[host(row) for row in rows],
+        host_error=None if method.error is None else host(method.error),
     )
+
+
+def dense_weights(method: Tableau, theta: float) -> list[float]:
+    """Return the weights of the slopes at a fraction ``theta`` of a step."""
+    assert method.dense is not None
+    return [sum(p * theta**d for d, p in enumerate(row, 1)) for row in method.dense]
 
 
 def hermite(b: Row) -> tuple[Row, ...]:

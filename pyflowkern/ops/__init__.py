@@ -56,6 +56,12 @@ from pyflowkern.ops.preprocess import (
     quantize_reference,
 )
 from pyflowkern.ops.relu_network import relu_network, relu_network_reference
+from pyflowkern.ops.runge_kutta import (
+    rk_combine,
+    rk_combine_reference,
+    rk_error,
+    rk_error_reference,
+)
 from pyflowkern.ops.scale_map import ScaleMap, scale_map
 from pyflowkern.ops.spline import (
     rational_quadratic_spline,
@@ -112,6 +118,10 @@ __all__ = [
     "rational_quadratic_spline_reference",
     "relu_network",
     "relu_network_reference",
+    "rk_combine",
+    "rk_combine_reference",
+    "rk_error",
+    "rk_error_reference",
     "scale_map",
     "slogdet_inverse",
     "slogdet_inverse_reference",

@@ -173,6 +173,22 @@ def preprocess():
             check(ops.logit, ops.logit_reference, z, alpha=0.05, inverse=True)
 
 
+def runge_kutta():
+    weights, allowed = (0.5, 0.0, -0.25), {"rtol": 0.1, "atol": 0.1}
+    for shape in [*VECTORS, (2, 4100), (3, 8192)]:
+        for dtype in (torch.float32, torch.float64):
+            for y in layouts(shape, dtype):
+                slopes = torch.randn(4, *shape).to(dtype)
+                for step in (0.3, torch.rand(shape[0])):
+                    check(ops.rk_combine, ops.rk_combine_reference, y, slopes, weights, step)
+                    for sizes in ([], [1], [shape[1] // 4, shape[1] // 2]):
+                        args, more = (y, y + 1, slopes, weights, step), {**allowed, "sizes": sizes}
+                        norm = ops.rk_error(*args, **more)
+                        torch.testing.assert_close(
+                            norm, ops.rk_error_reference(*args, **more), rtol=1e-4, atol=1e-4
+                        )
+
+
 def spline():
     maps = [
         ops.SplineMap(bins=b, tails=t) for b, t in ((2, "affine"), (8, "linear"), (64, "none"))
@@ -208,6 +224,7 @@ if __name__ == "__main__":
         linear,
         matrix,
         preprocess,
+        runge_kutta,
         spline,
     ]
     if sys.argv[1] == "cuda":

@@ -82,14 +82,33 @@ def test_reverse_time_tuples_and_several_components():
     assert clock[-1].item() == pytest.approx(-math.log(3.0), rel=1e-7)
 
 
-def test_no_event_and_failures_warn():
+def test_no_event_warns():
     with pytest.warns(RuntimeWarning, match="no_event"):
         t, ys = ode.odeint_event(lambda t, y: -y, torch.ones(1), 0.0, max_time=2.0,
                                  event_fn=lambda t, y: y + 1)  # fmt: skip
     assert t.item() == 2.0
     assert ys[-1].item() == pytest.approx(math.exp(-2), rel=1e-4)
-    with pytest.warns(RuntimeWarning, match="max_steps"):
-        ode.odeint_event(lambda t, y: -y, torch.ones(1), 0.0, max_steps=3,
-                         event_fn=lambda t, y: y + 1)  # fmt: skip
     with pytest.raises(ValueError, match="step control"):
         ode.odeint_event(fall, torch.ones(2), 0.0, event_fn=height, method="rk4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "end"),
+    [({"max_steps": 30}, "max_steps", None), ({}, "dt_underflow", 1.0)],
+    ids=["max_steps", "pole"],
+)
+def test_a_solve_that_fails_before_the_event_returns_how_far_it_came(settings, status, end):
+    """y' = y^2 from 1 is 1 / (1 - t), and never negative."""
+    y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match=status):
+        t, ys = ode.odeint_event(
+            lambda t, y: y * y, y0, 0.0, event_fn=lambda t, y: y + 1, **settings
+        )
+    assert 0.5 < t.item() < 1.00001
+    if end is not None:
+        assert t.item() == pytest.approx(end, abs=1e-5)
+        assert 1e10 < ys[-1].item() < math.inf
+    else:
+        assert ys[-1].item() == pytest.approx(1 / (1 - t.item()), rel=1e-5)
+        (grad,) = torch.autograd.grad(ys[-1], y0)
+        assert grad.item() == pytest.approx(ys[-1].item() ** 2, rel=1e-5)

@@ -50,6 +50,71 @@ def test_gradients_of_samples_with_steps_of_their_own_do_not_know_the_one_that_f
     torch.testing.assert_close(second, torch.ones_like(second), rtol=1e-6, atol=0)
 
 
+def into_a_pole(dtype=torch.float64, most=math.inf):
+    """y' = a y^2 from 1 and 1/2: a pole at t = 1, and nothing beyond ``most``."""
+    a = torch.ones((), dtype=dtype, requires_grad=True)
+    y0 = torch.tensor([1.0, 0.5], dtype=dtype, requires_grad=True)
+    return (lambda t, y: torch.where(y < most, a * y * y, math.nan)), y0, a
+
+
+@pytest.mark.parametrize("way", [{}, {"method": "rk4", "step_size": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, math.inf), (torch.float64, math.inf), (torch.float64, 1e3)]
+)
+def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, dtype, most):
+    field, y0, a = into_a_pole(dtype, most)
+    settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | way
+    found = ode.solve(field, y0, [0.0, 0.5, 2.0], **settings)
+    assert found.status in (ode.Status.dt_underflow, ode.Status.non_finite)
+    loss = found.ys.sum()
+    plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
+    assert all(torch.isfinite(g).all() for g in plain)
+    if most < math.inf:  # else the last digits of the state decide about the first of the gradient
+        recorded = torch.autograd.grad(loss, (y0, a), create_graph=True)  # a replay by autograd
+        for one, other in zip(plain, recorded, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e5 * torch.finfo(dtype).eps, atol=0)
+
+
+EARLY = [{"max_steps": 12}, {"method": "rk4", "step_size": 0.05, "max_steps": 12}]
+
+
+@pytest.mark.parametrize("control", ["batch", "device"])
+@pytest.mark.parametrize("way", [{"most": 30.0}, *EARLY], ids=str)
+def test_the_continuous_adjoint_goes_back_from_where_the_solve_ended(way, control):
+    field, y0, a = into_a_pole(most=way.get("most", math.inf))
+    settings = {name: value for name, value in way.items() if name != "most"}
+    if "method" not in way:
+        settings["control"] = control
+    found = []
+    for adjoint in ("direct", "continuous"):
+        t = torch.tensor([0.0, 0.2, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        s = ode.solve(field, y0, t, rtol=1e-9, atol=1e-9, adjoint=adjoint, **settings)
+        assert not s.ok
+        found.append(torch.autograd.grad(s.ys[1:].sum(), (y0, a, t)))
+    for of_flow, of_steps in zip(*found, strict=True):
+        # classical steps of 0.05 have an error of their own
+        torch.testing.assert_close(
+            of_flow, of_steps, rtol=1e-3 if "method" in way else 1e-5, atol=0
+        )
+    assert found[0][2][1] != 0
+    assert found[0][2][2:].tolist() == [0, 0], "times that it did not come to change nothing"
+
+
+def test_the_continuous_adjoint_says_where_there_is_no_way_back():
+    field, y0, a = into_a_pole()
+    s = ode.solve(field, y0, [0.0, 2.0], rtol=1e-6, atol=1e-6, adjoint="continuous")
+    assert s.status == ode.Status.dt_underflow
+    with pytest.warns(RuntimeWarning, match="adjoint solve ended early"):
+        grads = torch.autograd.grad(s.ys[-1].sum(), (y0, a))
+    assert all(g.isnan().all() for g in grads)
+
+
+def test_a_fixed_step_that_fails_is_no_want_of_steps():
+    field, y0, _ = into_a_pole(most=30.0)
+    s = ode.solve(field, y0, [0.0, 2.0], method="rk4", step_size=0.05, max_steps=39)
+    assert s.status == ode.Status.non_finite
+
+
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
 @pytest.mark.parametrize("step_size", [1e-9, 1e-300])
 def test_steps_that_are_far_too_many_are_not_even_listed(step_size, compat):
@@ -79,3 +144,23 @@ def test_transforms_of_torch_func_are_told_what_to_use_instead():
     for transform in (torch.func.grad, torch.func.vmap):
         with pytest.raises(RuntimeError, match="inside transforms"):
             transform(end)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_no_error_at_all_cannot_be_asked_for(way):
+    def decay(t, y):
+        return -y
+
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ode.solve(decay, torch.ones(3, 1), [0.0, 1.0], rtol=0, atol=0.0, **way)
+    pair = (torch.ones(3, 1), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ode.solve(
+            lambda t, y: (-y[0], -y[1]), pair, [0.0, 1.0], rtol=(1e-3, 0), atol=(0, 0), **way
+        )
+    with pytest.raises(ValueError, match="must not both be 0"):
+        ode.odeint_event(decay, pair[0], 0.0, event_fn=lambda t, y: y[0] - 0.5, rtol=0, atol=0)
+
+
+def test_fixed_steps_ask_for_no_tolerance():
+    assert ode.solve(lambda t, y: -y, torch.ones(1), [0.0, 1.0], method="rk4", rtol=0, atol=0).ok

@@ -74,6 +74,16 @@ def test_the_field_is_never_asked_beyond_the_end():
     assert min(seen) >= 0.25
 
 
+@pytest.mark.parametrize("fixed", [{}, {"method": "rk4", "step_size": 0.1}], ids=str)
+def test_dense_output_of_no_length_is_the_first_state(fixed):
+    y0 = (torch.ones(2), torch.zeros(3))
+    s = ode.solve(lambda t, y: (-y[0], y[1]), y0, [1.0, 1.0], dense=True, **fixed)
+    for found, first in zip(s.dense(1.0), y0, strict=True):
+        assert torch.equal(found, first)
+    with pytest.raises(ValueError, match=r"between 1\.0 and 1\.0"):
+        s.dense(0.5)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
 def test_zero_length(name, compat):

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two sums over the stages of an explicit Runge-Kutta step (Hairer, Norsett and Wanner 1993,
+// II.4), element by element:
+//
+//   combination  y + h sum_i w_i k_i,
+//   error        r = h sum_i e_i k_i / (atol + rtol max(|y|, |y1|)),
+//
+// of which the root of the mean square is taken, for each row that has a step h of its own and for
+// each segment of it.  r is NaN where y1 is not finite.  A weight of zero leaves its slope unread,
+// so that what it holds, NaN and inf included, has no part in the sum.
+//
+// The slope that the field returned last is fresh: still in the field's memory.  The pass that
+// first needs it also puts it into its row of the buffer.
+#pragma once
+
+#include "core/math.h"
+
+namespace pfk {
+
+constexpr int kMaxSlopes = 32, kMaxSegments = 16;
+
+// Pointers are to elements of the state's type.
+struct RungeKuttaArgs {
+  int64_t rows, features;  // of the state; a row has a step of its own
+  int count;               // slopes whose weight is not zero, the fresh one apart
+  const void* slopes[kMaxSlopes];
+  double weights[kMaxSlopes];
+  const void* fresh;  // or null
+  void* kept;         // its row of the buffer
+  double fresh_weight;
+  const void *y, *y1;
+  void* out;            // of the combination
+  double step;          // of every row,
+  const double* steps;  // unless there is one for each, or one number on the device
+  bool each_row;
+  double rtol, atol;
+  int segments, counted;             // of a row; what lies beyond those that count has no error
+  int64_t begins[kMaxSegments + 1];  // of the segments, then the end of the row
+
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      double step_of(int64_t row) const {
+    return steps == nullptr ? step : steps[each_row ? row : 0];
+  }
+};
+
+}  // namespace pfk
+
+PFK_BEGIN
+
+template <class V>
+PFK_HD V runge_kutta_ratio(V change, V y, V y1, V rtol, V atol) {
+  return change / (atol + rtol * max_(abs_(y1), abs_(y))) + (y1 - y1);
+}
+
+// The largest of the segments' norms so far, and one more; NaN stays.
+PFK_HD double runge_kutta_largest(double largest, double squares, int64_t length) {
+  const double norm = length > 0 ? sqrt_(squares / static_cast<double>(length)) : 0.0;
+  return norm <= largest ? largest : norm == norm && largest != largest ? largest : norm;
+}
+
+PFK_END
