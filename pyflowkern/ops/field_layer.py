@@ -142,10 +142,10 @@ def _reference(
     primal, moved = p[:n], p[n:]
     a = primal
     if gate is not None:
-        factor = _spread(gate, p)
+        factor = spread(gate, p)
         a = a * factor
         moved = (moved.reshape(tangents, n, *p.shape[1:]) * factor).flatten(0, 1)
-    h, slope = activation_and_slope(a + _spread(bias, p), activation)
+    h, slope = activation_and_slope(a + spread(bias, p), activation)
     if not tangents:
         return h
     moved = slope * moved.reshape(tangents, n, *p.shape[1:])
@@ -175,17 +175,16 @@ def _is_map(values: Tensor, p: Tensor) -> bool:
     return p.dim() > 2 and values.dim() == p.dim()
 
 
-def _spread(values: Tensor, p: Tensor) -> Tensor:
-    """Return a parameter with as many axes as ``p``, to be broadcast over samples."""
+def spread(values: Tensor, p: Tensor) -> Tensor:
+    """Return a parameter with as many axes as ``p``, to be broadcast with its samples."""
     if _is_map(values, p):
         return values
     return values.reshape(*values.shape, *[1] * (p.dim() - 2))
 
 
 def _as_map(values: Tensor, p: Tensor) -> Tensor:
-    spread = _spread(values, p)
     own = values.shape[0] if values.dim() > 1 else 1
-    return spread.expand(own, *p.shape[1:])
+    return spread(values, p).expand(own, *p.shape[1:])
 
 
 def _reduced(grad: Tensor, values: Tensor) -> Tensor:
