@@ -161,5 +161,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
   m.impl("field_layer", TORCH_BOX(&layer_forward_op<LayerOnCpu>));
   m.impl("field_layer_", TORCH_BOX(&layer_inplace_op<LayerOnCpu>));
   m.impl("field_layer_backward", TORCH_BOX(&layer_backward_op<LayerOnCpu>));
+  m.impl("field_layer_backward_", TORCH_BOX(&layer_backward_inplace_op<LayerOnCpu>));
 }
 #endif

@@ -226,4 +226,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CUDA, m) {
   m.impl("field_layer", TORCH_BOX(&layer_forward_op<LayerOnCuda>));
   m.impl("field_layer_", TORCH_BOX(&layer_inplace_op<LayerOnCuda>));
   m.impl("field_layer_backward", TORCH_BOX(&layer_backward_op<LayerOnCuda>));
+  m.impl("field_layer_backward_", TORCH_BOX(&layer_backward_inplace_op<LayerOnCuda>));
 }

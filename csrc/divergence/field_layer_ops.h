@@ -60,7 +60,11 @@ struct Planes {
     a.gate = gated ? gate.const_data_ptr() : nullptr;
   }
 
-  bool empty() const { return args.rows * args.columns == 0; }
+  Tensor top(const Tensor& stack) const {
+    Tensor all = stack;
+    return torch::stable::narrow(all, 0, 0, samples);
+  }
+  bool nothing() const { return args.rows * args.columns == 0; }
   // Tasks of a unit, and of all.
   int64_t groups() const { return (args.unit + args.group - 1) / args.group; }
   int64_t tasks() const { return args.rows / args.unit * groups(); }
@@ -89,7 +93,7 @@ Tensor layer_forward_op(const Tensor& p, const Tensor& bias, std::optional<Tenso
   Planes f(p, bias, gate, tangents, activation, false);
   Tensor h = empty_like_canonical(f.p);
   f.args.h = data_of(h);
-  if (!f.empty()) Device::forward(f, dtype_of(p));
+  if (!f.nothing()) Device::forward(f, dtype_of(p));
   return h;
 }
 
@@ -101,24 +105,19 @@ void layer_inplace_op(const Tensor& p, const Tensor& bias, std::optional<Tensor>
                   "pyflowkern::field_layer_: p must be contiguous or channels_last");
   Planes f(p, bias, gate, tangents, activation, false);
   f.args.h = data_of(p);
-  if (!f.empty()) Device::forward(f, dtype_of(p));
+  if (!f.nothing()) Device::forward(f, dtype_of(p));
 }
 
-// `kept` is p, or of an activation that follows from its value, without a gate, the output.
+// Gradients of bias and gate; those of p to grad_p, which may be q.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> layer_backward_op(const Tensor& grad, const Tensor& kept,
-                                                     const Tensor& bias, std::optional<Tensor> gate,
-                                                     int64_t tangents, int64_t activation) {
-  const bool from_output = !gate.has_value() && follows_from_output(static_cast<int>(activation));
-  Planes f(kept, bias, gate, tangents, activation, from_output);
-  const Tensor q = with_format(grad, f.p.channels_last);
-  Tensor grad_p = empty_like_canonical(f.p);
-  if (f.empty()) {
+std::tuple<Tensor, Tensor> layer_gradients(Planes& f, const Tensor& q, const Tensor& grad_p) {
+  const Tensor& like = f.p.tensor;
+  if (f.nothing()) {
     auto zeros = [](const Tensor& t) {
       Tensor z = empty(t, t.sizes());
       return torch::stable::fill_(z, 0.0);
     };
-    return {grad_p, zeros(bias), f.gated ? zeros(*gate) : empty(kept, {0})};
+    return {zeros(f.bias), f.gated ? zeros(f.gate) : empty(like, {0})};
   }
   PlanesArgs& a = f.args;
   a.grad = q.const_data_ptr();
@@ -127,20 +126,48 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward_op(const Tensor& grad, const T
   const int64_t width = a.runs ? a.rows / f.samples : a.columns;
   const int64_t count = a.runs ? f.samples : Device::kSums ? f.tasks() : a.rows;
   const bool primal = !Device::kSums && !a.runs && !f.gated;  // cotangents of p are the bias's, too
-  Tensor of_bias, of_gate = empty(kept, {f.gated ? count : 0, width});
+  Tensor of_bias, of_gate = empty(like, {f.gated ? count : 0, width});
   if (!primal) {
-    of_bias = empty(kept, {count, width});
+    of_bias = empty(like, {count, width});
     a.grad_bias = data_of(of_bias);
   }
   if (f.gated) a.grad_gate = data_of(of_gate);
-  Device::backward(f, dtype_of(kept));
+  Device::backward(f, dtype_of(like));
   if (primal) {
-    Tensor all = grad_p;
-    const Tensor top = torch::stable::narrow(all, 0, 0, f.samples);
+    const Tensor top = f.top(grad_p);
     of_bias = torch::stable::view(f.p.channels_last ? channels_to_end(top) : top, {count, width});
   }
-  Tensor to_bias = f.finish(of_bias, bias);
-  return {grad_p, to_bias, f.gated ? f.finish(of_gate, *gate) : of_gate};
+  return {f.finish(of_bias, f.bias), f.gated ? f.finish(of_gate, f.gate) : of_gate};
+}
+
+// `kept` is p, or of an activation that follows from its value, without a gate, the output.
+inline Planes kept_planes(const Tensor& kept, const Tensor& bias, const std::optional<Tensor>& gate,
+                          int64_t tangents, int64_t activation) {
+  const bool from_output = !gate.has_value() && follows_from_output(static_cast<int>(activation));
+  return Planes(kept, bias, gate, tangents, activation, from_output);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> layer_backward_op(const Tensor& grad, const Tensor& kept,
+                                                     const Tensor& bias, std::optional<Tensor> gate,
+                                                     int64_t tangents, int64_t activation) {
+  Planes f = kept_planes(kept, bias, gate, tangents, activation);
+  Tensor grad_p = empty_like_canonical(f.p);
+  auto [of_bias, of_gate] =
+      layer_gradients<Device>(f, with_format(grad, f.p.channels_last), grad_p);
+  return {grad_p, of_bias, of_gate};
+}
+
+// In place of the gradient.
+template <class Device>
+std::tuple<Tensor, Tensor> layer_backward_inplace_op(const Tensor& grad, const Tensor& kept,
+                                                     const Tensor& bias, std::optional<Tensor> gate,
+                                                     int64_t tangents, int64_t activation) {
+  Planes f = kept_planes(kept, bias, gate, tangents, activation);
+  const bool fits = f.p.channels_last ? is_channels_last(grad) : grad.is_contiguous();
+  STD_TORCH_CHECK(fits,
+                  "pyflowkern::field_layer_backward_: grad must be laid out like what is kept");
+  return layer_gradients<Device>(f, grad, grad);
 }
 
 }  // namespace pfk

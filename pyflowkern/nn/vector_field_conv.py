@@ -3,12 +3,15 @@ r"""Convolutional vector fields :math:`f(t, x)` on images, with their divergence
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from pyflowkern._library import transformed
 from pyflowkern.nn._base import check_count
 from pyflowkern.nn.vector_field import (
     add_context,
@@ -25,6 +28,7 @@ from pyflowkern.ops.field_layer import activate_layer, spread
 __all__ = ["VectorFieldConv"]
 
 SIDE = 3  # of the kernels
+MOST = 2**24  # numbers in the stack of the widest layer, of an exact trace
 
 
 class VectorFieldConv(torch.nn.Module):
@@ -120,7 +124,9 @@ class VectorFieldConv(torch.nn.Module):
             probe: ``[N, C, H, W]``, ``[K, N, C, H, W]`` or the seed of signs
                 (:func:`~pyflowkern.ops.draw_probe`); the same over a solve.
             probes: ``K`` for a seed.
-            method: "hutchinson", or "exact" from a tangent for each of the ``C H W`` dimensions.
+            method: "hutchinson", or "exact" from a tangent for each of the ``C H W`` dimensions, so
+                many at a time that the stack of the widest layer has 2^24 numbers at most (64 MiB in
+                float32); several such chunks are computed again in the backward pass.
             per_probe: return the estimates ``[K, N]`` in place of their mean.
             regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
             context: ``[N, context_features]``.
@@ -135,19 +141,60 @@ class VectorFieldConv(torch.nn.Module):
                 or too many.
         """
         check_states(x, self.channels, 4)
-        e = probes_of(x, probe, probes, method)
-        velocity, product = self._run(t, x, e, context)
-        assert product is not None
-        e = e.to(product.dtype).expand_as(product)
-        found = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
-        traces, norms = (part.view(e.shape[:2]) for part in found)
-        exact = method == "exact"
-        divergence = traces.sum(0) if exact else traces if per_probe else traces.mean(0)
+        exact = method == "exact" and probe is None
+        if exact:
+            velocity, divergence, frobenius = self._exact(t, x, context)
+        else:
+            e = probes_of(x, probe, probes, method)
+            velocity, traces, norms = self._traces(t, x, e, context)
+            divergence, frobenius = traces if per_probe else _mean(traces), norms
         if not regularizers:
             return cast(velocity, x.dtype), divergence
         kinetic = velocity.flatten(1).square().sum(1)
-        frobenius = norms.sum(0) if exact else norms.mean(0)
-        return cast(velocity, x.dtype), divergence, kinetic, frobenius
+        return (
+            cast(velocity, x.dtype),
+            divergence,
+            kinetic,
+            frobenius if exact else _mean(frobenius),
+        )
+
+    def _traces(
+        self, t: Tensor | float, x: Tensor, e: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``f`` and of each probe ``[K, N, C, H, W]`` the trace and the norm, ``[K, N]``."""
+        velocity, product = self._run(t, x, e, context)
+        assert product is not None
+        e = cast(e, product.dtype).expand_as(product)
+        found = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
+        trace, norm = (part.view(e.shape[:2]) for part in found)
+        return velocity, trace, norm
+
+    def _exact(
+        self, t: Tensor | float, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``f``, its divergence and the squared norm of its Jacobian, chunk by chunk of unit vectors.
+
+        Where gradients are recorded the chunks are computed again one by one in the backward pass.
+        """
+        size = math.prod(x.shape[1:])
+        widest = max(self.channels, *self.hidden, 0) * math.prod(x.shape[2:])
+        step = max(1, MOST // max(1, x.shape[0] * widest) - 1)
+        velocity = x
+        divergence = frobenius = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            e = x.new_zeros(count, 1, size)
+            e[:, 0].diagonal(first).fill_(1)
+            e = e.view(count, 1, *x.shape[1:]).expand(count, *x.shape)
+            if count < size and torch.is_grad_enabled() and not transformed():
+                found = checkpoint(
+                    self._traces, t, x, e, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                found = self._traces(t, x, e, context)
+            velocity, traces, norms = found
+            divergence, frobenius = divergence + traces.sum(0), frobenius + norms.sum(0)
+        return velocity, divergence, frobenius
 
     def _run(
         self, t: Tensor | float, x: Tensor, e: Tensor | None, context: Tensor | None
@@ -211,3 +258,7 @@ class VectorFieldConv(torch.nn.Module):
         """Return the arguments."""
         given = f"{self.channels}, hidden={self.hidden}, activation={self.activation!r}"
         return f"{given}, time={self.time!r}, context_features={self.context_features}"
+
+
+def _mean(t: Tensor) -> Tensor:
+    return t.squeeze(0) if t.shape[0] == 1 else t.mean(0)

@@ -98,22 +98,21 @@ def activate_layer(
 ) -> Tensor:
     """Do what :func:`field_layer` does, with arguments that have been checked.
 
-    A product that is the caller's ``own`` may be overwritten where no gradients are recorded.
+    ``own``: the product is the caller's, who passes the result to one function that makes its gradient anew;
+    both may be overwritten.  New memory costs the system more than what happens in it.
     """
     if not kernel_serves("field_layer", p, bias, gate, dtypes=_DTYPES):
         return _reference(p, bias, gate, tangents, activation)
     if gate is not None and _is_map(bias, p) != _is_map(gate, p):
         bias, gate = _as_map(bias, p), _as_map(gate, p)
     kind = ACTIVATIONS.index(activation)
-    if (
-        own
-        and not torch.compiler.is_compiling()
-        and _is_canonical(p)
-        and not _recorded(p, bias, gate)
-    ):
+    if not own or torch.compiler.is_compiling() or not _is_canonical(p):
+        out: Tensor = _op(p, bias, gate, tangents, kind)
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(p, bias, gate):
+        out = _Own.apply(p, bias, gate, tangents, kind)  # type: ignore[no-untyped-call]
+    else:
+        out = p
         _op_in_place(p, bias, gate, tangents, kind)
-        return p
-    out: Tensor = _op(p, bias, gate, tangents, kind)
     return out
 
 
@@ -195,10 +194,6 @@ def _reduced(grad: Tensor, values: Tensor) -> Tensor:
     return (grad.sum(axes) if axes else grad).reshape(values.shape)
 
 
-def _recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _is_canonical(p: Tensor) -> bool:
     return p.is_contiguous() or (
         p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
@@ -243,11 +238,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output if _from_output(gate, ctx.activation) else p, bias, gate)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    kept, bias, gate = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, own: bool = False) -> tuple[Any, ...]:
+    kept, bias, gate = ctx.saved_tensors  # once: a checkpoint computes them again at each look
     tangents, activation = ctx.tangents, ctx.activation
     if not torch.is_grad_enabled():
-        found = _backward_op(grad, kept, bias, gate, tangents, activation)
+        if own and grad.stride() == kept.stride():
+            found = grad, *_backward_op_in_place(grad, kept, bias, gate, tangents, activation)
+        else:
+            found = _backward_op(grad, kept, bias, gate, tangents, activation)
         return found[0], found[1], None if gate is None else found[2], None, None
     if _from_output(gate, activation):
         grad_p, primal = _vjp_of_output(kept, grad, tangents, activation)
@@ -287,8 +285,33 @@ _op_in_place = register(
     fake=lambda p, bias, gate, tangents, activation: None,
 )
 # kept: the output for tanh and softplus without a gate, else p
+_backward_op_in_place = register(
+    "field_layer_backward_(Tensor(a!) grad, Tensor kept, Tensor bias, Tensor? gate, "
+    "SymInt tangents, int activation) -> (Tensor, Tensor)",
+    fake=lambda *inputs: _backward_fake(*inputs)[1:],
+)
 _backward_op = register(
     "field_layer_backward(Tensor grad, Tensor kept, Tensor bias, Tensor? gate, SymInt tangents, "
     "int activation) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
+
+
+class _Own(torch.autograd.Function):
+    """The layer in place of its product where that is not kept, and backward in place of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        p, _, gate, _, activation = inputs
+        if _from_output(gate, activation):
+            _op_in_place(*inputs)
+            ctx.mark_dirty(p)
+            output: Tensor = p
+        else:
+            output = _op(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _backward(ctx, grad, own=True)

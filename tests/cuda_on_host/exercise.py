@@ -156,6 +156,9 @@ def divergence():
                 with torch.no_grad():
                     mine = p.clone(memory_format=torch.preserve_format)
                     activate_layer(mine, *given, 2, options["activation"], own=True)
+                activate_layer(
+                    mine.requires_grad_() * 1, *given, 2, options["activation"], own=True
+                ).square().sum().backward()
 
 
 def matrix():

@@ -143,17 +143,45 @@ def test_layout_is_that_of_the_product(backend, channels_last):
     torch.testing.assert_close(other, found[..., ::2])
 
 
-def test_in_place_where_the_product_is_ours_and_nothing_is_recorded():
-    for channels_last, tangents in itertools.product((False, True), (0, 2)):
-        p, bias, gate = inputs((3, 4, 5, 5), (4,), (3, 4), tangents, channels_last=channels_last)
-        expected = field_layer(p, bias, gate, tangents=tangents)
-        leaf = p.clone().requires_grad_()
-        recorded = activate_layer(leaf, bias, gate, tangents, "tanh", own=True)
-        assert torch.equal(recorded, expected)
-        assert torch.equal(leaf, p)
-        found = activate_layer(p, bias, gate, tangents, "tanh", own=True)
-        assert found is p
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_in_place_of_a_product_of_ones_own(backend, activation):
+    """Forward where nothing is recorded or the output is kept, backward always: the same numbers."""
+    for channels_last, (gate, maps) in itertools.product(
+        (False, True), (((3, 4), False), (None, False), (None, True))
+    ):
+        bias = (1, 4, 5, 5) if maps else (4,)
+        given = inputs((3, 4, 5, 5), bias, gate, 2, channels_last=channels_last)
+        options = {"tangents": 2, "activation": activation}
+        expected = run(field_layer, *given, **options)
+
+        def own(p, bias, gate, *, tangents, activation):
+            p = p.clone(memory_format=torch.preserve_format)  # of a leaf, which stays what it is
+            return activate_layer(p, bias, gate, tangents, activation, own=True)
+
+        for a, b in zip(run(own, *given, **options), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+        with torch.no_grad():
+            torch.testing.assert_close(own(*given, **options), expected[0], rtol=1e-13, atol=1e-14)
+        if not maps:
+            leaves = [t.requires_grad_() for t in given if t is not None]
+
+            def layer(p, bias, gate=None, *, options=options, own=own):
+                return own(p, bias, gate, **options)
+
+            torch.autograd.gradgradcheck(layer, leaves, fast_mode=True)
+
+
+def test_memory_of_a_product_of_ones_own():
+    for channels_last, activation in itertools.product((False, True), ("tanh", "silu")):
+        p, bias, _ = inputs((3, 4, 5, 5), (4,), None, 1, channels_last=channels_last)
+        with torch.no_grad():
+            assert activate_layer(p, bias, None, 1, activation, own=True) is p
+        product = p.requires_grad_() * 1
+        found = activate_layer(product, bias, None, 1, activation, own=True)
+        assert (found.data_ptr() == product.data_ptr()) == (activation == "tanh")
+        grad = torch.ones_like(found)
+        (of_product,) = torch.autograd.grad(found, product, grad)
+        assert of_product.data_ptr() == grad.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +243,8 @@ def test_opcheck(backend):
         torch.library.opcheck(op, (*given[:2], None, 1, 0))
         p, *parameters = (t.detach() for t in given)
         torch.library.opcheck(torch.ops.pyflowkern.field_layer_.default, (p, *parameters, 1, 2))
+        backward = torch.ops.pyflowkern.field_layer_backward_.default
+        torch.library.opcheck(backward, (p.clone(), p, *parameters, 1, 2))
 
 
 def test_compiles():
@@ -271,6 +301,6 @@ def test_wrong_arguments():
 
 
 def test_kernels_serve():
-    names = ("field_layer", "field_layer_", "field_layer_backward")
+    names = [f"field_layer{end}" for end in ("", "_", "_backward", "_backward_")]
     assert all(name in _library.OPS for name in names)
     assert ops.field_layer is field_layer
