@@ -203,6 +203,30 @@ PFK_HD Curve<V> curve_of_kept(V p, V bias, V gate, bool value_kept) {
   return curve_at<kKind>(gate * p + bias);
 }
 
+// An element of a layer on the way back: call tangent() for each of its tangents, then primal().
+template <class V>
+struct LayerVjp {
+  using T = Lane<V>;
+  V gate, slope, bend, crossed, of_gate;
+
+  LayerVjp() = default;
+  PFK_HD LayerVjp(const Curve<V>& c, V g)
+      : gate(g), slope(c.slope), bend(c.bend), crossed(V(T(0))), of_gate(V(T(0))) {}
+  // Cotangent of p. from that of h.' .
+  PFK_HD V tangent(V t, V q) {
+    const V A = slope * q;
+    crossed += gate * t * q;
+    of_gate += A * t;
+    return gate * A;
+  }
+  // Cotangent of p from that of h'; leaves that of the bias in `crossed`.
+  PFK_HD V primal(V p, V q) {
+    crossed = slope * q + bend * crossed;
+    of_gate += crossed * p;
+    return gate * crossed;
+  }
+};
+
 // ---- the probe ---------------------------------------------------------------------------------
 // Signs: element i of [probes, samples, features] takes bit i % 128 of Philox block i / 128.
 constexpr int kSignBits = 128;
