@@ -135,6 +135,16 @@ def test_gradients_are_those_of_the_naive_form(time, activation):
     )
 
 
+def test_batched_gradients_are_those_one_by_one():
+    for time, activation in (("none", "tanh"), ("concatsquash", "silu")):
+        field, x = make(time, activation=activation), states().requires_grad_()
+        _, divergence = field.velocity_and_divergence(0.4, x, probe=states(seed=1))
+        ways = normal(4, 3, seed=3)
+        found = torch.autograd.grad(divergence, x, ways, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(divergence, x, way, retain_graph=True)[0] for way in ways]
+        torch.testing.assert_close(found[0], torch.stack(each), rtol=1e-12, atol=1e-12)
+
+
 def test_concat_is_a_channel_of_time():
     """The time comes first among the channels, and is zero beyond the border as they are."""
     field, x, t = make("concat", hidden=()), states(), 0.7
