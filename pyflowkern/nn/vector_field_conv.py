@@ -38,7 +38,8 @@ class VectorFieldConv(torch.nn.Module):
     last without :math:`\sigma`.  Time enters nowhere ("none"), as a further channel of every layer
     ("concat"), or as "concatsquash",
     :math:`(W * h + b) \odot \mathrm{sigmoid}(t u + c) + t v`: FFJORD's layers.  Primal and tangents
-    go through one convolution a layer, stacked along the batch.
+    go through one convolution a layer, stacked along the batch, and one
+    :func:`~pyflowkern.ops.field_layer`; on the CPU channels_last.
 
     Args:
         channels: ``C`` of states ``[N, C, H, W]``.

@@ -191,6 +191,19 @@ def test_half_states_are_computed_in_float32():
     torch.testing.assert_close(divergence, whole[1])
 
 
+def test_compiles():
+    field, e = make(dtype=torch.float32), states(seed=1, dtype=torch.float32)
+    x = states(dtype=torch.float32).requires_grad_()
+
+    def loss(x):
+        y, divergence = field.velocity_and_divergence(0.2, x, probe=e)
+        return y.square().sum() + divergence.sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+
+
 def test_no_samples():
     field, x = make(), states(0)
     y, divergence = field.velocity_and_divergence(0.0, x, probe=ops.draw_probe(x, seed=0))
