@@ -238,12 +238,15 @@ class VectorFieldConv(torch.nn.Module):
     ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
         """Return biases and gates of the layers at a time, as :func:`~pyflowkern.ops.field_layer` takes them."""
         biases: list[Tensor] = [layer.bias.to(work) for layer in self.layers]  # type: ignore[misc]
-        gates: list[Tensor | None] = [None] * len(biases)
+        gates: Sequence[Tensor | None] = [None] * len(biases)
         time = time[:, None] if time.dim() else time
-        if self.time == "concatsquash":
-            for i, (slope, offset, shift) in enumerate(p.to(work) for p in self.times):
-                gates[i] = gate = torch.sigmoid(torch.addcmul(offset, time, slope))
-                biases[i] = torch.addcmul(time * shift, gate, biases[i])
+        if self.time == "concatsquash":  # of all layers at once: each small call takes its time
+            sizes = [b.shape[0] for b in biases]
+            slope, offset, shift = torch.cat(list(self.times), 1).to(work).unbind()
+            gate = torch.sigmoid(torch.addcmul(offset, time, slope))
+            gates = list(gate.split(sizes, -1))
+            bias = torch.addcmul(time * shift, gate, torch.cat(biases))
+            biases = list(bias.split(sizes, -1))
         check_context(context, self.context_features, x)
         if context is not None:
             biases = add_context(biases, context, self.contexts)
