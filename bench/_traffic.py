@@ -98,6 +98,10 @@ def _spline(x: Tensor, params: Tensor) -> Any:
     return ops.spline(x, params, SPLINE)
 
 
+def _layer(p: Tensor, bias: Tensor, gate: Tensor | None = None) -> Tensor:
+    return ops.field_layer(p, bias, gate, tangents=1)
+
+
 CASES = [
     TrafficCase("affine coupling", _normal(IMAGE, IMAGE), ops.affine_coupling),
     TrafficCase("affine coupling", _normal(IMAGE, IMAGE), ops.affine_coupling, backward=True),
@@ -127,6 +131,16 @@ CASES = [
         _normal(IMAGE, IMAGE[1:], IMAGE[1:]),
         ops.normal_log_prob,
         backward=True,
+    ),
+    TrafficCase("field layer", _normal(IMAGE, (24,)), _layer, half=False),
+    TrafficCase("field layer", _normal(IMAGE, (24,)), _layer, backward=True, half=False),
+    TrafficCase("field layer gated", _normal(IMAGE, (24,), (24,)), _layer, half=False),
+    TrafficCase(
+        "field layer gated", _normal(IMAGE, (24,), (24,)), _layer, backward=True, half=False
+    ),
+    TrafficCase("field layer channels_last", _channels_last(IMAGE, (24,)), _layer, half=False),
+    TrafficCase(
+        "field layer map", _normal(IMAGE, (1, *IMAGE[1:])), _layer, backward=True, half=False
     ),
     TrafficCase("logit", lambda dtype: [torch.rand(IMAGE).to(dtype)], ops.logit),
     TrafficCase("logit", lambda dtype: [torch.rand(IMAGE).to(dtype)], ops.logit, backward=True),

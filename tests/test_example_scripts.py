@@ -1,6 +1,7 @@
 """The scripts in examples/ run in their short form, and find what they are to show."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_a_mixture_base_leaves_less_between_two_modes(quick):
 
 def test_a_continuous_flow(quick):
     assert np.isfinite(quick("ffjord"))
+
+
+@pytest.mark.parametrize("flow", ["FFJORD", "Glow", "RealNVP"])
+def test_digits_are_scored(script, tmp_path, flow):
+    arguments = ["--data", "digits", "--quick", "--flow", flow, "--out", str(tmp_path)]
+    bits = script("ffjord").main(arguments)
+    (entry,) = json.loads((tmp_path / "digits.json").read_text())
+    assert entry["bits"] == bits
+    assert 2 < bits < 6
+    assert flow in (tmp_path / "digits.md").read_text()
 
 
 def test_the_affine_flow_changes_the_density_by_the_trace(quick):

@@ -54,7 +54,9 @@ def divergence(x):
     weights, biases = [line(x, 9, 6), line(x, 6, 9)], [line(x, 9), line(x, 6)]
     probe = torch.where(h > 0, 1.0, -1.0)
     estimate = ops.field_divergence(h, weights, biases, probe=probe, regularizers=True)
-    return (*estimate, *ops.field_divergence(h, weights, biases, method="exact"))
+    exact = ops.field_divergence(h, weights, biases, method="exact")
+    layer = ops.field_layer(torch.cat((x, x)), x[0, :, 0, 0], x[:, :, 0, 0], tangents=1)
+    return (*estimate, *exact, layer)
 
 
 PLAN = nn.MaskedMLP(6, 2, (9,)).plan

@@ -164,11 +164,46 @@ struct Curve {
 PFK_HD float normal_tail(float x) { return 0.5f * ::erfcf(x * 0.70710678118654752440f); }
 PFK_HD double normal_tail(double x) { return 0.5 * ::erfc(x * 0.70710678118654752440); }
 #if !defined(__CUDACC__)
+// (1 + 2 x) e^(x^2 / 2) Phi(-x), x >= 0, interpolated in (x - centre) / (x + centre) as Shepherd
+// and Laframboise 1981 do: to 2e-8 and to 2e-17.  Beyond the end Phi is zero; the rounder is a
+// number whose last place is that of the halves that are squared exactly.
+template <class T>
+struct NormalTail;
+template <>
+struct NormalTail<float> {
+  static constexpr float kCentre = 3, kEnd = 15, kRounder = 49152;
+  static constexpr float kTerms[] = {0.850597651f,    0.0133491005f,    -0.156090223f,
+                                     0.136540928f,    -0.0515817946f,   -0.000580623889f,
+                                     0.00696262334f,  -0.000380511046f, -0.00107731175f,
+                                     1.97201345e-06f, 0.000131346006f,  1.14178904e-05f};
+};
+template <>
+struct NormalTail<double> {
+  static constexpr double kCentre = 5, kEnd = 40, kRounder = 6442450944;
+  static constexpr double kTerms[] = {
+      0.84611235472506929,     -0.039647008404006111,   -0.054008075034077556,
+      0.10088858203458727,     -0.10065743821670525,    0.07248782697502397,
+      -0.039332201357163157,   0.015422845692508128,    -0.0035716954115872857,
+      -0.00011869364958067348, 0.00042509568529797555,  -0.00010817646879708506,
+      -2.6436294882238703e-05, 1.9389747606273739e-05,  5.3361170301456543e-07,
+      -2.8583436753070545e-06, 1.7987739077791011e-07,  4.3194941270701092e-07,
+      -4.2834524074568658e-08, -6.788340647682934e-08,  6.2043455585574289e-09,
+      9.5754152130883462e-09,  -5.7641545972009118e-10, -8.2365522969944163e-10,
+      2.2981126252889365e-11};
+};
+
 template <class T>
 PFK_HD Vec<T> normal_tail(Vec<T> x) {
-  Vec<T> r;
-  for (int i = 0; i < Vec<T>::kLanes; ++i) r.v[i] = normal_tail(static_cast<T>(x.v[i]));
-  return r;
+  using V = Vec<T>;
+  using N = NormalTail<T>;
+  constexpr int terms = sizeof(N::kTerms) / sizeof(T);
+  x = min_(x, V(N::kEnd));
+  const V u = (x - N::kCentre) / (x + N::kCentre);
+  V p = N::kTerms[terms - 1];
+  for (int i = terms - 2; i >= 0; --i) p = p * u + N::kTerms[i];
+  // x^2 rounded would be wrong by as many times its size
+  const V high = (x + N::kRounder) - N::kRounder, rest = (x - high) * (x + high);
+  return p * exp_(T(-0.5) * high * high) * exp_(T(-0.5) * rest) / (T(1) + T(2) * x);
 }
 #endif
 
@@ -210,6 +245,30 @@ PFK_HD Curve<V> curve_of_kept(V p, V bias, V gate, bool value_kept) {
   }
   return curve_at<kKind>(gate * p + bias);
 }
+
+// An element of a layer on the way back: call tangent() for each of its tangents, then primal().
+template <class V>
+struct LayerVjp {
+  using T = Lane<V>;
+  V gate, slope, bend, crossed, of_gate;
+
+  LayerVjp() = default;
+  PFK_HD LayerVjp(const Curve<V>& c, V g)
+      : gate(g), slope(c.slope), bend(c.bend), crossed(V(T(0))), of_gate(V(T(0))) {}
+  // Cotangent of p. from that of h.' .
+  PFK_HD V tangent(V t, V q) {
+    const V A = slope * q;
+    crossed += gate * t * q;
+    of_gate += A * t;
+    return gate * A;
+  }
+  // Cotangent of p from that of h'; leaves that of the bias in `crossed`.
+  PFK_HD V primal(V p, V q) {
+    crossed = slope * q + bend * crossed;
+    of_gate += crossed * p;
+    return gate * crossed;
+  }
+};
 
 // ---- the probe ---------------------------------------------------------------------------------
 // Signs: element i of [probes, samples, features] takes bit i % 128 of Philox block i / 128.

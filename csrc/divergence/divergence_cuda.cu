@@ -68,17 +68,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t i = columns.quotient(flat), j = flat - i * a.columns, at = i * a.stride + j;
   const P bias = P::load(typed<T>(a.bias) + i * a.bias_step + j);
   const P pre = P::load(typed<T>(a.p) + at);
-  P gate, slope, bend, value, crossed{}, of_gate{};
+  P gate, value;
+  LayerVjp<T> v[P::kCount];
 #pragma unroll
   for (int l = 0; l < P::kCount; ++l) gate.lanes[l] = T(1);
   if (a.gate) gate = P::load(typed<T>(a.gate) + i * a.gate_step + j);
 #pragma unroll
   for (int l = 0; l < P::kCount; ++l) {
-    const Curve<T> c =
-        curve_of_kept<kKind, T>(pre.lanes[l], bias.lanes[l], gate.lanes[l], a.value_kept);
+    const T g = gate.lanes[l];
+    const Curve<T> c = curve_of_kept<kKind, T>(pre.lanes[l], bias.lanes[l], g, a.value_kept);
     value.lanes[l] = c.value;
-    slope.lanes[l] = c.slope;
-    bend.lanes[l] = c.bend;
+    v[l] = LayerVjp<T>(c, g);
   }
   value.store_whole(typed<T>(a.s) + at);
   for (int64_t k = 0; k < a.probes; ++k) {
@@ -87,25 +87,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     P q = P::load(typed<T>(a.grad) + row);
 #pragma unroll
     for (int l = 0; l < P::kCount; ++l) {
-      const T moved = gate.lanes[l] * t.lanes[l], cotangent = slope.lanes[l] * q.lanes[l];
-      crossed.lanes[l] += moved * q.lanes[l];
-      of_gate.lanes[l] += cotangent * t.lanes[l];
-      q.lanes[l] = gate.lanes[l] * cotangent;
-      t.lanes[l] = slope.lanes[l] * moved;
+      q.lanes[l] = v[l].tangent(t.lanes[l], q.lanes[l]);
+      t.lanes[l] = v[l].slope * (v[l].gate * t.lanes[l]);
     }
     q.store_whole(typed<T>(a.grad) + row);
     t.store_whole(typed<T>(a.s) + row);
   }
-  P q = P::load(typed<T>(a.grad) + at);
+  P q = P::load(typed<T>(a.grad) + at), of_bias, of_gate;
 #pragma unroll
   for (int l = 0; l < P::kCount; ++l) {
-    const T cotangent = slope.lanes[l] * q.lanes[l] + bend.lanes[l] * crossed.lanes[l];
-    crossed.lanes[l] = cotangent;
-    of_gate.lanes[l] += cotangent * pre.lanes[l];
-    q.lanes[l] = gate.lanes[l] * cotangent;
+    q.lanes[l] = v[l].primal(pre.lanes[l], q.lanes[l]);
+    of_bias.lanes[l] = v[l].crossed;
+    of_gate.lanes[l] = v[l].of_gate;
   }
   q.store_whole(typed<T>(a.grad) + at);
-  if (a.grad_bias) crossed.store_whole(typed<T>(a.grad_bias) + i * a.grad_bias_step + j);
+  if (a.grad_bias) of_bias.store_whole(typed<T>(a.grad_bias) + i * a.grad_bias_step + j);
   if (a.grad_gate) of_gate.store_whole(typed<T>(a.grad_gate) + i * a.grad_gate_step + j);
 }
 

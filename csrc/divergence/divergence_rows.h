@@ -90,23 +90,18 @@ void layer_backward(const LayerArgs& a, int64_t first, int64_t last) {
       const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
       const V pre = get(p + i * stride + j, m);
       const Curve<V> c = curve_of_kept<kKind>(pre, b, g, value_kept);
-      V crossed = T(0), of_gate = T(0);
+      LayerVjp<V> v(c, g);
       for (int64_t k = 0; k < probes; ++k) {
         const int64_t at = ((k + 1) * samples + i) * stride + j;
-        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m),
-                q = get(grad + at, m);
-        const V moved = g * t, A = c.slope * q;
-        crossed += moved * q;
-        of_gate += A * t;
-        put(g * A, grad + at, m);
-        put(c.slope * moved, s + at, m);
+        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m);
+        put(v.tangent(t, get(grad + at, m)), grad + at, m);
+        put(c.slope * (g * t), s + at, m);
       }
       T* const first_grad = grad + i * stride + j;
-      const V A = c.slope * get(first_grad, m) + c.bend * crossed;
-      put(g * A, first_grad, m);
+      put(v.primal(pre, get(first_grad, m)), first_grad, m);
       put(c.value, s + i * stride + j, m);
-      put_parameter(A, a.grad_bias, a.grad_bias_step, i, j, m);
-      if (gate) put_parameter(of_gate + A * pre, a.grad_gate, a.grad_gate_step, i, j, m);
+      put_parameter(v.crossed, a.grad_bias, a.grad_bias_step, i, j, m);
+      if (gate) put_parameter(v.of_gate, a.grad_gate, a.grad_gate_step, i, j, m);
     });
   }
 }

@@ -3,12 +3,15 @@ r"""Convolutional vector fields :math:`f(t, x)` on images, with their divergence
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from pyflowkern._library import transformed
 from pyflowkern.nn._base import check_count
 from pyflowkern.nn.vector_field import (
     add_context,
@@ -19,11 +22,13 @@ from pyflowkern.nn.vector_field import (
     probes_of,
 )
 from pyflowkern.ops._registry import accumulation_dtype, cast, full_precision
-from pyflowkern.ops.divergence import activation_and_slope, hutchinson_trace
+from pyflowkern.ops.divergence import hutchinson_trace
+from pyflowkern.ops.field_layer import activate_layer, spread
 
 __all__ = ["VectorFieldConv"]
 
 SIDE = 3  # of the kernels
+MOST = 2**24  # numbers in the stack of the widest layer, of an exact trace
 
 
 class VectorFieldConv(torch.nn.Module):
@@ -33,7 +38,8 @@ class VectorFieldConv(torch.nn.Module):
     last without :math:`\sigma`.  Time enters nowhere ("none"), as a further channel of every layer
     ("concat"), or as "concatsquash",
     :math:`(W * h + b) \odot \mathrm{sigmoid}(t u + c) + t v`: FFJORD's layers.  Primal and tangents
-    go through one convolution a layer, stacked along the batch.
+    go through one convolution a layer, stacked along the batch, and one
+    :func:`~pyflowkern.ops.field_layer`; on the CPU channels_last.
 
     Args:
         channels: ``C`` of states ``[N, C, H, W]``.
@@ -119,7 +125,9 @@ class VectorFieldConv(torch.nn.Module):
             probe: ``[N, C, H, W]``, ``[K, N, C, H, W]`` or the seed of signs
                 (:func:`~pyflowkern.ops.draw_probe`); the same over a solve.
             probes: ``K`` for a seed.
-            method: "hutchinson", or "exact" from a tangent for each of the ``C H W`` dimensions.
+            method: "hutchinson", or "exact" from a tangent for each of the ``C H W`` dimensions, so
+                many at a time that the stack of the widest layer has 2^24 numbers at most (64 MiB in
+                float32); several such chunks are computed again in the backward pass.
             per_probe: return the estimates ``[K, N]`` in place of their mean.
             regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
             context: ``[N, context_features]``.
@@ -134,19 +142,60 @@ class VectorFieldConv(torch.nn.Module):
                 or too many.
         """
         check_states(x, self.channels, 4)
-        e = probes_of(x, probe, probes, method)
-        velocity, product = self._run(t, x, e, context)
-        assert product is not None
-        e = e.to(product.dtype).expand_as(product)
-        found = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
-        traces, norms = (part.view(e.shape[:2]) for part in found)
-        exact = method == "exact"
-        divergence = traces.sum(0) if exact else traces if per_probe else traces.mean(0)
+        exact = method == "exact" and probe is None
+        if exact:
+            velocity, divergence, frobenius = self._exact(t, x, context)
+        else:
+            e = probes_of(x, probe, probes, method)
+            velocity, traces, norms = self._traces(t, x, e, context)
+            divergence, frobenius = traces if per_probe else _mean(traces), norms
         if not regularizers:
             return cast(velocity, x.dtype), divergence
         kinetic = velocity.flatten(1).square().sum(1)
-        frobenius = norms.sum(0) if exact else norms.mean(0)
-        return cast(velocity, x.dtype), divergence, kinetic, frobenius
+        return (
+            cast(velocity, x.dtype),
+            divergence,
+            kinetic,
+            frobenius if exact else _mean(frobenius),
+        )
+
+    def _traces(
+        self, t: Tensor | float, x: Tensor, e: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``f`` and of each probe ``[K, N, C, H, W]`` the trace and the norm, ``[K, N]``."""
+        velocity, product = self._run(t, x, e, context)
+        assert product is not None
+        e = cast(e, product.dtype).expand_as(product)
+        found = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
+        trace, norm = (part.view(e.shape[:2]) for part in found)
+        return velocity, trace, norm
+
+    def _exact(
+        self, t: Tensor | float, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``f``, its divergence and the squared norm of its Jacobian, chunk by chunk of unit vectors.
+
+        Where gradients are recorded the chunks are computed again one by one in the backward pass.
+        """
+        size = math.prod(x.shape[1:])
+        widest = max(self.channels, *self.hidden, 0) * math.prod(x.shape[2:])
+        step = max(1, MOST // max(1, x.shape[0] * widest) - 1)
+        velocity = x
+        divergence = frobenius = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            e = x.new_zeros(count, 1, size)
+            e[:, 0].diagonal(first).fill_(1)
+            e = e.view(count, 1, *x.shape[1:]).expand(count, *x.shape)
+            if count < size and torch.is_grad_enabled() and not transformed():
+                found = checkpoint(
+                    self._traces, t, x, e, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                found = self._traces(t, x, e, context)
+            velocity, traces, norms = found
+            divergence, frobenius = divergence + traces.sum(0), frobenius + norms.sum(0)
+        return velocity, divergence, frobenius
 
     def _run(
         self, t: Tensor | float, x: Tensor, e: Tensor | None, context: Tensor | None
@@ -157,51 +206,63 @@ class VectorFieldConv(torch.nn.Module):
         n, count = x.shape[0], 0 if e is None else e.shape[0]
         h = cast(x, work)
         if e is not None:
-            h = torch.cat([h, e.to(work).reshape(count * n, *x.shape[1:])])
+            h = torch.cat([h, cast(e, work).reshape(count * n, *x.shape[1:])])
+        if h.device.type == "cpu" and work == torch.float32:
+            # oneDNN takes a fifth less time so; contiguous() would leave one channel as it is
+            h = h.to(memory_format=torch.channels_last)
         with full_precision(x):
             biases, gates = self._at(as_time(t, x).to(work), x, context, work)
-            for i, weight in enumerate(weights):
-                h = F.conv2d(h, weight.to(work), padding=SIDE // 2)
-                primal, tangents = h[:n], h[n:].view(count, n, *h.shape[1:])
-                primal = (
-                    torch.addcmul(biases[i], primal, gates[i]) if gates else primal + biases[i]
-                )
-                tangents = tangents * gates[i] if gates and count else tangents
-                if i < len(weights) - 1:
-                    primal, slope = activation_and_slope(primal, self.activation)
-                    tangents = tangents * slope if count else tangents
-                if not count:
-                    h = primal
-                elif i < len(weights) - 1:
-                    h = torch.cat([primal, tangents.flatten(0, 1)])
-        return primal, tangents if count else None
+            for bias, gate, weight in zip(biases[:-1], gates, weights, strict=False):
+                h = F.conv2d(h, cast(weight, work), padding=SIDE // 2)
+                h = activate_layer(h, bias, gate, count, self.activation, own=True)
+            h = F.conv2d(h, cast(weights[-1], work), padding=SIDE // 2)
+        return self._output(h, biases[-1], gates[-1], x, count)
+
+    @staticmethod
+    def _output(
+        p: Tensor, bias: Tensor, gate: Tensor | None, x: Tensor, count: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``f`` and ``J e`` from the last product, laid out as ``x`` is."""
+        primal, tangents = p.split([x.shape[0], count * x.shape[0]]) if count else (p, p)
+        bias, factor = spread(bias, p), None if gate is None else spread(gate, p)
+        primal = primal + bias if factor is None else torch.addcmul(bias, primal, factor)
+        if x.is_contiguous():
+            primal, tangents = primal.contiguous(), tangents.contiguous()
+        if not count:
+            return primal, None
+        tangents = tangents.reshape(count, *x.shape)
+        return primal, tangents if factor is None else tangents * factor
 
     def _at(
         self, time: Tensor, x: Tensor, context: Tensor | None, work: torch.dtype
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return biases and gates of the layers at a time, all to be broadcast with ``[N, C, H, W]``."""
+    ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+        """Return biases and gates of the layers at a time, as :func:`~pyflowkern.ops.field_layer` takes them."""
         biases: list[Tensor] = [layer.bias.to(work) for layer in self.layers]  # type: ignore[misc]
-        gates: list[Tensor] = []
+        gates: Sequence[Tensor | None] = [None] * len(biases)
         time = time[:, None] if time.dim() else time
-        if self.time == "concatsquash":
-            times = [p.to(work) for p in self.times]
-            gates = [torch.sigmoid(torch.addcmul(p[1], time, p[0])) for p in times]
-            biases = [
-                torch.addcmul(time * p[2], g, b)
-                for b, g, p in zip(biases, gates, times, strict=True)
-            ]
+        if self.time == "concatsquash":  # of all layers at once: each small call takes its time
+            sizes = [b.shape[0] for b in biases]
+            slope, offset, shift = torch.cat(list(self.times), 1).to(work).unbind()
+            gate = torch.sigmoid(torch.addcmul(offset, time, slope))
+            gates = list(gate.split(sizes, -1))
+            bias = torch.addcmul(time * shift, gate, torch.cat(biases))
+            biases = list(bias.split(sizes, -1))
         check_context(context, self.context_features, x)
         if context is not None:
             biases = add_context(biases, context, self.contexts)
-        biases, gates = ([v[..., None, None] for v in part] for part in (biases, gates))
         if self.time == "concat":
             # a channel of t is zero around the image, so what a kernel makes of it differs there
             ones = x.new_ones((1, 1, *x.shape[2:]), dtype=work)
             maps = [F.conv2d(ones, p.to(work), padding=SIDE // 2) for p in self.times]
-            biases = [b + time[..., None, None] * m for b, m in zip(biases, maps, strict=True)]
+            pairs = zip(biases, maps, strict=True)
+            biases = [b[..., None, None] + time[..., None, None] * m for b, m in pairs]
         return biases, gates
 
     def extra_repr(self) -> str:
         """Return the arguments."""
         given = f"{self.channels}, hidden={self.hidden}, activation={self.activation!r}"
         return f"{given}, time={self.time!r}, context_features={self.context_features}"
+
+
+def _mean(t: Tensor) -> Tensor:
+    return t.squeeze(0) if t.shape[0] == 1 else t.mean(0)

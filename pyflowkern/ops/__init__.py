@@ -32,6 +32,7 @@ from pyflowkern.ops.divergence import (
     hutchinson_trace,
     hutchinson_trace_reference,
 )
+from pyflowkern.ops.field_layer import field_layer, field_layer_reference
 from pyflowkern.ops.linear import (
     glow_step,
     glow_step_reference,
@@ -97,6 +98,8 @@ __all__ = [
     "draw_probe",
     "field_divergence",
     "field_divergence_reference",
+    "field_layer",
+    "field_layer_reference",
     "glow_step",
     "glow_step_reference",
     "householder_matrix",

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import on_host
 
 from pyflowkern import _library, nn, ops
+from pyflowkern.ops.field_layer import activate_layer
 
 VECTORS = [(3, 1), (5, 10), (2, 129)]
 IMAGES = [(2, 3, 7), (3, 6, 4, 4), (2, 7, 5, 3)]
@@ -146,6 +147,18 @@ def divergence():
             )
         e = torch.randn(n, 40 * dims[0])
         check(ops.hutchinson_trace, lambda a, b: ops.hutchinson_trace_reference(a, b)[0], e, 2 * e)
+    for n, c, *space in ((3, 5, 4, 4), (2, 7, 5, 3), (4, 8), (1, 2, 3, 50)):
+        for p in layouts((3 * n, c, *space), torch.float32):
+            for bias, gate in (((c,), None), ((n, c), (c,)), ((1, c, *space), (n, c, *space))):
+                given = (torch.randn(bias), None if gate is None else torch.rand(gate))
+                options = {"tangents": 2, "activation": "silu" if gate else "softplus"}
+                check(ops.field_layer, ops.field_layer_reference, p, *given, **options)
+                with torch.no_grad():
+                    mine = p.clone(memory_format=torch.preserve_format)
+                    activate_layer(mine, *given, 2, options["activation"], own=True)
+                activate_layer(
+                    mine.requires_grad_() * 1, *given, 2, options["activation"], own=True
+                ).square().sum().backward()
 
 
 def matrix():

@@ -6,6 +6,7 @@ from laws import check_gradients, normal
 from torch.nn import functional as F
 
 from pyflowkern import nn, ops
+from pyflowkern.nn import vector_field_conv
 
 TIMES = ("none", "concat", "concatsquash")
 
@@ -56,6 +57,39 @@ def test_exact_is_the_trace_of_the_jacobian(time):
     torch.testing.assert_close(y, field(0.4, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("most", [1, 700, 1500])
+def test_exact_in_chunks(time, most, monkeypatch):
+    """One tangent at a time, several with a rest: the same numbers, gradients and their gradients."""
+    field, found = make(time, context=3), []
+    for size in (vector_field_conv.MOST, most):
+        monkeypatch.setattr(vector_field_conv, "MOST", size)
+        x, c = states().requires_grad_(), normal(3, 3, seed=2).requires_grad_()
+        outputs = field.velocity_and_divergence(
+            0.4, x, context=c, method="exact", regularizers=True
+        )
+        wanted = [x, c, *field.parameters()]
+        loss = sum(v.square().sum() for v in outputs)
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        again = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        with torch.no_grad():
+            plain = field.velocity_and_divergence(0.4, x, context=c, method="exact")
+        found.append([*outputs, *first, *again, *plain])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_exact_takes_bounded_memory():
+    """4 samples of 16 channels and 768 dimensions: at once the stack would have 2^29.6 numbers."""
+    seen = []
+    field, x = nn.VectorFieldConv(3, (16,)), torch.randn(4, 3, 32, 32)
+    hooks = [field._run]
+    field._run = lambda t, x, e, c: seen.append(e.shape[0]) or hooks[0](t, x, e, c)
+    field.velocity_and_divergence(0.0, x, method="exact")
+    assert sum(seen) == 3072
+    assert (1 + max(seen)) * 4 * 16 * 1024 <= vector_field_conv.MOST
+
+
 def test_probes_are_seeds_or_tensors_and_average():
     field, x = make(), states()
     e = ops.rademacher(torch.tensor(5), (4, 3, 24), torch.float64).view(4, *x.shape)
@@ -99,6 +133,16 @@ def test_gradients_are_those_of_the_naive_form(time, activation):
         field,
         sum(map(torch.sum, field.velocity_and_divergence(0.4, states(), probe=e, context=c))),
     )
+
+
+def test_batched_gradients_are_those_one_by_one():
+    for time, activation in (("none", "tanh"), ("concatsquash", "silu")):
+        field, x = make(time, activation=activation), states().requires_grad_()
+        _, divergence = field.velocity_and_divergence(0.4, x, probe=states(seed=1))
+        ways = normal(4, 3, seed=3)
+        found = torch.autograd.grad(divergence, x, ways, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(divergence, x, way, retain_graph=True)[0] for way in ways]
+        torch.testing.assert_close(found[0], torch.stack(each), rtol=1e-12, atol=1e-12)
 
 
 def test_concat_is_a_channel_of_time():
@@ -145,6 +189,19 @@ def test_half_states_are_computed_in_float32():
     for a, b in zip(under, whole, strict=True):
         assert torch.equal(a, b)
     torch.testing.assert_close(divergence, whole[1])
+
+
+def test_compiles():
+    field, e = make(dtype=torch.float32), states(seed=1, dtype=torch.float32)
+    x = states(dtype=torch.float32).requires_grad_()
+
+    def loss(x):
+        y, divergence = field.velocity_and_divergence(0.2, x, probe=e)
+        return y.square().sum() + divergence.sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
 
 
 def test_no_samples():

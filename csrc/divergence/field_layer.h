@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// What follows a product that comes from elsewhere, such as a convolution: bias, gate and
+// activation of a layer on a stack [(1 + K) N, C, *space] of the primal and its tangents.
+//
+// The formulas are those of divergence.h.  Where f' and f'' / f' follow from h' = f(a) alone (tanh,
+// softplus) and there is no gate, whose cotangent needs p, the backward pass reads the output in
+// place of the product: with h.' = f'(a) a.,
+//   A = f'(a) q + (f'' / f')(a) sum h.' q. .
+#pragma once
+
+#include "divergence/divergence.h"
+
+namespace pfk {
+
+// The stack as rows of columns.  Planes (NCHW) are rows with one number of each parameter for all
+// columns; channels last, and where there is no space, the columns are channels; parameters that
+// are maps make a row of each sample.
+struct PlanesArgs {
+  int64_t rows, columns, tangents;  // of the primal; every tangent follows with as many rows
+  bool runs;                        // one number of a parameter for a row
+  bool from_output;                 // backward: p is h' with its tangents
+  int activation;
+  int64_t repeat;                    // rows that have their parameters in common
+  int64_t bias_period, gate_period;  // rows of parameters, after which they begin again
+  int64_t unit, group;               // CPU: a task has up to `group` of the `unit` rows of a unit
+  const void* p;
+  void* h;  // may be p
+  const void* grad;
+  void* grad_p;
+  const void* bias;
+  const void* gate;  // or null
+  void* grad_bias;   // parts of the sums, see field_layer_ops.h; or null
+  void* grad_gate;
+};
+
+inline bool follows_from_output(int activation) {
+  return activation == kActTanh || activation == kActSoftplus;
+}
+
+}  // namespace pfk
+
+PFK_BEGIN
+
+// From h = f(a): f, f' and f'' / f'.
+template <int kKind, class V>
+PFK_HD Curve<V> curve_of_output(V h) {
+  using T = Lane<V>;
+  if constexpr (kKind == kActSoftplus) {
+    return {h, -expm1_(-h), exp_(-h)};
+  } else {
+    return {h, (V(T(1)) - h) * (V(T(1)) + h), V(T(-2)) * h};
+  }
+}
+
+template <int kKind, class V>
+PFK_HD LayerVjp<V> layer_vjp(V p, V bias, V gate, bool from_output) {
+  if constexpr (kKind == kActTanh || kKind == kActSoftplus) {
+    if (from_output) return {curve_of_output<kKind>(p), gate};
+  }
+  return {curve_at<kKind>(gate * p + bias), gate};
+}
+
+PFK_END
