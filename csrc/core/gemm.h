@@ -2,7 +2,8 @@
 // Products of small matrices that already lie in L1: out (+)= left * right.
 //
 // Twelve vectors of accumulators (6 rows by 2 vectors) hide the latency of the multiply-adds and
-// leave four of AVX2's registers for one broadcast of left and two vectors of right.  The first
+// leave four of AVX2's registers for one broadcast of left and two vectors of right; AVX-512, with
+// twice the registers, takes 12 rows.  The first
 // rows prefetch the columns of right that come next, which matters where right does not fit L2.
 // left is read by broadcasts, so it may be transposed for free; right and out are read in whole
 // vectors and must be padded to them.  Every element is one chain of multiply-adds in the order of

@@ -39,7 +39,7 @@ struct FieldLayer {
   // the copy in cache: padded rows, and where the layer begins in `packed` and in a task's sums
   int64_t in_stride, out_stride, packed, sums;
   bool sum_turned;  // the sum of weight gradients is [in, out], which takes fewer whole vectors
-  // wide layers take the product of these at the end: stacks of cotangents and inputs, padded
+  // wide layers take the product of these after a wave: stacks of cotangents and inputs, padded
   void* grad_rows;  // or null
   void* input_rows;
   int64_t column;  // sum of the strides of the layers before
@@ -65,7 +65,7 @@ struct FieldArgs {
   FieldProbe probe;
   const void* x;
   void* y;
-  void* trace;  // [probes, samples]
+  void* trace;  // [probes, samples], of one probe perhaps as [samples]
   void* norm;   // the same: |J e|^2; or null
   void* kept;   // a block [(1 + probes) samples, out] for every layer but the last; or null
   const void* grad_y;

@@ -103,6 +103,16 @@ void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
   }
 }
 
+// Into buffers that layers of other widths use, too: the padding, which sums of whole vectors take
+// in, may hold a NaN of another sample.
+template <class T>
+void copy_padded(const void* from, int64_t first, const FieldLayer& y, T* to, int64_t n) {
+  copy_rows(typed<T>(from) + first * y.out, y.out, to, y.out_stride, n, y.out);
+  for (int64_t i = 0; i < n; ++i) {
+    memset(to + i * y.out_stride + y.out, 0, (y.out_stride - y.out) * sizeof(T));
+  }
+}
+
 // A tile's rows in the block of a layer of what is kept, in either direction.
 template <class T>
 void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, T* tile,
@@ -126,11 +136,11 @@ void set_parameters(const FieldArgs& a, const FieldLayer& y, int64_t first, int6
   to.bias_step = y.bias_step ? y.out_stride : 0;
   to.gate_step = y.gate_step ? y.out_stride : 0;
   if (y.bias_step) {
-    copy_rows(typed<T>(y.bias) + first * y.out, y.out, w.bias, y.out_stride, n, y.out);
+    copy_padded(y.bias, first, y, w.bias, n);
     to.bias = w.bias;
   }
   if (y.gate_step) {
-    copy_rows(typed<T>(y.gate) + first * y.out, y.out, w.gate, y.out_stride, n, y.out);
+    copy_padded(y.gate, first, y, w.gate, n);
     to.gate = w.gate;
   }
   if (a.sums == nullptr) return;

@@ -3,10 +3,10 @@
 //
 // Floor: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K) backward an element of
 // a weight and a sample.  Fields go tile by tile through all layers (divergence_cache.h).  Sums of
-// weights up to kOwnSums columns stay in cache, too; beyond, tiles leave cotangents and inputs in
-// memory for one product at the end.  Weights too large for L3, and exact traces, go layer by layer
-// through core/matmul.h: torch's BLAS (MKL, AVX2 on Zen 4) took 1.15 times as long at a width of
-// 860.
+// weights up to kOwnSums columns stay in cache, too; beyond, a wave of tiles leaves cotangents and
+// inputs in memory for one product.  Weights too large for L3, and exact traces of layers beyond
+// kOwnSums, go layer by layer through core/matmul.h: torch's BLAS (MKL, AVX2 on Zen 4) took 1.15
+// times as long at a width of 860.
 #include "core/matmul.h"
 #include "core/simd.h"
 #include "divergence/divergence_exact_cache.h"

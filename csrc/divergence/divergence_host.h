@@ -72,6 +72,8 @@ struct Field {
       args.probe.step_sample = count == 1 ? 0 : args.features;
     }
     for (int l = 0; l < args.layers; ++l) add_layer(l, weights_, biases_, gates_);
+    STD_TORCH_CHECK(args.layers > 0 && layers.back().out == args.features,
+                    "the last layer must give what the first takes, ", args.features);
     args.layer = layers.data();
   }
 
@@ -108,6 +110,19 @@ struct Field {
  private:
   int64_t columns_ = 0;
 
+  // A module's layers may have been replaced; beyond its ends a tensor must not be read.
+  void check(int l, const FieldLayer& y) const {
+    const int64_t before = l ? layers.back().out : args.features;
+    auto fits = [&](const Tensor& t) {
+      return t.scalar_type() == x.scalar_type() &&
+             t.numel() == y.out * (t.dim() == 2 ? args.samples : 1);
+    };
+    STD_TORCH_CHECK(weights[l].scalar_type() == x.scalar_type() && weights[l].dim() == 2 &&
+                        y.in == before && fits(biases[l]) && (gates.empty() || fits(gates[l])),
+                    "the parameters of layer ", l, " do not fit its input, of ", before,
+                    " columns, in size or dtype");
+  }
+
   void add_layer(int l, const Tensors& w, const Tensors& b, const Tensors& g) {
     weights.push_back(dense(w[l]));
     biases.push_back(dense(b[l]));
@@ -129,6 +144,7 @@ struct Field {
     const bool keep = !last && (args.layers - l) % 2 == 0 && (l > 0 || y.in >= y.out);
     y.kept = keep ? kept_size : -1;
     if (keep) kept_size += rows() * y.out;
+    check(l, y);
     place(y);
     layers.push_back(y);
   }

@@ -18,7 +18,7 @@ from pyflowkern.flows._build import check_positive
 from pyflowkern.flows._rescue import Dynamics, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
 from pyflowkern.nn.vector_field import check_context
-from pyflowkern.ops._registry import accumulation_dtype
+from pyflowkern.ops._registry import accumulation_dtype, autocasts
 
 __all__ = ["ContinuousBijection", "Way", "without_log_det"]
 
@@ -117,10 +117,21 @@ class ContinuousBijection(Bijection):
         self.probes, self.noise = probes, noise
         self.solver = solver
 
-    @property
-    def _no_forward(self) -> bool:
-        """Whether the field gives its velocity with the divergence only."""
-        return type(self.field).forward is torch.nn.Module.forward
+    def _moves_alone(self, x: Tensor) -> bool:
+        """Whether the state can be integrated without the rest, by the field's ``forward``.
+
+        Not by one that is inherited where ``velocity_and_divergence`` is the class's own: that may be another
+        velocity, as it is under autocast, which makes perceptrons coarser alone.  And a norm of the user's may
+        look at the whole state.
+        """
+        places = [vars(self.field), *map(vars, type(self.field).__mro__)]
+
+        def depth(name: str) -> int:
+            return next((i for i, names in enumerate(places) if name in names), len(places))
+
+        pair = depth("velocity_and_divergence")
+        same = depth("forward") <= pair < len(places) and not autocasts(x)
+        return same and self.solver.get("norm") is None
 
     @property
     def duration(self) -> Tensor | float:
@@ -134,9 +145,8 @@ class ContinuousBijection(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from latent to data; return ``(x, log_det[N])``."""
-        way = self.way(
-            z, context, backwards=True, log_det=_LOG_DET_WANTED.get() or self._no_forward
-        )
+        log_det = _LOG_DET_WANTED.get() or not self._moves_alone(z)
+        way = self.way(z, context, backwards=True, log_det=log_det)
         return way.end, way.log_det.mean(1)
 
     def way(
@@ -169,12 +179,12 @@ class ContinuousBijection(Bijection):
         times = times[::-1] if backwards else times
         settings = {"rtol": 1e-5, "atol": 1e-5} | self.solver
         if not log_det:
-            settings = {k: _of_state(v) for k, v in settings.items()}
+            settings |= {k: _of_state(settings[k]) for k in ("rtol", "atol")}
 
         def solve(bad: Tensor, alive: Tensor | None = None, **changes: Any) -> ode.Solution:
             given = _zeroed(bad, context)
             own = {"context": given} if self.context_features else {}
-            dynamics = self._dynamics(options | own if log_det else own, scale, log_det)
+            dynamics = self._dynamics(options | own, scale, log_det)
             start = (_zeroed(bad, x), *rest)
             params = [t for t in (given, scale) if t is not None]
             return ode.solve(
@@ -192,10 +202,12 @@ class ContinuousBijection(Bijection):
 
     def _dynamics(self, options: dict[str, Any], scale: Tensor | None, log_det: bool) -> Dynamics:
         """Return the slopes of the state, of each probe's log-determinant and of the regularizers."""
+        # by place, as in trajectories
+        given = [options["context"]] if "context" in options else []
 
         def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if not log_det:
-                velocity = self.field(t if scale is None else t * scale, state[0], **options)
+                velocity = self.field(t if scale is None else t * scale, state[0], *given)
                 return (velocity if scale is None else scale * velocity,)
             velocity, divergence, *rest = self.field.velocity_and_divergence(  # type: ignore[operator]
                 t if scale is None else t * scale, state[0], **options
@@ -235,7 +247,7 @@ class ContinuousBijection(Bijection):
 
 
 def _of_state(value: Any) -> Any:
-    """Return a setting for the state alone: of tolerances of every entry the first."""
+    """Return a tolerance of the state alone: of those of every entry the first."""
     return value[0] if isinstance(value, (tuple, list)) else value
 
 

@@ -69,7 +69,8 @@ class CNF(Flow):
         conv: convolutional fields on images (:class:`~pyflowkern.nn.VectorFieldConv`), by default
             if ``levels`` is given; else events are flattened.
         field: makes the field of a block from ``D``, or from its channels with ``conv``, in place
-            of the perceptron or the convolutions.
+            of the perceptron or the convolutions.  Samples need the velocity alone: its ``forward``
+            gives it, unless its class overrides ``velocity_and_divergence`` alone.
         duration: ``T``.
         train_time: learn ``T`` of every block, starting from ``duration``; step sizes are then
             fractions of ``T``.

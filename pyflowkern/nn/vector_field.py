@@ -272,7 +272,7 @@ class VectorFieldMLP(torch.nn.Module):
         layers = self._at(t, x, context)
         if not autocasts(x):
             return cast(evaluate_velocity(x, layers, self.activation), x.dtype)
-        h = x
+        h = cast(x, layers[0][0].dtype)  # float64 is what autocast leaves alone
         for i, (weight, bias) in enumerate(zip(*layers[:2], strict=True)):
             h = F.linear(h, weight)
             h = (layers[2][i] * h if layers[2] else h) + bias
@@ -344,8 +344,7 @@ class VectorFieldMLP(torch.nn.Module):
         biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
         gates: list[Tensor] = []
         work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
-        if work != weights[0].dtype:
-            weights, biases = [w.to(work) for w in weights], [b.to(work) for b in biases]
+        weights, biases = [cast(w, work) for w in weights], [cast(b, work) for b in biases]
         time = as_time(t, x).to(work)
         time = time[:, None] if time.dim() else time
         if self.time != "none":  # of all layers at once: a solve spends much time in small calls

@@ -115,6 +115,43 @@ def test_samples_need_no_divergence(monkeypatch):
     assert flows.CNF(2, field=lambda _: Pair()).sample(3).isfinite().all()
 
 
+def test_samples_are_of_the_density():
+    """Where a class has a divergence of its own, its velocity is that beside it; contexts go by place."""
+
+    class Doubled(nn.VectorFieldMLP):
+        def velocity_and_divergence(self, *args, **options):
+            return tuple(2 * t for t in super().velocity_and_divergence(*args, **options))
+
+    class Placed(torch.nn.Module):
+        context_features = 1
+
+        def forward(self, t, x, where):
+            return where - x
+
+        def velocity_and_divergence(self, t, x, *, context, **options):
+            return context - x, x.new_full((1, len(x)), -2.0)
+
+    def whole(scaled):
+        return (scaled[0].square().mean() + scaled[1].square().mean()).sqrt()
+
+    def one(size):
+        return Doubled(size, (8,))
+
+    for options, context in (
+        ({"field": one, "divergence": "exact"}, None),
+        ({"field": lambda _: Placed(), "context_features": 1}, normal(4, 1)),
+        ({"divergence": "exact", "norm": whole}, None),
+        ({"divergence": "exact"}, None),
+    ):
+        flow = flows.CNF(2, **options, rtol=1e-6, atol=1e-6)
+        pair = [torch.Generator().manual_seed(1) for _ in range(2)]
+        context = None if context is None else context.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(options) == 1):
+            found = flow.sample(4, context, generator=pair[0])
+        expected, _ = flow.sample_and_log_prob(4, context, generator=pair[1])
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_standard_error_tells_the_spread_of_the_estimate():
     flow, x = small(divergence="hutchinson"), normal(40, 2)
     exact = small().log_prob(x)

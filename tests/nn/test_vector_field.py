@@ -125,6 +125,22 @@ def test_half_states_are_computed_in_float32():
     assert (y.dtype, divergence.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_states_and_layers_of_several_dtypes(autocast):
+    x = normal(5, 3, dtype=torch.float32)
+    expected = make("concatsquash")(0.5, x.double())
+    for dtypes in itertools.product((torch.float32, torch.float64), repeat=3):
+        field = make("concatsquash")
+        for layer, dtype in zip(field.layers, dtypes, strict=True):
+            layer.to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = field(0.5, x)
+        tolerance = 0.1 if autocast else 1e-5
+        torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
+        found = field.velocity_and_divergence(0.5, x, method="exact")[0]
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments():
     field, x = nn.VectorFieldMLP(3), torch.zeros(4, 3)
     probe = ops.draw_probe(x)

@@ -16,7 +16,12 @@ from pyflowkern.ops import (
     hutchinson_trace_reference,
     rademacher,
 )
-from pyflowkern.ops.divergence import ACTIVATIONS, activation_and_slope, evaluate_velocity
+from pyflowkern.ops.divergence import (
+    ACTIVATIONS,
+    activation_and_slope,
+    evaluate_field,
+    evaluate_velocity,
+)
 
 SHAPES = [(7,), (64, 60, 5), (200, 130)]  # narrow, several layers, sums beyond the caches
 
@@ -247,6 +252,41 @@ def test_a_bad_sample_stays_alone(backend):
             outputs = field_divergence(leaf, *parts, **options)
             (grad,) = torch.autograd.grad([t.sum() for t in outputs], leaf)
             assert grad[others].isfinite().all()
+
+
+def test_bad_gates_of_a_sample_stay_alone(backend):
+    """Of layers with other strides, too, whose padding they could fill."""
+    for hidden in SHAPES:
+        weights, biases, gates = layers((2, *hidden, 2), n=40, gates=True)
+        x, e = normal(40, 2), normal(40, 2, seed=3)
+        good = field_divergence(x, weights, biases, gates, probe=e, regularizers=True)
+        for poison in (torch.nan, torch.inf):
+            for part in (biases, gates):
+                part[0][0] = poison
+            found = field_divergence(x, weights, biases, gates, probe=e, regularizers=True)
+            for a, b in zip(found, good, strict=True):
+                assert torch.equal(a[1:], b[1:])
+                assert not a[0].isfinite().all()
+
+
+def test_layers_that_do_not_fit_are_an_error(backend):
+    """Of callers that check nothing, such as a module whose layers were replaced."""
+    x = normal(3, 2)
+    for part, i, bad in (
+        (0, 1, normal(7, 9)),
+        (0, 1, normal(9, 7)),
+        (1, 0, normal(6)),
+        (0, 1, normal(2, 7, dtype=torch.float32)),
+    ):
+        parts = layers((2, 7, 2))
+        parts[part][i] = bad
+        for call in (
+            lambda parts=parts: evaluate_velocity(x, parts, "tanh"),
+            lambda parts=parts: evaluate_field(x, normal(1, 3, 2), 1, parts, "tanh", "hutchinson"),
+            lambda parts=parts: evaluate_field(x, x, 1, parts, "tanh", "exact"),
+        ):
+            with pytest.raises(RuntimeError):
+                call()
 
 
 def test_threads_do_not_matter():
