@@ -7,7 +7,7 @@ as eager has, and "field alone" calls the field of "ours" as often as a solve do
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -70,6 +70,24 @@ def own_field(device: torch.device) -> OwnField:
     return OwnField(field(device))
 
 
+class Decay(nn.Module):
+    """The velocity ``-y``: next to nothing beside the sums over the stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluations = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return the velocity, and count."""
+        self.evaluations += 1
+        return -y
+
+
+@cache
+def decay(device: torch.device) -> Decay:
+    return Decay()
+
+
 def torchdiffeq_solver(inputs: Inputs) -> Callable[..., Tensor]:
     import torchdiffeq
 
@@ -88,9 +106,8 @@ def ours(f: nn.Module, x: Tensor, **settings: Any) -> Tensor:
     return out[-1]
 
 
-def evaluations(device: torch.device, x: Tensor, **settings: Any) -> int:
+def evaluations(f: OwnField | Decay, x: Tensor, settings: dict[str, Any]) -> int:
     """Return the evaluations of one solve of ours; those of torchdiffeq are the same (tests/ode)."""
-    f = own_field(device)
     f.evaluations = 0
     solve(ours, f, settings, x)
     return f.evaluations
@@ -120,43 +137,61 @@ def alone(count: int, f: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _providers(work: Callable[..., Any], settings: dict[str, Any], **own: Any) -> dict[str, Lazy]:
+def _providers(
+    work: Callable[..., Any],
+    settings: dict[str, Any],
+    make: Callable[..., nn.Module] = field,
+    make_own: Callable[..., Any] = own_field,
+    **own: Any,
+) -> dict[str, Lazy]:
     def theirs(inputs: Inputs) -> Provider:
-        return partial(work, torchdiffeq_solver(inputs), field(inputs["x"].device), settings)
+        return partial(work, torchdiffeq_solver(inputs), make(inputs["x"].device), settings)
 
     def mine(inputs: Inputs) -> Provider:
-        return partial(work, ours, own_field(inputs["x"].device), settings | own)
+        return partial(work, ours, make_own(inputs["x"].device), settings | own)
 
     def half(inputs: Inputs) -> Provider:
-        return partial(work, ours, field(inputs["x"].device), settings | own)
+        return partial(work, ours, make(inputs["x"].device), settings | own)
 
     def bare(inputs: Inputs) -> Provider:
-        x = inputs["x"]
-        return partial(alone, evaluations(x.device, x, **settings), own_field(x.device))
+        f = make_own(inputs["x"].device)
+        return partial(alone, evaluations(f, inputs["x"], settings), f)
 
-    found = {"eager": Lazy(theirs), "ours": Lazy(mine), "our solver": Lazy(half)}
+    found = {"eager": Lazy(theirs), "ours": Lazy(mine)}
+    if make is not make_own:
+        found["our solver"] = Lazy(half)
     if work is solve:
         found["field alone"] = Lazy(bare, comparable=False)
     return found
 
 
-def _case(name: str, work: Callable[..., Any], settings: dict[str, Any], **own: Any) -> Case:
+def _case(name: str, providers: dict[str, Lazy], shape: Sequence[int], target: float = 0) -> Case:
     return Case(
-        name=f"{name} 2-64x3-2, B={BATCH}",
-        make_inputs=random_inputs(x=(BATCH, 2)),
-        providers=_providers(work, settings, **own),
+        name=name,
+        make_inputs=random_inputs(x=tuple(shape)),
+        providers=providers,
         passes=("call",),
         constants=("x",),
         compiles=False,
-        targets={"call vs eager": 1.5} if work is solve and settings is DOPRI5 else {},
+        targets={"call vs eager": target} if target else {},
     )
+
+
+def _network(name: str, providers: dict[str, Lazy], target: float = 0) -> Case:
+    return _case(f"{name} 2-64x3-2, B={BATCH}", providers, (BATCH, 2), target)
 
 
 DOPRI5: dict[str, Any] = {"method": "dopri5"}
 CASES = [
-    _case("dopri5", solve, DOPRI5),
-    _case("dopri8", solve, {"method": "dopri8"}),
-    _case("dopri5 and gradient, checkpointed", train, DOPRI5),
-    _case("dopri5 and gradient, graphs kept", train, DOPRI5, checkpoint=False),
-    _case("dopri5 and gradient, reversible", train, DOPRI5, adjoint="reversible"),
+    _network("dopri5", _providers(solve, DOPRI5), 1.5),
+    _network("dopri8", _providers(solve, {"method": "dopri8"})),
+    _network("dopri5 and gradient, checkpointed", _providers(train, DOPRI5)),
+    _network("dopri5 and gradient, graphs kept", _providers(train, DOPRI5, checkpoint=False)),
+    _network("dopri5 and gradient, reversible", _providers(train, DOPRI5, adjoint="reversible")),
+    _case(
+        "dopri5 of 1000000 numbers, dy/dt = -y",
+        _providers(solve, DOPRI5, decay, decay),
+        (1_000_000,),
+        2.0,
+    ),
 ]
