@@ -132,6 +132,9 @@ struct OnCpu {
     constexpr int64_t kNarrow = 8;  // columns: most of a panel would be in vain
     out.sizes()[1] < kNarrow ? multiply_out(out, a, b) : matmul(out, a, b);
   }
+  static void multiply_add(Tensor& out, const Tensor& a, const Tensor& b) {
+    matmul(out, a, b, true);
+  }
   static void stack(const StackArgs& a, DType dtype) {
     const bool wide = dtype == kFloat64;
     parallel_tasks(a.samples, a.features * (1 + a.probes), [&](int64_t begin, int64_t end) {

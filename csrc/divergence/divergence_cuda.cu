@@ -232,6 +232,11 @@ thread_local cudaStream_t stream_of_call = nullptr;  // set by Call, for the lau
 
 struct OnCuda {
   static void multiply(Tensor& out, const Tensor& a, const Tensor& b) { multiply_out(out, a, b); }
+  static void multiply_add(Tensor& out, const Tensor& a, const Tensor& b) {
+    Tensor product = empty(out, out.sizes());
+    multiply_out(product, a, b);
+    out = sum_of(out, product);
+  }
   static TeamPlan teams(int64_t rows, int64_t features) {  // rows are not cut into chunks
     TeamPlan p{rows, features, features, 1, 1};
     while (p.size < 32 && p.size * 4 < features) p.size *= 2;

@@ -70,27 +70,30 @@ struct Exact : Field {
   // Adds what comes through M to the gradients of the weights and of the output's gate.
   template <class Device>
   void uncouple(const Tensor& grad_m, FieldGradients& to) const {
-    const Tensor &first = weights[0], &last = last_weight;
-    Tensor of_first, of_last;
+    Tensor& of_last = to.weights[hidden];
+    Tensor of_turned = of_last;  // with the gate of the output
+    if (!gates.empty()) {
+      of_turned = empty(x, of_last.sizes());
+      torch::stable::fill_(of_turned, 0.0);
+    }
+    const Tensor turned_last = turned(last_weight), turned_first = turned(weights[0]);
     if (hidden == 1) {
       const Tensor grad = column_of(grad_m);
-      of_first = product_of(grad, turned(last));
-      of_last = turned(product_of(grad, first));
+      to.weights[0] = sum_of(to.weights[0], product_of(grad, turned_last));
+      of_turned = sum_of(of_turned, turned(product_of(grad, weights[0])));
     } else {
       to.weights[1] = sum_of(to.weights[1], product_of(grad_m, paired));
-      const Tensor grad = product_of(grad_m, weights[1]);
-      of_first = empty(x, first.sizes());
-      of_last = empty(x, last.sizes());
-      Device::multiply(of_first, turned(grad), turned(last));
-      Device::multiply(of_last, turned(first), turned(grad));
+      const Tensor grad = turned(product_of(grad_m, weights[1]));
+      Device::multiply_add(to.weights[0], grad, turned_last);
+      Device::multiply_add(of_turned, turned_first, grad);
     }
-    to.weights[0] = sum_of(to.weights[0], of_first);
-    if (!gates.empty()) {
-      const Tensor of_gate = sum_columns(product_of(of_last, weights.back()));
-      to.gates[hidden] = sum_of(to.gates[hidden], of_gate);
-      of_last = product_of(column_of(gates.back()), of_last);
+    if (gates.empty()) {
+      of_last = of_turned;
+      return;
     }
-    to.weights[hidden] = sum_of(to.weights[hidden], of_last);
+    const Tensor of_gate = sum_columns(product_of(of_turned, weights.back()));
+    to.gates[hidden] = sum_of(to.gates[hidden], of_gate);
+    of_last = sum_of(of_last, product_of(column_of(gates.back()), of_turned));
   }
 
   int64_t size() const { return kept_size + (hidden == 2 ? n * coupling.out : 0); }
