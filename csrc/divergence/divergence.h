@@ -30,6 +30,7 @@ struct FieldLayer {
   const void* weight;  // [out, in]
   const void* bias;    // [out] or [samples, out]
   const void* gate;    // the same, or null
+  const void* scale;   // or null: a gate [out] that went into the packed weight
   int64_t bias_step, gate_step;
   bool value_kept;  // backward may find h' instead of p: tanh without a gate
   int64_t kept;     // offset of this layer in what is kept, or -1

@@ -86,6 +86,14 @@ void pack_layer(const FieldArgs& a, const FieldLayer& y) {
   transpose_padded(w, y.out, y.in, to.turned, y.out_stride);
   if (y.bias && !y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
   if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));
+  const T* const scale = typed<T>(y.scale);
+  if (scale == nullptr) return;
+  for (int64_t i = 0; i < y.out; ++i) {
+    for (int64_t j = 0; j < y.in; ++j) to.weight[i * y.in_stride + j] *= scale[i];
+  }
+  for (int64_t j = 0; j < y.in; ++j) {
+    for (int64_t i = 0; i < y.out; ++i) to.turned[j * y.out_stride + i] *= scale[i];
+  }
 }
 
 template <class T>
@@ -366,6 +374,25 @@ void field_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
       forward_tile<T>(a, w, first, n);
     }
   });
+}
+
+// Rows [begin, end) of the gradient of a weight, from that of its product with its scale, and the
+// gradient of the scale.
+template <class T>
+void unfold_gate(const FieldLayer& y, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* w = typed<T>(y.weight) + i * y.in;
+    T* grad = typed<T>(y.grad_weight) + i * y.in;
+    const V g = typed<T>(y.scale)[i];
+    V sum = T(0);
+    each_vector<T>(y.in, [&](int64_t j, int m) {
+      const V v = get(grad + j, m);
+      sum += get(w + j, m) * v;
+      put(g * v, grad + j, m);
+    });
+    typed<T>(y.grad_gate)[i] = static_cast<T>(sum_lanes(sum));
+  }
 }
 
 // total[begin, end) (+)= the sums of `tasks` tasks, in their order.

@@ -15,6 +15,7 @@ PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t
                    void field_pack(const FieldArgs&, bool);
                    void field_add(const void*, int64_t, int64_t, bool, bool, int64_t, int64_t,
                                   double*);
+                   void field_unfold(const FieldLayer&, bool, int64_t, int64_t);
                    void field_stack(const StackArgs&, bool, int64_t, int64_t);
                    void field_layer(const LayerArgs&, int, bool, int64_t, int64_t);
                    void field_output(const OutputArgs&, bool, bool, int64_t, int64_t);
@@ -41,6 +42,9 @@ void field_add(const void* sums, int64_t size, int64_t tasks, bool add, bool wid
                int64_t end, double* total) {
   wide ? add_tasks(typed<double>(sums), size, tasks, add, begin, end, total)
        : add_tasks(typed<float>(sums), size, tasks, add, begin, end, total);
+}
+void field_unfold(const FieldLayer& y, bool wide, int64_t begin, int64_t end) {
+  wide ? unfold_gate<double>(y, begin, end) : unfold_gate<float>(y, begin, end);
 }
 void field_stack(const StackArgs& a, bool wide, int64_t begin, int64_t end) {
   auto run = [&]<class T>(T) {
@@ -297,6 +301,12 @@ void backward_in_cache(Field& f, bool wide, int64_t size, const FieldGradients& 
     if (wave == 0) break;
   }
   wide ? write_gradients<double>(f, total.data()) : write_gradients<float>(f, total.data());
+  for (const FieldLayer& y : f.layers) {
+    if (y.scale == nullptr) continue;
+    parallel_tasks(y.out, y.in, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(field_unfold, y, wide, begin, end);
+    });
+  }
 }
 
 // What the tiles of an exact trace need besides the layers.
@@ -339,6 +349,7 @@ Tensor OnCpu::exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& k
 void run_forward(Field& f, const Tensor& kept) {
   const bool wide = dtype_of(f.x) == kFloat64;
   if (f.args.flags & kFieldInCache) {
+    f.fold_gates();
     forward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
   } else {
     wide_forward<OnCpu>(f, kept);
@@ -347,6 +358,7 @@ void run_forward(Field& f, const Tensor& kept) {
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   const bool wide = dtype_of(f.x) == kFloat64;
   if (f.args.flags & kFieldInCache) {
+    f.fold_gates();
     backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float), to);
   } else {
     wide_backward<OnCpu>(f, kept, to);

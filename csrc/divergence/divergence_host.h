@@ -80,6 +80,17 @@ struct Field {
   int64_t rows() const { return args.samples * (1 + args.probes); }
   FieldLayer& last() { return layers.back(); }
 
+  // Gates that all samples share go into the weights, which only copies of them allow: g (W h) =
+  // (g W) h.
+  void fold_gates() {
+    for (FieldLayer& y : layers) {
+      if (y.gate == nullptr || y.gate_step) continue;
+      y.scale = y.gate;
+      y.gate = nullptr;
+      y.value_kept = args.activation == kActTanh && &y != &layers.back();
+    }
+  }
+
   // Nothing was kept: the backward pass computes everything again.
   void forget() {
     for (FieldLayer& y : layers) y.kept = -1;
