@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern.nn._base import check_count
+from pyflowkern.ops._field_time import at_time
 from pyflowkern.ops._probe import as_probe, expand_probe
 from pyflowkern.ops._registry import (
     accumulation_dtype,
@@ -346,18 +347,8 @@ class VectorFieldMLP(torch.nn.Module):
         work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
         weights, biases = [cast(w, work) for w in weights], [cast(b, work) for b in biases]
         time = as_time(t, x).to(work)
-        time = time[:, None] if time.dim() else time
-        if self.time != "none":  # of all layers at once: a solve spends much time in small calls
-            sizes = [b.shape[0] for b in biases]
-            flat = torch.cat(biases)
-            slope, *rest = torch.cat(list(self.times), 1).to(work).unbind()
-            if rest:
-                gate = torch.sigmoid(torch.addcmul(rest[0], time, slope))
-                gates = list(gate.split(sizes, -1))
-                flat = torch.addcmul(time * rest[1], gate, flat)
-            else:
-                flat = torch.addcmul(flat, time, slope)
-            biases = list(flat.split(sizes, -1))
+        if self.time != "none":
+            biases, gates = at_time(time, biases, [cast(p, work) for p in self.times])
         check_context(context, self.context_features, x)
         if context is not None:
             biases = add_context(biases, context, self.contexts)

@@ -21,6 +21,7 @@ from pyflowkern.nn.vector_field import (
     check_states,
     probes_of,
 )
+from pyflowkern.ops._field_time import at_time
 from pyflowkern.ops._registry import accumulation_dtype, cast, full_precision
 from pyflowkern.ops.divergence import hutchinson_trace
 from pyflowkern.ops.field_layer import activate_layer, spread
@@ -239,14 +240,8 @@ class VectorFieldConv(torch.nn.Module):
         """Return biases and gates of the layers at a time, as :func:`~pyflowkern.ops.field_layer` takes them."""
         biases: list[Tensor] = [layer.bias.to(work) for layer in self.layers]  # type: ignore[misc]
         gates: Sequence[Tensor | None] = [None] * len(biases)
-        time = time[:, None] if time.dim() else time
-        if self.time == "concatsquash":  # of all layers at once: each small call takes its time
-            sizes = [b.shape[0] for b in biases]
-            slope, offset, shift = torch.cat(list(self.times), 1).to(work).unbind()
-            gate = torch.sigmoid(torch.addcmul(offset, time, slope))
-            gates = list(gate.split(sizes, -1))
-            bias = torch.addcmul(time * shift, gate, torch.cat(biases))
-            biases = list(bias.split(sizes, -1))
+        if self.time == "concatsquash":
+            biases, gates = at_time(time, biases, [cast(p, work) for p in self.times])
         check_context(context, self.context_features, x)
         if context is not None:
             biases = add_context(biases, context, self.contexts)
@@ -254,6 +249,7 @@ class VectorFieldConv(torch.nn.Module):
             # a channel of t is zero around the image, so what a kernel makes of it differs there
             ones = x.new_ones((1, 1, *x.shape[2:]), dtype=work)
             maps = [F.conv2d(ones, p.to(work), padding=SIDE // 2) for p in self.times]
+            time = time[:, None] if time.dim() else time
             pairs = zip(biases, maps, strict=True)
             biases = [b[..., None, None] + time[..., None, None] * m for b, m in pairs]
         return biases, gates

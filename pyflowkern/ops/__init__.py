@@ -1,6 +1,7 @@
 """Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
 
 from pyflowkern import _library
+from pyflowkern.ops import _field_time  # noqa: F401  (an op that fields call)
 from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.actnorm import (
     actnorm,

@@ -8,7 +8,9 @@ import pytest
 import torch
 from fields import check, layers
 from laws import normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyflowkern import nn
 from pyflowkern.ops import field_divergence
 from pyflowkern.ops.divergence import ACTIVATIONS
 
@@ -33,6 +35,19 @@ def host_kernels(cuda_on_host):
     return kernels
 
 
+class Calls(TorchDispatchMode):
+    """The ops that run."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.promote_types.default:  # which computes nothing
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 #: Shared memory of a block of an H100; what holds one layer at a time; what holds none.
 RESIDENT, STAGED, NONE = 227 << 10, 120 << 10, 0
 NARROW = [(7,), (64, 60, 5), (128, 128, 43, 128), ()]
@@ -48,6 +63,17 @@ def test_a_narrow_field_is_one_launch(host_kernels, shared):
         with host_kernels(shared) as counts:
             field_divergence(x, *parts, probe=torch.tensor(3), regularizers=True)
         assert counts == [1 if shared else len(hidden) + 2]
+
+
+@pytest.mark.parametrize("time", ["concat", "concatsquash"])
+def test_an_evaluation_at_a_time_is_two_launches(host_kernels, time):
+    """Of FFJORD's fields: their parameters at the time, and velocity and divergence; no other op of torch computes."""
+    field = nn.VectorFieldMLP(6, (60, 60, 60), time=time)
+    x, t, seed = normal(70, 6, dtype=torch.float32), torch.tensor(0.3), torch.tensor(3)
+    with torch.no_grad(), host_kernels(RESIDENT) as counts, Calls() as calls:
+        field.velocity_and_divergence(t, x, probe=seed)
+    assert counts == [2]
+    assert calls.names == ["pyflowkern::field_time", "pyflowkern::field_divergence"]
 
 
 @pytest.mark.parametrize("shared", [RESIDENT, STAGED, NONE])
