@@ -46,10 +46,12 @@ PEERS = (
     ("nsf", "training step D=20 batch 4096", "call", ("nflows",)),
     ("nsf", "training step D=6 batch 512", "call", ("nflows",)),
     ("ffjord", "training step D=6", "call", ("eager",)),
-    ("ode", "dopri5 2-64x3-2", "call", ("eager",)),
+    ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
+    ("ode", "dopri5 of 1000000", "call", ("eager",)),
 )
-#: Families whose "eager" is another library.
+#: Families whose "eager" is another library, and what else needs words.
 EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
+WORDS = {"our solver": "our solver with torch's layers"}
 LARGE = 20.0  # above that many floors a call is what costs, and the ratio says nothing
 
 
@@ -76,7 +78,7 @@ def summary(folder: Path | None) -> str:
         path = folder / f"{family}.csv"
         row = _row(path, case, pass_)
         times = [
-            f"{float(_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({EAGER.get(family, peer)})"
+            f"{float(_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({_named(family, peer)})"
             for peer in peers
         ]
         name = f"sampling {row['case']}" if family == "autoregressive" else row["case"]
@@ -96,6 +98,10 @@ def _row(path: Path, case: str, pass_: str, provider: str = "ours") -> dict[str,
             if found and row["case"].startswith(case):
                 return row
     raise ValueError(f"{path} has no row for the {pass_} of {case!r} by {provider}")
+
+
+def _named(family: str, peer: str) -> str:
+    return EAGER.get(family, peer) if peer == "eager" else WORDS.get(peer, peer)
 
 
 def _milliseconds(p50: float) -> str:
