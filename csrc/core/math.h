@@ -285,12 +285,14 @@ PFK_HD V tanh_exponential(V x) {
   const V a = min_(abs_(x), V(T(43)));  // e^86 is still finite in float32; NaN passes
   return expm1_of_tanh(a + a);
 }
-// tanh|x| = m / (m + 2) and sech^2 x = 4 (m + 1) / (m + 2)^2, neither with cancellation.
+// tanh|x| = m / (m + 2) and, as 1 - tanh|x| = 2 / (m + 2), sech^2 x = (1 + tanh|x|) 2 / (m + 2):
+// neither with cancellation.
 template <class V>
 PFK_HD Tanh<V> tanh_from(V x, V m) {
   using T = Lane<V>;
   const V inverse = V(T(1)) / (m + V(T(2)));
-  return {copysign_(m * inverse, x), V(T(4)) * (m + V(T(1))) * inverse * inverse};
+  const V value = m * inverse, rest = inverse + inverse;
+  return {copysign_(value, x), rest + value * rest};
 }
 template <class V>
 PFK_HD Tanh<V> tanh_(V x) {

@@ -230,7 +230,7 @@ const T* activate_tile(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int
   LayerArgs r = layer_args(a, y, n, w);
   if (pass == kRestored) r.value_kept = has_value(a, l);
   set_parameters(a, y, first, n, w, r, 0);
-  layer_function<T>(a.activation, pass)(r, 0, n);
+  run_layer<T>(r, pass, 0, n);
   return w.s;
 }
 
@@ -337,7 +337,7 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
       r.s = h;
       r.value_kept = has_value(a, l - 1);
       set_parameters(a, below, first, n, w, r, task);
-      layer_function<T>(a.activation, kBackward)(r, 0, n);
+      run_layer<T>(r, kBackward, 0, n);
       store_own_gradients(below, first, n, w);
     } else {
       copy_rows<T>(to, y.in_stride, typed<T>(a.grad_x) + first * a.features, a.features, n,

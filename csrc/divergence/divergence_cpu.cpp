@@ -55,8 +55,7 @@ void field_stack(const StackArgs& a, bool wide, int64_t begin, int64_t end) {
 }
 void field_layer(const LayerArgs& a, int pass, bool wide, int64_t begin, int64_t end) {
   const LayerPass p = static_cast<LayerPass>(pass);
-  wide ? layer_function<double>(a.activation, p)(a, begin, end)
-       : layer_function<float>(a.activation, p)(a, begin, end);
+  wide ? run_layer<double>(a, p, begin, end) : run_layer<float>(a, p, begin, end);
 }
 void field_output(const OutputArgs& a, bool backward, bool wide, int64_t begin, int64_t end) {
   if (wide) {

@@ -39,7 +39,7 @@ void activate_exact(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int64_
                     LayerPass pass) {
   LayerArgs r = slope_args(a, a.layer[l], n, w);
   set_parameters(a, a.layer[l], first, n, w, r, 0);
-  layer_function<T>(a.activation, pass)(r, 0, n);
+  run_layer<T>(r, pass, 0, n);
 }
 
 template <class T>
@@ -142,7 +142,7 @@ void exact_backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t 
     LayerArgs r = slope_args(a, below, n, w);
     r.grad = w.other;
     set_parameters(a, below, first, n, w, r, task);
-    layer_function<T>(a.activation, kBackward)(r, 0, n);
+    run_layer<T>(r, kBackward, 0, n);
     store_own_gradients(below, first, n, w);
     add_weight<T>(a, y, w.grad, w.s, n, task, fresh);
     T* swap = w.grad;

@@ -44,64 +44,67 @@ PFK_HD void put_parameter(Vec<T> v, void* to, int64_t step, int64_t sample, int6
 }
 
 // ---- a layer -----------------------------------------------------------------------------------
+// Arguments are copied: stores of vectors could change what a reference leads to, for all that the
+// compiler knows.
+//
 // kRestore: from what was kept.
-template <int kKind, bool kRestore, class T>
-void layer_forward(const LayerArgs& a, int64_t first, int64_t last) {
+template <int kKind, bool kRestore, bool kGated, class T>
+void layer_forward(const LayerArgs& args, int64_t first, int64_t last) {
   using V = Vec<T>;
+  const LayerArgs a = args;
   T* const p = typed<T>(a.p);
   T* const s = typed<T>(a.s);
   const T* const tangents = typed<T>(a.tangents);
-  const T* const bias = typed<T>(a.bias);
-  const T* const gate = typed<T>(a.gate);
-  const int64_t stride = a.stride, samples = a.samples, probes = a.probes;
-  const bool value_kept = a.value_kept;
   for (int64_t i = first; i < last; ++i) {
+    const T* const bias = typed<T>(a.bias) + i * a.bias_step;
+    const T* const gate = kGated ? typed<T>(a.gate) + i * a.gate_step : nullptr;
     each_vector<T>(a.columns, [&](int64_t j, int m) {
-      const V b = get(bias + i * a.bias_step + j, m);
-      const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
-      T* const at = p + i * stride + j;
-      const V pre = get(at, m);
+      const V b = get(bias + j, m), g = kGated ? get(gate + j, m) : V(T(1));
+      int64_t at = i * a.stride + j;
+      const V pre = get(p + at, m);
       const Curve<V> c =
-          kRestore ? curve_of_kept<kKind>(pre, b, g, value_kept) : curve_at<kKind>(g * pre + b);
-      if (!kRestore && value_kept) put(c.value, at, m);
-      put(c.value, s + i * stride + j, m);
-      for (int64_t k = 0; k < probes; ++k) {
-        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m);
-        put(c.slope * (g * t), s + ((k + 1) * samples + i) * stride + j, m);
+          kRestore ? curve_of_kept<kKind>(pre, b, g, a.value_kept) : curve_at<kKind>(g * pre + b);
+      const V value = c.value, slope = c.slope;
+      if (!kRestore && a.value_kept) put(value, p + at, m);
+      put(value, s + at, m);
+      int64_t tangent = i * a.tangent_step + j;
+      for (int64_t k = 0; k < a.probes; ++k, tangent += a.samples * a.tangent_step) {
+        at += a.samples * a.stride;
+        put(slope * (g * get(tangents + tangent, m)), s + at, m);
       }
     });
   }
 }
 
-template <int kKind, class T>
-void layer_backward(const LayerArgs& a, int64_t first, int64_t last) {
+template <int kKind, bool kGated, class T>
+void layer_backward(const LayerArgs& args, int64_t first, int64_t last) {
   using V = Vec<T>;
+  const LayerArgs a = args;
   const T* const p = typed<T>(a.p);
   T* const s = typed<T>(a.s);
   T* const grad = typed<T>(a.grad);
   const T* const tangents = typed<T>(a.tangents);
-  const T* const bias = typed<T>(a.bias);
-  const T* const gate = typed<T>(a.gate);
-  const int64_t stride = a.stride, samples = a.samples, probes = a.probes;
-  const bool value_kept = a.value_kept;
   for (int64_t i = first; i < last; ++i) {
+    const T* const bias = typed<T>(a.bias) + i * a.bias_step;
+    const T* const gate = kGated ? typed<T>(a.gate) + i * a.gate_step : nullptr;
     each_vector<T>(a.columns, [&](int64_t j, int m) {
-      const V b = get(bias + i * a.bias_step + j, m);
-      const V g = gate ? get(gate + i * a.gate_step + j, m) : V(T(1));
-      const V pre = get(p + i * stride + j, m);
-      const Curve<V> c = curve_of_kept<kKind>(pre, b, g, value_kept);
+      const V b = get(bias + j, m), g = kGated ? get(gate + j, m) : V(T(1));
+      const int64_t top = i * a.stride + j;
+      const V pre = get(p + top, m);
+      const Curve<V> c = curve_of_kept<kKind>(pre, b, g, a.value_kept);
+      const V value = c.value, slope = c.slope;
       LayerVjp<V> v(c, g);
-      for (int64_t k = 0; k < probes; ++k) {
-        const int64_t at = ((k + 1) * samples + i) * stride + j;
-        const V t = get(tangents + (k * samples + i) * a.tangent_step + j, m);
+      int64_t at = top, tangent = i * a.tangent_step + j;
+      for (int64_t k = 0; k < a.probes; ++k, tangent += a.samples * a.tangent_step) {
+        at += a.samples * a.stride;
+        const V t = get(tangents + tangent, m);
         put(v.tangent(t, get(grad + at, m)), grad + at, m);
-        put(c.slope * (g * t), s + at, m);
+        put(slope * (g * t), s + at, m);
       }
-      T* const first_grad = grad + i * stride + j;
-      put(v.primal(pre, get(first_grad, m)), first_grad, m);
-      put(c.value, s + i * stride + j, m);
+      put(v.primal(pre, get(grad + top, m)), grad + top, m);
+      put(value, s + top, m);
       put_parameter(v.crossed, a.grad_bias, a.grad_bias_step, i, j, m);
-      if (gate) put_parameter(v.of_gate, a.grad_gate, a.grad_gate_step, i, j, m);
+      if (kGated) put_parameter(v.of_gate, a.grad_gate, a.grad_gate_step, i, j, m);
     });
   }
 }
@@ -110,16 +113,22 @@ using LayerFunction = void (*)(const LayerArgs&, int64_t, int64_t);
 
 enum LayerPass : int { kForward, kRestored, kBackward };
 
+template <int kKind, class T>
+LayerFunction layer_function_of(bool gated, LayerPass pass) {
+  static constexpr LayerFunction table[2][3] = {
+      {layer_forward<kKind, false, false, T>, layer_forward<kKind, true, false, T>,
+       layer_backward<kKind, false, T>},
+      {layer_forward<kKind, false, true, T>, layer_forward<kKind, true, true, T>,
+       layer_backward<kKind, true, T>}};
+  return table[gated][pass];
+}
+
 template <class T>
-LayerFunction layer_function(int activation, LayerPass pass) {
-  static constexpr LayerFunction table[3][kActivations] = {
-      {layer_forward<kActTanh, false, T>, layer_forward<kActSoftplus, false, T>,
-       layer_forward<kActSilu, false, T>, layer_forward<kActGelu, false, T>},
-      {layer_forward<kActTanh, true, T>, layer_forward<kActSoftplus, true, T>,
-       layer_forward<kActSilu, true, T>, layer_forward<kActGelu, true, T>},
-      {layer_backward<kActTanh, T>, layer_backward<kActSoftplus, T>, layer_backward<kActSilu, T>,
-       layer_backward<kActGelu, T>}};
-  return table[pass][activation];
+void run_layer(const LayerArgs& a, LayerPass pass, int64_t first, int64_t last) {
+  static constexpr LayerFunction (*table[kActivations])(bool, LayerPass) = {
+      layer_function_of<kActTanh, T>, layer_function_of<kActSoftplus, T>,
+      layer_function_of<kActSilu, T>, layer_function_of<kActGelu, T>};
+  table[a.activation](a.gate != nullptr, pass)(a, first, last);
 }
 
 // ---- the output --------------------------------------------------------------------------------
