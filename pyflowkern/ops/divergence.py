@@ -239,42 +239,45 @@ def _check_field(
         raise ValueError(f"x must have shape [N, D], got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    n, size = x.shape
-    own = gates if gates is not None else []
-    if not len(weights) == len(biases) or len(own) not in (0, len(weights)) or not len(weights):
+    own: Sequence[Tensor] = gates if gates is not None else []
+    count = len(weights)
+    if not count or len(biases) != count or len(own) not in (0, count):
         raise ValueError(
             "weights, biases and gates must have one entry a layer, got "
-            f"{len(weights)}, {len(biases)} and {len(own)}"
+            f"{count}, {len(biases)} and {len(own)}"
         )
-    dtype = x.dtype
+    n, features = x.shape
+    dtype, device, size = x.dtype, x.device, features
     for i, weight in enumerate(weights):
-        if not weight.is_floating_point():
-            check_floating(f"weights[{i}]", weight)
-        last = i == len(weights) - 1
-        if (
-            weight.dim() != 2
-            or weight.shape[1] != size
-            or (last and weight.shape[0] != x.shape[1])
-        ):
-            want = f"[{x.shape[1] if last else 'out'}, {size}]"
-            raise ValueError(f"weights[{i}] must have shape {want}, got {tuple(weight.shape)}")
-        size = weight.shape[0]
-        for name, values in (("biases", biases), ("gates", own)):
-            if not values:
-                continue
-            shape = values[i].shape
-            if not values[i].is_floating_point():
-                check_floating(f"{name}[{i}]", values[i])
-            if shape != (size,) and shape != (n, size):
-                raise ValueError(
-                    f"{name}[{i}] must have shape ({size},) or ({n}, {size}), "
-                    f"got {tuple(values[i].shape)}"
-                )
+        _check_parameter("weights", i, weight, device)
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != size or (i == count - 1 and shape[0] != features):
+            want = f"[{features if i == count - 1 else 'out'}, {size}]"
+            raise ValueError(f"weights[{i}] must have shape {want}, got {tuple(shape)}")
+        size = shape[0]
+        _check_own("biases", i, biases[i], n, size, device)
+        if own:
+            _check_own("gates", i, own[i], n, size, device)
         dtype = torch.promote_types(dtype, weight.dtype)
-    if any(t.device != x.device for part in (weights, biases, own) for t in part):
-        devices = sorted({str(t.device) for part in (weights, biases, own) for t in part})
-        raise ValueError(f"all tensors must be on the device of x, {x.device}, got {devices}")
     return accumulation_dtype(dtype), own
+
+
+def _check_own(name: str, i: int, values: Tensor, n: int, size: int, device: torch.device) -> None:
+    _check_parameter(name, i, values, device)
+    shape = values.shape
+    if shape != (size,) and shape != (n, size):
+        raise ValueError(
+            f"{name}[{i}] must have shape ({size},) or ({n}, {size}), got {tuple(shape)}"
+        )
+
+
+def _check_parameter(name: str, i: int, values: Tensor, device: torch.device) -> None:
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        check_floating(f"{name}[{i}]", values)
+    if values.device != device:
+        raise ValueError(
+            f"all tensors must be on the device of x, {device}, got {name}[{i}] on {values.device}"
+        )
 
 
 def _probe_of(

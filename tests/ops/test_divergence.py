@@ -402,6 +402,8 @@ def test_wrong_arguments():
         (ValueError, "no axes", lambda: field_divergence(x, w, b, probe=e.long())),
         (ValueError, "probes", lambda: field_divergence(x, w, b, probe=torch.tensor(1), probes=0)),
         (ValueError, "one entry a layer", lambda: field_divergence(x, w, b[:1], probe=e)),
+        (TypeError, r"weights\[0\]", lambda: field_divergence(x, [[1.0]], b[:1], probe=e)),
+        (TypeError, r"biases\[1\]", lambda: field_divergence(x, w, [b[0], b[1].int()], probe=e)),
         (ValueError, r"weights\[1\]", lambda: field_divergence(x, [w[0], w[0]], b, probe=e)),
         (ValueError, r"biases\[0\]", lambda: field_divergence(x, w, b[::-1], probe=e)),
         (ValueError, "je must have", lambda: hutchinson_trace(e, e[:2])),
