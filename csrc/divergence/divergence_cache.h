@@ -180,6 +180,8 @@ const T* activate_tile(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int
   const FieldLayer& y = a.layer[l];
   LayerArgs r = layer_args(a, y, n, w);
   if (pass == kRestored) r.value_kept = has_value(a, l);
+  const bool reads_again = a.sums || (a.kept && y.kept >= 0);  // what a forward puts in p
+  if (!reads_again) r.value_kept = false;
   set_parameters(a, y, first, n, w, r, 0);
   run_layer<T>(r, pass, 0, n);
   return w.s;
