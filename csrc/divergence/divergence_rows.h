@@ -44,6 +44,56 @@ PFK_HD void put_parameter(Vec<T> v, void* to, int64_t step, int64_t sample, int6
 }
 
 // ---- a layer -----------------------------------------------------------------------------------
+// Calls f(column, lanes, first row, last row) for the vectors of a few rows at a time, which stay
+// in L1: what all samples share is read, and the sums of its gradients are written, once in so
+// many.
+template <class T, class F>
+PFK_HD void each_column(int64_t columns, int64_t first, int64_t last, F f) {
+  constexpr int64_t kRows = 24;
+  for (int64_t i = first; i < last; i += kRows) {
+    const int64_t end = last - i < kRows ? last : i + kRows;
+    each_vector<T>(columns, [&](int64_t j, int m) { f(j, m, i, end); });
+  }
+}
+
+// A parameter in the row of a sample; `step` 0 for what all share.
+template <class T>
+struct Parameter {
+  const T* p;
+  int64_t step;
+  Vec<T> value;
+  int m;
+  PFK_HD Parameter(const void* from, int64_t step_, int64_t j, int m_)
+      : p(typed<T>(from) + j), step(step_), value(T(1)), m(m_) {
+    if (from && step == 0) value = get(p, m);
+  }
+  PFK_HD Vec<T> operator[](int64_t i) {
+    if (step) value = get(p + i * step, m);
+    return value;
+  }
+};
+
+// Gradients of a parameter of each sample, or their sum, which is added to what is there.
+template <class T>
+struct ParameterGradient {
+  T* p;
+  int64_t step;
+  Vec<T> sum = T(0);
+  int m;
+  PFK_HD ParameterGradient(void* to, int64_t step_, int64_t j, int m_)
+      : p(to ? typed<T>(to) + j : nullptr), step(step_), m(m_) {}
+  PFK_HD void add(Vec<T> v, int64_t i) {
+    if (step == 0) {
+      sum += v;
+    } else if (p) {
+      put(v, p + i * step, m);
+    }
+  }
+  PFK_HD void finish() const {
+    if (p && step == 0) put(get(p, m) + sum, p, m);
+  }
+};
+
 // Arguments are copied: stores of vectors could change what a reference leads to, for all that the
 // compiler knows.
 //
@@ -52,61 +102,59 @@ template <int kKind, bool kRestore, bool kGated, class T>
 void layer_forward(const LayerArgs& args, int64_t first, int64_t last) {
   using V = Vec<T>;
   const LayerArgs a = args;
-  T* const p = typed<T>(a.p);
-  T* const s = typed<T>(a.s);
-  const T* const tangents = typed<T>(a.tangents);
-  for (int64_t i = first; i < last; ++i) {
-    const T* const bias = typed<T>(a.bias) + i * a.bias_step;
-    const T* const gate = kGated ? typed<T>(a.gate) + i * a.gate_step : nullptr;
-    each_vector<T>(a.columns, [&](int64_t j, int m) {
-      const V b = get(bias + j, m), g = kGated ? get(gate + j, m) : V(T(1));
-      int64_t at = i * a.stride + j;
-      const V pre = get(p + at, m);
+  each_column<T>(a.columns, first, last, [&](int64_t j, int m, int64_t begin, int64_t end) {
+    Parameter<T> bias(a.bias, a.bias_step, j, m), gate(a.gate, a.gate_step, j, m);
+    T* const p = typed<T>(a.p) + j;
+    T* const s = typed<T>(a.s) + j;
+    for (int64_t i = begin; i < end; ++i) {
+      const V b = bias[i], g = kGated ? gate[i] : V(T(1));
+      const V pre = get(p + i * a.stride, m);
       const Curve<V> c =
           kRestore ? curve_of_kept<kKind>(pre, b, g, a.value_kept) : curve_at<kKind>(g * pre + b);
       const V value = c.value, slope = c.slope;
-      if (!kRestore && a.value_kept) put(value, p + at, m);
-      put(value, s + at, m);
-      int64_t tangent = i * a.tangent_step + j;
-      for (int64_t k = 0; k < a.probes; ++k, tangent += a.samples * a.tangent_step) {
-        at += a.samples * a.stride;
-        put(slope * (g * get(tangents + tangent, m)), s + at, m);
+      if (!kRestore && a.value_kept) put(value, p + i * a.stride, m);
+      put(value, s + i * a.stride, m);
+      const T* tangent = typed<T>(a.tangents) + i * a.tangent_step + j;
+      for (int64_t k = 1; k <= a.probes; ++k, tangent += a.samples * a.tangent_step) {
+        put(slope * (g * get(tangent, m)), s + (k * a.samples + i) * a.stride, m);
       }
-    });
-  }
+    }
+  });
 }
 
 template <int kKind, bool kGated, class T>
 void layer_backward(const LayerArgs& args, int64_t first, int64_t last) {
   using V = Vec<T>;
   const LayerArgs a = args;
-  const T* const p = typed<T>(a.p);
-  T* const s = typed<T>(a.s);
-  T* const grad = typed<T>(a.grad);
-  const T* const tangents = typed<T>(a.tangents);
-  for (int64_t i = first; i < last; ++i) {
-    const T* const bias = typed<T>(a.bias) + i * a.bias_step;
-    const T* const gate = kGated ? typed<T>(a.gate) + i * a.gate_step : nullptr;
-    each_vector<T>(a.columns, [&](int64_t j, int m) {
-      const V b = get(bias + j, m), g = kGated ? get(gate + j, m) : V(T(1));
-      const int64_t top = i * a.stride + j;
+  each_column<T>(a.columns, first, last, [&](int64_t j, int m, int64_t begin, int64_t end) {
+    Parameter<T> bias(a.bias, a.bias_step, j, m), gate(a.gate, a.gate_step, j, m);
+    ParameterGradient<T> of_bias(a.grad_bias, a.grad_bias_step, j, m);
+    ParameterGradient<T> of_gate(a.grad_gate, a.grad_gate_step, j, m);
+    const T* const p = typed<T>(a.p) + j;
+    T* const s = typed<T>(a.s) + j;
+    T* const grad = typed<T>(a.grad) + j;
+    for (int64_t i = begin; i < end; ++i) {
+      const V b = bias[i], g = kGated ? gate[i] : V(T(1));
+      const int64_t top = i * a.stride;
       const V pre = get(p + top, m);
       const Curve<V> c = curve_of_kept<kKind>(pre, b, g, a.value_kept);
       const V value = c.value, slope = c.slope;
       LayerVjp<V> v(c, g);
-      int64_t at = top, tangent = i * a.tangent_step + j;
-      for (int64_t k = 0; k < a.probes; ++k, tangent += a.samples * a.tangent_step) {
-        at += a.samples * a.stride;
-        const V t = get(tangents + tangent, m);
+      const T* tangent = typed<T>(a.tangents) + i * a.tangent_step + j;
+      for (int64_t k = 1; k <= a.probes; ++k, tangent += a.samples * a.tangent_step) {
+        const int64_t at = top + k * a.samples * a.stride;
+        const V t = get(tangent, m);
         put(v.tangent(t, get(grad + at, m)), grad + at, m);
         put(slope * (g * t), s + at, m);
       }
       put(v.primal(pre, get(grad + top, m)), grad + top, m);
       put(value, s + top, m);
-      put_parameter(v.crossed, a.grad_bias, a.grad_bias_step, i, j, m);
-      if (kGated) put_parameter(v.of_gate, a.grad_gate, a.grad_gate_step, i, j, m);
-    });
-  }
+      of_bias.add(v.crossed, i);
+      if (kGated) of_gate.add(v.of_gate, i);
+    }
+    of_bias.finish();
+    if (kGated) of_gate.finish();
+  });
 }
 
 using LayerFunction = void (*)(const LayerArgs&, int64_t, int64_t);
