@@ -35,10 +35,11 @@ def stage_times(c: Coefficients, t: float, dt: float, perturb: bool) -> tuple[Te
     if (
         c.nodes.device.type == "cpu" and not perturb
     ):  # one call less; elsewhere it would wait for a copy
-        return torch.tensor([node * dt + t for node in c.host_nodes], dtype=c.nodes.dtype).unbind()
-    times = c.nodes * dt + t
-    if perturb:
-        times = torch.where(c.at_end, torch.nextafter(times, times - dt), times)
+        return torch.tensor([node * dt + t for node in c.host_nodes], dtype=c.dtype).unbind()
+    if not perturb:
+        return (c.nodes * dt + t).to(c.dtype).unbind()
+    times = c.nodes.to(c.dtype) * dt + t
+    times = torch.where(c.at_end, torch.nextafter(times, times - dt), times)
     return times.unbind()
 
 

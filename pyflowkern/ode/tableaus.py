@@ -73,7 +73,8 @@ class Coefficients:
 
     rows: list[Tensor]  # rows[i]: a[i], then b[:needed]
     columns: list[Tensor]  # columns[i]: a[i + 1:needed, i]
-    nodes: Tensor
+    dtype: torch.dtype
+    nodes: Tensor  # in float64 where the device has it, as times are
     at_end: Tensor  # which nodes are 1
     error: Tensor | None
     dense: Tensor | None
@@ -103,7 +104,8 @@ def _coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> 
     return Coefficients(
         rows=[put(row) for row in rows],
         columns=columns,
-        nodes=put(method.c),
+        dtype=dtype,
+        nodes=put(method.c) if device.type == "mps" else host(method.c).to(device),
         at_end=put(method.c) == 1,
         error=None if method.error is None else put(method.error),
         dense=None if dense is None else dense.to(device=device, dtype=dtype),

@@ -250,6 +250,20 @@ def test_reversible_solver_keeps_the_order(name, order):
     assert order - 0.3 < math.log2(errors[0] / errors[1]) < order + 1.6
 
 
+@pytest.mark.parametrize(("rate", "end"), [(1.0, 10.0), (5.0, 2.0), (10.0, 2.0)])
+def test_reversible_pairs_stay_together_where_the_field_contracts(rate, end):
+    """The mode that the equation has not would grow by 0.99 e^(rate h) a step, the error of a step never showing it."""
+
+    def field(t, y):
+        return -rate * (y - torch.cos(t))
+
+    y0 = torch.ones(1).double()
+    exact = ode.odeint(field, y0, [0.0, end], rtol=1e-10, atol=1e-10)[-1]
+    found = ode.solve(field, y0, [0.0, end], adjoint="reversible", rtol=1e-5, atol=1e-5)
+    assert found.ok
+    torch.testing.assert_close(found.ys[-1], exact, rtol=0, atol=1e-4)
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 

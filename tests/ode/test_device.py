@@ -187,3 +187,18 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             ode.solve(lambda t, y: -y, y0, [0.0, 1.0], **({"control": "device"} | settings))
+
+
+def test_the_backward_pass_sees_the_times_of_the_forward_pass():
+    """A field that is NaN from some time on is asked there by neither: its parameters have a gradient."""
+    gradients = []
+    for control in ("batch", "device"):
+        rate = torch.ones((), requires_grad=True)
+
+        def field(t, y, rate=rate):
+            return torch.where(t > 0.5, torch.full_like(y, torch.nan), -rate * y)
+
+        s = ode.solve(field, torch.ones(3), [0.0, 1.0], control=control, rtol=1e-5, atol=1e-5)
+        assert not s.ok
+        gradients += torch.autograd.grad(s.ys[-1].sum(), rate)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=0)

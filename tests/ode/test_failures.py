@@ -57,7 +57,9 @@ def into_a_pole(dtype=torch.float64, most=math.inf):
     return (lambda t, y: torch.where(y < most, a * y * y, math.nan)), y0, a
 
 
-@pytest.mark.parametrize("way", [{}, {"method": "rk4", "step_size": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "way", [{}, {"max_steps": 40}, {"method": "rk4", "step_size": 0.05}], ids=str
+)
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, math.inf), (torch.float64, math.inf), (torch.float64, 1e3)]
 )
@@ -65,7 +67,7 @@ def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, d
     field, y0, a = into_a_pole(dtype, most)
     settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | way
     found = ode.solve(field, y0, [0.0, 0.5, 2.0], **settings)
-    assert found.status in (ode.Status.dt_underflow, ode.Status.non_finite)
+    assert not found.ok
     loss = found.ys.sum()
     plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
     assert all(torch.isfinite(g).all() for g in plain)
