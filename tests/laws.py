@@ -119,3 +119,16 @@ def law(op, reference, inputs, floor=4.0):
         allowed = 2 * (b.double() - c).abs().max() + floor * torch.finfo(a.dtype).eps * size
         worst = (a.double() - c).abs().max()
         assert worst <= allowed, f"result {i}: error {worst:.3g}, allowed {allowed:.3g}"
+
+
+def check_batched_gradients(y, leaves):
+    """Gradients for several cotangents at once are those for one after the other."""
+    ways = normal(4, *y.shape, seed=3).to(y.dtype)
+    options = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(y, leaves, ways, is_grads_batched=True, **options)
+    each = zip(*(torch.autograd.grad(y, leaves, way, **options) for way in ways), strict=True)
+    for a, b in zip(found, each, strict=True):
+        if a is None or b[0] is None:  # of what does not matter: none, or zeros
+            assert all(t is None or not t.any() for t in (a, *b))
+        else:
+            torch.testing.assert_close(a, torch.stack(b), rtol=1e-10, atol=1e-10)

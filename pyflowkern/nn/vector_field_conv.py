@@ -208,8 +208,9 @@ class VectorFieldConv(torch.nn.Module):
         h = cast(x, work)
         if e is not None:
             h = torch.cat([h, cast(e, work).reshape(count * n, *x.shape[1:])])
-        if h.device.type == "cpu" and work == torch.float32:
-            # oneDNN takes a fifth less time so; contiguous() would leave one channel as it is
+        if h.device.type == "cpu" and work == torch.float32 and not transformed():
+            # oneDNN takes a fifth less time so; contiguous() would leave one channel as it is, and
+            # vmap hides an axis that the layout needs
             h = h.to(memory_format=torch.channels_last)
         with full_precision(x):
             biases, gates = self._at(as_time(t, x).to(work), x, context, work)

@@ -14,7 +14,7 @@ from pyflowkern.ops._field_reference import (
     hutchinson_trace_reference,
     stacked_reference,
 )
-from pyflowkern.ops._registry import gradient_of_reference, register
+from pyflowkern.ops._registry import gradient_of_reference, register, wants_reference
 
 __all__ = ["FLAT", "IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
 
@@ -70,7 +70,7 @@ def _field_backward(
     weights, biases, gates = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
     if grad_norm is not None and not ctx.flags & NORM:
         grad_norm = None
-    if torch.is_grad_enabled():
+    if wants_reference(grad_y, grad_trace, grad_norm):
         activation, norm = ACTIVATIONS[ctx.activation], bool(ctx.flags & NORM)
         if grad_trace is not None:
             grad_trace = grad_trace.view(ctx.probes, -1)
@@ -179,7 +179,7 @@ def _exact_backward(
     lists = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
     grad_trace = x.new_zeros(x.shape[0]) if grad_trace is None else grad_trace
-    if torch.is_grad_enabled():
+    if wants_reference(grad_y, grad_trace):
 
         def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
             layers = p[:n], p[n : 2 * n], p[2 * n :]

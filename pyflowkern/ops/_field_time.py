@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import gradient_of_reference, register
+from pyflowkern.ops._registry import gradient_of_reference, register, wants_reference
 
 __all__ = ["at_time", "at_time_reference"]
 
@@ -104,7 +104,7 @@ class _AtTime(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         time, *parameters = ctx.saved_tensors
         count = len(parameters) // 2
-        if torch.is_grad_enabled():
+        if wants_reference(*grads):
 
             def forward(time: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
                 biases, gates = at_time_reference(time, p[:count], p[count:])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern._library import FLOATS, LIBRARY, OPS
+from pyflowkern._library import FLOATS, LIBRARY, OPS, transformed
 from pyflowkern.ops._lists import differentiable_lists
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "empty_canonical",
     "full_precision",
     "gradient_of_reference",
+    "is_batched",
     "register",
     "sum_per_sample",
+    "wants_reference",
 ]
 
 
@@ -112,6 +114,17 @@ class _errors_named:  # a class: it costs a third of what a generator does
             raise RuntimeError(f"{what} failed: {error}") from error
 
 
+def wants_reference(*grads: Tensor | None) -> bool:
+    """Whether a backward pass is itself recorded, or of several gradients at once: no kernel with lists takes them."""
+    return torch.is_grad_enabled() or is_batched(*grads)
+
+
+def is_batched(*grads: Tensor | None) -> bool:
+    """Whether a gradient stands for several (``vmap``, ``is_grads_batched``)."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return transformed() or any(g is not None and legacy(g) for g in grads)
+
+
 def gradient_of_reference(
     reference: Callable[..., Any],
     inputs: Sequence[Tensor | None],
@@ -120,12 +133,14 @@ def gradient_of_reference(
     """Return the VJP of ``reference`` at ``inputs`` as a differentiable expression.
 
     A backward kernel has no derivative of its own.  When a backward pass is itself recorded
-    (``create_graph=True``), the op's backward calls this instead.  The inputs are aliased first: one of them
-    is often computed from another (a coupling's parameters from its input), and partial derivatives are wanted.
+    (``create_graph=True``), or batched, the op's backward calls this instead.  The inputs are aliased first: one
+    of them is often computed from another (a coupling's parameters from its input), and partial derivatives are
+    wanted.
     """
-    aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
-    wanted = [t for t in aliases if t is not None and t.requires_grad]
-    outputs = reference(*aliases)
+    with torch.enable_grad():
+        aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+        wanted = [t for t in aliases if t is not None and t.requires_grad]
+        outputs = reference(*aliases)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
     if not pairs:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern._library import kernel_serves, transformed
+from pyflowkern._library import kernel_serves
 from pyflowkern.ops._field_reference import ACTIVATIONS, activation_and_slope
 from pyflowkern.ops._registry import (
     accumulation_dtype,
@@ -29,6 +29,7 @@ from pyflowkern.ops._registry import (
     check_same_device,
     empty_canonical,
     gradient_of_reference,
+    is_batched,
     register,
 )
 
@@ -242,7 +243,7 @@ def _backward(ctx: Any, grad: Tensor, own: bool = False) -> tuple[Any, ...]:
     kept, bias, gate = ctx.saved_tensors  # once: a checkpoint computes them again at each look
     tangents, activation = ctx.tangents, ctx.activation
     if not torch.is_grad_enabled():
-        if own and grad.stride() == kept.stride() and not _is_batched(grad):
+        if own and grad.stride() == kept.stride() and not is_batched(grad):
             found = grad, *_backward_op_in_place(grad, kept, bias, gate, tangents, activation)
         else:
             found = _backward_op(grad, kept, bias, gate, tangents, activation)
@@ -295,11 +296,6 @@ _backward_op = register(
     "int activation) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
-
-
-def _is_batched(grad: Tensor) -> bool:
-    """Whether a gradient stands for several, which an op in place cannot be mapped over."""
-    return transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _Own(torch.autograd.Function):

@@ -21,6 +21,7 @@ from pyflowkern.ops._registry import (
     check_shape,
     gradient_of_reference,
     register,
+    wants_reference,
 )
 
 __all__ = ["relu_network", "relu_network_reference"]
@@ -214,13 +215,12 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
         grad = x.new_zeros(x.shape[0], weights[-1].shape[0])
     form = ctx.residual, ctx.activate_last
     # a graph exported without gradients kept nothing, and may meet them later
-    if torch.is_grad_enabled() or not ctx.kept:
+    if wants_reference(grad) or not ctx.kept:
 
         def forward(x: Tensor, context: Tensor | None, *p: Tensor) -> Tensor:
             return _reference(x, context, p[:n], p[n:], *form)
 
-        with torch.enable_grad():
-            found = gradient_of_reference(forward, (x, context, *parameters), (grad,))
+        found = gradient_of_reference(forward, (x, context, *parameters), (grad,))
         return found[0], found[1], found[2 : 2 + n], found[2 + n :], None, None, None
     grad_x, grad_context, *lists = _backward_op(
         grad, x, weights, kept, *form, x.requires_grad, context is not None

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from laws import check_gradients, normal
+from laws import check_batched_gradients, check_gradients, normal
 
 from pyflowkern import nn, ops
 
@@ -139,6 +139,16 @@ def test_states_and_layers_of_several_dtypes(autocast):
         torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
         found = field.velocity_and_divergence(0.5, x, method="exact")[0]
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_batched_gradients_are_those_one_by_one(time):
+    field, x = make(time), normal(6, 3).requires_grad_()
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for options in ({"probe": normal(6, 3, seed=1)}, {"method": "exact"}):
+        for y in field.velocity_and_divergence(t, x, **options):
+            leaves = [x, *field.parameters(), *([] if time == "none" else [t])]
+            check_batched_gradients(y, leaves)
 
 
 def test_wrong_arguments():

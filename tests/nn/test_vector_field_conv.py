@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from laws import check_gradients, normal
+from laws import check_batched_gradients, check_gradients, normal
 from torch.nn import functional as F
 
 from pyflowkern import nn, ops
@@ -139,10 +139,13 @@ def test_batched_gradients_are_those_one_by_one():
     for time, activation in (("none", "tanh"), ("concatsquash", "silu")):
         field, x = make(time, activation=activation), states().requires_grad_()
         _, divergence = field.velocity_and_divergence(0.4, x, probe=states(seed=1))
-        ways = normal(4, 3, seed=3)
-        found = torch.autograd.grad(divergence, x, ways, is_grads_batched=True, retain_graph=True)
-        each = [torch.autograd.grad(divergence, x, way, retain_graph=True)[0] for way in ways]
-        torch.testing.assert_close(found[0], torch.stack(each), rtol=1e-12, atol=1e-12)
+        check_batched_gradients(divergence, [x, *field.parameters()])
+
+
+def test_vmap_in_single_precision():
+    field, x = make("concatsquash").float(), states().float()
+    found = torch.func.vmap(lambda v: field(0.4, v[None])[0])(x)
+    torch.testing.assert_close(found, field(0.4, x))
 
 
 def test_concat_is_a_channel_of_time():

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from laws import normal
+from laws import check_batched_gradients, normal
 
 import pyflowkern
 from pyflowkern.ops import relu_network, relu_network_reference
@@ -233,3 +233,11 @@ def test_wrong_forms_are_named():
         call(relu_network, args, {"residual": True})
     with pytest.raises(ValueError, match="activate_last=False"):
         call(relu_network, args, {"activate_last": False})
+
+
+@forms
+def test_batched_gradients_are_those_one_by_one(backend, form):
+    args, options = make(form, 3)
+    for t in leaves(args):
+        t.requires_grad_()
+    check_batched_gradients(call(relu_network, args, options), leaves(args))
