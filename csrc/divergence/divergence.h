@@ -52,9 +52,9 @@ inline int64_t weight_sum_size(const FieldLayer& y) {
 
 // Probes [probes, samples, features] with these steps, or the seed of signs.
 struct FieldProbe {
-  const void* data;  // or null
+  const void* data;
   int64_t step_probe, step_sample;
-  const int64_t* seed;  // on the device
+  const int64_t* seed;  // on the device; or null
 };
 
 // One pass of the whole field.  Rows are stacked: the primal of all samples, then each tangent.

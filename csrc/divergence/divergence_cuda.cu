@@ -279,7 +279,7 @@ struct OnCuda {
     });
   }
   static void output(const OutputArgs& a, bool backward, DType dtype) {
-    if (a.samples * a.features == 0) return;
+    if (a.samples == 0 || (backward && a.features == 0)) return;
     each_type(dtype, [&](auto type) {
       using T = decltype(type);
       if (backward) {

@@ -279,12 +279,12 @@ void stack_rows(const void* x, const FieldProbe& probe, int64_t probes, int64_t 
   }
   for (int64_t k = 0; k < probes; ++k) {
     T* row = to + (k + 1) * height * stride;
-    if (probe.data == nullptr && stride == features) {
+    if (probe.seed && stride == features) {
       fill_signs(probe.seed, (k * samples + first) * features, (last - first) * features, row);
       continue;
     }
     for (int64_t i = first; i < last; ++i, row += stride) {
-      if (probe.data == nullptr) {
+      if (probe.seed) {
         fill_signs(probe.seed, (k * samples + i) * features, features, row);
       } else {
         memcpy(row, typed<T>(probe.data) + k * probe.step_probe + i * probe.step_sample,

@@ -57,7 +57,9 @@ double time_backward_layer(const TimeLayer& y, T time, bool squash) {
     put(v.rows.u, rows, m);
     put(v.rows.c, rows + y.size, m);
     put(v.rows.v, rows + 2 * y.size, m);
-    total += sum_lanes(v.of_time);
+    // lanes beyond the end are zeros, which an infinite time makes NaN
+    for (int l = 0; m < V::kLanes && l < m; ++l) total += static_cast<double>(v.of_time.v[l]);
+    if (m == V::kLanes) total += sum_lanes(v.of_time);
   });
   return total;
 }

@@ -62,7 +62,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> time_backward(
   TimeLayers f(time, biases, rows);
   const size_t count = biases.size();
   STD_TORCH_CHECK(grads.size() == (f.args.squash ? 2 : 1) * count, "a gradient for each result");
-  for (Tensor& g : grads) g = dense(g);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    STD_TORCH_CHECK(grads[i].numel() == biases[i % count].numel() &&
+                        grads[i].scalar_type() == time.scalar_type(),
+                    "a gradient must fit its bias or gate in size and dtype");
+    grads[i] = dense(grads[i]);
+  }
   std::vector<Tensor> of_biases = f.like(f.biases), of_rows = f.like(f.rows);
   Tensor of_time = empty(time, time.sizes());
   f.args.of_time = data_of(of_time);

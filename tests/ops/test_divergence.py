@@ -87,6 +87,14 @@ def test_awkward_batches(backend, n):
         check(x, layers((d, *hidden, d)), probe=e)
 
 
+def test_states_without_features(backend):
+    x, parts = normal(3, 0), layers((0, 4, 0))
+    for probe in (normal(3, 0), torch.tensor(1)):
+        velocity, divergence = field_divergence(x, *parts, probe=probe)
+        assert velocity.shape == (3, 0)
+        assert divergence.tolist() == [0, 0, 0]
+
+
 def test_layers_beyond_the_caches(backend):
     for activation, gates in (("tanh", False), ("silu", True)):
         parts = layers((3, 1030, 40, 30, 3), gates=gates)

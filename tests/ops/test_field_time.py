@@ -60,6 +60,15 @@ def test_a_result_that_nothing_comes_from(backend):
         torch.testing.assert_close(a, b)
 
 
+def test_an_infinite_time_closes_and_opens_gates(backend):
+    """Whole vectors of a kernel reach beyond the last of 17 numbers."""
+    _, biases, times = arguments(3, torch.float64, (17,))
+    time = torch.tensor(torch.inf, dtype=torch.float64)
+    ours, plain = (run(f, time, biases, times) for f in (at_time, at_time_reference))
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+
+
 def test_a_time_of_each_sample(backend):
     _, biases, times = arguments(3, torch.float64)
     moments = normal(6)
@@ -103,8 +112,10 @@ def test_rows_that_do_not_fit_are_an_error(backend):
     ):
         with pytest.raises(RuntimeError, match=r"layer|rows"):
             _op(*wrong)
-    with pytest.raises(RuntimeError, match="gradient"):
-        _backward_op(biases, time, biases, times)
+    grads = [*biases, *biases]
+    for wrong in (biases, grads[::-1], [g.double() for g in grads]):
+        with pytest.raises(RuntimeError, match="gradient"):
+            _backward_op(wrong, time, biases, times)
 
 
 def test_kernels_serve():
