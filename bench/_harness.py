@@ -206,6 +206,8 @@ def _run_memory(case: Case, plan: Plan, eager: Provider) -> list[Row]:
         row_of = partial(Row, case.name, name, dtype=_name(case.dtype), metric="MiB")
         kept = kept_bytes(case, provider, s) / 2**20
         rows.append(row_of(pass_="kept for backward", p20=kept, p50=kept, p80=kept))
+        if kept:  # as for times: how many times as much eager takes
+            rows[-1].speedup_vs_eager = rows[0].p50 / kept
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)
             before = torch.cuda.memory_allocated(plan.device)

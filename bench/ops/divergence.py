@@ -14,16 +14,17 @@ from bench._case import Case, Inputs, Lazy, Outputs, Provider, nbytes
 from pyflowkern import ops
 
 
-def _layers(parameters: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    count = len(parameters) // 2
-    return [parameters[f"w{i}"] for i in range(count)], [parameters[f"b{i}"] for i in range(count)]
+def _layers(parameters: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
+    """Return weights, biases and gates, of which there may be none."""
+    return tuple([t for name, t in parameters.items() if name[0] == kind] for kind in "wbg")
 
 
 def _mlp(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    weights, biases = _layers(parameters)
-    for w, b in zip(weights[:-1], biases[:-1], strict=True):
-        x = torch.tanh(F.linear(x, w, b))
-    return F.linear(x, weights[-1], biases[-1])
+    weights, biases, gates = _layers(parameters)
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        x = torch.addcmul(b, F.linear(x, w), gates[i]) if gates else F.linear(x, w, b)
+        x = torch.tanh(x) if i < len(weights) - 1 else x
+    return x
 
 
 def vjp(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
@@ -67,7 +68,7 @@ def exact_by_vjps(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
 # --- cases ---------------------------------------------------------------------------------------
 
 
-def make_inputs(n: int, dims: Sequence[int]) -> Callable[..., Inputs]:
+def make_inputs(n: int, dims: Sequence[int], gates: bool = False) -> Callable[..., Inputs]:
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Inputs:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -75,13 +76,14 @@ def make_inputs(n: int, dims: Sequence[int]) -> Callable[..., Inputs]:
         found = {"x": normal(n, dims[0]), "probe": normal(n, dims[0]).sign()}
         for i, (a, b) in enumerate(itertools.pairwise(dims)):
             found |= {f"w{i}": normal(b, a) / a**0.5, f"b{i}": normal(b)}
+            found |= {f"g{i}": normal(b).sigmoid()} if gates else {}
         return found
 
     return make
 
 
-def _names(dims: Sequence[int]) -> list[str]:
-    return [f"{kind}{i}" for kind in "wb" for i in range(len(dims) - 1)]
+def _names(dims: Sequence[int], kinds: str = "wb") -> list[str]:
+    return [f"{kind}{i}" for kind in kinds for i in range(len(dims) - 1)]
 
 
 def _flops(inputs: Inputs) -> float:
@@ -94,18 +96,21 @@ def _bytes(inputs: Inputs, outputs: Outputs) -> int:
     return nbytes(*inputs.values(), *outputs)
 
 
-def hutchinson(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
+def hutchinson(
+    name: str, n: int, dims: Sequence[int], target: float, gates: bool = False, **case: Any
+) -> Case:
     providers: dict[str, Provider] = {"eager": vjp, "ours": ours, "stacked": stacked}
     return Case(
         name=name,
-        make_inputs=make_inputs(n, dims),
+        make_inputs=make_inputs(n, dims, gates),
         providers=providers,
         passes=("forward", "forward+backward"),
         forward_bytes=_bytes,
         flops=_flops,
         constants=("probe",),
-        parameters=_names(dims),
+        parameters=_names(dims, "wbg" if gates else "wb"),
         compiles=False,  # torch.compile takes no autograd.grad inside
+        targets={"forward+backward vs eager": target, "kept for backward vs eager": 3.0},
         **case,
     )
 
@@ -134,24 +139,10 @@ def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
 #: A probe's time over ours: the exact trace of two hidden layers is to cost 1.15 probes at most.
 ONE_PROBE = {"forward vs one probe": 1 / 1.15, "forward+backward vs one probe": 1 / 1.15}
 CASES = [
-    hutchinson(
-        "field 512x2 64x3",
-        512,
-        (2, 64, 64, 64, 2),
-        targets={"forward+backward vs eager": 2.0},
-    ),
-    hutchinson(
-        "field 1000x6 60x3",
-        1000,
-        (6, 60, 60, 60, 6),
-        targets={"forward+backward vs eager": 2.0},
-    ),
-    hutchinson(
-        "field 1000x43 860x2",
-        1000,
-        (43, 860, 860, 43),
-        targets={"forward+backward vs eager": 1.2},
-    ),
+    hutchinson("field 512x2 64x3", 512, (2, 64, 64, 64, 2), 2.0),
+    hutchinson("field 1000x6 60x3", 1000, (6, 60, 60, 60, 6), 2.0),
+    hutchinson("field 1000x43 860x2", 1000, (43, 860, 860, 43), 1.2),
+    hutchinson("gated field 1000x6 60x3", 1000, (6, 60, 60, 60, 6), 2.0, gates=True),
     closed_form("exact 1000x6 64x2", 1000, (6, 64, 64, 6), targets=ONE_PROBE),
     closed_form("exact 1000x43 128x2", 1000, (43, 128, 128, 43), targets=ONE_PROBE),
     closed_form("exact 1000x43 860x2", 1000, (43, 860, 860, 43), targets=ONE_PROBE),

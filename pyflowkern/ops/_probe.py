@@ -73,7 +73,7 @@ def rademacher(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.
         >>> import torch
         >>> from pyflowkern.ops import rademacher
         >>> rademacher(torch.tensor(3), (4,)).tolist()
-        [1.0, -1.0, -1.0, -1.0]
+        [-1.0, -1.0, 1.0, 1.0]
     """
     count = 1
     for size in shape:

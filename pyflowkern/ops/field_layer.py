@@ -73,8 +73,10 @@ def field_layer(
         >>> import torch
         >>> from pyflowkern.ops import field_layer
         >>> p = torch.tensor([[[0.0, 1.0]], [[3.0, 3.0]]])  # one sample, one channel, one tangent
-        >>> field_layer(p, torch.zeros(1), tangents=1).tolist()
-        [[[0.0, 0.7615941762924194]], [[3.0, 1.259923219680786]]]
+        >>> field_layer(p, torch.zeros(1), tangents=1)
+        tensor([[[0.0000, 0.7616]],
+        <BLANKLINE>
+                [[3.0000, 1.2599]]])
     """
     _check(p, bias, gate, tangents, activation)
     work = accumulation_dtype(p.dtype)

@@ -117,9 +117,9 @@ def slogdet_inverse(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Example:
         >>> import torch
         >>> from pyflowkern.ops import slogdet_inverse
-        >>> sign, log_abs_det, inverse = slogdet_inverse(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> sign, log_abs_det, inverse = slogdet_inverse(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
         >>> sign.item(), round(log_abs_det.item(), 4), inverse.tolist()
-        (-1.0, 0.6931, [[0.0, 1.0], [0.5, 0.0]])
+        (-1.0, 0.6931, [[0.0, 1.0], [0.5, -0.5]])
     """
     _check_square("weight", weight)
     if weight.shape[-1] > _MAX_SIZE or not kernel_serves("slogdet_inverse", weight):
