@@ -45,13 +45,13 @@ PEERS = (
     ("nsf", "training step D=10 batch 1000", "call", ("nflows",)),
     ("nsf", "training step D=20 batch 4096", "call", ("nflows",)),
     ("nsf", "training step D=6 batch 512", "call", ("nflows",)),
-    ("ffjord", "training step D=6", "call", ("eager",)),
+    ("ffjord", "training step D=6", "call", ("eager", "checkpointed")),
     ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
     ("ode", "dopri5 of 1000000", "call", ("eager",)),
 )
 #: Families whose "eager" is another library, and what else needs words.
 EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
-WORDS = {"our solver": "our solver with torch's layers"}
+WORDS = {"our solver": "our solver with torch's layers", "checkpointed": "ours, checkpointed"}
 LARGE = 20.0  # above that many floors a call is what costs, and the ratio says nothing
 
 

@@ -21,7 +21,9 @@ __all__ = ["batches", "density_picture", "fit", "options", "plt", "save"]
 
 def options(description: str | None, name: str) -> argparse.ArgumentParser:
     """Return the parser that every example starts from."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument(
         "--out", type=Path, default=Path("out/examples") / name, help="folder of pictures"

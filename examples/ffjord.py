@@ -147,7 +147,9 @@ def picture(flow: flows.FFJORD, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> float:
     """Train as the command line says; return the last loss, or the held-out bits/dim."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", choices=["rings", "digits"], default="rings")
     parser.add_argument(
         "--flow", choices=["FFJORD", "Glow", "RealNVP"], default="FFJORD", help="of digits"
@@ -156,6 +158,8 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--quick", action="store_true", help="a few steps of a small flow")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
+    if args.data != "digits" and args.flow != "FFJORD":
+        parser.error("--flow is for --data digits")
     torch.manual_seed(0)
     usual = 1000 if args.data == "rings" else 1500
     steps = 3 if args.quick else usual if args.steps is None else args.steps

@@ -3,6 +3,7 @@ r"""Vector fields :math:`f(t, x)` that know their divergence."""
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -55,6 +56,36 @@ def check_field(
     if time not in TIMES:
         raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
     return sizes
+
+
+def parameters_of(
+    layers: Iterable[torch.nn.Module], size: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return weights and biases of a field's layers, which must still fit each other."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    width = size
+    for i, layer in enumerate(layers):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        if layer._forward_pre_hooks:
+            warnings.warn(
+                "the layers of a field are not called and their hooks do not run; "
+                "torch.nn.utils.parametrizations work",
+                stacklevel=4,
+            )
+        if bias is None or weight.shape[1] != width or weight.shape[:1] != bias.shape:
+            got = None if bias is None else tuple(bias.shape)
+            raise ValueError(
+                f"layers[{i}] must take {width} and have a bias, got a weight of shape "
+                f"{tuple(weight.shape)} and a bias of shape {got}"
+            )
+        width = weight.shape[0]
+        weights.append(weight)
+        biases.append(bias)
+    if width != size:
+        raise ValueError(f"the last layer must give {size}, got {width}")
+    return weights, biases
 
 
 def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
@@ -341,8 +372,7 @@ class VectorFieldMLP(torch.nn.Module):
         self, t: Tensor | float, x: Tensor, context: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return weights, biases and gates at a time, for a context."""
-        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
-        biases: list[Tensor] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        weights, biases = parameters_of(self.layers, self.dims)
         gates: list[Tensor] = []
         work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
         weights, biases = [cast(w, work) for w in weights], [cast(b, work) for b in biases]

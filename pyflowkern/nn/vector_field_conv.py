@@ -19,6 +19,7 @@ from pyflowkern.nn.vector_field import (
     check_context,
     check_field,
     check_states,
+    parameters_of,
     probes_of,
 )
 from pyflowkern.ops._field_time import at_time
@@ -202,7 +203,7 @@ class VectorFieldConv(torch.nn.Module):
         self, t: Tensor | float, x: Tensor, e: Tensor | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``f`` and, for probes ``[K, N, C, H, W]``, ``J e``; both in the dtype of the work."""
-        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
+        weights, biases = parameters_of(self.layers, self.channels)
         work = accumulation_dtype(torch.promote_types(x.dtype, weights[0].dtype))
         n, count = x.shape[0], 0 if e is None else e.shape[0]
         h = cast(x, work)
@@ -213,7 +214,7 @@ class VectorFieldConv(torch.nn.Module):
             # vmap hides an axis that the layout needs
             h = h.to(memory_format=torch.channels_last)
         with full_precision(x):
-            biases, gates = self._at(as_time(t, x).to(work), x, context, work)
+            biases, gates = self._at(as_time(t, x).to(work), x, context, biases)
             for bias, gate, weight in zip(biases[:-1], gates, weights, strict=False):
                 h = F.conv2d(h, cast(weight, work), padding=SIDE // 2)
                 h = activate_layer(h, bias, gate, count, self.activation, own=True)
@@ -236,10 +237,11 @@ class VectorFieldConv(torch.nn.Module):
         return primal, tangents if factor is None else tangents * factor
 
     def _at(
-        self, time: Tensor, x: Tensor, context: Tensor | None, work: torch.dtype
+        self, time: Tensor, x: Tensor, context: Tensor | None, biases: list[Tensor]
     ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
         """Return biases and gates of the layers at a time, as :func:`~pyflowkern.ops.field_layer` takes them."""
-        biases: list[Tensor] = [layer.bias.to(work) for layer in self.layers]  # type: ignore[misc]
+        work = time.dtype
+        biases = [cast(b, work) for b in biases]
         gates: Sequence[Tensor | None] = [None] * len(biases)
         if self.time == "concatsquash":
             biases, gates = at_time(time, biases, [cast(p, work) for p in self.times])

@@ -80,7 +80,7 @@ def solve(
     Args:
         func: ``(t, y) -> dy/dt``; ``t`` is a 0-d tensor of the state's dtype, ``[N]`` with ``control="sample"``.
         y0: tensor or tuple of tensors; half precision is integrated in float32.
-        t: times of the output, monotone, two or more; numbers spare a copy from the device.  With
+        t: times of the output, monotone, the first that of ``y0``; numbers spare a copy from the device.  With
             ``control="sample"`` also ``[T, N]``.
         method: "euler", "midpoint", "heun", "rk4" (classical), "rk4_38", or with step control "bosh3", "dopri5",
             "tsit5", "dopri8"; or a :class:`Tableau`.

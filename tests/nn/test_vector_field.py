@@ -151,6 +151,27 @@ def test_batched_gradients_are_those_one_by_one(time):
             check_batched_gradients(y, leaves)
 
 
+def test_replaced_layers_must_fit():
+    for conv in (False, True):
+        field = nn.VectorFieldConv(2, (4,)) if conv else nn.VectorFieldMLP(2, (4,))
+        kind = (lambda a, b, **k: torch.nn.Conv2d(a, b, 3, **k)) if conv else torch.nn.Linear
+        x, good = torch.zeros(1, 2, *((3, 3) if conv else ())), field.layers[0]
+        for i, bad, words in (
+            (0, kind(2, 7), r"layers\[1\] must take 7"),
+            (0, kind(3, 4), r"layers\[0\] must take 2"),
+            (0, kind(2, 4, bias=False), "have a bias"),
+            (1, kind(4, 3), "must give 2, got 3"),
+        ):
+            last, field.layers[i] = field.layers[i], bad
+            with pytest.raises(ValueError, match=words):
+                field(0.0, x)
+            field.layers[i] = last
+        assert field.layers[0] is good
+        torch.nn.utils.spectral_norm(good)
+        with pytest.warns(UserWarning, match="hooks do not run"):
+            field(0.0, x)
+
+
 def test_wrong_arguments():
     field, x = nn.VectorFieldMLP(3), torch.zeros(4, 3)
     probe = ops.draw_probe(x)
