@@ -140,6 +140,10 @@ inline Tensor empty_per_sample(const Tensor& t, int64_t samples) {
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
+inline void check_gradient(const Tensor& grad, int64_t count, const Tensor& like) {
+  STD_TORCH_CHECK(grad.numel() == count && grad.scalar_type() == like.scalar_type(),
+                  "a gradient must fit its result in size and dtype");
+}
 inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 
 // The step between rows of n numbers in a copy for core/gemm.h: whole vectors, and not a multiple

@@ -235,9 +235,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> exact_backward(
   f.couple<Device>();
   FieldGradients to(f);
   const Tensor gy = dense(grad_y), t = dense(grad_trace);
-  STD_TORCH_CHECK(gy.numel() == f.x.numel() && t.numel() == f.n &&
-                      gy.scalar_type() == f.x.scalar_type() && t.scalar_type() == f.x.scalar_type(),
-                  "a gradient must fit its result in size and dtype");
+  check_gradient(gy, x.numel(), x);
+  check_gradient(t, f.n, x);
   f.args.grad_y = data_of(gy);
   f.args.grad_trace = data_of(t);
   f.args.kept = data_of(kept);

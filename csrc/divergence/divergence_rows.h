@@ -35,14 +35,6 @@ T* typed(void* p) {
   return static_cast<T*>(p);
 }
 
-// A gradient of each sample, or added to the sum over the samples.
-template <class T>
-PFK_HD void put_parameter(Vec<T> v, void* to, int64_t step, int64_t sample, int64_t j, int m) {
-  if (to == nullptr) return;
-  T* p = typed<T>(to) + sample * step + j;
-  put(step == 0 ? get(p, m) + v : v, p, m);
-}
-
 // ---- a layer -----------------------------------------------------------------------------------
 // Calls f(column, lanes, first row, last row) for the vectors of a few rows at a time, which stay
 // in L1: what all samples share is read, and the sums of its gradients are written, once in so
@@ -56,7 +48,7 @@ PFK_HD void each_column(int64_t columns, int64_t first, int64_t last, F f) {
   }
 }
 
-// A parameter in the row of a sample; `step` 0 for what all share.
+// A parameter in the row of a sample, one where there is none; `step` 0 for what all share.
 template <class T>
 struct Parameter {
   const T* p;
@@ -64,8 +56,8 @@ struct Parameter {
   Vec<T> value;
   int m;
   PFK_HD Parameter(const void* from, int64_t step_, int64_t j, int m_)
-      : p(typed<T>(from) + j), step(step_), value(T(1)), m(m_) {
-    if (from && step == 0) value = get(p, m);
+      : p(from ? typed<T>(from) + j : nullptr), step(step_), value(T(1)), m(m_) {
+    if (p && step == 0) value = get(p, m);
   }
   PFK_HD Vec<T> operator[](int64_t i) {
     if (step) value = get(p + i * step, m);
@@ -226,14 +218,17 @@ void output_backward(const OutputArgs& a, int64_t first, int64_t last) {
   using V = Vec<T>;
   const T* const p = typed<T>(a.p);
   const T* const e = typed<T>(a.e);
-  const T* const gate = typed<T>(a.gate);
   const T* const grad_y = typed<T>(a.grad_y);
   T* const grad = typed<T>(a.grad);
-  for (int64_t i = first; i < last; ++i) {
-    each_vector<T>(a.features, [&](int64_t j, int m) {
-      const V g = gate ? get_padded<kPadded>(gate + i * a.gate_step + j, m) : V(T(1));
+  each_column<T>(a.features, first, last, [&](int64_t j, int m, int64_t begin, int64_t end) {
+    const int whole = kPadded ? V::kLanes : m;
+    Parameter<T> gate(a.gate, a.gate_step, j, whole);
+    ParameterGradient<T> of_bias(a.grad_bias, a.grad_bias_step, j, whole);
+    ParameterGradient<T> of_gate(a.grad_gate, a.grad_gate_step, j, whole);
+    for (int64_t i = begin; i < end; ++i) {
+      const V g = gate[i];
       const V q = grad_y ? get(grad_y + i * a.features + j, m) : V(T(0));
-      V of_gate = gate ? q * get_padded<kPadded>(p + i * a.stride + j, m) : V(T(0));
+      V crossed = a.gate ? q * get_padded<kPadded>(p + i * a.stride + j, m) : V(T(0));
       put_padded<kPadded>(g * q, grad + i * a.stride + j, m);
       for (int64_t k = 0; k < a.probes; ++k) {
         const int64_t at = ((k + 1) * a.samples + i) * a.stride + j;
@@ -245,14 +240,15 @@ void output_backward(const OutputArgs& a, int64_t first, int64_t last) {
         if (a.grad_norm) {
           t += V(T(2) * typed<T>(a.grad_norm)[scalar]) * (g * get_padded<kPadded>(p + at, m));
         }
-        if (gate) of_gate += t * get_padded<kPadded>(p + at, m);
+        if (a.gate) crossed += t * get_padded<kPadded>(p + at, m);
         put_padded<kPadded>(g * t, grad + at, m);
       }
-      const int whole = kPadded ? V::kLanes : m;
-      put_parameter(q, a.grad_bias, a.grad_bias_step, i, j, whole);
-      if (gate) put_parameter(of_gate, a.grad_gate, a.grad_gate_step, i, j, whole);
-    });
-  }
+      of_bias.add(q, i);
+      if (a.gate) of_gate.add(crossed, i);
+    }
+    of_bias.finish();
+    of_gate.finish();
+  });
 }
 
 // ---- the probe ---------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 // "concat" has one row w for each layer, and  b' = b + t w.  "concatsquash" has three, u, c and v:
 //   g = sigmoid(c + t u),  b' = t v + g b,
 // and with cotangents G of g and H of b':
-//   A = G + H b,  S = A g (1 - g);  those of b: g H,  u: t S,  c: S,  v: t H,  t: sum S u + H v.
+//   S = (G + H b) g (1 - g);  those of b: g H,  u: t S,  c: S,  v: t H,  t: sum S u + H v;
+// of "concat"  b: H,  w: t H,  t: sum H w.
 #pragma once
 
 #include "core/math.h"
@@ -37,6 +38,19 @@ struct TimeArgs {
 
 PFK_BEGIN
 
+// "concat", and cotangents of an element of it.
+template <class V>
+PFK_HD V shifted_bias(V time, V row, V bias) {
+  return bias + time * row;
+}
+template <class V>
+struct ShiftVjp {
+  V of_bias, of_row, of_time;
+  PFK_HD ShiftVjp(V time, V row, V grad)
+      : of_bias(grad), of_row(time * grad), of_time(grad * row) {}
+};
+
+// "concatsquash".
 template <class V>
 struct TimeRows {
   V u, c, v;

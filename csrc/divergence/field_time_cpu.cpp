@@ -26,7 +26,8 @@ void time_forward_layer(const TimeLayer& y, T time, bool squash) {
   each_vector<T>(y.size, [&](int64_t j, int m) {
     const V bias = get(typed<T>(y.bias) + j, m);
     if (!squash) {
-      put(bias + V(time) * get(typed<T>(y.rows) + j, m), typed<T>(y.to_bias) + j, m);
+      const V row = get(typed<T>(y.rows) + j, m);
+      put(shifted_bias(V(time), row, bias), typed<T>(y.to_bias) + j, m);
       return;
     }
     const TimeRows<V> rows = time_rows<T>(y, j, m);
@@ -45,9 +46,10 @@ double time_backward_layer(const TimeLayer& y, T time, bool squash) {
     const V grad = get(typed<T>(y.grad_bias) + j, m);
     T* const rows = typed<T>(y.of_rows) + j;
     if (!squash) {
-      put(grad, typed<T>(y.of_bias) + j, m);
-      put(V(time) * grad, rows, m);
-      total += sum_lanes(grad * get(typed<T>(y.rows) + j, m));
+      const ShiftVjp<V> v(V(time), get(typed<T>(y.rows) + j, m), grad);
+      put(v.of_bias, typed<T>(y.of_bias) + j, m);
+      put(v.of_row, rows, m);
+      total += sum_lanes(v.of_time);
       return;
     }
     const V bias = get(typed<T>(y.bias) + j, m);

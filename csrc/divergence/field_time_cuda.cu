@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) time_kernel(const TimeArgs a) {
   const T time = *static_cast<const T*>(a.time), bias = static_cast<const T*>(y.bias)[j];
   T* const to = static_cast<T*>(y.to_bias) + j;
   if (!a.squash) {
-    *to = bias + time * static_cast<const T*>(y.rows)[j];
+    *to = shifted_bias(time, static_cast<const T*>(y.rows)[j], bias);
     return;
   }
   const TimeRows<T> rows = time_rows<T>(y, j);
@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(kThreads) time_grad_kernel(const TimeArgs a) {
       T* const bias = static_cast<T*>(y.of_bias) + j;
       T* const rows = static_cast<T*>(y.of_rows) + j;
       if (!a.squash) {
-        *bias = grad;
-        rows[0] = time * grad;
-        total += grad * static_cast<const T*>(y.rows)[j];
+        const ShiftVjp<T> v(time, static_cast<const T*>(y.rows)[j], grad);
+        *bias = v.of_bias;
+        rows[0] = v.of_row;
+        total += v.of_time;
         continue;
       }
       const TimeVjp<T> v(time, time_rows<T>(y, j), static_cast<const T*>(y.bias)[j],

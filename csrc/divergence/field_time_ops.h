@@ -63,9 +63,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> time_backward(
   const size_t count = biases.size();
   STD_TORCH_CHECK(grads.size() == (f.args.squash ? 2 : 1) * count, "a gradient for each result");
   for (size_t i = 0; i < grads.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].numel() == biases[i % count].numel() &&
-                        grads[i].scalar_type() == time.scalar_type(),
-                    "a gradient must fit its bias or gate in size and dtype");
+    check_gradient(grads[i], biases[i % count].numel(), time);
     grads[i] = dense(grads[i]);
   }
   std::vector<Tensor> of_biases = f.like(f.biases), of_rows = f.like(f.rows);
