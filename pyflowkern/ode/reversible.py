@@ -74,7 +74,8 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     y, z, t, i = y0, y0, times[0], 1
     sign = 1.0 if times[-1] >= t else -1.0
     given = None if o.adaptive else iter(plan(times, o)[0])
-    norm, scaled = ErrorNorm(stepper.stages, o, y0), Scaling(y0, o.rtol, o.atol)
+    norm = ErrorNorm(stepper.stages, o, y0)
+    scaled = Scaling(y0, o.rtol, o.atol) if o.adaptive else None
     h = 0.0 if o.first_step is None else o.first_step
     if o.adaptive and o.first_step is None:
         h = begin(stepper, norm, t, sign, y0)
@@ -108,12 +109,12 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
             h = abs(dt) if cut else h  # |dt| else may not shrink for the rounding of the time
         step = stepper.increment(t, dt, z, error=o.adaptive)
         y1 = torch.lerp(z, y, coupling).add_(step)
-        ratio = float(norm(dt, y, y1)) if given is None else 0.0
+        error = None if scaled is None else norm(dt, y, y1)  # before other slopes take its place
         z1 = z - stepper.increment(t1, -dt, y1)
-        if given is None:
-            # any step that is short enough brings the states nearer, wherever they are
-            before, after = (float(o.norm(scaled(d, y, y1))) for d in (y - z, y1 - z1))
-            ratio = max(ratio, after / max(APART, before))
+        ratio = 0.0
+        if scaled is not None and error is not None:
+            apart = [o.norm(scaled(d, y, y1)) for d in (y - z, y1 - z1)]
+            ratio = _ratio(*torch.stack([n.double() for n in (error, *apart)]).tolist())
         bad = not (math.isfinite(ratio) and bool(torch.isfinite(torch.add(y1, z1)).all()))
         if bad and given is not None:
             out.status = Status.non_finite
@@ -136,6 +137,14 @@ def integrate(problem: Problem, y0: Tensor) -> tuple[Trajectory, Tape, Tensor, T
     out.stats = Stats(accepted, rejected, stepper.evaluations)
     out.end = None if out.status == Status.ok else t
     return out, tape, y, z
+
+
+def _ratio(error: float, before: float, after: float) -> float:
+    """Return how far a step is beyond what is allowed, by its error or by the distance of the pair.
+
+    Any step that is short enough brings the states nearer, wherever they are: it may always be taken.
+    """
+    return max(error, after / max(APART, before))
 
 
 def back(
