@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS64 = 1e-9  # of quantities of order one after some hundred float64 operations
 
@@ -119,6 +120,19 @@ def law(op, reference, inputs, floor=4.0):
         allowed = 2 * (b.double() - c).abs().max() + floor * torch.finfo(a.dtype).eps * size
         worst = (a.double() - c).abs().max()
         assert worst <= allowed, f"result {i}: error {worst:.3g}, allowed {allowed:.3g}"
+
+
+class Calls(TorchDispatchMode):
+    """The names of the ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.promote_types.default:  # which computes nothing
+            self.names.append(func.name())
+        return func(*args, **kwargs or {})
 
 
 def check_batched_gradients(y, leaves):

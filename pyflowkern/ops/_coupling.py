@@ -24,7 +24,13 @@ LAYOUTS = ("blocked", "interleaved", "feature_major")
 
 
 def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
-    """Return how many channels pass and how many are transformed by a ``"channel"`` split."""
+    """Return how many channels pass and how many are transformed by a ``"channel"`` split.
+
+    Example:
+        >>> from pyflowkern.ops import channel_split_sizes
+        >>> channel_split_sizes(5), channel_split_sizes(5, swap=True)
+        ((3, 2), (2, 3))
+    """
     first, last = channels - channels // 2, channels // 2
     return (last, first) if swap else (first, last)
 
@@ -35,7 +41,16 @@ def structure_device() -> torch.device | None:
 
 
 def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-    """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number."""
+    """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number.
+
+    Raises:
+        ValueError: for a shape without space.
+
+    Example:
+        >>> from pyflowkern.ops import checkerboard_mask
+        >>> checkerboard_mask((1, 2, 2)).int().tolist()
+        [[[0, 1], [1, 0]]]
+    """
     if len(event_shape) < 2:
         raise ValueError(f"a checkerboard needs [C, *space], got event shape {tuple(event_shape)}")
     device = structure_device() if device is None else device

@@ -56,7 +56,7 @@ def at_time_reference(time: Tensor, biases: Sequence[Tensor], rows: Sequence[Ten
     sizes = [b.shape[0] for b in biases]
     time = time[:, None] if time.dim() else time
     bias = torch.cat(list(biases))
-    slope, *rest = torch.cat(list(rows), 1).to(bias.dtype).unbind()
+    slope, *rest = torch.cat(list(rows), 1).unbind()
     if not rest:
         return list(torch.addcmul(bias, time, slope).split(sizes, -1)), []
     gate = torch.sigmoid(torch.addcmul(rest[0], time, slope))

@@ -133,7 +133,16 @@ _PRESETS = {
 
 
 def scale_map(spec: str | ScaleMap) -> ScaleMap:
-    """Return the :class:`ScaleMap` of a name (with its usual constants) or pass one through."""
+    """Return the :class:`ScaleMap` of a name (with its usual constants) or pass one through.
+
+    Raises:
+        ValueError: for another name.
+
+    Example:
+        >>> from pyflowkern.ops import scale_map
+        >>> scale_map("exp").kind
+        'exp'
+    """
     if isinstance(spec, ScaleMap):
         return spec
     if spec not in _PRESETS:

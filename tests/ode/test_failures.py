@@ -67,7 +67,8 @@ def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, d
     field, y0, a = into_a_pole(dtype, most)
     settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | way
     found = ode.solve(field, y0, [0.0, 0.5, 2.0], **settings)
-    assert not found.ok
+    poles = {ode.Status.dt_underflow, ode.Status.non_finite}
+    assert found.status in ({ode.Status.max_steps} if "max_steps" in way else poles)
     loss = found.ys.sum()
     plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
     assert all(torch.isfinite(g).all() for g in plain)

@@ -7,8 +7,7 @@ import on_host
 import pytest
 import torch
 from fields import check, layers
-from laws import normal
-from torch.utils._python_dispatch import TorchDispatchMode
+from laws import Calls, normal
 
 from pyflowkern import nn
 from pyflowkern.ops import field_divergence
@@ -33,19 +32,6 @@ def host_kernels(cuda_on_host):
             counts.append(loaded.pfk_launches() - before)
 
     return kernels
-
-
-class Calls(TorchDispatchMode):
-    """The ops that run."""
-
-    def __enter__(self):
-        self.names = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten.promote_types.default:  # which computes nothing
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 #: Shared memory of a block of an H100; what holds one layer at a time; what holds none.

@@ -17,7 +17,7 @@ def arguments(rows, dtype, sizes=SIZES):
     return torch.tensor(0.3, dtype=dtype), biases, times
 
 
-def run(function, time, biases, times, grads=None):
+def run(function, time, biases, times):
     leaves = [t.detach().clone().requires_grad_() for t in (time, *biases, *times)]
     n = len(biases)
     found = [t for part in function(leaves[0], leaves[1 : n + 1], leaves[n + 1 :]) for t in part]

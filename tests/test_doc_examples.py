@@ -1,0 +1,33 @@
+"""Every example in the documentation runs, and what is public has one."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+from pyflowkern import flows, nn, ode, ops
+
+MODULES = [
+    f"{package.__name__}.{module.name}"
+    for package in (ops, ode, nn, flows)
+    for module in pkgutil.iter_modules(package.__path__)
+]
+PUBLIC = [
+    pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
+    for package in (ops, nn, flows)
+    for name in package.__all__
+    if not name.endswith("_reference")  # which does what its op does
+    and getattr(getattr(package, name), "__module__", "").startswith(package.__name__)
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("public", PUBLIC)
+def test_what_is_public_has_an_example(public):
+    assert ">>>" in public.__doc__
