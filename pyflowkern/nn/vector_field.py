@@ -251,7 +251,11 @@ class VectorFieldMLP(torch.nn.Module):
 
     Raises:
         TypeError: for a context size that is not an int.
-        ValueError: for sizes below 1, an unknown activation or kind of time.
+        ValueError: for sizes below 1, an unknown activation or kind of time; when called, for layers
+            that were replaced and do not fit each other.
+
+    The layers are not called: their hooks do not run (parametrizations do), and one before the
+    forward, as of the old ``spectral_norm``, is warned of.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
     Generative Models*.
