@@ -144,8 +144,9 @@ def test_batched_gradients_are_those_one_by_one():
 
 def test_vmap_in_single_precision():
     field, x = make("concatsquash").float(), states().float()
-    found = torch.func.vmap(lambda v: field(0.4, v[None])[0])(x)
-    torch.testing.assert_close(found, field(0.4, x))
+    several = torch.stack([x, 2 * x])  # an axis of vmap over batches: one of five
+    found = torch.func.vmap(lambda v: field(0.4, v))(several)
+    torch.testing.assert_close(found, torch.stack([field(0.4, v) for v in several]))
 
 
 def test_concat_is_a_channel_of_time():

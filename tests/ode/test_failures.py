@@ -57,9 +57,7 @@ def into_a_pole(dtype=torch.float64, most=math.inf):
     return (lambda t, y: torch.where(y < most, a * y * y, math.nan)), y0, a
 
 
-@pytest.mark.parametrize(
-    "way", [{}, {"max_steps": 40}, {"method": "rk4", "step_size": 0.05}], ids=str
-)
+@pytest.mark.parametrize("way", [{}, {"method": "rk4", "step_size": 0.05}], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, math.inf), (torch.float64, math.inf), (torch.float64, 1e3)]
 )
@@ -67,8 +65,7 @@ def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, d
     field, y0, a = into_a_pole(dtype, most)
     settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | way
     found = ode.solve(field, y0, [0.0, 0.5, 2.0], **settings)
-    poles = {ode.Status.dt_underflow, ode.Status.non_finite}
-    assert found.status in ({ode.Status.max_steps} if "max_steps" in way else poles)
+    assert found.status in (ode.Status.dt_underflow, ode.Status.non_finite)
     loss = found.ys.sum()
     plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
     assert all(torch.isfinite(g).all() for g in plain)
@@ -76,6 +73,20 @@ def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, d
         recorded = torch.autograd.grad(loss, (y0, a), create_graph=True)  # a replay by autograd
         for one, other in zip(plain, recorded, strict=True):
             torch.testing.assert_close(one, other, rtol=1e5 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_reversible_gradients_of_a_solve_cut_short_before_a_pole(method):
+    """Of a state of 1e3 the way back by differences holds nothing in float32, the accepted steps do."""
+    field, y0, a = into_a_pole(torch.float32)
+    found = ode.solve(field, y0, [0.0, 3.0], method=method, adjoint="reversible",
+                      rtol=1e-5, atol=1e-5, max_steps=60)  # fmt: skip
+    assert found.status == ode.Status.max_steps
+    loss = found.ys[-1].sum()
+    plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
+    recorded = torch.autograd.grad(loss, (y0, a), create_graph=True)  # a replay by autograd
+    for one, other in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=0)
 
 
 EARLY = [{"max_steps": 12}, {"method": "rk4", "step_size": 0.05, "max_steps": 12}]
