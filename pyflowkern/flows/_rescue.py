@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode
-from pyflowkern.ode.solve import their_names
+from pyflowkern.ode.solve import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
 
 __all__ = ["Dynamics", "guarded", "rows_like", "solve_rows"]
@@ -137,7 +137,7 @@ def _is_known(status: ode.Status | Tensor) -> bool:
 def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
     method = settings.get("method", "dopri5")
     if settings.get("compat") is not None:
-        method = their_names(method)
+        method = name_from_torchdiffeq(method)
     return settings.get("step_size") is None and tableau(method).error is not None
 
 

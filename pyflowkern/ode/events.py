@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.adaptive import integrate as integrate_adaptive
 from pyflowkern.ode.controllers import norm_of
+from pyflowkern.ode.loops.adaptive import integrate as integrate_adaptive
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Packing
 from pyflowkern.ode.solution import Status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.continuous import Continuous
+from pyflowkern.ode.adjoints.continuous import Continuous
+from pyflowkern.ode.adjoints.direct import Direct, run
+from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now, parameters_of
+from pyflowkern.ode.adjoints.reversible import Reversible
 from pyflowkern.ode.controllers import norm_of
-from pyflowkern.ode.direct import Direct, run
+from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field, Packing
-from pyflowkern.ode.problem import Problem, autocast_like_now, parameters_of
-from pyflowkern.ode.reversible import Reversible, integrate
 from pyflowkern.ode.solution import DenseOutput, Solution, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
-from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, their_dense
+from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, torchdiffeq_dense
+from pyflowkern.ode.times import output_times
 
 __all__ = ["odeint", "solve"]
 
@@ -29,7 +30,7 @@ _ADJOINTS: dict[str, Any] = {
     "continuous": Continuous,
     "reversible": Reversible,
 }
-_THEIR_NAMES = {"rk4": "rk4_38", "heun2": "heun"}
+_TORCHDIFFEQ_NAMES = {"rk4": "rk4_38", "heun2": "heun"}
 
 
 def solve(
@@ -132,12 +133,12 @@ def solve(
     packing = Packing(y0, control == "sample")
     start = packing.pack(y0).contiguous()
     if compat is not None:
-        method = their_names(method)
+        method = name_from_torchdiffeq(method)
     chosen = tableau(method)
     if dense or chosen.error is not None:
         chosen = end_slope(chosen)
     if compat is not None:
-        chosen = their_dense(chosen)
+        chosen = torchdiffeq_dense(chosen)
     if check_every is None:
         check_every = 1 if start.device.type == "cpu" else 8
     options = Options(
@@ -162,7 +163,7 @@ def solve(
     )
     if options.adaptive:
         packing.check_allowed(rtol, atol)
-    times, ts = _times(t, start, options.per_sample)
+    times, ts = output_times(t, start, options.per_sample)
     ys, trajectory = _solve(func, packing.field(func), start, times, t, options, params)
     lead = (ts.shape[0],)
     interpolation = None
@@ -205,9 +206,9 @@ def odeint(func: Callable[..., Any], y0: Any, t: Tensor | Sequence[float], **set
     return solution.ys
 
 
-def their_names(method: str | Tableau) -> str | Tableau:
+def name_from_torchdiffeq(method: str | Tableau) -> str | Tableau:
     """Return our name of a method of torchdiffeq's."""
-    return _THEIR_NAMES.get(method, method) if isinstance(method, str) else method
+    return _TORCHDIFFEQ_NAMES.get(method, method) if isinstance(method, str) else method
 
 
 def warn_unless_ok(status: Status | Tensor) -> None:
@@ -249,7 +250,7 @@ def _solve(
     if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or found)):
         with torch.no_grad():
             trajectory = (
-                integrate(problem, y0)[0]
+                reversible.integrate(field, y0, times, options)[0]
                 if options.adjoint == "reversible"
                 else run(problem, y0, False)
             )
@@ -289,40 +290,3 @@ def _first_slope(
     if options.per_sample or options.adjoint == "reversible":
         return None, found
     return (leaf, slope if not options.checkpoint else slope.detach()), found
-
-
-def _times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[Any, Tensor]:
-    """Return the times as the solver wants them and as a tensor; raise unless monotone and finite."""
-    if isinstance(t, Tensor):
-        if not t.is_floating_point():
-            raise TypeError(f"t must be floating-point, got {t.dtype}")
-        ts = t.detach().to(torch.float64)
-    else:
-        try:
-            ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
-        except TypeError as error:
-            raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error
-    if ts.dim() != 1 and not (per_sample and ts.dim() == 2):
-        raise ValueError(f"t must have one axis, got shape {tuple(ts.shape)}")
-    if ts.shape[0] < 1:
-        raise ValueError("t must hold at least one time")
-    if per_sample:
-        ts = ts.to(y0.device)
-        columns = ts if ts.dim() == 2 else ts[:, None].expand(-1, y0.shape[0])
-        if columns.shape[1] != y0.shape[0]:
-            raise ValueError(f"t must be [T] or [T, {y0.shape[0]}], got {tuple(ts.shape)}")
-        gaps = columns.diff(dim=0)
-        fine = torch.isfinite(columns).all() & ((gaps >= 0).all(0) | (gaps <= 0).all(0)).all()
-        if not bool(fine):
-            raise ValueError("t must be finite and monotone for each sample")
-        return columns.contiguous(), ts
-    times = ts.tolist()
-    most = torch.finfo(y0.dtype).max
-    if any(most < abs(v) < math.inf for v in times):
-        raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")
-    gaps_ = [b - a for a, b in itertools.pairwise(times)]
-    if not all(math.isfinite(v) for v in times) or not (
-        all(g >= 0 for g in gaps_) or all(g <= 0 for g in gaps_)
-    ):
-        raise ValueError(f"t must be finite and monotone, got {times}")
-    return times, ts

@@ -19,7 +19,7 @@ __all__ = [
     "dense_weights",
     "end_slope",
     "tableau",
-    "their_dense",
+    "torchdiffeq_dense",
 ]
 
 Row = tuple[float, ...]
@@ -314,7 +314,7 @@ TABLEAUS = {
 }
 
 
-def their_dense(method: Tableau) -> Tableau:
+def torchdiffeq_dense(method: Tableau) -> Tableau:
     """Return the method with the dense output of torchdiffeq: always a quartic through a value half way."""
     if method.name == "bosh3":
         return replace(method, dense=quartic(method.b, (0.0, 0.5, 0.0, 0.0)))

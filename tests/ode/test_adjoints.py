@@ -9,7 +9,7 @@ from laws import normal
 from torch import nn
 
 from pyflowkern import ode
-from pyflowkern.ode.reversible import back
+from pyflowkern.ode.adjoints.reversible import back
 from pyflowkern.ode.steppers import Stepper, differentiable_step, stage_times
 from pyflowkern.ode.tableaus import TABLEAUS, coefficients
 

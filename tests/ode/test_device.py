@@ -6,7 +6,7 @@ from laws import normal
 from torch import nn
 
 from pyflowkern import ode
-from pyflowkern.ode import device as device_control
+from pyflowkern.ode.loops import device as device_control
 
 ADAPTIVE = ["bosh3", "dopri5", "dopri8", "tsit5"]
 SPANS = ([0.0, 5.0], [0.0, 0.0, 0.7, 0.71, 4.0, 9.0, 9.0], [1.0, 0.2, -3.0], [2.0, 2.0])

@@ -31,7 +31,7 @@ def plan(times: Sequence[float], options: Options) -> Plan:
     Of more than ``max_steps`` one more is there, and no list of a million that nobody takes.
     """
     if options.torchdiffeq and options.step_size is not None:
-        return _their_plan(times, options.step_size, options.max_steps + 1)
+        return _torchdiffeq_plan(times, options.step_size, options.max_steps + 1)
     steps: list[tuple[float, float]] = []
     outputs: list[tuple[int, float | None]] = [(-1, None)]
     count = 0
@@ -50,7 +50,7 @@ def plan(times: Sequence[float], options: Options) -> Plan:
     return steps, outputs
 
 
-def _their_plan(times: Sequence[float], size: float, most: int) -> Plan:
+def _torchdiffeq_plan(times: Sequence[float], size: float, most: int) -> Plan:
     t0, end = times[0], times[-1]
     sign = 1.0 if end >= t0 else -1.0
     if end == t0:
@@ -77,7 +77,7 @@ def integrate(
     record: bool = False,
     first: Graph | None = None,
 ) -> Trajectory:
-    """Integrate through ``times``; arguments as those of :func:`pyflowkern.ode.adaptive.integrate`."""
+    """Integrate through ``times``; arguments as those of :func:`pyflowkern.ode.loops.adaptive.integrate`."""
     if len(plan(times, options)[0]) > options.max_steps:
         out = _run(field, y0, times, options, record, first, checked=True)
         all_taken = out.stats.accepted == options.max_steps

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyflowkern.ode.adjoints.direct import integrator, run
+from pyflowkern.ode.adjoints.problem import Problem, time_gradients
 from pyflowkern.ode.controllers import Rms
-from pyflowkern.ode.direct import integrator, run
 from pyflowkern.ode.options import Options
-from pyflowkern.ode.problem import Problem, time_gradients
 from pyflowkern.ode.solution import Status
 
 __all__ = ["Continuous"]

@@ -1,8 +1,9 @@
 """Steps that follow the error, one size for the whole state, decided where the state is.
 
-The controller of :mod:`pyflowkern.ode.adaptive` with its time, step size, error, decision and status in tensors: the
-host asks only every few rounds whether the solve has ended, and until it does, a solve that has ended takes steps of
-length zero.  At the end the accepted steps come to the host in one copy, where a backward pass wants them.
+The controller of :mod:`pyflowkern.ode.loops.adaptive` with its time, step size, error, decision and status in
+tensors: the host asks only every few rounds whether the solve has ended, and until it does, a solve that has ended
+takes steps of length zero.  At the end the accepted steps come to the host in one copy, where a backward pass wants
+them.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def integrate(
     record: bool = False,
     first: Graph | None = None,
 ) -> Trajectory:
-    """Integrate through ``times``; arguments and steps are those of :func:`pyflowkern.ode.adaptive.integrate`.
+    """Integrate through ``times``; arguments and steps are those of :func:`pyflowkern.ode.loops.adaptive.integrate`.
 
     An output before the last one costs an interpolation in every round, for what it is worth.
     """

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode import adaptive, device, fixed, per_sample
+from pyflowkern.ode.adjoints.problem import Problem, gradients_of_replay, time_gradients
+from pyflowkern.ode.loops import adaptive, device, fixed, per_sample
+from pyflowkern.ode.loops.per_sample import SampleTrajectory
 from pyflowkern.ode.options import Options
-from pyflowkern.ode.per_sample import SampleTrajectory
-from pyflowkern.ode.problem import Problem, gradients_of_replay, time_gradients
 from pyflowkern.ode.solution import Trajectory
 from pyflowkern.ode.steppers import (
     differentiable_step,

@@ -1,0 +1,50 @@
+"""Times of the output, checked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["output_times"]
+
+
+def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[Any, Tensor]:
+    """Return the times as the solver wants them and as a tensor; raise unless monotone and finite."""
+    if isinstance(t, Tensor):
+        if not t.is_floating_point():
+            raise TypeError(f"t must be floating-point, got {t.dtype}")
+        ts = t.detach().to(torch.float64)
+    else:
+        try:
+            ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+        except TypeError as error:
+            raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error
+    if ts.dim() != 1 and not (per_sample and ts.dim() == 2):
+        raise ValueError(f"t must have one axis, got shape {tuple(ts.shape)}")
+    if ts.shape[0] < 1:
+        raise ValueError("t must hold at least one time")
+    if per_sample:
+        ts = ts.to(y0.device)
+        columns = ts if ts.dim() == 2 else ts[:, None].expand(-1, y0.shape[0])
+        if columns.shape[1] != y0.shape[0]:
+            raise ValueError(f"t must be [T] or [T, {y0.shape[0]}], got {tuple(ts.shape)}")
+        gaps = columns.diff(dim=0)
+        fine = torch.isfinite(columns).all() & ((gaps >= 0).all(0) | (gaps <= 0).all(0)).all()
+        if not bool(fine):
+            raise ValueError("t must be finite and monotone for each sample")
+        return columns.contiguous(), ts
+    times = ts.tolist()
+    most = torch.finfo(y0.dtype).max
+    if any(most < abs(v) < math.inf for v in times):
+        raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")
+    gaps_ = [b - a for a, b in itertools.pairwise(times)]
+    if not all(math.isfinite(v) for v in times) or not (
+        all(g >= 0 for g in gaps_) or all(g <= 0 for g in gaps_)
+    ):
+        raise ValueError(f"t must be finite and monotone, got {times}")
+    return times, ts
