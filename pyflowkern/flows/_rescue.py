@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode
-from pyflowkern.ode.solve import name_from_torchdiffeq
+from pyflowkern.ode.options import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
 
 __all__ = ["Dynamics", "guarded", "rows_like", "solve_rows"]

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import norm_of
 from pyflowkern.ode.loops.adaptive import integrate as integrate_adaptive
-from pyflowkern.ode.options import Options
+from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Packing
 from pyflowkern.ode.solution import Status
 from pyflowkern.ode.solve import solve, warn_unless_ok
 from pyflowkern.ode.steppers import Stepper
-from pyflowkern.ode.tableaus import end_slope, tableau
 
 __all__ = ["odeint_event"]
 
@@ -82,55 +80,37 @@ def odeint_event(
         >>> round(height.grad.item(), 5)  # t / (2 h)
         0.07139
     """
-    packing = Packing(y0, False)
-    chosen = end_slope(tableau(method))
-    if chosen.error is None:
-        raise ValueError(f"method must have step control, got {method!r}")
     if not callable(event_fn):
         raise TypeError(f"event_fn must be callable, got {type(event_fn).__name__}")
     if not 0 < max_time < math.inf:
         raise ValueError(f"max_time must be positive and finite, got {max_time}")
+    packing = Packing(y0, False)
+    start = packing.pack(y0).detach().contiguous()
+    steps: dict[str, Any] = dict(
+        method=method, rtol=rtol, atol=atol, first_step=first_step, max_step=max_step,
+        max_steps=max_steps,
+    )  # fmt: skip
+    options = options_for(packing, start.device, **steps)
+    if options.method.error is None:
+        raise ValueError(f"method must have step control, got {method!r}")
     if not isinstance(t0, Tensor):
         t0 = torch.tensor(float(t0), dtype=torch.float64)
-    start = packing.pack(y0).contiguous()
-    options = Options(
-        method=chosen,
-        rtol=packing.tolerance("rtol", rtol, start.device),
-        atol=packing.tolerance("atol", atol, start.device),
-        norm=norm_of(packing, None),
-        adjoint="direct",
-        checkpoint=True,
-        seminorm=True,
-        coupling=1.0,
-        step_size=None,
-        first_step=first_step,
-        min_step=0.0,
-        max_step=max_step,
-        max_steps=max_steps,
-        per_sample=False,
-        check_every=1,
-        torchdiffeq=False,
-        dense=False,
-    )
-    packing.check_allowed(rtol, atol)
+    begin = float(t0.detach())
+    far = begin - max_time if reverse_time else begin + max_time
 
     def event(t: Tensor, y: Tensor) -> Tensor:
         return event_fn(t, packing.unpack(y))
 
-    begin = float(t0.detach())
-    far = begin - max_time if reverse_time else begin + max_time
-    found, status = _search(packing.field(func), event, start.detach(), begin, far, options)
+    found, status = _search(packing.field(func), event, start, begin, far, options)
     times = torch.stack([t0.reshape(()), t0.new_tensor(found).detach()])
-    solved = solve(
-        func, y0, times, method=method, rtol=rtol, atol=atol, first_step=first_step,
-        max_step=max_step, max_steps=max_steps, **settings,
-    )  # fmt: skip
-    warn_unless_ok(solved.status if status in (Status.ok, Status.no_event) else status)
-    if status != Status.ok:
-        if status == Status.no_event:
-            warn_unless_ok(status)
-        return times[1].double(), solved.ys
-    return _correct(func, event_fn, times[1].double(), solved.ys, packing)
+    solved = solve(func, y0, times, **steps, **settings)
+    failed = status not in (Status.ok, Status.no_event)
+    warn_unless_ok(status if failed else solved.status)
+    if status == Status.ok:
+        return _correct(func, event_fn, times[1].double(), solved.ys, packing)
+    if status == Status.no_event:
+        warn_unless_ok(status)
+    return times[1].double(), solved.ys
 
 
 @torch.no_grad()

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from pyflowkern.ode.tableaus import Tableau
+from pyflowkern.ode.controllers import norm_of
+from pyflowkern.ode.packing import Packing
+from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, torchdiffeq_dense
 
-__all__ = ["Options"]
+__all__ = ["Options", "name_from_torchdiffeq", "options_for"]
+
+#: What torchdiffeq calls methods that have another name here.
+_TORCHDIFFEQ_NAMES = {"rk4": "rk4_38", "heun2": "heun"}
 
 
 @dataclass(frozen=True)
@@ -21,20 +28,20 @@ class Options:
     rtol: float | Tensor
     atol: float | Tensor
     norm: Callable[[Tensor], Tensor]
-    adjoint: str
-    checkpoint: bool
-    seminorm: bool
-    coupling: float
-    step_size: float | None
-    first_step: float | None
-    min_step: float
-    max_step: float
-    max_steps: int
-    per_sample: bool
-    check_every: int
-    torchdiffeq: bool
-    dense: bool
+    adjoint: str = "direct"
+    checkpoint: bool = True
+    seminorm: bool = True
+    coupling: float = 0.99
+    step_size: float | None = None
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_steps: int = 10_000
+    per_sample: bool = False
     on_device: bool = False
+    check_every: int = 1
+    torchdiffeq: bool = False
+    dense: bool = False
 
     def __post_init__(self) -> None:
         choices = ("direct", "continuous", "reversible")
@@ -85,3 +92,65 @@ class Options:
     def adaptive(self) -> bool:
         """Whether the steps follow the error."""
         return self.method.error is not None and self.step_size is None
+
+
+def options_for(
+    packing: Packing,
+    device: torch.device,
+    *,
+    method: str | Tableau,
+    rtol: Any,
+    atol: Any,
+    norm: Callable[[Any], Tensor] | None = None,
+    control: str = "batch",
+    check_every: int | None = None,
+    dense: bool = False,
+    compat: str | None = None,
+    **settings: Any,
+) -> Options:
+    """Return the settings of a solve, checked, in the terms of packed states.
+
+    Args:
+        packing: of the first state.
+        device: of the first state.
+        method: name or tableau; with ``compat`` a name of torchdiffeq's.
+        rtol: relative tolerance, as the user gave it.
+        atol: absolute tolerance, as the user gave it.
+        norm: of a state as the user sees it.
+        control: who decides about steps.
+        check_every: rounds between two looks at the device; None for the default.
+        dense: whether the state between steps will be asked for.
+        compat: None or "torchdiffeq".
+        **settings: fields of :class:`Options`.
+    """
+    if compat not in (None, "torchdiffeq"):
+        raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
+    if control not in ("batch", "device", "sample"):
+        raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
+    chosen = tableau(method if compat is None else name_from_torchdiffeq(method))
+    if dense or chosen.error is not None:
+        chosen = end_slope(chosen)
+    if compat is not None:
+        chosen = torchdiffeq_dense(chosen)
+    if check_every is None:
+        check_every = 1 if device.type == "cpu" else 8
+    options = Options(
+        method=chosen,
+        rtol=packing.tolerance("rtol", rtol, device),
+        atol=packing.tolerance("atol", atol, device),
+        norm=norm_of(packing, norm),
+        per_sample=control == "sample",
+        on_device=control == "device",
+        check_every=check_every,
+        torchdiffeq=compat is not None,
+        dense=dense,
+        **settings,
+    )
+    if options.adaptive:
+        packing.check_allowed(rtol, atol)
+    return options
+
+
+def name_from_torchdiffeq(method: str | Tableau) -> str | Tableau:
+    """Return the name that a method of torchdiffeq has here."""
+    return _TORCHDIFFEQ_NAMES.get(method, method) if isinstance(method, str) else method

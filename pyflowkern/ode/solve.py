@@ -14,13 +14,12 @@ from pyflowkern.ode.adjoints.continuous import Continuous
 from pyflowkern.ode.adjoints.direct import Direct, run
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now, parameters_of
 from pyflowkern.ode.adjoints.reversible import Reversible
-from pyflowkern.ode.controllers import norm_of
 from pyflowkern.ode.loops import reversible
-from pyflowkern.ode.options import Options
+from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
 from pyflowkern.ode.solution import DenseOutput, Solution, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
-from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, torchdiffeq_dense
+from pyflowkern.ode.tableaus import Tableau
 from pyflowkern.ode.times import output_times
 
 __all__ = ["odeint", "solve"]
@@ -30,7 +29,6 @@ _ADJOINTS: dict[str, Any] = {
     "continuous": Continuous,
     "reversible": Reversible,
 }
-_TORCHDIFFEQ_NAMES = {"rk4": "rk4_38", "heun2": "heun"}
 
 
 def solve(
@@ -126,55 +124,24 @@ def solve(
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
-    if compat not in (None, "torchdiffeq"):
-        raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
-    if control not in ("batch", "device", "sample"):
-        raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
     packing = Packing(y0, control == "sample")
     start = packing.pack(y0).contiguous()
-    if compat is not None:
-        method = name_from_torchdiffeq(method)
-    chosen = tableau(method)
-    if dense or chosen.error is not None:
-        chosen = end_slope(chosen)
-    if compat is not None:
-        chosen = torchdiffeq_dense(chosen)
-    if check_every is None:
-        check_every = 1 if start.device.type == "cpu" else 8
-    options = Options(
-        method=chosen,
-        rtol=packing.tolerance("rtol", rtol, start.device),
-        atol=packing.tolerance("atol", atol, start.device),
-        norm=norm_of(packing, norm),
-        adjoint=adjoint,
-        checkpoint=checkpoint,
-        seminorm=seminorm,
-        coupling=coupling,
-        step_size=step_size,
-        first_step=first_step,
-        min_step=min_step,
-        max_step=max_step,
-        max_steps=max_steps,
-        per_sample=control == "sample",
-        check_every=check_every,
-        torchdiffeq=compat is not None,
-        dense=dense,
-        on_device=control == "device",
-    )
-    if options.adaptive:
-        packing.check_allowed(rtol, atol)
+    options = options_for(
+        packing, start.device, method=method, rtol=rtol, atol=atol, adjoint=adjoint,
+        checkpoint=checkpoint, seminorm=seminorm, coupling=coupling, step_size=step_size,
+        first_step=first_step, min_step=min_step, max_step=max_step, max_steps=max_steps,
+        control=control, check_every=check_every, norm=norm, dense=dense, compat=compat,
+    )  # fmt: skip
     times, ts = output_times(t, start, options.per_sample)
-    ys, trajectory = _solve(func, packing.field(func), start, times, t, options, params)
-    lead = (ts.shape[0],)
+    ys, steps = _solve(func, packing.field(func), start, times, t, options, params)
     interpolation = None
     if dense:
+        begin = times[0], start.detach()
         interpolation = DenseOutput(
-            chosen, trajectory.t, trajectory.dt, trajectory.states, trajectory.slopes, packing,
-            (times[0], start.detach()),
-        )  # fmt: skip
-    return Solution(
-        packing.unpack(ys, lead), ts, trajectory.status, trajectory.stats, interpolation
-    )
+            options.method, steps.t, steps.dt, steps.states, steps.slopes, packing, begin
+        )
+    states = packing.unpack(ys, (ts.shape[0],))
+    return Solution(states, ts, steps.status, steps.stats, interpolation)
 
 
 def odeint(func: Callable[..., Any], y0: Any, t: Tensor | Sequence[float], **settings: Any) -> Any:
@@ -204,11 +171,6 @@ def odeint(func: Callable[..., Any], y0: Any, t: Tensor | Sequence[float], **set
     solution = solve(func, y0, t, **settings)
     warn_unless_ok(solution.status)
     return solution.ys
-
-
-def name_from_torchdiffeq(method: str | Tableau) -> str | Tableau:
-    """Return our name of a method of torchdiffeq's."""
-    return _TORCHDIFFEQ_NAMES.get(method, method) if isinstance(method, str) else method
 
 
 def warn_unless_ok(status: Status | Tensor) -> None:
