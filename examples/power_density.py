@@ -143,7 +143,7 @@ class Run:
 
 SMALL = {
     "MAF": Run(lambda: flows.MAF(6, transforms=5, hidden=(100, 100)), 512, 2e-3, 0.14),
-    "NSF": Run(lambda: flows.NSF(6, transforms=5, hidden=(64, 64)), 512, 2e-3, 0.64),
+    "NSF": Run(lambda: flows.NSF(6, transforms=5, hidden=(64, 64), bound=3.0), 512, 2e-3, 0.64),
 }
 # Papamakarios et al. 2017, MAF (5) but without its batch normalisation; Durkan et al. 2019, RQ-NSF (C)
 PUBLISHED = {
@@ -155,7 +155,11 @@ PUBLISHED = {
         steps=1_000_000,
     ),
     "NSF": Run(
-        lambda: flows.NSF(6, transforms=10, hidden=(256, 256)), 512, 5e-4, 0.64, steps=400_000
+        lambda: flows.NSF(6, transforms=10, hidden=(256, 256), bound=3.0),
+        512,
+        5e-4,
+        0.64,
+        steps=400_000,
     ),
 }
 

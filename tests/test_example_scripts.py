@@ -113,6 +113,12 @@ def test_a_mixture_base_leaves_less_between_two_modes(quick):
     assert found["MAF, a mixture"][0] > found["MAF, one normal"][0]
 
 
+def test_splines_that_reach_far_enough_leave_posteriors_their_width(quick):
+    ratios = quick("spline_bound")
+    assert ratios[3.0][0] > 1.3  # the tails beyond 3 alone make 1.9 of it; so few steps leave 1.5
+    assert 0.95 < ratios[5.0][0] < 1.1
+
+
 def test_a_continuous_flow(quick):
     assert np.isfinite(quick("ffjord"))
 

@@ -2,9 +2,9 @@
 
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._continuous import ContinuousBijection
-from pyflowkern.flows._distribution import FlowDistribution, StandardNormal
+from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows.autoregressive import IAF, MAF
-from pyflowkern.flows.bases import MixtureOfGaussians, Uniform
+from pyflowkern.flows.bases import MixtureOfGaussians, StandardNormal, Uniform
 from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousTerms
 from pyflowkern.flows.glow import Glow
 from pyflowkern.flows.nsf import NSF

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyflowkern import ops
-from pyflowkern.flows._build import parse_shape
-from pyflowkern.flows._distribution import FlowDistribution, StandardNormal, support_of
+from pyflowkern.flows._arguments import as_count, check_flags, expand_context, parse_shape
+from pyflowkern.flows._distribution import FlowDistribution
+from pyflowkern.flows._domain import Domain, PixelDomain
+from pyflowkern.flows._hints import warn_of_unsuitable
+from pyflowkern.flows._torch_base import as_base
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
-from pyflowkern.nn._base import check_count, check_dtype, independent
+from pyflowkern.nn._base import check_dtype, independent
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "without_density"]
 
 
 class Flow(Bijection):
@@ -30,20 +33,29 @@ class Flow(Bijection):
     ``log_prob`` is that of the pixel levels and ``bits_per_dim`` the usual figure for discrete
     data.  A floating ``x`` is a point of ``[0, 1]`` and ``log_prob`` its density there;
     ``bits_per_dim`` adds ``bits``, which makes the two comparable. Samples are floats in
-    ``[0, 1]``, or uint8 with ``quantized=True``.
+    ``[0, 1]``, or uint8 with ``quantized=True``.  The margin of the logit lets a little mass lie
+    beyond: ``domain`` is :math:`[-m, 1 + m]` with :math:`m = \alpha / (1 - 2\alpha)`.
+
+    Outside of a bounded ``domain`` the log-density is -inf.
 
     Args:
         bijection: data to latent.
         event_shape: shape of one ``x``.
         base: the latent's distribution: a module with ``log_prob(z[N, D]) -> [N]`` and
-            ``sample(n, *, temperature, generator) -> [n, D]``; None for the standard normal.
+            ``sample(n, *, temperature, generator) -> [n, D]``, or a
+            :class:`torch.distributions.Distribution` with event shape ``(D,)``, whose tensors move
+            with the flow but are no parameters of it; None for the standard normal.
         bits: bits a pixel of integer data, 1 to 8; None for real data.
         alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
         context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
+        domain: ends of the interval that each element of ``x`` lies in and that the bijection maps
+            onto itself; None for the real line.
+        periodic: the ends of the domain are the same point, as of angles.
 
     Raises:
         TypeError: for a bijection that is none, a base without the two methods, or counts that are not ints.
-        ValueError: for an event shape without positive sizes, bits or alpha out of range.
+        ValueError: for an event shape without positive sizes, bits or alpha out of range, a base of
+            another shape, and a domain with ``bits``.
 
     Example:
         >>> import torch
@@ -54,9 +66,6 @@ class Flow(Bijection):
         ((16,), (5, 2))
     """
 
-    #: Ends of the interval that each element of ``x`` lies in, for flows with a bounded domain.
-    domain: tuple[float, float] | None = None
-
     _anchor: Tensor
 
     def __init__(
@@ -64,24 +73,29 @@ class Flow(Bijection):
         bijection: Bijection,
         event_shape: Sequence[int],
         *,
-        base: torch.nn.Module | None = None,
+        base: torch.nn.Module | Distribution | None = None,
         bits: int | None = None,
         alpha: float = 0.05,
         context_features: int = 0,
+        domain: tuple[float, float] | None = None,
+        periodic: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(bijection, Bijection):
             raise TypeError(f"bijection must be a nn.Bijection, got {type(bijection).__name__}")
-        for needed in ("log_prob", "sample"):
-            if base is not None and not callable(getattr(base, needed, None)):
-                raise TypeError(f"base must have a method {needed}, {type(base).__name__} has not")
-        check_count("context_features", context_features, 0)
+        check_flags(periodic=periodic)
+        if domain is not None and bits is not None:
+            raise ValueError(f"domain must be None with bits={bits}, got {domain}")
+        self.context_features = as_count("context_features", context_features, 0)
         self.event_shape = parse_shape(event_shape)
         self.dims = math.prod(self.event_shape)
-        self.context_features = context_features
-        self.preprocess = None if bits is None else Dequantize(bits, alpha)
+        self.preprocess = None if bits is None else Dequantize(as_count("bits", bits), alpha)
+        self._domain = None if domain is None else Domain(*domain, periodic)
+        if self.preprocess is not None:
+            self._domain = PixelDomain.of(alpha)
         self.bijection = bijection
-        self.base = StandardNormal(self.dims) if base is None else base
+        self.base = as_base(base, self.dims)
+        self._looked = False  # at the first data, for a hint
         self._latent_shape = bijection.output_shape(self.event_shape)
         # a dtype and a device for flows without parameters, too
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
@@ -91,7 +105,7 @@ class Flow(Bijection):
 
         Args:
             x: ``[N, *event_shape]`` in the flow's dtype; with ``bits`` also uint8.
-            context: ``[N, K]`` for a conditional flow.
+            context: ``[N, K]`` for a conditional flow, or one context ``[K]`` or ``[1, K]`` for all.
 
         Returns:
             ``(z, log_det)``: ``[N, D]`` and ``[N]``.
@@ -101,13 +115,11 @@ class Flow(Bijection):
             ValueError: for another shape, or a context that does not fit.
         """
         self._check_data("x", x)
-        self._check_context(context, x.shape[0])
+        context = self._context_of(context, x.shape[0])
         if self.preprocess is None:
             z, log_det = self.bijection(x, context)
             return z.flatten(1), log_det
-        y, first = self.preprocess(x)
-        if not x.is_floating_point():
-            y = y.to(self._anchor.dtype)
+        y, first = self._from_pixels(x)
         z, log_det = self.bijection(y, context)
         return z.flatten(1), first + log_det
 
@@ -115,28 +127,61 @@ class Flow(Bijection):
         """Map latent ``[N, D]`` to data; return ``(x, log_det[N])``."""
         self._check_latent(z)
         self._check_dtype("z", z)
-        self._check_context(context, z.shape[0])
+        context = self._context_of(context, z.shape[0])
         x, log_det = self.bijection.inverse(z.reshape(z.shape[0], *self._latent_shape), context)
         if self.preprocess is not None:
             x, last = self.preprocess.inverse(x)
             log_det = log_det + last
         return x, log_det
 
+    @property
+    def domain(self) -> tuple[float, float] | None:
+        """Ends of the interval that each element of ``x`` lies in; None for the real line."""
+        return None if self._domain is None else self._domain.ends
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Where the data lie, as a constraint of torch over events: the real line or the domain."""
+        each = constraints.real if self.domain is None else constraints.interval(*self.domain)
+        return independent(each, len(self.event_shape))
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the log-density of ``x`` in nats, ``[N]``: -inf outside of a bounded domain."""
-        if self.domain is None:
-            return self._log_prob_inside(x, context)
-        self._check_data("x", x)
-        low, high = self.domain  # compared in the dtype of x, in which the ends are rounded
-        outside = (x < low) | (x > high)
-        # a point that stands in keeps NaN, inf and angles that would wrap out of the networks
-        log_prob = self._log_prob_inside(x.masked_fill(outside, (low + high) / 2), context)
-        return log_prob.masked_fill(outside.flatten(1).any(1) & ~log_prob.isnan(), -math.inf)
+        """Return the log-density of ``x`` in nats, ``[N]``: -inf outside of a bounded domain.
+
+        Where the first data on a CPU lie outside, or far from unit variance, a warning says what helps.
+        """
+        x, outside = self._inside_domain(x)
+        return without_density(outside, self._log_prob_inside(x, context))
 
     def _log_prob_inside(self, x: Tensor, context: Tensor | None) -> Tensor:
         z, log_det = self(x, context)
         log_prob: Tensor = self.base.log_prob(z) + log_det  # type: ignore[operator]
         return log_prob
+
+    def _inside_domain(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return data of the domain, and which samples were outside of it: ``[N]``, None for none."""
+        self._check_data("x", x)
+        outside = None
+        if self._domain is not None and x.is_floating_point():
+            inside, outside = self._domain.keep_inside(x)
+        if not torch.compiler.is_compiling() and not self._looked:
+            self._looked = warn_of_unsuitable(x, outside, self._domain, self.bijection)
+        return x if outside is None else inside, outside
+
+    def _from_pixels(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pixels, or points of the unit interval, on the real line in the flow's dtype; and the log-det."""
+        assert self.preprocess is not None
+        if x.is_floating_point():
+            return self.preprocess(x)  # type: ignore[no-any-return]
+        dtype = self._anchor.dtype
+        if dtype != torch.float64:
+            y, log_det = self.preprocess(x)
+            return y.to(dtype), log_det
+        # the op computes in float32; of what it draws, the middle between two neighbours is exact in float64
+        bits, pixels = self.preprocess.bits, math.prod(x.shape[1:])
+        v, _ = ops.dequantize(x, bits=bits)
+        y, log_det = ops.logit(v.double() + 0.5 ** (17 + bits), alpha=self.preprocess.alpha)
+        return y, log_det - pixels * bits * math.log(2)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Return :math:`-\log_2 p(x) / D`, ``[N]``; with ``bits`` that of discrete pixels."""
@@ -157,6 +202,8 @@ class Flow(Bijection):
     ) -> Tensor:
         """Draw ``n`` samples, without gradient.
 
+        For ``n`` samples of each of several contexts see :meth:`distribution`.
+
         Args:
             n: how many.
             context: ``[n, K]``, or one context ``[K]`` or ``[1, K]`` for all.
@@ -170,17 +217,31 @@ class Flow(Bijection):
         Raises:
             ValueError: for n or temperature below 0, a context of another shape, or ``quantized``
                 without ``bits``.
-            TypeError: for an n that is not an int.
+            TypeError: for an n that is not an int, and a ``quantized`` that is not a bool.
         """
+        check_flags(quantized=quantized)
         if quantized and self.preprocess is None:
             raise ValueError(
                 "quantized=True needs a flow made with bits=..., this one has bits=None"
             )
-        z = self._latents(n, temperature, generator)
-        x = self._decode(z, self._expand_context(context, n))
+        x = self.rsample(n, context, temperature=temperature, generator=generator)
         if self.preprocess is None:
             return x
         return self.preprocess.quantize(x) if quantized else x.clamp(0, 1)
+
+    def rsample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw ``n`` samples with gradients; pixels are not cut to the unit interval.
+
+        Args and errors are those of :meth:`sample`.
+        """
+        return self._decode(*self._latents(n, context, temperature, generator))
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Return the data of latents, where nothing else is wanted."""
@@ -198,8 +259,8 @@ class Flow(Bijection):
 
         Args and errors are those of :meth:`sample`; the density is that of temperature 1.
         """
-        z = self._latents(n, temperature, generator)
-        x, log_det = self.inverse(z, self._expand_context(context, n))
+        z, context = self._latents(n, context, temperature, generator)
+        x, log_det = self.inverse(z, context)
         return x, self.base.log_prob(z) - log_det  # type: ignore[operator]
 
     @torch.no_grad()
@@ -212,7 +273,7 @@ class Flow(Bijection):
             x0: start ``[N, *event_shape]``.
             x1: end, of the same shape.
             steps: number of points, both ends among them.
-            context: ``[N, K]``, used at both ends and between.
+            context: ``[N, K]``, or one for all, used at both ends and between.
 
         Returns:
             ``[steps, N, *event_shape]``.
@@ -220,13 +281,14 @@ class Flow(Bijection):
         Raises:
             ValueError: for steps below 2 or different shapes.
         """
-        check_count("steps", steps, 2)
+        steps = as_count("steps", steps, 2)
         self._check_data("x0", x0)
         self._check_data("x1", x1)
         if x0.shape != x1.shape:
             raise ValueError(
                 f"x0 and x1 must have one shape, got {tuple(x0.shape)} and {tuple(x1.shape)}"
             )
+        context = self._context_of(context, x0.shape[0])
         z0, z1 = self(x0, context)[0], self(x1, context)[0]
         n = z0.shape[0]
         t = torch.linspace(0, 1, steps, dtype=z0.dtype, device=z0.device).view(-1, 1, 1)
@@ -242,13 +304,14 @@ class Flow(Bijection):
         return [z.reshape(z.shape[0], *self._latent_shape)]
 
     def distribution(
-        self, context: Tensor | None = None, *, validate_args: bool = False
+        self, context: Tensor | None = None, *, validate_args: bool | None = None
     ) -> FlowDistribution:
         """Return a :class:`torch.distributions.Distribution` of the data.
 
         Args:
             context: ``[*batch, K]``: its leading axes become the batch shape.
-            validate_args: refuse values outside of the support, as :class:`FlowDistribution` does.
+            validate_args: refuse values outside of the support, as :class:`FlowDistribution` does; None
+                follows torch's default.
 
         Example:
             >>> import torch
@@ -266,14 +329,16 @@ class Flow(Bijection):
         A flow on a bounded domain maps the interval onto itself: both sides are constrained to it.
         """
         options.pop("event_dim", None)
-        each = constraints.real if self.domain is None else constraints.interval(*self.domain)
+        latent: constraints.Constraint = constraints.real
+        if self.domain is not None and self.preprocess is None:
+            latent = constraints.interval(*self.domain)
         return BijectionTransform(
             self,
             context,
             len(self.event_shape),
             1,
-            domain=support_of(self),
-            codomain=independent(each, 1),
+            domain=self.support,
+            codomain=independent(latent, 1),
             **options,
         )
 
@@ -285,22 +350,20 @@ class Flow(Bijection):
         """Return the shape of one ``x``."""
         return self.event_shape
 
-    def _latents(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
-        if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
-            raise TypeError(f"n must be an int, got {type(n).__name__}")
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
+    def _latents(
+        self,
+        n: int,
+        context: Tensor | None,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``n`` latents and a context of each."""
+        n = as_count("n", n, 0)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        context = self._context_of(context, n)
         z: Tensor = self.base.sample(n, temperature=temperature, generator=generator)  # type: ignore[operator]
-        return z
-
-    def _expand_context(self, context: Tensor | None, n: int) -> Tensor | None:
-        if isinstance(context, Tensor) and (
-            context.dim() == 1 or (context.dim() == 2 and context.shape[0] == 1)
-        ):
-            return context.expand(n, context.shape[-1])
-        return context
+        return z, context
 
     def _check_latent(self, z: Tensor) -> None:
         if not isinstance(z, Tensor):
@@ -324,17 +387,16 @@ class Flow(Bijection):
             raise TypeError(f"{name} must be {self._anchor.dtype}{pixels}, got {x.dtype}")
         check_dtype(name, x, self._anchor.dtype, "flow")
 
-    def _check_context(self, context: Tensor | None, n: int) -> None:
-        if not self.context_features:
-            if context is not None:
-                raise ValueError(
-                    "context was given, but the flow was made with context_features=0"
-                )
-            return
-        want = (n, self.context_features)
-        if context is not None and not isinstance(context, Tensor):
-            raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
-        if context is None or tuple(context.shape) != want:
-            got = None if context is None else tuple(context.shape)
-            raise ValueError(f"context must have shape {want}, got {got}")
-        self._check_dtype("context", context)
+    def _context_of(self, context: Tensor | None, n: int) -> Tensor | None:
+        """Return the context of each of ``n`` samples; raise where it does not fit."""
+        context = expand_context(context, n, self.context_features)
+        if context is not None:
+            self._check_dtype("context", context)
+        return context
+
+
+def without_density(outside: Tensor | None, log_prob: Tensor) -> Tensor:
+    """Return the log-densities with -inf for the samples outside; NaN stays, which is unknown and not impossible."""
+    if outside is None:
+        return log_prob
+    return log_prob.masked_fill(outside & ~log_prob.isnan(), -math.inf)

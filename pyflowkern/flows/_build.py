@@ -1,82 +1,22 @@
-"""What the builders of flows share: checks of their arguments and the shapes of levels."""
+"""What the builders of flows share: orders of features, and the levels of images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pyflowkern.flows._arguments import ConditionerFactory
 from pyflowkern.nn import Bijection, MultiScale, Sequential, Split, Squeeze
-from pyflowkern.nn._base import check_count
 
 __all__ = [
-    "ConditionerFactory",
-    "check_positive",
     "check_space",
     "feature_order",
     "layer_permutation",
-    "parse_event",
-    "parse_shape",
-    "parse_vector",
-    "parse_widths",
     "squeeze_levels",
     "squeezed",
 ]
-
-#: Makes a network of ``(in, out)`` channels.
-ConditionerFactory = Callable[[int, int], torch.nn.Module]
-
-
-def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """Return ``(D,)`` of a dimension, or the shape as a tuple; raise unless all is positive."""
-    event = (shape,) if isinstance(shape, int) else _as_tuple("event_shape", shape)
-    if not event or not all(_is_int(size) and size >= 1 for size in event):
-        raise ValueError(
-            "event_shape must be a dimension D, (D,) or (C, *space) of positive ints, "
-            f"got {shape!r}"
-        )
-    return event
-
-
-def parse_event(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the shape; raise below two dimensions or beyond three spatial axes."""
-    event = parse_shape(shape)
-    if len(event) > 4:
-        raise ValueError(f"event_shape must have at most 3 spatial axes, got {shape!r}")
-    if event == (1,):
-        raise ValueError(
-            f"event_shape must have at least 2 dimensions for a coupling, got {shape!r}"
-        )
-    return event
-
-
-def parse_vector(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """Return ``(D,)``; raise for the shape of an image."""
-    event = parse_shape(shape)
-    if len(event) > 1:
-        raise ValueError(f"event_shape must be a dimension D or (D,) for this flow, got {shape!r}")
-    return event
-
-
-def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the widths of hidden layers; one number stands for two layers."""
-    widths = (hidden, hidden) if isinstance(hidden, int) else _as_tuple("hidden", hidden)
-    if not widths or not all(_is_int(width) and width >= 1 for width in widths):
-        raise ValueError(
-            f"hidden must be at least 1, or a sequence of such widths, got {hidden!r}"
-        )
-    return widths
-
-
-def _as_tuple(name: str, value: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
-    return tuple(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def feature_order(order: str, features: int, layer: int) -> list[int] | None:
@@ -95,12 +35,6 @@ def layer_permutation(features: int, layer: int) -> Tensor:
     is to load.
     """
     return torch.randperm(features, generator=torch.Generator().manual_seed(layer), device="cpu")
-
-
-def check_positive(**counts: int) -> None:
-    """Raise TypeError unless every count is an int, ValueError unless it is at least 1."""
-    for name, count in counts.items():
-        check_count(name, count)
 
 
 def check_space(shape: tuple[int, ...], levels: int) -> None:

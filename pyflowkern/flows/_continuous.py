@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode, ops
-from pyflowkern.flows._build import check_positive
-from pyflowkern.flows._rescue import Dynamics, guarded, rows_like, solve_rows
+from pyflowkern.flows._arguments import as_count, check_flags
+from pyflowkern.flows._rescue import Dynamics, check_compiler, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
 from pyflowkern.nn.vector_field import check_context
 from pyflowkern.ops._registry import accumulation_dtype, autocasts
 
-__all__ = ["ContinuousBijection", "Way", "without_log_det"]
+__all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
 
-DIVERGENCES = ("hutchinson", "exact")
+#: Up to so many dimensions a trace is exact in eval mode, unless the flow says otherwise.
+EXACT_UP_TO = 64
 _LOG_DET_WANTED = ContextVar("log_det_wanted", default=True)
 
 
@@ -37,21 +38,35 @@ def without_log_det() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A solve: where it went, the log-determinants of each probe ``[N, K]``, the regularizers (else 0)."""
+class Integrals:
+    """The end of a solve and the integrals along it.
+
+    Attributes:
+        end: the state at the end.
+        log_det: log-determinants ``[N, K]``, one for each probe.
+        kinetic: first regularizer ``[N]``, or zeros.
+        jacobian: second regularizer ``[N]``, or zeros.
+        exact: whether the log-determinant has no estimate in it.
+    """
 
     end: Tensor
     log_det: Tensor
     kinetic: Tensor
     jacobian: Tensor
+    exact: bool
 
 
 class ContinuousBijection(Bijection):
     r"""The map along :math:`dx/dt = f(t, x)` from ``t = 0`` to ``T``.
 
     Its log-determinant obeys :math:`d \log\det / dt = \operatorname{div} f` and is integrated with
-    the state.  The probe of the divergence is drawn once a call and fixed over the solve.  A sample
-    that cannot be integrated is NaN, with a warning, and changes nothing in the others.
+    the state.  The probe of Hutchinson's estimator is drawn once a call and fixed over the solve, so
+    that each call in training has another log-determinant, right in expectation.  In eval mode two
+    calls return the same.  A sample that cannot be integrated is NaN, with a warning, and changes
+    nothing in the others.
+
+    Under torch.compile the solve is a graph break where its steps are adaptive; with fixed steps
+    (``method="rk4", step_size=0.1``, say) one graph holds it.
 
     Args:
         field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
@@ -62,6 +77,9 @@ class ContinuousBijection(Bijection):
             :math:`dx/ds = T f(sT, x)` over ``[0, 1]``, whose gradient in ``T`` is exact with every
             adjoint, and step sizes are fractions of ``T``.
         divergence: "hutchinson" or "exact".
+        eval_divergence: the same in eval mode: "exact"; "fixed" for Hutchinson's estimator with the same
+            probe at every call; "hutchinson" for a new one; "auto" for exact traces of up to 64
+            dimensions, which cost a product of the Jacobian for each, and a fixed probe beyond.
         probes: ``K`` for "hutchinson".
         noise: "rademacher" or "gaussian".
         **solver: settings of :func:`pyflowkern.ode.odeint`.
@@ -89,11 +107,13 @@ class ContinuousBijection(Bijection):
         duration: float = 1.0,
         train_time: bool = False,
         divergence: str = "hutchinson",
+        eval_divergence: str = "auto",
         probes: int = 1,
         noise: str = "rademacher",
         **solver: Any,
     ) -> None:
         super().__init__()
+        check_flags(train_time=train_time)
         if not hasattr(field, "velocity_and_divergence"):
             raise TypeError(
                 f"field must have velocity_and_divergence, got {type(field).__name__}; "
@@ -103,22 +123,21 @@ class ContinuousBijection(Bijection):
             raise TypeError(f"duration must be a number, got {type(duration).__name__}")
         if not 0 < duration < math.inf:
             raise ValueError(f"duration must be positive and finite, got {duration}")
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence must be 'hutchinson' or 'exact', got {divergence!r}")
-        if noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
-        check_positive(probes=probes)
+        _check_name("divergence", divergence, ("hutchinson", "exact"))
+        _check_name("eval_divergence", eval_divergence, ("auto", "exact", "fixed", "hutchinson"))
+        _check_name("noise", noise, ("rademacher", "gaussian"))
         _check_solver(solver)
         self.context_features: int = getattr(field, "context_features", 0)
-        self.field, self.divergence, self._duration = field, divergence, float(duration)
+        self.field, self._duration = field, float(duration)
+        self.divergence, self.eval_divergence = divergence, eval_divergence
         self.log_duration: torch.nn.Parameter | None = None
         if train_time:
             self.log_duration = torch.nn.Parameter(torch.tensor(math.log(duration)))
-        self.probes, self.noise = probes, noise
+        self.probes, self.noise = as_count("probes", probes), noise
         self.solver = solver
 
-    def _moves_alone(self, x: Tensor) -> bool:
-        """Whether the state can be integrated without the rest, by the field's ``forward``.
+    def _needs_no_divergence(self, x: Tensor) -> bool:
+        """Whether the field's ``forward`` gives the velocity, so that the state can be integrated alone.
 
         Not by one that is inherited where ``velocity_and_divergence`` is the class's own: that may be another
         velocity, as it is under autocast, which makes perceptrons coarser alone.  And a norm of the user's may
@@ -140,16 +159,16 @@ class ContinuousBijection(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from data to latent; return ``(z, log_det[N])``."""
-        way = self.way(x, context)
-        return way.end, way.log_det.mean(1)
+        found = self.integrate(x, context)
+        return found.end, found.log_det.mean(1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from latent to data; return ``(x, log_det[N])``."""
-        log_det = _LOG_DET_WANTED.get() or not self._moves_alone(z)
-        way = self.way(z, context, backwards=True, log_det=log_det)
-        return way.end, way.log_det.mean(1)
+        log_det = _LOG_DET_WANTED.get() or not self._needs_no_divergence(z)
+        found = self.integrate(z, context, backwards=True, log_det=log_det)
+        return found.end, found.log_det.mean(1)
 
-    def way(
+    def integrate(
         self,
         x: Tensor,
         context: Tensor | None = None,
@@ -159,15 +178,20 @@ class ContinuousBijection(Bijection):
         probes: int | None = None,
         regularizers: bool = False,
         generator: torch.Generator | None = None,
-    ) -> Way:
-        """Integrate the state, the log-determinant of every probe, and the regularizers; or the state alone."""
-        exact = self.divergence == "exact"
-        count = 1 if exact else (self.probes if probes is None else probes)
-        check_positive(probes=count)
-        options: dict[str, Any] = {"method": self.divergence, "regularizers": regularizers}
-        if log_det and not exact:
-            drawn = ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
-            options |= {"probe": drawn, "probes": count, "per_probe": True}
+    ) -> Integrals:
+        """Integrate the state, the log-determinant of every probe, and the regularizers; or the state alone.
+
+        Probes and a generator that are given are used in eval mode, too, unless ``divergence`` is exact.
+        """
+        check_compiler(self.solver)
+        count = self.probes if probes is None else as_count("probes", probes)
+        how = self._estimator(x, probes is not None or generator is not None)
+        options: dict[str, Any] = {"regularizers": regularizers, "method": "exact"}
+        if how == "exact":
+            count = 1
+        elif log_det:
+            drawn = self._draw(x, count, generator, fixed=how == "fixed")
+            options |= {"method": "hutchinson", "probe": drawn, "probes": count, "per_probe": True}
 
         context = self._context_of(x, context)
         bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
@@ -197,12 +221,33 @@ class ContinuousBijection(Bijection):
         ys, _ = solve_rows(solve, bad, settings)
         end = [y[-1] for y in ys]
         if not log_det:
-            return Way(end[0], torch.full_like(changes, math.nan), zero, zero)
-        return Way(end[0], end[1], *(end[2:] if regularizers else (zero, zero)))
+            return Integrals(end[0], torch.full_like(changes, math.nan), zero, zero, True)
+        kinetic, jacobian = end[2:] if regularizers else (zero, zero)
+        return Integrals(end[0], end[1], kinetic, jacobian, exact=how == "exact")
+
+    def _estimator(self, x: Tensor, given: bool) -> str:
+        """Return how the divergence is computed now: "exact", "hutchinson" or "fixed"."""
+        if self.divergence == "exact":
+            return "exact"
+        if self.training or given:
+            return "hutchinson"
+        if self.eval_divergence == "auto":
+            return "exact" if math.prod(x.shape[1:]) <= EXACT_UP_TO else "fixed"
+        return self.eval_divergence
+
+    def _draw(
+        self, x: Tensor, count: int, generator: torch.Generator | None, fixed: bool
+    ) -> Tensor:
+        """Return the probes of a solve, for which a seed may stand."""
+        if fixed and self.noise == "rademacher":
+            return ops.draw_probe(x, probes=count, seed=0)
+        if fixed and not x.is_meta:
+            generator = torch.Generator(x.device).manual_seed(0)
+        return ops.draw_probe(x, probes=count, kind=self.noise, generator=generator)
 
     def _dynamics(self, options: dict[str, Any], scale: Tensor | None, log_det: bool) -> Dynamics:
         """Return the slopes of the state, of each probe's log-determinant and of the regularizers."""
-        # by place, as in trajectories
+        # by position, as in trajectories
         given = [options["context"]] if "context" in options else []
 
         def dynamics(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -230,6 +275,7 @@ class ContinuousBijection(Bijection):
         self, x: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
         """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
+        check_compiler(self.solver)
         settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
         context = self._context_of(x, context)
         bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)
@@ -244,6 +290,12 @@ class ContinuousBijection(Bijection):
             return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
 
         return solve_rows(solve, bad, settings)[0][0]
+
+
+def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        listed = ", ".join(map(repr, known[:-1]))
+        raise ValueError(f"{name} must be {listed} or {known[-1]!r}, got {value!r}")
 
 
 def _of_state(value: Any) -> Any:

@@ -1,64 +1,37 @@
-"""The base distribution of a flow, and the flow as a torch distribution."""
+"""A flow as a torch distribution."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions import Distribution, constraints
 
-from pyflowkern import ops
-from pyflowkern.nn._base import broadcast_shapes, independent
+from pyflowkern.nn._base import broadcast_shapes
 
-if TYPE_CHECKING:
-    from pyflowkern.flows._base import Flow
-
-__all__ = ["FlowDistribution", "StandardNormal", "support_of"]
+__all__ = ["FlowDistribution"]
 
 
-class StandardNormal(torch.nn.Module):
-    r"""The standard normal: :math:`\log p(z) = -\tfrac12 (|z|^2 + D \log 2\pi)`.
+class DensityModel(Protocol):
+    """What of a :class:`~pyflowkern.flows.Flow` its distribution calls."""
 
-    Args:
-        dims: ``D``.
+    event_shape: tuple[int, ...]
+    context_features: int
 
-    Example:
-        >>> import torch
-        >>> from pyflowkern import flows
-        >>> base = flows.StandardNormal(2)
-        >>> base.log_prob(torch.zeros(3, 2))
-        tensor([-1.8379, -1.8379, -1.8379])
-    """
+    @property
+    def support(self) -> constraints.Constraint:
+        """Where the data lie."""
 
-    zero: Tensor
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the log-density ``[N]``."""
 
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        if dims < 1:
-            raise ValueError(f"dims must be at least 1, got {dims}")
-        self.dims = dims
-        # follows the module's dtype and device, so that samples do; its value is never read
-        self.register_buffer("zero", torch.zeros(()), persistent=False)
+    def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return samples with gradients and their log-density."""
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return the log-density of ``z`` ``[N, D]``, ``[N]``."""
-        return ops.normal_log_prob(z)
-
-    def sample(
-        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draw ``[n, D]`` with standard deviation ``temperature``."""
-        z = torch.randn(
-            n, self.dims, generator=generator, dtype=self.zero.dtype, device=self.zero.device
-        )
-        return z if temperature == 1.0 else temperature * z
-
-    def distribution(self) -> Independent[Normal]:
-        """Return the same as a :class:`torch.distributions.Independent`."""
-        return Independent(
-            Normal(self.zero.new_zeros(self.dims), self.zero.new_ones(self.dims)), 1
-        )
+    def rsample(self, n: int, context: Tensor | None = None) -> Tensor:
+        """Return samples with gradients."""
 
 
 class FlowDistribution(Distribution):
@@ -67,20 +40,23 @@ class FlowDistribution(Distribution):
     Args:
         flow: the flow.
         context: ``[*batch, K]`` for a conditional flow.
-        batch_shape: batch shape, by default that of the context.
+        batch_shape: batch shape, by default that of the context, which must broadcast to it.
         validate_args: check each value of ``log_prob``: of another shape, outside of the support or
             NaN it raises ValueError, for which a GPU is waited for.  Else its density is -inf or NaN.
+            None follows :meth:`torch.distributions.Distribution.set_default_validate_args`.
 
     Raises:
         TypeError: for a context that is no tensor.
-        ValueError: for a context of another size, one too many or one too few.
+        ValueError: for a context of another size, one too many or one too few, and for a batch shape
+            that the context does not broadcast to.
 
     Example:
         >>> import torch
         >>> from pyflowkern import flows
         >>> d = flows.FlowDistribution(flows.RealNVP(2, steps=2, hidden=8))
-        >>> tuple(d.sample((5,)).shape)
-        (5, 2)
+        >>> x, log_prob = d.rsample_and_log_prob((5,))
+        >>> tuple(x.shape), tuple(log_prob.shape)
+        ((5, 2), (5,))
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
@@ -88,46 +64,69 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: Flow,
+        flow: DensityModel,
         context: Tensor | None = None,
         batch_shape: torch.Size | None = None,
         *,
-        validate_args: bool = False,
+        validate_args: bool | None = None,
     ) -> None:
         _check_context(flow, context)
+        own = torch.Size() if context is None else context.shape[:-1]
+        batch_shape = own if batch_shape is None else torch.Size(batch_shape)
+        _check_expands("the context's axes", own, batch_shape)
         self.flow, self.context = flow, context
-        if batch_shape is None:
-            batch_shape = torch.Size() if context is None else context.shape[:-1]
         super().__init__(batch_shape, torch.Size(flow.event_shape), validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
         """The real line or the flow's domain; for pixels the unit interval and the margin of alpha."""
-        return support_of(self.flow)
+        return self.flow.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
-        """Return the distribution with another batch shape."""
+        """Return the distribution with another batch shape, of the same class.
+
+        Raises:
+            ValueError: for a shape that the batch shape does not broadcast to.
+        """
         shape = torch.Size(batch_shape)
-        context = (
-            None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
-        )
-        return FlowDistribution(self.flow, context, shape, validate_args=self._validate_args)
+        _check_expands("batch_shape", self.batch_shape, shape)
+        new: FlowDistribution = copy.copy(self) if _instance is None else _instance
+        new.flow, new.context = self.flow, None
+        if self.context is not None:
+            new.context = self.context.expand(*shape, self.context.shape[-1])
+        Distribution.__init__(new, shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``[*sample_shape, *batch_shape, *event_shape]``, with gradients."""
         lead = torch.Size(sample_shape) + self.batch_shape
-        z = self.flow.base.sample(lead.numel())  # type: ignore[operator]
-        x, _ = self.flow.inverse(z, self._context(lead))
-        return x.reshape(lead + self.event_shape)
+        return self.flow.rsample(lead.numel(), self._context(lead)).reshape(
+            lead + self.event_shape
+        )
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``[*sample_shape, *batch_shape, *event_shape]``, without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Draw samples, with gradients, and return their log-densities from the same pass.
+
+        Returns:
+            ``[*sample_shape, *batch_shape, *event_shape]`` and ``[*sample_shape, *batch_shape]``.
+        """
+        lead = torch.Size(sample_shape) + self.batch_shape
+        x, log_prob = self.flow.sample_and_log_prob(lead.numel(), self._context(lead))
+        return x.reshape(lead + self.event_shape), log_prob.reshape(lead)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of ``[*sample, *batch, *event]``, one number an event."""
-        if self._validate_args and value.dtype != torch.uint8:  # of which every value is a pixel
+        if (
+            self._validate_args
+            and value.dtype != torch.uint8  # of which every value is a pixel
+            and not torch.compiler.is_compiling()
+        ):
             self._validate_sample(value)
         cut = value.dim() - len(self.event_shape)
         lead = broadcast_shapes(value.shape[:cut], self.batch_shape)
@@ -141,18 +140,19 @@ class FlowDistribution(Distribution):
         return self.context.expand(*lead, size).reshape(lead.numel(), size)
 
 
-def support_of(flow: Flow) -> constraints.Constraint:
-    """Return where the flow's data lie: see :attr:`FlowDistribution.support`."""
-    each: constraints.Constraint = constraints.real
-    if flow.domain is not None:
-        each = constraints.interval(*flow.domain)
-    if flow.preprocess is not None:
-        margin = flow.preprocess.alpha / (1 - 2 * flow.preprocess.alpha)
-        each = constraints.interval(-margin, 1 + margin)
-    return independent(each, len(flow.event_shape))
+def _check_expands(name: str, shape: torch.Size, wanted: torch.Size) -> None:
+    """Raise ValueError unless ``shape`` broadcasts to ``wanted``."""
+    try:
+        fits = broadcast_shapes(shape, wanted) == wanted
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} {tuple(shape)} must broadcast to the batch shape {tuple(wanted)}"
+        )
 
 
-def _check_context(flow: Flow, context: Tensor | None) -> None:
+def _check_context(flow: DensityModel, context: Tensor | None) -> None:
     size = flow.context_features
     if context is None and not size:
         return

@@ -14,12 +14,12 @@ from pyflowkern import ode
 from pyflowkern.ode.options import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
 
-__all__ = ["Dynamics", "guarded", "rows_like", "solve_rows"]
+__all__ = ["Dynamics", "check_compiler", "guarded", "rows_like", "solve_rows"]
 
 Dynamics = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 #: What gives each sample steps of its own, whatever the flow's settings are.
-_OWN_STEPS: dict[str, Any] = {
+_STEPS_PER_SAMPLE: dict[str, Any] = {
     "control": "sample",
     "adjoint": "direct",
     "checkpoint": True,
@@ -52,7 +52,7 @@ def solve_rows(
     if not _is_known(solution.status) or solution.ok:
         return _masked(solution, bad), bad
     if _has_adaptive_steps(settings):
-        found, status = _with_own_steps(solve, solution, bad, settings)
+        found, status = _with_steps_per_sample(solve, solution, bad, settings)
     else:
         found, status = _stopped_one_by_one(solve, bad)
     failed = (status != 0) & ~bad
@@ -61,7 +61,7 @@ def solve_rows(
     return _masked(found, bad), bad
 
 
-def _with_own_steps(
+def _with_steps_per_sample(
     solve: Callable[..., ode.Solution],
     solution: ode.Solution,
     bad: Tensor,
@@ -72,13 +72,13 @@ def _with_own_steps(
     with torch.no_grad():
         if settings.get("control", "batch") != "sample":
             try:
-                found = solve(bad, **_OWN_STEPS)
+                found = solve(bad, **_STEPS_PER_SAMPLE)
             except (TypeError, ValueError, RuntimeError):
                 # a field of a scalar time alone cannot tell one sample's failure from another's
                 return solution, _status(solution, bad)
     status = _status(found, bad)
     if torch.is_grad_enabled():
-        found = solve(bad | (status != 0), **_OWN_STEPS)
+        found = solve(bad | (status != 0), **_STEPS_PER_SAMPLE)
         status = torch.where(status == 0, _status(found, bad), status)
     return found, status
 
@@ -139,6 +139,26 @@ def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
     if settings.get("compat") is not None:
         method = name_from_torchdiffeq(method)
     return settings.get("step_size") is None and tableau(method).error is not None
+
+
+def check_compiler(settings: Mapping[str, Any]) -> None:
+    """Break torch.compile's graph before a solve with adaptive steps, and refuse torch.export, each with a reason.
+
+    How many steps are taken depends on the numbers of the data, which a graph does not know.
+    """
+    if not torch.compiler.is_compiling():
+        return
+    advice = "fixed steps, such as method='rk4', step_size=0.1, make one graph"
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export cannot hold the ODE of a continuous flow, whose solver decides on numbers while it runs; "
+            "torch.compile works without fullgraph, and with it for fixed steps (method='rk4', step_size=0.1)"
+        )
+    if _has_adaptive_steps(settings):
+        torch._dynamo.graph_break(
+            msg="the ODE of a continuous flow is solved with adaptive steps, whose number depends on the data: "
+            f"compile without fullgraph, or take {advice}"
+        )
 
 
 def _warn(status: Tensor, count: int) -> None:

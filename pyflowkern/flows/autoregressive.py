@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.distributions import Distribution
 
+from pyflowkern.flows._arguments import as_count, check_flags, parse_vector, parse_widths
 from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import check_positive, feature_order, parse_vector, parse_widths
+from pyflowkern.flows._build import feature_order
 from pyflowkern.nn import Bijection, Inverse, MaskedAutoregressive, Sequential
 from pyflowkern.ops import ScaleMap
 
@@ -15,10 +17,12 @@ __all__ = ["IAF", "MAF"]
 
 
 class MAF(Flow):
-    """Masked autoregressive flow: ``transforms`` affine autoregressive layers.
+    r"""Masked autoregressive flow: ``transforms`` affine autoregressive layers.
 
-    A density is one pass of each network, a sample costs more.  The features' order is part of the
-    masks: no layer permutes anything.
+    .. math:: z_i = s(u_i)\, x_i + t_i, \qquad (t_i, u_i) = g_i(x_{<i}, \text{context})
+
+    with one masked network ``g`` a layer and a scale map ``s``.  A density is one pass of each network,
+    a sample costs more.  The features' order is part of the masks: no layer permutes anything.
 
     Args:
         event_shape: a dimension ``D`` or ``(D,)``.
@@ -33,7 +37,8 @@ class MAF(Flow):
         base: the latent's distribution (see :class:`Flow`); None for the standard normal.
 
     Raises:
-        ValueError: for a shape that is no vector's, a count below 1, or an unknown name.
+        TypeError: for counts that are no ints and flags that are no bools.
+        ValueError: for a shape that is no vector's, a count below 1, an unknown name, or a base of another shape.
 
     Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation"
     (2017).
@@ -58,10 +63,11 @@ class MAF(Flow):
         residual: bool = False,
         activation: str = "relu",
         scale_map: str | ScaleMap = "softclip",
-        base: torch.nn.Module | None = None,
+        base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_vector(event_shape)
-        check_positive(transforms=transforms)
+        check_flags(residual=residual)
+        context_features = as_count("context_features", context_features, 0)
         layers = [
             MaskedAutoregressive(
                 shape[0],
@@ -72,13 +78,13 @@ class MAF(Flow):
                 residual=residual,
                 activation=activation,
             )
-            for i in range(transforms)
+            for i in range(as_count("transforms", transforms))
         ]
-        bijection = Sequential(*(self._turned(layer) for layer in layers))
+        bijection = Sequential(*(self._directed(layer) for layer in layers))
         super().__init__(bijection, shape, base=base, context_features=context_features)
 
-    def _turned(self, layer: MaskedAutoregressive) -> Bijection:
-        """Return the layer in the direction that makes a density of this flow."""
+    def _directed(self, layer: MaskedAutoregressive) -> Bijection:
+        """Return the layer in the direction in which this flow goes from data to latent."""
         return layer
 
 
@@ -102,5 +108,5 @@ class IAF(MAF):
         ((8, 4), (8,), True)
     """
 
-    def _turned(self, layer: MaskedAutoregressive) -> Bijection:
+    def _directed(self, layer: MaskedAutoregressive) -> Bijection:
         return Inverse(layer)

@@ -1,8 +1,9 @@
-"""Base distributions beyond the standard normal: a mixture of Gaussians, and the uniform of a box."""
+"""Base distributions: the standard normal, a mixture of Gaussians, and the uniform of a box."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,60 @@ from torch.distributions import (
 )
 from torch.distributions import Uniform as TorchUniform
 
-from pyflowkern.nn._base import check_count
+from pyflowkern import ops
+from pyflowkern.flows._arguments import as_count, check_flags
+from pyflowkern.flows._domain import rounded_ends
 from pyflowkern.ops._registry import accumulation_dtype, check_batched
 
-__all__ = ["MixtureOfGaussians", "Uniform"]
+__all__ = ["MixtureOfGaussians", "StandardNormal", "Uniform"]
+
+
+class StandardNormal(torch.nn.Module):
+    r"""The standard normal: :math:`\log p(z) = -\tfrac12 (|z|^2 + D \log 2\pi)`.
+
+    Args:
+        dims: ``D``.
+
+    Raises:
+        TypeError: for dims that are no int.
+        ValueError: for less than one dimension.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import flows
+        >>> base = flows.StandardNormal(2)
+        >>> base.log_prob(torch.zeros(3, 2))
+        tensor([-1.8379, -1.8379, -1.8379])
+    """
+
+    zero: Tensor
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims = as_count("dims", dims)
+        # follows the module's dtype and device, so that samples do; its value is never read
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log-density of ``z`` ``[N, D]``, ``[N]``."""
+        return ops.normal_log_prob(z)
+
+    def sample(
+        self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw ``[n, D]`` with standard deviation ``temperature``."""
+        z = _draw(torch.randn, (n, self.dims), self.zero, generator)
+        return z if temperature == 1.0 else temperature * z
+
+    def distribution(self) -> Independent[Normal]:
+        """Return the same as a :class:`torch.distributions.Independent`."""
+        return Independent(
+            Normal(self.zero.new_zeros(self.dims), self.zero.new_ones(self.dims)), 1
+        )
+
+    def extra_repr(self) -> str:
+        """Return what the representation shows."""
+        return f"dims={self.dims}"
 
 
 class MixtureOfGaussians(torch.nn.Module):
@@ -65,8 +116,8 @@ class MixtureOfGaussians(torch.nn.Module):
         learned: bool = True,
     ) -> None:
         super().__init__()
-        _check_dims(dims)
-        check_count("components", components)
+        dims, components = as_count("dims", dims), as_count("components", components)
+        check_flags(learned=learned)
         if spread < 0:
             raise ValueError(f"spread must be at least 0, got {spread}")
         if not scale > 0:
@@ -108,11 +159,9 @@ class MixtureOfGaussians(torch.nn.Module):
         """
         # not torch.multinomial, which wants at least one sample
         weights = torch.softmax(self.logits.detach().to(accumulation_dtype(self.means.dtype)), 0)
-        u = torch.rand(n, generator=generator, dtype=weights.dtype, device=weights.device)
+        u = _draw(torch.rand, (n,), weights, generator)
         chosen = torch.searchsorted(weights.cumsum(0)[:-1], u, right=True)
-        noise = torch.randn(
-            n, self.dims, generator=generator, dtype=self.means.dtype, device=self.means.device
-        )
+        noise = _draw(torch.randn, (n, self.dims), self.means, generator)
         scales = torch.exp(self.log_scales) * temperature
         return self.means.index_select(0, chosen) + scales.index_select(0, chosen) * noise
 
@@ -148,7 +197,7 @@ class Uniform(torch.nn.Module):
 
     def __init__(self, dims: int, low: float = -math.pi, high: float = math.pi) -> None:
         super().__init__()
-        _check_dims(dims)
+        dims = as_count("dims", dims)
         if not low < high:
             raise ValueError(f"high must be above low, got {low} and {high}")
         self.dims, self.low, self.high = dims, low, high
@@ -158,11 +207,13 @@ class Uniform(torch.nn.Module):
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log-density of ``z`` ``[N, D]``, ``[N]``; both ends count as inside."""
         _check_z(z, self.dims)
-        # compared in the dtype of z, in which the ends are rounded; NaN is neither inside nor outside
-        outside = ((z < self.low) | (z > self.high)).any(1)
+        low, high = rounded_ends(self.low, self.high)
+        outside = ((z < low) | (z > high)).any(1)  # NaN is neither inside nor outside
         unknown = z.isnan().any(1)
         density = z.new_full(
-            z.shape[:1], -self.dims * math.log(self.high - self.low), dtype=_work(z)
+            z.shape[:1],
+            -self.dims * math.log(self.high - self.low),
+            dtype=accumulation_dtype(z.dtype),
         )
         return density.masked_fill(outside, -math.inf).masked_fill(unknown, math.nan)
 
@@ -172,9 +223,7 @@ class Uniform(torch.nn.Module):
         """Draw ``[n, D]``; ``temperature``, at most 1, shrinks the box about its middle."""
         if temperature > 1:
             raise ValueError(f"temperature must be at most 1 in a box, got {temperature}")
-        u = torch.rand(
-            n, self.dims, generator=generator, dtype=self.zero.dtype, device=self.zero.device
-        )
+        u = _draw(torch.rand, (n, self.dims), self.zero, generator)
         middle, length = (self.low + self.high) / 2, self.high - self.low
         return middle + (u - 0.5) * (length * temperature)
 
@@ -188,12 +237,20 @@ class Uniform(torch.nn.Module):
         return f"dims={self.dims}, low={self.low:.6g}, high={self.high:.6g}"
 
 
-def _work(z: Tensor) -> torch.dtype:
-    return accumulation_dtype(z.dtype)
+def _draw(
+    function: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Call torch.rand or torch.randn for the dtype and the device of ``like``.
 
-
-def _check_dims(dims: int) -> None:
-    check_count("dims", dims)
+    Without a generator none is passed: under torch.compile sizes may be symbolic only then.
+    """
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    if generator is not None:
+        options["generator"] = generator
+    return function(shape, **options)
 
 
 def _check_z(z: Tensor, dims: int) -> None:

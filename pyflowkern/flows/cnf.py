@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import check_positive, check_space, parse_shape, squeezed
-from pyflowkern.flows._continuous import ContinuousBijection, Way, without_log_det
+from pyflowkern.flows._arguments import as_count, as_counts, parse_shape
+from pyflowkern.flows._base import Flow, without_density
+from pyflowkern.flows._build import check_space, squeezed
+from pyflowkern.flows._continuous import ContinuousBijection, Integrals, without_log_det
 from pyflowkern.nn import (
     Bijection,
     MultiScale,
@@ -75,12 +77,16 @@ class CNF(Flow):
         train_time: learn ``T`` of every block, starting from ``duration``; step sizes are then
             fractions of ``T``.
         divergence: "hutchinson", or "exact", which costs no more with at most two hidden layers.
+        eval_divergence: the same in eval mode, where two calls return the same: "auto" for exact
+            traces of up to 64 dimensions and a fixed probe beyond, "exact", "fixed", or "hutchinson"
+            for a new probe at each call (see :class:`ContinuousBijection`).
         probes: ``K`` probes of Hutchinson's estimator, averaged.
         noise: "rademacher" or "gaussian".
         bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
         alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
         context_features: size ``K`` of the context ``[N, K]``, an input of every layer of the fields;
             0 for an unconditional flow.
+        base: the latent's distribution (see :class:`Flow`); None for the standard normal.
         **solver: settings of :func:`pyflowkern.ode.odeint`, such as ``method``, ``rtol``, ``atol``
             (1e-5 both), ``step_size``, ``adjoint``.
 
@@ -116,17 +122,19 @@ class CNF(Flow):
         duration: float = 1.0,
         train_time: bool = False,
         divergence: str = "hutchinson",
+        eval_divergence: str = "auto",
         probes: int = 1,
         noise: str = "rademacher",
         bits: int | None = None,
         alpha: float = 0.05,
         context_features: int = 0,
+        base: torch.nn.Module | Distribution | None = None,
         **solver: Any,
     ) -> None:
         shape = parse_shape(event_shape)
         conv = _is_conv(conv, levels, shape)
-        levels = 1 if levels is None else levels
-        check_positive(blocks=blocks, levels=levels)
+        blocks, levels = as_counts(blocks=blocks, levels=1 if levels is None else levels)
+        context_features = as_count("context_features", context_features, 0)
         kind = VectorFieldConv if conv else VectorFieldMLP
 
         def own(size: int) -> torch.nn.Module:
@@ -140,6 +148,7 @@ class CNF(Flow):
                 duration=duration,
                 train_time=train_time,
                 divergence=divergence,
+                eval_divergence=eval_divergence,
                 probes=probes,
                 noise=noise,
                 **solver,
@@ -154,7 +163,12 @@ class CNF(Flow):
             flat = [_Flatten(shape)] if len(shape) > 1 else []
             bijection = Sequential(*flat, *stack(math.prod(shape)))
         super().__init__(
-            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+            bijection,
+            shape,
+            base=base,
+            bits=bits,
+            alpha=alpha,
+            context_features=context_features,
         )
 
     def blocks(self) -> Iterator[ContinuousBijection]:
@@ -180,38 +194,39 @@ class CNF(Flow):
         Args:
             x: ``[N, *event_shape]``.
             context: ``[N, K]`` for a conditional flow.
-            probes: ``K``, in place of the flow's own.
-            generator: source of the probes.
+            probes: ``K``, in place of the flow's own; in eval mode, too, they are then drawn.
+            generator: source of the probes, which are drawn in eval mode, too, where it is given.
 
         Raises:
             TypeError: for another dtype.
             ValueError: for another shape, a context that does not fit, or probes below 1.
         """
-        self._check_data("x", x)
-        self._check_context(context, x.shape[0])
-        z, before = x, None
+        x, outside = self._inside_domain(x)
+        context = self._context_of(context, x.shape[0])
+        before: Tensor | None = None
         if self.preprocess is not None:
-            z, before = self.preprocess(x)
-        ways: list[Way] = []
+            x, before = self._from_pixels(x)
+        solves: list[Integrals] = []
 
         def run(layer: Bijection, x: Tensor) -> tuple[Tensor, Tensor]:
             if not isinstance(layer, ContinuousBijection):
                 return layer(x, context)  # type: ignore[no-any-return]
-            options = {"probes": probes, "regularizers": True, "generator": generator}
-            way = layer.way(x, context, **options)  # type: ignore[arg-type]
-            ways.append(way)
-            return way.end, way.log_det.mean(1)
+            found = layer.integrate(
+                x, context, probes=probes, regularizers=True, generator=generator
+            )
+            solves.append(found)
+            return found.end, found.log_det.mean(1)
 
-        z, log_det = run_through(self.bijection, z.to(self._anchor), run)
+        z, log_det = run_through(self.bijection, x, run)
         log_prob = self.base.log_prob(z.flatten(1)) + log_det  # type: ignore[operator]
-        log_prob = log_prob if before is None else log_prob + before
-        log_dets = torch.stack([way.log_det for way in ways]).sum(0)
-        kinetic = torch.stack([way.kinetic for way in ways]).sum(0)
-        jacobian = torch.stack([way.jacobian for way in ways]).sum(0)
+        log_prob = without_density(outside, log_prob if before is None else log_prob + before)
+        kinetic = torch.stack([s.kinetic for s in solves]).sum(0)
+        jacobian = torch.stack([s.jacobian for s in solves]).sum(0)
         error = torch.zeros_like(log_prob)
-        if next(self.blocks()).divergence != "exact":
+        if not solves[0].exact:
+            log_dets = torch.stack([s.log_det.detach() for s in solves]).sum(0)
             count = log_dets.shape[1]
-            spread = log_dets.detach().std(1) if count > 1 else torch.full_like(error, math.nan)
+            spread = log_dets.std(1) if count > 1 else torch.full_like(error, math.nan)
             error = spread / count**0.5
         return ContinuousTerms(log_prob, error, kinetic, jacobian)
 
@@ -284,7 +299,7 @@ def _check_takes(field: torch.nn.Module, context_features: int) -> None:
 def _image_levels(
     shape: tuple[int, ...], levels: int, stack: Callable[[int], list[Bijection]]
 ) -> MultiScale:
-    """Return FFJORD's levels: ``stack(channels)``, squeeze, stack, half leaves; the last a stack alone."""
+    """Return FFJORD's levels: a stack, a squeeze, a stack, a split of the channels; the last is a stack alone."""
     check_space(shape, levels - 1)
     parts: list[Bijection] = []
     splits: list[Split] = []

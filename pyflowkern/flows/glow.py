@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
+from pyflowkern.flows._arguments import (
+    ConditionerFactory,
+    as_count,
+    as_counts,
+    parse_event,
+    taking_context,
+)
 from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import check_positive, check_space, parse_event, squeeze_levels
+from pyflowkern.flows._build import check_space, squeeze_levels
 from pyflowkern.nn import (
     MLP,
     AffineCoupling,
@@ -24,9 +32,14 @@ __all__ = ["Glow"]
 
 
 class Glow(Flow):
-    """Glow: levels of squeeze, ``steps`` times (ActNorm, 1x1 convolution, coupling), and split.
+    r"""Glow: levels of squeeze, ``steps`` times (ActNorm, 1x1 convolution, coupling), and split.
 
-    On vectors there are no levels: ``steps`` times ActNorm, invertible matrix and coupling.
+    .. math:: \log p(x) = \log p_Z(z) + \sum_\text{steps} \Big(|\text{space}|
+        \big(\sum_c \ell_c + \log|\det W|\big) + \sum \log s\Big)
+
+    with the log-scales :math:`\ell` of ActNorm, the matrix ``W`` of the convolution and the scales
+    ``s`` of the coupling.  On vectors there are no levels: ``steps`` times ActNorm, invertible matrix
+    and coupling.
 
     Args:
         event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D`` (at least 2)
@@ -41,9 +54,11 @@ class Glow(Flow):
         parameterization: of the 1x1 convolutions: ``"plu"``, ``"dense"`` or ``"householder"``.
         conditioner: factory ``(in, out) -> module`` for the couplings, in place of the three
             convolutions (a two-layer MLP for vectors).
+        base: the latent's distribution (see :class:`Flow`); None for the standard normal.
 
     Raises:
-        ValueError: for sizes that do not divide, fewer than 2 dimensions, or a count below 1.
+        TypeError: for counts that are no ints, and a conditioner whose networks do not take the context.
+        ValueError: for sizes that do not divide, fewer than 2 dimensions, a count below 1, or a base of another shape.
 
     Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
 
@@ -69,15 +84,18 @@ class Glow(Flow):
         alpha: float = 0.05,
         scale_map: str | ScaleMap = "tanh",
         parameterization: str = "plu",
-        conditioner: Callable[[int, int], torch.nn.Module] | None = None,
+        conditioner: ConditionerFactory | None = None,
+        base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_event(event_shape)
-        check_positive(levels=levels, steps=steps, hidden=hidden)
+        levels, steps, hidden = as_counts(levels=levels, steps=steps, hidden=hidden)
+        context_features = as_count("context_features", context_features, 0)
         vector = len(shape) == 1
         options: dict[str, Any] = {"hidden": hidden, "context_features": context_features}
         convolutional = partial(ConvNet, spatial_dims=max(len(shape) - 1, 1), **options)
         if conditioner is None:
             conditioner = partial(MLP, **options) if vector else convolutional
+        conditioner = taking_context(conditioner, context_features)
 
         def level(channels: int) -> list[Bijection]:
             layers: list[Bijection] = []
@@ -92,5 +110,10 @@ class Glow(Flow):
             check_space(shape, levels)
             bijection = squeeze_levels(shape, levels, level, convolutional)
         super().__init__(
-            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+            bijection,
+            shape,
+            base=base,
+            bits=bits,
+            alpha=alpha,
+            context_features=context_features,
         )

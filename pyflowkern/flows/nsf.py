@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
-from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import (
+from pyflowkern.flows._arguments import (
     ConditionerFactory,
-    check_positive,
-    check_space,
-    feature_order,
-    layer_permutation,
+    as_count,
+    as_counts,
+    check_flags,
     parse_event,
     parse_shape,
     parse_widths,
+    taking_context,
+)
+from pyflowkern.flows._base import Flow
+from pyflowkern.flows._build import (
+    check_space,
+    feature_order,
+    layer_permutation,
     squeeze_levels,
 )
 from pyflowkern.flows.bases import Uniform
@@ -29,6 +35,7 @@ from pyflowkern.nn import (
     GlowStep,
     InvertibleLinear,
     MaskedAutoregressive,
+    MultiScale,
     PeriodicInput,
     ResidualConvNet,
     ResidualMLP,
@@ -39,6 +46,9 @@ from pyflowkern.nn import (
 from pyflowkern.ops import SplineMap
 
 __all__ = ["NSF"]
+
+#: Default bound of the splines; examples/spline_bound.py measures what it costs and what it spares.
+_BOUND = 5.0
 
 
 class NSF(Flow):
@@ -56,7 +66,10 @@ class NSF(Flow):
                   default for autoregressive layers and bounded domains
     ============= ============================================================================
 
-    Splines live in ``[-bound, bound]``: scale the data to about unit variance.  With ``circular`` the
+    Splines live in ``[-bound, bound]``: scale the data to about unit variance.  Outside they are the
+    identity, so that the share :math:`2 Q(B)` of the latents (0.27% for ``B = 3``) does not move with
+    the rest: narrow densities of standardised data come out too wide where the bound is small, and
+    with fewer bins to spend where it is large (measured in examples/spline_bound.py).  With ``circular`` the
     data are angles in :math:`[-\pi, \pi)`: circular splines and learned shifts between them, a
     uniform base, and couplings that see an angle's cosine and sine (autoregressive networks see the
     angle itself, and their density may jump where it wraps).  With ``tails="none"`` the data are in
@@ -73,7 +86,8 @@ class NSF(Flow):
         hidden: width of each residual block of a network (all the same), or of each hidden layer
             without ``residual``; one number stands for two.
         bins: bins of a spline.
-        bound: the splines span ``[-bound, bound]``; None for 3, and for :math:`\pi` of angles.
+        bound: the splines span ``[-bound, bound]``; None for 5, and for :math:`\pi` of angles.
+            Weights trained with nflows' or this package's earlier default need ``bound=3.0``.
         tails: ``"linear"``, ``"affine"``, ``"circular"`` or ``"none"``: see
             :class:`~pyflowkern.ops.SplineMap`.
         autoregressive: masked networks in place of couplings.
@@ -90,6 +104,8 @@ class NSF(Flow):
         conditioner: factory ``(in, out) -> module`` for the couplings.
 
     Raises:
+        TypeError: for counts that are no ints, flags that are no bools, and a conditioner whose
+            networks do not take the context.
         ValueError: for a count below 1, an unknown name, fewer than 2 dimensions for a coupling,
             sizes that do not divide, or what does not go together (images and angles, say).
 
@@ -126,44 +142,45 @@ class NSF(Flow):
         bits: int | None = None,
         alpha: float = 0.05,
         spline: SplineMap | None = None,
-        base: torch.nn.Module | None = None,
+        base: torch.nn.Module | Distribution | None = None,
         conditioner: ConditionerFactory | None = None,
     ) -> None:
+        check_flags(
+            autoregressive=autoregressive,
+            circular=circular,
+            residual=residual,
+            unconditional=unconditional,
+        )
         shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         widths = parse_widths(hidden)
-        check_positive(transforms=transforms, levels=levels, steps=steps)
-        spline = _spline_map(spline, bins, bound, tails, circular)
+        transforms, levels, steps = as_counts(transforms=transforms, levels=levels, steps=steps)
+        context_features = as_count("context_features", context_features, 0)
+        spline = _spline_map(spline, as_count("bins", bins), bound, tails, circular)
         domain = spline.interval if spline.tails in ("circular", "none") else None
         mixing = _check_mixing(mixing, domain, autoregressive)
-        if (len(shape) > 1 or bits is not None) and (autoregressive or domain is not None):
-            raise ValueError(
-                "autoregressive layers, angles and tails='none' are for real vectors, "
-                f"got event_shape {event_shape!r} and bits={bits}"
-            )
-        if autoregressive and (unconditional or conditioner is not None):
-            raise ValueError(
-                "unconditional and conditioner are for couplings, got autoregressive=True"
-            )
+        _check_real_vectors(shape, bits, autoregressive or domain is not None)
         network: dict[str, Any] = {"residual": residual, "context_features": context_features}
-        if conditioner is None:
-            conditioner = _network(widths, len(shape) - 1, **network)
-        coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
-        if len(shape) > 1:
-            check_space(shape, levels)
-            level = partial(_image_steps, steps=steps, coupling=coupling, conditioner=conditioner)
-            prior = partial(
-                ConvNet,
-                hidden=widths[0],
-                context_features=context_features,
-                spatial_dims=len(shape) - 1,
-            )
-            bijection: Bijection = squeeze_levels(shape, levels, level, prior)
+        if autoregressive:
+            if unconditional or conditioner is not None:
+                raise ValueError(
+                    "unconditional and conditioner are for couplings, got autoregressive=True"
+                )
+            layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
+            bijection: Bijection = _mixed(layers, shape[0], spline, mixing)
         else:
-            if autoregressive:
-                layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
+            if conditioner is None:
+                conditioner = _network(widths, len(shape) - 1, **network)
+            conditioner = taking_context(conditioner, context_features)
+            coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
+            if len(shape) > 1:
+                prior = partial(ConvNet, hidden=widths[0], context_features=context_features)
+                level = partial(
+                    _image_steps, steps=steps, coupling=coupling, conditioner=conditioner
+                )
+                bijection = _image_levels(shape, levels, level, prior)
             else:
                 layers = _couplings(shape[0], transforms, conditioner, coupling, spline, mixing)
-            bijection = Sequential(*_mixed(layers, shape[0], spline, mixing))
+                bijection = _mixed(layers, shape[0], spline, mixing)
         if base is None and domain is not None:
             base = Uniform(shape[0], *domain)
         super().__init__(
@@ -173,8 +190,9 @@ class NSF(Flow):
             bits=bits,
             alpha=alpha,
             context_features=context_features,
+            domain=domain,
+            periodic=spline.tails == "circular",
         )
-        self.domain = domain
 
 
 def _spline_map(
@@ -191,8 +209,17 @@ def _spline_map(
             raise ValueError(f"tails must be 'circular' for angles, got {tails!r}")
         tails = "circular"
     if bound is None:
-        bound = torch.pi if tails == "circular" else 3.0
+        bound = torch.pi if tails == "circular" else _BOUND
     return SplineMap(bins=bins, bound=bound, tails=tails)  # type: ignore[arg-type]
+
+
+def _check_real_vectors(shape: tuple[int, ...], bits: int | None, needed: bool) -> None:
+    """Raise ValueError where images or pixels meet what is for real vectors alone."""
+    if needed and (len(shape) > 1 or bits is not None):
+        raise ValueError(
+            "autoregressive layers, angles and tails='none' are for real vectors, "
+            f"got event_shape {shape if len(shape) > 1 else shape[0]!r} and bits={bits}"
+        )
 
 
 def _check_mixing(
@@ -221,6 +248,17 @@ def _network(
     if not residual:
         return partial(ConvNet, spatial_dims=spatial_dims, **options)
     return partial(ResidualConvNet, blocks=len(widths), spatial_dims=spatial_dims, **options)
+
+
+def _image_levels(
+    shape: tuple[int, ...],
+    levels: int,
+    level: Callable[[int], list[Bijection]],
+    prior: Callable[..., torch.nn.Module],
+) -> MultiScale:
+    """Return the levels of an image flow, a network ``prior`` standardising what leaves after each."""
+    check_space(shape, levels)
+    return squeeze_levels(shape, levels, level, partial(prior, spatial_dims=len(shape) - 1))
 
 
 def _image_steps(
@@ -280,15 +318,15 @@ def _autoregressive(
     return layers
 
 
-def _mixed(
-    layers: list[Bijection], features: int, spline: SplineMap, mixing: str
-) -> list[Bijection]:
-    """Put what mixes features behind each layer, and what turns circles before it."""
+def _mixed(layers: list[Bijection], features: int, spline: SplineMap, mixing: str) -> Sequential:
+    """Put what mixes features behind each layer, and before each layer of angles a learned shift."""
     mixed: list[Bijection] = []
     for layer in layers:
-        if spline.tails == "circular":  # behind the last one a turn would change nothing
+        if (
+            spline.tails == "circular"
+        ):  # a shift behind the last layer would leave the uniform base as it is
             mixed.append(CircularShift(features, bound=spline.bound))
         mixed.append(layer)
         if mixing == "plu":
             mixed.append(InvertibleLinear(features, init="permutation"))
-    return mixed
+    return Sequential(*mixed)

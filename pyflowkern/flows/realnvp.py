@@ -7,9 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
+from pyflowkern.flows._arguments import (
+    ConditionerFactory,
+    as_count,
+    as_counts,
+    parse_event,
+    taking_context,
+)
 from pyflowkern.flows._base import Flow
-from pyflowkern.flows._build import check_positive, check_space, parse_event, squeezed
+from pyflowkern.flows._build import check_space, squeezed
 from pyflowkern.nn import (
     ActNorm,
     AffineCoupling,
@@ -28,8 +36,9 @@ __all__ = ["RealNVP"]
 
 
 class RealNVP(Flow):
-    """RealNVP: affine couplings with alternating masks, in a multi-scale architecture on images.
+    r"""RealNVP: affine couplings with alternating masks, in a multi-scale architecture on images.
 
+    A coupling is :math:`z_a = x_a, z_b = s(u)\, x_b + t` with :math:`(t, u) = g(x_a, \text{context})`.
     Each level has ``steps`` checkerboard couplings, a squeeze, ``steps`` channel couplings, and
     factors half of the channels out; the last has ``steps + 1`` checkerboard couplings alone.
     ActNorm stands in for the original's batch normalisation, which would let one sample change
@@ -48,9 +57,11 @@ class RealNVP(Flow):
         alpha: keeps pixels from the ends of the logit, for flows with ``bits``.
         scale_map: scale of the couplings: a name or a :class:`~pyflowkern.ops.ScaleMap`.
         conditioner: factory ``(in, out) -> module`` in place of the residual networks.
+        base: the latent's distribution (see :class:`Flow`); None for the standard normal.
 
     Raises:
-        ValueError: for sizes that do not divide, fewer than 2 dimensions, or a count below 1.
+        TypeError: for counts that are no ints, and a conditioner whose networks do not take the context.
+        ValueError: for sizes that do not divide, fewer than 2 dimensions, a count below 1, or a base of another shape.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
 
@@ -75,13 +86,15 @@ class RealNVP(Flow):
         bits: int | None = None,
         alpha: float = 0.05,
         scale_map: str | ScaleMap = "tanh",
-        conditioner: Callable[[int, int], torch.nn.Module] | None = None,
+        conditioner: ConditionerFactory | None = None,
+        base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_event(event_shape)
-        check_positive(levels=levels, steps=steps, hidden=hidden)
+        levels, steps, hidden = as_counts(levels=levels, steps=steps, hidden=hidden)
+        context_features = as_count("context_features", context_features, 0)
         options: dict[str, Any] = {
             "hidden": hidden,
-            "blocks": blocks,
+            "blocks": as_count("blocks", blocks, 0),
             "context_features": context_features,
         }
         vector = len(shape) == 1
@@ -91,6 +104,7 @@ class RealNVP(Flow):
                 if vector
                 else partial(ResidualConvNet, spatial_dims=len(shape) - 1, **options)
             )
+        conditioner = taking_context(conditioner, context_features)
         coupling = partial(AffineCoupling, conditioner=conditioner, scale_map=scale_map)
         if vector:
             bijection: Bijection = Sequential(*_channel_couplings(shape[0], steps, coupling))
@@ -98,7 +112,12 @@ class RealNVP(Flow):
             check_space(shape, levels)
             bijection = _multi_scale(shape, levels, steps, coupling)
         super().__init__(
-            bijection, shape, bits=bits, alpha=alpha, context_features=context_features
+            bijection,
+            shape,
+            base=base,
+            bits=bits,
+            alpha=alpha,
+            context_features=context_features,
         )
 
 

@@ -120,6 +120,17 @@ class BijectionTransform(Transform):
         self.codomain = codomain or independent(constraints.real, codomain_dim)
         self._last: tuple[Tensor, Tensor] | None = None
 
+    def __eq__(self, other: object) -> bool:
+        """Whether two transforms are of one layer and one context; what they keep of calls does not count."""
+        return (
+            isinstance(other, BijectionTransform)
+            and self.bijection is other.bijection
+            and self.context is other.context
+            and (self.domain_dim, self.codomain_dim) == (other.domain_dim, other.codomain_dim)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # as of all transforms of torch that compare
+
     def with_cache(self, cache_size: int = 1) -> BijectionTransform:
         """Return the same transform with another cache size."""
         return BijectionTransform(

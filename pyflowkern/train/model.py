@@ -104,7 +104,7 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
         raise ConfigError(
             f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
         ) from None
-    if flow.domain is not None:
+    if flow.domain is not None and flow.preprocess is None:
         raise ConfigError(
             f"a run standardises its columns, which leaves no values between {flow.domain[0]:.4g} and "
             f"{flow.domain[1]:.4g}: {config.flow} must not have a bounded domain here"

@@ -137,7 +137,7 @@ def test_wrong_arguments():
         (ValueError, "context must have shape", lambda: flow.log_prob(x)),
         (ValueError, "context must have shape", lambda: flow.terms(x, context[:2])),
         (ValueError, "context_features=0", lambda: plain.terms(x, context)),
-        (ValueError, "context must have shape", lambda: next(flow.blocks()).way(x)),
+        (ValueError, "context must have shape", lambda: next(flow.blocks()).integrate(x)),
         (TypeError, "context_features", lambda: flows.CNF(2, context_features=1.5)),
         (
             ValueError,

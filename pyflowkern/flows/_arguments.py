@@ -1,0 +1,163 @@
+"""Checks of what flows are given: counts, flags, shapes, contexts, base distributions' and networks' signatures."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern.nn._base import check_count
+
+__all__ = [
+    "ConditionerFactory",
+    "as_count",
+    "as_counts",
+    "check_flags",
+    "expand_context",
+    "parse_event",
+    "parse_shape",
+    "parse_vector",
+    "parse_widths",
+    "taking_context",
+]
+
+#: Makes a network of ``(in, out)`` channels.
+ConditionerFactory = Callable[[int, int], torch.nn.Module]
+
+
+def as_count(name: str, value: int, least: int = 1) -> int:
+    """Return a count as an int; raise TypeError unless it is an integer, ValueError below ``least``.
+
+    NumPy's integers are integers.  A symbolic size, as torch.compile has them, stays what it is.
+    """
+    if isinstance(value, torch.SymInt):
+        return value
+    if _is_integer(value):
+        value = int(value)
+    check_count(name, value, least)
+    return value
+
+
+def as_counts(**counts: int) -> tuple[int, ...]:
+    """Return counts of at least 1 as ints, in the order in which they are given."""
+    return tuple(as_count(name, value) for name, value in counts.items())
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise TypeError unless every flag is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return ``(D,)`` of a dimension, or the shape as a tuple; raise unless all is positive."""
+    event = _as_tuple("event_shape", shape)
+    if not event or not all(_is_integer(size) and size >= 1 for size in event):
+        raise ValueError(
+            "event_shape must be a dimension D, (D,) or (C, *space) of positive ints, "
+            f"got {shape!r}"
+        )
+    return tuple(int(size) for size in event)
+
+
+def parse_event(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the shape; raise below two dimensions or beyond three spatial axes."""
+    event = parse_shape(shape)
+    if len(event) > 4:
+        raise ValueError(f"event_shape must have at most 3 spatial axes, got {shape!r}")
+    if event == (1,):
+        raise ValueError(
+            f"event_shape must have at least 2 dimensions for a coupling, got {shape!r}; "
+            "for one dimension take flows.NSF(1, autoregressive=True) or flows.MAF(1)"
+        )
+    return event
+
+
+def parse_vector(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """Return ``(D,)``; raise for the shape of an image."""
+    event = parse_shape(shape)
+    if len(event) > 1:
+        raise ValueError(f"event_shape must be a dimension D or (D,) for this flow, got {shape!r}")
+    return event
+
+
+def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the widths of hidden layers; one number stands for two layers."""
+    widths = _as_tuple("hidden", hidden)
+    if not widths or not all(_is_integer(width) and width >= 1 for width in widths):
+        raise ValueError(
+            f"hidden must be at least 1, or a sequence of such widths, got {hidden!r}"
+        )
+    return tuple(int(width) for width in widths) * (1 if isinstance(hidden, Iterable) else 2)
+
+
+def expand_context(context: Tensor | None, n: int, features: int) -> Tensor | None:
+    """Return the context of ``n`` samples, ``[n, K]``; one for all of them, ``[K]`` or ``[1, K]``, is expanded.
+
+    Raises:
+        TypeError: for a context that is no tensor.
+        ValueError: for a context of another shape, one too many or one too few.
+    """
+    if not features:
+        if context is not None:
+            raise ValueError("context was given, but the flow was made with context_features=0")
+        return None
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    if context is not None and context.shape == (n, features):
+        return context
+    if context is not None and context.shape in ((features,), (1, features)):
+        return context.expand(n, features)
+    got = None if context is None else tuple(context.shape)
+    message = f"context must have shape {(n, features)}, got {got}"
+    if context is not None and context.dim() == 2 and context.shape[1] == features:
+        each = f"flow.distribution(context).sample(({n},))"
+        message += f"; for each of the {len(context)} contexts {each} draws {n} samples"
+    raise ValueError(message)
+
+
+def taking_context(conditioner: ConditionerFactory, context_features: int) -> ConditionerFactory:
+    """Return a factory that raises TypeError where a flow's context does not reach the network that it makes."""
+    if not context_features or not callable(conditioner):
+        return conditioner
+
+    def make(inputs: int, outputs: int) -> torch.nn.Module:
+        network = conditioner(inputs, outputs)
+        if isinstance(network, torch.nn.Module) and not _takes_two(network.forward):
+            raise TypeError(
+                f"conditioner must make networks that are called with (x, context), as the flow has "
+                f"context_features={context_features}, got {type(network).__name__}, which takes x alone; "
+                f"functools.partial(nn.MLP, context_features={context_features}) makes one that takes both"
+            )
+        return network
+
+    return make
+
+
+def _takes_two(function: Callable[..., object]) -> bool:
+    """Whether a function can be called with two arguments; True where its signature is not known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_tuple(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(value, Iterable):
+        return tuple(value)
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
+    return (value,)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

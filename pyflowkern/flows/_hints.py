@@ -1,0 +1,54 @@
+"""What a flow says, once, of data that it is not made for."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from pyflowkern._library import transformed
+from pyflowkern.flows._domain import Domain
+from pyflowkern.nn import ActNorm, Bijection
+
+__all__ = ["warn_of_unsuitable"]
+
+#: Typical size of data from which on networks and splines of unit scale see little of them.
+_LARGE = 100.0
+
+
+def warn_of_unsuitable(
+    x: Tensor, outside: Tensor | None, domain: Domain | None, bijection: Bijection
+) -> bool:
+    """Warn of data outside of the domain, or on the real line of a scale that needs to be changed first.
+
+    Args:
+        x: the data as they were given.
+        outside: which samples ``[N]`` lie outside of the domain.
+        domain: of the flow.
+        bijection: of the flow; one with ActNorm finds the scale of the data itself.
+
+    Returns:
+        Whether that is done: not under transforms, where nothing can be looked at.  Data on a GPU are not
+        looked at, since it would be waited for.
+    """
+    if x.device.type != "cpu":
+        return True
+    if type(x) is not Tensor or transformed() or not x.numel():
+        return False
+    if domain is not None and outside is not None:
+        count = int(outside.sum())
+        if count:
+            warnings.warn(
+                f"values of {count} of {x.shape[0]} samples lie outside of the domain {domain.ends}, where "
+                f"log_prob is -inf; {domain.hint(x)}",
+                stacklevel=4,
+            )
+    elif domain is None and not any(isinstance(m, ActNorm) for m in bijection.modules()):
+        size = float(x.detach()[:1000].abs().float().nanmedian())
+        if size > _LARGE:
+            warnings.warn(
+                f"the data are of size {size:.3g}, and this flow is made for about unit variance: standardise them "
+                "as (x - mean) / std, or begin with nn.ActNorm",
+                stacklevel=4,
+            )
+    return True
