@@ -13,7 +13,6 @@ from pyflowkern.ode.packing import Packing
 
 __all__ = [
     "SAFETY",
-    "UNDERFLOW",
     "Norm",
     "Rms",
     "Scaling",
@@ -25,7 +24,6 @@ __all__ = [
 
 Norm = Callable[[Tensor], Tensor]
 Tolerance = float | Tensor
-UNDERFLOW = 1e-20  # of the whole interval: a step that no rounding of the time would show
 _PARTS, _ROW = 32768, 4096
 SAFETY, LARGEST, SMALLEST = 0.9, 10.0, 0.2  # Hairer, Norsett and Wanner (1993), II.4
 

@@ -86,10 +86,10 @@ def odeint_event(
         raise ValueError(f"max_time must be positive and finite, got {max_time}")
     packing = Packing(y0, False)
     start = packing.pack(y0).detach().contiguous()
-    steps: dict[str, Any] = dict(
-        method=method, rtol=rtol, atol=atol, first_step=first_step, max_step=max_step,
-        max_steps=max_steps,
-    )  # fmt: skip
+    steps: dict[str, Any] = {
+        "method": method, "rtol": rtol, "atol": atol, "first_step": first_step,
+        "max_step": max_step, "max_steps": max_steps,
+    }  # fmt: skip
     options = options_for(packing, start.device, **steps)
     if options.method.error is None:
         raise ValueError(f"method must have step control, got {method!r}")

@@ -72,6 +72,14 @@ class Trajectory:
     stats: Stats = Stats(0, 0, 0)
     end: float | None = None
 
+    def keep(self, t: Any, dt: Any, y: Tensor, slopes: Tensor | None = None) -> None:
+        """Add an accepted step: its start, its length, the state at its start, the slopes of its stages."""
+        self.t.append(t)
+        self.dt.append(dt)
+        self.states.append(y)
+        if slopes is not None:
+            self.slopes.append(slopes)
+
 
 @dataclass(frozen=True)
 class DenseOutput:

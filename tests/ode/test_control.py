@@ -1,11 +1,17 @@
 """Step control: that of torchdiffeq, count for count, and one for each sample."""
 
+import math
+
 import pytest
 import torch
 from laws import normal
 from torch import nn
 
 from pyflowkern import ode
+from pyflowkern.ode.controllers import Rms
+from pyflowkern.ode.options import Options
+from pyflowkern.ode.step_control import StepControl
+from pyflowkern.ode.tableaus import TABLEAUS
 
 ADAPTIVE = ["bosh3", "dopri5", "dopri8", "tsit5"]
 
@@ -223,3 +229,47 @@ def test_fixed_steps_are_captured_as_a_graph():
     graph.replay()
     torch.testing.assert_close(captured.ys, eager)
     assert captured.status.item() == ode.Status.ok
+
+
+# --- the rules themselves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "settings"),
+    [
+        ([0.5, 1.0, 1.5, math.nan, 0.0, 0.3, 0.2, 2.0, 0.1, 0.9], {}),
+        ([math.inf] * 40, {}),
+        ([0.5] * 40, {"max_steps": 3}),
+        ([7.0] * 40, {"min_step": 0.05}),
+        ([0.5] * 40, {"max_step": 0.125}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_one_rule_for_numbers_and_tensors(ratios, settings, direction):
+    """The same proposals, decisions and status, whether they are numbers or tensors."""
+    options = Options(TABLEAUS["dopri5"], 1e-5, 1e-5, Rms([]), **settings)
+    end = 2.0 * direction
+    number = StepControl(options, 0.0, end, 0.1)
+    tensor = StepControl(options, torch.zeros(2).double(), end, 0.1 * torch.ones(2).double())
+    for ratio in ratios:
+        number.propose(end)
+        tensor.propose(end, tensor.status == 0)
+        assert tensor.running.tolist() == [number.running] * 2
+        if not number.running:
+            break
+        least = settings.get("min_step", 0.0)
+        allowed = ratio <= 1 or abs(number.dt) <= least
+        accept = number.decide(ratio)
+        assert (
+            tensor.decide(torch.tensor([ratio] * 2, dtype=torch.float64)).tolist() == [accept] * 2
+        )
+        assert accept == allowed
+        # a power is rounded in two ways
+        assert tensor.t.tolist() == pytest.approx([number.t] * 2, rel=1e-14)
+        assert tensor.h.tolist() == pytest.approx([number.h] * 2, rel=1e-14)
+        if number.t == end:
+            break
+    assert tensor.status.tolist() == [int(number.status)] * 2
+    expected = {"max_steps": ode.Status.max_steps}.get(next(iter(settings), ""), ode.Status.ok)
+    assert number.status == (ode.Status.non_finite if ratios[0] == math.inf else expected)

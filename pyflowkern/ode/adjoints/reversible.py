@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.adjoints.problem import Problem, gradients_of_replay, time_gradients
-from pyflowkern.ode.loops.reversible import Tape, integrate
+from pyflowkern.ode.loops.reversible import Pair, Tape, forward_step, integrate
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Status
 from pyflowkern.ode.steppers import (
@@ -84,22 +84,21 @@ class Reversible(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _pairs(problem: Problem, tape: Tape, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _pairs(problem: Problem, tape: Tape, y: Tensor) -> list[Pair]:
     """Take the accepted steps again and return the pair at the start of each."""
-    stepper, coupling = Stepper(problem.field, problem.options.method, y), problem.options.coupling
-    z, found = y, list[tuple[Tensor, Tensor]]()
+    stepper, pair = Stepper(problem.field, problem.options.method, y), (y, y)
+    found: list[Pair] = []
     for t, t1, dt in zip(tape.t, tape.t1, tape.dt, strict=True):
-        found.append((y, z))
-        y = torch.lerp(z, y, coupling).add_(stepper.increment(t, dt, z))
-        z = z - stepper.increment(t1, -dt, y)
+        found.append(pair)
+        pair = forward_step(stepper, problem.options.coupling, t, t1, dt, pair)
     return found
 
 
 def _pull(
     problem: Problem,
     tape: Tape,
-    end: tuple[Tensor, Tensor],
-    pairs: Sequence[tuple[Tensor, Tensor]],
+    end: Pair,
+    pairs: Sequence[Pair],
     grads: Tensor,
     params: Sequence[Tensor],
     totals: list[Tensor | None],

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, first_step, next_factor
+from pyflowkern.ode.controllers import first_step
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
 from pyflowkern.ode.stages import ErrorNorm
+from pyflowkern.ode.step_control import StepControl
 from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["Stop", "begin", "integrate"]
@@ -50,60 +51,39 @@ def integrate(
     stepper = Stepper(field, options.method, y0, options.torchdiffeq)
     if record and not options.checkpoint:
         stepper.graphs = []
-    t, end, y = times[0], times[-1], y0
-    sign = 1.0 if end >= t else -1.0
+    y, sign, accepted = y0, 1.0 if times[-1] >= times[0] else -1.0, 0
     out.ys[0] = y0
     out.outputs.append((-1, None))
-    i = _reach(out, 1, times, t, sign, y, -1)
+    i = _reach(out, 1, times, times[0], sign, y, -1)
     if i == len(times):
         return out
     norm = ErrorNorm(stepper.stages, options, y0)
-    h = begin(stepper, norm, t, sign, y, first)
-    accepted, rejected, bad, order = 0, 0, False, options.method.order
-    least = UNDERFLOW * abs(end - t)
-    over, smallest, largest = options.torchdiffeq, options.min_step, options.max_step
+    h = begin(stepper, norm, times[0], sign, y, first)
+    control = StepControl(options, times[0], times[-1], h)
+    target = sign * math.inf if options.torchdiffeq else times[-1]
     while i < len(times):
-        h = min(max(h, smallest), largest)
-        forced = (
-            h <= smallest
-        )  # before the end cuts it short: the difference of times may round up
-        t1 = t + sign * h
-        if not over and sign * (t1 - end) >= 0:
-            t1, h = end, abs(end - t)
-        if t1 == t or h < least or not math.isfinite(t1):
-            out.status = Status.non_finite if bad else Status.dt_underflow
+        control.propose(target)
+        if not control.running:
             break
-        if accepted + rejected >= options.max_steps:
-            out.status = Status.max_steps
-            break
-        dt = sign * h
+        t, t1, dt = control.t, control.t1, control.dt
         y1 = stepper.step(t, dt, y)
-        ratio = float(norm(dt, y, y1))
-        bad = not math.isfinite(ratio)
-        if ratio <= 1 or ((forced or h <= smallest) and not bad):
-            if record or options.dense:
-                out.t.append(t)
-                out.dt.append(dt)
-                out.states.append(y)
-                if options.dense:
-                    out.slopes.append(stepper.slopes.clone())
-            if stepper.graphs is not None:
-                out.graphs.append(stepper.graphs)
-            i = _reach(out, i, times, t1, sign, y1, accepted, stepper, t, dt, y)
-            accepted += 1
-            if stop is not None and stop(stepper, t, dt, y, y1):
-                y = y1
-                break
-            stepper.advance()
-            t, y = t1, y1
-        else:
-            rejected += 1
-        h *= next_factor(ratio, order)
-    if i < len(times):
-        out.ys[i:] = y
+        if not control.decide(float(norm(dt, y, y1))):
+            continue
+        if record or options.dense:
+            out.keep(t, dt, y, stepper.slopes.clone() if options.dense else None)
+        if stepper.graphs is not None:
+            out.graphs.append(stepper.graphs)
+        i = _reach(out, i, times, t1, sign, y1, accepted, stepper, t, dt, y)
+        accepted += 1
+        ended = stop is not None and stop(stepper, t, dt, y, y1)
+        y = y1
+        if ended:
+            break
+        stepper.advance()
+    out.ys[i:] = y
     out.outputs += [(accepted - 1, None)] * (len(times) - i)
-    out.end = None if out.status == Status.ok else t
-    out.stats = Stats(accepted, rejected, stepper.evaluations)
+    out.status, out.end = control.status, None if control.status == Status.ok else control.t
+    out.stats = Stats(accepted, control.rounds - accepted, stepper.evaluations)
     return out
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, first_steps, next_factors
+from pyflowkern.ode.controllers import first_steps
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
 from pyflowkern.ode.stages import ErrorNorm
+from pyflowkern.ode.step_control import StepControl
 from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["integrate"]
@@ -64,15 +65,12 @@ class _Solve:
 
     stepper: _Stepper
     options: Options
-    span: tuple[float, float]
+    control: StepControl
+    norm: ErrorNorm
     inner: Tensor  # times of the outputs between, [m]
     found: Tensor  # the states there, [m, *shape]
-    norm: ErrorNorm
-    t: Tensor
-    h: Tensor
+    end: float
     y: Tensor
-    status: Tensor
-    bad: Tensor
     done: Tensor
     accepted: Tensor
     steps: Tensor
@@ -80,54 +78,34 @@ class _Solve:
     def look(self) -> tuple[bool, Status, int, int]:
         """Ask the device: whether the solve goes on, its status, accepted steps and all steps."""
         done, status, accepted, steps = torch.stack(
-            [self.done.to(torch.int64), self.status, self.accepted, self.steps]
+            [self.done.to(torch.int64), self.control.status, self.accepted, self.steps]
         ).tolist()
         return not done and status == Status.ok, Status(status), accepted, steps
 
-    def round(self, last: bool, keep: bool) -> _Round | None:
-        """Take one step and accept or reject it; with ``last`` none, the solve has used up its steps."""
-        o, stepper, y, t = self.options, self.stepper, self.y, self.t
-        begin, end = self.span
-        sign = 1.0 if end >= begin else -1.0
-        running = ~self.done & (self.status == int(Status.ok))
-        h = self.h.clamp(o.min_step, o.max_step)
-        forced = (
-            h <= o.min_step
-        )  # before the end cuts it short: the difference of times may round up
-        t1 = t + sign * h
-        clipped = sign * (t1 - end) >= 0
-        t1 = torch.where(clipped, end, t1)
-        h = torch.where(clipped, (end - t).abs(), h)
-        dead = (t1 == t) | (h < UNDERFLOW * abs(end - begin)) | ~torch.isfinite(t1)
-        failure = torch.where(self.bad, int(Status.non_finite), int(Status.dt_underflow))
-        self.status = torch.where(running & dead, failure, self.status)
-        running = running & ~dead
-        if last:
-            self.status = torch.where(running, int(Status.max_steps), self.status)
+    def round(self, keep: bool) -> _Round | None:
+        """Take one step and accept or reject it; none where the solve has used up its steps."""
+        control, stepper, y = self.control, self.stepper, self.y
+        control.propose(self.end, ~self.done & (control.status == int(Status.ok)))
+        if control.rounds >= self.options.max_steps:
             return None
-        dt = torch.where(running, sign * h, 0.0)
+        t, t1, dt, running = control.t, control.t1, control.dt, control.running
         y1 = stepper.step_by(t, dt, y)
-        ratio = self.norm(dt, y, y1).to(t.dtype)
-        bad = ~torch.isfinite(ratio)
-        accept = running & ((ratio <= 1) | (~bad & (forced | (h <= o.min_step))))
-        slopes = stepper.slopes.clone() if keep and o.dense else None
-        kept = _Round(accept, t, t1, dt, y, slopes) if keep else None
-        self._write(accept, t1, dt, y1, sign)
-        self.bad = torch.where(running, bad, self.bad)
+        accept = control.decide(self.norm(dt, y, y1).to(t.dtype))
+        slopes = stepper.slopes.clone() if keep and self.options.dense else None
+        self._write(accept, t, dt, y1)
         self.y = torch.where(accept, y1, y)
         stepper.stages.put(0, torch.where(accept, stepper.slopes[-1], stepper.slopes[0]))
-        self.t = torch.where(accept, t1, t)
-        self.done = self.done | (accept & clipped)
-        self.h = torch.where(running, h * next_factors(ratio, o.method.order), self.h)
+        self.done = self.done | (accept & control.cut)
         self.accepted, self.steps = self.accepted + accept, self.steps + running
-        return kept
+        return _Round(accept, t, t1, dt, y, slopes)
 
-    def _write(self, accept: Tensor, t1: Tensor, dt: Tensor, y1: Tensor, sign: float) -> None:
+    def _write(self, accept: Tensor, t: Tensor, dt: Tensor, y1: Tensor) -> None:
         """Interpolate the outputs that the step passed, all of them masked."""
         if self.inner.numel() == 0:
             return
-        now = accept & (sign * (self.inner - self.t) > 0) & (sign * (t1 - self.inner) >= 0)
-        theta = (self.inner - self.t) / torch.where(dt == 0, 1.0, dt)
+        sign, t1 = self.control.sign, self.control.t1
+        now = accept & (sign * (self.inner - t) > 0) & (sign * (t1 - self.inner) >= 0)
+        theta = (self.inner - t) / torch.where(dt == 0, 1.0, dt)
         lead = (-1, *[1] * y1.dim())
         inside = self.stepper.inside(self.y, dt, theta)
         value = torch.where((self.inner == t1).view(lead), y1, inside)
@@ -156,22 +134,21 @@ def integrate(
         out.outputs = [(-1, None)] * len(times)
         return out
     s = _begin(field, y0, times, [times[i] for i in between], options, first)
-    keep, rounds, kept = record or options.dense, 0, list[_Round]()
-    while rounds % options.check_every != 0 or s.look()[0]:
-        found = s.round(rounds == options.max_steps, keep)
-        if rounds == options.max_steps:
+    keep, kept = record or options.dense, list[_Round]()
+    while s.control.rounds % options.check_every != 0 or s.look()[0]:
+        found = s.round(keep)
+        if found is None:
             break
-        rounds += 1
-        if found is not None:
+        if keep:
             kept.append(found)
     _, out.status, accepted, steps = s.look()
     if between:
         sign = 1.0 if times[-1] >= times[0] else -1.0
-        reached = (sign * (s.t - s.inner) >= 0).view(-1, *[1] * y0.dim())
+        reached = (sign * (s.control.t - s.inner) >= 0).view(-1, *[1] * y0.dim())
         out.ys[between[0] : between[-1] + 1] = torch.where(reached, s.found, s.y)
     out.ys[ends[0] :] = s.y
     out.stats = Stats(accepted, steps - accepted, s.stepper.evaluations)
-    out.end = None if out.status == Status.ok else float(s.t)
+    out.end = None if out.status == Status.ok else float(s.control.t)
     if keep:
         _recall(out, kept, times)
     return out
@@ -206,21 +183,17 @@ def _begin(
         h = first_steps((d0.to(torch.float64), d1.to(torch.float64)), change, options.method.order)
     else:
         h = like + options.first_step
-    inner = torch.tensor(between, dtype=torch.float64, device=y0.device)
-    count, no = like.to(torch.int64), like.to(torch.bool)
+    count = like.to(torch.int64)
     return _Solve(
         stepper=stepper,
         options=options,
-        span=(times[0], times[-1]),
-        inner=inner,
-        found=y0.expand(len(between), *y0.shape),
+        control=StepControl(options, like + t, times[-1], h),
         norm=norm,
-        t=like + t,
-        h=h,
+        inner=torch.tensor(between, dtype=torch.float64, device=y0.device),
+        found=y0.expand(len(between), *y0.shape),
+        end=times[-1],
         y=y0,
-        status=count,
-        bad=no,
-        done=no,
+        done=like.to(torch.bool),
         accepted=count,
         steps=count,
     )
@@ -241,9 +214,5 @@ def _recall(out: Trajectory, rounds: Sequence[_Round], times: Sequence[float]) -
             theta = None if times[i] == t1 else (times[i] - t) / dt
             out.outputs.append((len(out.t), theta))
             i += 1
-        out.t.append(t)
-        out.dt.append(dt)
-        out.states.append(r.y)
-        if r.slopes is not None:
-            out.slopes.append(r.slopes)
+        out.keep(t, dt, r.y, r.slopes)
     out.outputs += [(len(out.t) - 1, None)] * (len(times) - i)

@@ -129,11 +129,7 @@ def _run(
         if checked and not bool(torch.isfinite(y1).all()):
             break
         if record or options.dense:
-            out.t.append(t)
-            out.dt.append(dt)
-            out.states.append(y)
-            if options.dense:
-                out.slopes.append(stepper.slopes.clone())
+            out.keep(t, dt, y, stepper.slopes.clone() if options.dense else None)
         if stepper.graphs is not None:
             out.graphs.append(stepper.graphs)
         while i < len(times) and outputs[i][0] == done:

@@ -19,34 +19,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import UNDERFLOW, Scaling, next_factor
+from pyflowkern.ode.controllers import Scaling
 from pyflowkern.ode.loops.adaptive import begin
 from pyflowkern.ode.loops.fixed import plan
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
 from pyflowkern.ode.stages import ErrorNorm
+from pyflowkern.ode.step_control import StepControl
 from pyflowkern.ode.steppers import Stepper
 
-__all__ = ["Tape", "integrate"]
+__all__ = ["Pair", "Tape", "forward_step", "integrate"]
 
 APART = 10.0  # tolerances that the two states of a pair may be apart
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Tape:
     """Starts, ends and signed lengths of the steps, and the number of the output at each end or 0."""
 
-    t: list[float]
-    t1: list[float]
-    dt: list[float]
-    output: list[int]
-    missing: list[int]
+    t: list[float] = field(default_factory=list)
+    t1: list[float] = field(default_factory=list)
+    dt: list[float] = field(default_factory=list)
+    output: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+
+    def add(self, t: float, t1: float, dt: float) -> None:
+        """Add an accepted step."""
+        self.t.append(t)
+        self.t1.append(t1)
+        self.dt.append(dt)
+        self.output.append(0)
 
 
 @torch.no_grad()
@@ -54,76 +64,113 @@ def integrate(
     field: Field, y0: Tensor, times: Sequence[float], options: Options
 ) -> tuple[Trajectory, Tape, Tensor, Tensor]:
     """Return the outputs, the steps and the pair at the end; every output is the end of a step."""
-    o = options
-    out = Trajectory(y0.new_empty((len(times), *y0.shape)))
-    stepper, coupling = Stepper(field, o.method, y0), o.coupling
-    tape = Tape([], [], [], [], [])
-    y, z, t, i = y0, y0, times[0], 1
-    sign = 1.0 if times[-1] >= t else -1.0
-    given = None if o.adaptive else iter(plan(times, o)[0])
-    norm = ErrorNorm(stepper.stages, o, y0)
-    scaled = Scaling(y0, o.rtol, o.atol) if o.adaptive else None
-    h = 0.0 if o.first_step is None else o.first_step
-    if o.adaptive and o.first_step is None:
-        h = begin(stepper, norm, t, sign, y0)
-    wanted = h
+    out, tape = Trajectory(y0.new_empty((len(times), *y0.shape))), Tape()
+    stepper = Stepper(field, options.method, y0)
+    pair, t, i = (y0, y0), times[0], 1
+    kind = _AdaptiveSteps if options.adaptive and times[-1] != t else _FixedSteps
+    steps = kind(stepper, y0, times, options)
     out.ys[:] = y0
-    least = UNDERFLOW * abs(times[-1] - t)
-    accepted, rejected, bad = 0, 0, False
     while i < len(times):
         if times[i] == t:
-            out.ys[i] = y
-            if accepted:
-                tape.output[-1] = i if tape.output[-1] == 0 else tape.output[-1]
+            out.ys[i] = pair[0]
+            if tape.t:
+                tape.output[-1] = tape.output[-1] or i
             i += 1
             continue
-        if accepted + rejected >= o.max_steps:
-            out.status = Status.max_steps
+        found = steps.take(t, times[i], pair)
+        if found is None:
             break
-        if given is not None:
-            dt = next(given)[1]
-            t1 = times[i] if abs(times[i] - (t + dt)) <= 1e-9 * abs(dt) else t + dt
-            dt = t1 - t
-        else:
-            wanted = h = min(max(h, o.min_step), o.max_step)
-            t1 = t + sign * h
-            cut = sign * (t1 - times[i]) >= 0
-            if (t1 == t or h < least) and not cut:
-                out.status = Status.non_finite if bad else Status.dt_underflow
-                break
-            t1 = times[i] if cut else t1
-            dt = t1 - t
-            h = abs(dt) if cut else h  # |dt| else may not shrink for the rounding of the time
-        step = stepper.increment(t, dt, z, error=o.adaptive)
-        y1 = torch.lerp(z, y, coupling).add_(step)
-        error = None if scaled is None else norm(dt, y, y1)  # before other slopes take its place
-        z1 = z - stepper.increment(t1, -dt, y1)
-        ratio = 0.0
-        if scaled is not None and error is not None:
-            apart = [o.norm(scaled(d, y, y1)) for d in (y - z, y1 - z1)]
-            ratio = _ratio(*torch.stack([n.double() for n in (error, *apart)]).tolist())
-        bad = not (math.isfinite(ratio) and bool(torch.isfinite(torch.add(y1, z1)).all()))
-        if bad and given is not None:
-            out.status = Status.non_finite
-            break
-        if not bad and (ratio <= 1 or abs(dt) <= o.min_step):
-            tape.t.append(t)
-            tape.t1.append(t1)
-            tape.dt.append(dt)
-            tape.output.append(0)
-            accepted += 1
-            y, z, t = y1, z1, t1
-            if given is None:  # a step cut short by an output says little about the next one
-                proposal = h * next_factor(ratio, o.method.order)
-                h = max(proposal, wanted) if cut else proposal
-        else:
-            rejected += 1
-            h *= next_factor(math.nan if bad else ratio, o.method.order)
+        t1, dt, pair = found
+        tape.add(t, t1, dt)
+        t = t1
+    y, z = pair
     out.ys[i:] = y
     tape.missing = list(range(i, len(times)))
-    out.stats = Stats(accepted, rejected, stepper.evaluations)
+    out.status, accepted = steps.status, len(tape.t)
+    out.stats = Stats(accepted, steps.rounds - accepted, stepper.evaluations)
     out.end = None if out.status == Status.ok else t
     return out, tape, y, z
+
+
+def forward_step(
+    stepper: Stepper, coupling: float, t: float, t1: float, dt: float, pair: Pair
+) -> Pair:
+    """Return the pair after a step."""
+    y, z = pair
+    y1 = torch.lerp(z, y, coupling).add_(stepper.increment(t, dt, z))
+    return y1, z - stepper.increment(t1, -dt, y1)
+
+
+class _FixedSteps:
+    """Steps of given lengths, of which the first that is not finite is the last."""
+
+    def __init__(
+        self, stepper: Stepper, y0: Tensor, times: Sequence[float], options: Options
+    ) -> None:
+        self.stepper, self.options = stepper, options
+        self.lengths = iter([] if times[-1] == times[0] else plan(times, options)[0])
+        self.rounds, self.status = 0, Status.ok
+
+    def take(self, t: float, target: float, pair: Pair) -> tuple[float, float, Pair] | None:
+        """Return the end, the length and the pair after the next step; None where there is none."""
+        if self.rounds >= self.options.max_steps:
+            self.status = Status.max_steps
+            return None
+        dt = next(self.lengths)[1]
+        t1 = target if abs(target - (t + dt)) <= 1e-9 * abs(dt) else t + dt
+        pair = forward_step(self.stepper, self.options.coupling, t, t1, t1 - t, pair)
+        if not _finite(pair):
+            self.status = Status.non_finite
+            return None
+        self.rounds += 1
+        return t1, t1 - t, pair
+
+
+class _AdaptiveSteps:
+    """Steps that follow the error and the distance of the pair."""
+
+    def __init__(
+        self, stepper: Stepper, y0: Tensor, times: Sequence[float], options: Options
+    ) -> None:
+        self.stepper, self.options = stepper, options
+        self.norm = ErrorNorm(stepper.stages, options, y0)
+        self.scaled = Scaling(y0, options.rtol, options.atol)
+        h, sign = options.first_step, 1.0 if times[-1] >= times[0] else -1.0
+        if h is None:
+            h = begin(stepper, self.norm, times[0], sign, y0)
+        self.control = StepControl(options, times[0], times[-1], h)
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended, or ok."""
+        status: Status = self.control.status
+        return status
+
+    @property
+    def rounds(self) -> int:
+        """Steps decided about."""
+        return self.control.rounds
+
+    def take(self, t: float, target: float, pair: Pair) -> tuple[float, float, Pair] | None:
+        """Return the end, the length and the pair after the next accepted step; None where there is none."""
+        control, stepper, (y, z) = self.control, self.stepper, pair
+        while True:
+            control.propose(target)
+            if not control.running:
+                return None
+            t1, dt = control.t1, control.dt
+            y1 = torch.lerp(z, y, self.options.coupling)
+            y1.add_(stepper.increment(t, dt, z, error=True))
+            error = self.norm(dt, y, y1)  # before other slopes take the place of these
+            z1 = z - stepper.increment(t1, -dt, y1)
+            apart = [self.options.norm(self.scaled(d, y, y1)) for d in (y - z, y1 - z1)]
+            ratio = _ratio(*torch.stack([n.double() for n in (error, *apart)]).tolist())
+            if control.decide(ratio if _finite((y1, z1)) else math.nan):
+                return t1, dt, (y1, z1)
+
+
+def _finite(pair: Pair) -> bool:
+    return bool(torch.isfinite(torch.add(*pair)).all())
 
 
 def _ratio(error: float, before: float, after: float) -> float:
