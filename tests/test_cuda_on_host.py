@@ -69,8 +69,8 @@ def test_kernels_are_clean(variant):
         ),
         (
             "thread",
-            "divergence",
-            "divergence/divergence_fused.cuh",
+            "field",
+            "field/field_fused.cuh",
             r"__syncthreads\(\);\s+(if \(c >= y.out\))",
             r"\1",
         ),

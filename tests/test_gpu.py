@@ -49,7 +49,7 @@ def autoregressive(x):
     )
 
 
-def divergence(x):
+def field(x):
     h = x.flatten(1)[:, :6]
     weights, biases = [line(x, 9, 6), line(x, 6, 9)], [line(x, 9), line(x, 6)]
     probe = torch.where(h > 0, 1.0, -1.0)
@@ -71,7 +71,7 @@ CALLS = {
     "density": lambda x: (ops.normal_log_prob(x, x[0], log_det=x[:, 0, 0, 0]),),
     "spline": spline,
     "autoregressive": autoregressive,
-    "divergence": divergence,
+    "field": field,
     "runge_kutta": lambda x: (
         ops.rk_combine(x[0], x, (0.5, 0.0, 0.25), 0.1),
         ops.rk_error(x[0], x[1], x, (1.0, -1.0), 0.1, rtol=0.1, atol=0.1),

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode, ops
+from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.flows._arguments import as_count, check_flags
 from pyflowkern.flows._rescue import Dynamics, check_compiler, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
 from pyflowkern.nn.vector_field import check_context
-from pyflowkern.ops._registry import accumulation_dtype, autocasts
 
 __all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
 

@@ -18,9 +18,10 @@ from torch.distributions import (
 from torch.distributions import Uniform as TorchUniform
 
 from pyflowkern import ops
+from pyflowkern.core.checks import check_batched
+from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import as_count, check_flags
 from pyflowkern.flows._domain import rounded_ends
-from pyflowkern.ops._registry import accumulation_dtype, check_batched
 
 __all__ = ["MixtureOfGaussians", "StandardNormal", "Uniform"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import as_count, as_counts, parse_shape
 from pyflowkern.flows._base import Flow, without_density
 from pyflowkern.flows._build import check_space, squeezed
@@ -24,7 +25,6 @@ from pyflowkern.nn import (
     VectorFieldMLP,
 )
 from pyflowkern.nn.multiscale import run_through
-from pyflowkern.ops._registry import accumulation_dtype
 
 __all__ = ["CNF", "FFJORD", "ContinuousTerms"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyflowkern.ops._registry import accumulation_dtype, autocasts, check_batched
+from pyflowkern.core.checks import check_batched
+from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 
 __all__ = [
     "Bijection",

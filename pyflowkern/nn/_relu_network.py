@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import transformed
-from pyflowkern.ops._registry import autocasts
+from pyflowkern.core.dtypes import autocasts
 
 __all__ = ["linear_layers"]
 

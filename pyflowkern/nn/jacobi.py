@@ -8,8 +8,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_floating
+from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
-from pyflowkern.ops._registry import accumulation_dtype, check_floating
 
 __all__ = ["jacobi_inverse"]
 

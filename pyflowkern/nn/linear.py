@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern import ops
+from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.nn._base import Bijection, check_channels, check_count
-from pyflowkern.ops._registry import accumulation_dtype, autocasts
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_floating
 from pyflowkern.nn._base import check_count, check_dtype
-from pyflowkern.ops._registry import check_floating
 from pyflowkern.ops.masked_plan import ACTIVATIONS, MaskedLayer, MaskedPlan
 
 __all__ = ["MaskedMLP"]

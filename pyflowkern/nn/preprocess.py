@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyflowkern import ops
+from pyflowkern.core.checks import check_batched
 from pyflowkern.nn._base import Bijection, check_count
-from pyflowkern.ops._registry import check_batched
 
 __all__ = ["Dequantize", "Logit"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_batched
 from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.ops._coupling import structure_device
-from pyflowkern.ops._registry import check_batched
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]
 

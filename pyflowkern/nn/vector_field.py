@@ -10,23 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.core.checks import check_floating
+from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast, full_precision
 from pyflowkern.nn._base import check_count
-from pyflowkern.ops._field_time import at_time
 from pyflowkern.ops._probe import as_probe, expand_probe
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    autocasts,
-    cast,
-    check_floating,
-    full_precision,
-)
-from pyflowkern.ops.divergence import (
+from pyflowkern.ops.field import (
     ACTIVATIONS,
     activation_and_slope,
     evaluate_field,
     evaluate_velocity,
     hutchinson_trace,
 )
+from pyflowkern.ops.field_time import at_time
 
 __all__ = ["VectorField", "VectorFieldMLP"]
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyflowkern._library import transformed
+from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.nn._base import check_count
 from pyflowkern.nn.vector_field import (
     add_context,
@@ -22,10 +23,9 @@ from pyflowkern.nn.vector_field import (
     parameters_of,
     probes_of,
 )
-from pyflowkern.ops._field_time import at_time
-from pyflowkern.ops._registry import accumulation_dtype, cast, full_precision
-from pyflowkern.ops.divergence import hutchinson_trace
+from pyflowkern.ops.field import hutchinson_trace
 from pyflowkern.ops.field_layer import activate_layer, spread
+from pyflowkern.ops.field_time import at_time
 
 __all__ = ["VectorFieldConv"]
 

@@ -1,7 +1,7 @@
 """Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
 
 from pyflowkern import _library
-from pyflowkern.ops import _field_time  # noqa: F401  (an op that fields call)
+from pyflowkern.ops import field_time  # noqa: F401  (an op that fields call)
 from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.actnorm import (
     actnorm,
@@ -27,7 +27,7 @@ from pyflowkern.ops.density import (
     normal_log_prob,
     normal_log_prob_reference,
 )
-from pyflowkern.ops.divergence import (
+from pyflowkern.ops.field import (
     field_divergence,
     field_divergence_reference,
     hutchinson_trace,

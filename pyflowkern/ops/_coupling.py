@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflowkern.ops._registry import accumulation_dtype, check_shape
+from pyflowkern.core.checks import check_shape
+from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.ops.scale_map import ScaleMap
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The ops of :mod:`pyflowkern.ops.divergence`: schemas, fakes and autograd."""
+"""The ops of :mod:`pyflowkern.ops.field`: schemas, fakes and autograd."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 from pyflowkern.ops._field_reference import (
     ACTIVATIONS,
     exact_reference,
     hutchinson_trace_reference,
     stacked_reference,
 )
-from pyflowkern.ops._registry import gradient_of_reference, register, wants_reference
 
 __all__ = ["FLAT", "IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
 

@@ -1,4 +1,4 @@
-"""The formulas of :mod:`pyflowkern.ops.divergence` in plain PyTorch, on arguments that were checked."""
+"""The formulas of :mod:`pyflowkern.ops.field` in plain PyTorch, on arguments that were checked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.ops._probe import expand_probe
-from pyflowkern.ops._registry import accumulation_dtype
 
 __all__ = [
     "ACTIVATIONS",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflowkern.core.dtypes import accumulation_dtype, cast
 from pyflowkern.ops._philox import draw_seed, philox_blocks
-from pyflowkern.ops._registry import accumulation_dtype, cast
 
 __all__ = ["as_probe", "draw_probe", "expand_probe", "rademacher"]
 

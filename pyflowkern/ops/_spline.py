@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyflowkern.ops._registry import accumulation_dtype, sum_per_sample
+from pyflowkern.core.dtypes import accumulation_dtype, sum_per_sample
 from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["elements", "reference"]

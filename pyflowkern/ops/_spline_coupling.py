@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import sum_per_sample
 from pyflowkern.ops._coupling import channel_split_sizes, mask_of
-from pyflowkern.ops._registry import (
-    check_batched,
-    check_floating,
-    check_same_device,
-    check_shape,
-    sum_per_sample,
-)
 from pyflowkern.ops._spline import elements
 from pyflowkern.ops.spline_map import SplineMap
 

@@ -23,6 +23,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
+from pyflowkern.core.checks import check_batched, check_floating, check_same_device
+from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._coupling import (
     LAYOUTS,
     affine_elements,
@@ -32,17 +36,6 @@ from pyflowkern.ops._coupling import (
     coupling_reference,
     mask_of,
     parse_layout,
-)
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_batched,
-    check_floating,
-    check_same_device,
-    empty_canonical,
-    gradient_of_reference,
-    register,
-    sum_per_sample,
 )
 from pyflowkern.ops.scale_map import KINDS, ScaleMap
 from pyflowkern.ops.scale_map import scale_map as _scale_map

@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import LIBRARY, kernel_serves
+from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._elements import (
     ElementMap,
     apply_elements,
@@ -27,16 +31,6 @@ from pyflowkern.ops._elements import (
     element_map,
     element_of_code,
     element_parameters,
-)
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_floating,
-    check_same_device,
-    check_shape,
-    full_precision,
-    gradient_of_reference,
-    register,
 )
 from pyflowkern.ops._sorted_network import SortedNetwork, solve
 from pyflowkern.ops.masked_plan import MaskedPlan

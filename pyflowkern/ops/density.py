@@ -22,18 +22,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_batched,
-    check_floating,
-    check_same_device,
-    check_shape,
-    empty_canonical,
-    gradient_of_reference,
-    register,
-    sum_per_sample,
-)
+from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "bits_per_dim",

@@ -20,18 +20,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
+from pyflowkern.core.checks import check_batched, check_floating, check_same_device
+from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference, is_batched
 from pyflowkern.ops._field_reference import ACTIVATIONS, activation_and_slope
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_batched,
-    check_floating,
-    check_same_device,
-    empty_canonical,
-    gradient_of_reference,
-    is_batched,
-    register,
-)
 
 __all__ = ["field_layer", "field_layer_reference"]
 

@@ -24,18 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_batched,
-    check_floating,
-    check_same_device,
-    check_shape,
-    empty_canonical,
-    full_precision,
-    gradient_of_reference,
-    register,
-)
+from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, full_precision
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "glow_step",

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_floating,
-    check_same_device,
-    check_shape,
-    full_precision,
-    gradient_of_reference,
-    register,
-)
+from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "householder_matrix",

@@ -30,16 +30,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves, transformed
+from pyflowkern.core.checks import check_batched, check_floating
+from pyflowkern.core.dtypes import accumulation_dtype, empty_canonical, sum_per_sample
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._philox import draw_seed, philox_uint16
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    check_batched,
-    check_floating,
-    empty_canonical,
-    gradient_of_reference,
-    register,
-    sum_per_sample,
-)
 
 __all__ = [
     "dequantize",

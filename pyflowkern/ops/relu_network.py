@@ -15,14 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import (
-    check_floating,
-    check_same_device,
-    check_shape,
-    gradient_of_reference,
-    register,
-    wants_reference,
-)
+from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 
 __all__ = ["relu_network", "relu_network_reference"]
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import check_floating, check_same_device, register
+from pyflowkern.core.checks import check_floating, check_same_device
+from pyflowkern.core.register import register
 
 __all__ = [
     "MAX_SEGMENTS",

@@ -21,14 +21,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_shape,
-    empty_canonical,
-    gradient_of_reference,
-    register,
-)
+from pyflowkern.core.checks import check_shape
+from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._spline import reference
 from pyflowkern.ops._spline_coupling import (
     check_coupling,

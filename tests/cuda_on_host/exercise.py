@@ -119,7 +119,7 @@ def linear():
                 check(ops.glow_step, ops.glow_step_reference, *args)
 
 
-def divergence():
+def field():
     shapes = ((3, (2, 4, 8, 2)), (5, (3, 7, 3)), (1, (5, 33, 20, 5)))
     shapes += (
         (100, (2, 12, 2)),
@@ -136,17 +136,20 @@ def divergence():
             {"method": "exact", "activation": "silu"},
         ):
 
-            def field(function, x, *p, options=options, count=count):
+            def run(function, x, *p, options=options, count=count):
                 return function(x, p[:count], p[count : 2 * count], p[2 * count :], **options)
 
             check(
-                partial(field, ops.field_divergence),
-                partial(field, ops.field_divergence_reference),
+                partial(run, ops.field_divergence),
+                partial(run, ops.field_divergence_reference),
                 torch.randn(n, dims[0]),
                 *parameters,
             )
         e = torch.randn(n, 40 * dims[0])
         check(ops.hutchinson_trace, lambda a, b: ops.hutchinson_trace_reference(a, b)[0], e, 2 * e)
+
+
+def field_layer():
     for n, c, *space in ((3, 5, 4, 4), (2, 7, 5, 3), (4, 8), (1, 2, 3, 50)):
         for p in layouts((3 * n, c, *space), torch.float32):
             for bias, gate in (((c,), None), ((n, c), (c,)), ((1, c, *space), (n, c, *space))):
@@ -233,7 +236,8 @@ if __name__ == "__main__":
         affine,
         autoregressive,
         density,
-        divergence,
+        field,
+        field_layer,
         linear,
         matrix,
         preprocess,

@@ -8,7 +8,7 @@ from laws import normal
 
 from pyflowkern import _library, ops
 from pyflowkern.ops import field_layer, field_layer_reference
-from pyflowkern.ops.divergence import ACTIVATIONS
+from pyflowkern.ops.field import ACTIVATIONS
 from pyflowkern.ops.field_layer import activate_layer
 
 #: [N, C, *space] with tails of every kind; planes and channels beyond a block of sums.

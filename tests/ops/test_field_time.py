@@ -5,7 +5,7 @@ import torch
 from laws import normal
 
 from pyflowkern import _library
-from pyflowkern.ops._field_time import _backward_op, _op, at_time, at_time_reference
+from pyflowkern.ops.field_time import _backward_op, _op, at_time, at_time_reference
 
 SIZES = (5, 64, 1, 17, 300)
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact trace of shallow fields on the host, for any Device (see divergence_host.h).
+// The exact trace of shallow fields on the host, for any Device (see field_host.h).
 //
 // With slopes s = g f'(a),
 //   one hidden layer:  tr J = M s1,               M_j = sum_i W2[i, j] g2[i] W1[j, i]
@@ -8,7 +8,7 @@
 // kernels serve, and M is one layer more, without bias and activation.
 #pragma once
 
-#include "divergence/divergence_ops.h"
+#include "field/field_ops.h"
 
 namespace pfk {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/host.h"
-#include "divergence/field_time.h"
+#include "field_time/field_time.h"
 
 namespace pfk {
 

@@ -6,7 +6,7 @@
 
 #include <stdlib.h>
 
-#include "divergence/divergence_packed.h"
+#include "field/field_packed.h"
 
 PFK_BEGIN
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vector fields with their divergence on a GPU.  Forward, fields of narrow layers are one launch
-// (divergence_fused.cuh); all else are torch's matrix products of all stacked rows, and elementwise
+// (field_fused.cuh); all else are torch's matrix products of all stacked rows, and elementwise
 // kernels between them.
 //
 // Floor of a hidden layer that way: forward the products read and the activations written once,
 // 8 (1 + K) bytes an element of [samples, out]; backward 16 (1 + K), for the products and the
 // cotangents read, the activations and the new cotangents written.
 #include "core/teams.cuh"
-#include "divergence/divergence_exact.h"
-#include "divergence/divergence_fused.cuh"
+#include "field/field_exact.h"
+#include "field/field_fused.cuh"
 
 PFK_BEGIN
 namespace {

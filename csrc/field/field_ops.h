@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of the family on the host, for any Device (see divergence_host.h); those of exact traces
-// are in divergence_exact.h.
+// The ops of the family on the host, for any Device (see field_host.h); those of exact traces
+// are in field_exact.h.
 #pragma once
 
-#include "divergence/divergence_host.h"
+#include "field/field_host.h"
 
 namespace pfk {
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parameters of a field as tiles want them (divergence_cache.h): weights both ways and padded,
+// The parameters of a field as tiles want them (field_cache.h): weights both ways and padded,
 // with gates that all samples share in them; and the sums of their gradients.
 #pragma once
 
 #include "core/gemm.h"
-#include "divergence/divergence_rows.h"
+#include "field/field_rows.h"
 
 PFK_BEGIN
 

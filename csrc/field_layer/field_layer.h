@@ -2,13 +2,13 @@
 // What follows a product that comes from elsewhere, such as a convolution: bias, gate and
 // activation of a layer on a stack [(1 + K) N, C, *space] of the primal and its tangents.
 //
-// The formulas are those of divergence.h.  Where f' and f'' / f' follow from h' = f(a) alone (tanh,
+// The formulas are those of field.h.  Where f' and f'' / f' follow from h' = f(a) alone (tanh,
 // softplus) and there is no gate, whose cotangent needs p, the backward pass reads the output in
 // place of the product: with h.' = f'(a) a.,
 //   A = f'(a) q + (f'' / f')(a) sum h.' q. .
 #pragma once
 
-#include "divergence/divergence.h"
+#include "field/field.h"
 
 namespace pfk {
 

@@ -11,7 +11,7 @@ from laws import Calls, normal
 
 from pyflowkern import nn
 from pyflowkern.ops import field_divergence
-from pyflowkern.ops.divergence import ACTIVATIONS
+from pyflowkern.ops.field import ACTIVATIONS
 
 
 @pytest.fixture

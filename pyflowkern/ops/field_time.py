@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ops._registry import gradient_of_reference, register, wants_reference
+from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 
 __all__ = ["at_time", "at_time_reference"]
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
+from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.ops._field_autograd import FLAT, IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
 from pyflowkern.ops._field_reference import (
     ACTIVATIONS,
@@ -31,14 +33,6 @@ from pyflowkern.ops._field_reference import (
     stacked_reference,
 )
 from pyflowkern.ops._probe import as_probe
-from pyflowkern.ops._registry import (
-    accumulation_dtype,
-    cast,
-    check_floating,
-    check_same_device,
-    check_shape,
-    full_precision,
-)
 
 __all__ = [
     "ACTIVATIONS",

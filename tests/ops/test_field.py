@@ -15,7 +15,7 @@ from pyflowkern.ops import (
     hutchinson_trace,
     rademacher,
 )
-from pyflowkern.ops.divergence import (
+from pyflowkern.ops.field import (
     ACTIVATIONS,
     activation_and_slope,
     evaluate_field,

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/host.h"
-#include "divergence/field_layer.h"
+#include "field_layer/field_layer.h"
 
 namespace pfk {
 

@@ -17,7 +17,7 @@
 #pragma once
 
 #include "core/cuda.cuh"
-#include "divergence/divergence_host.h"
+#include "field/field_host.h"
 
 namespace pfk {
 

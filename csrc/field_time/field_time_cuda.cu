@@ -4,7 +4,7 @@
 // A few hundred numbers: the floor is one launch each way.  Backward, one block has all layers, so
 // that the gradient of the time is a sum in a fixed order.
 #include "core/cuda.cuh"
-#include "divergence/field_time_ops.h"
+#include "field_time/field_time_ops.h"
 
 PFK_BEGIN
 namespace {

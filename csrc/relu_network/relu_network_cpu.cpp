@@ -5,7 +5,7 @@
 // torch's BLAS between passes over memory reached 72% of it at 512 samples and a width of 256 (MKL,
 // AVX2, 2 threads, Zen 4); tiles that go through all layers wait for no other thread in between.
 #include "core/simd.h"
-#include "linear/relu_network.h"
+#include "relu_network/relu_network.h"
 
 PFK_DECLARE_LEVELS(void network_run(const NetworkArgs&, bool, int64_t, int64_t);
                    void network_pack(const NetworkArgs&, bool, int64_t, int64_t);

@@ -76,7 +76,7 @@ struct FieldArgs {
   const void* packed;  // weights as the products want them
   void* sums;          // [tasks, sums_size]: gradients of shared parameters
   int64_t sums_size, task, first_task;
-  const FieldLayer* coupling;  // of exact traces: M, see divergence_exact.h; or null
+  const FieldLayer* coupling;  // of exact traces: M, see field_exact.h; or null
   const void* ones;            // as many as the widest layer has columns, padded
 };
 

@@ -6,7 +6,7 @@
 // its gradient; else gradients of each row are left to torch's sum, and that of the bias without a
 // gate is the cotangent of p.
 #include "core/teams.cuh"
-#include "divergence/field_layer_ops.h"
+#include "field_layer/field_layer_ops.h"
 
 PFK_BEGIN
 namespace {

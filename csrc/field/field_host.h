@@ -8,7 +8,7 @@
 #pragma once
 
 #include "core/host.h"
-#include "divergence/divergence.h"
+#include "field/field.h"
 
 namespace pfk {
 

@@ -2,14 +2,14 @@
 // Vector fields with their divergence on the CPU.
 //
 // Floor: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K) backward an element of
-// a weight and a sample.  Fields go tile by tile through all layers (divergence_cache.h).  Sums of
+// a weight and a sample.  Fields go tile by tile through all layers (field_cache.h).  Sums of
 // weights up to kOwnSums columns stay in cache, too; beyond, a wave of tiles leaves cotangents and
 // inputs in memory for one product.  Weights too large for L3, and exact traces of layers beyond
 // kOwnSums, go layer by layer through core/matmul.h: torch's BLAS (MKL, AVX2 on Zen 4) took 1.15
 // times as long at a width of 860.
 #include "core/matmul.h"
 #include "core/simd.h"
-#include "divergence/divergence_exact_cache.h"
+#include "field/field_exact_cache.h"
 
 PFK_DECLARE_LEVELS(void field_run(const FieldArgs&, bool, bool, int64_t, int64_t);
                    void field_pack(const FieldArgs&, bool);
@@ -89,7 +89,7 @@ PFK_END
 #if PFK_SIMD_LEVEL == 0
 #include <stdlib.h>
 
-#include "divergence/divergence_exact.h"
+#include "field/field_exact.h"
 
 namespace pfk {
 namespace {

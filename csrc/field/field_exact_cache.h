@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact trace of a shallow field (divergence_exact.h), tile by tile as in divergence_cache.h:
+// The exact trace of a shallow field (field_exact.h), tile by tile as in field_cache.h:
 // rows of a tile are the primal of its samples and then their slopes, and M is one layer more.
 #pragma once
 
-#include "divergence/divergence_cache.h"
+#include "field/field_cache.h"
 
 PFK_BEGIN
 

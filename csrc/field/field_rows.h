@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/half.h"
-#include "divergence/divergence.h"
+#include "field/field.h"
 
 PFK_BEGIN
 

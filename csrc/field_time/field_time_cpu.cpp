@@ -3,10 +3,10 @@
 //
 // A few hundred numbers: the floor is the cost of a call, and what counts is to be one call and one
 // node of autograd's graph where plain PyTorch has a dozen.
-#include "divergence/field_time.h"
+#include "field_time/field_time.h"
 
 #include "core/simd.h"
-#include "divergence/divergence_rows.h"
+#include "field/field_rows.h"
 
 PFK_DECLARE_LEVELS(void time_run(const TimeArgs&, bool, bool))
 
@@ -89,7 +89,7 @@ void time_run(const TimeArgs& a, bool backward, bool wide) {
 PFK_END
 
 #if PFK_SIMD_LEVEL == 0
-#include "divergence/field_time_ops.h"
+#include "field_time/field_time_ops.h"
 
 namespace pfk {
 namespace {

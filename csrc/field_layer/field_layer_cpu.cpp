@@ -4,8 +4,8 @@
 // Floor: forward 2 (1 + K) elements read and written for each of the primal, in place half the
 // memory; backward 3 (1 + K).  Activations are computed again from what was kept.
 #include "core/simd.h"
-#include "divergence/divergence_rows.h"
-#include "divergence/field_layer.h"
+#include "field/field_rows.h"
+#include "field_layer/field_layer.h"
 
 PFK_DECLARE_LEVELS(void planes_run(const PlanesArgs&, bool, bool, int64_t, int64_t))
 
@@ -134,7 +134,7 @@ void planes_run(const PlanesArgs& a, bool backward, bool wide, int64_t begin, in
 PFK_END
 
 #if PFK_SIMD_LEVEL == 0
-#include "divergence/field_layer_ops.h"
+#include "field_layer/field_layer_ops.h"
 
 namespace pfk {
 namespace {

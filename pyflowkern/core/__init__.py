@@ -1,0 +1,1 @@
+"""What ops, solvers, layers and flows share: registration, checks of arguments, dtypes, second derivatives."""

@@ -1,0 +1,53 @@
+"""Checks of arguments: each raises an error that names the argument, what was wanted and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import FLOATS
+
+__all__ = ["check_batched", "check_floating", "check_same_device", "check_shape"]
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    """Raise TypeError unless ``t`` is a dense tensor of a floating-point type that the ops compute with."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got {t.dtype}"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
+
+
+def check_batched(name: str, t: Tensor, min_dim: int = 2) -> None:
+    """Raise unless ``t`` is a floating tensor ``[N, C, *space]`` of at least ``min_dim`` axes."""
+    check_floating(name, t)
+    if t.dim() < min_dim:
+        raise ValueError(
+            f"{name} must have a batch axis, channels second, then space ([N, C, *space]), "
+            f"got shape {tuple(t.shape)}"
+        )
+
+
+def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless ``t`` has exactly this shape."""
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors lie on one device."""
+    device = None
+    for t in tensors.values():
+        if t is None:
+            continue
+        if device is None:
+            device = t.device
+        elif t.device != device:
+            devices = {name: t.device for name, t in tensors.items() if t is not None}
+            raise ValueError(f"all tensors must be on one device, got {devices}")
