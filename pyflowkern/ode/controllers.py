@@ -1,20 +1,15 @@
-"""Step sizes: the norm of an error, the first step and the next one."""
+"""Step sizes: an error over what is allowed, the first step and the next one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.packing import Packing
-
 __all__ = [
     "SAFETY",
-    "Norm",
-    "Rms",
     "Scaling",
     "first_step",
     "first_steps",
@@ -22,9 +17,7 @@ __all__ = [
     "next_factors",
 ]
 
-Norm = Callable[[Tensor], Tensor]
 Tolerance = float | Tensor
-_PARTS, _ROW = 32768, 4096
 SAFETY, LARGEST, SMALLEST = 0.9, 10.0, 0.2  # Hairer, Norsett and Wanner (1993), II.4
 
 
@@ -50,58 +43,6 @@ class Scaling:
         scale = torch.maximum(self.a, self.b, out=self.a).mul_(self.rtol).add_(self.atol)
         torch.sub(y1, y1, out=self.b)
         return torch.addcdiv(self.b, error, scale, out=self.b)
-
-
-def rms(r: Tensor) -> Tensor:
-    """Root of the mean square of everything; 0 of nothing."""
-    return _size(r.reshape(-1)) * (1 / math.sqrt(max(r.numel(), 1)))
-
-
-def _size(r: Tensor) -> Tensor:
-    """Euclidean norm, in an order of summation that does not depend on the number of threads.
-
-    PyTorch divides the sum of a whole tensor among threads from 32768 numbers on, but never the sum of a row.
-    """
-    if r.numel() <= _PARTS:
-        whole: Tensor = torch.linalg.vector_norm(r)
-        return whole
-    rows = r.numel() // _ROW
-    parts = torch.linalg.vector_norm(r[: rows * _ROW].view(rows, _ROW), dim=1)
-    rest = torch.linalg.vector_norm(r[rows * _ROW :])
-    return _size(torch.cat([parts, rest[None]]))
-
-
-def rms_rows(r: Tensor) -> Tensor:
-    """Root of the mean square of each row."""
-    size: Tensor = torch.linalg.vector_norm(r, dim=-1)
-    return size * (1 / math.sqrt(max(r.shape[-1], 1)))
-
-
-def norm_of(packing: Packing, user: Callable[[Any], Tensor] | None) -> Norm:
-    """Return the norm of a packed state: RMS, for a tuple the largest RMS of its entries."""
-    if user is not None:
-        return lambda r: user(packing.unpack(r))
-    return Rms(packing.sizes if len(packing.sizes) > 1 else [], packing.per_sample)
-
-
-class Rms:
-    """The root of the mean square, of parts of the last axis the largest.
-
-    Args:
-        sizes: of the parts, beyond which nothing counts; none for the whole.
-        rows: a norm for each row.
-    """
-
-    def __init__(self, sizes: Sequence[int], rows: bool = False) -> None:
-        self.sizes, self.rows = list(sizes), rows
-
-    def __call__(self, r: Tensor) -> Tensor:
-        """Return the norm."""
-        one = rms_rows if self.rows else rms
-        if not self.sizes:
-            return one(r)
-        parts = r[..., : sum(self.sizes)].split(self.sizes, -1)
-        return torch.stack([one(part) for part in parts]).amax(0)
 
 
 # --- one step size for everything: host numbers --------------------------------------------------

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.controllers import norm_of
-from pyflowkern.ode.packing import Packing
+from pyflowkern.ode.norms import norm_of
+from pyflowkern.ode.packing import Packing, check_allowed
 from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, torchdiffeq_dense
 
 __all__ = ["Options", "name_from_torchdiffeq", "options_for"]
 
+#: Steps of a solve unless the user says more; with ``compat`` there is no limit but what a list of steps may hold.
+_MAX_STEPS, _NO_LIMIT = 10_000, 10_000_000
+
 #: What torchdiffeq calls methods that have another name here.
-_TORCHDIFFEQ_NAMES = {"rk4": "rk4_38", "heun2": "heun"}
+_TORCHDIFFEQ_NAMES = {"rk4": "rk4_38"}
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,12 @@ def options_for(
     method: str | Tableau,
     rtol: Any,
     atol: Any,
-    norm: Callable[[Any], Tensor] | None = None,
+    norm: str | Callable[[Any], Tensor] | None = None,
     control: str = "batch",
     check_every: int | None = None,
     dense: bool = False,
     compat: str | None = None,
+    max_steps: int | None = None,
     **settings: Any,
 ) -> Options:
     """Return the settings of a solve, checked, in the terms of packed states.
@@ -116,11 +120,12 @@ def options_for(
         method: name or tableau; with ``compat`` a name of torchdiffeq's.
         rtol: relative tolerance, as the user gave it.
         atol: absolute tolerance, as the user gave it.
-        norm: of a state as the user sees it.
+        norm: a name, or a function of a state as the user sees it.
         control: who decides about steps.
         check_every: rounds between two looks at the device; None for the default.
         dense: whether the state between steps will be asked for.
         compat: None or "torchdiffeq".
+        max_steps: None for the default: 10,000, or no limit where torchdiffeq has none.
         **settings: fields of :class:`Options`.
     """
     if compat not in (None, "torchdiffeq"):
@@ -132,6 +137,8 @@ def options_for(
         chosen = end_slope(chosen)
     if compat is not None:
         chosen = torchdiffeq_dense(chosen)
+    if max_steps is None:
+        max_steps = _MAX_STEPS if compat is None else _NO_LIMIT
     if check_every is None:
         check_every = 1 if device.type == "cpu" else 8
     options = Options(
@@ -144,10 +151,11 @@ def options_for(
         check_every=check_every,
         torchdiffeq=compat is not None,
         dense=dense,
+        max_steps=max_steps,
         **settings,
     )
     if options.adaptive:
-        packing.check_allowed(rtol, atol)
+        check_allowed(options.rtol, options.atol)
     return options
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Field", "Packing", "State"]
+__all__ = ["Field", "Packing", "State", "check_allowed"]
 
 State = Tensor | tuple[Tensor, ...]
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -19,7 +19,8 @@ class Packing:
     """Turns states of a user's shapes and dtypes into one tensor and back.
 
     A tensor of float32 or float64 stays what it is.  The entries of a tuple are laid end to end, or side by side
-    after the batch axis where each sample has its own steps; half precision is integrated in float32.
+    after the batch axis where each sample has its own steps; half precision is integrated in float32, and a complex
+    number as two real ones, its real and its imaginary part.
 
     Args:
         state: an example.
@@ -33,13 +34,16 @@ class Packing:
         self.per_sample = per_sample
         self.shapes = [e.shape for e in entries]
         self.dtypes = [e.dtype for e in entries]
-        dtype = entries[0].dtype
+        dtype = entries[0].dtype.to_real()
         for e in entries[1:]:
-            dtype = torch.promote_types(dtype, e.dtype)
+            dtype = torch.promote_types(dtype, e.dtype.to_real())
         self.dtype = torch.float32 if dtype in _HALF else dtype
         start = 1 if per_sample else 0
-        self.sizes = [shape[start:].numel() for shape in self.shapes]
-        self.trivial = not (self.is_tuple or per_sample) and dtype == self.dtype
+        self.sizes = [
+            shape[start:].numel() * (2 if kind.is_complex else 1)
+            for shape, kind in zip(self.shapes, self.dtypes, strict=True)
+        ]
+        self.trivial = not (self.is_tuple or per_sample) and self.dtypes[0] == self.dtype
 
     def pack(self, state: Any) -> Tensor:
         """Return one tensor; raise where the structure is not that of the first state."""
@@ -61,15 +65,20 @@ class Packing:
                     f"func must return the shapes of y0, {[tuple(s) for s in self.shapes]}, "
                     f"got {[tuple(e.shape) for e in entries]}"
                 )
+        parts = [_real(e, kind) for e, kind in zip(entries, self.dtypes, strict=True)]
+        return self._joined(parts)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return real entries as one tensor."""
         if self.per_sample:
             rows = self.shapes[0][0]
-            parts = [
-                e.reshape(rows, n).to(self.dtype) for e, n in zip(entries, self.sizes, strict=True)
+            columns = [
+                e.reshape(rows, n).to(self.dtype) for e, n in zip(parts, self.sizes, strict=True)
             ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
         if not self.is_tuple:
-            return parts_to(entries[0], self.dtype)
-        return torch.cat([e.reshape(-1).to(self.dtype) for e in entries])
+            return parts_to(parts[0], self.dtype)
+        return torch.cat([e.reshape(-1).to(self.dtype) for e in parts])
 
     def unpack(self, y: Tensor, lead: Sequence[int] = ()) -> Any:
         """Return the state of ``y``; ``lead`` are axes before those of the state."""
@@ -77,7 +86,7 @@ class Packing:
             return y
         parts = y.split(self.sizes, -1) if self.is_tuple or self.per_sample else (y,)
         entries = tuple(
-            p.reshape(*lead, *shape).to(dtype)
+            _restored(p, (*lead, *shape), dtype)
             for p, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         )
         return entries if self.is_tuple else entries[0]
@@ -88,25 +97,73 @@ class Packing:
             return lambda t, y: self.pack(func(t, y))
         return lambda t, y: self.pack(func(t, self.unpack(y)))
 
-    def check_allowed(self, rtol: Any, atol: Any) -> None:
-        """Raise where no error at all is allowed, which no step could keep to."""
-        many = [v if isinstance(v, (tuple, list)) else [v] * len(self.sizes) for v in (rtol, atol)]
-        if any(float(r) == 0 and float(a) == 0 for r, a in zip(*many, strict=True)):
-            raise ValueError(f"rtol and atol must not both be 0, got {rtol} and {atol}")
-
     def tolerance(self, name: str, value: Any, device: torch.device) -> float | Tensor:
-        """Return a tolerance as a number, or as a tensor shaped like the packed state's last axis."""
-        if isinstance(value, (tuple, list)):
-            if not self.is_tuple or len(value) != len(self.sizes):
-                raise ValueError(f"{name} must be a number or one for each entry of a tuple y0")
-            _check_tolerances(name, value)
-            parts = [
-                torch.full((n,), float(v), dtype=self.dtype, device=device)
-                for n, v in zip(self.sizes, value, strict=True)
-            ]
-            return torch.cat(parts)
-        _check_tolerances(name, (value,))
-        return float(value)
+        """Return a tolerance as a number, or as a tensor that the packed state broadcasts with.
+
+        Args:
+            name: for messages.
+            value: a number, a tensor for every number of a state, or a sequence with one of these for each entry.
+            device: of the state.
+        """
+        if self.is_tuple and isinstance(value, Tensor) and value.dim() > 0:
+            value = tuple(value)
+        several = isinstance(value, (tuple, list))
+        if several and not (self.is_tuple and len(value) == len(self.sizes)):
+            raise ValueError(f"{name} must be a number or one for each entry of a tuple y0")
+        values = list(value) if several else [value]
+        single = [_check_tolerance(name, v) for v in values]
+        if not several and single[0]:
+            return float(value)
+        if several and all(single):
+            numbers = zip(self.sizes, values, strict=True)
+            return torch.cat([torch.full((n,), float(v), dtype=self.dtype, device=device)
+                              for n, v in numbers])  # fmt: skip
+        entries = [
+            self._each(name, v, shape, kind, device)
+            for v, shape, kind in zip(values, self.shapes, self.dtypes, strict=True)
+        ]
+        return self._joined(entries)
+
+    def _each(
+        self, name: str, value: Any, shape: torch.Size, kind: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a tolerance for every number of an entry."""
+        each = torch.as_tensor(value).detach().to(device, self.dtype)
+        try:
+            each = each.expand(shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name} must broadcast to the shape of y0, {tuple(shape)}, got {tuple(each.shape)}"
+            ) from error
+        return each[..., None].expand(*shape, 2) if kind.is_complex else each
+
+
+def check_allowed(rtol: float | Tensor, atol: float | Tensor) -> None:
+    """Raise where no error at all is allowed, which no step could keep to."""
+    if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
+        none = bool(((torch.as_tensor(rtol) == 0) & (torch.as_tensor(atol) == 0)).any())
+    else:
+        none = rtol == 0 and atol == 0
+    if none:
+        raise ValueError(f"rtol and atol must not both be 0, got {rtol} and {atol}")
+
+
+def _real(e: Tensor, kind: torch.dtype) -> Tensor:
+    """Return an entry as real numbers."""
+    if not kind.is_complex:
+        if e.is_complex():
+            raise TypeError(f"func must return {kind} where y0 has it, got {e.dtype}")
+        return e
+    if e.is_complex():
+        return torch.view_as_real(e.resolve_conj())
+    return torch.stack([e, torch.zeros_like(e)], -1)
+
+
+def _restored(part: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    """Return an entry of the user's shape and dtype."""
+    if not kind.is_complex:
+        return part.reshape(shape).to(kind)
+    return torch.view_as_complex(part.reshape((*shape, 2)).contiguous()).to(kind)
 
 
 def parts_to(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,14 +171,17 @@ def parts_to(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).contiguous()
 
 
-def _check_tolerances(name: str, values: Sequence[Any]) -> None:
-    for v in values:
-        if isinstance(v, bool) or not (isinstance(v, (int, float, Tensor))):
-            raise TypeError(f"{name} must be a number, got {type(v).__name__}")
-        if isinstance(v, Tensor) and v.numel() != 1:
-            raise ValueError(f"{name} must be a number, got a tensor of shape {tuple(v.shape)}")
-        if not float(v) >= 0:
-            raise ValueError(f"{name} must be at least 0, got {v}")
+def _check_tolerance(name: str, value: Any) -> bool:
+    """Raise for what is no tolerance; return whether it is a single number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        if not bool((value >= 0).all()):
+            raise ValueError(f"{name} must be at least 0, got {value}")
+        return False
+    if not float(value) >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return True
 
 
 def _check_entries(entries: tuple[Any, ...], per_sample: bool) -> None:
@@ -130,8 +190,8 @@ def _check_entries(entries: tuple[Any, ...], per_sample: bool) -> None:
     for e in entries:
         if not isinstance(e, Tensor):
             raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(e).__name__}")
-        if not e.is_floating_point():
-            raise TypeError(f"y0 must be floating-point, got {e.dtype}")
+        if not (e.is_floating_point() or e.is_complex()):
+            raise TypeError(f"y0 must be floating-point or complex, got {e.dtype}")
         if e.device != entries[0].device:
             raise ValueError("all entries of y0 must be on one device")
         if per_sample and (e.dim() < 1 or e.shape[0] != entries[0].shape[0]):

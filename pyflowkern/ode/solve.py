@@ -48,10 +48,10 @@ def solve(
     first_step: float | None = None,
     min_step: float = 0.0,
     max_step: float = math.inf,
-    max_steps: int = 10_000,
+    max_steps: int | None = None,
     control: str = "batch",
     check_every: int | None = None,
-    norm: Callable[[Any], Tensor] | None = None,
+    norm: str | Callable[[Any], Tensor] = "rms",
     dense: bool = False,
     compat: str | None = None,
 ) -> Solution:
@@ -78,12 +78,13 @@ def solve(
 
     Args:
         func: ``(t, y) -> dy/dt``; ``t`` is a 0-d tensor of the state's dtype, ``[N]`` with ``control="sample"``.
-        y0: tensor or tuple of tensors; half precision is integrated in float32.
+        y0: tensor or tuple of tensors; half precision is integrated in float32, a complex number as two real ones.
         t: times of the output, monotone, the first that of ``y0``; numbers spare a copy from the device.  With
             ``control="sample"`` also ``[T, N]``.
-        method: "euler", "midpoint", "heun", "rk4" (classical), "rk4_38", or with step control "bosh3", "dopri5",
-            "tsit5", "dopri8"; or a :class:`Tableau`.
-        rtol: allowed error relative to the state, a number or one for each entry of a tuple.
+        method: "euler", "midpoint", "heun" (or "heun2"), "heun3", "rk4" (classical), "rk4_38", or with step control
+            "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8"; or a :class:`Tableau`.
+        rtol: allowed error relative to the state: a number, a tensor that broadcasts to the state, or one of these for
+            each entry of a tuple.
         atol: allowed absolute error, likewise; with step control not 0 where ``rtol`` is.
         adjoint: see above.
         checkpoint: see above.
@@ -95,13 +96,16 @@ def solve(
         first_step: else chosen by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
         min_step: steps of this size are accepted whatever their error.
         max_step: largest step.
-        max_steps: of the whole solve, rejected ones included.
+        max_steps: of the whole solve, rejected ones included; default 10,000, and with ``compat`` as many as it takes
+            (up to ten million).
         control: "batch", one step size from one norm; "device", the same decided by tensors on the device of the
             state, where each output between the first and the last costs an interpolation a step; or "sample", a time
             and a step size for each sample.
         check_every: rounds between two looks of the host at the device with ``control="sample"`` or ``"device"``;
             default 1 on a CPU, else 8.
-        norm: of the scaled error, given as the state is; default RMS, the largest of a tuple's entries.
+        norm: of the scaled error.  "rms" is the root of its mean square, of a tuple the largest of its entries;
+            "max_sample" the largest of any sample, which no mean over a batch hides; "max" the largest number; or a
+            function of the error, which it is given as the state is.
         dense: also return the state as a function of time.
         compat: "torchdiffeq" for its steps and evaluations: it steps over the end and interpolates, evaluates the end
             of a step just before it, and calls the 3/8 rule "rk4".
@@ -110,7 +114,7 @@ def solve(
         A :class:`Solution`: ``ys [T, *shape]``, ``ts``, ``status``, ``stats``.
 
     Raises:
-        TypeError: for a state that is not floating-point or a wrong result of ``func``.
+        TypeError: for a state that is not floating-point or complex, or a wrong result of ``func``.
         ValueError: for times that are not monotone and finite, unknown names, settings out of range, and tolerances
             that are both 0.
         RuntimeError: inside transforms of torch.func.

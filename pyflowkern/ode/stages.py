@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.ode.controllers import Rms, Scaling
+from pyflowkern.ode.controllers import Scaling
+from pyflowkern.ode.norms import Rms
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.tableaus import Coefficients
 from pyflowkern.ops.runge_kutta import MAX_SEGMENTS, MAX_SLOPES, STATES, below_autograd

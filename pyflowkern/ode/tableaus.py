@@ -225,6 +225,32 @@ TABLEAUS = {
         Tableau("euler", 1, ((),), (1.0,), (0.0,)),
         Tableau("midpoint", 2, ((), (0.5,)), (0.0, 1.0), (0.0, 0.5)),
         Tableau("heun", 2, ((), (1.0,)), (0.5, 0.5), (0.0, 1.0)),
+        # Heun (1900), of order 3
+        Tableau(
+            "heun3",
+            3,
+            ((), (1 / 3,), (0.0, 2 / 3)),
+            (1 / 4, 0.0, 3 / 4),
+            (0.0, 1 / 3, 2 / 3),
+        ),
+        # Heun's method with Euler's as its embedded one
+        Tableau(
+            "adaptive_heun",
+            2,
+            ((), (1.0,)),
+            (0.5, 0.5),
+            (0.0, 1.0),
+            (-0.5, 0.5),
+        ),
+        # Fehlberg (1969), the pair of orders 2 and 1
+        Tableau(
+            "fehlberg2",
+            2,
+            ((), (1 / 2,), (1 / 256, 255 / 256)),
+            (1 / 512, 255 / 256, 1 / 512),
+            (0.0, 1 / 2, 1.0),
+            (-1 / 512, 0.0, 1 / 512),
+        ),
         # Kutta (1901): "the" method and the 3/8 rule
         Tableau(
             "rk4",
@@ -314,6 +340,28 @@ TABLEAUS = {
 }
 
 
+#: Other names of methods.
+_ALIASES = {"heun2": "heun"}
+
+#: Methods of torchdiffeq that are not here: what they are, and the explicit method of the same order (or of the order
+#: nearest to it), with step control where they have it.
+_NEAREST = {
+    "explicit_adams": ("an Adams method", "rk4"),
+    "implicit_adams": ("an Adams method", "rk4"),
+    "fixed_adams": ("an Adams method", "rk4"),
+    "scipy_solver": ("a call of SciPy", "dopri5"),
+    "implicit_euler": ("implicit", "euler"),
+    "implicit_midpoint": ("implicit", "midpoint"),
+    "trapezoid": ("implicit", "heun2"),
+    "sdirk2": ("implicit", "heun2"),
+    "trbdf2": ("implicit", "heun2"),
+    "radauIIA3": ("implicit", "heun3"),
+    "gl4": ("implicit", "rk4"),
+    "radauIIA5": ("implicit", "dopri5"),
+    "gl6": ("implicit", "dopri8"),
+}
+
+
 def torchdiffeq_dense(method: Tableau) -> Tableau:
     """Return the method with the dense output of torchdiffeq: always a quartic through a value half way."""
     if method.name == "bosh3":
@@ -328,6 +376,12 @@ def tableau(method: str | Tableau) -> Tableau:
     """Return the tableau of a method's name; raise ValueError where there is none."""
     if isinstance(method, Tableau):
         return method
+    method = _ALIASES.get(method, method)
     if method not in TABLEAUS:
+        if method in _NEAREST:
+            raise ValueError(
+                f"method {method!r} is {_NEAREST[method][0]}, and the methods here are explicit Runge-Kutta "
+                f"methods: the nearest is {_NEAREST[method][1]!r}"
+            )
         raise ValueError(f"method must be one of {sorted(TABLEAUS)} or a Tableau, got {method!r}")
     return TABLEAUS[method]

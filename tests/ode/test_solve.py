@@ -29,8 +29,11 @@ def test_outputs_at_all_times(name):
     """exp(-t) at times of one's choosing, both directions, to the method's accuracy."""
     fixed = {} if name in ADAPTIVE else {"step_size": 1e-3}
     floor = {"euler": 2e-3, "midpoint": 1e-6, "heun": 1e-6}.get(name, 2e-6)
+    allowed = {"rtol": 1e-8, "atol": 1e-8}
+    if name in ("adaptive_heun", "fehlberg2"):  # of order 2: 1e-8 would take 10,000 steps
+        allowed, floor = {"rtol": 1e-6, "atol": 1e-6}, 1e-3
     for ts in ([0.0, 0.1, 0.11, 0.7, 2.0], [1.0, 0.9, 0.3, -1.0]):
-        y = ode.odeint(decay, start(3, 2), ts, method=name, rtol=1e-8, atol=1e-8, **fixed)
+        y = ode.odeint(decay, start(3, 2), ts, method=name, **allowed, **fixed)
         assert y.shape == (len(ts), 3, 2)
         assert torch.equal(y[0], start(3, 2))
         exact = start(3, 2) * torch.exp(ts[0] - torch.tensor(ts).double())[:, None, None]
@@ -49,10 +52,10 @@ def test_outputs_cost_no_steps(name):
 def test_dense_output_is_the_state_at_any_time(name):
     fixed = {} if name in ADAPTIVE else {"step_size": 0.01}
     for ts in ([0.0, 2.0], [2.0, 0.0]):
-        s = ode.solve(decay, start(2), ts, method=name, dense=True, rtol=1e-8, atol=1e-8, **fixed)
+        s = ode.solve(decay, start(2), ts, method=name, dense=True, rtol=1e-7, atol=1e-7, **fixed)
         for t in (0.0, 0.013, 1.0, 1.7, 2.0):
             exact = start(2) * math.exp(ts[0] - t)
-            tolerance = 2e-2 if name == "euler" else 1e-4
+            tolerance = {"euler": 2e-2, "fehlberg2": 3e-4}.get(name, 1e-4)
             torch.testing.assert_close(s.dense(t), exact, rtol=tolerance, atol=0)
         with pytest.raises(ValueError, match="between"):
             s.dense(2.5)
@@ -167,11 +170,13 @@ def blow_up(t, y):
 @pytest.mark.parametrize("control", ["batch", "sample"])
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_an_explosion_ends_with_a_status_and_finite_numbers(name, control):
-    s = ode.solve(blow_up, torch.ones(1, 1), [0.0, 0.5, 2.0], method=name, control=control)
+    allowed = 1e-5 if name in ("adaptive_heun", "fehlberg2") else 1e-8  # of order 2: many small steps
+    s = ode.solve(blow_up, torch.ones(1, 1), [0.0, 0.5, 2.0], method=name, control=control,
+                  rtol=allowed, atol=allowed)  # fmt: skip
     assert not s.ok
     assert int(s.status) in (ode.Status.dt_underflow, ode.Status.non_finite, ode.Status.max_steps)
     assert torch.isfinite(s.ys).all()
-    assert s.ys[1].item() == pytest.approx(2.0, rel=1e-4)
+    assert s.ys[1].item() == pytest.approx(2.0, rel=max(1e-4, 500 * allowed))
     assert s.ys[2].item() > 1e3
 
 
@@ -271,7 +276,7 @@ def test_min_and_max_step():
         (TypeError, (None, torch.ones(2), [0.0, 1.0]), {}, "func"),
         (TypeError, (decay, torch.ones(2), [0.0, 1.0]), {"step_size": "small"}, "step_size"),
         (TypeError, (decay, torch.ones(2), [0.0, 1.0]), {"max_step": None}, "max_step"),
-        (ValueError, (decay, torch.ones(2), [0.0, 1.0]), {"rtol": torch.ones(2)}, "rtol"),
+        (ValueError, (decay, torch.ones(2), [0.0, 1.0]), {"rtol": torch.ones(3)}, "broadcast"),
         (ValueError, (decay, torch.ones(2), [0.0, 1.0]), {"method": "rk5"}, "method"),
         (ValueError, (decay, torch.ones(2), [0.0, 1.0]), {"adjoint": "x"}, "adjoint"),
         (ValueError, (decay, torch.ones(2), [0.0, 1.0]), {"rtol": -1.0}, "rtol"),

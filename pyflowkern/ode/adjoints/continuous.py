@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pyflowkern.ode.adjoints.direct import integrator, run
 from pyflowkern.ode.adjoints.problem import Problem, time_gradients
-from pyflowkern.ode.controllers import Rms
+from pyflowkern.ode.norms import Norm, Rms
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.solution import Status
 
@@ -50,10 +50,8 @@ class Continuous(torch.autograd.Function):
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
                 grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
-        sizes = [p.numel() for p in params]
-        parts = [
-            g.view_as(p).to(p.dtype) for g, p in zip(totals.split(sizes), params, strict=True)
-        ]
+        sizes = [_numbers(p) for p in params]
+        parts = [_shaped(g, p) for g, p in zip(totals.split(sizes), params, strict=True)]
         return (None, first + grads[0], grad_t, *parts)
 
 
@@ -61,7 +59,8 @@ def _solve_back(
     problem: Problem, ys: Tensor, grads: Tensor, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     n, shape = ys[0].numel(), ys[0].shape
-    width = sum(p.numel() for p in params)
+    sizes = [_numbers(p) for p in params]
+    width = sum(sizes)
 
     def augmented(t: Tensor, state: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -74,13 +73,13 @@ def _solve_back(
             found = torch.autograd.grad(
                 slope, (leaf, *params), a, retain_graph=True, allow_unused=True
             )
-            parts = out[n:].split([n, *(p.numel() for p in params)])
+            parts = out[n:].split([n, *sizes])
             for part, g in zip(parts, found, strict=True):
                 if g is not None:
-                    part.copy_(g.reshape(-1))
+                    part.copy_(_flat(g))
         return out
 
-    options = _augmented_options(problem.options, ys, n, width, len(params), params)
+    options = _augmented_options(problem.options, ys, width, params)
     a, totals = torch.zeros_like(ys[0]).view(-1), ys.new_zeros(width)
     times = problem.reached()
     for i in range(len(times) - 1, 0, -1):
@@ -102,11 +101,40 @@ def _solve_back(
     return a.view(shape), totals
 
 
+class _AdjointNorm:
+    """The largest of the norms of state, adjoint and, unless left out, the gradients of each parameter.
+
+    Args:
+        state: the norm of a state.
+        shape: of a packed state.
+        sizes: of the parameters that count.
+    """
+
+    def __init__(self, state: Norm, shape: torch.Size, sizes: Sequence[int]) -> None:
+        self.state, self.shape, self.sizes = state, shape, list(sizes)
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """Return the norm."""
+        n = self.shape.numel()
+        norms = [self.state(r[:n].view(self.shape)), self.state(r[n : 2 * n].view(self.shape))]
+        if self.sizes:
+            norms.append(Rms(self.sizes)(r[2 * n :]))
+        return torch.stack(norms).amax()
+
+
+def _augmented_norm(options: Options, shape: torch.Size, sizes: Sequence[int]) -> Norm:
+    """Return the norm of the backward solve: that of the forward solve, of each part the largest."""
+    counted = [] if options.seminorm else list(sizes)
+    if not isinstance(options.norm, Rms):
+        return _AdjointNorm(options.norm, shape, counted)
+    entries = options.norm.sizes or [shape.numel()]
+    return Rms([*entries, *entries, *counted])
+
+
 def _augmented_options(
-    options: Options, ys: Tensor, n: int, width: int, count: int, params: Sequence[Tensor]
+    options: Options, ys: Tensor, width: int, params: Sequence[Tensor]
 ) -> Options:
-    """Return the settings of the backward solve: its norm is that of torchdiffeq, less the parameters if asked."""
-    norm = Rms([n, n] if options.seminorm else [n, n, *(p.numel() for p in params)])
+    """Return the settings of the backward solve."""
 
     def extend(tolerance: float | Tensor) -> float | Tensor:
         if isinstance(tolerance, float):
@@ -116,10 +144,27 @@ def _augmented_options(
 
     return replace(
         options,
-        norm=norm,
+        norm=_augmented_norm(options, ys[0].shape, [_numbers(p) for p in params]),
         rtol=extend(options.rtol),
         atol=extend(options.atol),
         checkpoint=True,
         dense=False,
         first_step=None,
     )
+
+
+def _numbers(p: Tensor) -> int:
+    """Return how many real numbers a parameter holds."""
+    return p.numel() * (2 if p.is_complex() else 1)
+
+
+def _flat(g: Tensor) -> Tensor:
+    """Return the real numbers of a gradient."""
+    return (torch.view_as_real(g.resolve_conj()) if g.is_complex() else g).reshape(-1)
+
+
+def _shaped(g: Tensor, p: Tensor) -> Tensor:
+    """Return the gradient of a parameter from its real numbers."""
+    if p.is_complex():
+        return torch.view_as_complex(g.view(*p.shape, 2).contiguous()).to(p.dtype)
+    return g.view_as(p).to(p.dtype)
