@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench._case import Case, Inputs, Lazy, Outputs, Provider, nbytes
 from pyflowkern import ops
-from pyflowkern.ode.controllers import Rms, Scaling
+from pyflowkern.ode.norms import Rms, Scaling
 from pyflowkern.ode.tableaus import tableau
 
 DOPRI5, STEP, RTOL, ATOL = tableau("dopri5"), 0.1, 1e-5, 1e-5

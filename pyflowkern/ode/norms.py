@@ -109,8 +109,9 @@ def norm_of(packing: Packing, norm: str | Callable[[Any], Tensor] | None) -> Nor
         packing: of the state.
         norm: one of :data:`NORMS`, a function of a state as the user sees it, or None for "rms".
     """
-    if callable(norm):
-        return lambda r: norm(packing.unpack(r))
+    if norm is not None and not isinstance(norm, str):
+        user = norm
+        return lambda r: user(packing.unpack(r))
     if norm is None:
         norm = "rms"
     if norm not in NORMS:

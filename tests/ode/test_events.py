@@ -112,3 +112,65 @@ def test_a_solve_that_fails_before_the_event_returns_how_far_it_came(settings, s
         assert ys[-1].item() == pytest.approx(1 / (1 - t.item()), rel=1e-5)
         (grad,) = torch.autograd.grad(ys[-1], y0)
         assert grad.item() == pytest.approx(ys[-1].item() ** 2, rel=1e-5)
+
+
+# --- events that have no derivative --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        lambda t, y: torch.where(t > 0.5, 0.0, 1.0),
+        lambda t, y: torch.where(t > 0.5, -1.0, 1.0),
+        lambda t, y: torch.where(t > 0.5, -y, y),  # with a derivative, that leads elsewhere
+        lambda t, y: torch.sign(0.5 - t) * (1 + y * y),
+        lambda t, y: torch.where(t > 0.5, -1.0, 1.0) + 0 * y,
+    ],
+    ids=["to zero", "constant", "proportional", "sign", "zero gradient"],
+)
+@pytest.mark.parametrize("steps", [{}, {"method": "rk4", "step_size": 0.0625}])
+def test_events_that_jump(event, steps):
+    """dy/dt = -k y: the event is at 0.5 whatever the state; the state there depends on k at that time."""
+    k = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(1, dtype=torch.float64)
+    t, ys = ode.odeint_event(lambda t, y: -k * y, y0, 0.0, event_fn=event, **steps)
+    assert t.item() == pytest.approx(0.5, abs=1e-12)
+    assert ys[-1].item() == pytest.approx(math.exp(-0.5), rel=1e-5)
+    (grad,) = torch.autograd.grad(ys[-1].sum(), k)
+    assert grad.item() == pytest.approx(-0.5 * math.exp(-0.5), rel=1e-5)
+    assert not t.requires_grad
+
+
+def test_an_event_without_gradient_in_float32():
+    t, ys = ode.odeint_event(lambda t, y: -torch.ones_like(y), torch.ones(1), 0.0,
+                             event_fn=lambda t, y: torch.where(t > 0.5, 0.0, 1.0))  # fmt: skip
+    assert t.item() == pytest.approx(0.5, abs=1e-6)
+    assert ys[-1].item() == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rk4", "midpoint", "dopri5"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_events_of_fixed_steps(method, reverse):
+    """A parabola, which these methods follow exactly."""
+    y0 = torch.tensor([10.0, 0.0], dtype=torch.float64, requires_grad=True)
+    t, ys = ode.odeint_event(fall, y0, 1.0, event_fn=height, method=method, step_size=0.25,
+                             reverse_time=reverse)  # fmt: skip
+    root = math.sqrt(2 * 10 / GRAVITY) * (-1 if reverse else 1)
+    assert t.item() == pytest.approx(1 + root, rel=1e-9)
+    assert abs(ys[-1, 0].item()) < 1e-8
+    (grad,) = torch.autograd.grad(t, y0)
+    assert grad[0].item() == pytest.approx(root / 20, rel=1e-6)
+
+
+def test_fixed_steps_without_an_event():
+    with pytest.warns(RuntimeWarning, match="no_event"):
+        t, _ = ode.odeint_event(lambda t, y: -y, torch.ones(1), 0.0, event_fn=lambda t, y: y + 1,
+                                method="euler", step_size=0.1, max_time=1.05)  # fmt: skip
+    assert t.item() == 1.05
+    with pytest.warns(RuntimeWarning, match="max_steps"):
+        ode.odeint_event(lambda t, y: -y, torch.ones(1), 0.0, event_fn=lambda t, y: y + 1,
+                         method="euler", step_size=0.1, max_steps=5)  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="non_finite"):
+        t, ys = ode.odeint_event(lambda t, y: y**4, torch.full((1,), 1e6), 0.0,
+                                 event_fn=lambda t, y: y + 1, method="euler", step_size=0.1)  # fmt: skip
+    assert torch.isfinite(ys).all()

@@ -170,7 +170,9 @@ def blow_up(t, y):
 @pytest.mark.parametrize("control", ["batch", "sample"])
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_an_explosion_ends_with_a_status_and_finite_numbers(name, control):
-    allowed = 1e-5 if name in ("adaptive_heun", "fehlberg2") else 1e-8  # of order 2: many small steps
+    allowed = (
+        1e-5 if name in ("adaptive_heun", "fehlberg2") else 1e-8
+    )  # of order 2: many small steps
     s = ode.solve(blow_up, torch.ones(1, 1), [0.0, 0.5, 2.0], method=name, control=control,
                   rtol=allowed, atol=allowed)  # fmt: skip
     assert not s.ok

@@ -173,7 +173,9 @@ def test_norms_of_tuples_and_of_samples_with_their_own_steps():
     }
     assert found["rms"] == found["max_sample"] <= found["max"]  # all samples are alike
     for norm in ("rms", "max_sample", "max"):
-        x, _ = ode.odeint(lambda t, s: (-s[0], -s[1]), state, [0.0, 2.0], norm=norm, control="sample")
+        x, _ = ode.odeint(
+            lambda t, s: (-s[0], -s[1]), state, [0.0, 2.0], norm=norm, control="sample"
+        )
         torch.testing.assert_close(x[-1], math.exp(-2) * state[0], rtol=1e-6, atol=0)
 
 

@@ -108,7 +108,10 @@ def test_dense_output(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_last_stage_is_the_next_first(name):
-    embedded_alone = ("adaptive_heun", "fehlberg2")  # theirs is the slope at the end of the lower order
+    embedded_alone = (
+        "adaptive_heun",
+        "fehlberg2",
+    )  # theirs is the slope at the end of the lower order
     assert TABLEAUS[name].fsal == (name in ADAPTIVE and name not in embedded_alone)
     assert end_slope(TABLEAUS[name]).fsal
 
@@ -158,3 +161,20 @@ def test_tolerances_are_met(name):
         errors.append((solution.ys[-1] - solution.ys[0]).abs().max().item())
         assert errors[-1] < factor * tolerance
     assert errors[1] < errors[0] / 50
+
+
+@pytest.mark.parametrize(
+    ("method", "near"),
+    [("implicit_adams", "rk4"), ("fixed_adams", "rk4"), ("implicit_euler", "euler"), ("gl6", "dopri8"),
+     ("radauIIA5", "dopri5"), ("trapezoid", "heun2"), ("scipy_solver", "dopri5")],
+)  # fmt: skip
+def test_methods_that_are_not_here_name_the_nearest(method, near):
+    with pytest.raises(ValueError, match=f"{method}.*nearest is '{near}'"):
+        ode.solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method=method)
+    ode.solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method=near, step_size=0.5)
+
+
+def test_heun2_is_heun():
+    a, b = (ode.odeint(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method=m, step_size=0.1)
+            for m in ("heun", "heun2"))  # fmt: skip
+    assert torch.equal(a, b)
