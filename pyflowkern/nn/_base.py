@@ -67,7 +67,8 @@ class Bijection(torch.nn.Module):
         Args:
             context: context ``[*batch, K]`` of every call.
             event_dim: axes of one event: 1 for vectors, 3 for images ``[C, H, W]``.
-            cache_size: 1 keeps the last call, so that its log-determinant costs no second pass.
+            cache_size: 1 keeps the last call, so that its log-determinant costs no second pass; see
+                :class:`BijectionTransform` for what that asks of the caller.
 
         Example:
             >>> import torch
@@ -87,7 +88,10 @@ class BijectionTransform(Transform):
         context: context ``[*batch, K]``, broadcast against the leading axes.
         domain_dim: axes of one event of the data.
         codomain_dim: axes of one event of the latent.
-        cache_size: 1 keeps the last call and its log-determinant.
+        cache_size: 1 keeps the last call, its result and its log-determinant, and returns them for
+            the same tensor object.  As with every torch Transform it is the caller's part that
+            neither the tensor nor the layer's parameters change between the two calls; after such
+            a change call :meth:`clear_cache`.
         domain: where the data lie, over events; None for all real numbers.
         codomain: where the latent lies.
 
@@ -131,6 +135,11 @@ class BijectionTransform(Transform):
         )
 
     __hash__ = None  # type: ignore[assignment]  # as of all transforms of torch that compare
+
+    def clear_cache(self) -> None:
+        """Forget the last call: for after a change of the layer's parameters, with ``cache_size=1``."""
+        self._cached_x_y = None, None
+        self._last = None
 
     def with_cache(self, cache_size: int = 1) -> BijectionTransform:
         """Return the same transform with another cache size."""

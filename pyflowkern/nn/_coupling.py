@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyflowkern.nn._base import Bijection, check_count
+from pyflowkern.nn._structure import Structure
 from pyflowkern.ops import channel_split_sizes, checkerboard_mask
 from pyflowkern.ops._coupling import structure_device
 
@@ -49,18 +49,14 @@ class Coupling(Bijection):
     does for a channel split; without, it sees all of ``x``, zero where transformed.
     """
 
-    mask: Tensor | None
-    passing: Tensor | None
-
     def __init__(self, channels: int, split: str | Tensor, swap: bool, compact: bool) -> None:
         super().__init__()
         check_split(split, channels)
         self.channels, self.swap = channels, swap
         self.split = "mask" if isinstance(split, Tensor) else split
-        # True is transformed, swap included; structure and not state: moved, but not saved
+        # True is transformed, swap included
         mask = split ^ swap if isinstance(split, Tensor) else None
-        self._structure: dict[str, Tensor] = {}
-        self._register_structure("mask", mask)
+        self._mask = None if mask is None else Structure(mask)
         self._slice: slice | None = None
         index = None
         if self.split == "channel":
@@ -79,36 +75,24 @@ class Coupling(Bijection):
         else:
             self.sizes = (channels, channels)
         # a slice is a view, and its gradient a copy; an index gathers and scatters
-        self._register_structure("passing", None if self._slice else index)
+        self._passing_index = None if self._slice or index is None else Structure(index)
 
-    def _register_structure(self, name: str, value: Tensor | None) -> None:
-        """Register a buffer that :meth:`to_empty` cannot empty, and that is on meta where all of the layer is."""
-        if value is not None:
-            self._structure[name] = value.cpu()
-            if structure_device() is not None:
-                value = value.to("meta")
-        self.register_buffer(name, value, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, host in self._structure.items():
-            found = self._buffers[name]
-            if found is not None and found is not before[name]:
-                self._buffers[name] = host.to(found.device)
-        return self
+    @property
+    def mask(self) -> Tensor | None:
+        """True where the layer transforms, on the host; None for a channel split or a checkerboard."""
+        return None if self._mask is None else self._mask.host
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         if self.split == "checkerboard":
             return checkerboard_mask(tuple(x.shape[1:]), x.device) ^ self.swap
-        return self.mask
+        return None if self._mask is None else self._mask.on(x.device)
 
     def _passing(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the conditioner may see."""
         if self._slice is not None:
             return x[:, self._slice]
-        if self.passing is not None:
-            return x.index_select(1, self.passing)
+        if self._passing_index is not None:
+            return x.index_select(1, self._passing_index.on(x.device))
         if mask is None:  # unreachable: without a mask the split is by channels
             return x
         if mask.dim() == 1:

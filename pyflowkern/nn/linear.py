@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern import ops
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
+from pyflowkern.core.kept import Kept, may_keep
 from pyflowkern.nn._base import Bijection, check_channels, check_count
+from pyflowkern.nn._structure import HasPermutations
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 
 _Matrix = tuple[Tensor, Tensor]
 
 
-class InvertibleLinear(Bijection):
+class InvertibleLinear(HasPermutations, Bijection):
     r"""Multiply the channels of every pixel by an invertible matrix: :math:`z = W x`.
 
     The log-determinant is :math:`|\text{space}| \log|\det W|`.
@@ -31,9 +30,9 @@ class InvertibleLinear(Bijection):
     householder  a product of ``C`` reflections            rotations only, ``log|W| = 0``
     ============ ========================================= ==================================
 
-    In eval mode and without gradients the matrix and its inverse are kept until a parameter
-    changes (in place, by assignment, ``train()``, ``load_state_dict``, ``to``).  Only writing
-    through ``parameter.data`` in place goes unseen.
+    On the CPU, in eval mode and without gradients, the matrix and its inverse are kept and used
+    again while the parameters hold the values that they were made from: the values are compared at
+    each call, so that no change goes unseen.  Elsewhere they are computed at each call.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
@@ -73,7 +72,7 @@ class InvertibleLinear(Bijection):
                 f"got {parameterization!r}"
             )
         self.channels, self.parameterization = channels, parameterization
-        self._cache: dict[bool, tuple[tuple[Any, ...], _Matrix]] = {}
+        self._kept: tuple[Kept[_Matrix], Kept[_Matrix]] = Kept(), Kept()
         if init not in (known := ("rotation", "permutation", "identity")):
             raise ValueError(f"init must be one of {', '.join(known)}, got {init!r}")
         if parameterization == "householder" and init != "rotation":
@@ -86,7 +85,7 @@ class InvertibleLinear(Bijection):
         if parameterization == "plu":
             p, lower, upper = torch.linalg.lu(rotation)
             diag = upper.diagonal()
-            self.register_buffer("permutation", p.argmax(1))
+            self.register_permutation("permutation", p.argmax(1))
             self.register_buffer("sign", diag.sign())
             self.lower = torch.nn.Parameter(lower.tril(-1))
             self.upper = torch.nn.Parameter(upper.triu(1))
@@ -99,7 +98,7 @@ class InvertibleLinear(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Multiply every pixel of ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
         check_channels("x", x, self.channels)
-        weight, log_abs_det = self.matrix()
+        weight, log_abs_det = self.kept_matrix()
         if _is_product(x, weight):
             return F.linear(x, weight), log_abs_det.expand(x.shape[0]).contiguous()
         return ops.invertible_linear(x, weight, log_abs_det)
@@ -107,23 +106,29 @@ class InvertibleLinear(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
-        weight, log_abs_det = self.matrix(inverse=True)
+        weight, log_abs_det = self.kept_matrix(inverse=True)
         if _is_product(z, weight):
             return F.linear(z, weight), (-log_abs_det).expand(z.shape[0]).contiguous()
         return ops.invertible_linear(z, weight, log_abs_det, inverse=True)
 
     def matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Return ``W``, or its inverse, and ``log |det W|`` (of ``W`` in both cases)."""
-        key = self._cache_key()
-        if key is None:
+        return self._compute(inverse)
+
+    def kept_matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`matrix` does, perhaps kept from an earlier call: not to be written to."""
+        if self.training or self._modules:  # a parametrization may depend on anything
             return self._compute(inverse)
-        if inverse not in self._cache or not _same(self._cache[inverse][0], key):
-            self._cache[inverse] = (key, self._compute(inverse))
-        return self._cache[inverse][1]
+        found = (*self._parameters.values(), *self._buffers.values())
+        made_from = [t for t in found if t is not None]
+        if not may_keep(made_from):
+            return self._compute(inverse)
+        return self._kept[inverse].get(made_from, lambda: self._compute(inverse))
 
     def _compute(self, inverse: bool) -> _Matrix:
         if self.parameterization == "plu":
-            factors = (self.permutation, self.lower, self.upper, self.log_diag, self.sign)
+            permutation = self.permutation_of("permutation")
+            factors = (permutation, self.lower, self.upper, self.log_diag, self.sign)
             log_abs_det = self.log_diag.sum(dtype=accumulation_dtype(self.log_diag.dtype))
             return ops.plu_matrix(*factors, inverse=inverse), log_abs_det
         if self.parameterization == "householder":
@@ -132,38 +137,13 @@ class InvertibleLinear(Bijection):
         sign, log_abs_det, inverse_weight = ops.slogdet_inverse(self.weight)
         if not inverse:
             return self.weight, log_abs_det
-        # the one place that looks at the device: once a weight, when the cache serves
+        # the one place that looks at the device
         if not torch.compiler.is_compiling() and bool(sign == 0):
             raise RuntimeError(
                 f"{type(self).__name__} has no inverse: its dense weight [{self.channels}, "
                 f"{self.channels}] is singular; parameterization='plu' cannot become so"
             )
         return inverse_weight, log_abs_det
-
-    def _cache_key(self) -> tuple[Any, ...] | None:
-        """Return what the cached matrices depend on; None where they may not be kept."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        try:
-            return tuple((p, p._version, p.data_ptr()) for p in self.parameters())
-        except RuntimeError:  # inference tensors have no version, functorch's no storage
-            return None
-
-    def train(self, mode: bool = True) -> InvertibleLinear:
-        """Set the mode and forget the cached matrices."""
-        self._cache.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._cache.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cache.clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
 
 
 class InvertibleConv1x1(InvertibleLinear):
@@ -186,9 +166,3 @@ def _is_product(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own product does: for vectors it is as fast, and cheaper to call, than an op of ours."""
     full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     return x.dim() == 2 and full and not autocasts(x)
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(
-        p is q and rest == other for (p, *rest), (q, *other) in zip(a, b, strict=True)
-    )

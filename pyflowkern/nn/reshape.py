@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_batched
 from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
+from pyflowkern.nn._structure import HasPermutations
 from pyflowkern.ops._coupling import structure_device
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]
@@ -87,7 +88,7 @@ class Squeeze(Bijection):
         return (channels // block, *(size * self.factor for size in space))
 
 
-class Permutation(Bijection):
+class Permutation(HasPermutations, Bijection):
     r"""Reorder the channels: :math:`z_i = x_{p(i)}`.
 
     Args:
@@ -125,18 +126,18 @@ class Permutation(Bijection):
             structure_device() is not None
         ):  # the layer is made on meta, and order came from the host
             order = order.to("meta")
-        self.register_buffer("permutation", order.long())
-        self.register_buffer("inverse_permutation", order.argsort())
+        self.register_permutation("permutation", order)
+        self.register_permutation("inverse_permutation", order.argsort())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reorder the channels of ``x``."""
         check_channels("x", x, self.channels)
-        return x.index_select(1, self.permutation), zero_log_det(x)
+        return x.index_select(1, self.permutation_of("permutation")), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
-        return z.index_select(1, self.inverse_permutation), zero_log_det(z)
+        return z.index_select(1, self.permutation_of("inverse_permutation")), zero_log_det(z)
 
 
 class Reverse(Permutation):

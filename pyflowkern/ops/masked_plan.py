@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from pyflowkern.core.kept import Kept, may_keep
 
 __all__ = ["ACTIVATIONS", "MaskedLayer", "MaskedPlan"]
 
@@ -68,7 +71,7 @@ class MaskedLayer:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
             )
-        object.__setattr__(self, "mask", self.mask.detach().bool().cpu())
+        object.__setattr__(self, "mask", self.mask.detach().bool().cpu().clone())
 
 
 class MaskedPlan:
@@ -168,8 +171,7 @@ class MaskedPlan:
         """Return weights in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes; biases and gates.
 
         On the CPU packed weights are kept, and used again where no gradient is wanted and the weights are equal to
-        what they were.  They are compared, which is ten times faster than packing: not every write to a parameter
-        counts in its version.
+        what they were: comparing them is ten times faster than packing.
         """
         at = self.indices(weights[0].device)
         offsets = []
@@ -178,19 +180,12 @@ class MaskedPlan:
             offsets.append(b.index_select(-1, at.rows[i]))
         for i, gate in zip(self.gated, gates, strict=True):
             offsets.append(gate.index_select(-1, at.rows[i]))
-        keeps = at.device.type == "cpu" and not (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
-        )
-        if not keeps:
+        if not may_keep(weights):
             return [self._pack_weight(i, w, at) for i, w in enumerate(weights)], offsets
         packed = []
         for i, weight in enumerate(weights):
-            old = at.packed.get(i)
-            if old is None or old[0].dtype != weight.dtype or not torch.equal(old[0], weight):
-                w = weight.detach()
-                old = at.packed[i] = (w.clone(), self._pack_weight(i, w, at))
-            packed.append(old[1])
+            make = partial(self._pack_weight, i, weight.detach(), at)
+            packed.append(at.packed[i].get((weight,), make))
         return packed, offsets
 
     def _pack_weight(self, i: int, weight: Tensor, at: _Indices) -> Tensor:
@@ -287,8 +282,8 @@ class _Indices:
 
     def __init__(self, plan: MaskedPlan, device: torch.device) -> None:
         self.device = device
-        #: Of each layer: a copy of the weight, and the packed weight.
-        self.packed: dict[int, tuple[Tensor, Tensor]] = {}
+        #: Packed weight of each layer.
+        self.packed: list[Kept[Tensor]] = [Kept() for _ in plan.layers]
         self.order = plan.order.to(device)
         self.inverse_order = torch.argsort(plan.order).to(device)
         self.level = plan.level.to(device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from laws import normal, randomize
 
-from pyflowkern import nn, ops
+from pyflowkern import flows, nn, ops
 
 KINDS = ["plu", "dense", "householder"]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -42,16 +42,24 @@ def test_space_counts_in_the_log_det(kind):
 @kinds
 def test_matrices_are_kept_in_eval_mode_without_gradients_only(kind):
     layer = nn.InvertibleLinear(4, parameterization=kind)
+    matrix = layer.kept_matrix
     for inverse in (False, True):
         with torch.no_grad():
-            assert layer.train().matrix(inverse=inverse) is not layer.matrix(inverse=inverse)
-            assert layer.eval().matrix(inverse=inverse) is layer.matrix(inverse=inverse)
-        assert layer.matrix(inverse=inverse)[0].requires_grad  # with gradients, nothing is kept
+            layer.train()
+            assert matrix(inverse=inverse) is not matrix(inverse=inverse)
+            layer.eval()
+            assert matrix(inverse=inverse) is matrix(inverse=inverse)
+            assert layer.matrix(inverse=inverse) is not layer.matrix(inverse=inverse)
+        assert matrix(inverse=inverse)[0].requires_grad  # with gradients, nothing is kept
 
 
 CHANGES = {
     "optimiser step": lambda layer: torch.optim.SGD(layer.parameters(), lr=1.0).step(),
     "in place": lambda layer: [p.add_(0.5) for p in layer.parameters()],
+    "in place through data": lambda layer: [p.data.add_(0.5) for p in layer.parameters()],
+    "fused optimiser": lambda layer: torch.optim.Adam(
+        layer.parameters(), lr=0.1, fused=True
+    ).step(),
     "new data": lambda layer: [setattr(p, "data", p.data + 0.5) for p in layer.parameters()],
     "load_state_dict": lambda layer: layer.load_state_dict(
         randomize(copy.deepcopy(layer)).state_dict()
@@ -67,10 +75,10 @@ def test_kept_matrices_follow_the_parameters(kind, change):
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
     with torch.no_grad():
-        layer.matrix(), layer.matrix(inverse=True)
+        layer.kept_matrix(), layer.kept_matrix(inverse=True)
         CHANGES[change](layer)
         for inverse in (False, True):
-            kept = layer.matrix(inverse=inverse)
+            kept = layer.kept_matrix(inverse=inverse)
             for a, b in zip(kept, layer._compute(inverse), strict=True):
                 assert torch.equal(a, b)
 
@@ -90,10 +98,10 @@ def test_kept_matrices_are_of_the_parameters_of_a_functional_call(kind):
 def test_kept_matrices_are_neither_copied_nor_pickled(kind):
     layer = nn.InvertibleLinear(4, parameterization=kind).eval()
     with torch.inference_mode():
-        layer.matrix()
-    assert layer._cache
+        layer.kept_matrix()
+    assert layer._kept[False]._copies
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert not other._cache
+        assert not other._kept[False]._copies
 
 
 @kinds
@@ -162,7 +170,7 @@ def test_bad_arguments_are_named():
 
 def test_parts_come_from_the_ops():
     layer = nn.InvertibleLinear(3)
-    args = (layer.permutation, layer.lower, layer.upper, layer.log_diag, layer.sign)
+    args = (layer.permutation.long(), layer.lower, layer.upper, layer.log_diag, layer.sign)
     assert torch.equal(layer.matrix()[0], ops.plu_matrix(*args))
 
 
@@ -177,3 +185,44 @@ def test_it_starts_as_it_was_asked_to(parameterization):
         first(init="zero")
     with pytest.raises(ValueError, match="init must be 'rotation' for 'householder'"):
         nn.InvertibleLinear(6, parameterization="householder", init="identity")
+
+
+def test_weights_that_are_averaged_through_data_are_seen():
+    """Neither writes to ``.data`` nor fused optimizers count in a tensor's version."""
+    layer, x = nn.InvertibleLinear(2, init="identity").eval(), torch.ones(1, 2)
+    with torch.no_grad():
+        layer(x), layer.inverse(x)
+        layer.log_diag.data.add_(1.0)
+        z, log_det = layer(x)
+    torch.testing.assert_close(z, torch.full((1, 2), torch.e))
+    assert log_det.tolist() == [2.0]
+
+    flow = flows.NSF(3, transforms=2, hidden=(8, 8)).eval()
+    average = copy.deepcopy(flow)
+    randomize(flow)
+    x = normal(64, 3, dtype=torch.float32)
+    with torch.no_grad():
+        average.log_prob(x)
+        for p, q in zip(average.parameters(), flow.parameters(), strict=True):
+            p.data.lerp_(q, 1.0)
+        torch.testing.assert_close(average.log_prob(x), copy.deepcopy(average).log_prob(x))
+
+
+def test_what_is_returned_is_the_callers():
+    layer = nn.InvertibleLinear(3).eval()
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        layer.matrix()[0].zero_()
+        assert torch.equal(layer(x)[0], expected)
+
+
+def test_a_cached_transform_forgets_when_it_is_told_to():
+    layer = nn.InvertibleLinear(2, init="identity")
+    transform = layer.transform(cache_size=1)
+    x = torch.ones(1, 2)
+    transform(x)
+    layer.log_diag.data.add_(1.0)
+    transform.clear_cache()
+    torch.testing.assert_close(transform(x), torch.full((1, 2), torch.e))
+    assert transform.log_abs_det_jacobian(x, transform(x)).tolist() == [2.0]
