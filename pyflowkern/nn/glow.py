@@ -50,10 +50,12 @@ class GlowStep(Bijection):
         """Transform ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
         check_channels("x", x, self.channels)
         self.actnorm.initialize(x)
-        return ops.glow_step(x, self.actnorm.log_scale, self.actnorm.bias, *self.linear.matrix())
+        return ops.glow_step(x, *self.actnorm.scale_and_bias(), *self.linear.kept_matrix())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
-        matrix = self.linear.matrix(inverse=True)
-        return ops.glow_step(z, self.actnorm.log_scale, self.actnorm.bias, *matrix, inverse=True)
+        if self.actnorm.waits(inverse=True):
+            self.actnorm.initialize(self.linear.inverse(z)[0], inverse=True)
+        matrix = self.linear.kept_matrix(inverse=True)
+        return ops.glow_step(z, *self.actnorm.scale_and_bias(), *matrix, inverse=True)

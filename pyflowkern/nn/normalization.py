@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pyflowkern import ops
+from pyflowkern._library import transformed
 from pyflowkern.nn._base import Bijection, check_channels, check_count
+from pyflowkern.nn._ranks import process_groups, write_parameters
 
 __all__ = ["ActNorm"]
-
-_TRIES = 3  # training batches that are looked at: one is enough unless all of it is NaN
 
 
 class ActNorm(Bijection):
@@ -21,16 +23,27 @@ class ActNorm(Bijection):
 
     The log-determinant is :math:`|\text{space}| \sum_c \ell_c`.
 
-    The first training batch sets ``l`` and ``b`` such that it leaves with mean 0 and variance 1
-    in each channel; before that, and in eval mode, the layer is the identity.  The flag
-    ``initialized`` is a buffer, so that resuming does not start again.  Initialisation waits for
-    no device, sums over all ranks of an initialised process group, and leaves a channel alone
-    that is constant or whose variance overflows.  Samples that hold NaN or inf are left out; a batch
-    of nothing else does not count, and the next two are tried.  Under torch.compile the first call
-    runs its own graph, and is the only try.
+    The first training data set ``l`` and ``b`` such that they leave with mean 0 and variance 1 in each
+    channel: the first batch that comes forward in training mode, or the first that comes backward
+    while gradients are recorded, as in a reverse KL divergence (drawing samples is no training).
+    Before that, and in eval mode, the layer is the identity.
+
+    This start happens once.  It leaves parameters alone that are no longer zero, such as those of a
+    loaded or averaged model; the flag ``initialized`` is saved, so that resuming does not start again.
+    It looks at the device once, and again after a state_dict was loaded.  A channel that is constant
+    or whose variance overflows keeps its scale.  Samples that hold NaN or inf are left out, and a
+    batch of nothing else is not the first.  Under torch.compile the first call runs its own graph, and is
+    the only try.
+
+    Processes that train one model start from the data of all of them and so agree: those of the
+    ``DistributedDataParallel`` whose forward runs the layer, or of ``fully_shard``.  Nothing is
+    exchanged after the start.  Other ways to train in several processes need ``process_group``.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
+        process_group: processes whose data set the start together, such as
+            ``torch.distributed.group.WORLD``; all of them must run their first training batch.
+            None for those above, else this process alone.  Not pickled.
 
     Raises:
         ValueError: for less than one channel, or an input of another shape.
@@ -47,53 +60,103 @@ class ActNorm(Bijection):
     """
 
     initialized: Tensor
+    process_group: Any = None
 
-    def __init__(self, channels: int) -> None:
+    #: What the host knows without asking the device: False where the flag must be looked at.
+    _started = False
+
+    def __init__(self, channels: int, *, process_group: Any = None) -> None:
         super().__init__()
         check_count("channels", channels)
-        self.channels = channels
+        self.channels, self.process_group = channels, process_group
         self.log_scale = torch.nn.Parameter(torch.zeros(channels))
         self.bias = torch.nn.Parameter(torch.zeros(channels))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        # what the host knows without asking the device: at 0 it looks no more
-        self._tries = _TRIES
+        # a number and no bool: averaging the buffers of models must not fail
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalise ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
         check_channels("x", x, self.channels)
         self.initialize(x)
-        return ops.actnorm(x, self.log_scale, self.bias)
+        return ops.actnorm(x, *self.scale_and_bias())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
-        return ops.actnorm(z, self.log_scale, self.bias, inverse=True)
+        self.initialize(z, inverse=True)
+        return ops.actnorm(z, *self.scale_and_bias(), inverse=True)
+
+    def waits(self, *, inverse: bool = False) -> bool:
+        """Whether the next data in this direction would be the first training data."""
+        return not self._started and self.training and (not inverse or torch.is_grad_enabled())
+
+    def initialize(self, x: Tensor, *, inverse: bool = False) -> None:
+        """Set scale and bias from ``x`` if it is the first training data, on its way in this direction."""
+        # asked before no_grad begins: an exported graph with an empty block cannot be loaded
+        if self.waits(inverse=inverse):
+            self._start(x, inverse)
+
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Return the parameters, before the start as copies: a graph must not hold what is still to be written."""
+        if self._started or not torch.is_grad_enabled():
+            return self.log_scale, self.bias
+        return self.log_scale.clone(), self.bias.clone()
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set scale and bias from ``x`` if this is the first training batch."""
-        if not (self.training and self._tries):
+    def _start(self, x: Tensor, inverse: bool) -> None:
+        is_set = (self.initialized != 0) | self.log_scale.any() | self.bias.any()
+        looks = _can_look(self.initialized)
+        # what stands in for the parameters in a functional call says nothing of them
+        own = isinstance(self.log_scale, torch.nn.Parameter)
+        if looks and bool(is_set):
+            self.initialized.fill_(1)
+            self._started = own
             return
-        distributed = dist.is_available() and dist.is_initialized()
-        if x.numel() == 0 and not distributed:
+        given = self.process_group
+        groups = process_groups(self) if given is None else [given]
+        if x.numel() == 0 and not groups:
             return
-        mean, var, count = _finite_moments(x)
-        if distributed:
-            mean, var, count = _over_all_ranks(mean, var, count)
+        mean, var, count = _over_all_ranks(*_finite_moments(x), groups)
         # a spread below the rounding of the mean is no spread
         spread = var > (torch.finfo(torch.float32).eps * mean).square()
         log_scale = torch.where(spread & var.isfinite(), -0.5 * torch.log(var), 0.0)
         bias = torch.where(mean.isfinite(), -mean, 0.0)
-        keeps = self.initialized | (count == 0)
-        self.log_scale.copy_(torch.where(keeps, self.log_scale, log_scale))
-        self.bias.copy_(torch.where(keeps, self.bias, bias))
+        if inverse:  # z e^-l - b is to have mean 0 and variance 1
+            log_scale, bias = -log_scale, -bias * torch.exp(log_scale)
+        keeps = is_set | (count == 0)
+        found = {"log_scale": log_scale, "bias": bias}
+        write_parameters(
+            self, {k: torch.where(keeps, getattr(self, k), v) for k, v in found.items()}
+        )
         self.initialized.logical_or_(count > 0)
-        # each number of tries is a graph of its own to a compiler: there it is one or none
-        self._tries = 0 if torch.compiler.is_compiling() else self._tries - 1
+        self._started = own and (not looks or bool(self.initialized))
+
+    def reset_parameters(self) -> None:
+        """Make the layer the identity that waits for its first data, as after ``to_empty``."""
+        torch.nn.init.zeros_(self.log_scale)
+        torch.nn.init.zeros_(self.bias)
+        self.initialized.zero_()
+        self._started = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._tries = _TRIES  # the flag that comes may be either
+        self._started = False  # the flag that comes may be either
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "process_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActNorm:
+        new = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.process_group)] = new, self.process_group
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+def _can_look(t: Tensor) -> bool:
+    """Whether the host may read a number of this device now."""
+    if torch.compiler.is_compiling() or transformed() or t.is_meta or isinstance(t, FakeTensor):
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _finite_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +172,20 @@ def _finite_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var * factor, found * x.shape[2:].numel()
 
 
-def _over_all_ranks(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, variance and count over all ranks, some of which may be empty."""
+def _over_all_ranks(
+    mean: Tensor, var: Tensor, count: Tensor, groups: list[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and count over all ranks of the groups, some of which may be empty."""
+    if not groups:
+        return mean, var, count
     mean, var = (torch.where(count > 0, t, 0.0) for t in (mean, var))
-    sums = torch.cat([count * mean, count.view(1)])
-    dist.all_reduce(sums)
+    sums = _summed(torch.cat([count * mean, count.view(1)]), groups)
     total_mean, total = sums[:-1] / sums[-1], sums[-1]
-    squares = count * (var + (mean - total_mean).square())
-    dist.all_reduce(squares)
+    squares = _summed(count * (var + (mean - total_mean).square()), groups)
     return total_mean, squares / total, total
+
+
+def _summed(t: Tensor, groups: list[Any]) -> Tensor:
+    for group in groups:
+        dist.all_reduce(t, group=group)
+    return t

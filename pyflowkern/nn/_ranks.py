@@ -1,0 +1,71 @@
+"""Which processes train a layer together, and parameters of which each process has a part."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["process_groups", "write_parameters"]
+
+
+def process_groups(layer: torch.nn.Module) -> list[Any]:
+    """Return the process groups over which the layer's gradients are averaged: none where one process trains it.
+
+    They are the group of the ``DistributedDataParallel`` whose forward is running, or those of the mesh over which
+    ``fully_shard`` spreads the layer's parameters, one for each axis.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    for part in _sharded(layer):
+        mesh = part.sharded_param.device_mesh
+        return [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    return [] if wrapper is None else [wrapper.process_group]
+
+
+@torch.no_grad()
+def write_parameters(layer: torch.nn.Module, values: dict[str, Tensor]) -> None:
+    """Write values into the layer's own parameters, given by name and equal in all processes.
+
+    While a layer that ``fully_shard`` spreads runs, it holds parameters gathered for that run alone; the part that
+    lasts is written, too.
+    """
+    for name, value in values.items():
+        getattr(layer, name).copy_(value)
+    for part in _sharded(layer):
+        if (value := values.get(part._module_info.param_name)) is not None:  # type: ignore[assignment]
+            _write_part(part.sharded_param, value)
+
+
+def _sharded(layer: torch.nn.Module) -> Iterator[Any]:
+    """Yield what FSDP2 knows of each parameter of the layer; torch has no public way to ask."""
+    module = sys.modules.get("torch.distributed._composable_state")
+    if module is None or "torch.distributed.fsdp" not in sys.modules:
+        return
+    for reference in list(module._module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.12 has one a state
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for part in () if group is None else group.fsdp_params:
+                if part._module_info.module is layer:
+                    yield part
+
+
+def _write_part(parameter: Any, value: Tensor) -> None:
+    """Write this process's part of a value that all processes have whole."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    local = parameter.to_local()
+    value = value.to(local.device, local.dtype)
+    whole = distribute_tensor(
+        value, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+    )
+    local.copy_(whole.redistribute(placements=parameter.placements).to_local())

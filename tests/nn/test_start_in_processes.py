@@ -1,0 +1,168 @@
+"""ActNorm's start in several processes: equal in those that train one model, unseen by the others."""
+
+import copy
+import io
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from laws import normal
+from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pyflowkern import nn
+
+C = 3  # does not divide by the number of processes
+
+
+def batch(rank):
+    """Batches of different sizes and means."""
+    return normal(10 + 20 * rank, C, seed=rank).float() * 4 + 100 * rank
+
+
+def both():
+    return torch.cat([batch(0), batch(1)])
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.ActNorm(C), nn.InvertibleLinear(C), nn.ActNorm(C))
+
+
+def loss_of(result):
+    z, log_det = result
+    return (z.square().sum(1) / 2 - log_det).mean()
+
+
+def expect_start_of_both(state):
+    alone = model()
+    alone(both())
+    expected = alone.state_dict()
+    for name in expected:
+        torch.testing.assert_close(state[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+def ddp(rank, kind):
+    wrapped = DistributedDataParallel(model(), broadcast_buffers=kind == "buffers")
+    loss_of(wrapped(batch(rank))).backward()
+    expect_start_of_both(wrapped.module.state_dict())
+
+
+def two_passes_in_ddp(rank, kind):
+    """And afterwards nothing is exchanged: one process alone may go on."""
+    wrapped = DistributedDataParallel(model())
+    (loss_of(wrapped(batch(rank))) + loss_of(wrapped(batch(1 - rank)))).backward()
+    if rank == 0:
+        for module in (wrapped.module, copy.deepcopy(wrapped.module)):
+            module.train()(batch(0))
+
+
+def sharded(rank, kind):
+    flow = model()
+    mesh = dist.init_device_mesh("cpu", (2,))
+    if kind == "two axes":
+        mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))
+    if kind == "each layer":
+        for layer in flow.layers:
+            fully_shard(layer)
+    fully_shard(flow, **({} if kind == "each layer" else {"mesh": mesh}))
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.0)
+    loss_of(flow(batch(rank))).backward()
+    optimizer.step()
+    expect_start_of_both({k: whole(v) for k, v in flow.state_dict().items()})
+    z = flow(batch(rank))[0].detach()
+    gathered = [torch.zeros(10 + 20 * i, C) for i in range(2)]
+    gather(gathered, z, rank)
+    z = torch.cat(gathered).double()
+    torch.testing.assert_close(z.mean(0), torch.zeros(C).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(C).double(), atol=1e-3, rtol=0)
+
+
+def gather(parts, mine, rank):
+    parts[rank] = mine
+    for i, part in enumerate(parts):
+        dist.broadcast(part, src=i)
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def independent(rank, kind):
+    """Two flows, each of one process in one group, start each from its own data; one may wait for ever."""
+    layer = nn.ActNorm(C)
+    if kind == "one alone" and rank == 1:
+        return
+    layer(batch(rank))
+    mean = batch(rank).mean(0)
+    torch.testing.assert_close(layer.bias.detach(), -mean, atol=1e-4, rtol=1e-5)
+
+
+def given_group(rank, kind):
+    layer = nn.ActNorm(C, process_group=dist.group.WORLD)
+    other = copy.deepcopy(layer)
+    assert other.process_group is layer.process_group
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).process_group is None
+    for each in (layer, other):
+        each(batch(rank)) if kind == "forward" else each.inverse(batch(rank))
+    single = nn.ActNorm(C)
+    single(both()) if kind == "forward" else single.inverse(both())
+    for each in (layer, other):
+        torch.testing.assert_close(each.state_dict(), single.state_dict(), atol=1e-4, rtol=1e-5)
+
+
+def uneven(rank, kind):
+    wrapped = DistributedDataParallel(model())
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    with Join([wrapped]):
+        for i in range(1 + 3 * rank):
+            optimizer.zero_grad()
+            loss_of(wrapped(batch(rank) + i)).backward()
+            optimizer.step()
+    states = [None, None]
+    dist.all_gather_object(states, wrapped.module.state_dict())
+    torch.testing.assert_close(*states)
+
+
+SCENARIOS = {
+    "DDP": (ddp, "buffers"),
+    "DDP without buffers": (ddp, "no buffers"),
+    "DDP, two passes": (two_passes_in_ddp, ""),
+    "fully_shard": (sharded, "one axis"),
+    "fully_shard of each layer": (sharded, "each layer"),
+    "fully_shard on two axes": (sharded, "two axes"),
+    "independent flows": (independent, "both"),
+    "one process alone": (independent, "one alone"),
+    "a group that was given": (given_group, "forward"),
+    "a group that was given, through the inverse": (given_group, "inverse"),
+    "Join with uneven inputs": (uneven, ""),
+}
+
+
+def _rank(rank, file):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    for name, (run, kind) in SCENARIOS.items():
+        try:
+            run(rank, kind)
+            dist.barrier()
+        except Exception as error:
+            error.add_note(f"in {name}")
+            raise
+    dist.destroy_process_group()
+
+
+def test_starts(tmp_path):
+    """One pair of processes for all: they take longer to begin than what they do."""
+    mp.spawn(_rank, args=(tmp_path / "store",), nprocs=2)
