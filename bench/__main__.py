@@ -16,6 +16,7 @@ from bench import _environment, _report
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
+from bench._overview import draw_overview, headlines
 from bench._plot import plot
 from bench._scaling import plot_scaling
 from bench._steps import measure
@@ -38,8 +39,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "family",
-        choices=[*families(), "all", "summary", "cuda-report", "steps"],
-        help="summary: README.md's table; cuda-report: registers, accesses and bytes of the kernels; "
+        choices=[*families(), "all", "summary", "overview", "cuda-report", "steps"],
+        help="summary: the tables of docs/performance.md; overview: README.md's picture and rows; "
+        "cuda-report: registers, accesses and bytes of the kernels; "
         "steps: launches and graphs of training steps",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -107,6 +109,11 @@ def main() -> int:
     device = torch.device(args.device)
     if args.family == "summary":
         print(summary(args.out or _results(device)))
+        return 0
+    if args.family == "overview":
+        folder = args.out or _results(device)
+        draw_overview(folder, folder / "overview.png")
+        print(headlines(folder))
         return 0
     if args.family == "steps":
         measure(device, args.out)

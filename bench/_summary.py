@@ -1,11 +1,11 @@
-"""The table of README.md, from committed results and nothing else."""
+"""The tables of docs/performance.md, from committed results and nothing else."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
-__all__ = ["summary"]
+__all__ = ["find_row", "milliseconds", "summary"]
 
 #: What the table shows: the results' file, the case's first words and the pass.
 HEADLINES = (
@@ -65,25 +65,25 @@ def summary(folder: Path | None) -> str:
     ]
     where: dict[str, None] = {}
     for family, case, pass_ in HEADLINES:
-        row = _row(folder / f"{family}.csv", case, pass_)
+        row = find_row(folder / f"{family}.csv", case, pass_)
         where[f"{row['device']}, {row['threads']} threads, torch {row['torch']}"] = None
         name = row["case"] if row["case"].startswith(family) else f"{family}: {row['case']}"
         floor = row["ratio_to_floor"]
-        cells = [name, row["pass"], _milliseconds(float(row["p50"]))]
+        cells = [name, row["pass"], milliseconds(float(row["p50"]))]
         cells += [f"{_short(row[key])}x" if row[key] else "" for key in _SPEEDUPS]
         cells += [_short(floor) if floor and float(floor) < LARGE else ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| case | pass | ms | other libraries take |", "|---|---|---|---|"]
     for family, case, pass_, peers in PEERS:
         path = folder / f"{family}.csv"
-        row = _row(path, case, pass_)
+        row = find_row(path, case, pass_)
         times = [
-            f"{float(_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({_named(family, peer)})"
+            f"{float(find_row(path, case, pass_, peer)['time_vs_ours']):.1f}x ({_named(family, peer)})"
             for peer in peers
         ]
         name = f"sampling {row['case']}" if family == "autoregressive" else row["case"]
         name = f"{family}: {name}" if family in EAGER else name
-        cells = [name, row["pass"], _milliseconds(float(row["p50"])), ", ".join(times)]
+        cells = [name, row["pass"], milliseconds(float(row["p50"])), ", ".join(times)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{'; '.join(where)}; float32."])
 
@@ -91,7 +91,8 @@ def summary(folder: Path | None) -> str:
 _SPEEDUPS = ("speedup_vs_eager", "speedup_vs_compile")
 
 
-def _row(path: Path, case: str, pass_: str, provider: str = "ours") -> dict[str, str]:
+def find_row(path: Path, case: str, pass_: str, provider: str = "ours") -> dict[str, str]:
+    """Return the first row of a results' file whose case starts so."""
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             found = row["provider"] == provider and row["pass"] == pass_
@@ -104,7 +105,8 @@ def _named(family: str, peer: str) -> str:
     return EAGER.get(family, peer) if peer == "eager" else WORDS.get(peer, peer)
 
 
-def _milliseconds(p50: float) -> str:
+def milliseconds(p50: float) -> str:
+    """Write a time with two digits at least."""
     return f"{p50:.0f}" if p50 >= 10 else f"{p50:.2g}"
 
 

@@ -1,0 +1,118 @@
+"""What README.md and docs/ show runs, and their tables are the package's and the committed results'."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench._overview import describe, entries, headlines
+from bench._summary import summary
+from pyflowkern import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results/cpu-amd-epyc"
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+FUNCTIONS = {n for n in ops.__all__ if f"{n}_reference" in ops.__all__}
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+def blocks(page):
+    return re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def lines(prefix):
+    shell = "".join(body for page in PAGES for kind, body in blocks(page) if kind == "sh")
+    return [shlex.split(s, comments=True) for s in shell.splitlines() if s.startswith(prefix)]
+
+
+def between(page, command):
+    """Return what stands on a page between the marks of a command that writes it."""
+    found = re.search(
+        rf"<!-- {re.escape(command)} -->\n(.*?)\n?<!-- end -->", PAGES[page], re.DOTALL
+    )
+    assert found is not None, command
+    return found[1]
+
+
+@every_page
+def test_python_blocks_run_one_after_the_other(page):
+    namespace = {}
+    for kind, body in blocks(page):
+        if kind == "python":
+            exec(compile(body, page, "exec"), namespace)
+    shapes = {
+        "README.md": {"samples": (1000, 5), "log_det": (8,)},
+        "guide.md": {"images": (4, 3, 32, 32), "samples": (3, 5), "states": (3, 3), "new": (8, 6)},
+    }
+    for name, shape in shapes.get(page, {}).items():
+        assert namespace[name].shape == shape
+
+
+def test_every_shell_line_is_of_a_kind_that_is_tested():
+    known = [*lines("make "), *lines("pip "), *lines("pyflowkern ")]
+    assert len(known) == len(lines(""))
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path):
+    for words in lines("pyflowkern "):
+        if "--steps" in words:
+            words[words.index("--steps") + 1] = "2"
+        # the process of a wheel's script, less its name; -c leaves the package under test findable
+        code = f"import sys; sys.argv = {words!r}; from pyflowkern.cli import main; main()"
+        paths = [p for p in sys.path if p] + [str(Path(ops.__file__).parents[2])]
+        code = f"import sys; sys.path = {paths!r}; " + code
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    assert (tmp_path / "digits.png").is_file()
+
+
+def test_targets_exist():
+    rules = (ROOT / "Makefile").read_text()
+    for _, target in lines("make "):
+        assert re.search(rf"^{target}:", rules, re.MULTILINE)
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
+        assert target.startswith("http") or (folder / target).exists(), target
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) < 150
+
+
+def test_table_of_ops():
+    pattern = r"^\| (`[a-z_`, ]+`) \|.*\| ([^|]*) \| ([^|]*) \|$"
+    rows = re.findall(pattern, PAGES["ops.md"], re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == FUNCTIONS
+    for names, cpu, cuda in rows:
+        if cpu == "none":
+            continue
+        for name in re.findall(r"`(\w+)`", names):
+            family = getattr(ops, name).__module__.rpartition(".")[2]
+            for said, suffix in ((cpu, "cpu.cpp"), (cuda, "cuda.cu")):
+                exists = (ROOT / f"csrc/{family}/{family}_{suffix}").is_file()
+                assert said.startswith("yes") == exists, f"{name}: {said}"
+
+
+def test_tables_of_speed_are_those_of_the_committed_results():
+    assert between("performance.md", "python -m bench summary") == summary(RESULTS)
+    gpus = sorted((ROOT / "bench/results").glob("cuda-*"))
+    on_gpu = between("performance.md", "python -m bench summary --device cuda")
+    assert on_gpu == summary(next(iter(gpus), None))
+    assert between("README.md", "python -m bench overview") == headlines(RESULTS)
+
+
+def test_picture_shows_the_committed_results():
+    with Image.open(RESULTS / "overview.png") as picture:
+        assert picture.info["Description"] == describe(entries(RESULTS))
