@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.first_derivative import once_differentiable
+from pyflowkern.ode.fields import recording_where_needed
 from pyflowkern.ode.loops.adaptive import Stop
 from pyflowkern.ode.loops.adaptive import integrate as integrate_adaptive
 from pyflowkern.ode.options import Options, options_for
@@ -19,6 +21,8 @@ from pyflowkern.ode.solve import solve, warn_unless_ok
 from pyflowkern.ode.steppers import Stepper
 
 __all__ = ["odeint_event"]
+
+_ONE_DERIVATIVE = "the time and the state of an event have first derivatives only"
 
 
 def odeint_event(
@@ -108,13 +112,14 @@ def odeint_event(
     def event(t: Tensor, y: Tensor) -> Tensor:
         return event_fn(t, packing.unpack(y))
 
-    found = _search(packing.field(func), event, start, begin, far, options)
+    field = recording_where_needed(packing.field(func))
+    found = _search(field, event, start, begin, far, options)
     times = torch.stack([t0.reshape(()).double(), torch.tensor(found.time, dtype=torch.float64)])
     solved = solve(func, y0, times, **steps, **settings)
     failed = found.status not in (Status.ok, Status.no_event)
     warn_unless_ok(found.status if failed else solved.status)
     if found.status == Status.ok and not found.leaps:
-        return _correct(func, event_fn, times[1], solved.ys, packing)
+        return _correct(field, event_fn, times[1], solved.ys, packing)
     if found.status == Status.no_event:
         warn_unless_ok(found.status)
     return times[1], solved.ys
@@ -224,7 +229,9 @@ def _along(gradient: Tensor, slope: Tensor) -> Tensor:
     return (gradient * slope).sum()
 
 
-def _correct(func: Any, event_fn: Any, t: Tensor, ys: Any, packing: Packing) -> tuple[Tensor, Any]:
+def _correct(
+    field: Field, event_fn: Any, t: Tensor, ys: Any, packing: Packing
+) -> tuple[Tensor, Any]:
     """Take one Newton step towards the event; its derivative is that of the implicit function.
 
     An event that depends on nothing that has a gradient happens when it does, whatever the state is: there is nothing
@@ -248,14 +255,15 @@ def _correct(func: Any, event_fn: Any, t: Tensor, ys: Any, packing: Packing) -> 
         which = int(flat.detach().abs().argmin())
         grads = torch.autograd.grad(flat[which], (moment, *leaves), allow_unused=True)
     with torch.no_grad():
-        slope = func(time, as_state(end))
+        slope = packing.unpack(field(time, packing.pack(as_state(end))))
         slopes = slope if packing.is_tuple else (slope,)
         rate = torch.zeros_like(time) if grads[0] is None else grads[0]
         for g, k in zip(grads[1:], slopes, strict=True):
             if g is not None:
                 rate = rate + _along(g, k)
         safe = torch.where(rate == 0, torch.full_like(rate, math.inf), rate)
-    shift = -event_fn(time, as_state(end)).reshape(-1)[which] / safe
+    now = event_fn(time, as_state(end)).reshape(-1)[which]
+    shift = -once_differentiable(now, _ONE_DERIVATIVE) / safe
     new = tuple(
         torch.cat([e[:-1], (e[-1] + k * shift.to(k.dtype))[None]])
         for e, k in zip(entries, slopes, strict=True)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from pyflowkern.ode.adjoints.continuous import Continuous
 from pyflowkern.ode.adjoints.direct import Direct, run
-from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now, parameters_of
+from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now
 from pyflowkern.ode.adjoints.reversible import Reversible
+from pyflowkern.ode.fields import recording_where_needed
 from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
+from pyflowkern.ode.parameters import parameters_of
 from pyflowkern.ode.solution import DenseOutput, Solution, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
@@ -137,7 +139,9 @@ def solve(
         control=control, check_every=check_every, norm=norm, dense=dense, compat=compat,
     )  # fmt: skip
     times, ts = output_times(t, start, options.per_sample)
-    ys, steps = _solve(func, packing.field(func), start, times, t, options, params)
+    ys, steps = _solve(
+        func, recording_where_needed(packing.field(func)), start, times, t, options, params
+    )
     interpolation = None
     if dense:
         begin = times[0], start.detach()
@@ -209,10 +213,11 @@ def _solve(
     params: Iterable[Tensor] | None,
 ) -> tuple[Tensor, Trajectory]:
     time = t if isinstance(t, Tensor) and t.requires_grad else None
-    problem = Problem(field, times, options, None, autocast_like_now(y0.device))
+    context, given = autocast_like_now(y0.device), params is not None
+    problem = Problem(field, times, options, None, context, given, 0)
     found: list[Tensor] = []
     if torch.is_grad_enabled():
-        problem.first, found = _first_slope(func, field, y0, times, options, params)
+        problem.first, found, problem.read = _first_slope(func, field, y0, times, options, params)
     if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or found)):
         with torch.no_grad():
             trajectory = (
@@ -236,7 +241,7 @@ def _first_slope(
     times: Any,
     options: Options,
     params: Iterable[Tensor] | None,
-) -> tuple[Graph | None, list[Tensor]]:
+) -> tuple[Graph | None, list[Tensor], int]:
     """Evaluate the field at the start under autograd, for the tensors it depends on."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
@@ -246,13 +251,13 @@ def _first_slope(
     if params is not None:
         params = list(params)
         if options.per_sample or not y0.requires_grad:
-            return None, [p for p in params if p.requires_grad]
+            return None, *parameters_of(func, y0, params)
     leaf = y0.detach().requires_grad_()
     start = times[0].to(y0.dtype) if options.per_sample else None
     if start is None:
         start = torch.full((), times[0], dtype=y0.dtype, device=y0.device)
     slope = field(start, leaf)
-    found = [p for p in parameters_of(func, slope, params) if p is not leaf]
+    found, read = parameters_of(func, slope, params, leaf)
     if options.per_sample or options.adjoint == "reversible":
-        return None, found
-    return (leaf, slope if not options.checkpoint else slope.detach()), found
+        return None, found, read
+    return (leaf, slope if not options.checkpoint else slope.detach()), found, read

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,14 +9,7 @@ from pyflowkern.ode.packing import Field
 from pyflowkern.ode.stages import Stages
 from pyflowkern.ode.tableaus import Coefficients, Tableau, coefficients, dense_weights
 
-__all__ = [
-    "Graph",
-    "Stepper",
-    "differentiable_step",
-    "record_stages",
-    "stage_times",
-    "step_pullback",
-]
+__all__ = ["Graph", "Stepper", "stage_times"]
 
 Graph = tuple[Tensor, Tensor]  # the argument of a stage, a leaf, and the slope computed from it
 
@@ -129,127 +120,3 @@ class Stepper:
             slope = self.field(t, leaf)
         self.graphs.append((leaf, slope))
         self.stages.put(i, slope.detach())
-
-
-def record_stages(
-    field: Field, c: Coefficients, count: int, times: Sequence[Tensor], dt: float, y: Tensor
-) -> tuple[list[Graph], Stages]:
-    """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
-    stages = Stages(c, count, y)
-    graphs: list[Graph] = []
-    for i in range(count):
-        arg = y if i == 0 else stages.moved(y, i, dt)
-        with torch.enable_grad():
-            leaf = arg.detach().requires_grad_()
-            slope = field(times[i], leaf)
-        graphs.append((leaf, slope))
-        stages.put(i, slope.detach())
-    return graphs, stages
-
-
-def step_pullback(
-    method: Tableau,
-    c: Coefficients,
-    graphs: Sequence[Graph],
-    dt: float,
-    cotangent: Tensor,
-    params: Sequence[Tensor],
-    totals: list[Tensor | None],
-    interior: Sequence[tuple[float, Tensor]] = (),
-) -> Tensor:
-    r"""Return the gradient that reaches ``y`` through the slopes of a step, and add up those of parameters.
-
-    With :math:`\bar y` the cotangent of :math:`h \sum b_i k_i`, the stages are taken in reverse order,
-    :math:`\bar k_i = h (b_i \bar y + \sum_{j>i} a_{ji} \bar Y_j)`, :math:`\bar Y_i = J_i^T \bar k_i`; the result is
-    :math:`\sum \bar Y_i` (Hager, 2000).
-
-    Args:
-        method: of the step.
-        c: its tensors.
-        graphs: of its stages.
-        dt: length of the step.
-        cotangent: of the increment.
-        params: whose gradients are added to ``totals``.
-        totals: one sum for each parameter, None while zero.
-        interior: fractions of the step and the cotangents of the dense output there.
-    """
-    needed = method.needed
-    found = cotangent.new_empty((needed, cotangent.numel()))
-    flat = cotangent.reshape(-1)
-    extra = [
-        ([w * dt for w in dense_weights(method, theta)], g.reshape(-1)) for theta, g in interior
-    ]
-    end: Tensor | None = None
-    if extra and method.stages > needed:  # the end slope acts through the end state
-        k_bar = _weighted(extra, needed)
-        end = _through(*graphs[needed], k_bar, params, totals)
-        flat = flat + end
-    for i in reversed(range(needed)):
-        weight = method.b[i] * dt
-        if i + 1 < needed:
-            k_bar = torch.addmv(flat, found[i + 1 :].t(), c.columns[i], beta=weight, alpha=dt)
-        else:
-            k_bar = flat * weight
-        if extra:
-            k_bar = k_bar + _weighted(extra, i)
-        found[i] = _through(*graphs[i], k_bar, params, totals)
-    total = found.sum(0)
-    return (total if end is None else total + end).view(cotangent.shape)
-
-
-def _weighted(extra: Sequence[tuple[list[float], Tensor]], i: int) -> Tensor:
-    return torch.stack([weights[i] * g for weights, g in extra]).sum(0)
-
-
-def _through(
-    argument: Tensor,
-    slope: Tensor,
-    k_bar: Tensor,
-    params: Sequence[Tensor],
-    totals: list[Tensor | None],
-) -> Tensor:
-    if not slope.requires_grad:
-        return torch.zeros_like(k_bar)
-    grads = torch.autograd.grad(
-        slope,
-        (argument, *params),
-        k_bar.view(slope.shape).to(slope.dtype),
-        retain_graph=True,  # what the field reads may hang on a graph of the caller's
-        allow_unused=True,
-    )
-    accumulate(totals, grads[1:])
-    return torch.zeros_like(k_bar) if grads[0] is None else grads[0].reshape(-1)
-
-
-def accumulate(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """Add gradients, of which some may be None, to sums in place."""
-    have: list[Tensor] = []
-    new: list[Tensor] = []
-    for i, g in enumerate(grads):
-        if g is None:
-            continue
-        total = totals[i]
-        if total is None:
-            totals[i] = g.clone()
-        else:
-            have.append(total)
-            new.append(g)
-    if have:
-        torch._foreach_add_(have, new)
-
-
-def differentiable_step(
-    field: Field, method: Tableau, c: Coefficients, times: Sequence[Tensor], dt: float, y: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the state after a step and its slopes, in operations that autograd records."""
-    slopes: list[Tensor] = []
-    for i in range(method.stages):
-        slopes.append(field(times[i], _combine(y, slopes, method.a[i], dt)))
-    return _combine(y, slopes, method.b, dt), slopes
-
-
-def _combine(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], dt: float) -> Tensor:
-    for weight, slope in zip(weights, slopes, strict=True):
-        if weight != 0:
-            y = torch.add(y, slope.to(y.dtype), alpha=weight * dt)
-    return y

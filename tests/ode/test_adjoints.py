@@ -10,7 +10,8 @@ from torch import nn
 
 from pyflowkern import ode
 from pyflowkern.ode.adjoints.reversible import back
-from pyflowkern.ode.steppers import Stepper, differentiable_step, stage_times
+from pyflowkern.ode.adjoints.steps import differentiable_step
+from pyflowkern.ode.steppers import Stepper, stage_times
 from pyflowkern.ode.tableaus import TABLEAUS, coefficients
 
 ADJOINTS = ["direct", "continuous", "reversible"]

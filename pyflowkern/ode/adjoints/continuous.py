@@ -1,7 +1,8 @@
 """The continuous adjoint: an ODE of state, adjoint and parameter gradients, solved backwards in time.
 
 Memory does not grow with the number of steps; the gradient is that of the flow up to the error of the backward solve,
-not that of the discrete solution (Chen et al., 2018).
+not that of the discrete solution (Chen et al., 2018).  Where a backward pass is itself recorded, the backward solve is
+a node of this kind, so derivatives of any order come from solves, too.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyflowkern.ode.adjoints.direct import integrator, run
-from pyflowkern.ode.adjoints.problem import Problem, time_gradients
+from pyflowkern.ode.adjoints.gradients import Parameters
+from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now, time_gradients
 from pyflowkern.ode.norms import Norm, Rms
 from pyflowkern.ode.options import Options
+from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Status
 
 __all__ = ["Continuous"]
@@ -40,65 +42,122 @@ class Continuous(torch.autograd.Function):
         return trajectory.ys
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the first state, the times and the parameters."""
         t, ys, *params = ctx.saved_tensors
         problem: Problem = ctx.problem
+        read = list(range(problem.read))
+        totals: list[Tensor | None] = [None] * len(params)
         with problem.context():
-            first, totals = _solve_back(problem, ys, grads, params)
+            while True:
+                try:
+                    first, found = _solve_back(problem, ys, grads, t, params, read)
+                    break
+                except (
+                    _ReadLater
+                ) as later:  # at another time the field reads more: begin again with all
+                    read += later.numbers
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
-                grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
-        sizes = [_numbers(p) for p in params]
-        parts = [_shaped(g, p) for g, p in zip(totals.split(sizes), params, strict=True)]
-        return (None, first + grads[0], grad_t, *parts)
+                given = t if torch.is_grad_enabled() else None
+                grad_t = time_gradients(problem, ys, grads, first, given).to(t.dtype)
+        for i, part in zip(read, found.split([_numbers(params[i]) for i in read]), strict=True):
+            totals[i] = _shaped(part, params[i])
+        return (None, first + grads[0], grad_t, *totals)
+
+
+class _ReadLater(RuntimeError):
+    """A field reads parameters that have no place in the state of the backward solve yet."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__("func reads tensors that it did not read before: name them in params=")
+        self.numbers = numbers
 
 
 def _solve_back(
-    problem: Problem, ys: Tensor, grads: Tensor, params: Sequence[Tensor]
+    problem: Problem,
+    ys: Tensor,
+    grads: Tensor,
+    t: Tensor | None,
+    params: Sequence[Tensor],
+    read: list[int],
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the first state and, laid end to end, of the parameters whose numbers are ``read``."""
     n, shape = ys[0].numel(), ys[0].shape
-    sizes = [_numbers(p) for p in params]
-    width = sum(sizes)
-
-    def augmented(t: Tensor, state: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = state[:n].view(shape).detach().requires_grad_()
-            slope = problem.field(t, leaf)
-        out = state.new_zeros(state.shape)
-        out[:n] = slope.detach().reshape(-1)
-        if slope.requires_grad:
-            a = -state[n : 2 * n].view(shape).to(slope.dtype)
-            found = torch.autograd.grad(
-                slope, (leaf, *params), a, retain_graph=True, allow_unused=True
-            )
-            parts = out[n:].split([n, *sizes])
-            for part, g in zip(parts, found, strict=True):
-                if g is not None:
-                    part.copy_(_flat(g))
-        return out
-
-    options = _augmented_options(problem.options, ys, width, params)
+    wanted = [params[i] for i in read]
+    width = sum(_numbers(p) for p in wanted)
+    field = _augmented(problem, shape, params, read)
+    options = _augmented_options(problem.options, ys, width, wanted)
     a, totals = torch.zeros_like(ys[0]).view(-1), ys.new_zeros(width)
     times = problem.reached()
     for i in range(len(times) - 1, 0, -1):
         a = a + grads[i].reshape(-1)
-        span = times[i], times[i - 1]
+        span = [times[i], times[i - 1]]
         if span[0] == span[1]:
             continue
         start = torch.cat([ys[i].reshape(-1), a, totals])
-        back = integrator(options)(augmented, start, span, options)
-        if back.status != Status.ok:
+        if torch.is_grad_enabled():
+            back = Problem(
+                field, span, options, None, autocast_like_now(ys.device), True, len(wanted)
+            )
+            ends = None if t is None else torch.stack([t[i], t[i - 1]])
+            end = Continuous.apply(back, start, ends, *wanted)[-1]  # type: ignore[no-untyped-call]
+            assert back.result is not None
+            status = back.result.status
+        else:
+            solved = integrator(options)(field, start, span, options)
+            end, status = solved.ys[-1], solved.status
+        if status != Status.ok:
             warnings.warn(
-                f"the adjoint solve ended early ({Status(int(back.status)).name}): its gradients are NaN; "
+                f"the adjoint solve ended early ({Status(int(status)).name}): its gradients are NaN; "
                 "adjoint='direct' has those of the steps that were taken",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return torch.full_like(ys[0], math.nan), torch.full_like(totals, math.nan)
-        a, totals = back.ys[-1][n : 2 * n], back.ys[-1][2 * n :]
+        a, totals = end[n : 2 * n], end[2 * n :]
     return a.view(shape), totals
+
+
+def _augmented(
+    problem: Problem, shape: torch.Size, params: Sequence[Tensor], read: Sequence[int]
+) -> Field:
+    r"""Return the field of the state, the adjoint and the gradients of what is read: :math:`(f, -a^T f_y, -a^T f_p)`.
+
+    While a graph is recorded, so are the vector-Jacobian products.
+    """
+    n, wanted = shape.numel(), [params[i] for i in read]
+    sizes = [_numbers(p) for p in wanted]
+    parameters = Parameters(params, problem.complete)
+
+    def augmented(t: Tensor, state: Tensor) -> Tensor:
+        recorded = torch.is_grad_enabled() and state.requires_grad
+        with torch.enable_grad():
+            y = state[:n].view(shape)
+            y = y if recorded else y.detach().requires_grad_()
+            slope = problem.field(t, y)
+            parameters.look(slope, y, () if y.grad_fn is None else (y.grad_fn,))
+            if len(parameters.read) > len(read) and (more := set(parameters.read) - set(read)):
+                raise _ReadLater(sorted(more))
+            found: Sequence[Tensor | None] = [None] * (1 + len(wanted))
+            if slope.requires_grad:
+                a = -state[n : 2 * n].view(shape).to(slope.dtype)
+                found = torch.autograd.grad(
+                    slope, (y, *wanted), a, retain_graph=True, create_graph=recorded,
+                    allow_unused=True,
+                )  # fmt: skip
+        if recorded:
+            pairs = zip(found, [n, *sizes], strict=True)
+            parts = [state.new_zeros(m) if g is None else _flat(g).to(state) for g, m in pairs]
+            return torch.cat([slope.reshape(-1), *parts])
+        out = state.new_zeros(state.shape)
+        out[:n] = slope.detach().reshape(-1)
+        for part, g in zip(out[n:].split([n, *sizes]), found, strict=True):
+            if g is not None:
+                part.copy_(_flat(g))
+        return out
+
+    return augmented
 
 
 class _AdjointNorm:
@@ -125,9 +184,11 @@ class _AdjointNorm:
 def _augmented_norm(options: Options, shape: torch.Size, sizes: Sequence[int]) -> Norm:
     """Return the norm of the backward solve: that of the forward solve, of each part the largest."""
     counted = [] if options.seminorm else list(sizes)
-    if not isinstance(options.norm, Rms):
+    entries = options.norm.sizes or [shape.numel()] if isinstance(options.norm, Rms) else []
+    if (
+        sum(entries) != shape.numel()
+    ):  # of another kind, or one that leaves a part of the state out
         return _AdjointNorm(options.norm, shape, counted)
-    entries = options.norm.sizes or [shape.numel()]
     return Rms([*entries, *entries, *counted])
 
 

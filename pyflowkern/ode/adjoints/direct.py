@@ -12,22 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.ode.adjoints.gradients import Gradients
 from pyflowkern.ode.adjoints.problem import Problem, gradients_of_replay, time_gradients
+from pyflowkern.ode.adjoints.steps import differentiable_step, record_stages, step_pullback
 from pyflowkern.ode.loops import adaptive, device, fixed, per_sample
 from pyflowkern.ode.loops.per_sample import SampleTrajectory
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.solution import Trajectory
-from pyflowkern.ode.steppers import (
-    differentiable_step,
-    record_stages,
-    stage_times,
-    step_pullback,
-)
+from pyflowkern.ode.steppers import stage_times
 from pyflowkern.ode.tableaus import coefficients
 
 __all__ = ["Direct", "integrator", "run"]
-
-Totals = list[Tensor | None]
 
 
 def integrator(options: Options) -> Callable[..., Trajectory]:
@@ -73,17 +68,17 @@ class Direct(torch.autograd.Function):
                 return _replay(problem, trajectory, start)
 
             return (None, *gradients_of_replay(replay, problem, y0, t, params, grads))
-        totals: Totals = [None] * len(params)
+        gradients = Gradients(params, problem.complete)
         grads = grads.contiguous()
         with problem.context():
             if problem.options.per_sample:
-                first = _pull_samples(problem, trajectory, grads, params, totals)
+                first = _pull_samples(problem, trajectory, grads, gradients)
             else:
-                first = _pull(problem, trajectory, grads, params, totals)
+                first = _pull(problem, trajectory, grads, gradients)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
                 grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
-        return (None, first + grads[0], grad_t, *totals)
+        return (None, first + grads[0], grad_t, *gradients.totals)
 
 
 def _by_step(trajectory: Trajectory) -> list[list[tuple[int, float | None]]]:
@@ -97,9 +92,7 @@ def _by_step(trajectory: Trajectory) -> list[list[tuple[int, float | None]]]:
 # --- one size for all ----------------------------------------------------------------------------
 
 
-def _pull(
-    problem: Problem, trajectory: Trajectory, grads: Tensor, params: list[Tensor], totals: Totals
-) -> Tensor:
+def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gradients) -> Tensor:
     method, perturb = problem.options.method, problem.options.torchdiffeq
     at = _by_step(trajectory)
     cotangent = torch.zeros_like(grads[0])
@@ -122,7 +115,7 @@ def _pull(
             stages = method.stages if inside else method.needed
             times = stage_times(c, t, dt, perturb)
             graphs, _ = record_stages(problem.field, c, stages, times, dt, y)
-        through = step_pullback(method, c, graphs, dt, cotangent, params, totals, inside)
+        through = step_pullback(method, c, graphs, dt, cotangent, gradients, inside)
         cotangent = cotangent + through + chord
         for _, g in inside:
             cotangent = cotangent + g
@@ -186,8 +179,7 @@ def _pull_samples(
     problem: Problem,
     trajectory: SampleTrajectory,
     grads: Tensor,
-    params: list[Tensor],
-    totals: Totals,
+    gradients: Gradients,
 ) -> Tensor:
     """As :func:`_pull`; the slopes are scaled by each sample's step, so the weights keep a step of one."""
     method, field = problem.options.method, problem.field
@@ -208,7 +200,7 @@ def _pull_samples(
             return field(s, x) * h
 
         graphs, _ = record_stages(by_step, c, method.needed, times, 1.0, y)
-        cotangent = cotangent + step_pullback(method, c, graphs, 1.0, cotangent, params, totals)
+        cotangent = cotangent + step_pullback(method, c, graphs, 1.0, cotangent, gradients)
     return cotangent
 
 

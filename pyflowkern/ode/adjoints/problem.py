@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,38 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.first_derivative import first_derivative_only
+from pyflowkern.ode.adjoints.gradients import Parameters
 from pyflowkern.ode.options import Options
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Trajectory
 from pyflowkern.ode.steppers import Graph
 
-__all__ = ["Gate", "Problem", "parameters_of", "time_gradients"]
+__all__ = ["Gate", "Problem", "autocast_like_now", "gradients_of_replay", "time_gradients"]
 
-
-def parameters_of(func: Any, slope: Tensor, given: Iterable[Tensor] | None) -> list[Tensor]:
-    """Return the tensors that a field depends on and that want gradients.
-
-    Args:
-        func: the user's field; of a module all parameters count.
-        slope: an evaluation, recorded by autograd: its leaves count.
-        given: the user's own list, which counts alone.
-    """
-    if given is not None:
-        return [p for p in given if p.requires_grad]
-    found: dict[int, Tensor] = {}
-    if isinstance(func, torch.nn.Module):
-        found.update({id(p): p for p in func.parameters() if p.requires_grad})
-    seen, todo = set(), [slope.grad_fn]
-    while todo:
-        node: Any = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found[id(leaf)] = leaf
-        todo.extend(parent for parent, _ in node.next_functions)
-    return list(found.values())
+_NO_SECOND_BY_TIME = (
+    "gradients of this solve have no derivative by t: detach t, or use adjoint='continuous'"
+)
 
 
 def autocast_like_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -61,6 +41,8 @@ class Problem:
         options: settings.
         first: the first state, a leaf, and its slope.
         context: see :func:`autocast_like_now`.
+        complete: whether the user named the parameters; see :class:`~pyflowkern.ode.adjoints.gradients.Parameters`.
+        read: how many of the parameters, the first ones, are known to be read.
         result: what the forward pass found, without what only the backward pass needs.
         end: the time it came to where it ended early, else None.
     """
@@ -70,6 +52,8 @@ class Problem:
     options: Options
     first: Graph | None
     context: Callable[[], AbstractContextManager[Any]]
+    complete: bool
+    read: int
     result: Trajectory | None = None
     end: float | None = None
 
@@ -90,7 +74,9 @@ class Problem:
         self.first, self.end = None, t.end
 
 
-def time_gradients(problem: Problem, ys: Tensor, grads: Tensor, first: Tensor) -> Tensor:
+def time_gradients(
+    problem: Problem, ys: Tensor, grads: Tensor, first: Tensor, given: Tensor | None = None
+) -> Tensor:
     r"""Return the gradients of the output times, those of the flow itself.
 
     :math:`\partial y(t_i) / \partial t_i = f(t_i, y_i)`, and moving the start is to start from
@@ -101,13 +87,16 @@ def time_gradients(problem: Problem, ys: Tensor, grads: Tensor, first: Tensor) -
         ys: states there.
         grads: their cotangents.
         first: what reaches the first state through the later ones.
+        given: the times as the user's tensor, where they are to be differentiated again.
     """
     found = []
+    constant = torch.tensor(problem.times, dtype=ys.dtype, device=ys.device)
+    moments = constant if given is None else given.to(constant)
     for i, (t, reached) in enumerate(zip(problem.times, problem.reached(), strict=True)):
         if t != reached:
             found.append(ys.new_zeros(()))
             continue
-        slope = problem.field(torch.full((), t, dtype=ys.dtype, device=ys.device), ys[i])
+        slope = problem.field(moments[i], ys[i])
         found.append(((grads[i] if i > 0 else -first) * slope).sum())
     return torch.stack(found)
 
@@ -140,17 +129,21 @@ def gradients_of_replay(
     grads: Tensor,
 ) -> list[Tensor | None]:
     """Return the gradients of ``y0``, ``t`` and ``params`` as expressions that autograd can differentiate again."""
-    is_open = [False]
+    is_open, parameters = [False], Parameters(params, problem.complete)
     with torch.enable_grad(), problem.context():
         start = Gate.apply(y0, is_open) if y0.requires_grad else y0.detach().requires_grad_()  # type: ignore[no-untyped-call]
         ys = replay(start)
-        later = ys[1:]
-        found = torch.autograd.grad(
-            later, (start, *params), grads[1:], create_graph=True, allow_unused=True
+        parameters.look(ys, start, () if start.grad_fn is None else (start.grad_fn,))
+        first, *others = torch.autograd.grad(
+            ys[1:], (start, *parameters.wanted()), grads[1:], create_graph=True, allow_unused=True
         )
-        first = torch.zeros_like(y0) if found[0] is None else found[0]
-        grad_t = None
+        first = torch.zeros_like(y0) if first is None else first
+        found: list[Tensor | None] = [first + grads[0], None, *[None] * len(params)]
         if t is not None and t.requires_grad:
-            grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
+            found[1] = time_gradients(problem, ys, grads, first).to(t.dtype)
+        for i, g in zip(parameters.read, others, strict=True):
+            found[2 + i] = g
     is_open[0] = True
-    return [first + grads[0], grad_t, *found[1:]]
+    if t is None or not t.requires_grad:
+        return found
+    return [g if g is None else first_derivative_only(g, (t,), _NO_SECOND_BY_TIME) for g in found]

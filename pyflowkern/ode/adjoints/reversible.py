@@ -18,17 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.ode.adjoints.gradients import Gradients
 from pyflowkern.ode.adjoints.problem import Problem, gradients_of_replay, time_gradients
+from pyflowkern.ode.adjoints.steps import differentiable_step, record_stages, step_pullback
 from pyflowkern.ode.loops.reversible import Pair, Tape, forward_step, integrate
 from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Status
-from pyflowkern.ode.steppers import (
-    Stepper,
-    differentiable_step,
-    record_stages,
-    stage_times,
-    step_pullback,
-)
+from pyflowkern.ode.steppers import Stepper, stage_times
 from pyflowkern.ode.tableaus import Coefficients, Tableau, coefficients
 
 __all__ = ["Reversible", "back"]
@@ -71,16 +67,16 @@ class Reversible(torch.autograd.Function):
                 return _replay(problem, tape, start)
 
             return (None, *gradients_of_replay(replay, problem, y0, t, params, grads))
-        totals: list[Tensor | None] = [None] * len(params)
+        gradients = Gradients(params, problem.complete)
         grads = grads.contiguous()
         with problem.context():
             # steps towards a pole are not walked back: the difference of huge numbers holds nothing
             pairs = _pairs(problem, tape, y0.detach()) if ctx.failed else []
-            first = _pull(problem, tape, ctx.end, pairs, grads, params, totals)
+            first = _pull(problem, tape, ctx.end, pairs, grads, gradients)
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
                 grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
-        return (None, first + grads[0], grad_t, *totals)
+        return (None, first + grads[0], grad_t, *gradients.totals)
 
 
 @torch.no_grad()
@@ -100,8 +96,7 @@ def _pull(
     end: Pair,
     pairs: Sequence[Pair],
     grads: Tensor,
-    params: Sequence[Tensor],
-    totals: list[Tensor | None],
+    gradients: Gradients,
 ) -> Tensor:
     method, coupling, field = problem.options.method, problem.options.coupling, problem.field
     y, z = end
@@ -115,11 +110,11 @@ def _pull(
             y_bar = y_bar + grads[i]
         graphs, step = _record(field, method, c, t1, -dt, y)
         z = pairs[j][1] if pairs else z + step
-        y_bar = y_bar + step_pullback(method, c, graphs, -dt, -z_bar, params, totals)
+        y_bar = y_bar + step_pullback(method, c, graphs, -dt, -z_bar, gradients)
         graphs, step = _record(field, method, c, t, dt, z)
         y = pairs[j][0] if pairs else (y - (1 - coupling) * z - step) / coupling
         z_bar = z_bar + (1 - coupling) * y_bar
-        z_bar = z_bar + step_pullback(method, c, graphs, dt, y_bar, params, totals)
+        z_bar = z_bar + step_pullback(method, c, graphs, dt, y_bar, gradients)
         y_bar = coupling * y_bar
     for i in range(1, len(problem.times)):
         if _is_start(problem.times, tape, i):

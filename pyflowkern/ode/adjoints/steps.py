@@ -1,0 +1,106 @@
+"""A step run again: its stages with a graph each, its vector-Jacobian product, and the whole as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern.ode.adjoints.gradients import Gradients
+from pyflowkern.ode.packing import Field
+from pyflowkern.ode.stages import Stages
+from pyflowkern.ode.steppers import Graph
+from pyflowkern.ode.tableaus import Coefficients, Tableau, dense_weights
+
+__all__ = ["differentiable_step", "record_stages", "step_pullback"]
+
+
+def record_stages(
+    field: Field, c: Coefficients, count: int, times: Sequence[Tensor], dt: float, y: Tensor
+) -> tuple[list[Graph], Stages]:
+    """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
+    stages = Stages(c, count, y)
+    graphs: list[Graph] = []
+    for i in range(count):
+        arg = y if i == 0 else stages.moved(y, i, dt)
+        with torch.enable_grad():
+            leaf = arg.detach().requires_grad_()
+            slope = field(times[i], leaf)
+        graphs.append((leaf, slope))
+        stages.put(i, slope.detach())
+    return graphs, stages
+
+
+def step_pullback(
+    method: Tableau,
+    c: Coefficients,
+    graphs: Sequence[Graph],
+    dt: float,
+    cotangent: Tensor,
+    gradients: Gradients,
+    interior: Sequence[tuple[float, Tensor]] = (),
+) -> Tensor:
+    r"""Return the gradient that reaches ``y`` through the slopes of a step, and add up those of parameters.
+
+    With :math:`\bar y` the cotangent of :math:`h \sum b_i k_i`, the stages are taken in reverse order,
+    :math:`\bar k_i = h (b_i \bar y + \sum_{j>i} a_{ji} \bar Y_j)`, :math:`\bar Y_i = J_i^T \bar k_i`; the result is
+    :math:`\sum \bar Y_i` (Hager, 2000).
+
+    Args:
+        method: of the step.
+        c: its tensors.
+        graphs: of its stages.
+        dt: length of the step.
+        cotangent: of the increment.
+        gradients: sums, to which those of parameters are added.
+        interior: fractions of the step and the cotangents of the dense output there.
+    """
+    needed = method.needed
+    found = cotangent.new_empty((needed, cotangent.numel()))
+    flat = cotangent.reshape(-1)
+    extra = [
+        ([w * dt for w in dense_weights(method, theta)], g.reshape(-1)) for theta, g in interior
+    ]
+    end: Tensor | None = None
+    if extra and method.stages > needed:  # the end slope acts through the end state
+        k_bar = _weighted(extra, needed)
+        end = _through(*graphs[needed], k_bar, gradients)
+        flat = flat + end
+    for i in reversed(range(needed)):
+        weight = method.b[i] * dt
+        if i + 1 < needed:
+            k_bar = torch.addmv(flat, found[i + 1 :].t(), c.columns[i], beta=weight, alpha=dt)
+        else:
+            k_bar = flat * weight
+        if extra:
+            k_bar = k_bar + _weighted(extra, i)
+        found[i] = _through(*graphs[i], k_bar, gradients)
+    total = found.sum(0)
+    return (total if end is None else total + end).view(cotangent.shape)
+
+
+def _weighted(extra: Sequence[tuple[list[float], Tensor]], i: int) -> Tensor:
+    return torch.stack([weights[i] * g for weights, g in extra]).sum(0)
+
+
+def _through(argument: Tensor, slope: Tensor, k_bar: Tensor, gradients: Gradients) -> Tensor:
+    found = gradients.pull(slope, argument, k_bar)
+    return torch.zeros_like(k_bar) if found is None else found.reshape(-1)
+
+
+def differentiable_step(
+    field: Field, method: Tableau, c: Coefficients, times: Sequence[Tensor], dt: float, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the state after a step and its slopes, in operations that autograd records."""
+    slopes: list[Tensor] = []
+    for i in range(method.stages):
+        slopes.append(field(times[i], _combine(y, slopes, method.a[i], dt)))
+    return _combine(y, slopes, method.b, dt), slopes
+
+
+def _combine(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], dt: float) -> Tensor:
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight != 0:
+            y = torch.add(y, slope.to(y.dtype), alpha=weight * dt)
+    return y

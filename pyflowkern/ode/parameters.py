@@ -1,0 +1,177 @@
+"""The tensors that a field depends on: found in the field itself, and in the graph of an evaluation."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["leaf_node", "leaf_nodes", "parameters_of", "tensors_in"]
+
+#: Objects looked into: what a field reads is near it, and a solve shall not walk through a data set.
+LIMIT = 5000
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+#: What every module has besides its parameters, buffers, modules and what its author put there.
+_OF_MODULES = frozenset(vars(torch.nn.Module()))
+#: Packages whose functions read no parameters of a user's.
+_LIBRARIES = ("torch", "pyflowkern")
+
+
+def parameters_of(
+    func: Any, slope: Tensor, given: Iterable[Tensor] | None, argument: Tensor | None = None
+) -> tuple[list[Tensor], int]:
+    """Return the tensors that a field depends on and that want gradients, those of the evaluation first.
+
+    Args:
+        func: the user's field.
+        slope: an evaluation, recorded by autograd: the leaves of its graph.
+        given: the user's own list, which counts alone.
+        argument: a leaf that the evaluation was computed from, which does not count.
+
+    Returns:
+        The tensors, and how many of them the evaluation (or the user) named.
+    """
+    if given is not None:
+        named = [p for p in given if p.requires_grad]
+        return named, len(named)
+    read = [leaf_node_variable(node) for node in leaf_nodes(slope)]
+    found = {id(p): p for p in read if p is not None and p is not argument}
+    count = len(found)
+    found.update({id(p): p for p in tensors_in(func) if id(p) not in found})
+    return list(found.values()), count
+
+
+# --- graphs --------------------------------------------------------------------------------------
+
+
+def leaf_node(leaf: Tensor) -> Any:
+    """Return the node of a graph that stands for a leaf."""
+    return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+def leaf_node_variable(node: Any) -> Tensor | None:
+    """Return the leaf that a node stands for, None for a node of another kind."""
+    leaf = getattr(node, "variable", None)
+    return leaf if isinstance(leaf, Tensor) else None
+
+
+def leaf_nodes(value: Tensor, stop: Iterable[Any] = ()) -> Iterator[Any]:
+    """Yield the nodes that a graph ends in.
+
+    Args:
+        value: where it starts.
+        stop: nodes not to go beyond.
+    """
+    if not value.requires_grad:
+        return
+    seen = set(stop)
+    todo = [torch.autograd.graph.get_gradient_edge(value).node]
+    for node in todo:
+        parents = node.next_functions
+        if not parents:
+            yield node
+        for parent, _ in parents:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+
+
+# --- fields --------------------------------------------------------------------------------------
+
+
+def tensors_in(func: Any) -> list[Tensor]:
+    """Return the leaves that want gradients and that a callable holds or may read.
+
+    Looked into are modules, closures, bound methods, ``functools.partial``, attributes, containers, and the globals
+    that the code of a function names; the nearest first, and :data:`LIMIT` objects at most.
+    """
+    found: list[Tensor] = []
+    seen: dict[int, Any] = {}
+    todo: deque[Any] = deque([func])
+    if not isinstance(func, (torch.nn.Module, *_FUNCTIONS)):
+        todo.append(type(func).__call__)
+    while todo and len(seen) < LIMIT:
+        thing = todo.popleft()
+        if isinstance(thing, _PLAIN) or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, Tensor):
+            if thing.requires_grad and thing.is_leaf:
+                found.append(thing)
+        else:
+            todo.extend(_parts(thing))
+    return found
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    """Return what an object holds."""
+    if isinstance(thing, torch.nn.Module):
+        return _parts_of_module(thing)
+    if isinstance(thing, types.MethodType):
+        return thing.__self__, thing.__func__
+    if isinstance(thing, types.FunctionType):
+        return _parts_of_function(thing)
+    if isinstance(thing, functools.partial):
+        return thing.func, *thing.args, *thing.keywords.values()
+    if isinstance(thing, Mapping):
+        return list(thing.values()) if len(thing) <= LIMIT else ()
+    if isinstance(thing, _SEQUENCES):
+        return thing if len(thing) <= LIMIT else ()
+    if isinstance(thing, types.ModuleType):
+        return ()
+    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    held = [getattr(thing, name, None) for name in slots if isinstance(name, str)]
+    return [*held, *getattr(thing, "__dict__", {}).values()]
+
+
+def _parts_of_module(module: torch.nn.Module) -> list[Any]:
+    parts: list[Any] = [*module._parameters.values(), *module._modules.values()]
+    parts += module._buffers.values()
+    parts += [value for name, value in vars(module).items() if name not in _OF_MODULES]
+    parts.append(type(module).forward)
+    return parts
+
+
+def _parts_of_function(function: types.FunctionType) -> list[Any]:
+    parts: list[Any] = [*vars(function).values(), *(function.__defaults__ or ())]
+    parts += (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            parts.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    if (function.__module__ or "").split(".")[0] in _LIBRARIES:
+        return parts
+    names, attributes = _names(function.__code__)
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.ModuleType):
+            if value.__name__.split(".")[0] not in _LIBRARIES:
+                parts += [vars(value)[a] for a in attributes if a in vars(value)]
+        else:
+            parts.append(value)
+    return parts
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the globals that a function reads, and all its names, those of functions defined inside included."""
+    names = {
+        i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    attributes = set(code.co_names)
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            more = _names(inner)
+            names |= more[0]
+            attributes |= more[1]
+    return frozenset(names), frozenset(attributes)

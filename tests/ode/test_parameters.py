@@ -1,0 +1,224 @@
+"""What a field depends on is found wherever it is, or its absence is an error: no gradient is lost in silence."""
+
+import functools
+import math
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from pyflowkern import ode
+from pyflowkern.ode import parameters
+
+WAYS = [
+    {"adjoint": adjoint, "control": control}
+    for adjoint, control in [
+        ("direct", "batch"), ("direct", "device"), ("direct", "sample"), ("continuous", "batch"),
+        ("continuous", "device"), ("reversible", "batch"),
+    ]
+]  # fmt: skip
+WAYS += [
+    {"adjoint": "direct", "checkpoint": False},
+    {"adjoint": "direct", "compat": "torchdiffeq"},
+]
+GLOBAL = nn.ParameterList([nn.Parameter(torch.tensor(v).double()) for v in (-1.0, -1.0)])
+
+
+def rates():
+    return nn.ParameterList([nn.Parameter(torch.tensor(v).double()) for v in (-1.0, -1.0)])
+
+
+def at(t):
+    """Which rate counts at a time; a batch reads both once one sample is late."""
+    return int((t > 0.5).any())
+
+
+def closure(held):
+    return held, lambda t, y: held[at(t)] * y
+
+
+def bound_method(held):
+    class Model:
+        def __init__(self):
+            self.parts = {"rates": [held]}
+
+        def slope(self, t, y):
+            return self.parts["rates"][0][at(t)] * y
+
+    return held, Model().slope
+
+
+def callable_object(held):
+    class Model:
+        __slots__ = ("inner",)
+
+        def __call__(self, t, y):
+            return self.inner[at(t)] * y
+
+    model = Model()
+    model.inner = tuple(held)
+    return held, model
+
+
+def partial(held):
+    return held, functools.partial(lambda all_of_them, t, y: all_of_them[at(t)] * y, list(held))
+
+
+def default(held):
+    return held, lambda t, y, *, held=held: held[at(t)] * y
+
+
+def read_from_globals(held):
+    return GLOBAL, lambda t, y: GLOBAL[at(t)] * y
+
+
+def attribute_of_a_python_module(held):
+    module = types.ModuleType("settings")
+    module.rates = held
+    code = "def field(t, y):\n    return settings.rates[int((t > 0.5).any())] * y"
+    scope = {"settings": module}
+    exec(code, scope)
+    return held, scope["field"]
+
+
+def module_with_a_plain_list(held):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = [list(held)]
+
+        def forward(self, t, y):
+            return self.plain[0][at(t)] * y
+
+    return held, Model()
+
+
+def wrapped(held):
+    def inner(t, y):
+        return held[at(t)] * y
+
+    @functools.wraps(inner)
+    def outer(*args):
+        return inner(*args)
+
+    return held, outer
+
+
+HOLDERS = [
+    closure, bound_method, callable_object, partial, default, read_from_globals,
+    attribute_of_a_python_module, module_with_a_plain_list, wrapped,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("holder", HOLDERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_parameter_that_is_first_read_later(holder, way):
+    """y' = a y, then b y from the middle on, both -1: the derivative by a and by b is y(1) / 2 each."""
+    held, field = holder(rates())
+    for p in held:
+        p.grad = None
+    settings = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4, "max_step": 0.2} | way
+    y = ode.odeint(field, torch.ones(1, 1).double(), [0.0, 0.5, 1.0], **settings)[-1]
+    y.sum().backward()
+    halves = [p.grad.item() for p in held]
+    assert sum(halves) == pytest.approx(math.exp(-1.0), rel=1e-3)
+    assert halves[0] == pytest.approx(halves[1], rel=0.1)  # stages of a step lie on either side
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("named", [False, True])
+def test_what_cannot_be_found_is_an_error_that_says_what_to_do(way, named, monkeypatch):
+    """A field too large to be looked through: as if its second rate were beyond the objects that are."""
+    first, late = rates()
+    monkeypatch.setattr(parameters, "LIMIT", 0)
+    settings = {"rtol": 1e-3, "atol": 1e-3} | way
+    if named:
+        settings["params"] = (first, late)
+    y = ode.odeint(
+        lambda t, y: (late if at(t) else first) * y,
+        torch.ones(1, 1).double(),
+        [0.0, 1.0],
+        **settings,
+    )[-1]
+    if named:
+        y.sum().backward()
+        assert late.grad.item() + first.grad.item() == pytest.approx(math.exp(-1.0), rel=1e-2)
+        return
+    with pytest.raises(RuntimeError, match="name all such tensors in params="):
+        torch.autograd.grad(y.sum(), first, create_graph=way["adjoint"] == "reversible")
+
+
+def test_what_is_held_but_not_read_costs_and_gets_nothing():
+    """A closure over a whole model: the continuous adjoint solves for what is read alone."""
+    first, _ = rates()
+    model = {"rate": first, "other": nn.Linear(50, 50)}
+
+    def field(t, y):
+        return model["rate"] * y
+
+    for adjoint in ("direct", "continuous", "reversible"):
+        ode.odeint(field, torch.ones(2).double(), [0.0, 1.0], adjoint=adjoint)[-1].sum().backward()
+        assert all(p.grad is None for p in model["other"].parameters())
+        assert first.grad.item() == pytest.approx(2 * math.exp(-1.0), rel=1e-5)
+        first.grad = None
+
+
+def test_cycles_and_large_containers_end():
+    loop = []
+    loop += [loop, list(range(10 * parameters.LIMIT)), {"again": loop}]
+    w = torch.ones((), requires_grad=True)
+    assert parameters.tensors_in(lambda t, y: (loop, w)) == [w]
+
+
+# --- fields that differentiate -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("own_mode", [False, True])
+def test_forces_from_energies(way, own_mode):
+    """x' = -d(w x^2 / 2)/dx = -w x from 1: the derivative by w is -e^-w."""
+    w = torch.tensor(2.0).double().requires_grad_()
+    calls = []
+
+    def force(t, x):
+        calls.append(1)
+        if own_mode:
+            with torch.enable_grad():
+                return slope(x)
+        return slope(x)
+
+    def slope(x):
+        x = x if x.requires_grad else x.requires_grad_()
+        return -torch.autograd.grad((w * x**2 / 2).sum(), x, create_graph=True)[0]
+
+    s = ode.solve(force, torch.ones(1, 1).double(), [0.0, 1.0], **way)
+    assert s.ok
+    assert abs(len(calls) - s.stats.evaluations) <= 2  # one finds the parameters, one finds out
+    s.ys[-1].sum().backward()
+    assert s.ys[-1].item() == pytest.approx(math.exp(-2), rel=1e-6)
+    assert w.grad.item() == pytest.approx(-math.exp(-2), rel=1e-5)
+    with torch.no_grad():
+        ys = ode.odeint(force, torch.ones(1, 1).double(), [0.0, 1.0], **way)
+    assert ys[-1].item() == pytest.approx(math.exp(-2), rel=1e-6)
+
+
+def test_other_errors_of_a_field_are_its_own():
+    def field(t, y):
+        raise RuntimeError("out of fuel")
+
+    with pytest.raises(RuntimeError, match="out of fuel"), torch.no_grad():
+        ode.odeint(field, torch.ones(1), [0.0, 1.0])
+
+
+def test_an_event_of_a_field_that_differentiates():
+    w = torch.tensor(2.0).double().requires_grad_()
+
+    def force(t, x):
+        x = x if x.requires_grad else x.requires_grad_()
+        return -torch.autograd.grad((w * x**2 / 2).sum(), x, create_graph=True)[0]
+
+    t, _ = ode.odeint_event(force, torch.ones(1).double(), 0.0, event_fn=lambda t, y: y[0] - 0.5)
+    t.backward()
+    assert t.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
+    assert w.grad.item() == pytest.approx(-math.log(2) / 4, rel=1e-6)
