@@ -132,7 +132,10 @@ def train(
       patience: 0            evaluations without progress before stopping; 0: never
       minutes: 0.0           stop after this long; 0: no limit
       max_bad_steps: 10      steps in a row with a non-finite loss before stopping
+      threads: 0             CPU threads; 0: one for a small flow, else all
       seed: 0
+
+    Ctrl-C, SIGTERM and SIGHUP end the run after the step that they come in, with a checkpoint to resume from.
     """  # noqa: D301
     from pyflowkern.train.config import ConfigError, TrainConfig
     from pyflowkern.train.runner import resume_config
@@ -167,7 +170,7 @@ def _merge(base: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> 
             raise ConfigError(f"--set wants NAME=VALUE, got {setting!r}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(f"--set {setting}: the value is not readable as YAML") from None
         if name in known:
             merged[name] = value

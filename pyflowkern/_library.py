@@ -9,16 +9,19 @@ pure-PyTorch reference.
 Environment variables, read at import:
 
 - ``PYFLOWKERN_DISABLE_KERNELS``: load no library, as if none had been built (unless it is empty or 0).
-- ``PYFLOWKERN_LIBRARY_DIR``: the folder to take the libraries from.
-- ``PYFLOWKERN_SIMD``: baseline, avx2 or avx512; the best that the processor has if it is not set.
+- ``PYFLOWKERN_LIBRARY_DIR``: the folder to take the libraries from.  Native code is loaded from there and runs with
+  the rights of the process: name only folders that nobody else can write to.
+- ``PYFLOWKERN_SIMD``: baseline, avx2 or avx512; the best that the processor has if it is not set, or set to another
+  word (which :func:`show_config` and a warning say) or to a level that the processor lacks.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -48,12 +51,14 @@ _served: dict[str, frozenset[str]] = {}
 #: Names of all ops with a schema, filled by their files.
 OPS: list[str] = []
 _errors: dict[str, str] = {}
+#: What was asked of ``PYFLOWKERN_SIMD`` in vain.
+_ignored = ""
 _force_reference = False
 
 
 def _candidates(name: str) -> Iterator[Path]:
     """Yield where the shared object may lie: next to this file, else in the installed wheel."""
-    if override := os.environ.get("PYFLOWKERN_LIBRARY_DIR"):
+    if override := _override():
         yield Path(override) / name
         return
     yield Path(__file__).parent / "lib" / name
@@ -80,11 +85,54 @@ def _load(device: str) -> None:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         _errors[device] = f"{path} could not be loaded by torch {torch.__version__}: {error}"
+        return
+    key = device.upper()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    served = frozenset(op for op in OPS if has_kernel(f"pyflowkern::{op}", key))
+    problem = _problem(device, path, served)
+    if problem or (_override() and device == "cuda" and "cpu" in _errors):
+        _errors[device] = problem or f"{path} lies beside a CPU library that cannot be used"
+        return
+    _loaded[device], _served[device] = path, served
+
+
+def _problem(device: str, path: Path, served: frozenset[str]) -> str | None:
+    """Return why a library that could be loaded must not be used."""
+    if not served:
+        return f"{path} is not pyflowkern's library: it holds no kernels of this package"
+    if device != "cpu":
+        return None
+    library = ctypes.CDLL(str(path))  # loaded already: this only asks for its names
+    if not hasattr(library, "pyflowkern_simd_level"):
+        return f"{path} is not pyflowkern's library: it has no SIMD levels"
+    if not hasattr(library, "pyflowkern_version"):
+        version = (
+            "an unknown version"  # beside this file or in a wheel, whose version has been compared
+        )
+        return f"{path} belongs to {version}, not to {__version__}" if _override() else None
+    library.pyflowkern_version.restype = ctypes.c_char_p
+    version = library.pyflowkern_version().decode()
+    return None if version == __version__ else f"{path} belongs to {version}, not to {__version__}"
+
+
+def _override() -> str:
+    return os.environ.get("PYFLOWKERN_LIBRARY_DIR", "")
+
+
+def _check_simd_variable() -> None:
+    """Keep, and warn of, a level that was asked for in vain; even where warnings are errors the import goes on."""
+    global _ignored
+    wanted = os.environ.get("PYFLOWKERN_SIMD", "")
+    if wanted and wanted not in SIMD_LEVELS:
+        _ignored = (
+            f"PYFLOWKERN_SIMD={wanted} is ignored: it must be one of {', '.join(SIMD_LEVELS)}"
+        )
+    elif wanted and "cpu" in _loaded and simd_level() != wanted:
+        _ignored = f"PYFLOWKERN_SIMD={wanted} is ignored: this processor or build has {simd_level()} at most"
     else:
-        _loaded[device] = path
-        key = device.upper()
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        _served[device] = frozenset(op for op in OPS if has_kernel(f"pyflowkern::{op}", key))
+        return
+    with suppress(Warning):
+        warnings.warn(_ignored, RuntimeWarning, stacklevel=2)
 
 
 def load() -> None:
@@ -98,6 +146,7 @@ def load() -> None:
         _errors["cuda"] = f"torch {torch.__version__} was built without CUDA"
     else:
         _load("cuda")
+    _check_simd_variable()
 
 
 def require_kernels(device: str = "cpu") -> None:
@@ -193,6 +242,10 @@ def show_config() -> str:
             lines.append(f"{device}: reference, because {_errors.get(device, 'not loaded')}")
     if _force_reference:
         lines.append("use_reference() is on: every op runs its reference")
+    if folder := _override():
+        lines.append(f"PYFLOWKERN_LIBRARY_DIR={folder}: libraries are taken from there alone")
+    if _ignored:
+        lines.append(_ignored)
     try:
         from pyflowkern import _C
     except ImportError as error:

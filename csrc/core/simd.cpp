@@ -53,3 +53,8 @@ extern "C" __attribute__((visibility("default"))) int pyflowkern_set_simd_level(
   if (level >= 0 && level <= pfk::supported_level()) pfk::current().store(level);
   return pfk::simd_level();
 }
+
+// Which release of the package the kernels belong to: Python refuses those of another one.
+extern "C" __attribute__((visibility("default"))) const char* pyflowkern_version() {
+  return PFK_VERSION;
+}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,23 @@ IMAGE_SUFFIXES = {
 LARGEST = torch.finfo(torch.float32).max
 
 
+def check_regular(path: Path) -> None:
+    """Raise DataError for a named pipe, a socket or a device, on which a read could wait for ever."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is not a regular file")
+
+
+def _unusable(text: str, value: float) -> str | None:
+    """Say why a number cannot be a value, ``text`` being how the file has it."""
+    if abs(value) <= LARGEST:
+        return None
+    if math.isfinite(value) or any(
+        digit in text for digit in "0123456789"
+    ):  # 1e999 is read as inf
+        return f"holds {text.strip()[:40]}, which is too large for float32 ({LARGEST:.2g} at most)"
+    return "holds NaN or inf"
+
+
 def _numbers(cells: list[str]) -> list[float] | None:
     try:
         return [float(cell) for cell in cells]
@@ -42,6 +61,7 @@ def read_table(path: Path) -> tuple[Tensor, list[str]]:
     """Read a comma-separated table of numbers; a first row without any number is its header."""
     rows: list[list[float]] = []
     header: list[str] = []
+    check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for line, cells in enumerate(csv.reader(file), start=1):
@@ -59,10 +79,11 @@ def read_table(path: Path) -> tuple[Tensor, list[str]]:
                     raise DataError(
                         f"{path}, row {line}: {len(numbers)} columns instead of {wanted}"
                     )
-                if not all(abs(number) <= LARGEST for number in numbers):  # false for NaN, too
-                    raise DataError(f"{path}, row {line}: holds NaN or inf")
+                for cell, number in zip(cells, numbers, strict=True):
+                    if not abs(number) <= LARGEST:  # false for NaN, too
+                        raise DataError(f"{path}, row {line}: {_unusable(cell, number)}")
                 rows.append(numbers)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, MemoryError) as error:
         raise DataError(f"{path}: not a readable table ({error})") from None
     if not rows:
         raise DataError(f"{path}: holds no rows of numbers")
@@ -75,11 +96,16 @@ def vector_set(path: Path, rows: Tensor, columns: list[str], seed: int) -> DataS
         raise DataError(f"{path}: needs 2 rows at least, has {len(rows)}")
     train, held_out = split_rows(len(rows), seed)
     mean, std = rows[train].double().mean(0), rows[train].double().std(0, correction=0)
-    constant = (std <= 1e-7 * mean.abs()).nonzero().flatten().tolist()
-    if constant:
-        raise DataError(
-            f"{path}, column {constant[0] + 1}: constant, so it has no density; leave it out"
-        )
+    smallest = torch.finfo(torch.float32).tiny
+    for column, (centre, spread) in enumerate(zip(mean.tolist(), std.tolist(), strict=True), 1):
+        if spread == 0 or spread <= 1e-7 * abs(centre):
+            raise DataError(
+                f"{path}, column {column}: constant, so it has no density; leave it out"
+            )
+        if spread < smallest:
+            raise DataError(
+                f"{path}, column {column}: its spread of {spread:.2g} is too small for float32; scale it up"
+            )
     return DataSet(
         str(path),
         rows[train],
@@ -100,12 +126,12 @@ def image_set(path: Path, images: Tensor, seed: int) -> DataSet:
 
 def read_array(path: Path) -> Tensor:
     """Read a ``.npy`` file of images (uint8, four axes) or vectors (real, two axes)."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path}: not a readable .npy file ({str(error).splitlines()[0]})"
-        ) from None
+    check_regular(path)
+    try:  # mapped: a header that promises more than the file holds is refused before memory is taken for it
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except Exception as error:  # a damaged file raises almost anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: not a readable .npy file ({reason})") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: is an archive of arrays (.npz), wants one array (.npy)")
     if array.size == 0:
@@ -115,18 +141,28 @@ def read_array(path: Path) -> Tensor:
             array = array.transpose(0, 3, 1, 2)
         if array.shape[1] not in (1, 3):
             raise DataError(f"{path}: images have 1 or 3 channels, got shape {list(array.shape)}")
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(_copied(path, array, np.uint8))
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise DataError(
             f"{path}: wants real [N, D] vectors or uint8 [N, C, H, W] images, "
             f"got {array.dtype} {list(array.shape)}"
         )
-    with np.errstate(over="ignore"):  # becomes inf, which is refused below
-        rows = array.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    rows = _copied(path, array, np.float32)
+    bad = np.argwhere(~np.isfinite(rows))
     if bad.size:
-        raise DataError(f"{path}, row {bad[0] + 1}: holds NaN or inf")
+        row, column = bad[0]
+        value = array[row, column]
+        raise DataError(f"{path}, row {row + 1}: {_unusable(str(value), float(value))}")
     return torch.from_numpy(rows)
+
+
+def _copied(path: Path, array: np.ndarray[Any, Any], dtype: type) -> np.ndarray[Any, Any]:
+    """Read a mapped array into memory; what float32 cannot hold becomes inf."""
+    try:
+        with np.errstate(over="ignore"):
+            return np.array(array, dtype=dtype, order="C")
+    except MemoryError:
+        raise DataError(f"{path}: {list(array.shape)} values are more than memory holds") from None
 
 
 def _square(image: Tensor, path: Path, size: int) -> Tensor:

@@ -65,10 +65,12 @@ def grid_patches(photo: Tensor, size: int) -> Tensor:
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as ``uint8 [3, H, W]``; DataError names the file when that fails."""
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        raise DataError(f"{path}: is not a regular file")
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file raises almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a readable image ({reason})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

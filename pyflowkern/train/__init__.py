@@ -3,5 +3,14 @@
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.module import FlowModule, TrainingDiverged
 from pyflowkern.train.runner import Run, train
+from pyflowkern.train.signals import TrainingInterrupted
 
-__all__ = ["ConfigError", "FlowModule", "Run", "TrainConfig", "TrainingDiverged", "train"]
+__all__ = [
+    "ConfigError",
+    "FlowModule",
+    "Run",
+    "TrainConfig",
+    "TrainingDiverged",
+    "TrainingInterrupted",
+    "train",
+]

@@ -1,8 +1,9 @@
-"""What happens after each evaluation: a row of metrics, a grid of samples, a look at the clock."""
+"""What happens during a run: metrics, checkpoints, a grid of samples, and the reasons to stop."""
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pyflowkern.data import step_seed
-from pyflowkern.train.checkpoint import write_atomic
+from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import score
-from pyflowkern.train.module import FlowModule, learning_rate
+from pyflowkern.train.module import FlowModule, learning_rate, seed_generators
 from pyflowkern.train.plots import image_grid, save_curve, save_grid
+from pyflowkern.train.signals import StopSignals, TrainingInterrupted
 
-__all__ = ["FIELDS", "Bar", "History", "SampleGrid", "StopEarly"]
+__all__ = ["FIELDS", "Bar", "EventLog", "History", "KeepLastAndBest", "SampleGrid", "StopEarly"]
 
 FIELDS = ("step", "train", "held_out", "lr", "skipped", "seconds")
+_LOG_EVERY = 10  #: steps between training scores in TensorBoard
 
 
 class History(Callback):
@@ -36,6 +39,7 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
         self._before = 0.0  # seconds of earlier processes
         self._start = time.monotonic()
+        self._next_curve = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Initialise from one batch and score the untrained flow."""
@@ -43,28 +47,56 @@ class History(Callback):
         if not self.rows:
             seed = module.config.seed
             rows = module.batches.batch(0).to(module.device)
-            torch.manual_seed(step_seed(seed, 0))
+            seed_generators(step_seed(seed, 0), module.device)
             with torch.no_grad():
                 train = float(module.scores(module.model, rows).mean())
             held_out = score(module.model, module.data.validation.to(module.device), seed=seed)
             self._append(module, train, float(held_out.mean()))
         self._start = time.monotonic()
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Give every tenth training score to TensorBoard, all of them where evaluations are closer."""
+        module = _flow_module(pl_module)
+        latest = module.latest_score
+        if latest is not None and module.step % min(_LOG_EVERY, module.config.every) == 0:
+            _log(trainer, "train", float(latest), module.step)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row."""
         module = _flow_module(pl_module)
-        self._append(module, module.take_round_mean(), float(trainer.callback_metrics["held_out"]))
+        held_out = float(trainer.callback_metrics["held_out"])
+        self._append(module, module.take_round_mean(), held_out)
+        _log(trainer, "held_out", held_out, module.step)
         limit = module.config.minutes * 60
         if limit and self.rows[-1]["seconds"] >= limit:
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the whole curve."""
+        self._draw_curve(_flow_module(pl_module))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Draw what was reached, unless it is the disk that fails."""
+        if self.rows and not isinstance(exception, OSError):
+            self._draw_curve(_flow_module(pl_module))
+
+    def _draw_curve(self, module: FlowModule) -> None:
+        """Draw the curve; not again before twenty times as long has passed, for in small runs it is what costs."""
+        start = time.monotonic()
+        save_curve(self.out / "curve.png", self.rows, module.unit)
+        end = time.monotonic()
+        self._next_curve = end + 20 * (end - start)
 
     def _append(self, module: FlowModule, train: float, held_out: float) -> None:
         seconds = self._before + time.monotonic() - self._start if self.rows else 0.0
         lr = learning_rate(module.config, max(0, module.step - 1))
         row = (module.step, train, held_out, lr, module.skipped, round(seconds, 2))
         self.rows.append(dict(zip(FIELDS, row, strict=True)))
-        write_atomic(self.out / "metrics.csv", self._write_csv)
-        save_curve(self.out / "curve.png", self.rows, module.unit)
+        write_atomic(self.out / "metrics.csv", self._table().encode())
+        if time.monotonic() >= self._next_curve:
+            self._draw_curve(module)
         if self.talk:
             print(
                 f"step {module.step:>6}/{module.config.steps}  train {train:.4f}  held out {held_out:.4f} {module.unit}"
@@ -72,11 +104,12 @@ class History(Callback):
                 flush=True,
             )
 
-    def _write_csv(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+    def _table(self) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, FIELDS)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far."""
@@ -86,6 +119,51 @@ class History(Callback):
         """Restore the rows so far."""
         self.rows = list(state_dict["rows"])
         self._before = self.rows[-1]["seconds"] if self.rows else 0.0
+
+
+class KeepLastAndBest(Checkpoint):
+    """Write ``last.ckpt`` after every evaluation and ``best.ckpt`` when the held-out score fell.
+
+    After a signal to stop, write ``last.ckpt`` and end the run: after the step that it came in, or after the
+    evaluation if that is due.  Lightning runs a Checkpoint after every other callback.
+    """
+
+    def __init__(self, out: Path, signals: StopSignals) -> None:
+        self.out, self.signals = out, signals
+        self.best = float("inf")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over, from Lightning too, which ends with exit code 0 and without a checkpoint."""
+        self.signals.install()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop between two evaluations if a signal came."""
+        module = _flow_module(pl_module)
+        evaluated_next = module.step % module.config.every == 0
+        if self.signals.received and not evaluated_next and module.step < module.config.steps:
+            trainer.save_checkpoint(self.out / "last.ckpt")
+            self._stop(module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is due, then stop if a signal came."""
+        score = float(trainer.callback_metrics["held_out"])
+        if score < self.best:  # false for NaN
+            self.best = score
+            trainer.save_checkpoint(self.out / "best.ckpt")
+        trainer.save_checkpoint(self.out / "last.ckpt")
+        self._stop(_flow_module(pl_module))
+
+    def _stop(self, module: FlowModule) -> None:
+        if self.signals.received and module.step < module.config.steps:
+            raise TrainingInterrupted(self.signals.received, module.step, str(self.out))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score so far."""
+        self.best = state_dict["best"]
 
 
 class SampleGrid(Callback):
@@ -106,25 +184,40 @@ class SampleGrid(Callback):
             trainer.logger.experiment.add_image("samples", grid, module.step)
 
 
-class StopEarly(EarlyStopping):
-    """Stop when the held-out score has not fallen for ``patience`` evaluations, and say so."""
+class StopEarly(Callback):
+    """Stop when the held-out score has not fallen for ``patience`` evaluations, and say so.
 
-    def __init__(self, patience: int) -> None:
-        super().__init__("held_out", patience=patience)
+    The rows of the history decide, so that a resumed run that had stopped is over at once.
+    """
+
+    def __init__(self, history: History, patience: int) -> None:
+        self.history, self.patience = history, patience
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a resumed run that had stopped be over."""
-        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
+        """Look at the evaluations of earlier processes."""
+        self.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the newest evaluation; the history is in front of this callback."""
+        trainer.should_stop = trainer.should_stop or self._reason() is not None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the reason, if this is what ended the run."""
-        value = float(trainer.callback_metrics.get("held_out", 0.0))
-        reason = f"has not fallen in {self.patience} evaluations"
-        if not math.isfinite(value):
-            reason = f"is {value}"
-        elif not self.stopped_epoch:
-            return
-        print(f"stopped at step {_flow_module(pl_module).step}: the held-out score {reason}")
+        if reason := self._reason():
+            step = _flow_module(pl_module).step
+            print(f"stopped at step {step}: the held-out score {reason}")
+
+    def _reason(self) -> str | None:
+        scores = [
+            row["held_out"] for row in self.history.rows[1:]
+        ]  # the first row is before training
+        if not scores:
+            return None
+        if not math.isfinite(scores[-1]):
+            return f"is {scores[-1]}"
+        if len(scores) - 1 - scores.index(min(scores)) >= self.patience:
+            return f"has not fallen in {self.patience} evaluations"
+        return None
 
 
 class Bar(TQDMProgressBar):
@@ -138,13 +231,32 @@ class Bar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what stands at the end of the bar."""
-        metrics = super().get_metrics(trainer, pl_module)
-        names = {"train": f"train {self.unit}", "held_out": f"held out {self.unit}"}
-        shown: dict[str, int | str | float | dict[str, float]] = {
-            "step": _flow_module(pl_module).step
-        }
-        shown.update((label, metrics[name]) for name, label in names.items() if name in metrics)
+        module = _flow_module(pl_module)
+        shown: dict[str, int | str | float | dict[str, float]] = {"step": module.step}
+        if module.latest_score is not None:
+            shown[f"train {self.unit}"] = float(module.latest_score)
+        if "held_out" in trainer.callback_metrics:
+            shown[f"held out {self.unit}"] = float(trainer.callback_metrics["held_out"])
         return shown
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard's files, written by the callbacks above alone, which know the step of the whole run.
+
+    Lightning counts the steps of this process, and its ``log_metrics`` hides what a full disk says.
+    """
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Leave out what Lightning would write."""
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Write a number."""
+        self.experiment.add_scalar(name, value, step)
+
+
+def _log(trainer: Trainer, name: str, value: float, step: int) -> None:
+    if isinstance(trainer.logger, EventLog):
+        trainer.logger.add(name, value, step)
 
 
 def _flow_module(module: LightningModule) -> FlowModule:

@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
+    "float": ((float,), "a number"),
     "str": ((str,), "text"),
     "dict[str, Any]": ((dict,), "a mapping of names to values"),
 }
@@ -29,12 +29,25 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 def _typed(name: str, value: Any, wanted: str) -> Any:
     """Return ``value`` if it is of the wanted type; YAML reads 1e-3 as text, which becomes a number here."""
     types, words = _TYPES[wanted]
-    if wanted == "float" and isinstance(value, str):
-        with suppress(ValueError):
+    if wanted == "float" and isinstance(value, str | int) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, types):
-        raise ConfigError(f"{name} must be {words}, got {value!r}")
+        raise ConfigError(f"{name} must be {words}, got {_shown(value)}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{name} must be below 2^63, got {_shown(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{name} must not hold a NUL character, got {_shown(value)}")
     return value
+
+
+def _shown(value: Any, longest: int = 80) -> str:
+    """Return ``value`` as a message shows it; Python refuses to print numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class TrainConfig:
     patience: int = 0  #: evaluations without progress before stopping early; 0: never
     max_bad_steps: int = 10  #: consecutive non-finite steps before stopping
     minutes: float = 0.0  #: stop after this long; 0: no limit
+    threads: int = 0  #: CPU threads; 0: one for a small flow, as many as PyTorch has for others
     seed: int = 0
 
     @classmethod
@@ -82,11 +96,11 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
         if config.lr > 1e3:  # AdamW moves every weight by as much: far on, float32 overflows
             raise ConfigError(f"lr must be at most 1000, got {config.lr}")
-        for name in ("warmup", "weight_decay", "patience", "minutes", "seed"):
+        for name in ("warmup", "weight_decay", "patience", "minutes", "threads", "seed"):
             if not 0 <= getattr(config, name) < float("inf"):
                 raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
-        if config.seed >= 2**63:
-            raise ConfigError(f"seed must be below 2^63, got {config.seed}")
+        if config.threads > 1024:
+            raise ConfigError(f"threads must be at most 1024, got {config.threads}")
         for name in ("ema", "final_lr"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
@@ -97,9 +111,13 @@ class TrainConfig:
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
         """Return the options of a YAML file."""
+        if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
+            raise ConfigError(
+                f"{path}: is a named pipe, wants a file"
+            )  # reading it could wait for ever
         try:
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"{path}: not a readable YAML file ({' '.join(str(error).split())})"
             ) from None

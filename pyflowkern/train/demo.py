@@ -11,8 +11,8 @@ import torch
 
 from pyflowkern._library import require_kernels
 from pyflowkern.data import load
-from pyflowkern.train.checkpoint import write_atomic
-from pyflowkern.train.config import TrainConfig
+from pyflowkern.train.config import ConfigError, TrainConfig
+from pyflowkern.train.files import write_atomic
 from pyflowkern.train.measure import peak_memory, step_seconds
 from pyflowkern.train.runner import Run, check_folder, resume_config, train
 
@@ -29,6 +29,7 @@ CONFIG = TrainConfig(
     ema=0.98,
 )
 ROUNDS = 8  #: evaluations of a demo
+_MEMORY_SECONDS = 20  #: what two processes of their own take to measure their memory, about
 CLOSING = 20.0  #: seconds kept for what follows training, and for being wrong about speed
 
 
@@ -69,27 +70,46 @@ def round_trip_error(run: Run, rows: int = 64) -> float:
 def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
     """Compare the paths, train, and print a short table; ``minutes`` is the budget of all of it."""
     start = time.monotonic()
+    if not 0 < minutes < 1e6:
+        raise ConfigError(f"minutes must be a number from 0 to 1000000, got {minutes}")
     check_folder(out)
     measured = out / "comparison.json"
     if resume and measured.exists() and (out / "config.yaml").exists():
-        config = resume_config(out)
-        stored = json.loads(measured.read_text())
-        comparison = Comparison(tuple(stored["seconds"]), tuple(stored["memory"]))
+        config, comparison = resume_config(out), _read_comparison(measured)
     else:
-        print("1/2  measuring a training step, kernels beside reference ...", flush=True)
+        if resume:
+            print(f"{out}: no demo to go on with; starting one", flush=True)
+        limit = minutes * 5
+        print(
+            "1/2  measuring a training step and its memory, kernels beside reference: "
+            f"about {limit + _MEMORY_SECONDS:.0f} s ...",
+            flush=True,
+        )
         config = replace(CONFIG, out=str(out))
-        comparison = compare(config, limit=minutes * 5)
+        comparison = compare(config, limit=limit)
         config = _planned(config, comparison, minutes * 60 - (time.monotonic() - start))
     g = config.flow_args
     print(
         f"2/2  training Glow ({g['levels']} levels x {g['steps']} steps, hidden {g['hidden']}) on 32x32 patches of "
-        f"five photographs,\n     {config.steps} steps of {config.batch_size}; two other photographs are held out",
+        f"five photographs,\n     {config.steps} steps of {config.batch_size}; two other photographs are held out; "
+        f"at most {config.minutes:.1f} minutes, a line every {config.every} steps",
         flush=True,
     )
-    write_atomic(measured, lambda path: path.write_text(json.dumps(asdict(comparison))))
+    write_atomic(measured, json.dumps(asdict(comparison)).encode())
     run = train(config, resume=resume, overwrite=True)
     print(report(run, comparison, time.monotonic() - start))
     return run
+
+
+def _read_comparison(path: Path) -> Comparison:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        (fast, slow), (small, large) = stored["seconds"], stored["memory"]
+        return Comparison((float(fast), float(slow)), (float(small), float(large)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: is damaged ({type(error).__name__}); start again without --resume"
+        ) from None
 
 
 def report(run: Run, comparison: Comparison, seconds: float) -> str:

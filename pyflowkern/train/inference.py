@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +14,84 @@ import torch
 from torch import Tensor
 
 from pyflowkern.data import DataError, load, read
-from pyflowkern.train.checkpoint import Trained, load_trained, write_atomic
+from pyflowkern.train.checkpoint import Trained, load_trained
 from pyflowkern.train.config import ConfigError
+from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import score
 from pyflowkern.train.plots import save_grid
+from pyflowkern.train.threads import limited_threads
 
 __all__ = ["evaluate_checkpoint", "save_samples"]
+
+
+#: Values that are drawn at a time; the flow needs some hundred times as many numbers meanwhile.
+_AT_ONCE = 2**20
+#: Bytes that a value takes until it is in a file: the sample, and what is made of it.
+_BYTES = {".png": 16, ".npy": 8, ".csv": 64}
 
 
 def save_samples(
     checkpoint: Path, out: Path, n: int, *, temperature: float = 1.0, seed: int = 0
 ) -> None:
-    """Draw ``n`` samples and write them as ``.png`` (images), ``.csv`` (vectors) or ``.npy`` (either)."""
+    """Draw ``n`` samples and write them as ``.png`` (images), ``.csv`` (vectors) or ``.npy`` (either).
+
+    Raises:
+        ConfigError: one line, for a checkpoint, a file name, a number or a temperature that cannot be used.
+        OSError: naming ``out`` if it cannot be written.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be a number from 0 on, got {temperature}")
     trained = load_trained(checkpoint)
+    suffix = out.suffix.lower()
     suffixes = (".png", ".npy") if trained.facts["bits"] is not None else (".csv", ".npy")
-    if out.suffix.lower() not in suffixes:
+    if suffix not in suffixes:
         raise ConfigError(f"{out}: these samples go to a {' or '.join(suffixes)} file")
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        samples = trained.model.sample(n, temperature=temperature)
-    if out.suffix.lower() == ".png":
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder, wants a file")
+    _check_memory(n, n * math.prod(trained.facts["shape"]) * _BYTES[suffix])
+    samples = _draw(trained, n, temperature, seed)
+    if suffix == ".png":
         save_grid(out, samples, trained.facts["levels"], columns=math.ceil(math.sqrt(n)))
-    elif out.suffix.lower() == ".npy":
-        write_atomic(out, lambda path: _write_array(path, samples))
+    elif suffix == ".npy":
+        write_atomic(out, _array(samples))
     else:
-        write_atomic(out, lambda path: _write_table(path, samples, trained.facts["columns"]))
+        write_atomic(out, _table(samples, trained.facts["columns"]).encode())
 
 
-def _write_array(path: Path, samples: Tensor) -> None:
-    with path.open("wb") as file:  # given a name, numpy appends .npy to .NPY
-        np.save(file, samples.numpy())
+def _check_memory(n: int, wanted: int) -> None:
+    """Refuse more samples than this machine could hold, before it tries to."""
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > present:
+        raise ConfigError(
+            f"{n} samples would need {wanted / 1e9:.3g} GB of memory, this machine has {present / 1e9:.3g} GB"
+        )
 
 
-def _write_table(path: Path, samples: Tensor, columns: list[str]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if columns:
-            writer.writerow(columns)
-        writer.writerows(samples.tolist())
+@torch.no_grad()
+def _draw(trained: Trained, n: int, temperature: float, seed: int) -> Tensor:
+    """Draw in parts, so that memory is needed for the samples and for a part of the flow's own numbers."""
+    shape = tuple(trained.facts["shape"])
+    part = min(n, max(1, _AT_ONCE // math.prod(shape)))
+    sizes = [min(part, n - start) for start in range(0, n, part)]
+    threads = trained.config.threads
+    with torch.random.fork_rng(), limited_threads(trained.model, part, shape, threads):
+        torch.manual_seed(seed)
+        return torch.cat([trained.model.sample(size, temperature=temperature) for size in sizes])
+
+
+def _array(samples: Tensor) -> memoryview:
+    buffer = io.BytesIO()
+    np.save(buffer, samples.numpy())
+    return buffer.getbuffer()
+
+
+def _table(samples: Tensor, columns: list[str]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    if columns:
+        writer.writerow(columns)
+    writer.writerows(samples.tolist())
+    return text.getvalue()
 
 
 def evaluate_checkpoint(
@@ -58,7 +100,10 @@ def evaluate_checkpoint(
     """Score the run's own held-out rows, or every row of other data."""
     trained = load_trained(checkpoint)
     rows = _rows(trained, source)
-    scores = score(trained.model, rows, seed=seed).double()
+    with limited_threads(
+        trained.model, 128, tuple(trained.facts["shape"]), trained.config.threads
+    ):
+        scores = score(trained.model, rows, seed=seed).double()
     return {
         "score": float(scores.mean()),
         "standard_error": float(scores.std(correction=0)) / math.sqrt(len(scores)),

@@ -100,8 +100,8 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
         arguments["bits"] = facts["bits"]
     try:
         flow = known[config.flow](shape if len(shape) > 1 else shape[0], **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
+    except (TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+        raise ConfigError(  # the last three: more weights than memory
             f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
         ) from None
     if flow.domain is not None and flow.preprocess is None:

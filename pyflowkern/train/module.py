@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyflowkern.data import Batches, DataSet, step_seed
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.model import DataFlow, data_facts
 
-__all__ = ["FlowModule", "TrainingDiverged", "learning_rate"]
+__all__ = ["FlowModule", "MovingAverage", "TrainingDiverged", "learning_rate", "seed_generators"]
+
+#: The tensors of a module and of its copy, a name in both, and whether it is a weight (else a buffer).
+_Slot = tuple[dict[str, Tensor], dict[str, Tensor], str, bool]
 
 
 class TrainingDiverged(RuntimeError):
@@ -40,15 +43,53 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def _warm_ema(decay: float) -> Any:
-    """EMA whose decay grows with the steps seen, so that a short run is not held at its start."""
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what a step draws from: ``torch.manual_seed``, which visits every kind of device, costs more than a step."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+class MovingAverage(nn.Module):
+    """An exponential moving average of a module's weights, and a copy of its buffers.
+
+    After step ``n`` the average is ``d * average + (1 - d) * weights`` with ``d = min(decay, (1 + n) / (10 + n))``:
+    the decay grows with the steps seen, so that a short run is not held at its start.  The state is that of
+    ``torch.optim.swa_utils.AveragedModel``, whose update walks through all modules and takes as long as a small
+    flow's whole step.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = deepcopy(model)
+        self.decay = decay
+        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long))
+        self._slots = [*self._matching(model, "_parameters"), *self._matching(model, "_buffers")]
+
+    def _matching(self, model: nn.Module, kind: str) -> Iterator[_Slot]:
+        """Yield where each tensor of both modules stands; the tensors themselves may be replaced by others."""
+        for mine, theirs in zip(self.module.modules(), model.modules(), strict=True):
+            for name, tensor in getattr(mine, kind).items():
+                if tensor is not None:
+                    yield getattr(mine, kind), getattr(theirs, kind), name, kind == "_parameters"
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], seen: Tensor | int) -> None:
-        n = float(seen)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+    def update(self) -> None:
+        """Take one more step's weights into the average."""
+        averaged, current = [], []
+        seen = int(self.n_averaged)
+        for mine, theirs, name, is_weight in self._slots:
+            if is_weight and seen:
+                averaged.append(mine[name])
+                current.append(theirs[name])
+            else:
+                mine[name].copy_(theirs[name])
+        if averaged:
+            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + seen) / (10 + seen)))
+        self.n_averaged.add_(1)
 
 
 class _Round(IterableDataset[Tensor]):
@@ -77,7 +118,7 @@ class FlowModule(LightningModule):
         self.automatic_optimization = False
         self.config, self.data, self.model = config, data, model
         self.batches = Batches(data, config.batch_size, config.seed)
-        self.averaged = AveragedModel(model, multi_avg_fn=_warm_ema(config.ema))
+        self.averaged = MovingAverage(model, config.ema)
         self.step = 0  #: batches seen, skipped ones included
         self.skipped = 0
         self.bad_in_a_row = 0
@@ -87,7 +128,8 @@ class FlowModule(LightningModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return the batches up to the next evaluation; the trainer asks anew after each."""
-        steps = range(self.step, min(self.step + self.config.every, self.config.steps))
+        every = self.config.every
+        steps = range(self.step, min((self.step // every + 1) * every, self.config.steps))
         return DataLoader(_Round(self.batches, steps), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -95,9 +137,11 @@ class FlowModule(LightningModule):
         return DataLoader(list(self.data.validation.split(128)), batch_size=None)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the trained weights."""
+        """AdamW over the trained weights, as one call for all of them."""
         decay = self.config.weight_decay
-        return torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, weight_decay=decay)
+        return torch.optim.AdamW(
+            self.model.parameters(), lr=self.config.lr, weight_decay=decay, fused=True
+        )
 
     def scores(self, model: DataFlow, rows: Tensor) -> Tensor:
         """Return each row's bits/dim for images, nats for vectors."""
@@ -106,7 +150,7 @@ class FlowModule(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Take one step, or skip it if its loss or gradient is not finite."""
-        torch.manual_seed(step_seed(self.config.seed, self.step))
+        seed_generators(step_seed(self.config.seed, self.step), self.device)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
@@ -114,21 +158,25 @@ class FlowModule(LightningModule):
         scores = self.scores(self.model, batch).mean()
         loss = scores if self.data.is_image else scores / batch[0].numel()
         self.manual_backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
         self.step += 1
         if not bool(loss.isfinite() & norm.isfinite()):
             self._skip(optimizer)
             return
         self.bad_in_a_row = 0
         optimizer.step()
-        self.averaged.update_parameters(self.model)
+        self.averaged.update()
         self._round.append(scores.detach())
-        self.log("train", scores.detach(), prog_bar=True)
+
+    @property
+    def latest_score(self) -> Tensor | None:
+        """The score of the latest batch since the last evaluation."""
+        return self._round[-1] if self._round else None
 
     def take_round_mean(self) -> float:
         """Return the mean training score since the last call."""
         scores, self._round = self._round, []
-        return float(torch.stack(scores).mean()) if scores else math.nan
+        return float(torch.stack([s.cpu() for s in scores]).mean()) if scores else math.nan
 
     def _skip(self, optimizer: Any) -> None:
         optimizer.zero_grad()
@@ -149,7 +197,7 @@ class FlowModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Give every evaluation the same dequantisation noise."""
-        torch.manual_seed(self.config.seed)
+        seed_generators(self.config.seed, self.device)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Score held-out rows with the averaged weights."""
@@ -157,14 +205,18 @@ class FlowModule(LightningModule):
         self.log("held_out", scores.mean(), prog_bar=True, batch_size=len(batch))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilds the flow and where the run stands."""
+        """Add what rebuilds the flow and where the run stands; Lightning's own counters are not needed."""
+        checkpoint.pop("loops", None)
         checkpoint["pyflowkern"] = {
             "config": self.config.to_dict(),
             "data": self.facts,
             "unit": self.unit,
             "progress": [self.step, self.skipped, self.bad_in_a_row],
+            "scores": [float(score) for score in self._round],  # since the last evaluation
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint stands."""
-        self.step, self.skipped, self.bad_in_a_row = checkpoint["pyflowkern"]["progress"]
+        own = checkpoint["pyflowkern"]
+        self.step, self.skipped, self.bad_in_a_row = own["progress"]
+        self._round = [torch.tensor(score) for score in own.get("scores", [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyflowkern.train.checkpoint import write_atomic
+from pyflowkern.train.files import write_atomic
 
 __all__ = ["image_grid", "save_curve", "save_grid"]
 
@@ -39,7 +40,9 @@ def save_grid(
     picture = np.ascontiguousarray(image_grid(images, levels, columns).permute(1, 2, 0).numpy())
     size = (picture.shape[1] * zoom, picture.shape[0] * zoom)
     enlarged = Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
-    write_atomic(path, enlarged.save)
+    buffer = io.BytesIO()
+    enlarged.save(buffer, "PNG")
+    write_atomic(path, buffer.getbuffer())
 
 
 def save_curve(path: Path, history: list[dict[str, float]], unit: str) -> None:
@@ -60,4 +63,6 @@ def save_curve(path: Path, history: list[dict[str, float]], unit: str) -> None:
     axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomic(path, buffer.getbuffer())

@@ -7,25 +7,31 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from pyflowkern.data import DataSet, load
-from pyflowkern.train.callbacks import Bar, History, SampleGrid, StopEarly
-from pyflowkern.train.checkpoint import (
-    AtomicCheckpointIO,
+from pyflowkern.train.callbacks import (
+    Bar,
+    EventLog,
+    History,
     KeepLastAndBest,
-    load_checkpoint,
-    write_atomic,
+    SampleGrid,
+    StopEarly,
 )
+from pyflowkern.train.checkpoint import CheckpointIO, check_resumable
 from pyflowkern.train.config import ConfigError, TrainConfig
+from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import build
 from pyflowkern.train.module import FlowModule
+from pyflowkern.train.signals import StopSignals
+from pyflowkern.train.threads import limited_threads
 
 __all__ = ["Run", "check_folder", "resume_config", "train"]
+
+#: What an earlier run leaves, beside TensorBoard's logs.
+_LEFT = ("last.ckpt", "best.ckpt", "metrics.csv", "curve.png", "samples.png")
 
 
 @dataclass(frozen=True)
@@ -60,81 +66,116 @@ def train(
 ) -> Run:
     """Train and write ``last.ckpt``, ``best.ckpt``, ``metrics.csv``, ``curve.png`` and, for images, ``samples.png``.
 
-    Nothing is written before the data and the flow have been found good.
+    Nothing is written before the data, the flow and a checkpoint to go on from have been found good.  SIGINT (Ctrl-C),
+    SIGTERM and SIGHUP end the run after the step that they come in, with a checkpoint; a second one ends it at once.
 
     Args:
         config: The options of the run.
         data: The data; loaded from ``config.data`` when not given.
-        resume: Go on from ``last.ckpt`` in ``config.out``, if one was written.
-        overwrite: Allow ``config.out`` to hold another run already.
+        resume: Go on from ``last.ckpt`` in ``config.out``, or from ``best.ckpt`` if that is gone; from the start if
+            the run ended before its first checkpoint.
+        overwrite: Allow ``config.out`` to hold another run already, whose files are removed.
+
+    Raises:
+        ConfigError: one line, for options or a checkpoint that cannot be used.
+        DataError: one line, for data that cannot be used.
+        TrainingDiverged: when too many steps in a row were not finite.
+        TrainingInterrupted: after a signal.
+        OSError: naming the file that could not be written.
 
     Example:
         >>> train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
     """
     out = Path(config.out)
-    last = out / "last.ckpt"
     check_folder(out)
-    if last.exists() and not (resume or overwrite):
+    if not (resume or overwrite) and any((out / name).exists() for name in _LEFT[:2]):
         raise ConfigError(
             f"{out}: holds a run already; resume it, overwrite it or name another folder"
         )
     data = data or load(config.data, size=config.size, seed=config.seed)
-    checkpoint = last if resume and last.exists() else None
+    checkpoint = _checkpoint_of(out) if resume else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         module = FlowModule(config, data, build(config, data))
-    if checkpoint:
-        _check_same_data(checkpoint, module)
-    elif last.exists():
-        last.unlink()
-    write_atomic(
-        out / "config.yaml", lambda path: path.write_text(config.to_yaml(), encoding="utf-8")
-    )
-    return _fit(module, out, checkpoint)
+    done = check_resumable(checkpoint, module) if checkpoint else 0
+    try:
+        if not checkpoint:
+            _remove_run(out)
+        write_atomic(out / "config.yaml", config.to_yaml().encode())
+        with limited_threads(module.model, config.batch_size, data.shape, config.threads):
+            return _fit(module, out, checkpoint, done)
+    except OSError as error:  # TensorBoard's do not say which file
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(out)) from None
 
 
-def _check_same_data(checkpoint: Path, module: FlowModule) -> None:
-    stored = load_checkpoint(checkpoint)["pyflowkern"]["data"]
-    if stored["fingerprint"] != module.facts["fingerprint"]:
+def _checkpoint_of(out: Path) -> Path | None:
+    """Return where a run goes on from, None for one that ended before its first checkpoint; say what is unusual."""
+    last, best = (out / name for name in _LEFT[:2])
+    if last.exists():
+        return last
+    if best.exists():
+        print(f"{last} is gone; going on from {best}, which may be older", flush=True)
+        return best
+    if (out / "tensorboard").exists() and _reached(out / "metrics.csv") > 0:
         raise ConfigError(
-            f"{checkpoint}: was trained on other data than {module.data.name} holds now"
+            f"{out}: last.ckpt and best.ckpt are gone, so there is nothing to go on from; "
+            "start again with --overwrite"
         )
+    if (out / "config.yaml").exists():
+        print(f"{out}: no checkpoint was written yet; starting at step 0", flush=True)
+    return None
 
 
-def _fit(module: FlowModule, out: Path, checkpoint: Path | None) -> Run:
+def _reached(metrics: Path) -> int:
+    """Return the step of the last evaluation that a run wrote down."""
+    try:
+        return int(metrics.read_text(encoding="utf-8").splitlines()[-1].split(",")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _remove_run(out: Path) -> None:
+    """Remove what an earlier run left, so that nothing of it is taken for this run's."""
+    for path in (*(out / name for name in _LEFT), *(out / "tensorboard").glob("events.*")):
+        path.unlink(missing_ok=True)
+
+
+def _fit(module: FlowModule, out: Path, checkpoint: Path | None, done: int) -> Run:
     config = module.config
     bar = sys.stderr.isatty()
+    signals = StopSignals()
     history = History(out, talk=not bar)
-    callbacks: list[Callback] = [history, KeepLastAndBest(out)]
+    callbacks: list[Callback] = [history, KeepLastAndBest(out, signals)]
     if module.data.is_image:
         callbacks.append(SampleGrid(out))
     if config.patience:
-        callbacks.append(StopEarly(config.patience))
+        callbacks.append(StopEarly(history, config.patience))
     if bar:
         callbacks.append(Bar(module.unit))
-    done: dict[str, Any] = (
-        load_checkpoint(checkpoint)["pyflowkern"] if checkpoint else {"progress": [0]}
-    )
-    logger = TensorBoardLogger(out, name="tensorboard", version="", purge_step=done["progress"][0])
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # an "epoch" of Lightning is the steps up to the next evaluation; it counts those of this process alone
+    rounds = -(-config.steps // config.every) - done // config.every if done < config.steps else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = Trainer(
-            max_epochs=-(
-                -config.steps // config.every
-            ),  # an "epoch" is the steps between evaluations
+            max_epochs=rounds,
             reload_dataloaders_every_n_epochs=1,
             accelerator="auto",
             devices=1,
             precision=config.precision,  # type: ignore[arg-type]
-            plugins=[AtomicCheckpointIO()],
+            plugins=[CheckpointIO()],
             callbacks=callbacks,
-            logger=logger,
-            log_every_n_steps=min(10, config.every),
+            logger=EventLog(out, name="tensorboard", version="", purge_step=done),
             num_sanity_val_steps=0,
             enable_model_summary=False,
             enable_progress_bar=bar,
         )
-        trainer.fit(module, ckpt_path=checkpoint)
+        signals.install()
+        try:
+            trainer.fit(module, ckpt_path=checkpoint)
+        finally:
+            signals.restore()
     return Run(module, history.rows, out)

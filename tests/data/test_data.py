@@ -1,5 +1,7 @@
 """Named sets, files of the user's own, and which rows a step sees."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,24 @@ def _text(text):
     return lambda path: path.write_text(text)
 
 
+def _pipe_in_folder(path):
+    path.mkdir()
+    os.mkfifo(path / "x.png")
+
+
+def _petabyte(path, shape=(10**14, 2)):
+    """A header that promises 728 TiB, and no data."""
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
+def _sparse(path):
+    """A file as long as its header promises, which takes no room on the disk."""
+    _petabyte(path, (10**12, 2))
+    os.truncate(path, path.stat().st_size + 8 * 10**12)
+
+
 NAN = np.ones((5, 2))
 NAN[3, 1] = np.nan
 
@@ -143,7 +163,30 @@ BAD_DATA = {
     "word": ("t.csv", _text("a,b\n1,2\n3,four\n"), "t.csv, row 3: 'four' is not a number"),
     "short row": ("t.csv", _text("1,2\n3\n"), "t.csv, row 2: 1 columns instead of 2"),
     "nan": ("t.csv", _text("1,2\n3,4\n5,nan\n"), "t.csv, row 3: holds NaN or inf"),
-    "too large": ("t.csv", _text("1,2\n1e39,4\n"), "t.csv, row 2: holds NaN or inf"),
+    "too large": (
+        "t.csv",
+        _text("1,2\n1e39,4\n"),
+        "t.csv, row 2: holds 1e39, which is too large for float32 (3.4e+38 at most)",
+    ),
+    "beyond float64": ("t.csv", _text("1,2\n-1e999,4\n"), "row 2: holds -1e999, which is too"),
+    "inf": ("t.csv", _text("1,2\n3,-inf\n"), "t.csv, row 2: holds NaN or inf"),
+    "array too large": ("a.npy", _save(np.array([[1.0], [-1e39]])), "row 2: holds -1e+39, which"),
+    "array inf": ("a.npy", _save(np.array([[1.0], [np.inf]])), "a.npy, row 2: holds NaN or inf"),
+    "narrow": (
+        "t.csv",
+        _text("1,0\n2,1e-44\n3,0\n4,2e-44\n"),
+        "t.csv, column 2: its spread of",
+    ),
+    "named pipe": ("t.csv", os.mkfifo, "t.csv: is not a regular file"),
+    "pipe of an array": ("a.npy", os.mkfifo, "a.npy: is not a regular file"),
+    "pipe of an image": ("folder", _pipe_in_folder, "x.png: is not a regular file"),
+    "petabyte": ("a.npy", _petabyte, "a.npy: not a readable .npy file"),
+    "sparse petabyte": ("a.npy", _sparse, "values are more than memory holds"),
+    "damaged archive": (
+        "a.npy",
+        lambda path: path.write_bytes(b"PK\x03\x04" + b"x" * 50),
+        "a.npy: not a readable",
+    ),
     "one row": ("t.csv", _text("1,2\n"), "t.csv: needs 2 rows"),
     "constant": ("t.csv", _text("1,2\n1,3\n1,4\n"), "t.csv, column 1: constant"),
     "binary csv": (

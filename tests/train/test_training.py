@@ -14,10 +14,10 @@ import yaml
 
 from pyflowkern.data import DataSet
 from pyflowkern.train import FlowModule, TrainConfig, TrainingDiverged, train
-from pyflowkern.train.checkpoint import load_checkpoint, load_trained, write_atomic
+from pyflowkern.train.checkpoint import load_checkpoint, load_trained
 from pyflowkern.train.config import ConfigError
 from pyflowkern.train.model import build, score
-from pyflowkern.train.module import _warm_ema
+from pyflowkern.train.module import MovingAverage
 
 TINY = {
     "data": "digits",
@@ -136,32 +136,6 @@ def test_resume_after_kill_9_is_exact(finished, tmp_path):
     assert_same_run(finished.out, tmp_path)
 
 
-def test_killed_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "last.ckpt"
-    path.write_text("old")
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from pyflowkern.train.checkpoint import write_atomic\n"
-        "def write(path):\n"
-        "    path.write_text('ne'); print('writing', flush=True); time.sleep(60)\n"
-        f"write_atomic(Path({str(path)!r}), write)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout.readline() == "writing\n"
-        os.kill(run.pid, signal.SIGKILL)
-    assert path.read_text() == "old"
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(tmp_path / "x.csv", fail)
-    assert not list(tmp_path.iterdir())
-
-
 def test_resuming_a_finished_run_changes_nothing(finished):
     before = load_checkpoint(finished.out)["state_dict"]
     again = train(config(finished.out), resume=True)
@@ -207,14 +181,40 @@ def test_training_stops_when_nothing_is_finite_any_more(tmp_path, monkeypatch):
 
 
 def test_ema_is_the_documented_average():
-    weights = [torch.tensor([float(i)]) for i in range(40)]
-    averaged, update = [weights[0].clone()], _warm_ema(0.7)
+    model = torch.nn.BatchNorm1d(1)  # weights and buffers, a count among them
+    average = MovingAverage(model, decay=0.7)
     expected = 0.0
-    for n, weight in enumerate(weights[1:], start=1):
-        update(averaged, [weight], torch.tensor(n))
-        decay = min(0.7, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * float(weight)
-    assert float(averaged[0]) == pytest.approx(expected, rel=1e-6)
+    for n in range(40):
+        with torch.no_grad():
+            model.weight.fill_(float(n))
+        model.running_mean = torch.tensor([float(n)])  # another tensor, as .to() puts it there
+        model.num_batches_tracked += 1
+        average.update()
+        decay = min(0.7, (1 + n) / (10 + n)) if n else 0.0
+        expected = decay * expected + (1 - decay) * n
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert float(average.module.running_mean) == 39
+    assert int(average.module.num_batches_tracked) == 40
+    assert average.module.running_mean is not model.running_mean
+
+
+def test_the_average_is_that_of_torch_and_has_its_state():
+    model = torch.nn.Linear(3, 2)
+
+    def warm(averaged, current, seen):
+        n = float(seen)
+        torch._foreach_lerp_(averaged, current, 1 - min(0.9, (1 + n) / (10 + n)))
+
+    theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=warm)
+    ours = MovingAverage(model, decay=0.9)
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.normal_()
+        theirs.update_parameters(model)
+        ours.update()
+    expected, state = theirs.state_dict(), ours.state_dict()
+    assert expected.keys() == state.keys(), "checkpoints of earlier versions would not load"
+    assert all(torch.equal(expected[name], state[name]) for name in state)
 
 
 def test_ema_differs_from_the_weights_and_is_what_is_loaded(finished):

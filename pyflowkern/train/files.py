@@ -1,0 +1,82 @@
+"""Files that are whole or absent, whenever the process dies and whatever else lies in the folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["write_atomic"]
+
+_PREFIX, _SUFFIX = ".pyflowkern-", ".tmp"
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` to ``path``, so that a reader finds the old file or the new one and never a part.
+
+    The data goes to a temporary file beside ``path``, is flushed to the disk and then renamed.  The temporary name
+    is random and is opened only if nothing has it, so that a link which someone else put there is never followed.
+    A process that is killed while it writes leaves its temporary file; the next write into the folder removes it.
+
+    Raises:
+        OSError: naming ``path``, for a full disk, a folder without permission and the like.
+
+    Example:
+        >>> write_atomic(Path("scores.txt"), b"1.5")
+        >>> Path("scores.txt").read_text()
+        '1.5'
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        _write(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    temporary, handle = _open_temporary(path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)  # while the file is still locked
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _open_temporary(folder: Path) -> tuple[Path, int]:
+    """Create a file under a random name and lock it; the lock says that its writer is alive."""
+    while True:
+        temporary = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(temporary, flags, 0o666)
+        with suppress(OSError):  # a file system without locks: nothing is removed there either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.lstat(temporary)):
+                return temporary, handle
+        os.close(handle)  # another process took it for abandoned before it was locked
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove temporary files whose writers are dead: nobody holds their locks."""
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):  # removed by another process, or not ours to open
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if stat.S_ISREG(os.fstat(handle).st_mode):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(handle)

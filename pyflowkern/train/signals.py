@@ -1,0 +1,58 @@
+"""Stopping a run from outside: finish the step, write a checkpoint, say so, exit as the signal asks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+__all__ = ["StopSignals", "TrainingInterrupted"]
+
+
+class TrainingInterrupted(RuntimeError):
+    """A signal ended the run after a checkpoint was written.
+
+    ``exit_code`` is what a shell reports for a process that this signal ended: 130 for SIGINT (Ctrl-C), 143 for
+    SIGTERM, 129 for SIGHUP.
+    """
+
+    def __init__(self, number: signal.Signals, step: int, out: str) -> None:
+        super().__init__(
+            f"stopped by {number.name} after step {step}; go on with: pyflowkern train --resume {out}"
+        )
+        self.exit_code = 128 + number
+
+
+class StopSignals:
+    """Remember that SIGINT, SIGTERM or SIGHUP came, for the trainer to look at between two steps.
+
+    The first signal is remembered; a second one ends the process at once.  A signal that the caller ignores stays
+    ignored, as ``nohup`` wants it.  Threads other than the main one cannot have handlers: there nothing changes.
+    """
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over from whoever has them; called again, from who took them since."""
+        if self.received or threading.current_thread() is not threading.main_thread():
+            return
+        for number in self._NUMBERS:
+            current = signal.getsignal(number)
+            if current not in (signal.SIG_IGN, None):
+                self._before.setdefault(number, current)
+                signal.signal(number, self._remember)
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
