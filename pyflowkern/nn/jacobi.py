@@ -10,9 +10,12 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_floating
 from pyflowkern.core.dtypes import accumulation_dtype
+from pyflowkern.core.first_derivative import first_derivative_only
 from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
 
 __all__ = ["jacobi_inverse"]
+
+_FIRST_DERIVATIVES = "jacobi_inverse has first derivatives alone: differentiate the forward direction twice, or use a MaskedMLP"
 
 Network = Callable[[Tensor], Tensor]
 
@@ -142,7 +145,7 @@ class _Implicit(torch.autograd.Function):
         residual, x = ctx.saved_tensors
         v = _Implicit.solve(grad.detach(), x, *ctx.plan)
         if torch.is_grad_enabled():
-            v = _FirstAlone.apply(v, grad, residual)  # type: ignore[no-untyped-call]
+            v = first_derivative_only(v, (grad, residual), _FIRST_DERIVATIVES)
         return v, None, None, None, None, None
 
     @staticmethod
@@ -164,24 +167,6 @@ class _Implicit(torch.autograd.Function):
             return moved
 
         return _iterate(step, grad / diagonal, tolerance, steps)
-
-
-class _FirstAlone(torch.autograd.Function):
-    """The identity of ``v``, through which nothing that ``v`` depends on can be reached.
-
-    The residual leads to ``z`` and to all parameters: torch's ``once_differentiable`` sees the upstream gradient alone,
-    and would let a wrong second derivative pass where that is a constant.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, *causes: Tensor) -> Tensor:
-        return v.view_as(v)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "jacobi_inverse has first derivatives alone: differentiate the forward direction twice, or use a MaskedMLP"
-        )
 
 
 def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, tolerance: float, steps: int) -> Tensor:

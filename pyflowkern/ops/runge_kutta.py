@@ -26,6 +26,7 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_floating, check_same_device
 from pyflowkern.core.register import register
+from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "MAX_SEGMENTS",
@@ -174,12 +175,14 @@ def rk_error_reference(
     return largest if rows else largest[0]
 
 
-def _change(y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Tensor) -> Tensor:
-    total = torch.zeros_like(y)
-    for weight, slope in zip(weights, slopes, strict=False):
-        if weight != 0:
-            total = torch.add(total, slope, alpha=weight)
-    return total * (_column(step, y) if isinstance(step, Tensor) else step)
+def _change(
+    like: Tensor, slopes: Tensor, weights: Tensor | Sequence[float], step: float | Tensor
+) -> Tensor:
+    """Return ``h sum_i w_i k_i``; a slope whose weight is zero is not read, whatever it holds."""
+    w = weights if isinstance(weights, Tensor) else _host(weights)
+    w = w.to(like).view(-1, *[1] * like.dim())
+    total = torch.where(w == 0, 0.0, w * slopes[: len(w)]).sum(0)
+    return total * (_column(step, like) if isinstance(step, Tensor) else step)
 
 
 def _column(step: Tensor, y: Tensor) -> Tensor:
@@ -283,19 +286,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Plain PyTorch, and so differentiable again: the slopes' gradient is an outer product."""
     slopes, weights, steps = ctx.saved_tensors
-    h = ctx.step if steps is None else _column(steps, grad)
-    w = weights.to(grad).view(-1, *[1] * grad.dim())
-    grad_slopes = grad_steps = None
-    if ctx.needs_input_grad[1]:
-        rest = slopes.new_zeros(slopes.shape[0] - w.shape[0], *grad.shape)
-        grad_slopes = torch.cat([torch.where(w == 0, 0.0, w * (grad * h)), rest])
-    if steps is not None and ctx.needs_input_grad[4]:
-        change = torch.where(w == 0, 0.0, w * slopes[: w.shape[0]]).sum(0)
-        through = (grad * change).to(steps.dtype)
-        axes = list(range(steps.dim(), grad.dim()))
-        grad_steps = through.sum(axes) if axes else through
+
+    def change(slopes: Tensor, steps: Tensor | None) -> Tensor:
+        return _change(grad, slopes, weights, ctx.step if steps is None else steps)
+
+    grad_slopes, grad_steps = gradient_of_reference(change, (slopes, steps), (grad,))
     return grad, grad_slopes, None, None, grad_steps
 
 
