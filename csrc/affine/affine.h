@@ -9,6 +9,8 @@
 // replaces s by 1/s and so serves the inverse direction and dividing layers alike.
 #pragma once
 
+#include <cfloat>
+
 #include "core/math.h"
 
 // Plain data is the same for every SIMD level: it lives outside their namespaces.
@@ -19,6 +21,7 @@ constexpr int kScaleKinds = 7;
 
 enum AffineFlags : int { kInverse = 1, kSwap = 2, kShiftFirst = 4, kDivide = 8, kFromOutput = 16 };
 
+// No upper limit is the largest finite number: files of compiled graphs hold no infinity.
 struct ScaleNumbers {
   double clamp, gain, offset, eps, max_scale;
 };
@@ -75,7 +78,7 @@ PFK_HD AffineMap<T> affine_map(const ScaleNumbers& n, int flags) {
           T(n.gain),
           T(n.offset),
           T(n.eps),
-          T(n.max_scale),
+          T(n.max_scale < DBL_MAX ? n.max_scale : double(INFINITY)),
           inverse != divide ? T(-1) : T(1),
           inverse,
           inverse != divide,

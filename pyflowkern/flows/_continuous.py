@@ -16,7 +16,7 @@ from torch import Tensor
 from pyflowkern import ode, ops
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.flows._arguments import as_count, check_flags
-from pyflowkern.flows._rescue import Dynamics, check_compiler, guarded, rows_like, solve_rows
+from pyflowkern.flows._rescue import Dynamics, check_export, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
 from pyflowkern.nn.vector_field import check_context
 
@@ -65,8 +65,8 @@ class ContinuousBijection(Bijection):
     calls return the same.  A sample that cannot be integrated is NaN, with a warning, and changes
     nothing in the others.
 
-    Under torch.compile the solve is a graph break where its steps are adaptive; with fixed steps
-    (``method="rk4", step_size=0.1``, say) one graph holds it.
+    Under torch.compile the solve is a graph break: what ``fullgraph=True`` refuses.  torch.export takes
+    flows with fixed steps (``method="rk4", step_size=0.1``, say) and ``strict=False``.
 
     Args:
         field: with ``velocity_and_divergence(t, x, ...)``, as :class:`~pyflowkern.nn.VectorFieldMLP`
@@ -183,7 +183,7 @@ class ContinuousBijection(Bijection):
 
         Probes and a generator that are given are used in eval mode, too, unless ``divergence`` is exact.
         """
-        check_compiler(self.solver)
+        check_export(self.solver)
         count = self.probes if probes is None else as_count("probes", probes)
         how = self._estimator(x, probes is not None or generator is not None)
         options: dict[str, Any] = {"regularizers": regularizers, "method": "exact"}
@@ -275,7 +275,7 @@ class ContinuousBijection(Bijection):
         self, x: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
         """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
-        check_compiler(self.solver)
+        check_export(self.solver)
         settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
         context = self._context_of(x, context)
         bad = _not_finite(x) if context is None else _not_finite(x) | _not_finite(context)

@@ -14,7 +14,7 @@ from pyflowkern import ode
 from pyflowkern.ode.options import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
 
-__all__ = ["Dynamics", "check_compiler", "guarded", "rows_like", "solve_rows"]
+__all__ = ["Dynamics", "check_export", "guarded", "rows_like", "solve_rows"]
 
 Dynamics = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -128,10 +128,11 @@ def _masked(solution: ode.Solution, bad: Tensor) -> list[Tensor]:
 
 
 def _is_known(status: ode.Status | Tensor) -> bool:
-    """Whether a status can be looked at: not while a CUDA graph is captured."""
-    return not (
-        isinstance(status, Tensor) and status.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
+    """Whether a status can be looked at: not while a graph is exported or captured."""
+    if not isinstance(status, Tensor):
+        return True
+    captured = status.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (captured or torch.compiler.is_exporting())
 
 
 def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
@@ -141,23 +142,13 @@ def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
     return settings.get("step_size") is None and tableau(method).error is not None
 
 
-def check_compiler(settings: Mapping[str, Any]) -> None:
-    """Break torch.compile's graph before a solve with adaptive steps, and refuse torch.export, each with a reason.
-
-    How many steps are taken depends on the numbers of the data, which a graph does not know.
-    """
-    if not torch.compiler.is_compiling():
-        return
-    advice = "fixed steps, such as method='rk4', step_size=0.1, make one graph"
-    if torch.compiler.is_exporting():
+def check_export(settings: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where torch.export meets adaptive steps: how many there are, only the data know."""
+    exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exported and _has_adaptive_steps(settings):
         raise RuntimeError(
-            "torch.export cannot hold the ODE of a continuous flow, whose solver decides on numbers while it runs; "
-            "torch.compile works without fullgraph, and with it for fixed steps (method='rk4', step_size=0.1)"
-        )
-    if _has_adaptive_steps(settings):
-        torch._dynamo.graph_break(
-            msg="the ODE of a continuous flow is solved with adaptive steps, whose number depends on the data: "
-            f"compile without fullgraph, or take {advice}"
+            "torch.export cannot hold the ODE of a continuous flow with adaptive steps, whose number depends on the "
+            "data; it holds fixed steps, as of a flow made with method='rk4', step_size=0.1"
         )
 
 

@@ -202,7 +202,10 @@ def warn_unless_ok(status: Status | Tensor) -> None:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph for every step
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # a graph for every step
+    reason="the steps of an ODE (pyflowkern.ode.solve) are not compiled: compile without fullgraph=True, or "
+    "compile the field alone; torch.export with strict=False takes fixed steps"
+)
 def _solve(
     func: Any,
     field: Field,

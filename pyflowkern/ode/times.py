@@ -15,13 +15,15 @@ __all__ = ["output_times"]
 
 def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[Any, Tensor]:
     """Return the times as the solver wants them and as a tensor; raise unless monotone and finite."""
+    times: list[float] | None = None
     if isinstance(t, Tensor):
         if not t.is_floating_point():
             raise TypeError(f"t must be floating-point, got {t.dtype}")
         ts = t.detach().to(torch.float64)
     else:
         try:
-            ts = torch.tensor([float(v) for v in t], dtype=torch.float64)
+            times = [float(v) for v in t]
+            ts = torch.tensor(times, dtype=torch.float64)
         except TypeError as error:
             raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error
     if ts.dim() != 1 and not (per_sample and ts.dim() == 2):
@@ -38,7 +40,8 @@ def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> t
         if not bool(fine):
             raise ValueError("t must be finite and monotone for each sample")
         return columns.contiguous(), ts
-    times = ts.tolist()
+    if times is None:  # numbers that were given stay numbers: a compiler knows them
+        times = ts.tolist()
     most = torch.finfo(y0.dtype).max
     if any(most < abs(v) < math.inf for v in times):
         raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")

@@ -57,8 +57,10 @@ def draw_probe(
         return draw_seed(seed, generator, x.device)
     if seed is not None:
         raise ValueError("seed is for kind='rademacher'; give a generator for 'gaussian'")
-    dtype = accumulation_dtype(x.dtype)
-    return torch.randn(probes, *x.shape, generator=generator, dtype=dtype, device=x.device)
+    shape, dtype = (probes, *x.shape), accumulation_dtype(x.dtype)
+    if generator is None:  # named, it would keep torch.compile from symbolic sizes
+        return torch.randn(shape, dtype=dtype, device=x.device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=x.device)
 
 
 def rademacher(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -37,7 +37,7 @@ from pyflowkern.ops._coupling import (
     mask_of,
     parse_layout,
 )
-from pyflowkern.ops.scale_map import KINDS, ScaleMap
+from pyflowkern.ops.scale_map import KINDS, ScaleMap, scale_limit
 from pyflowkern.ops.scale_map import scale_map as _scale_map
 
 __all__ = [
@@ -282,7 +282,7 @@ def _map_of(kind: int, numbers: list[float], flags: int) -> ScaleMap:
         gain=gain,
         offset=offset,
         eps=eps,
-        max_scale=max_scale,
+        max_scale=scale_limit(max_scale),
         shift_first=bool(flags & _SHIFT_FIRST),
         divide=bool(flags & _DIVIDE),
     )

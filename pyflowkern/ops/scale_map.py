@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["ScaleMap", "scale_map"]
+
+_NO_LIMIT = sys.float_info.max
 
 Kind = Literal["exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive"]
 KINDS: tuple[Kind, ...] = ("exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive")
@@ -92,8 +95,8 @@ class ScaleMap:
 
     @property
     def numbers(self) -> list[float]:
-        """The constants as the kernels take them."""
-        return [self.clamp, self.gain, self.offset, self.eps, self.max_scale]
+        """The constants as the kernels take them: all finite, as files of compiled graphs hold no inf."""
+        return [self.clamp, self.gain, self.offset, self.eps, min(self.max_scale, _NO_LIMIT)]
 
     def log_scale(self, raw: Tensor) -> Tensor:
         """Return ``log s`` of the raw parameter, elementwise (before ``divide``)."""
@@ -119,6 +122,11 @@ class ScaleMap:
         if self.kind == "softclip":
             return v / (1 + torch.abs(v / self.clamp))
         return torch.zeros_like(raw)
+
+
+def scale_limit(number: float) -> float:
+    """Return the ``max_scale`` of the number that stands for it in :attr:`ScaleMap.numbers`."""
+    return math.inf if number == _NO_LIMIT else number
 
 
 _PRESETS = {

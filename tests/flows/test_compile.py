@@ -1,10 +1,16 @@
 """Flows compile into one graph and compute there what they compute in eager mode."""
 
+import io
+import math
+
 import pytest
 import torch
 from laws import normal, randomize
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyflowkern import flows
+from pyflowkern import flows, ops
+from pyflowkern.ops import ScaleMap
+from pyflowkern.ops.scale_map import KINDS
 
 
 @pytest.mark.slow
@@ -32,3 +38,156 @@ def test_realnvp_log_prob_and_inverse_compile_with_inductor():
     torch.testing.assert_close(log_prob(x, context), flow.log_prob(x, context))
     inverse = torch.compile(flow.inverse, fullgraph=True)
     torch.testing.assert_close(inverse(x, context)[0], flow.inverse(x, context)[0])
+
+
+# --- samples of any number ---
+
+SMALL = {"transforms": 2, "hidden": 8}
+SAMPLED = {
+    "MAF": lambda: flows.MAF(3, **SMALL),
+    "NSF": lambda: flows.NSF(3, **SMALL),
+    "angles": lambda: flows.NSF(3, circular=True, **SMALL),
+    "mixture": lambda: flows.MAF(3, base=flows.MixtureOfGaussians(3, 2), **SMALL),
+    "Glow": lambda: flows.Glow((1, 4, 4), levels=1, steps=1, hidden=4, bits=8),
+    "RealNVP": lambda: flows.RealNVP(3, steps=2, hidden=8),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples_compile_for_every_number(name):
+    flow = randomize(SAMPLED[name]()).eval()
+    sample = torch.compile(flow.sample, fullgraph=True, backend="eager")
+    pair = torch.compile(flow.sample_and_log_prob, fullgraph=True, backend="eager")
+    draw = torch.compile(lambda n: flow.distribution().rsample((n,)), backend="eager")
+    for n in (5, 9, 2):
+        torch.manual_seed(0)
+        found = sample(n)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, flow.sample(n))
+        assert [len(t) for t in pair(n)] == [n, n]
+        assert len(draw(n)) == n
+
+
+def test_gaussian_probes_compile_for_every_number():
+    draw = torch.compile(
+        lambda x: ops.draw_probe(x, kind="gaussian"), fullgraph=True, backend="eager"
+    )
+    for n in (5, 9, 2):
+        assert draw(torch.zeros(n, 3)).shape == (1, n, 3)
+
+
+# --- torch.export ---
+
+
+class Density(torch.nn.Module):
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x):
+        return self.flow.log_prob(x)
+
+
+def exported(flow, x, **options):
+    """Return the flow's density after torch.export, a file and back."""
+    program = torch.export.export(Density(flow), (x,), **{"strict": False} | options)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+FIXED = {"method": "rk4", "step_size": 0.25}
+EXPORTED = {
+    "MAF": (lambda: flows.MAF(3, **SMALL), (3,)),
+    "IAF": (lambda: flows.IAF(3, **SMALL), (3,)),
+    "NSF": (lambda: flows.NSF(3, **SMALL), (3,)),
+    "NSF autoregressive": (lambda: flows.NSF(3, autoregressive=True, **SMALL), (3,)),
+    "angles": (lambda: flows.NSF(3, circular=True, **SMALL), (3,)),
+    "CNF": (lambda: flows.CNF(3, (8,), **FIXED), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_flow_comes_back_from_its_file(name):
+    build, shape = EXPORTED[name]
+    flow = randomize(build()).eval()
+    x = normal(4, *shape, dtype=torch.float32) / 2
+    back = exported(
+        flow, x, dynamic_shapes=({0: torch.export.Dim("n")},) if name != "CNF" else None
+    )
+    torch.testing.assert_close(back(x), flow.log_prob(x))
+    if name != "CNF":
+        more = normal(7, *shape, seed=1, dtype=torch.float32) / 2
+        torch.testing.assert_close(back(more), flow.log_prob(more))
+
+
+def test_a_continuous_flow_says_what_compiles_and_what_is_exported():
+    flow, x = flows.CNF(2, (8,)).eval(), torch.randn(4, 2)
+    with pytest.raises(
+        RuntimeError, match="export cannot hold the ODE .* method='rk4', step_size=0.1"
+    ):
+        exported(flow, x)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="the steps of an ODE .* without fullgraph"
+    ):
+        torch.compile(flow.log_prob, fullgraph=True, backend="eager")(x)
+    found = torch.compile(flow.log_prob, backend="eager")(x)
+    torch.testing.assert_close(found, flow.log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+# --- numbers that a graph can hold ---
+
+
+class FloatArguments(TorchDispatchMode):
+    """The floating-point arguments of this package's ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.names = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyflowkern":
+            self.names.append(func.name())
+            for value in (*args, *(kwargs or {}).values()):
+                numbers = value if isinstance(value, (list, tuple)) else [value]
+                self.found += [(func.name(), v) for v in numbers if isinstance(v, float)]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("build", [flows.MAF, flows.RealNVP])
+def test_ops_are_given_finite_numbers(build, kind):
+    """Files of AOTInductor hold no inf: not one that a scale map has no upper limit."""
+    small = {"transforms": 2} if build is flows.MAF else {"steps": 2}
+    check_finite_arguments(build(3, hidden=8, scale_map=ScaleMap(kind), **small))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_ops_of_every_flow_are_given_finite_numbers(name):
+    build, shape = EXPORTED[name]
+    check_finite_arguments(build(), *shape)
+    if name == "CNF":
+        check_finite_arguments(flows.CNF(3, (8,)))
+        for options in ({"control": "sample"}, {"adjoint": "continuous"}, {"control": "device"}):
+            check_finite_arguments(flows.CNF(3, (8,), **options))
+
+
+def check_finite_arguments(flow, *shape):
+    flow = randomize(flow).eval()
+    with FloatArguments() as calls:
+        x = normal(4, *(shape or (3,)), dtype=torch.float32)
+        flow.log_prob(x).sum().backward()
+        flow.sample(3)
+    assert calls.names
+    assert all(math.isfinite(value) for _, value in calls.found), calls.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [flows.MAF, flows.NSF])
+def test_a_package_of_aotinductor_is_loaded(build, tmp_path):
+    flow = randomize(build(3, **SMALL)).eval().requires_grad_(False)
+    x = normal(4, 3, dtype=torch.float32)
+    program = torch.export.export(Density(flow), (x,), strict=False)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "f.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), flow.log_prob(x))

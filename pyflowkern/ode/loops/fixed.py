@@ -85,7 +85,8 @@ def integrate(
         return out
     out = _run(field, y0, times, options, record, first, checked=False)
     out.end = None
-    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
+    captured = y0.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or torch.compiler.is_exporting():  # a graph takes no decision of the host
         finite = torch.isfinite(out.ys[-1]).all()
         out.status = torch.where(finite, int(Status.ok), int(Status.non_finite)).to(torch.int8)
         return out
