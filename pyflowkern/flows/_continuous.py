@@ -289,7 +289,8 @@ class ContinuousBijection(Bijection):
             field = dynamics if alive is None else guarded(dynamics, alive)
             return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
 
-        return solve_rows(solve, bad, settings)[0][0]
+        states: list[Tensor] = solve_rows(solve, bad, settings)[0]
+        return states[0]
 
 
 def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -29,6 +29,10 @@ _STEPS_PER_SAMPLE: dict[str, Any] = {
 }
 
 
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="the ODE of a continuous flow is solved step by step, which no graph holds: compile without "
+    "fullgraph=True, or export with strict=False and fixed steps (method='rk4', step_size=0.1)"
+)
 def solve_rows(
     solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:

@@ -125,11 +125,11 @@ def test_an_exported_flow_comes_back_from_its_file(name):
 def test_a_continuous_flow_says_what_compiles_and_what_is_exported():
     flow, x = flows.CNF(2, (8,)).eval(), torch.randn(4, 2)
     with pytest.raises(
-        RuntimeError, match="export cannot hold the ODE .* method='rk4', step_size=0.1"
+        RuntimeError, match=r"export cannot hold the ODE .* method='rk4', step_size=0.1"
     ):
         exported(flow, x)
     with pytest.raises(
-        torch._dynamo.exc.Unsupported, match="the steps of an ODE .* without fullgraph"
+        torch._dynamo.exc.Unsupported, match=r"the ODE of a continuous flow .* without fullgraph"
     ):
         torch.compile(flow.log_prob, fullgraph=True, backend="eager")(x)
     found = torch.compile(flow.log_prob, backend="eager")(x)
