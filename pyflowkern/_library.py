@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +37,7 @@ __all__ = [
     "LIBRARY",
     "kernel_serves",
     "load",
+    "reference_wanted",
     "require_kernels",
     "show_config",
     "simd_level",
@@ -53,7 +56,16 @@ OPS: list[str] = []
 _errors: dict[str, str] = {}
 #: What was asked of ``PYFLOWKERN_SIMD`` in vain.
 _ignored = ""
-_force_reference = False
+
+#: The open blocks of :func:`use_reference` in this thread and context, each a list of one answer; the last one counts.
+_blocks: ContextVar[tuple[list[bool], ...]] = ContextVar("pyflowkern_reference", default=())
+#: Those of all threads, which every call looks at first: "1" for a block that wants references, "0" for one that
+#: does not.  A plain global is quick to read, and compilers watch it.
+_open_anywhere = ""
+_all_blocks: list[list[bool]] = []
+_blocks_lock = threading.Lock()
+#: The answer of a block that a compiler is tracing.
+_traced_block: bool | None = None
 
 
 def _candidates(name: str) -> Iterator[Path]:
@@ -183,17 +195,63 @@ def simd_level(wanted: str | None = None) -> str:
 def use_reference(enabled: bool = True) -> Iterator[None]:
     """Run every op of the block as its pure-PyTorch reference.
 
+    The block counts in its own thread and context (an asyncio task has its own) and nowhere else; the innermost of
+    several blocks decides.  A compiled function is traced again where other blocks are open
+    than before; several threads that call one meanwhile all get what the first of them had.
+
+    Args:
+        enabled: False gives the kernels back within an outer block.
+
+    Raises:
+        TypeError: for anything but True or False.
+
     Example:
         >>> import torch, pyflowkern
         >>> with pyflowkern.use_reference():
         ...     y, log_det = pyflowkern.ops.actnorm(torch.ones(2, 3), torch.zeros(3), torch.zeros(3))
     """
-    global _force_reference
-    before, _force_reference = _force_reference, enabled
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled must be True or False, got {enabled!r}")
+    if torch.compiler.is_compiling():  # which cannot follow a context variable
+        global _traced_block
+        before, _traced_block = _traced_block, enabled
+        try:
+            yield
+        finally:
+            _traced_block = before
+        return
+    block = [enabled]
+    _blocks.set((*_blocks.get(), block))
+    _note_block(block, True)
     try:
         yield
-    finally:
-        _force_reference = before
+    finally:  # by identity: blocks may overlap without one being inside the other
+        _blocks.set(tuple(b for b in _blocks.get() if b is not block))
+        _note_block(block, False)
+
+
+def _note_block(block: list[bool], opens: bool) -> None:
+    global _open_anywhere
+    with _blocks_lock:
+        others = [b for b in _all_blocks if b is not block]
+        _all_blocks[:] = [*others, block] if opens else others
+        _open_anywhere = "".join("1" if b[0] else "0" for b in _all_blocks)
+
+
+def _context_wants_reference() -> bool:
+    blocks = _blocks.get()
+    return bool(blocks) and blocks[-1][0]
+
+
+# a compiler takes the answer as it is while it traces
+_context_wants_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def reference_wanted() -> bool:
+    """Whether the innermost :func:`use_reference` block of this thread and context asks for references."""
+    if _traced_block is not None:
+        return _traced_block
+    return "1" in _open_anywhere and _context_wants_reference()
 
 
 def transformed() -> bool:
@@ -211,7 +269,7 @@ def kernel_serves(
     op: str, first: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = FLOATS
 ) -> bool:
     """Whether a kernel of ``op`` takes these tensors: one device, known dtypes, no functional transform."""
-    if _force_reference:
+    if (_open_anywhere or _traced_block is not None) and reference_wanted():
         return False
     device = first.device
     if op not in _served.get(device.type, ()) or first.dtype not in dtypes:
@@ -240,7 +298,7 @@ def show_config() -> str:
                 lines.append(f"  reference, not having been built, for {', '.join(rest)}")
         else:
             lines.append(f"{device}: reference, because {_errors.get(device, 'not loaded')}")
-    if _force_reference:
+    if reference_wanted():
         lines.append("use_reference() is on: every op runs its reference")
     if folder := _override():
         lines.append(f"PYFLOWKERN_LIBRARY_DIR={folder}: libraries are taken from there alone")

@@ -9,7 +9,21 @@ from torch import Tensor
 
 from pyflowkern._library import FLOATS
 
-__all__ = ["check_batched", "check_floating", "check_same_device", "check_shape"]
+__all__ = ["check_batched", "check_flag", "check_floating", "check_same_device", "check_shape"]
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return a flag as a bool; raise TypeError unless it is True or False, Python's or NumPy's.
+
+    Whatever else is true or false (1, None, a tensor) is refused: kernels take flags as bits of one number, where a
+    2 would be another flag.
+    """
+    if value is True or value is False:
+        return value
+    kind = type(value)
+    if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_floating(name: str, t: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_shape
+from pyflowkern.core.checks import check_flag, check_shape
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.ops.scale_map import ScaleMap
 
@@ -33,7 +33,7 @@ def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
         ((3, 2), (2, 3))
     """
     first, last = channels - channels // 2, channels // 2
-    return (last, first) if swap else (first, last)
+    return (last, first) if check_flag("swap", swap) else (first, last)
 
 
 def structure_device() -> torch.device | None:

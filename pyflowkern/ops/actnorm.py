@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_batched,
+    check_flag,
+    check_floating,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -51,6 +57,7 @@ def actnorm(
         >>> float(y.mean()), log_det.tolist()
         (2.0, [0.0, 0.0])
     """
+    inverse = check_flag("inverse", inverse)
     check_batched("x", x)
     for name, t in (("log_scale", log_scale), ("bias", bias)):
         check_floating(name, t)
@@ -94,6 +101,7 @@ def actnorm_reference(
     x: Tensor, log_scale: Tensor, bias: Tensor, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`actnorm` in plain PyTorch, differentiable by autograd to any order."""
+    inverse = check_flag("inverse", inverse)
     work = accumulation_dtype(x.dtype)
     shape = (1, -1, *[1] * (x.dim() - 2))
     ell, b, v = log_scale.to(work).view(shape), bias.to(work).view(shape), x.to(work)

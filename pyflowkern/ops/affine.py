@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_batched, check_floating, check_same_device
+from pyflowkern.core.checks import check_batched, check_flag, check_floating, check_same_device
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -91,6 +91,7 @@ def affine(
         (True, (4,))
     """
     smap = _scale_map(scale_map)
+    inverse = check_flag("inverse", inverse)
     _check_save(save)
     check_batched("x", x, min_dim=1)
     if raw_scale is None and smap.kind != "additive":
@@ -163,6 +164,7 @@ def affine_coupling(
         True
     """
     smap = _scale_map(scale_map)
+    inverse, swap = check_flag("inverse", inverse), check_flag("swap", swap)
     _check_save(save)
     check_batched("x", x)
     check_floating("params", params)
@@ -197,6 +199,7 @@ def affine_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`affine` in plain PyTorch, differentiable by autograd to any order."""
     smap = _scale_map(scale_map)
+    inverse = check_flag("inverse", inverse)
     y, log_scale = affine_elements(x, raw_scale, shift, smap, inverse)
     return y, sum_per_sample(log_scale.expand(x.shape))
 
@@ -214,6 +217,7 @@ def affine_coupling_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`affine_coupling` in plain PyTorch, differentiable by autograd to any order."""
     smap = _scale_map(scale_map)
+    inverse, swap = check_flag("inverse", inverse), check_flag("swap", swap)
     layout, raw_first = parse_layout(params_layout)
     mask = mask_of(split, x)
     params = check_params(x, params, split, swap, smap, layout)
@@ -242,8 +246,8 @@ def _broadcast(name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _flags(smap: ScaleMap, *, inverse: bool, save: Save, swap: bool = False) -> int:
     return (
-        _INVERSE * bool(inverse)
-        + _SWAP * bool(swap)
+        _INVERSE * inverse
+        + _SWAP * swap
         + _SHIFT_FIRST * smap.shift_first
         + _DIVIDE * smap.divide
         + _FROM_OUTPUT * (save == "output")

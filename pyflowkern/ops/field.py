@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.ops._field_autograd import FLAT, IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
 from pyflowkern.ops._field_reference import (
@@ -103,6 +103,8 @@ def field_divergence(
         >>> velocity[0].tolist(), divergence.tolist()
         ([1.0, 1.0], [3.0, 3.0, 3.0])
     """
+    per_probe = check_flag("per_probe", per_probe)
+    regularizers = check_flag("regularizers", regularizers)
     work, gates = _check_field(x, weights, biases, gates, activation)
     e, probes = _probe_of(method, probe, probes, x, work)
     layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)
@@ -178,6 +180,7 @@ def hutchinson_trace(
         >>> hutchinson_trace(e, e @ torch.tensor([[2.0, 5.0], [5.0, 3.0]])).tolist()
         [-5.0]
     """
+    with_norm = check_flag("with_norm", with_norm)
     check_floating("e", e)
     check_floating("je", je)
     check_shape("je", je, e.shape)
@@ -210,6 +213,8 @@ def field_divergence_reference(
     regularizers: bool = False,
 ) -> tuple[Tensor, ...]:
     """Compute :func:`field_divergence` in plain PyTorch, differentiable to any order."""
+    per_probe = check_flag("per_probe", per_probe)
+    regularizers = check_flag("regularizers", regularizers)
     work, gates = _check_field(x, weights, biases, gates, activation)
     e, probes = _probe_of(method, probe, probes, x, work)
     layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)

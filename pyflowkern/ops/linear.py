@@ -24,7 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_batched,
+    check_flag,
+    check_floating,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, full_precision
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -82,6 +88,7 @@ def invertible_linear(
         >>> bool(torch.allclose(back, x, atol=1e-5)), tuple(log_det.shape)
         (True, (2,))
     """
+    inverse = check_flag("inverse", inverse)
     _check_mix(x, weight, log_abs_det, bias=bias)
     if _use_reference(x, weight, log_abs_det, bias):
         return invertible_linear_reference(x, weight, log_abs_det, bias, inverse=inverse)
@@ -129,6 +136,7 @@ def glow_step(
         >>> bool(torch.allclose(y, x * torch.e)), log_det.tolist()
         (True, [48.0, 48.0])
     """
+    inverse = check_flag("inverse", inverse)
     _check_mix(x, weight, log_abs_det, log_scale=log_scale, bias=bias)
     if _use_reference(x, weight, log_abs_det, log_scale, bias):
         return glow_step_reference(x, log_scale, bias, weight, log_abs_det, inverse=inverse)
@@ -147,6 +155,7 @@ def invertible_linear_reference(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`invertible_linear` in plain PyTorch, differentiable to any order."""
+    inverse = check_flag("inverse", inverse)
     work = accumulation_dtype(x.dtype)
     v, b = x.to(work), None if bias is None else bias.to(work)
     if inverse:
@@ -166,6 +175,7 @@ def glow_step_reference(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`glow_step` in plain PyTorch, differentiable by autograd to any order."""
+    inverse = check_flag("inverse", inverse)
     work = accumulation_dtype(x.dtype)
     s, b, w = log_scale.to(work), bias.to(work), weight.to(work)
     if inverse:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyflowkern.core.checks import check_flag
 from pyflowkern.core.kept import Kept, may_keep
 
 __all__ = ["ACTIVATIONS", "MaskedLayer", "MaskedPlan"]
@@ -71,6 +72,7 @@ class MaskedLayer:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
             )
+        object.__setattr__(self, "gated", check_flag("gated", self.gated))
         object.__setattr__(self, "mask", self.mask.detach().bool().cpu().clone())
 
 

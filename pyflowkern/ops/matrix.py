@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -77,6 +77,7 @@ def plu_matrix(
         >>> (plu_matrix(*args) @ plu_matrix(*args, inverse=True)).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
+    inverse = check_flag("inverse", inverse)
     _check_plu(permutation, lower, upper, log_diag, sign)
     if lower.shape[0] > _MAX_SIZE or not kernel_serves("plu_matrix", lower, upper, log_diag, sign):
         call: Callable[..., Tensor] = plu_matrix_reference
@@ -177,6 +178,7 @@ def plu_matrix_reference(
     inverse: bool = False,
 ) -> Tensor:
     """Compute :func:`plu_matrix` in plain PyTorch, differentiable by autograd to any order."""
+    inverse = check_flag("inverse", inverse)
     work = accumulation_dtype(lower.dtype)
     eye = torch.eye(lower.shape[0], dtype=work, device=lower.device)
     lo = torch.tril(lower.to(work), -1) + eye

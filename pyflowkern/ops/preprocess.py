@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves, transformed
-from pyflowkern.core.checks import check_batched, check_floating
+from pyflowkern.core.checks import check_batched, check_flag, check_floating
 from pyflowkern.core.dtypes import accumulation_dtype, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -159,6 +159,7 @@ def logit(x: Tensor, *, alpha: float = 0.0, inverse: bool = False) -> tuple[Tens
         >>> y, log_det
         (tensor([[0., 0.]]), tensor([2.7726]))
     """
+    inverse = check_flag("inverse", inverse)
     check_batched("x", x, min_dim=1)
     _check_alpha(alpha)
     if not kernel_serves("logit", x):
@@ -196,6 +197,7 @@ def logit_reference(
     x: Tensor, *, alpha: float = 0.0, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`logit` in plain PyTorch, differentiable by autograd to any order."""
+    inverse = check_flag("inverse", inverse)
     v = x.to(accumulation_dtype(x.dtype))
     width = 1 - 2 * alpha
     if inverse:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 
@@ -67,6 +67,8 @@ def relu_network(
         >>> relu_network(torch.tensor([[-3.0], [2.0]]), w, [torch.zeros(2), torch.ones(1)]).tolist()
         [[4.0], [3.0]]
     """
+    residual = check_flag("residual", residual)
+    activate_last = check_flag("activate_last", activate_last)
     _check(x, weights, biases, context, residual, activate_last)
     return evaluate_network(x, list(weights), list(biases), context, residual, activate_last)
 
@@ -102,6 +104,8 @@ def relu_network_reference(
     activate_last: bool = True,
 ) -> Tensor:
     """Compute :func:`relu_network` in plain PyTorch."""
+    residual = check_flag("residual", residual)
+    activate_last = check_flag("activate_last", activate_last)
     _check(x, weights, biases, context, residual, activate_last)
     return _reference(x, context, weights, biases, residual, activate_last)
 

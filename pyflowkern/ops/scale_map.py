@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_flag
+
 __all__ = ["ScaleMap", "scale_map"]
 
 _NO_LIMIT = sys.float_info.max
@@ -79,6 +81,8 @@ class ScaleMap:
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not (math.isfinite(value) or (name == "max_scale" and value == math.inf)):
                 raise ValueError(f"{name} must be finite, got {value}")
+        for name in ("shift_first", "divide"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         if not self.clamp > 0:
             raise ValueError(f"clamp must be positive, got {self.clamp}")
         if not self.max_scale > self.eps:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_shape
+from pyflowkern.core.checks import check_flag, check_shape
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -98,6 +98,7 @@ def rational_quadratic_spline(
         >>> bool(torch.allclose(back, x, atol=1e-4)), tuple(log_det.shape)
         (True, (4,))
     """
+    inverse, elementwise = check_flag("inverse", inverse), check_flag("elementwise", elementwise)
     check_parts(x, widths, heights, derivatives)
     smap = SplineMap(
         "rational_quadratic",
@@ -148,6 +149,7 @@ def spline(
         >>> bool(torch.allclose(y, x, atol=1e-5))
         True
     """
+    inverse, elementwise = check_flag("inverse", inverse), check_flag("elementwise", elementwise)
     check_packed(x, params, spline_map)
     if not kernel_serves("spline", x, params):
         return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
@@ -193,6 +195,7 @@ def spline_coupling(
         >>> bool((y[:, :3] == x[:, :3]).all()), tuple(log_det.shape)
         (True, (5,))
     """
+    inverse, swap = check_flag("inverse", inverse), check_flag("swap", swap)
     mask = check_coupling(x, params, spline_map, split, swap)
     if not kernel_serves("spline", x, params):
         return coupling_reference(x, params, mask, spline_map, swap, inverse)
@@ -219,6 +222,7 @@ def rational_quadratic_spline_reference(
     elementwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`rational_quadratic_spline` in plain PyTorch, differentiable to any order."""
+    inverse, elementwise = check_flag("inverse", inverse), check_flag("elementwise", elementwise)
     check_parts(x, widths, heights, derivatives)
     smap = SplineMap(
         "rational_quadratic",
@@ -243,6 +247,7 @@ def spline_reference(
     elementwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`spline` in plain PyTorch, differentiable by autograd to any order."""
+    inverse, elementwise = check_flag("inverse", inverse), check_flag("elementwise", elementwise)
     check_packed(x, params, spline_map)
     return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
 
@@ -257,6 +262,7 @@ def spline_coupling_reference(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`spline_coupling` in plain PyTorch, differentiable by autograd to any order."""
+    inverse, swap = check_flag("inverse", inverse), check_flag("swap", swap)
     mask = check_coupling(x, params, spline_map, split, swap)
     return coupling_reference(x, params, mask, spline_map, swap, inverse)
 

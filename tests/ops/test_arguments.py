@@ -1,7 +1,10 @@
 """Wrong arguments of the ops are refused by name: what was wanted, what was given."""
 
+import inspect
 import math
+from functools import partial
 
+import numpy
 import pytest
 import torch
 
@@ -57,7 +60,76 @@ def test_scale_maps(options, error, message):
         ops.ScaleMap("softplus", **options)
 
 
-def test_a_true_number_is_true():
-    """The flags of a kernel are bits: a 2 must not set another one."""
-    y, _ = ops.affine(X, X, X, inverse=2)
-    torch.testing.assert_close(y, ops.affine(X, X, X, inverse=True)[0], rtol=0, atol=0)
+SMAP = ops.SplineMap(bins=3)
+PARAMS, COUPLED = torch.zeros(4, 6, SMAP.params), torch.zeros(4, 3 * SMAP.params)
+PARTS = torch.zeros(4, 6, 3), torch.zeros(4, 6, 3), torch.zeros(4, 6, 2)
+NETWORK = [torch.ones(5, 6), torch.ones(6, 5)], [torch.zeros(5), torch.zeros(6)]
+PLU = torch.arange(3), EYE, EYE, ZEROS, torch.ones(3)
+SIX, EYE6, ZERO = torch.zeros(6), torch.eye(6), torch.tensor(0.0)
+SEED = torch.tensor(3)
+
+
+def _cases(name, flags, call):
+    """Return the cases of a function and its reference: name, flag, and a call that takes the flag."""
+    functions = {n: getattr(ops, n) for n in (name, name + "_reference") if hasattr(ops, n)}
+    return [(n, flag, partial(call, f)) for n, f in functions.items() for flag in flags]
+
+
+RESIDUAL = {"residual": True}
+FLAGS = [
+    *_cases("affine", ["inverse"], lambda f, **o: f(X, X, X, **o)),
+    *_cases("affine_coupling", ["inverse", "swap"], lambda f, **o: f(X, X, **o)),
+    *_cases("spline", ["inverse", "elementwise"], lambda f, **o: f(X, PARAMS, SMAP, **o)),
+    *_cases(
+        "rational_quadratic_spline", ["inverse", "elementwise"], lambda f, **o: f(X, *PARTS, **o)
+    ),
+    *_cases("spline_coupling", ["inverse", "swap"], lambda f, **o: f(X, COUPLED, SMAP, **o)),
+    *_cases("actnorm", ["inverse"], lambda f, **o: f(X, SIX, SIX, **o)),
+    *_cases("invertible_linear", ["inverse"], lambda f, **o: f(X, EYE6, ZERO, **o)),
+    *_cases("glow_step", ["inverse"], lambda f, **o: f(X, SIX, SIX, EYE6, ZERO, **o)),
+    *_cases("plu_matrix", ["inverse"], lambda f, **o: f(*PLU, **o)),
+    *_cases("logit", ["inverse"], lambda f, **o: f(X.sigmoid(), **o)),
+    *_cases(
+        "relu_network",
+        ["residual", "activate_last"],
+        lambda f, **o: f(X, *NETWORK, **(RESIDUAL | o)),
+    ),
+    *_cases(
+        "field_divergence",
+        ["per_probe", "regularizers"],
+        lambda f, **o: f(X, *NETWORK, probe=SEED, probes=2, **o),
+    ),
+    ("hutchinson_trace", "with_norm", partial(ops.hutchinson_trace, X, X)),
+    ("channel_split_sizes", "swap", partial(ops.channel_split_sizes, 4)),
+    ("ScaleMap", "shift_first", partial(ops.ScaleMap, "exp")),
+    ("ScaleMap", "divide", partial(ops.ScaleMap, "exp")),
+    ("MaskedLayer", "gated", partial(ops.MaskedLayer, torch.ones(3, 3).tril(-1))),
+]
+flags = pytest.mark.parametrize(
+    ("flag", "call"), [pytest.param(flag, call, id=f"{name}-{flag}") for name, flag, call in FLAGS]
+)
+
+
+@flags
+def test_a_flag_is_true_or_false(flag, call):
+    """Kernels take flags as bits of one number: a 2 was another flag, and a -1 all of them."""
+    for value in (None, 2, 3, -1, -5, 1, 0, 4, 8, 16, 1.0, "yes", torch.tensor(True)):
+        with pytest.raises(TypeError, match=f"{flag} must be True or False, got"):
+            call(**{flag: value})
+
+
+@flags
+def test_a_flag_may_be_numpys(flag, call):
+    ours, theirs = call(**{flag: True}), call(**{flag: numpy.bool_(True)})
+    if isinstance(ours, torch.Tensor | tuple):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_flag_of_a_public_function_is_tested():
+    public = {
+        (name, parameter.name)
+        for name in ops.__all__
+        for parameter in inspect.signature(getattr(ops, name)).parameters.values()
+        if parameter.annotation == "bool"
+    }
+    assert public == {(name, flag) for name, flag, _ in FLAGS}
