@@ -18,7 +18,7 @@ from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.flows._arguments import as_count, check_flags
 from pyflowkern.flows._rescue import Dynamics, check_export, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
-from pyflowkern.nn.vector_field import check_context
+from pyflowkern.nn._fields import check_context
 
 __all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
 

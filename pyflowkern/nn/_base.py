@@ -18,6 +18,7 @@ __all__ = [
     "check_channels",
     "check_count",
     "check_dtype",
+    "check_dtype_of",
     "zero_log_det",
 ]
 
@@ -292,6 +293,13 @@ def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
         f"{name} must have the {whose}'s dtype {want}, got {t.dtype}; "
         f"convert one of them, as by {whose}.to({name}.dtype)"
     )
+
+
+def check_dtype_of(name: str, t: Tensor, layer: torch.nn.Module) -> None:
+    """Do what :func:`check_dtype` does, for the dtype of a network's first parameter, if it has one."""
+    known = next(layer.parameters(), None)  # of a layer put in place of ours, perhaps
+    if known is not None and known.is_floating_point():
+        check_dtype(name, t, known.dtype, "network")
 
 
 def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyflowkern._library import transformed
 from pyflowkern.core.dtypes import autocasts
+from pyflowkern.nn._hooks import may_be_read
 
 __all__ = ["linear_layers"]
 
@@ -19,27 +20,25 @@ def linear_layers(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Return the weights and the biases where the op may stand for the layers, else None.
 
-    None where someone would notice: activations other than ReLU, layers that were replaced, hooked or
-    parametrized, autocast, a function transform, or a compiler, which does the same by itself.
+    None where someone would notice (:func:`may_be_read`): activations other than ReLU, layers that were
+    replaced, hooked or parametrized, hooks of all modules, autocast, a function transform, or a compiler,
+    which does the same by itself.
     """
     if torch.compiler.is_compiling() or transformed():
         return None
     if x.dim() != 2 or autocasts(x):
         return None
+    if not (may_be_read(layers, torch.nn.Linear) and may_be_read(activations, torch.nn.ReLU)):
+        return None
     weights: list[Tensor] = []
     biases: list[Tensor] = []
-    for modules, kind in ((layers, torch.nn.Linear), (activations, torch.nn.ReLU)):
-        for module in modules:
-            known = module.__dict__  # nn.Module's own look-up takes longer
-            if type(module) is not kind or known["_forward_hooks"] or known["_forward_pre_hooks"]:
-                return None
-            if known["_backward_hooks"] or known["_backward_pre_hooks"]:
-                return None
-            if kind is torch.nn.Linear:
-                inside = known["_parameters"]
-                if (bias := inside["bias"]) is None or bias.dtype != x.dtype:
-                    return None
-                weights.append(inside["weight"])
-                biases.append(bias)
+    for layer in layers:
+        inside = layer.__dict__["_parameters"]  # nn.Module's own look-up takes longer
+        if (weight := inside.get("weight")) is None or (bias := inside.get("bias")) is None:
+            return None
+        if bias.dtype != x.dtype:
+            return None
+        weights.append(weight)
+        biases.append(bias)
     # a wrong input is left to the layers, whose errors are known
     return (weights, biases) if x.shape[1] == weights[0].shape[1] else None

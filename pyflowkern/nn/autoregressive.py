@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -111,15 +112,27 @@ class MaskedAutoregressive(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.features)
-        if not isinstance(self.conditioner, MaskedMLP):
+        network = self.conditioner
+        if not isinstance(network, MaskedMLP) or not network.may_be_read:
+            if isinstance(network, MaskedMLP):
+                _warn_of_passes()
             return jacobi_inverse(
-                lambda x: condition(self.conditioner, x, context), z, transform=self.element_map
+                lambda x: condition(network, x, context), z, transform=self.element_map
             )
-        weights, biases = self.conditioner.weights_and_biases(context, z.shape[0])
+        weights, biases = network.weights_and_biases(context, z.shape[0])
         check_dtype("z", z, weights[0].dtype, "network")
         return ops.autoregressive_inverse(
-            z, weights, biases, self.conditioner.plan, transform=self.element_map
+            z, weights, biases, network.plan, transform=self.element_map
         )
+
+
+def _warn_of_passes() -> None:
+    """Say once (as Python's filter has it) why samples are slow."""
+    warnings.warn(
+        "a layer of a masked network has hooks or was replaced: the inverse calls it in a pass for each feature, where "
+        "it would else compute each unit once, and has first derivatives alone",
+        stacklevel=3,
+    )
 
 
 class Inverse(Bijection):

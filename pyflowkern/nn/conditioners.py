@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import check_count, check_dtype
+from pyflowkern.nn._base import check_count, check_dtype_of
 from pyflowkern.nn._relu_network import linear_layers
 from pyflowkern.ops.relu_network import evaluate_network
 
@@ -39,7 +39,7 @@ class _Conditioner(torch.nn.Module):
 
     def _first_layer(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the first layer's output, the context added; a dtype that does not fit is named."""
-        _check_dtype_of("x", x, self.first)
+        check_dtype_of("x", x, self.first)
         h: Tensor = self.first(x)
         bias = self._context_bias(h, context)
         return h if bias is None else h + bias.view(*bias.shape, *[1] * (h.dim() - 2))
@@ -58,7 +58,7 @@ class _Conditioner(torch.nn.Module):
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
         if context.dtype != h.dtype:
-            _check_dtype_of("context", context, self.context)
+            check_dtype_of("context", context, self.context)
         bias: Tensor = self.context(context)
         return bias
 
@@ -343,12 +343,6 @@ def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
             last = last[-1]
         with torch.no_grad():
             last.bias.copy_(values)  # type: ignore[operator]
-
-
-def _check_dtype_of(name: str, t: Tensor, layer: torch.nn.Module) -> None:
-    known = next(layer.parameters(), None)  # of a layer put in place of ours, perhaps
-    if known is not None and known.is_floating_point():
-        check_dtype(name, t, known.dtype, "network")
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:

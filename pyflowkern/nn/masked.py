@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyflowkern.core.checks import check_floating
-from pyflowkern.nn._base import check_count, check_dtype
+from pyflowkern.nn._base import check_count, check_dtype, check_dtype_of
+from pyflowkern.nn._hooks import may_be_read
+from pyflowkern.nn._structure import Structure
 from pyflowkern.ops.masked_plan import ACTIVATIONS, MaskedLayer, MaskedPlan
 
-__all__ = ["MaskedMLP"]
+__all__ = ["MaskedLinear", "MaskedMLP"]
+
+
+class MaskedLinear(torch.nn.Linear):
+    """A linear layer of which the masked weights count as zero.
+
+    Args:
+        mask: boolean ``[units, inputs]``, True where the weight counts.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self._mask = Structure(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs ``[N, units]``."""
+        weight = torch.where(self._mask.on(self.weight.device), self.weight, 0.0)
+        return F.linear(x, weight, self.bias)
 
 
 class MaskedMLP(torch.nn.Module):
@@ -80,9 +100,7 @@ class MaskedMLP(torch.nn.Module):
         masks.append((rank[:, None] >= degrees[-1]).repeat_interleave(outputs, 0))
         #: Which unit sees what; shared by copies of the module.
         self.plan = MaskedPlan(_layers(masks, activation, residual), features)
-        self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(mask.shape[1], mask.shape[0]) for mask in masks
-        )
+        self.layers = torch.nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.context = (
             torch.nn.Linear(context_features, widths[0], bias=False) if context_features else None
         )
@@ -94,9 +112,26 @@ class MaskedMLP(torch.nn.Module):
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must have shape [N, {self.features}], got {tuple(x.shape)}")
-        weights, biases = self.weights_and_biases(context, x.shape[0])
-        check_dtype("x", x, weights[0].dtype, "network")
-        return self.plan.parameters(x, weights, biases)
+        if self.may_be_read:
+            weights, biases = self.weights_and_biases(context, x.shape[0])
+            check_dtype("x", x, weights[0].dtype, "network")
+            return self.plan.parameters(x, weights, biases)
+        added = self._added(context, x.shape[0])
+        check_dtype_of("x", x, self.layers)
+        layers = [
+            _masked(layer, mask) for layer, mask in zip(self.layers, self._masks(), strict=True)
+        ]
+
+        def linear(i: int, h: Tensor) -> Tensor:
+            out = layers[i](h)
+            return out if i or added is None else out + added
+
+        return self.plan.evaluate(x, linear)
+
+    @property
+    def may_be_read(self) -> bool:
+        """Whether the layers' weights say all: nothing hangs on them, none was replaced."""
+        return may_be_read(self.layers, MaskedLinear, torch.nn.Linear)
 
     def weights_and_biases(
         self, context: Tensor | None, samples: int
@@ -104,25 +139,59 @@ class MaskedMLP(torch.nn.Module):
         """Return the weight and the bias of each layer, the context being part of the first bias."""
         weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
         biases: list[Tensor | None] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        added = self._added(context, samples)
+        if added is not None:
+            biases[0] = added if biases[0] is None else added + biases[0]
+        return weights, biases
+
+    def _added(self, context: Tensor | None, samples: int) -> Tensor | None:
+        """Return what the context adds to the first layer, ``[N, units]``."""
         if self.context is None:
             if context is not None:
                 raise ValueError(
                     "context was given, but this network was made with context_features=0"
                 )
-            return weights, biases
+            return None
         want = (samples, self.context_features)
         if context is not None:
             check_floating("context", context)
         if context is None or tuple(context.shape) != want:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context must have shape {want}, got {got}")
-        check_dtype("context", context, weights[0].dtype, "network")
-        biases[0] = self.context(context) + biases[0]
-        return weights, biases
+        check_dtype_of("context", context, self.layers)
+        added: Tensor = self.context(context)
+        return added
+
+    def _masks(self) -> list[Tensor]:
+        return [layer.mask for layer in self.plan.layers]
 
     def extra_repr(self) -> str:
         """Return what the representation shows."""
         return f"features={self.features}, outputs={self.outputs}, activation={self.activation!r}"
+
+
+def _masked(layer: torch.nn.Module, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a layer that sees no more than the mask lets it, whatever was put in its place.
+
+    Another module than ours must be affine: what it makes of zero and of the unit vectors is its bias and its matrix.
+    """
+    if isinstance(layer, MaskedLinear) and type(layer).forward is MaskedLinear.forward:
+        return layer
+    known = next(
+        (t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()), None
+    )
+    dtype = torch.get_default_dtype() if known is None else known.dtype
+    device = mask.device if known is None else known.device
+    inputs = torch.eye(mask.shape[1] + 1, mask.shape[1], dtype=dtype, device=device)
+    outputs: Tensor = layer(inputs)
+    if tuple(outputs.shape) != (mask.shape[1] + 1, mask.shape[0]):
+        raise ValueError(
+            f"a layer of the network must map {mask.shape[1]} to {mask.shape[0]} features, "
+            f"{type(layer).__name__} gives shape {tuple(outputs.shape)}"
+        )
+    bias = outputs[-1]
+    weight = torch.where(mask.to(device), (outputs[:-1] - bias).mT, 0.0)
+    return lambda h: F.linear(h, weight, bias)
 
 
 def _check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from pyflowkern._library import transformed
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.nn._base import check_count
-from pyflowkern.nn.vector_field import (
+from pyflowkern.nn._fields import (
     add_context,
     as_time,
+    call_layers,
     check_context,
     check_field,
     check_states,
     parameters_of,
     probes_of,
+    velocity_and_divergence_of,
+    work_dtype,
 )
+from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.ops.field import hutchinson_trace
 from pyflowkern.ops.field_layer import activate_layer, spread
 from pyflowkern.ops.field_time import at_time
@@ -56,8 +61,9 @@ class VectorFieldConv(torch.nn.Module):
         ValueError: for sizes below 1, an unknown activation or kind of time; when called, for layers
             that were replaced and do not fit each other.
 
-    The layers are not called: their hooks do not run (parametrizations do), and one before the
-    forward, as of the old ``spectral_norm``, is warned of.
+    Where something hangs on a layer (hooks, the old ``weight_norm``, pruning, a module put in its place) all layers are
+    called, and the divergence comes from reverse-mode products as in :class:`VectorField`: slower, and the estimates of
+    ``frobenius`` are then :math:`|e^T J|^2`, which has the same mean.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
     Generative Models*.
@@ -108,6 +114,11 @@ class VectorFieldConv(torch.nn.Module):
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity ``[N, C, H, W]`` at ``t``, a float, a scalar tensor or ``[N]``."""
         check_states(x, self.channels, 4)
+        if not self._may_be_read:
+            work = work_dtype(x, self.layers)
+            zeros = [x.new_zeros(n, dtype=work) for n in (*self.hidden, self.channels)]
+            biases, gates = self._at(as_time(t, x).to(work), x, context, zeros)
+            return call_layers(x, list(self.layers), biases, gates, self.activation)
         h, _ = self._run(t, x, None, context)
         return cast(h, x.dtype)
 
@@ -148,6 +159,17 @@ class VectorFieldConv(torch.nn.Module):
                 or too many.
         """
         check_states(x, self.channels, 4)
+        if not self._may_be_read:
+            options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
+            return velocity_and_divergence_of(
+                self.forward,
+                t,
+                x,
+                context,
+                per_probe=per_probe,
+                regularizers=regularizers,
+                **options,
+            )
         exact = method == "exact" and probe is None
         if exact:
             velocity, divergence, frobenius = self._exact(t, x, context)
@@ -260,6 +282,10 @@ class VectorFieldConv(torch.nn.Module):
             pairs = zip(biases, maps, strict=True)
             biases = [b[..., None, None] + time[..., None, None] * m for b, m in pairs]
         return biases, gates
+
+    @property
+    def _may_be_read(self) -> bool:
+        return may_be_read(self.layers, torch.nn.Conv2d)
 
     def extra_repr(self) -> str:
         """Return the arguments."""

@@ -147,16 +147,23 @@ class MaskedPlan:
     ) -> Tensor:
         """Return the network's output ``[N, D, outputs]`` in plain PyTorch."""
         masks = self.indices(x.device).masks
+
+        def linear(i: int, h: Tensor) -> Tensor:
+            bias = biases[i]
+            shared = bias if bias is None or bias.dim() == 1 else None
+            value = functional.linear(h, torch.where(masks[i], weights[i], 0.0), shared)
+            return value if bias is None or bias.dim() == 1 else value + bias
+
+        return self.evaluate(x, linear, gates)
+
+    def evaluate(
+        self, x: Tensor, linear: Callable[[int, Tensor], Tensor], gates: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Return the network's output ``[N, D, outputs]``, with ``linear(i, h)`` for the masked product of layer i."""
         left = iter(gates)
         values: list[Tensor] = []
-        for layer, source, weight, mask, bias in zip(
-            self.layers, self.sources, weights, masks, biases, strict=True
-        ):
-            read = ACTIVATIONS[layer.activation](x if source < 0 else values[source])
-            shared = bias if bias is None or bias.dim() == 1 else None
-            value = functional.linear(read, torch.where(mask, weight, 0.0), shared)
-            if bias is not None and bias.dim() == 2:
-                value = value + bias
+        for i, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
+            value = linear(i, ACTIVATIONS[layer.activation](x if source < 0 else values[source]))
             if layer.gated:
                 value = value * next(left)
             if layer.residual is not None:

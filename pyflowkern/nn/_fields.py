@@ -1,0 +1,204 @@
+r"""What all vector fields share: checks, time and context, products with the Jacobian, layers that are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyflowkern.core.checks import check_floating
+from pyflowkern.core.dtypes import accumulation_dtype, full_precision
+from pyflowkern.ops._probe import as_probe, expand_probe
+from pyflowkern.ops.field import ACTIVATIONS, activation_and_slope, hutchinson_trace
+from pyflowkern.ops.field_layer import spread
+
+__all__ = [
+    "FieldLinear",
+    "add_context",
+    "as_time",
+    "call_layers",
+    "check_context",
+    "check_field",
+    "check_states",
+    "parameters_of",
+    "probes_of",
+    "velocity_and_divergence_of",
+    "work_dtype",
+]
+
+TIMES = ("none", "concat", "concatsquash")
+METHODS = ("hutchinson", "exact")
+
+
+class FieldLinear(torch.nn.Linear):
+    """A linear layer that ``quantize_dynamic`` leaves alone: a quantized one has no derivative, so no divergence."""
+
+
+def check_states(x: Tensor, size: int | None = None, rank: int = 2) -> None:
+    """Raise unless ``x`` is ``[N, ...]``, with ``size`` ``[N, size]`` or, of rank 4, ``[N, size, H, W]``."""
+    check_floating("x", x)
+    if x.dim() < 2 or (size is not None and (x.dim() != rank or x.shape[1] != size)):
+        want = "[N, ...]" if size is None else f"[N, {size}{', H, W' if rank == 4 else ''}]"
+        raise ValueError(f"x must have shape {want}, got {tuple(x.shape)}")
+
+
+def check_field(
+    name: str, size: int, hidden: Sequence[int], activation: str, time: str
+) -> list[int]:
+    """Raise unless the arguments make a field; return the sizes of all its layers."""
+    if not isinstance(hidden, Iterable):
+        raise TypeError(f"hidden must be a sequence of ints, got {hidden!r}")
+    sizes = [size, *hidden, size]
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if time not in TIMES:
+        raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
+    return sizes
+
+
+def parameters_of(
+    layers: Iterable[torch.nn.Module], size: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return weights and biases of a field's layers, which must still fit each other."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    width = size
+    for i, layer in enumerate(layers):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        if bias is None or weight.shape[1] != width or weight.shape[:1] != bias.shape:
+            got = None if bias is None else tuple(bias.shape)
+            raise ValueError(
+                f"layers[{i}] must take {width} and have a bias, got a weight of shape "
+                f"{tuple(weight.shape)} and a bias of shape {got}"
+            )
+        width = weight.shape[0]
+        weights.append(weight)
+        biases.append(bias)
+    if width != size:
+        raise ValueError(f"the last layer must give {size}, got {width}")
+    return weights, biases
+
+
+def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
+    """Raise unless the context is ``[N, features]``, or None for a field that takes none."""
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    if context is None and not features:
+        return
+    if context is None or not features or tuple(context.shape) != (x.shape[0], features):
+        want = f"have shape ({x.shape[0]}, {features})" if features else "be None"
+        got = None if context is None else tuple(context.shape)
+        raise ValueError(f"context must {want}, got {got}")
+
+
+def add_context(
+    biases: Sequence[Tensor], context: Tensor, matrices: Iterable[Tensor]
+) -> list[Tensor]:
+    """Return ``bias + context C^T`` of each layer, ``[N, out]``."""
+    with full_precision(context):
+        c = context.to(biases[0].dtype)
+        pairs = zip(biases, matrices, strict=True)
+        return [torch.addmm(b, c, m.to(b.dtype).t()) for b, m in pairs]
+
+
+def as_time(t: Tensor | float, x: Tensor) -> Tensor:
+    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in; ``[N, 1, ...]`` is one, too."""
+    dtype = accumulation_dtype(x.dtype)
+    if not isinstance(t, Tensor):
+        return torch.full((), float(t), dtype=dtype, device=x.device)
+    if t.dim() > 1 and t.shape[0] == t.numel():
+        t = t.flatten()
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x.shape[0]):
+        raise ValueError(f"t must be a scalar or have shape ({x.shape[0]},), got {tuple(t.shape)}")
+    return t.to(dtype)
+
+
+def velocity_and_divergence_of(
+    field: Callable[[Tensor | float, Tensor, Tensor | None], Tensor],
+    t: Tensor | float,
+    x: Tensor,
+    context: Tensor | None,
+    *,
+    probe: Tensor | None,
+    probes: int,
+    method: str,
+    per_probe: bool,
+    regularizers: bool,
+) -> tuple[Tensor, ...]:
+    """Return what :meth:`VectorFieldMLP.velocity_and_divergence` does, by reverse-mode products."""
+    check_states(x)
+    e = probes_of(x, probe, probes, method)
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        start = x if x.requires_grad else x.detach().requires_grad_()
+        velocity = field(t, start, context)
+        products = [_product(velocity, start, v, recorded) for v in e]
+    pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
+    traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
+    if not recorded:
+        velocity = velocity.detach()
+    exact = method == "exact"
+    divergence = traces.sum(0) if exact else traces if per_probe else traces.mean(0)
+    if not regularizers:
+        return velocity, divergence
+    kinetic = velocity.flatten(1).square().sum(1)
+    return velocity, divergence, kinetic, norms.sum(0) if exact else norms.mean(0)
+
+
+def _product(velocity: Tensor, x: Tensor, e: Tensor, recorded: bool) -> Tensor:
+    """Return ``e^T J``, zero where the velocity does not depend on ``x``."""
+    if not velocity.requires_grad:
+        return torch.zeros_like(x)
+    (product,) = torch.autograd.grad(
+        velocity, x, e, create_graph=recorded, retain_graph=True, allow_unused=True
+    )
+    return torch.zeros_like(x) if product is None else product
+
+
+def probes_of(x: Tensor, probe: Tensor | None, probes: int, method: str) -> Tensor:
+    """Return probes ``[K, N, ...]`` for states ``[N, ...]``; those of "exact" are the unit vectors."""
+    if method not in METHODS:
+        raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
+    flat = x.flatten(1)
+    if method == "exact":
+        if probe is not None:
+            raise ValueError("method='exact' takes no probe")
+        size = flat.shape[1]
+        unit = torch.eye(size, dtype=x.dtype, device=x.device)
+        return unit.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
+    if probe is None:
+        raise ValueError("method='hutchinson' needs a probe; ops.draw_probe(x) draws one")
+    if isinstance(probe, Tensor) and x.dim() > 2 and probe.shape[1 - x.dim() :] == x.shape[1:]:
+        probe = probe.flatten(1 - x.dim())
+    e, count = as_probe(probe, probes, flat, flat.dtype)
+    return expand_probe(e, count, flat).view(count, *x.shape)
+
+
+def call_layers(
+    x: Tensor,
+    layers: Sequence[torch.nn.Module],
+    biases: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    activation: str,
+) -> Tensor:
+    """Return the velocity by calling each layer, for what hangs on it; ``biases`` is what time and context add."""
+    own = next((p.dtype for m in layers for p in m.parameters() if p.is_floating_point()), x.dtype)
+    h = x
+    for i, layer in enumerate(layers):
+        h = layer(h.to(own))
+        if gates and (gate := gates[i]) is not None:
+            h = h * spread(gate, h)
+        h = h + spread(biases[i], h)
+        if i < len(layers) - 1:
+            h = activation_and_slope(h, activation)[0]
+    return h.to(x.dtype)
+
+
+def work_dtype(x: Tensor, layers: Iterable[torch.nn.Module]) -> torch.dtype:
+    """Return the dtype that a field computes in: float32 or float64."""
+    first = next((p for m in layers for p in m.parameters() if p.is_floating_point()), x)
+    return accumulation_dtype(torch.promote_types(x.dtype, first.dtype))
