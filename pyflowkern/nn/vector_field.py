@@ -273,7 +273,8 @@ class VectorFieldMLP(torch.nn.Module):
         self, t: Tensor | float, x: Tensor, context: Tensor | None, biases: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what biases become at a time, for a context; and gates."""
-        work, gates = biases[0].dtype, list[Tensor]()
+        work = biases[0].dtype
+        gates: list[Tensor] = []
         time = as_time(t, x).to(work)
         if self.time != "none":
             biases, gates = at_time(time, biases, [cast(p, work) for p in self.times])
