@@ -15,7 +15,10 @@ from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
 
 __all__ = ["jacobi_inverse"]
 
-_FIRST_DERIVATIVES = "jacobi_inverse has first derivatives alone: differentiate the forward direction twice, or use a MaskedMLP"
+_FIRST_DERIVATIVES = (
+    "jacobi_inverse has first derivatives alone: "
+    "differentiate the forward direction twice, or use a MaskedMLP"
+)
 
 Network = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.first_derivative import once_differentiable
-from pyflowkern.ode.fields import recording_where_needed
+from pyflowkern.ode.fields import packed_field
 from pyflowkern.ode.loops.adaptive import Stop
 from pyflowkern.ode.loops.adaptive import integrate as integrate_adaptive
 from pyflowkern.ode.options import Options, options_for
@@ -112,7 +112,7 @@ def odeint_event(
     def event(t: Tensor, y: Tensor) -> Tensor:
         return event_fn(t, packing.unpack(y))
 
-    field = recording_where_needed(packing.field(func))
+    field = packed_field(func, packing)
     found = _search(field, event, start, begin, far, options)
     times = torch.stack([t0.reshape(()).double(), torch.tensor(found.time, dtype=torch.float64)])
     solved = solve(func, y0, times, **steps, **settings)

@@ -1,41 +1,47 @@
-"""Fields that differentiate: forces from energies, scores from densities."""
+"""The user's function as a field of packed states."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.packing import Field
+from pyflowkern.ode.packing import Field, Packing
 
-__all__ = ["recording_where_needed"]
+__all__ = ["packed_field"]
 
 
-def recording_where_needed(field: Field) -> Field:
-    """Return a field that works while nothing is recorded even if it calls ``torch.autograd.grad`` itself.
+def packed_field(func: Callable[..., Any], packing: Packing) -> Field:
+    """Return ``func`` as a function of a packed state.
 
-    Solvers evaluate fields without a graph.  Where a field then finds that its state does not require a gradient, it is
-    evaluated with one, here and from then on.
+    Solvers evaluate fields without a graph.  A field that differentiates, as forces from energies do, then finds that
+    its state does not require a gradient: it is evaluated with a graph, here and from then on.
 
     Args:
-        field: ``(t, y) -> dy/dt``.
+        func: ``(t, y) -> dy/dt`` of the user's states.
+        packing: of these states.
     """
-    needed = False
+    pack, unpack, trivial = packing.pack, packing.unpack, packing.trivial
+    differentiates = False
+
+    def recorded(t: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            return pack(func(t, unpack(leaf))).detach()
 
     def evaluate(t: Tensor, y: Tensor) -> Tensor:
-        nonlocal needed
-        if needed and not torch.is_grad_enabled():
+        nonlocal differentiates
+        if differentiates and not torch.is_grad_enabled():
             return recorded(t, y)
         try:
-            return field(t, y)
+            return pack(func(t, y if trivial else unpack(y)))
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise
         slope = recorded(t, y)
-        needed = True
+        differentiates = True
         return slope
-
-    def recorded(t: Tensor, y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            return field(t, y.detach().requires_grad_()).detach()
 
     return evaluate

@@ -26,6 +26,14 @@ class CapturedSolve:
         solution: memory that they write.
         packing: of the first state.
         replay: runs them.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> if torch.cuda.is_available():
+        ...     y0 = torch.ones(3, device="cuda")
+        ...     grow = ode.capture(lambda t, y: y, y0, [0.0, 1.0], step_size=0.1)
+        ...     assert isinstance(grow, ode.CapturedSolve) and grow(y0).ys.shape == (2, 3)
     """
 
     def __init__(

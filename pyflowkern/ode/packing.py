@@ -91,12 +91,6 @@ class Packing:
         )
         return entries if self.is_tuple else entries[0]
 
-    def field(self, func: Callable[..., Any]) -> Field:
-        """Return ``func`` as a function of a packed state."""
-        if self.trivial:
-            return lambda t, y: self.pack(func(t, y))
-        return lambda t, y: self.pack(func(t, self.unpack(y)))
-
     def tolerance(self, name: str, value: Any, device: torch.device) -> float | Tensor:
         """Return a tolerance as a number, or as a tensor that the packed state broadcasts with.
 

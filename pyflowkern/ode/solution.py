@@ -19,7 +19,21 @@ __all__ = ["DenseOutput", "Solution", "Stats", "Status", "Trajectory"]
 
 
 class Status(IntEnum):
-    """How a solve ended; anything but ``ok`` leaves the last finite state in the rest of the output."""
+    """How a solve ended; anything but ``ok`` leaves the last finite state in the rest of the output.
+
+    * ``ok``: at its last time.
+    * ``max_steps``: it took as many steps as it was allowed.
+    * ``dt_underflow``: the step that the tolerance asks for does not move the time.
+    * ``non_finite``: the same, where the field or the state was not finite: NaN, infinite, or before a pole.
+    * ``no_event``: at the end of :func:`pyflowkern.ode.odeint_event`, which met no event.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> s = ode.solve(lambda t, y: y**2, torch.ones(1), [0.0, 2.0], max_steps=5)  # a pole at t = 1
+        >>> s.status is ode.Status.max_steps
+        True
+    """
 
     ok = 0
     max_steps = 1
@@ -32,10 +46,18 @@ class Status(IntEnum):
 class Stats:
     """Counts of a solve; with a step size for each sample, of the batch's rounds.
 
+    Calls of the field in a backward pass, and one that finds its parameters where its slope is of no use, do not count.
+
     Args:
         accepted: steps kept.
         rejected: steps repeated with a smaller size.
         evaluations: calls of the field, those for the first step size included.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> ode.solve(lambda t, y: -y, torch.ones(1), [0.0, 1.0], method="rk4", step_size=0.25).stats
+        Stats(accepted=4, rejected=0, evaluations=16)
     """
 
     accepted: int
@@ -131,6 +153,13 @@ class Solution:
             0-d tensor where a fixed-step solve is being captured as a CUDA graph.
         stats: counts.
         dense: the state at any time, if asked for.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> solution = ode.solve(lambda t, y: (-y[0], y[1]), (torch.ones(2), torch.ones(3)), [0.0, 1.0])
+        >>> [tuple(y.shape) for y in solution.ys], solution.ok
+        ([(2, 2), (2, 3)], True)
     """
 
     ys: Any

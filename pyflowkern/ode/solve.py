@@ -14,7 +14,7 @@ from pyflowkern.ode.adjoints.continuous import Continuous
 from pyflowkern.ode.adjoints.direct import Direct, run
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now
 from pyflowkern.ode.adjoints.reversible import Reversible
-from pyflowkern.ode.fields import recording_where_needed
+from pyflowkern.ode.fields import packed_field
 from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
@@ -67,16 +67,20 @@ def solve(
     * ``adjoint="direct"`` gives those of the discrete solution (the step sizes being constants), and can be
       differentiated again.  Memory: the state at each step; with ``checkpoint=False`` the graphs of all stages, which
       spares running the steps again.
-    * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients up to the
-      tolerance, once; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).  Where that
+    * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients of any order up
+      to the tolerance; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).  Where that
       solve cannot go on, as from a pole, its gradients are NaN, with a warning.
     * ``"reversible"`` takes the reversible form of the method (McCallum and Foster, 2024): constant memory, gradients
       of its discrete solution up to rounding, twice the evaluations.  From a pole there is no way back: where a solve
       ends with ``non_finite`` or ``dt_underflow``, the backward pass takes the accepted steps again and keeps them.
 
-    The field must compute the same when it is called again.  Tensors that it depends on are found by one recorded
-    evaluation at the start (and all parameters, if it is a module); name them in ``params`` if it reaches others
-    later, or if they are not leaves.
+    Second derivatives by ``t`` exist with ``"continuous"``; elsewhere asking for them is an error.
+
+    The field must compute the same when it is called again.  It may call ``torch.autograd.grad`` itself, with
+    ``create_graph=True`` for gradients of what it depends on.  The tensors that it depends on are found by one recorded
+    evaluation at the start, and in the field: parameters of modules, closures, bound methods, ``functools.partial``,
+    attributes, containers and globals.  Where a backward pass meets a tensor that was not found, it raises
+    RuntimeError; name such tensors in ``params``, and those that are not leaves.
 
     Args:
         func: ``(t, y) -> dy/dt``; ``t`` is a 0-d tensor of the state's dtype, ``[N]`` with ``control="sample"``.
@@ -92,7 +96,7 @@ def solve(
         checkpoint: see above.
         seminorm: see above.
         coupling: :math:`\lambda` of the reversible solver, in (0, 1].
-        params: see above.
+        params: the tensors whose gradients are wanted, in place of those that are found.
         step_size: largest fixed step; without it, a method without step control takes one step per output.  A method
             with step control takes fixed steps when it is given.
         first_step: else chosen by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
@@ -119,7 +123,7 @@ def solve(
         TypeError: for a state that is not floating-point or complex, or a wrong result of ``func``.
         ValueError: for times that are not monotone and finite, unknown names, settings out of range, and tolerances
             that are both 0.
-        RuntimeError: inside transforms of torch.func.
+        RuntimeError: inside transforms of torch.func, and in a backward pass for a tensor that was not found.
 
     Example:
         >>> import torch
@@ -139,9 +143,7 @@ def solve(
         control=control, check_every=check_every, norm=norm, dense=dense, compat=compat,
     )  # fmt: skip
     times, ts = output_times(t, start, options.per_sample)
-    ys, steps = _solve(
-        func, recording_where_needed(packing.field(func)), start, times, t, options, params
-    )
+    ys, steps = _solve(func, packed_field(func, packing), start, times, t, options, params)
     interpolation = None
     if dense:
         begin = times[0], start.detach()

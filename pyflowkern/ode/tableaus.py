@@ -41,6 +41,16 @@ class Tableau:
         c: nodes.
         error: ``b`` less the weights of the embedded method; None without step control.
         dense: ``p``, the polynomials of the dense output without their constant term.
+
+    Source: Hairer, Norsett and Wanner (1993), II.1 and II.6.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> ralston = ode.Tableau("ralston", 2, ((), (2 / 3,)), (1 / 4, 3 / 4), (0.0, 2 / 3))
+        >>> y = ode.odeint(lambda t, y: -y, torch.ones(1), [0.0, 1.0], method=ralston, step_size=0.01)
+        >>> round(y[-1].item(), 4)
+        0.3679
     """
 
     name: str

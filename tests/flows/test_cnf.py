@@ -40,7 +40,7 @@ def small(**options):
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 def test_affine_dynamics_have_a_gaussian_density(divergence):
-    """T6: the log-determinant is T tr A, and the density that of a Gaussian."""
+    """The log-determinant is T tr A, and the density that of a Gaussian."""
     flow, matrix, offset = affine_flow(divergence=divergence)
     x, duration = normal(50, 3, seed=2), 0.8
     z, log_det = flow(x)

@@ -62,7 +62,7 @@ def test_affine_flow(adjoint, direction):
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_affine_flow_changes_the_log_density_by_the_trace(adjoint):
-    """T6: with d log p / dt = -tr A the change is -T tr A exactly, and its gradient -T I."""
+    """With d log p / dt = -tr A the change is -T tr A exactly, and its gradient -T I."""
     (matrix,) = leaves(0.5 * normal(3, 3))
 
     def field(t, state):

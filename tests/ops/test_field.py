@@ -134,7 +134,7 @@ def test_equals_the_naive_form_for_the_same_probe(backend, hidden, activation):
 
 
 def test_mean_over_all_signs_is_the_trace(backend):
-    """T5: enumeration of the sign vectors gives the trace, to rounding."""
+    """Enumeration of the sign vectors gives the trace, to rounding."""
     for hidden in SHAPES:
         x, parts = normal(9, 5), layers((5, *hidden, 5))
         signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).double()
@@ -195,7 +195,7 @@ def test_signs_are_fair():
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_variance_of_the_estimate(kind):
-    """T5: 2 (|S|^2 - sum S_ii^2) for signs, 2 |S|^2 for Gaussian probes, S the symmetric part."""
+    """The variance is 2 (|S|^2 - sum S_ii^2) for signs, 2 |S|^2 for Gaussian probes, S the symmetric part."""
     matrix, k = normal(4, 4), 200_000
     sym = (matrix + matrix.t()) / 2
     expected = 2 * (

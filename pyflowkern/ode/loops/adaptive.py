@@ -36,7 +36,7 @@ def integrate(
     """Integrate through ``times``, in one direction.
 
     The last step ends on the last time exactly; output before it is interpolated and costs no steps.  With
-    ``torchdiffeq`` the last step runs over the end and is interpolated too, as theirs is.
+    ``torchdiffeq`` the last step runs over the end and is interpolated too, as that of torchdiffeq is.
 
     Args:
         field: of packed states.

@@ -17,7 +17,7 @@ from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["Plan", "integrate", "plan"]
 
-_MANY = 1e15  # steps that nobody takes, where their number would overflow
+_MANY = 1e15  # more steps than any solve takes: their number must not overflow
 
 #: Starts and signed lengths of the steps, and for each output its step and the fraction of it.
 Plan = tuple[list[tuple[float, float]], list[tuple[int, float | None]]]
@@ -28,7 +28,7 @@ def plan(times: Sequence[float], options: Options) -> Plan:
 
     Every interval between outputs is divided into equal steps of at most ``step_size``, so that each output is the
     end of a step.  With ``torchdiffeq`` the steps start from the first time only, and output is linear in between.
-    Of more than ``max_steps`` one more is there, and no list of a million that nobody takes.
+    Where there are more than ``max_steps``, the list ends with one more than these.
     """
     if options.torchdiffeq and options.step_size is not None:
         return _torchdiffeq_plan(times, options.step_size, options.max_steps + 1)
