@@ -8,6 +8,7 @@ TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
 .PHONY: demo test test-fast lint format build bench gpu clean
 demo: $(VENV)/installed
+	$(say) "the demonstration, 4 minutes"
 	$(BIN)/pyflowkern demo
 
 # pytest (not python -m pytest): the tests run against the installed wheel, never the source tree
@@ -41,18 +42,31 @@ gpu:
 bench: $(VENV)/installed
 	$(BIN)/python -m bench all
 
+# What a step of the set-up does, and how long it takes on two cores, before it falls silent.
+say = @printf '\n== %s\n'
+
 # torch first and alone: the constraint names a CPU build, which a later resolution must not replace
 $(VENV)/tools: constraints.txt pyproject.toml
+	$(say) "set-up 1/4: a Python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	$(say) "set-up 2/4: PyTorch, about 200 MB to download, 1 minute or so"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy
+	$(say) "set-up 3/4: tools to build, test and train, about 300 MB to download, 1 to 2 minutes"
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 ninja cmake
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS) typer pillow pyyaml lightning \
 	  tensorboard matplotlib scikit-learn scikit-image
 	touch $@
 
+# of what the build says, the lines that count its files: [7/47] Building ...; all of it when it fails
 $(VENV)/installed: $(VENV)/tools $(SOURCES)
+	$(say) "set-up 4/4: the kernels are compiled, 5 minutes or so on two cores, longer where nvcc is; the count says how far it is"
 	rm -rf dist
-	$(BIN)/python -m pip wheel -q . --no-build-isolation --no-deps -w dist
+	@mkdir -p build
+	@rm -f build/wheel.failed
+	@{ $(BIN)/python -m pip wheel -v . --no-build-isolation --no-deps -w dist 2>&1 || touch build/wheel.failed; } \
+	  | tee build/wheel.log | grep --line-buffered -oE '\[[0-9]+/[0-9]+\] (Building|Linking) .*' \
+	  | sed -u -E 's#(CMakeFiles/|\.dir/csrc|(CXX|CUDA) (object|shared module) )##g' || true
+	@test ! -e build/wheel.failed || { cat build/wheel.log; echo "== the build failed, see above (build/wheel.log)"; exit 1; }
 	$(BIN)/python -m pip install -q --no-deps --force-reinstall dist/pyflowkern-*.whl
 	touch $@
 

@@ -45,7 +45,7 @@ def demo(
         Path, typer.Option(help="Folder to write to; an earlier demo in it is replaced.")
     ] = Path("out/demo"),
     minutes: Annotated[
-        float, typer.Option(min=0.1, help="Time for the whole command; more gives better samples.")
+        float, typer.Option(help="Time for the whole command; more gives better samples.")
     ] = 4.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")
@@ -193,7 +193,7 @@ def sample(
     ],
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many samples.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Below 1: more typical, less varied samples.")
+        float, typer.Option(help="From 0 on.  Below 1: more typical, less varied samples.")
     ] = 1.0,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")

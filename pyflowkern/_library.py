@@ -71,7 +71,7 @@ _traced_block: bool | None = None
 def _candidates(name: str) -> Iterator[Path]:
     """Yield where the shared object may lie: next to this file, else in the installed wheel."""
     if override := _override():
-        yield Path(override) / name
+        yield Path(override).absolute() / name  # a bare name would be looked for elsewhere
         return
     yield Path(__file__).parent / "lib" / name
     try:  # running from a source tree beside an installed wheel of the same version
@@ -96,7 +96,9 @@ def _load(device: str) -> None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        _errors[device] = f"{path} could not be loaded by torch {torch.__version__}: {error}"
+        _errors[device] = (
+            f"{path} could not be loaded by torch {torch.__version__}: {error.__cause__ or error}"
+        )
         return
     key = device.upper()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

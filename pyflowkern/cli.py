@@ -34,7 +34,7 @@ def main() -> None:
         BrokenPipeError
     ):  # who reads our output has seen enough, like `pyflowkern info | head -1`
         _forget_output()
-        raise SystemExit(141) from None
+        raise SystemExit(1) from None
     except OSError as error:
         if error.filename is None:  # every file of ours is named, so this is the output
             _forget_output()

@@ -382,3 +382,59 @@ def test_a_process_of_its_own_shows_no_traceback(arguments, tmp_path):
     assert result.stdout == ""
     assert re.fullmatch(r"pyflowkern: (t.csv, row 3|none): .*\n", result.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+# ---------------------------------------------------------------- where output goes
+
+
+def command(tmp_path, *arguments, **streams):
+    """Run the command line in a process of its own, with the package under test."""
+    return subprocess.run(
+        [sys.executable, "-m", "pyflowkern", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(pyflowkern.__file__).parents[1])},
+        **streams,
+    )
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        result = command(tmp_path, "info", stdout=full)
+    assert result.returncode == 1
+    assert result.stderr == "pyflowkern: standard output: No space left on device\n"
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_quietly(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = command(tmp_path, "info", stdout=writer)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf"])
+def test_a_demo_needs_a_number_of_minutes(minutes, tmp_path):
+    assert "minutes" in refuses(tmp_path, "demo", "--minutes", minutes, "--out", "demo")
+
+
+def test_a_demo_that_cannot_be_gone_on_with_is_one_line(tmp_path):
+    Path("demo").mkdir()
+    Path("demo/comparison.json").write_text('{"seconds": [1]')
+    Path("demo/config.yaml").write_text("steps: 2\n")
+    line = refuses(tmp_path, "demo", "--resume", "--out", "demo")
+    assert "demo/comparison.json: is damaged" in line
+
+
+def test_a_config_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo("run.yaml")
+    assert "run.yaml: is a named pipe" in refuses(tmp_path, "train", "run.yaml")
+
+
+def test_weights_beyond_all_memory_are_one_line(tmp_path):
+    options = ("--data", "digits", "--set", f"hidden={10**12}")
+    assert "Glow cannot be built for (1, 8, 8)" in refuses(tmp_path, "train", *options)

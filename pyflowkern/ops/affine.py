@@ -73,7 +73,11 @@ def affine(
         shift: shift ``t``, broadcastable to ``x``.
         scale_map: a name (exp, tanh, atan, sigmoid, softplus, softclip, additive) or a ScaleMap.
         inverse: return ``x`` from ``y``, and the log-determinant of that direction.
-        save: which side of the transform the backward pass keeps.
+        save: which side of the transform the backward pass keeps. ``"input"`` is exact. ``"output"`` spares memory
+            where the output is kept anyway, and recomputes the input from the rounded output: with an error of up to
+            :math:`\epsilon |y| / s`, where :math:`\epsilon` is half a unit of the last place (6e-8 in float32), which
+            goes into the gradients of ``raw_scale``. A shift of 100 with a log-scale of -6 costs 2e-3 of ``x``; use
+            it where ``|t| / s`` stays small.
 
     Returns:
         ``(y, log_det)``, ``y`` shaped and typed like ``x``, ``log_det`` ``[N]`` in nats, float32 or float64.
@@ -144,7 +148,8 @@ def affine_coupling(
             ``2 c`` the shift, ``2 c + 1`` the raw scale) or ``"feature_major"`` (a last axis of size 2); append
             ``"_raw_first"`` where the raw scale comes before the shift.
         inverse: invert the transform.
-        save: which side of the transform the backward pass keeps.
+        save: which side of the transform the backward pass keeps; see :func:`affine` for the error of ``"output"``,
+            up to :math:`\epsilon |y| / s` of a transformed value.
 
     Returns:
         ``(y, log_det)``: ``y`` like ``x``; ``log_det`` ``[N]`` in nats, float32 or float64.

@@ -78,8 +78,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: naming the file, when it is missing, damaged or no checkpoint of this package.
     """
-    if path.is_dir():
-        path = path / "last.ckpt"
+    path = _file(path)
     try:
         if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
             raise ConfigError(f"{path}: not a regular file")
@@ -96,6 +95,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a pyflowkern checkpoint ({problem})")
     checkpoint.pop("loops", None)  # Lightning's counters, which earlier versions stored
     return dict(checkpoint)
+
+
+def _file(path: Path) -> Path:
+    return path / "last.ckpt" if path.is_dir() else path
 
 
 def _problem_of_fields(checkpoint: Any) -> str | None:
@@ -133,6 +136,7 @@ def load_trained(path: Path) -> Trained:
     Raises:
         ConfigError: naming the file, when it is damaged, another flow's, or its weights are not finite.
     """
+    path = _file(path)
     checkpoint = load_checkpoint(path)
     own = checkpoint["pyflowkern"]
     try:

@@ -70,8 +70,8 @@ def round_trip_error(run: Run, rows: int = 64) -> float:
 def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
     """Compare the paths, train, and print a short table; ``minutes`` is the budget of all of it."""
     start = time.monotonic()
-    if not 0 < minutes < 1e6:
-        raise ConfigError(f"minutes must be a number from 0 to 1000000, got {minutes}")
+    if not 0.1 <= minutes < 1e6:
+        raise ConfigError(f"minutes must be a number from 0.1 to 1000000, got {minutes}")
     check_folder(out)
     measured = out / "comparison.json"
     if resume and measured.exists() and (out / "config.yaml").exists():

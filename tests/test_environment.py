@@ -1,0 +1,120 @@
+"""Environment variables: what is wrong in them is said, and importing never fails."""
+
+import _struct
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyflowkern
+from pyflowkern import _library
+from pyflowkern._version import __version__
+
+ROOT = str(Path(pyflowkern.__file__).parents[1])
+PAGE = "import pyflowkern; print(pyflowkern.show_config())"
+NAME = "libpyflowkern_cpu.so"
+
+
+def page(*flags, cwd=None, **variables):
+    """What show_config() says in a process of its own, and what stands on its stderr."""
+    result = subprocess.run(
+        [sys.executable, *flags, "-c", PAGE],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": ROOT, **variables},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_an_unknown_simd_level_is_said_and_never_stops_the_import():
+    line = "PYFLOWKERN_SIMD=zzz is ignored: it must be one of baseline, avx2, avx512"
+    out, err = page(PYFLOWKERN_SIMD="zzz")
+    assert line in out
+    assert f"RuntimeWarning: {line}" in err
+    out, err = page("-W", "error", PYFLOWKERN_SIMD="zzz")
+    assert line in out
+    assert not err
+
+
+@pytest.mark.parametrize("level", ["", "baseline"])
+def test_a_known_simd_level_is_taken_without_a_word(level):
+    out, err = page("-W", "error", PYFLOWKERN_SIMD=level)
+    assert "ignored" not in out + err
+    if level and "cpu" in _library._loaded:
+        assert f"cpu: kernels ({level})" in out
+
+
+def test_a_level_that_the_processor_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(_library, "_loaded", {"cpu": Path("x")})
+    monkeypatch.setattr(_library, "_ignored", "")
+    monkeypatch.setattr(_library, "simd_level", lambda wanted=None: "avx2")
+    monkeypatch.setenv("PYFLOWKERN_SIMD", "avx512")
+    with pytest.warns(RuntimeWarning, match="PYFLOWKERN_SIMD=avx512 is ignored: .* has avx2"):
+        _library._check_simd_variable()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("foreign", "is not pyflowkern's library: it holds no kernels of this package"),
+        ("text", "could not be loaded by torch"),
+        ("empty", "could not be loaded by torch"),
+        ("folder", "was not built or not installed"),
+        ("none", "was not built or not installed"),
+    ],
+)
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+def test_a_library_that_is_not_ours(kind, reason, relative, tmp_path):
+    path = tmp_path / NAME
+    if kind == "foreign":
+        shutil.copy(_struct.__file__, path)
+    elif kind == "text":
+        path.write_text("no library")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    out, _ = page(cwd=tmp_path, PYFLOWKERN_LIBRARY_DIR="." if relative else str(tmp_path))
+    (line,) = (line for line in out.splitlines() if line.startswith("cpu: "))
+    assert line.startswith("cpu: reference, because ")
+    assert reason in line
+    assert "PYFLOWKERN_LIBRARY_DIR=" in out
+
+
+class Symbols:
+    """The exported functions of a library, of which some may be missing."""
+
+    def __init__(self, version):
+        self.pyflowkern_simd_level = lambda: 0
+        if version:
+            self.pyflowkern_version = lambda: version.encode()
+
+
+@pytest.mark.parametrize(
+    ("version", "override", "problem"),
+    [
+        (__version__, True, None),
+        (__version__, False, None),
+        ("0.0.9", True, "belongs to 0.0.9, not to"),
+        ("0.0.9", False, "belongs to 0.0.9, not to"),
+        (None, True, "belongs to an unknown version"),
+        (None, False, None),  # of a wheel, whose version was compared
+    ],
+)
+def test_kernels_of_another_version_are_refused(version, override, problem, monkeypatch):
+    monkeypatch.setattr(_library.ctypes, "CDLL", lambda path: Symbols(version))
+    monkeypatch.setenv("PYFLOWKERN_LIBRARY_DIR", "x" if override else "")
+    found = _library._problem("cpu", Path(NAME), frozenset({"affine"}))
+    assert (found is None) if problem is None else (problem in found)
+
+
+def test_a_library_without_our_functions_is_refused(monkeypatch):
+    monkeypatch.setattr(_library.ctypes, "CDLL", lambda path: object())
+    found = _library._problem("cpu", Path(NAME), frozenset({"affine"}))
+    assert "is not pyflowkern's library: it has no SIMD levels" in found
