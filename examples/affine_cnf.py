@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> float:
     args = options(__doc__, "affine_cnf").parse_args(argv)
     torch.manual_seed(args.seed)
     field, x = Affine(), torch.randn(64 if args.quick else 2000, 2)
-    way = {"duration": DURATION, "method": "rk4", "step_size": 0.1}
+    solver = {"duration": DURATION, "method": "rk4", "step_size": 0.1}
     trace = float(field.matrix.trace().detach())
     with torch.no_grad():
-        exact = flows.ContinuousBijection(nn.VectorField(field), divergence="exact", **way)
+        exact = flows.ContinuousBijection(nn.VectorField(field), divergence="exact", **solver)
         z, log_det = exact(x)
         error = float((log_det - DURATION * trace).abs().max())
-        estimate = flows.ContinuousBijection(nn.VectorField(field), probes=8, **way)(x)[1]
+        estimate = flows.ContinuousBijection(nn.VectorField(field), probes=8, **solver)(x)[1]
         # the solution with the matrix exponential of [[A, b], [0, 0]]
         whole = torch.zeros(3, 3)
         whole[:2, :2], whole[:2, 2] = field.matrix, field.shift

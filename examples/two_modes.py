@@ -1,7 +1,7 @@
-"""Two separate modes: what the base distribution has to do with it.
+"""Two separate modes: how much the base distribution matters.
 
-A flow is continuous and cannot tear the mass of one normal in two: it leaves a bridge between modes.  A
-base of two Gaussians, learned with the flow, does without.  The share of samples that fall between the
+A flow is continuous and cannot split the mass of one normal in two: some mass stays between the modes.
+With a base of two Gaussians, learned with the flow, it need not split anything.  The share of samples that fall between the
 modes, where no data are, measures the bridge.
 
     python examples/two_modes.py

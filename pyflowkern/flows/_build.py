@@ -20,7 +20,7 @@ __all__ = [
 
 
 def feature_order(order: str, features: int, layer: int) -> list[int] | None:
-    """Return the order in which an autoregressive layer goes through the features; None for 0, 1, ..."""
+    """Return the order of the features in an autoregressive layer; None for 0, 1, ..."""
     if order == "random":
         return layer_permutation(features, layer).tolist()
     if order != "reverse":
@@ -58,7 +58,7 @@ def squeeze_levels(
     level: Callable[[int], list[Bijection]],
     prior: ConditionerFactory,
 ) -> MultiScale:
-    """Return levels of a squeeze and ``level(channels)``, half of the channels leaving after each."""
+    """Return the levels: a squeeze, ``level(channels)``, and after all but the last a split of the channels."""
     stack: list[Bijection] = []
     splits: list[Split] = []
     event = shape

@@ -1,4 +1,4 @@
-"""A bijection along an ordinary differential equation, with everything that is integrated on the way."""
+"""A bijection along an ordinary differential equation, and what is integrated along it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Domain:
     def keep_inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x`` with the middle in place of elements outside, and which samples ``[N]`` have such.
 
-        So no NaN, inf or wrapped angle of theirs reaches a network.
+        With the middle, values outside make no NaN or inf in a network.
         """
         outside = self.outside(x)
         x = x.masked_fill(outside, (self.low + self.high) / 2)

@@ -95,7 +95,7 @@ class TorchBase(torch.nn.Module):
         )
         if generator is None:
             z = draw((n,))
-        else:  # torch distributions take no generator: theirs is seeded from it
+        else:  # torch distributions take no generator: the default one is seeded from it
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             with torch.random.fork_rng(_devices_of(self.zero)):
                 torch.manual_seed(seed)

@@ -91,6 +91,7 @@ class MixtureOfGaussians(torch.nn.Module):
         learned: whether weights, means and scales are parameters or stay what they are.
 
     Raises:
+        TypeError: for counts that are no ints, means that are no tensor, and a ``learned`` that is no bool.
         ValueError: for a count below 1, a negative spread, a scale that is not positive, or means of
             another shape.
 
@@ -179,12 +180,15 @@ class MixtureOfGaussians(torch.nn.Module):
 class Uniform(torch.nn.Module):
     r"""The uniform distribution on ``[low, high)`` in every dimension: a box, or a torus of angles.
 
+    .. math:: p(z) = (\text{high} - \text{low})^{-D} \text{ in the box, } 0 \text{ elsewhere.}
+
     Args:
         dims: ``D``.
         low: least value.
         high: end of the values.
 
     Raises:
+        TypeError: for dims that are no int.
         ValueError: for less than one dimension, or high that is not above low.
 
     Example:

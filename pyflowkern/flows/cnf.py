@@ -66,8 +66,8 @@ class CNF(Flow):
         time: how time enters the field: "none", "concat" or "concatsquash".
         blocks: fields one after another, each over ``[0, T]``; of images before and after each
             squeeze.
-        levels: of images ``(C, H, W)``: after each level but the last a squeeze and half of the
-            channels leave as latents; ``2 ** (levels - 1)`` must divide both sizes.
+        levels: of images ``(C, H, W)``: each level but the last ends with a squeeze, and half of
+            its channels become latents; ``2 ** (levels - 1)`` must divide both sizes.
         conv: convolutional fields on images (:class:`~pyflowkern.nn.VectorFieldConv`), by default
             if ``levels`` is given; else events are flattened.
         field: makes the field of a block from ``D``, or from its channels with ``conv``, in place
@@ -235,7 +235,7 @@ class FFJORD(CNF):
     """FFJORD: a CNF with concatsquash layers and Hutchinson's estimator, in one or more blocks.
 
     With ``levels`` it is FFJORD's multi-scale flow on images: fields of convolutions, then a
-    squeeze, fields again, and half of the channels leave.
+    squeeze, fields again, and half of the channels become latents.
 
     Args:
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.

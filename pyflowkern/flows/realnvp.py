@@ -40,8 +40,8 @@ class RealNVP(Flow):
 
     A coupling is :math:`z_a = x_a, z_b = s(u)\, x_b + t` with :math:`(t, u) = g(x_a, \text{context})`.
     Each level has ``steps`` checkerboard couplings, a squeeze, ``steps`` channel couplings, and
-    factors half of the channels out; the last has ``steps + 1`` checkerboard couplings alone.
-    ActNorm stands in for the original's batch normalisation, which would let one sample change
+    makes latents of half of the channels; the last has only ``steps + 1`` checkerboard couplings.
+    ActNorm replaces the original's batch normalisation, which would let one sample change
     another's density.  On vectors there are ``steps`` couplings of alternating halves, with
     residual MLPs.
 

@@ -181,6 +181,7 @@ def test_nothing_lies_outside_of_a_bounded_domain(options, dtype):
     assert spoilt.grad[3:7].eq(0).all()
 
 
+@pytest.mark.filterwarnings("ignore:values of .* lie outside")
 @bounded
 def test_points_outside_leave_the_parameters_gradients_finite(options):
     flow, x, context = bounded_flow(options)
@@ -194,6 +195,7 @@ def test_points_outside_leave_the_parameters_gradients_finite(options):
     torch.testing.assert_close(found, [p.grad for p in flow.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:values of .* lie outside")
 @bounded
 def test_a_bounded_domain_compiles(options):
     flow, x, context = bounded_flow(options)
