@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_flag
 from pyflowkern.nn._base import check_count
 
 __all__ = [
@@ -49,8 +50,7 @@ def as_counts(**counts: int) -> tuple[int, ...]:
 def check_flags(**flags: bool) -> None:
     """Raise TypeError unless every flag is True or False."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        check_flag(name, value)
 
 
 def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:

@@ -108,6 +108,9 @@ EXPORTED = {
     "NSF": (lambda: flows.NSF(3, **SMALL), (3,)),
     "NSF autoregressive": (lambda: flows.NSF(3, autoregressive=True, **SMALL), (3,)),
     "angles": (lambda: flows.NSF(3, circular=True, **SMALL), (3,)),
+    "RealNVP": (lambda: flows.RealNVP(3, steps=2, hidden=8), (3,)),
+    "Glow": (lambda: flows.Glow(3, steps=2, hidden=8), (3,)),
+    "Glow image": (lambda: flows.Glow((1, 4, 4), levels=1, steps=1, hidden=4), (1, 4, 4)),
     "CNF": (lambda: flows.CNF(3, (8,), **FIXED), (3,)),
 }
 
