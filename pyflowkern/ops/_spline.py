@@ -68,10 +68,11 @@ def spline_elements(
         span = end - start
         turns = torch.floor((x - start) / span)
         x = torch.where((x >= start) & (x < end), x, x - span * turns)
-        x = torch.minimum(torch.maximum(x, start), end)
+        x = _rounded_into(x, start, end)
     below, above = x < start, x > end
     inside = torch.where(below | above, start, x)  # else garbage outside would reach the gradients
     y, log_slope = within(inside, inverse)
+    y = _rounded_into(y, *((left, right) if inverse else (bottom, top)))
     if m.tails == "none":
         y = torch.where(below | above, math.nan, y)
         log_slope = torch.where(below | above, math.nan, log_slope)
@@ -99,6 +100,16 @@ def spline_elements(
 _Found = tuple[Tensor, Tensor, Tensor, Tensor, Pair | None, Callable[[Tensor, bool], Pair]]
 
 
+def _rounded_into(v: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Bring values that rounding took out of ``[low, high]`` back; their derivatives stay what they are.
+
+    ``clamp`` would halve or cut the derivative at the ends, where nothing but a rounding error is beyond them.
+    """
+    with torch.no_grad():
+        excess = torch.where(v < low, low - v, torch.where(v > high, high - v, 0.0))
+    return v + excess
+
+
 def _shares(raw: Tensor, m: SplineMap, least: float) -> Tensor:
     share = torch.softmax(m.scale * raw, -1)
     return least + (1 - least * raw.shape[-1]) * share
@@ -117,6 +128,17 @@ def _bin(v: Tensor, knots: Tensor) -> Tensor:
     return (v.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1, keepdim=True)
 
 
+def _place(v: Tensor, start: Tensor, end: Tensor, size: Tensor) -> Pair:
+    """Return where in its bin an element lies, as a share of the bin from its start and from its end.
+
+    It is measured from the nearer end, in units of the size itself: the difference of two knots may be 0 by rounding.
+    """
+    from_start = _rounded_into((v - start) / size, 0.0, 1.0)
+    from_end = _rounded_into((end - v) / size, 0.0, 1.0)
+    near = from_start < from_end
+    return torch.where(near, from_start, 1 - from_end), torch.where(near, 1 - from_start, from_end)
+
+
 def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(-1, index).squeeze(-1)
 
@@ -131,12 +153,16 @@ def _ends(m: SplineMap, like: Tensor) -> Pair:
 
 
 def _rational_quadratic(parts: tuple[Tensor, Tensor, Tensor], m: SplineMap) -> _Found:
-    xs, ys, d = _domain(*parts, m) if m.parameterization == "domain" else _fixed(*parts, m)
+    learned = m.parameterization == "domain"
+    (xs, ws), (ys, hs), d = _domain(*parts, m) if learned else _fixed(*parts, m)
 
     def within(v: Tensor, inverse: bool) -> Pair:
         k = _bin(v, ys if inverse else xs)
-        ends = [_take(t, k + i) for t in (xs, ys, d) for i in (0, 1)]
-        return _rational_inverse(v, *ends) if inverse else _rational_forward(v, *ends)
+        x0, x1, y0, y1, d0, d1 = (_take(t, k + i) for t in (xs, ys, d) for i in (0, 1))
+        w, h = _take(ws, k), _take(hs, k)
+        if inverse:
+            return _rational_inverse(*_place(v, y0, y1, h), x0, x1, w, h / w, d0, d1)
+        return _rational_forward(*_place(v, x0, x1, w), y0, y1, h, h / w, d0, d1)
 
     slopes = (d[..., 0], d[..., -1]) if m.tails == "affine" else None
     return xs[..., 0], xs[..., -1], ys[..., 0], ys[..., -1], slopes, within
@@ -144,8 +170,8 @@ def _rational_quadratic(parts: tuple[Tensor, Tensor, Tensor], m: SplineMap) -> _
 
 def _fixed(
     widths: Tensor, heights: Tensor, raw: Tensor, m: SplineMap
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the knots and derivatives over an interval that is not learned."""
+) -> tuple[Pair, Pair, Tensor]:
+    """Return knots and sizes of widths and of heights, and derivatives, over an interval that is not learned."""
     low, high = _ends(m, widths)
     if m.parameterization == "softclip":
         clip = -math.log(m.min_derivative)
@@ -160,32 +186,33 @@ def _fixed(
         d = torch.cat([one, d, one], -1)
     elif m.tails == "circular":
         d = torch.cat([d, d[..., :1]], -1)
-    xs, ys = (
-        _knots((high - low) * _shares(u, m, least_size), low, high)
+    ws, hs = (
+        (high - low) * _shares(u, m, least_size)
         for u, least_size in zip((widths, heights), least, strict=True)
     )
-    return xs, ys, d
+    return (_knots(ws, low, high), ws), (_knots(hs, low, high), hs), d
 
 
 def _domain(
     widths: Tensor, heights: Tensor, rest: Tensor, m: SplineMap
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the knots and derivatives over an interval that is learned."""
+) -> tuple[Pair, Pair, Tensor]:
+    """Return knots and sizes of widths and of heights, and derivatives, over an interval that is learned."""
     where, raw = rest[..., : m.domain_numbers], rest[..., m.domain_numbers :]
     d = m.min_derivative + _softplus(raw + _softplus_inverse(1 - m.min_derivative))
     if m.tails == "linear":
         half = m.bound * _softplus(where + _softplus_inverse(1.0))
-        xs, ys = (_knots(2 * half * _shares(u, m, 0.0), -half, half) for u in (widths, heights))
+        ws, hs = (2 * half * _shares(u, m, 0.0) for u in (widths, heights))
+        xs, ys = _knots(ws, -half, half), _knots(hs, -half, half)
         end = torch.ones_like(half)
     else:
-        sizes = [
+        ws, hs = (
             least + _softplus(m.scale * u + _softplus_inverse(2 * m.bound / m.bins - least))
             for u, least in ((widths, m.min_bin_width), (heights, m.min_bin_height))
-        ]
+        )
         low = where - m.bound  # lowest output, leftmost input
-        xs, ys = _knots(sizes[0], low[..., 1:]), _knots(sizes[1], low[..., :1])
-        end = sizes[1].sum(-1, keepdim=True) / sizes[0].sum(-1, keepdim=True)
-    return xs, ys, torch.cat([end, d, end], -1)
+        xs, ys = _knots(ws, low[..., 1:]), _knots(hs, low[..., :1])
+        end = hs.sum(-1, keepdim=True) / ws.sum(-1, keepdim=True)
+    return (xs, ws), (ys, hs), torch.cat([end, d, end], -1)
 
 
 def _softplus(u: Tensor) -> Tensor:
@@ -197,28 +224,29 @@ def _softplus_inverse(v: float) -> float:
 
 
 def _rational_forward(
-    x: Tensor, x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor, d0: Tensor, d1: Tensor
+    xi: Tensor, zeta: Tensor, y0: Tensor, y1: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor
 ) -> Pair:
-    w, h = x1 - x0, y1 - y0
-    s, xi, zeta = h / w, (x - x0) / w, (x1 - x) / w
-    t = xi * zeta
-    below = s * (xi * xi + zeta * zeta) + (d0 + d1) * t
-    return y0 + h * (s * xi * xi + d0 * t) / below, _log_slope(xi, zeta, s, d0, d1)
+    below = s * (xi * xi + zeta * zeta) + (d0 + d1) * xi * zeta
+    up, down = xi * (s * xi + d0 * zeta) / below, zeta * (s * zeta + d1 * xi) / below
+    return _from_nearer_end(y0, y1, h, up, down), _log_slope(xi, zeta, s, d0, d1)
 
 
 def _rational_inverse(
-    y: Tensor, x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor, d0: Tensor, d1: Tensor
+    eta: Tensor, rest: Tensor, x0: Tensor, x1: Tensor, w: Tensor, s: Tensor, d0: Tensor, d1: Tensor
 ) -> Pair:
-    w, h = x1 - x0, y1 - y0
-    s, eta, rest = h / w, (y - y0) / h, (y1 - y) / h
     m = d0 * rest - d1 * eta
     r = torch.sqrt(m * m + 4 * s * s * eta * rest)
     left = m >= 0  # the end that the root is computed from
     near = 2 * s * torch.where(left, eta, rest)
-    root = near / (m.abs() + r + near)
+    root = near / (
+        torch.where(left, m, -m) + r + near
+    )  # abs() has no derivative at 0, this one has
     xi, zeta = torch.where(left, root, 1 - root), torch.where(left, 1 - root, root)
-    x = torch.where(left, x0 + w * root, x1 - w * root)
-    return x, _log_slope(xi, zeta, s, d0, d1)
+    return _from_nearer_end(x0, x1, w, xi, zeta), _log_slope(xi, zeta, s, d0, d1)
+
+
+def _from_nearer_end(start: Tensor, end: Tensor, size: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return torch.where(up < down, start + size * up, end - size * down)
 
 
 def _log_slope(xi: Tensor, zeta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
@@ -278,10 +306,10 @@ def _quadratic(parts: tuple[Tensor, Tensor, Tensor], m: SplineMap) -> _Found:
             root = torch.sqrt(
                 (g0 * g0 + 2 * (g1 - g0) * rise).clamp_min(torch.finfo(v.dtype).tiny)
             )
-            part = 2 * rise / (g0 + root)
+            part = _rounded_into(2 * rise / (g0 + root), 0.0, 1.0)
             out = x0 + w0 * part
         else:
-            part = (v - x0) / w0
+            part = _rounded_into((v - x0) / w0, 0.0, 1.0)
             out = y0 + w0 * (g0 * part + (g1 - g0) / 2 * part * part)
         log_slope = torch.log(g0 * (1 - part) + g1 * part)
         return low[..., 0] + span * out, log_slope
@@ -296,15 +324,16 @@ def _quadratic(parts: tuple[Tensor, Tensor, Tensor], m: SplineMap) -> _Found:
 def _cubic(parts: tuple[Tensor, Tensor, Tensor], m: SplineMap) -> _Found:
     widths, heights, ends = parts
     low, high = _ends(m, widths)
-    xs, ys = (
-        _knots((high - low) * _shares(u, m, least), low, high)
+    w, h = (
+        (high - low) * _shares(u, m, least)
         for u, least in ((widths, m.min_bin_width), (heights, m.min_bin_height))
     )
-    w, h = xs.diff(dim=-1), ys.diff(dim=-1)
+    xs, ys = _knots(w, low, high), _knots(h, low, high)
     s = h / w
     before, after = s[..., :-1], s[..., 1:]
     mean = (w[..., 1:] * before + w[..., :-1] * after) / (w[..., 1:] + w[..., :-1])
-    inner = torch.minimum(2 * torch.minimum(before, after), mean)
+    twice = 2 * torch.where(before < after, before, after)
+    inner = torch.where(twice < mean, twice, mean)
     outer = 3 * torch.sigmoid(ends)
     d = torch.cat([outer[..., :1] * s[..., :1], inner, outer[..., 1:] * s[..., -1:]], -1)
 
@@ -312,17 +341,18 @@ def _cubic(parts: tuple[Tensor, Tensor, Tensor], m: SplineMap) -> _Found:
         k = _bin(v, ys if inverse else xs)
         x0, y0, w0, s0, d0, d1 = (_take(t, k) for t in (xs, ys, w, s, d, d[..., 1:]))
         if not inverse:
-            part = (v - x0) / w0
+            part = _rounded_into((v - x0) / w0, 0.0, 1.0)
             value, slope = _cubic_value(part, s0, d0, d1)
             return y0 + w0 * value, _log_positive(slope)
-        rise = (v - y0) / w0
+        rise = s0 * _rounded_into((v - y0) / (s0 * w0), 0.0, 1.0)
         with torch.no_grad():
             part = _cubic_root(*(t.detach() for t in (rise, s0, d0, d1)))
-        for _ in range(
-            2
-        ):  # two steps at the root: its first and second derivatives by those of the steps
+        # the root has its value; its first and second derivatives are those of two of Newton's steps, which would
+        # only move it, and far where the slope is next to nothing
+        for _ in range(2):
             value, slope = _cubic_value(part, s0, d0, d1)
-            part = part - (value - rise) / slope.clamp_min(torch.finfo(slope.dtype).tiny)
+            step = (value - rise) / slope.clamp_min(torch.finfo(slope.dtype).tiny)
+            part = part - (step - step.detach())
         return x0 + w0 * part, _log_positive(_cubic_value(part, s0, d0, d1)[1])
 
     slopes = (d[..., 0], d[..., -1]) if m.tails == "affine" else None

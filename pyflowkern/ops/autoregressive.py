@@ -91,18 +91,11 @@ def autoregressive_inverse(
         return autoregressive_inverse_reference(
             z, weights, biases, plan, transform=tau, gates=gates
         )
-    dtype = z.dtype
-    for t in (*weights, *given):
-        dtype = dtype if t.dtype == dtype else torch.promote_types(dtype, t.dtype)
-    work = accumulation_dtype(dtype)
-    packed, offsets = plan.pack(
-        [cast(w, work) for w in weights],
-        [None if b is None else cast(b, work) for b in biases],
-        [cast(g, work) for g in gates],
-    )
+    v, *network = _promoted(z, weights, biases, gates)
+    packed, offsets = plan.pack(*network)
     at = plan.indices(z.device)
     x, log_det = torch.ops.pyflowkern.autoregressive_inverse.default(
-        cast(z, work), at.table, plan.table, packed, offsets, plan.structure(), *element_code(tau)
+        v, at.table, plan.table, packed, offsets, plan.structure(), *element_code(tau)
     )
     return cast(x, z.dtype), log_det
 
@@ -123,14 +116,32 @@ def autoregressive_inverse_reference(
     tau = element_map(transform)
     _check(z, weights, biases, plan, tau, gates)
     level = plan.indices(z.device).level
+    v, *network = _promoted(z, weights, biases, gates)
     with full_precision(z):
-        x = torch.zeros_like(z)
+        x = torch.zeros_like(v)
         for t in range(plan.levels):
-            params = plan.parameters(x, weights, biases, gates)
-            found, _ = apply_elements(z, params, tau, inverse=True, reference=True)
+            params = plan.parameters(x, *network)
+            found, _ = apply_elements(v, params, tau, inverse=True, reference=True)
             x = torch.where(level == t, found, x)
-        params = plan.parameters(x, weights, biases, gates)
-        return x, -apply_elements(x, params, tau, reference=True)[1]
+        params = plan.parameters(x, *network)
+        return cast(x, z.dtype), -apply_elements(x, params, tau, reference=True)[1]
+
+
+def _promoted(
+    z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gates: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Tensor]]:
+    """Return everything in the dtype of the work: the widest that was given, float32 at least."""
+    dtype = z.dtype
+    for t in (*weights, *biases, *gates):
+        if t is not None and t.dtype != dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    work = accumulation_dtype(dtype)
+    return (
+        cast(z, work),
+        [cast(w, work) for w in weights],
+        [None if b is None else cast(b, work) for b in biases],
+        [cast(g, work) for g in gates],
+    )
 
 
 # --- argument checks ----------------------------------------------------------------------------------------
