@@ -91,8 +91,8 @@ def autoregressive_inverse(
         return autoregressive_inverse_reference(
             z, weights, biases, plan, transform=tau, gates=gates
         )
-    v, *network = _promoted(z, weights, biases, gates)
-    packed, offsets = plan.pack(*network)
+    v, weights, biases, gates = _promoted(z, weights, biases, gates)
+    packed, offsets = plan.pack(weights, biases, gates)
     at = plan.indices(z.device)
     x, log_det = torch.ops.pyflowkern.autoregressive_inverse.default(
         v, at.table, plan.table, packed, offsets, plan.structure(), *element_code(tau)
@@ -116,14 +116,14 @@ def autoregressive_inverse_reference(
     tau = element_map(transform)
     _check(z, weights, biases, plan, tau, gates)
     level = plan.indices(z.device).level
-    v, *network = _promoted(z, weights, biases, gates)
+    v, weights, biases, gates = _promoted(z, weights, biases, gates)
     with full_precision(z):
         x = torch.zeros_like(v)
         for t in range(plan.levels):
-            params = plan.parameters(x, *network)
+            params = plan.parameters(x, weights, biases, gates)
             found, _ = apply_elements(v, params, tau, inverse=True, reference=True)
             x = torch.where(level == t, found, x)
-        params = plan.parameters(x, *network)
+        params = plan.parameters(x, weights, biases, gates)
         return cast(x, z.dtype), -apply_elements(x, params, tau, reference=True)[1]
 
 

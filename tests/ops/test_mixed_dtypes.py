@@ -22,7 +22,7 @@ PLAN = ops.MaskedPlan(
     [
         ops.MaskedLayer(torch.arange(4) < DEGREES[:, None]),
         ops.MaskedLayer(
-            DEGREES <= torch.arange(4).repeat_interleave(2)[:, None], activation="tanh"
+            torch.arange(4).repeat_interleave(2)[:, None] >= DEGREES, activation="tanh"
         ),
     ],
     features=4,
