@@ -3,7 +3,9 @@
 The reference, the CPU kernels at each SIMD level, the CUDA kernels compiled for the host, CUDA.
 """
 
+import ctypes
 import sys
+from contextlib import contextmanager
 
 import on_host
 import pytest
@@ -25,6 +27,19 @@ def _one_thread_and_seed():
 
 def _cpu(level):
     return pytest.param(level, id=f"cpu-{level}")
+
+
+@contextmanager
+def _fresh_memory_is_nan():
+    """Fill the outputs of the CPU kernels with NaN before they run: what no kernel writes shows."""
+    library = ctypes.CDLL(str(_library._loaded["cpu"]))
+    # a library of before this switch has none; tests/ops/test_memory.py wants it
+    switch = getattr(library, "pyflowkern_fresh_is_nan", lambda on: on)
+    before = switch(1)
+    try:
+        yield
+    finally:
+        switch(before)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +76,7 @@ def backend(request):
     try:
         if _library.simd_level(request.param) != request.param:
             pytest.skip(f"this processor lacks {request.param}")
-        yield torch.device("cpu")
+        with _fresh_memory_is_nan():
+            yield torch.device("cpu")
     finally:
         _library.simd_level(before)

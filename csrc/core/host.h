@@ -10,6 +10,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string.h>
+
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -96,6 +99,18 @@ inline Tensor with_format(const Tensor& t, bool channels_last) {
                                                    : torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
+// Whether new tensors on the CPU are filled with NaN.  Tests switch it on, so that an element that
+// no kernel writes shows.
+inline std::atomic<bool> fresh_is_nan{false};
+
+inline void fill_with_nan(AtenTensorHandle tensor) {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &bytes));
+  if (bytes > 0) memset(data, 0xff, static_cast<size_t>(bytes));  // NaN in every floating type
+}
+
 // Uninitialised, on the device of `like`.  Straight to the allocator: the dispatcher's new_empty
 // costs a microsecond more, a tenth of a small call.
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
@@ -106,6 +121,9 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
                                                   device, index, &handle));
+  if (fresh_is_nan.load(std::memory_order_relaxed) && device == aoti_torch_device_type_cpu()) {
+    fill_with_nan(handle);
+  }
   return Tensor(handle);
 }
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -196,3 +214,8 @@ void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
 }
 
 }  // namespace pfk
+
+// Called by tests through ctypes; returns what was in force.
+extern "C" __attribute__((visibility("default"), used)) inline int pyflowkern_fresh_is_nan(int on) {
+  return pfk::fresh_is_nan.exchange(on != 0);
+}

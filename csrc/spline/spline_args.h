@@ -23,9 +23,11 @@ struct SplineArgs {
   int64_t x_features;         // elements of a sample of x
   int64_t length;             // elements of a row
   int64_t x_start, x_outer, x_inner;
-  const int32_t* index;  // places of the transformed elements in a sample of x, or null
-  bool full;             // with an index: all elements have parameters
-  int64_t channels, space, pass_start, pass_channels;  // channels that pass, without an index
+  bool backward;
+  bool masked;           // index says which elements are transformed
+  const int32_t* index;  // their places in a sample of x; null where there are none
+  bool full;             // masked: the elements that pass have parameters, too
+  int64_t channels, space, pass_start, pass_channels;  // channels that pass, without a mask
   bool channels_last;
   int sources;
   SplineSource source[3];

@@ -98,12 +98,11 @@ struct Work {
         map(spline_map<T>(args.numbers, args.code, args.bins, args.flags & kSplineInverse)) {
     run = backward ? lanes_function<true, T>(map) : lanes_function<false, T>(map);
     const int64_t rows_of_sample = a.length > 0 ? a.features / a.length : 0;
-    flat_x = a.index == nullptr && a.features == a.x_features;
+    flat_x = !a.masked && a.features == a.x_features;
     for (int i = 0; i < a.sources; ++i) {
       const SplineSource& s = a.source[i];
       const int64_t between = a.length == 1 ? s.outer : s.inner;
-      const bool even = s.bin == 1 && !(a.index != nullptr && a.full) &&
-                        s.sample == a.features * between &&
+      const bool even = s.bin == 1 && !(a.masked && a.full) && s.sample == a.features * between &&
                         (a.length == 1 || rows_of_sample == 1 || s.outer == a.length * between);
       step[i] = even ? between : 0;
       readable[i] = ((a.samples * a.features - 1) * between + s.columns);
@@ -120,10 +119,10 @@ struct Work {
     if (!needed) return;
     int64_t sample = begin / a.features, e = begin % a.features;
     for (int i = 0; i < n; ++i) {
-      const int64_t place = a.index != nullptr ? a.index[e] : e;
+      const int64_t place = a.masked ? a.index[e] : e;
       const int64_t q = a.full ? place : e, row = q / a.length, at = q - row * a.length;
-      places.x[i] = sample * a.x_features +
-                    (a.index != nullptr ? place : a.x_start + row * a.x_outer + at * a.x_inner);
+      places.x[i] =
+          sample * a.x_features + (a.masked ? place : a.x_start + row * a.x_outer + at * a.x_inner);
       for (int j = 0; j < a.sources; ++j) {
         const SplineSource& s = a.source[j];
         places.raw[j][i] = sample * s.sample + row * s.outer + at * s.inner;
@@ -250,7 +249,7 @@ template <class S>
 void run_tasks(const SplineArgs& a, const RowPlan& plan, double* partial, int64_t begin,
                int64_t end) {
   using T = Compute<S>;
-  const bool backward = a.grad_out != nullptr;
+  const bool backward = a.backward;
   const bool summed = !backward && !(a.flags & kSplineElementwise);
   Work<S> work(a, backward);
   const RowSums<T> sums{static_cast<T*>(a.log_det), partial, 0.0, nullptr};
@@ -293,13 +292,13 @@ namespace {
 // the rest is written.
 void copy_passing(const SplineArgs& a, const Tensor& out, int64_t begin, int64_t end) {
   const int64_t size = out.element_size(), sample = a.x_features * size;
-  const char* from = static_cast<const char*>(a.grad_out != nullptr ? a.grad_out : a.in);
+  const char* from = static_cast<const char*>(a.backward ? a.grad_out : a.in);
   char* to = static_cast<char*>(a.out);
   for (int64_t n = begin; n < end; ++n) {
-    if (a.index != nullptr) {
+    if (a.masked) {
       memcpy(to + n * sample, from + n * sample, sample);
       const SplineSource& s = a.source[0];
-      if (a.full && s.grad != nullptr)
+      if (a.full && a.backward)
         memset(static_cast<char*>(s.grad) + n * s.sample * size, 0, s.sample * size);
       continue;
     }
@@ -353,13 +352,12 @@ static void run_spline_cpu(SplineArgs& a, const Tensor& out, const std::optional
     parallel_tasks(a.samples, a.x_features,
                    [&](int64_t begin, int64_t end) { copy_passing(a, out, begin, end); });
   }
-  std::vector<double> partial(a.grad_out == nullptr && plan.chunks > 1 ? plan.rows * plan.chunks
-                                                                       : 0);
+  std::vector<double> partial(!a.backward && plan.chunks > 1 ? plan.rows * plan.chunks : 0);
   const int dtype = dtype_of(out);
   torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(spline_tasks, a, plan, partial.data(), dtype, begin, end);
   });
-  if (a.grad_out != nullptr || a.flags & kSplineElementwise) return;
+  if (a.backward || a.flags & kSplineElementwise) return;
   if (dtype == kFloat64) {
     finish_rows(plan,
                 RowSums<double>{static_cast<double*>(a.log_det), partial.data(), 0.0, nullptr});

@@ -44,7 +44,7 @@ void launch_pass(const SplineArgs& a, bool whole, cudaStream_t stream) {
   const int64_t start = whole ? 0 : a.pass_start * inner;
   const int64_t total = a.samples * (a.channels_last ? a.space : 1) * length;
   if (total == 0) return;
-  const S* from = static_cast<const S*>(a.grad_out != nullptr ? a.grad_out : a.in);
+  const S* from = static_cast<const S*>(a.backward ? a.grad_out : a.in);
   constexpr int64_t w = 16 / sizeof(S);
   const bool wide =
       length % w == 0 && start % w == 0 && step % w == 0 && aligned16(from) && aligned16(a.out);
@@ -82,8 +82,7 @@ bool fits_packs(const SplineArgs& a, const SplineGrid& g) {
 }
 
 template <class S>
-void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, bool backward,
-            cudaStream_t stream) {
+void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, cudaStream_t stream) {
   using T = Compute<S>;
   const SplineMap<T> m = spline_map<T>(a.numbers, a.code, a.bins, false);
   g.stride = (m.columns + m.scratch) | 1;
@@ -92,11 +91,14 @@ void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, bool
   };
   g.elements = kSplineThreads;
   while (g.elements > 32 && bytes_of(g.elements) > 48 * 1024) g.elements /= 2;
-  int64_t blocks;
-  g.rows = a.features <= g.elements ? static_cast<int>(g.elements / a.features) : 0;
+  int64_t blocks;  // none without a transformed element
+  g.rows = 0;
+  if (a.features > 0 && a.features <= g.elements)
+    g.rows = static_cast<int>(g.elements / a.features);
   g.chunks = (a.features + g.elements - 1) / g.elements;
   blocks = g.rows > 0 ? (a.samples + g.rows - 1) / g.rows : a.samples * g.chunks;
-  g.features = Divider(a.features), g.length = Divider(a.length);
+  g.features = Divider(a.features > 0 ? a.features : 1);
+  g.length = Divider(a.length > 0 ? a.length : 1);
   g.wide = fits_packs<S>(a, g);
   const int64_t group = g.rows > 0 ? g.rows * a.features : g.elements;
   g.wide_x = !(a.flags & kSplineCoupling) && group % (16 / sizeof(S)) == 0 &&
@@ -104,40 +106,37 @@ void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, bool
              aligned16(a.out) && aligned16(a.grad_out);
   g.partial = static_cast<double*>(workspace);
   const size_t bytes = bytes_of(g.elements);
-  if (a.flags & kSplineCoupling && (mask == nullptr || g.channel != nullptr))
-    launch_pass<S>(a, mask != nullptr, stream);
-  if (backward) {
-    launch_kind<S, true>(a, g, mask, bytes, blocks, stream);
+  if (a.flags & kSplineCoupling && !a.full) launch_pass<S>(a, a.masked, stream);
+  if (a.backward) {
+    if (blocks > 0) launch_kind<S, true>(a, g, mask, bytes, blocks, stream);
     return;
   }
-  launch_kind<S, false>(a, g, mask, bytes, blocks, stream);
+  if (blocks > 0) launch_kind<S, false>(a, g, mask, bytes, blocks, stream);
   if (g.rows > 0 || a.flags & kSplineElementwise) return;
   TeamPlan plan{a.samples, a.features, g.elements, g.chunks, kThreads};
   launch_sum_chunks(plan, TeamSums<T>{static_cast<T*>(a.log_det), g.partial, 0.0, nullptr}, stream);
 }
 
 void run_spline_cuda(SplineArgs& a, const Tensor& out, const std::optional<Tensor>& mask) {
-  if (a.samples == 0 || a.features == 0) return;
+  if (a.samples == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const cudaStream_t stream = current_stream(out);
-  const bool backward = a.grad_out != nullptr;
   // as many chunks as there may be; torch's allocator takes it back in stream order
-  const bool sums = !backward && !(a.flags & kSplineElementwise) && a.features > 32;
+  const bool sums = !a.backward && !(a.flags & kSplineElementwise) && a.features > 32;
   const Tensor partial =
       empty(out, {sums ? a.samples * ((a.features + 31) / 32) : 0}, ScalarType::Double);
   const bool* moved = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   SplineGrid g{};
   Tensor channel;
-  if (mask && !a.full) {
+  if (a.masked && !a.full && a.features > 0) {
     const int64_t count = a.features / a.space;
     channel = empty(out, {count}, ScalarType::Int);
     int32_t* found = static_cast<int32_t*>(channel.mutable_data_ptr());
     PFK_LAUNCH(channels_kernel, 1, kThreads, stream, moved, a.channels, a.space, found, count);
     g.channel = found;
   }
-  each_storage(out, [&](auto s) {
-    launch<decltype(s)>(a, partial.mutable_data_ptr(), moved, g, backward, stream);
-  });
+  each_storage(
+      out, [&](auto s) { launch<decltype(s)>(a, partial.mutable_data_ptr(), moved, g, stream); });
 }
 
 }  // namespace

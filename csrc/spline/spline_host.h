@@ -97,7 +97,7 @@ inline SplineTensors coupling_spline(const Tensor& x, const Tensor& params,
   int64_t start = 0;
   if (mask) {
     t.mask = torch::stable::contiguous(*mask);
-    a.full = moved == channels;
+    a.masked = true, a.full = moved == channels;
   } else {
     a.pass_channels = channels - moved, a.pass_start = swap ? moved : 0;
     start = swap ? 0 : channels - half;
@@ -168,6 +168,7 @@ struct SplineOps {
       s.grad = grads[i].mutable_data_ptr();
       s.grad_step = flags & kSplineCoupling ? 0 : s.columns;  // new rows lie side by side
     }
+    a.backward = true;
     a.in = t.x.tensor.const_data_ptr();
     a.out = grad_x.mutable_data_ptr();
     a.grad_out = gy.const_data_ptr(), a.grad_log = gl.const_data_ptr();
