@@ -80,7 +80,8 @@ def integrate(
         if ended:
             break
         stepper.advance()
-    out.ys[i:] = y
+    if i < len(times):  # an empty copy costs as much as three stages
+        out.ys[i:] = y
     out.outputs += [(accepted - 1, None)] * (len(times) - i)
     out.status, out.end = control.status, None if control.status == Status.ok else control.t
     out.stats = Stats(accepted, control.rounds - accepted, stepper.evaluations)

@@ -142,7 +142,8 @@ def _run(
             fresh = True
         y, out.end = y1, t + dt
         done += 1
-    out.ys[i:] = y
+    if i < len(times):
+        out.ys[i:] = y
     out.outputs = outputs[:i] + [(done - 1, None)] * (len(times) - i)
     out.stats = Stats(done, 0, stepper.evaluations)
     return out

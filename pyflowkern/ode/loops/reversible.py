@@ -84,7 +84,8 @@ def integrate(
         tape.add(t, t1, dt)
         t = t1
     y, z = pair
-    out.ys[i:] = y
+    if i < len(times):
+        out.ys[i:] = y
     tape.missing = list(range(i, len(times)))
     out.status, accepted = steps.status, len(tape.t)
     out.stats = Stats(accepted, steps.rounds - accepted, stepper.evaluations)
