@@ -1,10 +1,10 @@
 """Ordinary differential equations: explicit Runge-Kutta solvers, their adjoints and events."""
 
-from pyflowkern.ode.events import odeint_event
 from pyflowkern.ode.graphs import CapturedSolve, capture
 from pyflowkern.ode.solution import DenseOutput, Solution, Stats, Status
-from pyflowkern.ode.solve import odeint, solve
+from pyflowkern.ode.solve import solve
 from pyflowkern.ode.tableaus import TABLEAUS, Tableau
+from pyflowkern.ode.torchdiffeq import odeint, odeint_adjoint, odeint_dense, odeint_event
 
 __all__ = [
     "TABLEAUS",
@@ -16,6 +16,8 @@ __all__ = [
     "Tableau",
     "capture",
     "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
     "odeint_event",
     "solve",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyflowkern.core.first_derivative import once_differentiable
 from pyflowkern.ode.fields import packed_field
+from pyflowkern.ode.jumps import jump_times, stretches
 from pyflowkern.ode.loops.adaptive import Stop
 from pyflowkern.ode.loops.adaptive import integrate as integrate_adaptive
 from pyflowkern.ode.options import Options, options_for
@@ -20,76 +21,49 @@ from pyflowkern.ode.solution import Status, Trajectory
 from pyflowkern.ode.solve import solve, warn_unless_ok
 from pyflowkern.ode.steppers import Stepper
 
-__all__ = ["odeint_event"]
+__all__ = ["solve_until"]
+
+#: Settings of a solve that the search for the event has, too.
+_SEARCHED = frozenset(
+    [
+        "method",
+        "rtol",
+        "atol",
+        "norm",
+        "step_size",
+        "first_step",
+        "min_step",
+        "max_step",
+        "max_steps",
+        "compat",
+    ]
+)
 
 _ONE_DERIVATIVE = "the time and the state of an event have first derivatives only"
 
 
-def odeint_event(
+def solve_until(
     func: Callable[..., Any],
     y0: Any,
-    t0: Tensor | float,
-    *,
+    t0: Tensor,
     event_fn: Callable[..., Tensor],
+    *,
     reverse_time: bool = False,
     max_time: float = 1e6,
-    method: str = "dopri5",
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
-    first_step: float | None = None,
-    max_step: float = math.inf,
-    max_steps: int | None = None,
-    step_size: float | None = None,
-    norm: str | Callable[[Any], Tensor] = "rms",
+    jump_t: Tensor | Sequence[float] | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Any]:
-    r"""Integrate until ``event_fn(t, y)`` changes its sign; return that time and the states.
-
-    The step in which the sign changes is searched by bisection on the dense output; the state there comes from a solve
-    that ends there, corrected by one Newton step.  That step also carries the gradient: with :math:`g` the event,
-
-    .. math:: dt^* = -\frac{g_y \cdot dy}{g_t + g_y \cdot f}.
-
-    An event that changes its sign twice within a step is missed: limit ``max_step``.  One that jumps over zero, or that
-    depends on nothing with a gradient, is where the sign changes, and its time has no derivative.
+    """Integrate until an event; :func:`pyflowkern.ode.odeint_event` documents it.
 
     Args:
-        func: ``(t, y) -> dy/dt``.
-        y0: tensor or tuple of tensors.
-        t0: start; a tensor may want its gradient.
-        event_fn: ``(t, y) -> g``; of several components, the first that changes its sign ends the solve.
+        func: field.
+        y0: state.
+        t0: start, 0-d.
+        event_fn: ``(t, y) -> g``.
         reverse_time: integrate towards smaller times.
-        max_time: how far from ``t0`` to go; without an event there, a warning is given.
-        method: one with step control, or any with a ``step_size``.
-        rtol: relative tolerance.
-        atol: absolute tolerance; the bisection ends at rounding level.
-        first_step: as in :func:`solve`.
-        max_step: largest step.
-        max_steps: of the whole solve.
-        step_size: fixed steps of this length, which the search takes, and then the solve.
-        norm: as in :func:`solve`.
-        **settings: more of :func:`solve`, for the differentiable solve.
-
-    Returns:
-        ``(event_t, ys)``: a 0-d float64 tensor, and the states at the start and at the event, ``[2, *shape]``.  Where
-        the solve failed before an event, they are the last time that it came to and the state there.
-
-    Warns:
-        RuntimeWarning: naming the status, if there was no event within ``max_time`` or the solve failed before.
-
-    Example:
-        >>> import torch
-        >>> from pyflowkern import ode
-        >>> def fall(t, y):  # height and speed
-        ...     return torch.stack([y[1], torch.full_like(y[1], -9.81)])
-        >>> height = torch.tensor(10.0, requires_grad=True)
-        >>> y0 = torch.stack([height, torch.zeros(())])
-        >>> t, _ = ode.odeint_event(fall, y0, 0.0, event_fn=lambda t, y: y[0])
-        >>> round(t.item(), 4)  # sqrt(2 h / g)
-        1.4278
-        >>> t.backward()
-        >>> round(height.grad.item(), 5)  # t / (2 h)
-        0.07139
+        max_time: how far to go.
+        jump_t: as in :func:`solve`.
+        **settings: of :func:`solve`.
     """
     if not callable(event_fn):
         raise TypeError(f"event_fn must be callable, got {type(event_fn).__name__}")
@@ -97,15 +71,14 @@ def odeint_event(
         raise ValueError(f"max_time must be positive and finite, got {max_time}")
     packing = Packing(y0, False)
     start = packing.pack(y0).detach().contiguous()
-    steps: dict[str, Any] = {
-        "method": method, "rtol": rtol, "atol": atol, "first_step": first_step,
-        "max_step": max_step, "max_steps": max_steps, "step_size": step_size, "norm": norm,
-    }  # fmt: skip
-    options = options_for(packing, start.device, dense=True, **steps)
+    searched: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "atol": 1e-9}
+    searched |= {k: v for k, v in settings.items() if k in _SEARCHED}
+    options = options_for(packing, start.device, dense=True, **searched)
     if not options.adaptive and options.step_size is None:
-        raise ValueError(f"method must have step control or come with a step_size, got {method!r}")
-    if not isinstance(t0, Tensor):
-        t0 = torch.tensor(float(t0), dtype=torch.float64)
+        raise ValueError(
+            "method must have step control or come with a step_size, got "
+            f"{settings.get('method', 'dopri5')!r}"
+        )
     begin = float(t0.detach())
     far = begin - max_time if reverse_time else begin + max_time
 
@@ -113,9 +86,9 @@ def odeint_event(
         return event_fn(t, packing.unpack(y))
 
     field = packed_field(func, packing)
-    found = _search(field, event, start, begin, far, options)
+    found = _search(field, event, start, (begin, far), options, jump_times(jump_t))
     times = torch.stack([t0.reshape(()).double(), torch.tensor(found.time, dtype=torch.float64)])
-    solved = solve(func, y0, times, **steps, **settings)
+    solved = solve(func, y0, times, jump_t=jump_t, **settings)
     failed = found.status not in (Status.ok, Status.no_event)
     warn_unless_ok(found.status if failed else solved.status)
     if found.status == Status.ok and not found.leaps:
@@ -145,9 +118,9 @@ def _search(
     field: Field,
     event: Callable[[Tensor, Tensor], Tensor],
     y0: Tensor,
-    begin: float,
-    far: float,
+    span: tuple[float, float],
     options: Options,
+    jumps: Sequence[float],
 ) -> _Found:
     """Return the time of the first change of sign, or the last one reached, and whether there was a change."""
     found: list[_Found] = []
@@ -155,7 +128,7 @@ def _search(
     def at(t: float, y: Tensor) -> Tensor:
         return event(torch.full((), t, dtype=y.dtype, device=y.device), y)
 
-    signs = torch.sign(at(begin, y0))
+    signs = torch.sign(at(span[0], y0))
 
     def least(t: float, y: Tensor) -> float:
         return float((at(t, y) * signs).min())
@@ -185,14 +158,18 @@ def _search(
         return True
 
     walk = integrate_adaptive if options.adaptive else _fixed_steps
-    out = walk(field, y0, (begin, far), options, stop=stop)
-    if found:
-        return found[0]
-    if out.status == Status.ok:
-        return _Found(far, Status.no_event)
-    assert isinstance(out.status, Status)
-    assert out.end is not None
-    return _Found(out.end, out.status)
+    y = y0
+    for part in stretches(span, jumps, y0):
+        times = (part.times[0], part.times[-1])
+        out = walk(part.field(field) if jumps else field, y, times, options, stop=stop)
+        if found:
+            return found[0]
+        if out.status != Status.ok:
+            assert isinstance(out.status, Status)
+            assert out.end is not None
+            return _Found(out.end, out.status)
+        y = out.ys[-1]
+    return _Found(span[1], Status.no_event)
 
 
 def _fixed_steps(
@@ -208,16 +185,18 @@ def _fixed_steps(
     y = y0
     for n in range(options.max_steps):
         t, t1 = begin + n * dt, begin + (n + 1) * dt
+        t1 = far if abs(t1 - begin) >= abs(far - begin) else t1
         y1 = stepper.step(t, t1 - t, y)
         if not bool(torch.isfinite(y1).all()):
             out.status = Status.non_finite
             return out
         if stop(stepper, t, t1 - t, y, y1):
             return out
-        if abs(t1 - begin) >= abs(far - begin):
-            return out
         stepper.advance()
         y, out.end = y1, t1
+        out.ys = y[None]
+        if t1 == far:
+            return out
     out.status = Status.max_steps
     return out
 

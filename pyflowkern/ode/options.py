@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyflowkern.ode.callbacks import Callbacks
 from pyflowkern.ode.norms import norm_of
 from pyflowkern.ode.packing import Packing, check_allowed
 from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, torchdiffeq_dense
@@ -18,6 +19,25 @@ __all__ = ["Options", "name_from_torchdiffeq", "options_for"]
 
 #: Steps of a solve unless the user says more; with ``compat`` there is no limit but what a list of steps may hold.
 _MAX_STEPS, _NO_LIMIT = 10_000, 10_000_000
+
+#: What the backward solve may have of its own.
+_BACKWARD = frozenset(
+    [
+        "method",
+        "rtol",
+        "atol",
+        "norm",
+        "seminorm",
+        "step_size",
+        "first_step",
+        "min_step",
+        "max_step",
+        "max_steps",
+        "grid",
+        "interp",
+        "perturb",
+    ]
+)
 
 #: What torchdiffeq calls methods that have another name here.
 _TORCHDIFFEQ_NAMES = {"rk4": "rk4_38"}
@@ -45,6 +65,13 @@ class Options:
     check_every: int = 1
     torchdiffeq: bool = False
     dense: bool = False
+    grid: Callable[[Sequence[float]], Sequence[float]] | None = None
+    interp: str = "linear"
+    perturb: bool = False
+    callbacks: Callbacks | None = None
+    backward_callbacks: Callbacks | None = None
+    backward: Options | None = None
+    augmented_norm: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         choices = ("direct", "continuous", "reversible")
@@ -67,9 +94,19 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if self.interp not in ("linear", "cubic"):
+            raise ValueError(f"interp must be 'linear' or 'cubic', got {self.interp!r}")
+        if not isinstance(self.perturb, bool):
+            raise TypeError(f"perturb must be a bool, got {type(self.perturb).__name__}")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.grid is not None and self.step_size is not None:
+            raise ValueError("step_size and grid exclude each other")
+        if self.perturb and (self.adaptive or self.adjoint == "reversible"):
+            raise ValueError("perturb is for fixed steps, with adjoint='direct' or 'continuous'")
+        if self.grid is not None and self.adjoint == "reversible":
+            raise ValueError("grid goes with adjoint='direct' or 'continuous'")
         if self.per_sample:
             if not self.adaptive:
                 raise ValueError(
@@ -94,7 +131,19 @@ class Options:
     @property
     def adaptive(self) -> bool:
         """Whether the steps follow the error."""
-        return self.method.error is not None and self.step_size is None
+        return self.method.error is not None and self.step_size is None and self.grid is None
+
+    @property
+    def linear(self) -> bool:
+        """Whether the output between two steps is on the straight line between them."""
+        return not self.adaptive and self.interp == "linear"
+
+    @property
+    def perturbed(self) -> str:
+        """Which ends of a step the field is evaluated beside: "", "end" or "both"."""
+        if self.adaptive:
+            return "end" if self.torchdiffeq else ""
+        return "both" if self.perturb else ""
 
 
 def options_for(
@@ -110,6 +159,7 @@ def options_for(
     dense: bool = False,
     compat: str | None = None,
     max_steps: int | None = None,
+    backward: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Options:
     """Return the settings of a solve, checked, in the terms of packed states.
@@ -126,6 +176,7 @@ def options_for(
         dense: whether the state between steps will be asked for.
         compat: None or "torchdiffeq".
         max_steps: None for the default: 10,000, or no limit where torchdiffeq has none.
+        backward: what is different in the backward solve of ``adjoint="continuous"``.
         **settings: fields of :class:`Options`.
     """
     if compat not in (None, "torchdiffeq"):
@@ -133,7 +184,7 @@ def options_for(
     if control not in ("batch", "device", "sample"):
         raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
     chosen = tableau(method if compat is None else name_from_torchdiffeq(method))
-    if dense or chosen.error is not None:
+    if dense or chosen.error is not None or settings.get("interp") == "cubic":
         chosen = end_slope(chosen)
     if compat is not None:
         chosen = torchdiffeq_dense(chosen)
@@ -141,6 +192,12 @@ def options_for(
         max_steps = _MAX_STEPS if compat is None else _NO_LIMIT
     if check_every is None:
         check_every = 1 if device.type == "cpu" else 8
+    back = None
+    if backward is not None:
+        back = _backward_options(
+            packing, device, backward, method=method, rtol=rtol, atol=atol, norm=norm,
+            control=control, check_every=check_every, compat=compat, **settings,
+        )  # fmt: skip
     options = Options(
         method=chosen,
         rtol=packing.tolerance("rtol", rtol, device),
@@ -152,11 +209,37 @@ def options_for(
         torchdiffeq=compat is not None,
         dense=dense,
         max_steps=max_steps,
+        backward=back,
         **settings,
     )
     if options.adaptive:
         check_allowed(options.rtol, options.atol)
     return options
+
+
+def _backward_options(
+    packing: Packing, device: torch.device, changes: Mapping[str, Any], **settings: Any
+) -> Options:
+    """Return the settings of the backward solve: those of the forward solve with some changes."""
+    unknown = sorted(changes.keys() - _BACKWARD)
+    if unknown:
+        raise ValueError(
+            f"backward takes {', '.join(sorted(_BACKWARD))}, got {', '.join(unknown)}"
+        )
+    if "method" in changes or changes.keys() & {"step_size", "grid"}:
+        settings |= {"step_size": None, "grid": None, "perturb": False, "interp": "linear"}
+    augmented = changes.get("norm") if callable(changes.get("norm")) else None
+    kept = {k: v for k, v in changes.items() if not (k == "norm" and augmented is not None)}
+    made = options_for(packing, device, **(settings | {"first_step": None} | kept))
+    if augmented is None:
+        return made
+
+    def norm(y: Tensor, adjoint: Tensor, *params: Tensor) -> Tensor:
+        entries = [packing.unpack(v) for v in (y, adjoint)]
+        parts = [p for e in entries for p in (e if packing.is_tuple else (e,))]
+        return torch.as_tensor(augmented((y.new_zeros(()), *parts, *params)))
+
+    return replace(made, augmented_norm=norm)
 
 
 def name_from_torchdiffeq(method: str | Tableau) -> str | Tableau:

@@ -102,6 +102,16 @@ class Trajectory:
         if slopes is not None:
             self.slopes.append(slopes)
 
+    def extend(self, later: Trajectory) -> None:
+        """Append the steps of a solve that went on from here, and take over how it ended."""
+        self.status, self.end = later.status, later.end
+        for name in ("t", "dt", "states", "slopes"):
+            getattr(self, name).extend(getattr(later, name))
+        a, b = self.stats, later.stats
+        self.stats = Stats(
+            a.accepted + b.accepted, a.rejected + b.rejected, a.evaluations + b.evaluations
+        )
+
 
 @dataclass(frozen=True)
 class DenseOutput:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +15,19 @@ from pyflowkern.ode.adjoints.continuous import Continuous
 from pyflowkern.ode.adjoints.direct import Direct, run
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now
 from pyflowkern.ode.adjoints.reversible import Reversible
+from pyflowkern.ode.callbacks import callbacks_of
 from pyflowkern.ode.fields import packed_field
+from pyflowkern.ode.jumps import jump_times, stretches
 from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
 from pyflowkern.ode.parameters import parameters_of
-from pyflowkern.ode.solution import DenseOutput, Solution, Status, Trajectory
+from pyflowkern.ode.solution import DenseOutput, Solution, Stats, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
 from pyflowkern.ode.times import output_times
 
-__all__ = ["odeint", "solve"]
+__all__ = ["solve", "warn_unless_ok"]
 
 _ADJOINTS: dict[str, Any] = {
     "direct": Direct,
@@ -55,6 +58,11 @@ def solve(
     check_every: int | None = None,
     norm: str | Callable[[Any], Tensor] = "rms",
     dense: bool = False,
+    jump_t: Tensor | Sequence[float] | None = None,
+    grid: Callable[[Sequence[float]], Sequence[float]] | None = None,
+    interp: str = "linear",
+    perturb: bool = False,
+    backward: Mapping[str, Any] | None = None,
     compat: str | None = None,
 ) -> Solution:
     r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0`` and never raise on account of numbers.
@@ -75,6 +83,10 @@ def solve(
       ends with ``non_finite`` or ``dt_underflow``, the backward pass takes the accepted steps again and keeps them.
 
     Second derivatives by ``t`` exist with ``"continuous"``; elsewhere asking for them is an error.
+
+    A field may have functions ``callback_step``, ``callback_accept_step`` and ``callback_reject_step`` as attributes:
+    they are called with ``(t, y, dt)`` of each step, and those whose names end with ``_adjoint`` in the backward solve
+    of ``"continuous"``, where ``y`` is the tuple that its ``norm`` is given.
 
     The field must compute the same when it is called again.  It may call ``torch.autograd.grad`` itself, with
     ``create_graph=True`` for gradients of what it depends on.  The tensors that it depends on are found by one recorded
@@ -113,6 +125,15 @@ def solve(
             "max_sample" the largest of any sample, which no mean over a batch hides; "max" the largest number; or a
             function of the error, which it is given as the state is.
         dense: also return the state as a function of time.
+        jump_t: times at which the field jumps: a step ends there, and the field is evaluated at the numbers next to
+            it, before and after.
+        grid: from the times of the output to those between which fixed steps are taken, with the same ends.
+        interp: "linear" or "cubic", between the steps of a ``grid``, and with ``compat`` of a ``step_size``.
+        perturb: evaluate the field just after the start and just before the end of each fixed step.
+        backward: what is different in the backward solve of ``adjoint="continuous"``, by name: ``method``, ``rtol``,
+            ``atol``, ``seminorm``, ``step_size``, ``first_step``, ``min_step``, ``max_step``, ``max_steps``, ``grid``,
+            ``interp``, ``perturb``, ``norm``: a name, or a function of a tuple, a zero for the time, the state's
+            entries, their adjoints, and the gradient of each parameter.
         compat: "torchdiffeq" for its steps and evaluations: it steps over the end and interpolates, evaluates the end
             of a step just before it, and calls the 3/8 rule "rk4".
 
@@ -141,9 +162,13 @@ def solve(
         checkpoint=checkpoint, seminorm=seminorm, coupling=coupling, step_size=step_size,
         first_step=first_step, min_step=min_step, max_step=max_step, max_steps=max_steps,
         control=control, check_every=check_every, norm=norm, dense=dense, compat=compat,
+        grid=grid, interp=interp, perturb=perturb, backward=backward,
     )  # fmt: skip
+    options = _with_callbacks(func, options, packing)
     times, ts = output_times(t, start, options.per_sample)
-    ys, steps = _solve(func, packed_field(func, packing), start, times, t, options, params)
+    solver = _solve if jump_t is None else _by_stretches(jump_t)
+    field = packed_field(func, packing)
+    ys, steps = solver(func, field, start, times, t, options, params)
     interpolation = None
     if dense:
         begin = times[0], start.detach()
@@ -152,35 +177,6 @@ def solve(
         )
     states = packing.unpack(ys, (ts.shape[0],))
     return Solution(states, ts, steps.status, steps.stats, interpolation)
-
-
-def odeint(func: Callable[..., Any], y0: Any, t: Tensor | Sequence[float], **settings: Any) -> Any:
-    r"""Integrate ``dy/dt = func(t, y)``; :func:`solve` with the result of torchdiffeq's ``odeint``.
-
-    Args:
-        func: ``(t, y) -> dy/dt``.
-        y0: tensor or tuple of tensors.
-        t: times of the output.
-        **settings: of :func:`solve`: ``method``, ``rtol``, ``atol``, ``adjoint``, ...
-
-    Returns:
-        States at the times, ``[T, *shape]`` for each entry.
-
-    Warns:
-        RuntimeWarning: if the solve could not go on; the rest of the result is the last finite state.
-
-    Example:
-        >>> import torch
-        >>> from pyflowkern import ode
-        >>> rate = torch.tensor(2.0, requires_grad=True)
-        >>> y = ode.odeint(lambda t, y: -rate * y, torch.ones(3), [0.0, 1.0], rtol=1e-6, atol=1e-6)
-        >>> y[-1].sum().backward()
-        >>> round(rate.grad.item(), 4)  # d/da 3 exp(-a) at a = 2
-        -0.406
-    """
-    solution = solve(func, y0, t, **settings)
-    warn_unless_ok(solution.status)
-    return solution.ys
 
 
 def warn_unless_ok(status: Status | Tensor) -> None:
@@ -202,6 +198,59 @@ def warn_unless_ok(status: Status | Tensor) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def _with_callbacks(func: Any, options: Options, packing: Packing) -> Options:
+    """Return the settings with the callbacks that the field has."""
+    allowed = 3 if options.adaptive else 1
+    if options.per_sample or options.on_device or options.adjoint == "reversible":
+        allowed = 0
+    found = callbacks_of(func, packing.unpack, allowed)
+    back = None
+    if options.adjoint == "continuous":
+        solver = options.backward or options
+        back = callbacks_of(func, packing.unpack, 3 if solver.adaptive else 1, backward=True)
+    if found is None and back is None:
+        return options
+    options = replace(options, callbacks=found, backward_callbacks=back)
+    if options.backward is not None:
+        options = replace(options, backward=replace(options.backward, backward_callbacks=back))
+    return options
+
+
+def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tensor, Trajectory]]:
+    """Return :func:`_solve` for a field that jumps at given times."""
+    jumps = jump_times(jump_t)
+
+    def solver(
+        func: Any, field: Field, y0: Tensor, times: Any, t: Any, options: Options, params: Any
+    ) -> tuple[Tensor, Trajectory]:
+        if options.per_sample:
+            raise ValueError("jump_t goes with control='batch' or 'device': one time for all")
+        params = None if params is None else list(params)
+        out = Trajectory(y0.new_empty(0), stats=Stats(0, 0, 0))
+        found, y, left = [y0], y0, options.max_steps
+        for part in stretches(times, jumps, y0):
+            # a step over the end, as torchdiffeq's, would be one over the jump
+            over = options.torchdiffeq and part.times[-1] == times[-1]
+            limited = replace(options, max_steps=max(left, 1), torchdiffeq=over)
+            if isinstance(t, Tensor) and t.requires_grad:
+                moments: Any = part.tensor(t)
+            else:
+                moments = part.times
+            ys, steps = _solve(func, part.field(field), y, part.times, moments, limited, params)
+            found += list(ys[1 : 1 + len(part.outputs)].unbind())
+            y = ys[-1]
+            out.extend(steps)
+            left = options.max_steps - out.stats.accepted - out.stats.rejected
+            if out.status == Status.ok and left < 1 and part.times[-1] != times[-1]:
+                out.status = Status.max_steps
+            if out.status != Status.ok:
+                break
+        found += [y] * (len(times) - len(found))
+        return torch.stack(found), out
+
+    return solver
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]  # a graph for every step
@@ -261,6 +310,8 @@ def _first_slope(
     start = times[0].to(y0.dtype) if options.per_sample else None
     if start is None:
         start = torch.full((), times[0], dtype=y0.dtype, device=y0.device)
+        if options.perturb:
+            start = torch.nextafter(start, torch.full_like(start, times[-1]))
     slope = field(start, leaf)
     found, read = parameters_of(func, slope, params, leaf)
     if options.per_sample or options.adjoint == "reversible":

@@ -14,14 +14,15 @@ __all__ = ["Graph", "Stepper", "stage_times"]
 Graph = tuple[Tensor, Tensor]  # the argument of a stage, a leaf, and the slope computed from it
 
 
-def stage_times(c: Coefficients, t: float, dt: float, perturb: bool) -> tuple[Tensor, ...]:
+def stage_times(c: Coefficients, t: float, dt: float, perturb: str) -> tuple[Tensor, ...]:
     """Return the times of the stages as 0-d tensors.
 
     Args:
         c: of the method.
         t: start of the step.
         dt: its signed length.
-        perturb: keep the times just before the end, as torchdiffeq does for fields that jump there.
+        perturb: "end" keeps the times just before the end, as torchdiffeq does for fields that jump there, "both"
+            also just after the start, "" neither.
     """
     if (
         c.nodes.device.type == "cpu" and not perturb
@@ -31,6 +32,8 @@ def stage_times(c: Coefficients, t: float, dt: float, perturb: bool) -> tuple[Te
         return (c.nodes * dt + t).to(c.dtype).unbind()
     times = c.nodes.to(c.dtype) * dt + t
     times = torch.where(c.at_end, torch.nextafter(times, times - dt), times)
+    if perturb == "both":
+        times = torch.where(c.nodes == 0, torch.nextafter(times, times + dt), times)
     return times.unbind()
 
 
@@ -44,7 +47,7 @@ class Stepper:
         perturb: see :func:`stage_times`.
     """
 
-    def __init__(self, field: Field, method: Tableau, like: Tensor, perturb: bool = False) -> None:
+    def __init__(self, field: Field, method: Tableau, like: Tensor, perturb: str = "") -> None:
         self.field, self.method, self.perturb = field, method, perturb
         self.c = coefficients(method, like.dtype, like.device)
         self.stages = Stages(self.c, method.stages, like)
@@ -57,11 +60,14 @@ class Stepper:
         """The slopes of the last step, ``[stages, *shape]``, in memory that the next one overwrites."""
         return self.stages.settled()
 
-    def start(self, t: float, y: Tensor) -> None:
-        """Evaluate the first slope at a new state."""
+    def start(self, t: float, y: Tensor, dt: float = 0.0) -> None:
+        """Evaluate the first slope at a new state; of a step of length ``dt`` just after its start if asked for."""
         if self.graphs is not None:
             self.graphs = []
-        self._slope(0, torch.full((), t, dtype=y.dtype, device=y.device), y)
+        time = torch.full((), t, dtype=y.dtype, device=y.device)
+        if self.perturb == "both":
+            time = torch.nextafter(time, time + dt)
+        self._slope(0, time, y)
         if self.graphs is not None:
             self._last = self.graphs[0]
 

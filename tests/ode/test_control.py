@@ -276,16 +276,16 @@ def test_one_rule_for_numbers_and_tensors(ratios, settings, direction):
 
 
 def test_as_many_steps_as_torchdiffeq_takes():
-    """y' = cos 3000 t to 10 takes 50,000 steps and more; without ``compat`` a solve ends after 10,000, and says so."""
+    """y' = cos 3000 t to 2 takes 11,000 steps; without ``compat`` a solve ends after 10,000, and says so."""
 
     def wave(t, y):
         return torch.cos(3000 * t).expand(1)
 
     y0 = torch.zeros(1, dtype=torch.float64)
-    y = ode.odeint(wave, y0, [0.0, 10.0], compat="torchdiffeq")
-    assert y[-1].item() == pytest.approx(math.sin(30000) / 3000, abs=1e-6)
+    y = ode.odeint(wave, y0, [0.0, 2.0], compat="torchdiffeq")
+    assert y[-1].item() == pytest.approx(math.sin(6000) / 3000, abs=1e-6)
     with pytest.warns(RuntimeWarning, match="max_steps"):
-        ode.odeint(wave, y0, [0.0, 10.0])
+        ode.odeint(wave, y0, [0.0, 2.0])
     s = ode.solve(wave, y0, [0.0, 1.3], compat="torchdiffeq", method="euler", step_size=1e-4)
     assert s.ok
     assert s.stats.accepted == 13_000

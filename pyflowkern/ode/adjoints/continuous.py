@@ -181,8 +181,20 @@ class _AdjointNorm:
         return torch.stack(norms).amax()
 
 
-def _augmented_norm(options: Options, shape: torch.Size, sizes: Sequence[int]) -> Norm:
+def _split(r: Tensor, shape: torch.Size, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return state, adjoint and the gradients of the parameters from what is solved backwards."""
+    n, sizes = shape.numel(), [_numbers(p) for p in params]
+    y, a, *grads = r.split([n, n, *sizes])
+    shaped = [_shaped(g, p) for g, p in zip(grads, params, strict=True)]
+    return (y.view(shape), a.view(shape), *shaped)
+
+
+def _augmented_norm(options: Options, shape: torch.Size, params: Sequence[Tensor]) -> Norm:
     """Return the norm of the backward solve: that of the forward solve, of each part the largest."""
+    user = options.augmented_norm
+    if user is not None:
+        return lambda r: user(*_split(r, shape, params))
+    sizes = [_numbers(p) for p in params]
     counted = [] if options.seminorm else list(sizes)
     entries = options.norm.sizes or [shape.numel()] if isinstance(options.norm, Rms) else []
     if (
@@ -196,6 +208,18 @@ def _augmented_options(
     options: Options, ys: Tensor, width: int, params: Sequence[Tensor]
 ) -> Options:
     """Return the settings of the backward solve."""
+    first_step = None if options.backward is None else options.backward.first_step
+    options = options.backward or options
+    callbacks = options.backward_callbacks
+    if callbacks is not None:
+        unpack = callbacks.unpack
+        shape = ys[0].shape
+
+        def augmented(r: Tensor) -> tuple[Tensor, ...]:
+            y, a, *grads = _split(r, shape, params)
+            return (r.new_zeros(()), unpack(y), unpack(a), *grads)
+
+        callbacks = replace(callbacks, unpack=augmented)
 
     def extend(tolerance: float | Tensor) -> float | Tensor:
         if isinstance(tolerance, float):
@@ -205,12 +229,15 @@ def _augmented_options(
 
     return replace(
         options,
-        norm=_augmented_norm(options, ys[0].shape, [_numbers(p) for p in params]),
+        norm=_augmented_norm(options, ys[0].shape, params),
         rtol=extend(options.rtol),
         atol=extend(options.atol),
         checkpoint=True,
         dense=False,
-        first_step=None,
+        first_step=first_step,
+        callbacks=callbacks,
+        backward_callbacks=None,
+        augmented_norm=None,  # a function of these parts alone; the adjoint of the adjoint has more
     )
 
 

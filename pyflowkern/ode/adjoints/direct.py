@@ -93,7 +93,7 @@ def _by_step(trajectory: Trajectory) -> list[list[tuple[int, float | None]]]:
 
 
 def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gradients) -> Tensor:
-    method, perturb = problem.options.method, problem.options.torchdiffeq
+    method, perturb = problem.options.method, problem.options.perturbed
     at = _by_step(trajectory)
     cotangent = torch.zeros_like(grads[0])
     for j in reversed(range(len(trajectory.t))):
@@ -104,7 +104,7 @@ def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gr
         for i, theta in at[j + 1]:
             if theta is None:
                 cotangent = cotangent + grads[i]
-            elif problem.options.adaptive:
+            elif not problem.options.linear:
                 inside.append((theta, grads[i]))
             else:  # between the ends of a fixed step: linear
                 cotangent = torch.add(cotangent, grads[i], alpha=theta)
@@ -125,7 +125,7 @@ def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gr
 
 
 def _replay(problem: Problem, trajectory: Trajectory, y: Tensor) -> Tensor:
-    method, perturb = problem.options.method, problem.options.torchdiffeq
+    method, perturb = problem.options.method, problem.options.perturbed
     at = _by_step(trajectory)
     c = coefficients(method, y.dtype, y.device)
     outputs: list[Tensor] = [y] * len(trajectory.outputs)
@@ -135,7 +135,7 @@ def _replay(problem: Problem, trajectory: Trajectory, y: Tensor) -> Tensor:
         for i, theta in at[j + 1]:
             if theta is None:
                 outputs[i] = y1
-            elif problem.options.adaptive:
+            elif not problem.options.linear:
                 assert method.dense is not None
                 outputs[i] = y
                 for row, k in zip(method.dense, slopes, strict=True):

@@ -140,7 +140,7 @@ def _outputs_at(times: Sequence[float], tape: Tape, j: int) -> list[int]:
 def _record(
     field: Field, method: Tableau, c: Coefficients, t: float, dt: float, y: Tensor
 ) -> tuple[Any, Tensor]:
-    times = stage_times(c, t, dt, False)
+    times = stage_times(c, t, dt, "")
     graphs, stages = record_stages(field, c, method.needed, times, dt, y)
     return graphs, stages.increment(dt)
 
@@ -150,10 +150,10 @@ def _replay(problem: Problem, tape: Tape, y: Tensor) -> Tensor:
     c = coefficients(method, y.dtype, y.device)
     z, outputs = y, [y] * len(problem.times)
     for j, (t, t1, dt) in enumerate(zip(tape.t, tape.t1, tape.dt, strict=True)):
-        times = stage_times(c, t, dt, False)
+        times = stage_times(c, t, dt, "")
         after, _ = differentiable_step(problem.field, method, c, times, dt, z)
         y = coupling * (y - z) + after
-        times = stage_times(c, t1, -dt, False)
+        times = stage_times(c, t1, -dt, "")
         before, _ = differentiable_step(problem.field, method, c, times, -dt, y)
         z = z - (before - y)
         for i in _outputs_at(problem.times, tape, j):

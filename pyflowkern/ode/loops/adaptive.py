@@ -48,7 +48,7 @@ def integrate(
         stop: ends the solve early.
     """
     out = Trajectory(y0.new_empty((len(times), *y0.shape)))
-    stepper = Stepper(field, options.method, y0, options.torchdiffeq)
+    stepper = Stepper(field, options.method, y0, options.perturbed)
     if record and not options.checkpoint:
         stepper.graphs = []
     y, sign, accepted = y0, 1.0 if times[-1] >= times[0] else -1.0, 0
@@ -61,13 +61,19 @@ def integrate(
     h = begin(stepper, norm, times[0], sign, y, first)
     control = StepControl(options, times[0], times[-1], h)
     target = sign * math.inf if options.torchdiffeq else times[-1]
+    callbacks = options.callbacks
     while i < len(times):
         control.propose(target)
         if not control.running:
             break
         t, t1, dt = control.t, control.t1, control.dt
+        if callbacks is not None:
+            callbacks.started(t, y, dt)
         y1 = stepper.step(t, dt, y)
-        if not control.decide(float(norm(dt, y, y1))):
+        accept = control.decide(float(norm(dt, y, y1)))
+        if callbacks is not None:
+            callbacks.decided(accept, t, y, dt)
+        if not accept:
             continue
         if record or options.dense:
             out.keep(t, dt, y, stepper.slopes.clone() if options.dense else None)

@@ -30,8 +30,10 @@ def plan(times: Sequence[float], options: Options) -> Plan:
     end of a step.  With ``torchdiffeq`` the steps start from the first time only, and output is linear in between.
     Where there are more than ``max_steps``, the list ends with one more than these.
     """
+    if options.grid is not None:
+        return _on_grid(times, _checked_grid(times, options.grid(times)))
     if options.torchdiffeq and options.step_size is not None:
-        return _torchdiffeq_plan(times, options.step_size, options.max_steps + 1)
+        return _on_grid(times, _torchdiffeq_grid(times, options.step_size, options.max_steps + 1))
     steps: list[tuple[float, float]] = []
     outputs: list[tuple[int, float | None]] = [(-1, None)]
     count = 0
@@ -50,17 +52,38 @@ def plan(times: Sequence[float], options: Options) -> Plan:
     return steps, outputs
 
 
-def _torchdiffeq_plan(times: Sequence[float], size: float, most: int) -> Plan:
+def _torchdiffeq_grid(times: Sequence[float], size: float, most: int) -> list[float]:
+    t0, end = times[0], times[-1]
+    sign = 1.0 if end >= t0 else -1.0
+    n = math.ceil(min(abs(end - t0) / size, _MANY) + 1)
+    grid = [t0 + sign * size * j for j in range(min(n - 1, most + 1))]
+    return [*grid, *([end] if n - 1 <= most else [])]
+
+
+def _checked_grid(times: Sequence[float], grid: Sequence[float]) -> Sequence[float]:
+    """Raise unless a grid of the user's goes from the first time to the last one."""
+    sign = 1.0 if times[-1] >= times[0] else -1.0
+    if len(grid) < 1 or grid[0] != times[0] or grid[-1] != times[-1]:
+        raise ValueError(
+            f"grid must go from the first time, {times[0]}, to the last one, {times[-1]}, got {list(grid)}"
+        )
+    if not all(sign * (b - a) > 0 for a, b in itertools.pairwise(grid)):
+        raise ValueError(f"grid must be strictly monotone, got {list(grid)}")
+    return grid
+
+
+def _on_grid(times: Sequence[float], grid: Sequence[float]) -> Plan:
+    """Return the steps of a grid, and where the outputs are between them."""
     t0, end = times[0], times[-1]
     sign = 1.0 if end >= t0 else -1.0
     if end == t0:
         return [], [(-1, None)] * len(times)
-    n = math.ceil(min(abs(end - t0) / size, _MANY) + 1)
-    grid = [t0 + sign * size * j for j in range(min(n - 1, most + 1))]
-    grid += [end] if n - 1 <= most else []
     steps = [(a, b - a) for a, b in itertools.pairwise(grid)]
     outputs: list[tuple[int, float | None]] = [(-1, None)]
     for t in times[1:]:
+        if t == t0:
+            outputs.append((-1, None))
+            continue
         j = next((j for j, b in enumerate(grid[1:]) if sign * (b - t) >= 0), len(steps))
         there = j == len(steps) or grid[j + 1] == t
         outputs.append((j, None if there else (t - grid[j]) / steps[j][1]))
@@ -78,12 +101,13 @@ def integrate(
     first: Graph | None = None,
 ) -> Trajectory:
     """Integrate through ``times``; arguments as those of :func:`pyflowkern.ode.loops.adaptive.integrate`."""
-    if len(plan(times, options)[0]) > options.max_steps:
-        out = _run(field, y0, times, options, record, first, checked=True)
+    planned = plan(times, options)
+    if len(planned[0]) > options.max_steps:
+        out = _run(field, y0, times, planned, options, record, first, checked=True)
         all_taken = out.stats.accepted == options.max_steps
         out.status = Status.max_steps if all_taken else Status.non_finite
         return out
-    out = _run(field, y0, times, options, record, first, checked=False)
+    out = _run(field, y0, times, planned, options, record, first, checked=False)
     out.end = None
     captured = y0.is_cuda and torch.cuda.is_current_stream_capturing()
     if captured or torch.compiler.is_exporting():  # a graph takes no decision of the host
@@ -93,7 +117,8 @@ def integrate(
     # nan and inf stay to the end: one look says whether the rare path, which looks at each step, is needed
     if not bool(torch.isfinite(out.ys[-1]).all()):
         evaluations = out.stats.evaluations
-        out = _run(field, y0, times, options, record, first, checked=True)
+        silent = replace(options, callbacks=None)  # they were told of all steps
+        out = _run(field, y0, times, planned, silent, record, first, checked=True)
         out.status = Status.non_finite
         total = evaluations + out.stats.evaluations
         out.stats = replace(out.stats, evaluations=total)
@@ -104,16 +129,18 @@ def _run(
     field: Field,
     y0: Tensor,
     times: Sequence[float],
+    planned: Plan,
     options: Options,
     record: bool,
     first: Graph | None,
     checked: bool,
 ) -> Trajectory:
-    steps, outputs = plan(times, options)
+    steps, outputs = planned
+    callbacks = options.callbacks
     steps = steps[: options.max_steps]
     method = options.method
     out = Trajectory(y0.new_empty((len(times), *y0.shape)), end=times[0])
-    stepper = Stepper(field, method, y0)
+    stepper = Stepper(field, method, y0, options.perturbed)
     if record and not options.checkpoint:
         stepper.graphs = []
     y, done, i, fresh = y0, 0, 0, False
@@ -125,7 +152,9 @@ def _run(
             stepper.set_first(first)
             stepper.evaluations += 1
         elif not fresh:
-            stepper.start(t, y)
+            stepper.start(t, y, dt)
+        if callbacks is not None:
+            callbacks.started(t, y, dt)
         y1 = stepper.step(t, dt, y)
         if checked and not bool(torch.isfinite(y1).all()):
             break
@@ -135,9 +164,13 @@ def _run(
             out.graphs.append(stepper.graphs)
         while i < len(times) and outputs[i][0] == done:
             theta = outputs[i][1]
-            out.ys[i] = y1 if theta is None else torch.lerp(y, y1, theta)
+            if theta is None:
+                out.ys[i] = y1
+            else:
+                linear = options.linear
+                out.ys[i] = torch.lerp(y, y1, theta) if linear else stepper.dense(y, dt, theta)
             i += 1
-        if method.fsal:
+        if method.fsal and not options.perturbed:
             stepper.advance()
             fresh = True
         y, out.end = y1, t + dt

@@ -1,0 +1,75 @@
+"""Functions of the user's that are told of each step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Callbacks", "callbacks_of"]
+
+Callback = Callable[[Tensor, Any, Tensor], Any]
+NAMES = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a field wants to be told, ``(t, y, dt)`` of each step with the state at its start.
+
+    Args:
+        begin: before a step is tried.
+        accept: after one that is kept.
+        reject: after one that is repeated with a smaller size.
+        unpack: from packed states to the user's.
+    """
+
+    begin: Callback | None
+    accept: Callback | None
+    reject: Callback | None
+    unpack: Callable[[Tensor], Any]
+
+    def _call(self, callback: Callback | None, t: float, y: Tensor, dt: float) -> None:
+        if callback is not None:
+            time, size = (torch.tensor(v, dtype=torch.float64) for v in (t, abs(dt)))
+            callback(time, self.unpack(y), size)
+
+    def started(self, t: float, y: Tensor, dt: float) -> None:
+        """Tell of a step that is tried."""
+        self._call(self.begin, t, y, dt)
+
+    def decided(self, accepted: bool, t: float, y: Tensor, dt: float) -> None:
+        """Tell whether it is kept."""
+        self._call(self.accept if accepted else self.reject, t, y, dt)
+
+
+def callbacks_of(
+    func: Any, unpack: Callable[[Tensor], Any], allowed: int, backward: bool = False
+) -> Callbacks | None:
+    """Return the callbacks that a field has as attributes, if any.
+
+    Args:
+        func: the user's field.
+        unpack: from packed states to what callbacks are given.
+        allowed: how many of :data:`NAMES` the solver calls; a warning names the others.
+        backward: look for those of the adjoint solve, whose names end with ``_adjoint``.
+    """
+    names = [name + "_adjoint" for name in NAMES] if backward else list(NAMES)
+    found = [getattr(func, name, None) for name in names]
+    if found == [None, None, None]:
+        return None
+    unused = [n for i, n in enumerate(names) if i >= allowed and found[i] is not None]
+    if unused:
+        warnings.warn(
+            f"this solve does not call {', '.join(unused)}: fixed steps are told by {names[0]} alone, "
+            "and adjoint='reversible' and control='sample' or 'device' tell of none",
+            UserWarning,
+            stacklevel=4,
+        )
+    begin, accept, reject = (f if i < allowed else None for i, f in enumerate(found))
+    if begin is accept is reject is None:
+        return None
+    return Callbacks(begin, accept, reject, unpack)
