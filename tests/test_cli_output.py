@@ -1,0 +1,74 @@
+"""Output that cannot be written, and what the command line must not wait for or start again over."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyflowkern
+
+
+def command(tmp_path, *arguments, **streams):
+    """Run the command line in a process of its own, with the package under test."""
+    return subprocess.run(
+        [sys.executable, "-m", "pyflowkern", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(pyflowkern.__file__).parents[1])},
+        **streams,
+    )
+
+
+def refuses(tmp_path, *arguments):
+    """Return the one line of stderr, having seen exit code 2 and that nothing was written."""
+    before = sorted(tmp_path.rglob("*"))
+    result = command(tmp_path, *arguments, stdout=subprocess.PIPE)
+    assert (result.returncode, result.stdout) == (2, ""), result
+    assert result.stderr.startswith("pyflowkern: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    return result.stderr
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        result = command(tmp_path, "info", stdout=full)
+    assert result.returncode == 1
+    assert result.stderr == "pyflowkern: standard output: No space left on device\n"
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_quietly(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = command(tmp_path, "info", stdout=writer)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf"])
+def test_a_demo_needs_a_number_of_minutes(minutes, tmp_path):
+    assert "minutes" in refuses(tmp_path, "demo", "--minutes", minutes, "--out", "demo")
+
+
+def test_a_demo_that_cannot_be_gone_on_with_is_one_line(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/comparison.json").write_text('{"seconds": [1]')
+    (tmp_path / "demo/config.yaml").write_text("steps: 2\n")
+    line = refuses(tmp_path, "demo", "--resume", "--out", "demo")
+    assert "demo/comparison.json: is damaged" in line
+
+
+def test_a_config_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    assert "run.yaml: is a named pipe" in refuses(tmp_path, "train", "run.yaml")
+
+
+def test_weights_beyond_all_memory_are_one_line(tmp_path):
+    options = ("--data", "digits", "--set", f"hidden={10**12}")
+    assert "Glow cannot be built for (1, 8, 8)" in refuses(tmp_path, "train", *options)
