@@ -22,6 +22,7 @@ __all__ = [
     "parse_shape",
     "parse_vector",
     "parse_widths",
+    "plain_ints",
     "taking_context",
 ]
 
@@ -93,6 +94,13 @@ def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
             f"hidden must be at least 1, or a sequence of such widths, got {hidden!r}"
         )
     return tuple(int(width) for width in widths) * (1 if isinstance(hidden, Iterable) else 2)
+
+
+def plain_ints(values: Sequence[int]) -> Sequence[int]:
+    """Return NumPy's integers of a sequence as ints, and what is no sequence of integers as it is."""
+    if isinstance(values, Iterable) and all(_is_integer(v) for v in values):
+        return tuple(int(v) for v in values)
+    return values
 
 
 def expand_context(context: Tensor | None, n: int, features: int) -> Tensor | None:

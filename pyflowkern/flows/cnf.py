@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyflowkern.core.dtypes import accumulation_dtype
-from pyflowkern.flows._arguments import as_count, as_counts, parse_shape
+from pyflowkern.flows._arguments import as_count, as_counts, parse_shape, plain_ints
 from pyflowkern.flows._base import Flow, without_density
 from pyflowkern.flows._build import check_space, squeezed
 from pyflowkern.flows._continuous import ContinuousBijection, Integrals, without_log_det
@@ -135,6 +135,7 @@ class CNF(Flow):
         conv = _is_conv(conv, levels, shape)
         blocks, levels = as_counts(blocks=blocks, levels=1 if levels is None else levels)
         context_features = as_count("context_features", context_features, 0)
+        hidden = plain_ints(hidden)
         kind = VectorFieldConv if conv else VectorFieldMLP
 
         def own(size: int) -> torch.nn.Module:

@@ -113,7 +113,7 @@ def test_integers_of_numpy_are_integers():
         flows.NSF(two, transforms=one, hidden=(eight, eight), bins=four),
         flows.NSF(two, transforms=one, hidden=eight, autoregressive=True),
         flows.MAF(np.array([2])[0], transforms=one, hidden=eight, context_features=np.int64(0)),
-        flows.CNF(two, (8,), blocks=one, probes=two, **SOLVER),
+        flows.CNF(two, (eight,), blocks=one, probes=two, **SOLVER),
         flows.MAF(two, hidden=eight, base=flows.MixtureOfGaussians(two, four)),
     ):
         assert len(flow.sample(four)) == 4
