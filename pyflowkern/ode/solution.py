@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -65,6 +65,10 @@ class Stats:
     evaluations: int
 
 
+#: From the number of a step, a time in it and the state there, the same state with its gradients.
+Inside = Callable[[int, float | Tensor, Tensor], Tensor]
+
+
 @dataclass
 class Trajectory:
     """What a solver hands on: outputs, and the steps from which a backward pass starts.
@@ -80,6 +84,7 @@ class Trajectory:
         graphs: of the stages, where they were kept.
         slopes: of the stages, where a dense output was asked for.
         stats: counts.
+        inside: numbers of steps, and what gives states within these and later steps with their gradients.
         end: time of the last accepted state where the solve ended early, else None.
     """
 
@@ -93,6 +98,7 @@ class Trajectory:
     slopes: list[Tensor] = field(default_factory=list)
     stats: Stats = Stats(0, 0, 0)
     end: float | None = None
+    inside: list[tuple[int, Inside]] = field(default_factory=list)
 
     def keep(self, t: Any, dt: Any, y: Tensor, slopes: Tensor | None = None) -> None:
         """Add an accepted step: its start, its length, the state at its start, the slopes of its stages."""
@@ -105,6 +111,7 @@ class Trajectory:
     def extend(self, later: Trajectory) -> None:
         """Append the steps of a solve that went on from here, and take over how it ended."""
         self.status, self.end = later.status, later.end
+        self.inside += [(len(self.t) + first, give) for first, give in later.inside]
         for name in ("t", "dt", "states", "slopes"):
             getattr(self, name).extend(getattr(later, name))
         a, b = self.stats, later.stats
@@ -115,7 +122,10 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class DenseOutput:
-    """The state at any time within a solve, by the method's interpolation; not differentiable.
+    """The state at any time within a solve, by the method's interpolation.
+
+    While gradients are recorded it has those of the discrete solution with respect to the first state and to what the
+    field depends on, and, where the time is a tensor that requires one, of the field there with respect to the time.
 
     Args:
         method: tableau with its polynomials.
@@ -125,6 +135,7 @@ class DenseOutput:
         slopes: of the stages of each step.
         packing: from packed states to the user's.
         begin: time and state before the first step, which there need not be.
+        inside: see :class:`Trajectory`; empty where nothing required a gradient.
     """
 
     method: Tableau
@@ -134,10 +145,11 @@ class DenseOutput:
     slopes: Sequence[Tensor]
     packing: Packing
     begin: tuple[float, Tensor]
+    inside: Sequence[tuple[int, Inside]] = ()
 
-    @torch.no_grad()
-    def __call__(self, t: float) -> Any:
-        """Return the state at ``t``; ValueError outside of what was integrated."""
+    def __call__(self, t: float | Tensor) -> Any:
+        """Return the state at ``t``, a number or a 0-d tensor; ValueError outside of what was integrated."""
+        moment, t = t, float(t)
         first = last = self.begin[0]
         if self.starts:
             last = self.starts[-1] + self.dt[-1]
@@ -148,7 +160,13 @@ class DenseOutput:
         sign = 1.0 if last >= first else -1.0
         i = bisect.bisect_right(self.starts, sign * t, key=lambda s: sign * s) - 1
         weights = dense_weights(self.method, (t - self.starts[i]) / self.dt[i])
-        packed = rk_combine(self.states[i], self.slopes[i], weights, self.dt[i])
+        with torch.no_grad():
+            packed = rk_combine(self.states[i], self.slopes[i], weights, self.dt[i])
+        if torch.is_grad_enabled():
+            for begin, give in reversed(self.inside):
+                if begin <= i:
+                    packed = give(i - begin, moment, packed)
+                    break
         return self.packing.unpack(packed)
 
 

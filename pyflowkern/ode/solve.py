@@ -22,7 +22,7 @@ from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
 from pyflowkern.ode.parameters import parameters_of
-from pyflowkern.ode.solution import DenseOutput, Solution, Stats, Status, Trajectory
+from pyflowkern.ode.solution import DenseOutput, Inside, Solution, Stats, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
 from pyflowkern.ode.times import output_times
@@ -173,8 +173,9 @@ def solve(
     if dense:
         begin = times[0], start.detach()
         interpolation = DenseOutput(
-            options.method, steps.t, steps.dt, steps.states, steps.slopes, packing, begin
-        )
+            options.method, steps.t, steps.dt, steps.states, steps.slopes, packing, begin,
+            steps.inside,
+        )  # fmt: skip
     states = packing.unpack(ys, (ts.shape[0],))
     return Solution(states, ts, steps.status, steps.stats, interpolation)
 
@@ -285,7 +286,31 @@ def _solve(
     ys = _ADJOINTS[options.adjoint].apply(problem, y0, time, *found)
     assert problem.result is not None
     trajectory, problem.result = problem.result, None
+    if options.dense:
+        problem = replace(problem, recorded=None)
+        trajectory.inside = [(0, _inside(problem, trajectory, y0, found))]
     return ys, trajectory
+
+
+def _inside(problem: Problem, steps: Trajectory, y0: Tensor, found: Sequence[Tensor]) -> Inside:
+    """Return what gives states between the steps of a solve their gradients: a solve that ends there."""
+
+    def give(i: int, t: float | Tensor, state: Tensor) -> Tensor:
+        begin, end = problem.times[0], float(t)
+        theta = (end - steps.t[i]) / steps.dt[i]
+        until = Trajectory(
+            torch.stack([y0.detach(), state]), t=steps.t[: i + 1], dt=steps.dt[: i + 1],
+            states=steps.states[: i + 1], outputs=[(-1, None), (i, theta)],
+        )  # fmt: skip
+        times = None
+        if isinstance(t, Tensor) and t.requires_grad:
+            times = torch.stack([t.detach().new_tensor(begin), t.reshape(())])
+        options = replace(problem.options, dense=False, interp="cubic", checkpoint=True)
+        one = replace(problem, times=[begin, end], options=options, recorded=until)
+        ys: Tensor = Direct.apply(one, y0, times, *found)  # type: ignore[no-untyped-call]
+        return ys[-1]
+
+    return give
 
 
 def _first_slope(

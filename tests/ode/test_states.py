@@ -205,3 +205,35 @@ def test_norms_that_do_not_fit():
     with pytest.raises(ValueError, match="batch axis"):
         ode.solve(lambda t, y: (-y[0], -y[1]), (torch.ones(2), torch.ones(())), [0.0, 1.0],
                   norm="max_sample")  # fmt: skip
+
+
+# --- the state between the steps -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", ["direct", "continuous"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"compat": "torchdiffeq"}, {"method": "rk4", "step_size": 0.05}, {"jump_t": [0.3, 0.6]},
+     {"checkpoint": False}, {"control": "device"}],
+    ids=str,
+)  # fmt: skip
+def test_gradients_of_dense_output(adjoint, settings):
+    """y(t) = y0 exp(-a t), at times in the first and in a later step: its gradients in ``a``, ``y0`` and ``t``."""
+    a = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    if adjoint == "continuous":
+        settings = {k: v for k, v in settings.items() if k != "checkpoint"}
+    s = ode.solve(lambda t, y: -a * y, y0, [0.0, 1.0], dense=True, adjoint=adjoint,
+                  max_step=0.2, **settings)  # fmt: skip
+    for at in (0.0, 0.01, 0.37, 0.71, 1.0):
+        t = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        y = s.dense(t)
+        torch.testing.assert_close(y, s.dense(at))
+        assert y[0].item() == pytest.approx(math.exp(-1.5 * at), rel=1e-5)
+        by_a, by_y, by_t = torch.autograd.grad(y.sum(), [a, y0, t], retain_graph=True)
+        value = math.exp(-1.5 * at)
+        assert by_a.item() == pytest.approx(-2 * at * value, rel=1e-4, abs=1e-9)
+        torch.testing.assert_close(by_y, torch.full_like(by_y, value), rtol=1e-4, atol=0)
+        assert by_t.item() == pytest.approx(-3 * value, rel=1e-4)
+    with torch.no_grad():
+        assert not s.dense(0.5).requires_grad

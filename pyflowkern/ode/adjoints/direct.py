@@ -34,6 +34,8 @@ def integrator(options: Options) -> Callable[..., Trajectory]:
 
 def run(problem: Problem, y0: Tensor, record: bool) -> Trajectory:
     """Solve forward."""
+    if problem.recorded is not None:
+        return problem.recorded
     o = problem.options
     if o.per_sample:
         return per_sample.integrate(problem.field, y0, problem.times, o, record=record)

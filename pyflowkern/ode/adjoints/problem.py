@@ -43,6 +43,7 @@ class Problem:
         context: see :func:`autocast_like_now`.
         complete: whether the user named the parameters; see :class:`~pyflowkern.ode.adjoints.gradients.Parameters`.
         read: how many of the parameters, the first ones, are known to be read.
+        recorded: what the forward pass would find, if it is known.
         result: what the forward pass found, without what only the backward pass needs.
         end: the time it came to where it ended early, else None.
     """
@@ -55,6 +56,7 @@ class Problem:
     complete: bool
     read: int
     result: Trajectory | None = None
+    recorded: Trajectory | None = None
     end: float | None = None
 
     def reached(self) -> list[float]:
