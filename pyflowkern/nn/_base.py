@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator
 
 import torch
@@ -277,12 +278,14 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
         )
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Return ``value`` as an int; raise unless it is an integer, NumPy's among them, of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    value = int(value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:

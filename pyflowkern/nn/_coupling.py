@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_flag
 from pyflowkern.nn._base import Bijection, check_count
 from pyflowkern.nn._structure import Structure
 from pyflowkern.ops import channel_split_sizes, checkerboard_mask
@@ -52,6 +53,7 @@ class Coupling(Bijection):
     def __init__(self, channels: int, split: str | Tensor, swap: bool, compact: bool) -> None:
         super().__init__()
         check_split(split, channels)
+        channels, swap = int(channels), check_flag("swap", swap)
         self.channels, self.swap = channels, swap
         self.split = "mask" if isinstance(split, Tensor) else split
         # True is transformed, swap included

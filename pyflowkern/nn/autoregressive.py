@@ -72,7 +72,7 @@ class MaskedAutoregressive(Bijection):
         conditioner: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_count("features", features)
+        features = check_count("features", features)
         self.features = features
         self.element_map = element_map(transform)
         outputs = element_parameters(self.element_map)

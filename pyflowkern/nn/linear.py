@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern import ops
+from pyflowkern.core.checks import check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.core.kept import Kept, may_keep
 from pyflowkern.nn._base import Bijection, check_channels, check_count
@@ -65,7 +66,7 @@ class InvertibleLinear(HasPermutations, Bijection):
         self, channels: int, *, parameterization: str = "plu", init: str = "rotation"
     ) -> None:
         super().__init__()
-        check_count("channels", channels)
+        channels = check_count("channels", channels)
         if parameterization not in ("plu", "dense", "householder"):
             raise ValueError(
                 "parameterization must be 'plu', 'dense' or 'householder', "
@@ -113,7 +114,7 @@ class InvertibleLinear(HasPermutations, Bijection):
 
     def matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Return ``W``, or its inverse, and ``log |det W|`` (of ``W`` in both cases)."""
-        return self._compute(inverse)
+        return self._compute(check_flag("inverse", inverse))
 
     def kept_matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Return what :meth:`matrix` does, perhaps kept from an earlier call: not to be written to."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyflowkern.core.checks import check_floating
+from pyflowkern.core.checks import check_flag, check_floating
 from pyflowkern.nn._base import check_count, check_dtype, check_dtype_of
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.nn._structure import Structure
@@ -82,6 +82,8 @@ class MaskedMLP(torch.nn.Module):
     ) -> None:
         super().__init__()
         widths = _widths(hidden)
+        check_flag("residual", residual)
+        check_flag("random_degrees", random_degrees)
         _check(features, outputs, widths, context_features, residual, activation)
         self.features, self.outputs = features, outputs
         self.context_features, self.activation = context_features, activation

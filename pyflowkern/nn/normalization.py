@@ -67,7 +67,7 @@ class ActNorm(Bijection):
 
     def __init__(self, channels: int, *, process_group: Any = None) -> None:
         super().__init__()
-        check_count("channels", channels)
+        channels = check_count("channels", channels)
         self.channels, self.process_group = channels, process_group
         self.log_scale = torch.nn.Parameter(torch.zeros(channels))
         self.bias = torch.nn.Parameter(torch.zeros(channels))

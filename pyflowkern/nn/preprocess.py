@@ -81,7 +81,7 @@ class Dequantize(Logit):
 
     def __init__(self, bits: int = 8, alpha: float = 0.05) -> None:
         super().__init__(alpha)
-        check_count("bits", bits)
+        bits = check_count("bits", bits)
         if bits > 8:
             raise ValueError(f"bits must be 1 to 8, got {bits}")
         self.bits = bits

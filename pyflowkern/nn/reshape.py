@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,7 @@ class Squeeze(Bijection):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        check_count("factor", factor)
+        factor = check_count("factor", factor)
         self.factor = factor
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,8 +110,8 @@ class Permutation(HasPermutations, Bijection):
 
     def __init__(self, permutation: int | Sequence[int] | Tensor) -> None:
         super().__init__()
-        if isinstance(permutation, int):
-            check_count("permutation", permutation)
+        if isinstance(permutation, numbers.Integral):
+            permutation = check_count("permutation", int(permutation))
             order = torch.randperm(permutation, device=structure_device())
         else:
             order = torch.as_tensor(permutation, device=structure_device())

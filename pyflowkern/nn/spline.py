@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
+from pyflowkern.core.checks import check_flag
 from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
 from pyflowkern.nn.conditioners import start_at
@@ -77,6 +78,7 @@ class SplineCoupling(Coupling):
         identity = self.spline.identity_raw()
         if not isinstance(conditioner, torch.nn.Module):  # a module that was given stays as it is
             start_at(self.conditioner, identity.repeat(moves))
+        check_flag("unconditional", unconditional)
         self.unconditional = torch.nn.Parameter(identity.repeat(passes)) if unconditional else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,8 @@ class CircularShift(Bijection):
         learned: bool = True,
     ) -> None:
         super().__init__()
-        check_count("channels", channels)
+        channels = check_count("channels", channels)
+        check_flag("learned", learned)
         if not bound > 0:
             raise ValueError(f"bound must be positive, got {bound}")
         self.channels, self.bound = channels, bound

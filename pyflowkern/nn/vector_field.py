@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.core.checks import check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast
 from pyflowkern.nn._base import check_count
 from pyflowkern.nn._fields import (
@@ -227,6 +228,8 @@ class VectorFieldMLP(torch.nn.Module):
                 or too many.
         """
         check_states(x, self.dims)
+        check_flag("per_probe", per_probe)
+        check_flag("regularizers", regularizers)
         if not self._may_be_read:
             options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
             return velocity_and_divergence_of(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyflowkern._library import transformed
+from pyflowkern.core.checks import check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.nn._base import check_count
 from pyflowkern.nn._fields import (
@@ -159,6 +160,8 @@ class VectorFieldConv(torch.nn.Module):
                 or too many.
         """
         check_states(x, self.channels, 4)
+        check_flag("per_probe", per_probe)
+        check_flag("regularizers", regularizers)
         if not self._may_be_read:
             options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
             return velocity_and_divergence_of(

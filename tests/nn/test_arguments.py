@@ -2,10 +2,49 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from pyflowkern import nn
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: nn.AffineCoupling(4, nn.MLP, swap=2), "swap"),
+        (lambda: nn.SplineCoupling(4, nn.MLP, unconditional=1), "unconditional"),
+        (lambda: nn.CircularShift(2, learned=None), "learned"),
+        (lambda: nn.MaskedMLP(3, 2, residual=2), "residual"),
+        (lambda: nn.InvertibleLinear(2).matrix(inverse=2), "inverse"),
+        (
+            lambda: nn.VectorFieldMLP(2, (4,)).velocity_and_divergence(
+                0.0, torch.zeros(1, 2), probe=torch.tensor(3), regularizers=2
+            ),
+            "regularizers",
+        ),
+        (
+            lambda: nn.VectorFieldConv(2, (4,)).velocity_and_divergence(
+                0.0, torch.zeros(1, 2, 3, 3), method="exact", per_probe=4
+            ),
+            "per_probe",
+        ),
+    ],
+)
+def test_flags_are_true_or_false(build, name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+        build()
+
+
+def test_integers_of_numpy_are_integers():
+    two = np.int64(2)
+    x = torch.randn(3, 2)
+    for layer in (nn.ActNorm(two), nn.InvertibleLinear(two), nn.Permutation(two)):
+        assert type(layer.channels) is int
+        assert layer(x)[0].shape == (3, 2)
+    assert nn.Squeeze(two).factor == 2
+    assert nn.AffineCoupling(two, nn.MLP)(x)[0].shape == (3, 2)
+    assert nn.MaskedAutoregressive(two, (np.int32(4),))(x)[0].shape == (3, 2)
 
 
 @pytest.mark.parametrize(
