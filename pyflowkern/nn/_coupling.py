@@ -144,7 +144,10 @@ def check_split(split: str | Tensor, channels: int) -> None:
             f"split must be 'channel', 'checkerboard' or a boolean mask, got {split!r}"
         )
     elif channels < (2 if split == "channel" else 1):
-        raise ValueError(f"channels must be at least 2 for a channel split, got {channels}")
+        raise ValueError(
+            f"channels must be at least 2 for a channel split, got {channels}; "
+            "one dimension has nothing to condition on: use nn.MaskedAutoregressive"
+        )
 
 
 def _as_slice(index: list[int]) -> slice | None:
