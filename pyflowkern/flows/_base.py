@@ -13,13 +13,13 @@ from torch.distributions import Distribution, constraints
 from pyflowkern import ops
 from pyflowkern.flows._arguments import as_count, check_flags, expand_context, parse_shape
 from pyflowkern.flows._distribution import FlowDistribution
-from pyflowkern.flows._domain import Domain, PixelDomain
+from pyflowkern.flows._domain import Domain, PixelDomain, without_density
 from pyflowkern.flows._hints import warn_of_unsuitable
 from pyflowkern.flows._torch_base import as_base
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
 from pyflowkern.nn._base import check_dtype, independent
 
-__all__ = ["Flow", "without_density"]
+__all__ = ["Flow"]
 
 
 class Flow(Bijection):
@@ -393,10 +393,3 @@ class Flow(Bijection):
         if context is not None:
             self._check_dtype("context", context)
         return context
-
-
-def without_density(outside: Tensor | None, log_prob: Tensor) -> Tensor:
-    """Return the log-densities with -inf for the samples outside; NaN stays, which is unknown and not impossible."""
-    if outside is None:
-        return log_prob
-    return log_prob.masked_fill(outside & ~log_prob.isnan(), -math.inf)

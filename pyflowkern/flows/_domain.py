@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Domain", "PixelDomain", "rounded_ends"]
+__all__ = ["Domain", "PixelDomain", "rounded_ends", "without_density"]
 
 
 def rounded_ends(low: float, high: float) -> tuple[float, float]:
@@ -94,3 +94,10 @@ class PixelDomain(Domain):
     def hint(self, x: Tensor) -> str:
         """Return what may help where data lie outside."""
         return "give integer pixels as uint8, or divide them by 2^bits"
+
+
+def without_density(outside: Tensor | None, log_prob: Tensor) -> Tensor:
+    """Return the log-densities with -inf for the samples outside; NaN stays, which is unknown and not impossible."""
+    if outside is None:
+        return log_prob
+    return log_prob.masked_fill(outside & ~log_prob.isnan(), -math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from torch.distributions import Distribution
 
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import as_count, as_counts, parse_shape, plain_ints
-from pyflowkern.flows._base import Flow, without_density
+from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import check_space, squeezed
 from pyflowkern.flows._continuous import ContinuousBijection, Integrals, without_log_det
+from pyflowkern.flows._domain import without_density
 from pyflowkern.nn import (
     Bijection,
     MultiScale,
@@ -135,17 +137,13 @@ class CNF(Flow):
         conv = _is_conv(conv, levels, shape)
         blocks, levels = as_counts(blocks=blocks, levels=1 if levels is None else levels)
         context_features = as_count("context_features", context_features, 0)
-        hidden = plain_ints(hidden)
         kind = VectorFieldConv if conv else VectorFieldMLP
-
-        def own(size: int) -> torch.nn.Module:
-            return kind(size, hidden, activation, time, context_features=context_features)
+        own = partial(kind, hidden=plain_ints(hidden), activation=activation, time=time)
+        make = field or partial(own, context_features=context_features)
 
         def block(size: int) -> ContinuousBijection:
-            made = field(size) if field else own(size)
-            _check_takes(made, context_features)
             return ContinuousBijection(
-                made,
+                _with_context(make(size), context_features),
                 duration=duration,
                 train_time=train_time,
                 divergence=divergence,
@@ -288,13 +286,14 @@ def _is_conv(conv: bool | None, levels: int | None, shape: tuple[int, ...]) -> b
     return wanted
 
 
-def _check_takes(field: torch.nn.Module, context_features: int) -> None:
-    """Raise unless the field takes a context of this size."""
+def _with_context(field: torch.nn.Module, context_features: int) -> torch.nn.Module:
+    """Return the field; raise ValueError unless it takes a context of this size."""
     taken = getattr(field, "context_features", 0)
     if taken != context_features:
         raise ValueError(
             f"field must make fields with context_features={context_features}, got {taken}"
         )
+    return field
 
 
 def _image_levels(

@@ -145,12 +145,8 @@ class NSF(Flow):
         base: torch.nn.Module | Distribution | None = None,
         conditioner: ConditionerFactory | None = None,
     ) -> None:
-        check_flags(
-            autoregressive=autoregressive,
-            circular=circular,
-            residual=residual,
-            unconditional=unconditional,
-        )
+        check_flags(autoregressive=autoregressive, circular=circular)
+        check_flags(residual=residual, unconditional=unconditional)
         shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         widths = parse_widths(hidden)
         transforms, levels, steps = as_counts(transforms=transforms, levels=levels, steps=steps)
@@ -158,13 +154,10 @@ class NSF(Flow):
         spline = _spline_map(spline, as_count("bins", bins), bound, tails, circular)
         domain = spline.interval if spline.tails in ("circular", "none") else None
         mixing = _check_mixing(mixing, domain, autoregressive)
-        _check_real_vectors(shape, bits, autoregressive or domain is not None)
+        coupled = unconditional or conditioner is not None
+        _check_together(shape, bits, autoregressive, domain is not None, coupled)
         network: dict[str, Any] = {"residual": residual, "context_features": context_features}
         if autoregressive:
-            if unconditional or conditioner is not None:
-                raise ValueError(
-                    "unconditional and conditioner are for couplings, got autoregressive=True"
-                )
             layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
             bijection: Bijection = _mixed(layers, shape[0], spline, mixing)
         else:
@@ -174,19 +167,15 @@ class NSF(Flow):
             coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
             if len(shape) > 1:
                 prior = partial(ConvNet, hidden=widths[0], context_features=context_features)
-                level = partial(
-                    _image_steps, steps=steps, coupling=coupling, conditioner=conditioner
-                )
+                level = partial(_image_steps, steps, coupling, conditioner)
                 bijection = _image_levels(shape, levels, level, prior)
             else:
                 layers = _couplings(shape[0], transforms, conditioner, coupling, spline, mixing)
                 bijection = _mixed(layers, shape[0], spline, mixing)
-        if base is None and domain is not None:
-            base = Uniform(shape[0], *domain)
         super().__init__(
             bijection,
             shape,
-            base=base,
+            base=Uniform(shape[0], *domain) if base is None and domain is not None else base,
             bits=bits,
             alpha=alpha,
             context_features=context_features,
@@ -213,12 +202,18 @@ def _spline_map(
     return SplineMap(bins=bins, bound=bound, tails=tails)  # type: ignore[arg-type]
 
 
-def _check_real_vectors(shape: tuple[int, ...], bits: int | None, needed: bool) -> None:
-    """Raise ValueError where images or pixels meet what is for real vectors alone."""
-    if needed and (len(shape) > 1 or bits is not None):
+def _check_together(
+    shape: tuple[int, ...], bits: int | None, autoregressive: bool, bounded: bool, coupled: bool
+) -> None:
+    """Raise ValueError for arguments that exclude each other; ``coupled`` tells of some that are for couplings."""
+    if (autoregressive or bounded) and (len(shape) > 1 or bits is not None):
         raise ValueError(
             "autoregressive layers, angles and tails='none' are for real vectors, "
             f"got event_shape {shape if len(shape) > 1 else shape[0]!r} and bits={bits}"
+        )
+    if autoregressive and coupled:
+        raise ValueError(
+            "unconditional and conditioner are for couplings, got autoregressive=True"
         )
 
 
@@ -262,10 +257,10 @@ def _image_levels(
 
 
 def _image_steps(
-    channels: int,
     steps: int,
     coupling: partial[SplineCoupling],
     conditioner: ConditionerFactory,
+    channels: int,
 ) -> list[Bijection]:
     layers: list[Bijection] = []
     for _ in range(steps):
