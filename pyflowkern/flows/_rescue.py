@@ -26,6 +26,8 @@ _STEPS_PER_SAMPLE: dict[str, Any] = {
     "compat": None,
     "norm": None,
     "dense": False,
+    "jump_t": None,
+    "backward": None,
 }
 
 
@@ -143,7 +145,8 @@ def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
     method = settings.get("method", "dopri5")
     if settings.get("compat") is not None:
         method = name_from_torchdiffeq(method)
-    return settings.get("step_size") is None and tableau(method).error is not None
+    fixed = settings.get("step_size") is not None or settings.get("grid") is not None
+    return not fixed and tableau(method).error is not None
 
 
 def check_export(settings: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Samples that blow up within a continuous flow: they are NaN, and the others are what they are alone."""
 
+import math
 import warnings
 
 import pytest
@@ -178,3 +179,28 @@ def test_images_with_contexts():
     torch.testing.assert_close(found[2:], good, rtol=1e-3, atol=1e-3)  # of tolerances of 1e-5
     found[2:].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in flow.parameters())
+
+
+@pytest.mark.parametrize("norm", ["max_sample", "max"])
+def test_every_sample_keeps_to_the_tolerance(norm):
+    """One sample in a fast part of the field among 500 that hardly move: the mean over the batch hides its error."""
+
+    class Turning(torch.nn.Module):
+        def forward(self, t, x):
+            return 3 * x.square().sum(1, keepdim=True) * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+    x = torch.cat([torch.tensor([[3.0, 0.0]]), 1e-2 * normal(500, 2)])
+
+    def error(rows, **settings):
+        field = nn.VectorField(Turning())
+        flow = flows.ContinuousBijection(
+            field, divergence="exact", rtol=1e-5, atol=1e-5, **settings
+        )
+        with torch.no_grad():
+            end = flow(x[:rows])[0][0]
+        exact = 3 * torch.tensor([math.cos(27.0), math.sin(27.0)], dtype=torch.float64)
+        return (end - exact).abs().max().item()
+
+    found = error(501, norm=norm)
+    assert found < 1.1 * error(1)  # as alone, where a mean hides nothing
+    assert error(501) > 3 * found
