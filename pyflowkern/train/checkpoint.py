@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.files import write_atomic
-from pyflowkern.train.model import DataFlow, build
+from pyflowkern.train.model import DataFlow, build, with_earlier_defaults
 
 if TYPE_CHECKING:
     from pyflowkern.train.module import FlowModule
@@ -140,7 +140,7 @@ def load_trained(path: Path) -> Trained:
     checkpoint = load_checkpoint(path)
     own = checkpoint["pyflowkern"]
     try:
-        config = TrainConfig.create(own["config"])
+        config = with_earlier_defaults(TrainConfig.create(own["config"]))
         model = build(config, own["data"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pyflowkern.data import DataSet
 from pyflowkern.flows import Flow
 from pyflowkern.train.config import ConfigError, TrainConfig
 
-__all__ = ["DataFlow", "build", "score"]
+__all__ = ["DataFlow", "build", "score", "with_defaults", "with_earlier_defaults"]
 
 
 #: Arguments of flows that a run does not offer: its data decides bits, it has no context, and modules are no text.
@@ -82,11 +83,7 @@ class DataFlow(nn.Module):
 def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
     """Build the configured flow for a data set, or for the facts about one that a checkpoint stores."""
     facts = data if isinstance(data, dict) else data_facts(data)
-    known: dict[str, Any] = {
-        n: c
-        for n, c in vars(flows).items()
-        if inspect.isclass(c) and issubclass(c, Flow) and c is not Flow
-    }
+    known = _known_flows()
     if config.flow not in known:
         raise ConfigError(f"unknown flow {config.flow!r}; known are {', '.join(sorted(known))}")
     shape = tuple(facts["shape"])
@@ -126,6 +123,34 @@ def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
         fits = isinstance(value, (int, float) if kind is float else kind)
         if kind in words and (isinstance(value, bool) != (kind is bool) or not fits):
             raise ConfigError(f"{name} of {config.flow} must be {words[kind]}, got {value!r}")
+
+
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """Return the config with the flow's own numbers, words and flags written out: a default may change later."""
+    if (flow := _known_flows().get(config.flow)) is None:
+        return config  # an error of the building
+    parameters = inspect.signature(flow).parameters.values()
+    kept = {
+        p.name: p.default
+        for p in parameters
+        if isinstance(p.default, (int, float, str, type(None))) and p.name not in NOT_OPTIONS
+    }
+    return replace(config, flow_args=kept | config.flow_args)
+
+
+def with_earlier_defaults(config: TrainConfig) -> TrainConfig:
+    """Return a stored run's config with what was a default before runs wrote out theirs."""
+    if config.flow != "NSF" or config.flow_args.keys() & {"bound", "circular"}:
+        return config
+    return replace(config, flow_args={**config.flow_args, "bound": 3.0})
+
+
+def _known_flows() -> dict[str, Any]:
+    return {
+        n: c
+        for n, c in vars(flows).items()
+        if inspect.isclass(c) and issubclass(c, Flow) and c is not Flow
+    }
 
 
 def _takes_bits(flow: type[Flow]) -> bool:

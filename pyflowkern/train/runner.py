@@ -23,7 +23,7 @@ from pyflowkern.train.callbacks import (
 from pyflowkern.train.checkpoint import CheckpointIO, check_resumable
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.files import write_atomic
-from pyflowkern.train.model import build
+from pyflowkern.train.model import build, with_defaults, with_earlier_defaults
 from pyflowkern.train.module import FlowModule
 from pyflowkern.train.signals import StopSignals
 from pyflowkern.train.threads import limited_threads
@@ -47,7 +47,8 @@ def resume_config(out: Path) -> TrainConfig:
     """Return the config that a run's folder holds; the folder itself may have been moved."""
     if not (out / "config.yaml").exists():
         raise ConfigError(f"{out}: holds no run to resume (no config.yaml)")
-    return replace(TrainConfig.create(TrainConfig.read(out / "config.yaml")), out=str(out))
+    stored = TrainConfig.create(TrainConfig.read(out / "config.yaml"))
+    return replace(with_earlier_defaults(stored), out=str(out))
 
 
 def check_folder(out: Path) -> None:
@@ -86,7 +87,7 @@ def train(
     Example:
         >>> train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
     """
-    out = Path(config.out)
+    out, config = Path(config.out), with_defaults(config)
     check_folder(out)
     if not (resume or overwrite) and any((out / name).exists() for name in _LEFT[:2]):
         raise ConfigError(

@@ -13,6 +13,7 @@ from pyflowkern import cli
 from pyflowkern.train import TrainConfig, train
 from pyflowkern.train.checkpoint import load_checkpoint, load_trained
 from pyflowkern.train.config import ConfigError
+from pyflowkern.train.runner import resume_config
 
 OPTIONS = {"flow_args": {"steps": 1, "hidden": 4}, "every": 2, "batch_size": 8, "flow": "RealNVP"}
 
@@ -283,3 +284,18 @@ def test_options_that_nothing_could_use(name, value):
     with pytest.raises(ConfigError, match=f"^{name} must ") as caught:
         TrainConfig.create({name: value})
     assert len(str(caught.value)) < 200
+
+
+def test_a_default_that_changes_later_does_not_change_a_stored_flow(tmp_path):
+    """A run writes its flow's numbers out; runs from before that had splines up to 3."""
+    out = tmp_path / "run"
+    np.savetxt(tmp_path / "t.csv", np.random.default_rng(0).normal(size=(50, 2)), delimiter=",")
+    options = {"flow": "NSF", "flow_args": {"transforms": 1}, "data": str(tmp_path / "t.csv")}
+    train(TrainConfig.create(options | {"steps": 2, "batch_size": 8, "out": str(out)}))
+    for config in (load_trained(out).config, resume_config(out)):
+        assert config.flow_args["bins"] == 8
+        assert config.flow_args["bound"] is None  # what the flow takes then is 5
+    stored = torch.load(out / "last.ckpt", weights_only=True)
+    stored["pyflowkern"]["config"]["flow_args"] = {"transforms": 1}
+    torch.save(stored, out / "last.ckpt")
+    assert load_trained(out).config.flow_args["bound"] == 3.0
