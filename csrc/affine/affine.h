@@ -11,15 +11,11 @@
 
 #include <cfloat>
 
+#include "core/codes.h"
 #include "core/math.h"
 
 // Plain data is the same for every SIMD level: it lives outside their namespaces.
 namespace pfk {
-
-enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclipScale, kAdditive };
-constexpr int kScaleKinds = 7;
-
-enum AffineFlags : int { kInverse = 1, kSwap = 2, kShiftFirst = 4, kDivide = 8, kFromOutput = 16 };
 
 // No upper limit is the largest finite number: files of compiled graphs hold no infinity.
 struct ScaleNumbers {

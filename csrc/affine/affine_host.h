@@ -8,8 +8,6 @@
 
 namespace pfk {
 
-enum ParamsLayout : int { kBlocked, kInterleaved, kFeatureMajor, kRawFirst = 3 };  // + kRawFirst
-
 inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last, bool masked,
                                         int layout, int kind, int flags) {
   const int64_t half = x.channels / 2, first = x.channels - half, s = x.space;
@@ -82,8 +80,15 @@ inline AffineGeometry elementwise_geometry(const ImageShape& x) {
 }
 
 inline ScaleNumbers scale_numbers(const std::vector<double>& n) {
-  STD_TORCH_CHECK(n.size() == 5, "scale_map takes 5 numbers");
+  STD_TORCH_CHECK(n.size() == 5, "a scale map takes 5 numbers, got ", n.size());
   return {n[0], n[1], n[2], n[3], n[4]};
+}
+
+inline void set_map(AffineArgs& a, int64_t scale_kind, const std::vector<double>& scale_numbers_,
+                    int64_t flags) {
+  a.numbers = scale_numbers(scale_numbers_);
+  a.kind = checked_kind("scale_kind", scale_kind, kScaleKinds);
+  a.flags = checked_flags("flags", flags, kAllAffineFlags);
 }
 
 struct AffineTensors {
@@ -103,8 +108,8 @@ inline AffineTensors elementwise_tensors(const Tensor& x, const std::optional<Te
                   std::nullopt,
                   {}};
   t.args.g = elementwise_geometry(image_shape(x));
-  t.args.numbers = scale_numbers(numbers);
-  t.args.kind = static_cast<int>(kind), t.args.flags = static_cast<int>(flags);
+  set_map(t.args, kind, numbers, flags);
+  STD_TORCH_CHECK(raw || kind == kAdditive, "a scale map of kind ", kind, " needs raw_scale");
   t.args.in = c.tensor.const_data_ptr();
   t.args.raw = raw ? t.raw.const_data_ptr() : nullptr;
   t.args.shift = t.shift.const_data_ptr();
@@ -115,6 +120,7 @@ inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
                                       const std::optional<Tensor>& mask, int64_t layout,
                                       int64_t kind, const std::vector<double>& numbers,
                                       int64_t flags) {
+  checked_kind("params_layout", layout, kParamsLayouts);
   const Canonical c = canonical(x);
   const ImageShape shape = image_shape(x);
   const bool feature_major = layout % kRawFirst == kFeatureMajor;
@@ -122,10 +128,9 @@ inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
       c, Tensor(), with_format(params, c.channels_last && !feature_major), std::nullopt, {}};
   if (mask) t.mask = torch::stable::contiguous(*mask);
   AffineArgs& a = t.args;
+  set_map(a, kind, numbers, flags);
   a.g = coupling_geometry(shape, c.channels_last, mask.has_value(), static_cast<int>(layout),
-                          static_cast<int>(kind), static_cast<int>(flags));
-  a.numbers = scale_numbers(numbers);
-  a.kind = static_cast<int>(kind), a.flags = static_cast<int>(flags);
+                          a.kind, a.flags);
   a.in = c.tensor.const_data_ptr();
   a.shift = a.raw = t.shift.const_data_ptr();  // one tensor; the geometry knows both starts
   a.mask = mask ? static_cast<const uint8_t*>(t.mask->const_data_ptr()) : nullptr;

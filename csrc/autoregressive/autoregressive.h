@@ -16,20 +16,6 @@
 
 namespace pfk {
 
-enum class Activation : int {
-  kIdentity,
-  kRelu,
-  kLeakyRelu,
-  kElu,
-  kTanh,
-  kSigmoid,
-  kSilu,
-  kGelu,
-  kSoftplus
-};
-
-constexpr int kMaxLayers = 24;
-
 // Values of a layer lie in rows of the work space, one row a unit, from `raw` and `activated` on;
 // -1: not kept.  The last layer's are the parameters of the features of one level.
 struct MaskedLayer {
@@ -54,7 +40,7 @@ struct AutoregressiveArgs {
   const int32_t* feature_counts;  // features of levels below t
   int kind, flags;                // of the scale map that finds x; kind -1: a spline
   ScaleNumbers numbers;
-  int code, bins;
+  SplineForm form;
   SplineNumbers spline;
   const void* z;
   void *x, *log_det;

@@ -193,7 +193,7 @@ void run_blocks(const AutoregressiveArgs& a, int width, int64_t begin, int64_t e
   if (a.kind >= 0) {
     maps.affine = affine_map<T>(a.numbers, a.flags);
   } else {
-    maps.spline = spline_map<T>(a.spline, a.code, a.bins, true);
+    maps.spline = spline_map<T>(a.spline, a.form, true);
   }
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
   T* rows = memory.data() + (kLine - address % kLine) % kLine / sizeof(T);

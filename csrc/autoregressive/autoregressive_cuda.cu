@@ -259,7 +259,7 @@ void launch_family(const AutoregressiveArgs& a, const Tensor& x) {
     maps.affine = affine_map<T>(a.numbers, a.flags);
     return launch<kScaleFamily>(a, maps, x);
   }
-  maps.spline = spline_map<T>(a.spline, a.code, a.bins, true);
+  maps.spline = spline_map<T>(a.spline, a.form, true);
   if (maps.spline.kind == kRational) return launch<kRationalFamily>(a, maps, x);
   launch<kSplineFamily>(a, maps, x);
 }

@@ -43,6 +43,17 @@ inline DType dtype_of(const Tensor& t) {
   return kFloat32;
 }
 
+// An integer of an op's schema as the kind that it names, or the flags that it is made of (see
+// core/codes.h): kernels index and branch with them.
+inline int checked_kind(const char* name, int64_t value, int count) {
+  STD_TORCH_CHECK(value >= 0 && value < count, "pyflowkern: ", name, " must be from 0 to ",
+                  count - 1, ", got ", value);
+  return static_cast<int>(value);
+}
+inline int checked_flags(const char* name, int64_t value, int all) {
+  return checked_kind(name, value, all + 1);
+}
+
 // The dtype of log-dets and parameter sums.
 inline ScalarType accumulation_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -6,6 +6,7 @@
 // The last constant, and the log_std that all samples share, are added once for a sample.
 #pragma once
 
+#include "core/codes.h"
 #include "core/math.h"
 
 namespace pfk {
@@ -15,7 +16,6 @@ enum ParameterKind : int {
   kEvent,
   kElement
 };  // none; shared by all samples; of each element
-enum WantedGrads : int { kGradZ = 1, kGradMean = 2, kGradLogStd = 4 };
 
 // Pointers are to elements of the storage type; what samples share, sums and log-dets are of the
 // type computed in.

@@ -55,6 +55,7 @@ inline Tensor grad_of(const Canonical& z, const Parameter& p, bool wanted) {
 }
 
 inline NormalGrads normal_grads(NormalTensors& t, int64_t wanted) {
+  checked_flags("wanted", wanted, kAllGrads);
   NormalGrads g{grad_of(t.z, {kElement, t.z.tensor}, wanted & kGradZ),
                 grad_of(t.z, t.mean, wanted & kGradMean),
                 grad_of(t.z, t.log_std, wanted & kGradLogStd)};

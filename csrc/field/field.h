@@ -12,17 +12,12 @@
 //   cotangents of p and p. are g A and g A., of b it is A, of g it is A p + sum A. p. .
 #pragma once
 
+#include "core/codes.h"
 #include "core/math.h"
 #include "core/philox.h"
 
 // Plain data is the same for every SIMD level.
 namespace pfk {
-
-enum ActivationKind : int { kActTanh, kActSoftplus, kActSilu, kActGelu };
-constexpr int kActivations = 4;
-
-// kFieldFlat: one probe, whose trace has no axis of probes.
-enum FieldFlags : int { kFieldKeep = 1, kFieldInCache = 2, kFieldNorm = 4, kFieldFlat = 8 };
 
 // Parameters of a layer; steps are between samples: 0 for parameters that all samples share.
 struct FieldLayer {

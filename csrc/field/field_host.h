@@ -60,8 +60,10 @@ struct Field {
     args.features = sizes[1];
     args.probes = probes;
     args.layers = static_cast<int>(weights_.size());
-    args.activation = static_cast<int>(activation);
-    args.flags = static_cast<int>(flags);
+    args.activation = checked_kind("activation", activation, kActivations);
+    args.flags = checked_flags("flags", flags, kAllFieldFlags);
+    STD_TORCH_CHECK(probes >= 0 && (probes == 1 || !(flags & kFieldFlat)),
+                    "pyflowkern: a trace without an axis of probes is of 1, got ", probes);
     args.x = x.const_data_ptr();
     if (probe.scalar_type() == ScalarType::Long) {
       args.probe.seed = static_cast<const int64_t*>(probe.const_data_ptr());

@@ -35,12 +35,15 @@ struct Planes {
     constexpr int64_t kGroup = 64;  // rows that are added up in the dtype of the work
     const ImageShape s = image_shape(p.tensor);
     const bool maps = p_.dim() > 2 && bias_.dim() == p_.dim();
+    STD_TORCH_CHECK(tangents >= 0 && s.samples % (1 + tangents) == 0,
+                    "pyflowkern: p must stack 1 + tangents times as many rows as samples, got ",
+                    s.samples, " rows and ", tangents, " tangents");
     samples = s.samples / (1 + tangents);
     bias = with_format(bias_, maps && p.channels_last);
     if (gated) gate = with_format(*gate_, maps && p.channels_last);
     PlanesArgs& a = args;
     a.tangents = tangents;
-    a.activation = static_cast<int>(activation);
+    a.activation = checked_kind("activation", activation, kActivations);
     a.from_output = from_output;
     a.runs = !maps && s.space > 1 && !p.channels_last;
     a.repeat = maps || a.runs ? 1 : s.space;

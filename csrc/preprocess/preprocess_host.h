@@ -18,6 +18,11 @@ struct PreprocessTensors {
 
 // Must agree with _edge_steps in ops/preprocess.py: how far noise before a logit stays from the
 // edges of a level.
+inline int checked_bits(int64_t bits) {
+  STD_TORCH_CHECK(bits >= 1 && bits <= 8, "pyflowkern: bits must be from 1 to 8, got ", bits);
+  return static_cast<int>(bits);
+}
+
 inline int edge_steps(int64_t bits, double alpha) {
   const double steps = std::ceil(std::ldexp(8.0, static_cast<int>(bits) - 8) / (1 - 2 * alpha));
   return static_cast<int>(std::fmin(steps, (1 << (kNoiseBits - 1)) - 1));
@@ -39,7 +44,7 @@ inline PreprocessTensors dequantize_tensors(const Tensor& x, int64_t bits,
   PreprocessTensors t = preprocess_tensors(x, ScalarType::Float, ScalarType::Float);
   const ImageShape shape = image_shape(x);
   PreprocessArgs& a = t.args;
-  a.bits = static_cast<int>(bits);
+  a.bits = checked_bits(bits);
   a.logit = alpha.has_value();
   a.alpha = alpha.value_or(0);
   a.edge = alpha ? edge_steps(bits, *alpha) : 0;
@@ -53,7 +58,7 @@ inline PreprocessTensors dequantize_tensors(const Tensor& x, int64_t bits,
 inline PreprocessTensors quantize_tensors(const Tensor& y, int64_t bits,
                                           std::optional<double> alpha) {
   PreprocessTensors t = preprocess_tensors(y, ScalarType::Byte, ScalarType::Float);
-  t.args.bits = static_cast<int>(bits);
+  t.args.bits = checked_bits(bits);
   t.args.logit = alpha.has_value();
   t.args.alpha = alpha.value_or(0);
   return t;

@@ -40,14 +40,16 @@ inline RungeKuttaTensors runge_kutta_tensors(const Tensor& y, const Tensor& slop
   }
   a.features = a.rows > 0 ? total / a.rows : 0;
   const char* rows = static_cast<const char*>(t.slopes.const_data_ptr());
+  STD_TORCH_CHECK(fresh == nullptr || (fresh->row >= 0 && fresh->row < stages),
+                  "runge_kutta: row must be from 0 to ", stages - 1);
   int64_t kept = -1;
   if (fresh != nullptr && fresh->slope.scalar_type() != y.scalar_type()) {
     Tensor row = torch::stable::select(slopes, 0, fresh->row);
     torch::stable::copy_(row, fresh->slope);
   } else if (fresh != nullptr) {
     kept = fresh->row;
-    STD_TORCH_CHECK(slopes.is_contiguous() && fresh->slope.numel() == total && kept >= 0 &&
-                        kept < stages && fresh->slope.is_cuda() == y.is_cuda(),
+    STD_TORCH_CHECK(slopes.is_contiguous() && fresh->slope.numel() == total &&
+                        fresh->slope.is_cuda() == y.is_cuda(),
                     "runge_kutta: a fresh slope must be like y, and have a contiguous row");
     t.fresh = dense(fresh->slope);
     a.fresh = t.fresh.const_data_ptr();

@@ -6,22 +6,16 @@
 // parameters were.
 #pragma once
 
+#include "core/codes.h"
 #include "core/softmax.h"
 
 // Plain data is the same for every SIMD level.
 namespace pfk {
 
-enum SplineKind : int { kRational, kLinearSpline, kQuadratic, kCubic };
-constexpr int kSplineKinds = 4;
-enum SplineTails : int { kIdentityTails, kCircular, kNoTails, kAffineTails };
-enum SplineParameters : int { kSoftmax, kSoftclip, kDomain };
-enum SplineFlags : int {
-  kSplineInverse = 1,
-  kSplineElementwise = 2,
-  kSplineSwap = 4,
-  kSplineCoupling = 8
+// Which spline: what a SplineMap of Python says, but for its numbers.
+struct SplineForm {
+  int kind, tails, parameters, bins;
 };
-constexpr int kMostBins = 64;
 
 struct SplineNumbers {
   double bound, min_width, min_height, min_derivative, scale, edge;
@@ -48,9 +42,10 @@ struct SplineMap {
 inline double softplus_inverse(double v) { return v + ::log(-::expm1(-v)); }
 
 template <class T>
-SplineMap<T> spline_map(const SplineNumbers& n, int code, int bins, bool inverse) {
+SplineMap<T> spline_map(const SplineNumbers& n, const SplineForm& form, bool inverse) {
   SplineMap<T> m{};
-  m.kind = code % 4, m.tails = code / 4 % 4, m.parameters = code / 16, m.bins = bins;
+  const int bins = form.bins;
+  m.kind = form.kind, m.tails = form.tails, m.parameters = form.parameters, m.bins = bins;
   m.inverse = inverse;
   const bool learned = m.parameters == kDomain, free = learned && m.tails == kAffineTails;
   const double low = m.tails == kNoTails ? 0 : -n.bound, high = m.tails == kNoTails ? 1 : n.bound;

@@ -18,7 +18,8 @@ struct SplineSource {
 
 struct SplineArgs {
   SplineNumbers numbers;
-  int code, bins, flags, columns;
+  SplineForm form;
+  int flags, columns;
   int64_t samples, features;  // transformed elements of a sample
   int64_t x_features;         // elements of a sample of x
   int64_t length;             // elements of a row

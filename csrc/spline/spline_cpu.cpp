@@ -95,7 +95,7 @@ struct Work {
 
   Work(const SplineArgs& args, bool backward)
       : a(args),
-        map(spline_map<T>(args.numbers, args.code, args.bins, args.flags & kSplineInverse)) {
+        map(spline_map<T>(args.numbers, args.form, args.flags & kSplineInverse)) {
     run = backward ? lanes_function<true, T>(map) : lanes_function<false, T>(map);
     const int64_t rows_of_sample = a.length > 0 ? a.features / a.length : 0;
     flat_x = !a.masked && a.features == a.x_features;

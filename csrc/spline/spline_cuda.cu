@@ -57,7 +57,7 @@ template <class S, bool kBackward>
 void launch_kind(const SplineArgs& a, const SplineGrid& g, const bool* mask, size_t bytes,
                  int64_t blocks, cudaStream_t stream) {
   const SplineMap<Compute<S>> m =
-      spline_map<Compute<S>>(a.numbers, a.code, a.bins, a.flags & kSplineInverse);
+      spline_map<Compute<S>>(a.numbers, a.form, a.flags & kSplineInverse);
   auto kernel = m.kind == kRational       ? spline_kernel<kRational, S, kBackward>
                 : m.kind == kLinearSpline ? spline_kernel<kLinearSpline, S, kBackward>
                 : m.kind == kQuadratic    ? spline_kernel<kQuadratic, S, kBackward>
@@ -84,7 +84,7 @@ bool fits_packs(const SplineArgs& a, const SplineGrid& g) {
 template <class S>
 void launch(SplineArgs& a, void* workspace, const bool* mask, SplineGrid g, cudaStream_t stream) {
   using T = Compute<S>;
-  const SplineMap<T> m = spline_map<T>(a.numbers, a.code, a.bins, false);
+  const SplineMap<T> m = spline_map<T>(a.numbers, a.form, false);
   g.stride = (m.columns + m.scratch) | 1;
   auto bytes_of = [&](int64_t n) {
     return static_cast<size_t>(n) * (g.stride * sizeof(T) + 2 * sizeof(T) + sizeof(int64_t));

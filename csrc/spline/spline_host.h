@@ -44,22 +44,36 @@ inline void add_source(SplineTensors& t, const Tensor& part, const SplineSource&
   ++a.sources;
 }
 
-inline SplineArgs spline_args(int64_t code, int64_t bins, const std::vector<double>& n,
-                              int64_t flags) {
-  STD_TORCH_CHECK(n.size() == 6, "a spline map takes 6 numbers");
-  STD_TORCH_CHECK(bins >= 2 && bins <= kMostBins, "a spline has 2 to ", kMostBins, " bins");
+inline SplineForm checked_form(int64_t kind, int64_t tails, int64_t parameterization,
+                               int64_t bins) {
+  STD_TORCH_CHECK(bins >= 2 && bins <= kMostBins, "a spline has 2 to ", kMostBins, " bins, got ",
+                  bins);
+  return {checked_kind("kind", kind, kSplineKinds), checked_kind("tails", tails, kSplineTails),
+          checked_kind("parameterization", parameterization, kSplineParameters),
+          static_cast<int>(bins)};
+}
+
+inline SplineNumbers spline_numbers(const std::vector<double>& n) {
+  STD_TORCH_CHECK(n.size() == 6, "a spline map takes 6 numbers, got ", n.size());
+  return {n[0], n[1], n[2], n[3], n[4], n[5]};
+}
+
+inline SplineArgs spline_args(const SplineForm& form, const SplineNumbers& numbers, int64_t flags) {
   SplineArgs a{};
-  a.numbers = {n[0], n[1], n[2], n[3], n[4], n[5]};
-  a.code = static_cast<int>(code), a.bins = static_cast<int>(bins);
-  a.flags = static_cast<int>(flags);
-  a.columns = spline_map<float>(a.numbers, a.code, a.bins, false).columns;
+  a.numbers = numbers, a.form = form;
+  a.flags = checked_flags("flags", flags, kAllSplineFlags);
+  a.columns = spline_map<float>(numbers, form, false).columns;
   return a;
 }
 
+// The raw parameters: side by side in one tensor, or in one each for widths, heights and
+// derivatives.
+struct SplineParts {
+  const std::optional<Tensor>&packed, &widths, &heights, &derivatives;
+};
+
 // Every element has a row of its own, in each of one or three tensors.
-inline SplineTensors elementwise_spline(const Tensor& x, const Tensor& widths,
-                                        const std::optional<Tensor>& heights,
-                                        const std::optional<Tensor>& derivatives,
+inline SplineTensors elementwise_spline(const Tensor& x, const SplineParts& parts,
                                         const SplineArgs& args) {
   SplineTensors t{{x.is_contiguous() ? x : torch::stable::contiguous(x), false}, {}, {}, args};
   SplineArgs& a = t.args;
@@ -67,17 +81,17 @@ inline SplineTensors elementwise_spline(const Tensor& x, const Tensor& widths,
   a.features = a.x_features = image_shape(x).features();
   a.length = 1, a.x_outer = 1;
   int columns = 0;
-  for (const Tensor* part :
-       {&widths, heights ? &*heights : nullptr, derivatives ? &*derivatives : nullptr}) {
-    if (part == nullptr) continue;
-    const Rows rows = rows_of(*part);
-    const int64_t count = part->sizes()[part->dim() - 1];
+  for (const auto* part : {&parts.packed, &parts.widths, &parts.heights, &parts.derivatives}) {
+    if (!*part) continue;
+    STD_TORCH_CHECK(t.args.sources < 3, "packed parameters, or widths, heights and derivatives");
+    const Rows rows = rows_of(**part);
+    const int64_t count = (*part)->sizes()[(*part)->dim() - 1];
     add_source(t, rows.tensor,
                {nullptr, nullptr, static_cast<int>(count), columns, a.features * rows.step,
                 rows.step, 0, 1, 0});
     columns += static_cast<int>(count);
   }
-  STD_TORCH_CHECK(columns == a.columns, "a spline of ", a.bins, " bins takes ", a.columns,
+  STD_TORCH_CHECK(columns == a.columns, "a spline of ", a.form.bins, " bins takes ", a.columns,
                   " numbers an element, got ", columns);
   return t;
 }
@@ -120,22 +134,23 @@ using RunSpline = void (*)(SplineArgs&, const Tensor& out, const std::optional<T
 
 template <RunSpline kRun>
 struct SplineOps {
-  static SplineTensors tensors(const Tensor& x, const std::optional<Tensor>& mask,
-                               const Tensor& widths, const std::optional<Tensor>& heights,
-                               const std::optional<Tensor>& derivatives, int64_t code, int64_t bins,
-                               const std::vector<double>& numbers, int64_t flags) {
-    const SplineArgs args = spline_args(code, bins, numbers, flags);
-    return flags & kSplineCoupling ? coupling_spline(x, widths, mask, args)
-                                   : elementwise_spline(x, widths, heights, derivatives, args);
+  using Maybe = std::optional<Tensor>;
+
+  static SplineTensors tensors(const Tensor& x, const Maybe& mask, const SplineParts& parts,
+                               const SplineArgs& args) {
+    if (!(args.flags & kSplineCoupling)) return elementwise_spline(x, parts, args);
+    STD_TORCH_CHECK(parts.packed, "a coupling takes packed parameters");
+    return coupling_spline(x, *parts.packed, mask, args);
   }
 
-  static std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& mask,
-                                            const Tensor& widths,
-                                            const std::optional<Tensor>& heights,
-                                            const std::optional<Tensor>& derivatives, int64_t code,
-                                            int64_t bins, std::vector<double> numbers,
-                                            int64_t flags) {
-    SplineTensors t = tensors(x, mask, widths, heights, derivatives, code, bins, numbers, flags);
+  static std::tuple<Tensor, Tensor> forward(const Tensor& x, const Maybe& mask, const Maybe& packed,
+                                            const Maybe& widths, const Maybe& heights,
+                                            const Maybe& derivatives, int64_t kind, int64_t tails,
+                                            int64_t parameterization, int64_t bins,
+                                            std::vector<double> numbers, int64_t flags) {
+    SplineTensors t = tensors(x, mask, {packed, widths, heights, derivatives},
+                              spline_args(checked_form(kind, tails, parameterization, bins),
+                                          spline_numbers(numbers), flags));
     Tensor y = empty_like_canonical(t.x);
     Tensor log_det = flags & kSplineElementwise ? empty_like_canonical(t.x, accumulation_type(y))
                                                 : empty_per_sample(y, t.args.samples);
@@ -145,14 +160,16 @@ struct SplineOps {
     return {y, log_det};
   }
 
-  // Gradients of x, widths, heights and derivatives; of parameters that are packed, no more than
-  // the first two.
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-      const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& x,
-      const std::optional<Tensor>& mask, const Tensor& widths, const std::optional<Tensor>& heights,
-      const std::optional<Tensor>& derivatives, int64_t code, int64_t bins,
+  // Gradients of x, and of the parameters as they were given: of packed ones the second result; of
+  // three tensors the third, fourth and fifth.  The others are empty.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+      const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& x, const Maybe& mask,
+      const Maybe& packed, const Maybe& widths, const Maybe& heights, const Maybe& derivatives,
+      int64_t kind, int64_t tails, int64_t parameterization, int64_t bins,
       std::vector<double> numbers, int64_t flags) {
-    SplineTensors t = tensors(x, mask, widths, heights, derivatives, code, bins, numbers, flags);
+    SplineTensors t = tensors(x, mask, {packed, widths, heights, derivatives},
+                              spline_args(checked_form(kind, tails, parameterization, bins),
+                                          spline_numbers(numbers), flags));
     SplineArgs& a = t.args;
     const Tensor gy = with_format(grad_y, t.x.channels_last);
     const Tensor gl = torch::stable::contiguous(grad_log_det);
@@ -173,7 +190,8 @@ struct SplineOps {
     a.out = grad_x.mutable_data_ptr();
     a.grad_out = gy.const_data_ptr(), a.grad_log = gl.const_data_ptr();
     kRun(a, grad_x, t.mask);
-    return {grad_x, grads[0], grads[1], grads[2]};
+    if (packed) return {grad_x, grads[0], grads[1], grads[2], empty(grad_x, {0})};
+    return {grad_x, empty(grad_x, {0}), grads[0], grads[1], grads[2]};
   }
 };
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ops.affine import _DIVIDE, _SHIFT_FIRST, affine_coupling, affine_coupling_reference
-from pyflowkern.ops.affine import _map_of as _scale_map_of
-from pyflowkern.ops.scale_map import ScaleMap, scale_map
+from pyflowkern.core.codes import ElementFamily
+from pyflowkern.ops.affine import affine_coupling, affine_coupling_reference
+from pyflowkern.ops.scale_map import ScaleMap, scale_map, scale_map_of
 from pyflowkern.ops.spline import spline, spline_reference
-from pyflowkern.ops.spline_map import SplineMap, from_code
+from pyflowkern.ops.spline_map import SplineMap, spline_map_of
 
 __all__ = [
+    "ElementCode",
     "ElementMap",
     "apply_elements",
     "element_code",
@@ -24,7 +25,19 @@ __all__ = [
 
 ElementMap: TypeAlias = ScaleMap | SplineMap
 
-_SPLINE = 64  # kSplineCode of the kernels
+_AFFINE, _SPLINE = ElementFamily.AFFINE.value, ElementFamily.SPLINE.value
+
+
+class ElementCode(NamedTuple):
+    """A map as the kernels take it; what a family does not have is 0 (see ``core.codes``)."""
+
+    family: int
+    kind: int
+    tails: int
+    parameterization: int
+    bins: int
+    numbers: list[float]
+    flags: int
 
 
 def element_map(transform: str | ElementMap) -> ElementMap:
@@ -41,19 +54,19 @@ def element_parameters(transform: ElementMap) -> int:
     return 1 if transform.kind == "additive" else 2
 
 
-def element_code(transform: ElementMap) -> tuple[int, list[float], int]:
-    """Return the map as the kernels take it: code, constants and flags."""
+def element_code(transform: ElementMap) -> ElementCode:
+    """Return the map as the kernels take it."""
     if isinstance(transform, SplineMap):
-        return _SPLINE + transform.code, transform.numbers, transform.bins
-    flags = _SHIFT_FIRST * transform.shift_first + _DIVIDE * transform.divide
-    return transform.code, transform.numbers, flags
+        return ElementCode(_SPLINE, *transform.form, transform.numbers, 0)
+    return ElementCode(_AFFINE, transform.code, 0, 0, 0, transform.numbers, transform.flags)
 
 
-def element_of_code(code: int, numbers: list[float], flags: int) -> ElementMap:
+def element_of_code(code: ElementCode) -> ElementMap:
     """Return the map that has this code."""
-    if code >= _SPLINE:
-        return from_code(code - _SPLINE, flags, numbers)
-    return _scale_map_of(code, numbers, flags)
+    if code.family == _SPLINE:
+        form = code.kind, code.tails, code.parameterization, code.bins
+        return spline_map_of(form, code.numbers)
+    return scale_map_of(code.kind, code.numbers, code.flags)
 
 
 def apply_elements(

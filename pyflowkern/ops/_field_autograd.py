@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.codes import FieldFlag
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 from pyflowkern.ops._field_reference import (
@@ -19,7 +20,8 @@ from pyflowkern.ops._field_reference import (
 
 __all__ = ["FLAT", "IN_CACHE", "KEEP", "NORM", "exact_op", "field_op", "trace_op"]
 
-KEEP, IN_CACHE, NORM, FLAT = 1, 2, 4, 8  # FLAT: one probe, whose trace has no axis of probes
+KEEP, IN_CACHE = FieldFlag.KEEP.value, FieldFlag.IN_CACHE.value
+NORM, FLAT = FieldFlag.NORM.value, FieldFlag.FLAT.value
 
 
 def _kept_columns(weights: Sequence[Tensor]) -> int:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyflowkern.core.codes import LayerFlag, MaskedActivation, StructureHead, StructureLayer
 from pyflowkern.ops._elements import ElementMap, apply_elements
-from pyflowkern.ops.masked_plan import ACTIVATIONS, GATED, HEAD
+from pyflowkern.ops.masked_plan import ACTIVATIONS
 
 __all__ = ["SortedNetwork", "solve"]
 
-_EACH = 5
+_HEAD, _EACH = len(StructureHead), len(StructureLayer)
 
 
 class SortedNetwork:
@@ -34,15 +35,20 @@ class SortedNetwork:
         structure: Sequence[int],
     ) -> None:
         self.structure = structure
-        self.features, self.outputs, self.levels, _ = structure[:HEAD]
-        each = [structure[i : i + _EACH] for i in range(HEAD, len(structure), _EACH)]
-        self.sources = [s[0] for s in each]
-        self.residuals = [s[2] for s in each]
-        gated = [i for i, s in enumerate(each) if s[4] & GATED]
+        self.features = structure[StructureHead.FEATURES]
+        self.outputs = structure[StructureHead.OUTPUTS]
+        self.levels = structure[StructureHead.LEVELS]
+        each = [structure[i : i + _EACH] for i in range(_HEAD, len(structure), _EACH)]
+        self.sources = [s[StructureLayer.SOURCE] for s in each]
+        self.residuals = [s[StructureLayer.RESIDUAL] for s in each]
+        gated = [i for i, s in enumerate(each) if s[StructureLayer.FLAGS] & LayerFlag.GATED]
         #: Where behind the biases the gate of a layer is.
         self.gate_at = {i: len(each) + k for k, i in enumerate(gated)}
-        self.reads_activated = [bool(s[1]) for s in each]
-        self.activations = [ACTIVATIONS[list(ACTIVATIONS)[s[3]]] for s in each]
+        self.reads_activated = [bool(s[StructureLayer.READS_ACTIVATED]) for s in each]
+        self.activations = [
+            ACTIVATIONS[MaskedActivation(s[StructureLayer.SEEN_THROUGH]).name.lower()]
+            for s in each
+        ]
         self.order = table[: self.features].long()
         at = self.features + (len(each) + 1) * (self.levels + 1)
         self.feature_counts = table[self.features : self.features + self.levels + 1]

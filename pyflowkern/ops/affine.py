@@ -24,11 +24,11 @@ from torch import Tensor
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_batched, check_flag, check_floating, check_same_device
+from pyflowkern.core.codes import AffineFlag, ParamsLayout, numbered
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._coupling import (
-    LAYOUTS,
     affine_elements,
     channel_split_sizes,
     check_params,
@@ -37,7 +37,7 @@ from pyflowkern.ops._coupling import (
     mask_of,
     parse_layout,
 )
-from pyflowkern.ops.scale_map import KINDS, ScaleMap, scale_limit
+from pyflowkern.ops.scale_map import ScaleMap, scale_map_of
 from pyflowkern.ops.scale_map import scale_map as _scale_map
 
 __all__ = [
@@ -50,7 +50,9 @@ __all__ = [
 ]
 
 Save = Literal["input", "output"]
-_INVERSE, _SWAP, _SHIFT_FIRST, _DIVIDE, _FROM_OUTPUT = 1, 2, 4, 8, 16
+_INVERSE, _SWAP = AffineFlag.INVERSE.value, AffineFlag.SWAP.value
+_FROM_OUTPUT = AffineFlag.FROM_OUTPUT.value
+_LAYOUT_CODES = numbered(ParamsLayout)
 
 
 # --- public functions ---------------------------------------------------------------------------------------
@@ -182,10 +184,15 @@ def affine_coupling(
     if not kernel_serves("affine_coupling", x, params):
         return coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
     flags = _flags(smap, inverse=inverse, swap=swap, save=save)
-    code = LAYOUTS.index(layout) + (len(LAYOUTS) if raw_first else 0)
     dtype = x.dtype if x.dtype == params.dtype else torch.promote_types(x.dtype, params.dtype)
     out: tuple[Tensor, Tensor] = _affine_coupling(
-        cast(x, dtype), cast(params, dtype), mask, code, smap.code, smap.numbers, flags
+        cast(x, dtype),
+        cast(params, dtype),
+        mask,
+        _LAYOUT_CODES[params_layout],
+        smap.code,
+        smap.numbers,
+        flags,
     )
     return out if dtype == x.dtype else (out[0].to(x.dtype), out[1])
 
@@ -250,13 +257,7 @@ def _broadcast(name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _flags(smap: ScaleMap, *, inverse: bool, save: Save, swap: bool = False) -> int:
-    return (
-        _INVERSE * inverse
-        + _SWAP * swap
-        + _SHIFT_FIRST * smap.shift_first
-        + _DIVIDE * smap.divide
-        + _FROM_OUTPUT * (save == "output")
-    )
+    return smap.flags + _INVERSE * inverse + _SWAP * swap + _FROM_OUTPUT * (save == "output")
 
 
 # --- schema, fake, autograd ---------------------------------------------------------------------------------
@@ -283,20 +284,6 @@ def _fake_coupling_backward(
     return grad_x, torch.empty_like(params, memory_format=fmt)
 
 
-def _map_of(kind: int, numbers: list[float], flags: int) -> ScaleMap:
-    clamp, gain, offset, eps, max_scale = numbers
-    return ScaleMap(
-        KINDS[kind],
-        clamp=clamp,
-        gain=gain,
-        offset=offset,
-        eps=eps,
-        max_scale=scale_limit(max_scale),
-        shift_first=bool(flags & _SHIFT_FIRST),
-        divide=bool(flags & _DIVIDE),
-    )
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save the input or the output, and the parameters: never an intermediate."""
     x, *params = inputs[:3]
@@ -314,7 +301,7 @@ def _affine_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[An
     kept, raw, shift = ctx.saved_tensors
     kind, numbers = ctx.plan
     if torch.is_grad_enabled():
-        smap, inverse = _map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
+        smap, inverse = scale_map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
 
         def forward(x: Tensor, u: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
             return affine_reference(x, u, t, scale_map=smap, inverse=inverse)
@@ -337,10 +324,10 @@ def _affine_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[An
 
 def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
     kept, params, mask = ctx.saved_tensors
-    code, kind, numbers = ctx.plan
+    layout_code, kind, numbers = ctx.plan
     if torch.is_grad_enabled():
-        smap, inverse = _map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
-        layout, raw_first = LAYOUTS[code % len(LAYOUTS)], code >= len(LAYOUTS)
+        smap, inverse = scale_map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
+        layout, raw_first = parse_layout(ParamsLayout(layout_code).name.lower())
         swap = bool(ctx.flags & _SWAP)
 
         def forward(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,13 +342,13 @@ def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[
         grads = gradient_of_reference(forward, (x, params), (grad_y, grad_log_det))
     else:
         grads = torch.ops.pyflowkern.affine_coupling_backward.default(
-            grad_y, grad_log_det, kept, params, mask, code, kind, numbers, ctx.flags
+            grad_y, grad_log_det, kept, params, mask, layout_code, kind, numbers, ctx.flags
         )
     return (*grads, None, None, None, None, None)
 
 
 _affine = register(
-    "affine(Tensor x, Tensor? raw, Tensor shift, int kind, float[] numbers, int flags)"
+    "affine(Tensor x, Tensor? raw_scale, Tensor shift, int scale_kind, float[] scale_numbers, int flags)"
     " -> (Tensor, Tensor)",
     fake=_fake_forward,
     setup_context=_keep,
@@ -381,6 +368,6 @@ _affine_coupling = register(
 )
 register(
     "affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor params,"
-    " Tensor? mask, int layout, int kind, float[] numbers, int flags) -> (Tensor, Tensor)",
+    " Tensor? mask, int params_layout, int scale_kind, float[] scale_numbers, int flags) -> (Tensor, Tensor)",
     fake=_fake_coupling_backward,
 )

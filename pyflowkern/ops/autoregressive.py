@@ -21,10 +21,12 @@ from torch import Tensor
 
 from pyflowkern._library import LIBRARY, kernel_serves
 from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.codes import MOST_MASKED_LAYERS
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._elements import (
+    ElementCode,
     ElementMap,
     apply_elements,
     element_code,
@@ -36,8 +38,6 @@ from pyflowkern.ops._sorted_network import SortedNetwork, solve
 from pyflowkern.ops.masked_plan import MaskedPlan
 
 __all__ = ["autoregressive_inverse", "autoregressive_inverse_reference"]
-
-_MOST_LAYERS = 24  # kMaxLayers of the kernels
 
 
 # --- public functions ---------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def autoregressive_inverse(
     tau = element_map(transform)
     _check(z, weights, biases, plan, tau, gates)
     given = [*(b for b in biases if b is not None), *gates]
-    if len(weights) > _MOST_LAYERS or not kernel_serves(
+    if len(weights) > MOST_MASKED_LAYERS or not kernel_serves(
         "autoregressive_inverse", z, *weights, *given
     ):
         return autoregressive_inverse_reference(
@@ -198,16 +198,15 @@ def _fake_solve(grad: Tensor, *_: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, table, counts, weights, biases, *ctx.plan = inputs
-    ctx.layers = len(weights)
-    ctx.save_for_backward(z, output[0], table, counts, *weights, *biases)
+    z, table, counts, weights, biases_and_gates, ctx.structure, *code = inputs
+    ctx.layers, ctx.code = len(weights), ElementCode(*code)
+    ctx.save_for_backward(z, output[0], table, counts, *weights, *biases_and_gates)
 
 
 def _backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
     z, x, table, counts, *tensors = ctx.saved_tensors
     layers = ctx.layers
-    structure, *numbers = ctx.plan
-    tau = element_of_code(*numbers)
+    structure, tau = ctx.structure, element_of_code(ctx.code)
     if torch.is_grad_enabled():
 
         def inverse(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,19 +218,20 @@ def _backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]
     else:
         net = SortedNetwork(table, tensors[:layers], tensors[layers:], structure)
         found = net.gradients(x, grad_x, grad_log_det, tau, counts)
-    return found[0], None, None, found[1], found[2], None, None, None, None
+    return (found[0], None, None, found[1], found[2], None, *[None] * len(ctx.code))
 
 
 register(
-    "autoregressive_inverse(Tensor z, Tensor table, Tensor counts, Tensor[] weights, Tensor[] biases,"
-    " int[] structure, int kind, float[] numbers, int flags) -> (Tensor, Tensor)",
+    "autoregressive_inverse(Tensor z, Tensor table, Tensor counts, Tensor[] weights,"
+    " Tensor[] biases_and_gates, int[] structure, int family, int kind, int tails, int parameterization,"
+    " int bins, float[] numbers, int flags) -> (Tensor, Tensor)",
     fake=_fake_inverse,
     setup_context=_keep,
     backward=_backward,
 )
 register(
     "autoregressive_solve(Tensor grad, Tensor by_x, Tensor by_theta, Tensor counts, Tensor[] weights,"
-    " Tensor[] slopes, int[] structure) -> Tensor",
+    " Tensor[] slopes_and_gates, int[] structure) -> Tensor",
     fake=_fake_solve,
 )
 LIBRARY.impl("autoregressive_solve", solve, "CompositeExplicitAutograd")

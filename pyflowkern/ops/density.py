@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.codes import WantedGradient
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -34,7 +35,8 @@ __all__ = [
     "normal_log_prob_reference",
 ]
 
-_GRAD_Z, _GRAD_MEAN, _GRAD_LOG_STD = 1, 2, 4
+_GRAD_Z, _GRAD_MEAN = WantedGradient.Z.value, WantedGradient.MEAN.value
+_GRAD_LOG_STD = WantedGradient.LOG_STD.value
 
 
 # --- public functions ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern.core.checks import check_flag
+from pyflowkern.core.codes import LayerFlag, MaskedActivation, numbered
 from pyflowkern.core.kept import Kept, may_keep
 
 __all__ = ["ACTIVATIONS", "MaskedLayer", "MaskedPlan"]
@@ -28,8 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": functional.softplus,
 }
 ALIGN = 4  # a packed row starts at a multiple of 16 bytes
-GATED = 2  # a bit of the last number of a layer in structure()
-HEAD = 4  # numbers of structure() before those of the layers
+_GATED, _KEEPS_RAW = LayerFlag.GATED.value, LayerFlag.KEEPS_RAW.value
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,10 @@ class MaskedPlan:
     def structure(self) -> list[int]:
         """Return what the kernels need to know on the host.
 
-        They are features, outputs, levels and most features of a level, then five numbers a layer: the source;
-        whether its activated or its raw values are read; the residual layer or -1; the activation that others see
-        this layer through; 1 if its raw values are kept, and 2 more if it has a gate.
+        They are the numbers of :class:`~pyflowkern.core.codes.StructureHead`, then those of
+        :class:`~pyflowkern.core.codes.StructureLayer` for each layer.
         """
-        names = list(ACTIVATIONS)
+        codes = numbered(MaskedActivation)
         raw = {s.residual for s in self.layers} | {
             source
             for s, source in zip(self.layers, self.sources, strict=True)
@@ -228,7 +227,7 @@ class MaskedPlan:
         seen_through = [0] * len(self.layers)
         for s, source in zip(self.layers, self.sources, strict=True):
             if source >= 0 and s.activation != "identity":
-                seen_through[source] = names.index(s.activation)
+                seen_through[source] = codes[s.activation]
         found = [self.features, self.outputs, self.levels, self.widest]
         for i, s in enumerate(self.layers):
             residual = -1 if s.residual is None else s.residual
@@ -237,7 +236,7 @@ class MaskedPlan:
                 int(s.activation != "identity"),
                 residual,
                 seen_through[i],
-                int(i in raw) + GATED * s.gated,
+                _KEEPS_RAW * (i in raw) + _GATED * s.gated,
             ]
         return found
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_flag
+from pyflowkern.core.codes import AffineFlag, ScaleKind, numbered
 
 __all__ = ["ScaleMap", "scale_map"]
 
 _NO_LIMIT = sys.float_info.max
 
 Kind = Literal["exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive"]
-KINDS: tuple[Kind, ...] = ("exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive")
+_CODES = numbered(ScaleKind)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_SHIFT_FIRST, _DIVIDE = AffineFlag.SHIFT_FIRST.value, AffineFlag.DIVIDE.value
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,13 @@ class ScaleMap:
 
     @property
     def code(self) -> int:
-        """The kind as the kernels number it."""
-        return KINDS.index(self.kind)
+        """The kind as the kernels number it (:class:`~pyflowkern.core.codes.ScaleKind`)."""
+        return _CODES[self.kind]
+
+    @property
+    def flags(self) -> int:
+        """``shift_first`` and ``divide`` as bits of :class:`~pyflowkern.core.codes.AffineFlag`."""
+        return _SHIFT_FIRST * self.shift_first + _DIVIDE * self.divide
 
     @property
     def numbers(self) -> list[float]:
@@ -128,9 +136,19 @@ class ScaleMap:
         return torch.zeros_like(raw)
 
 
-def scale_limit(number: float) -> float:
-    """Return the ``max_scale`` of the number that stands for it in :attr:`ScaleMap.numbers`."""
-    return math.inf if number == _NO_LIMIT else number
+def scale_map_of(code: int, numbers: list[float], flags: int) -> ScaleMap:
+    """Return the map whose code, numbers and flags these are."""
+    clamp, gain, offset, eps, max_scale = numbers
+    return ScaleMap(
+        KINDS[code],
+        clamp=clamp,
+        gain=gain,
+        offset=offset,
+        eps=eps,
+        max_scale=math.inf if max_scale == _NO_LIMIT else max_scale,
+        shift_first=bool(flags & _SHIFT_FIRST),
+        divide=bool(flags & _DIVIDE),
+    )
 
 
 _PRESETS = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_flag, check_shape
+from pyflowkern.core.codes import SplineFlag
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -32,7 +33,7 @@ from pyflowkern.ops._spline_coupling import (
     check_parts,
     coupling_reference,
 )
-from pyflowkern.ops.spline_map import Parameterization, SplineMap, Tails, from_code
+from pyflowkern.ops.spline_map import Parameterization, SplineMap, Tails, spline_map_of
 
 __all__ = [
     "rational_quadratic_spline",
@@ -43,7 +44,8 @@ __all__ = [
     "spline_reference",
 ]
 
-_INVERSE, _ELEMENTWISE, _SWAP, _COUPLING = 1, 2, 4, 8
+_INVERSE, _ELEMENTWISE = SplineFlag.INVERSE.value, SplineFlag.ELEMENTWISE.value
+_SWAP, _COUPLING = SplineFlag.SWAP.value, SplineFlag.COUPLING.value
 
 
 # --- public functions ---------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def rational_quadratic_spline(
     check_shape("derivatives", derivatives, (*x.shape, smap.derivatives))
     if not kernel_serves("spline", x, widths, heights, derivatives):
         return reference(x, (widths, heights, derivatives), smap, inverse, elementwise)
-    return _run(x, None, (widths, heights, derivatives), smap, _flags(inverse, elementwise))
+    return _run(x, None, (None, widths, heights, derivatives), smap, _flags(inverse, elementwise))
 
 
 def spline(
@@ -153,7 +155,7 @@ def spline(
     check_packed(x, params, spline_map)
     if not kernel_serves("spline", x, params):
         return reference(x, spline_map.split(params), spline_map, inverse, elementwise)
-    return _run(x, None, (params, None, None), spline_map, _flags(inverse, elementwise))
+    return _run(x, None, (params, None, None, None), spline_map, _flags(inverse, elementwise))
 
 
 def spline_coupling(
@@ -200,7 +202,7 @@ def spline_coupling(
     if not kernel_serves("spline", x, params):
         return coupling_reference(x, params, mask, spline_map, swap, inverse)
     flags = _flags(inverse, False) + _COUPLING + _SWAP * (swap and mask is None)
-    return _run(x, mask, (params, None, None), spline_map, flags)
+    return _run(x, mask, (params, None, None, None), spline_map, flags)
 
 
 # --- references ---------------------------------------------------------------------------------------------
@@ -274,12 +276,12 @@ def _flags(inverse: bool, elementwise: bool) -> int:
     return _INVERSE * inverse + _ELEMENTWISE * elementwise
 
 
+#: Raw parameters as the op takes them: packed ones, or widths, heights and derivatives.
+_Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _run(
-    x: Tensor,
-    mask: Tensor | None,
-    parts: tuple[Tensor, Tensor | None, Tensor | None],
-    smap: SplineMap,
-    flags: int,
+    x: Tensor, mask: Tensor | None, parts: _Parts, smap: SplineMap, flags: int
 ) -> tuple[Tensor, Tensor]:
     """Call the op in the widest dtype; y gets that of x."""
     dtype = x.dtype
@@ -287,13 +289,11 @@ def _run(
         if part is not None and part.dtype != dtype:
             dtype = torch.promote_types(dtype, part.dtype)
     same = [None if part is None else cast(part, dtype) for part in parts]
-    y, log_det = _spline(cast(x, dtype), mask, *same, smap.code, smap.bins, smap.numbers, flags)
+    y, log_det = _spline(cast(x, dtype), mask, *same, *smap.form, smap.numbers, flags)
     return cast(y, x.dtype), log_det
 
 
-def _fake_forward(
-    x: Tensor, mask: Tensor | None, widths: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     flags, dtype = rest[-1], accumulation_dtype(x.dtype)
     if flags & _COUPLING:
         return empty_canonical(x), x.new_empty(x.shape[0], dtype=dtype)
@@ -304,60 +304,66 @@ def _fake_forward(
 
 def _fake_backward(
     grad_y: Tensor, grad_log_det: Tensor, x: Tensor, mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *parts, _code, _bins, _numbers, flags = rest
+) -> tuple[Tensor, ...]:
+    parts, flags = rest[:4], rest[-1]
     if flags & _COUPLING:
-        grad_x, params = empty_canonical(x), parts[0]
+        grad_x = empty_canonical(x)
         fmt = torch.contiguous_format
         if not grad_x.is_contiguous():
             fmt = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        nothing = x.new_empty(0)
-        return grad_x, torch.empty_like(params, memory_format=fmt), nothing, x.new_empty(0)
+        grad_packed = torch.empty_like(parts[0], memory_format=fmt)
+        return grad_x, grad_packed, *[x.new_empty(0) for _ in parts[1:]]
     grads = [x.new_empty(0 if part is None else part.shape) for part in parts]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), grads[0], grads[1], grads[2]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *grads
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save the inputs alone."""
-    ctx.save_for_backward(*inputs[:5])
-    ctx.plan = inputs[5:]
+    ctx.save_for_backward(*inputs[:6])
+    *ctx.form, ctx.numbers, ctx.flags = inputs[6:]
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
     x, mask, *parts = ctx.saved_tensors
-    code, bins, numbers, flags = ctx.plan
+    flags = ctx.flags
     grads: list[Tensor | None]
     if torch.is_grad_enabled():
-        smap, inverse = from_code(code, bins, numbers), bool(flags & _INVERSE)
+        smap, inverse = spline_map_of(ctx.form, ctx.numbers), bool(flags & _INVERSE)
 
-        def forward(v: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-            if flags & _COUPLING:
-                return coupling_reference(v, given[0], mask, smap, bool(flags & _SWAP), inverse)
-            known = smap.split(given[0]) if given[1] is None else (given[0], given[1], given[2])
+        def forward(v: Tensor, packed: Tensor | None, *three: Tensor) -> tuple[Tensor, Tensor]:
+            if packed is None:
+                known = three[0], three[1], three[2]
+            elif flags & _COUPLING:
+                return coupling_reference(v, packed, mask, smap, bool(flags & _SWAP), inverse)
+            else:
+                known = smap.split(packed)
             return reference(v, known, smap, inverse, bool(flags & _ELEMENTWISE))
 
         grads = gradient_of_reference(forward, (x, *parts), (grad_y, grad_log_det))
     else:
         grads = list(
             torch.ops.pyflowkern.spline_backward.default(
-                grad_y, grad_log_det, x, mask, *parts, code, bins, numbers, flags
+                grad_y, grad_log_det, x, mask, *parts, *ctx.form, ctx.numbers, flags
             )
         )
         for i, part in enumerate(parts, 1):
             grads[i] = None if part is None else grads[i]
-    return (grads[0], None, *grads[1:], None, None, None, None)
+    return (grads[0], None, *grads[1:], *[None] * 6)
 
 
+#: What both ops take: raw parameters packed or in three tensors, and the spline map (see ``core.codes``).
+_PARAMETERS = (
+    "Tensor? packed, Tensor? widths, Tensor? heights, Tensor? derivatives,"
+    " int kind, int tails, int parameterization, int bins, float[] numbers, int flags"
+)
 _spline = register(
-    "spline(Tensor x, Tensor? mask, Tensor widths, Tensor? heights, Tensor? derivatives, int code,"
-    " int bins, float[] numbers, int flags) -> (Tensor, Tensor)",
+    f"spline(Tensor x, Tensor? mask, {_PARAMETERS}) -> (Tensor, Tensor)",
     fake=_fake_forward,
     setup_context=_keep,
     backward=_backward,
 )
 register(
-    "spline_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor? mask, Tensor widths,"
-    " Tensor? heights, Tensor? derivatives, int code, int bins, float[] numbers, int flags)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"spline_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor? mask, {_PARAMETERS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )

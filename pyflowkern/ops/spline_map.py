@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from pyflowkern.core.codes import (
+    MOST_BINS,
+    SplineKind,
+    SplineParameterization,
+    SplineTails,
+    numbered,
+)
 
 __all__ = ["SplineMap"]
 
 Kind = Literal["rational_quadratic", "linear", "quadratic", "cubic"]
 Tails = Literal["linear", "circular", "none", "affine"]
 Parameterization = Literal["softmax", "softclip", "domain"]
-KINDS: tuple[Kind, ...] = ("rational_quadratic", "linear", "quadratic", "cubic")
-TAILS: tuple[Tails, ...] = ("linear", "circular", "none", "affine")
-PARAMETERIZATIONS: tuple[Parameterization, ...] = ("softmax", "softclip", "domain")
-MAX_BINS = 64
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TAILS: tuple[Tails, ...] = get_args(Tails)
+PARAMETERIZATIONS: tuple[Parameterization, ...] = get_args(Parameterization)
+_KIND_CODES, _TAIL_CODES = numbered(SplineKind), numbered(SplineTails)
+_PARAMETERIZATION_CODES = numbered(SplineParameterization)
 _NUMBERS = ("bound", "min_bin_width", "min_bin_height", "min_derivative", "scale", "edge")
 
 
@@ -103,8 +112,8 @@ class SplineMap:
             value = getattr(self, name)
             if not isinstance(value, (int, float, torch.SymFloat)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not 2 <= self.bins <= MAX_BINS:
-            raise ValueError(f"bins must be from 2 to {MAX_BINS}, got {self.bins}")
+        if not 2 <= self.bins <= MOST_BINS:
+            raise ValueError(f"bins must be from 2 to {MOST_BINS}, got {self.bins}")
         for name, value in (("bound", self.bound), ("scale", self.scale)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -182,12 +191,13 @@ class SplineMap:
         return (0.0, 1.0) if self.tails == "none" else (-self.bound, self.bound)
 
     @property
-    def code(self) -> int:
-        """Kind, tails and parameterization as the kernels number them."""
+    def form(self) -> tuple[int, int, int, int]:
+        """Kind, tails and parameterization as the kernels number them (see ``core.codes``), and bins."""
         return (
-            KINDS.index(self.kind)
-            + 4 * TAILS.index(self.tails)
-            + 16 * PARAMETERIZATIONS.index(self.parameterization)
+            _KIND_CODES[self.kind],
+            _TAIL_CODES[self.tails],
+            _PARAMETERIZATION_CODES[self.parameterization],
+            self.bins,
         )
 
     @property
@@ -224,18 +234,19 @@ def _check_name(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def from_code(code: int, bins: int, numbers: list[float]) -> SplineMap:
-    """Return the map that has this code and these numbers."""
+def spline_map_of(form: Sequence[int], numbers: Sequence[float]) -> SplineMap:
+    """Return the map whose form and numbers these are."""
+    kind, tails, parameterization, bins = form
     bound, width, height, derivative, scale, edge = numbers
     return SplineMap(
-        KINDS[code % 4],
+        KINDS[kind],
         bins,
         bound,
-        TAILS[code // 4 % 4],
+        TAILS[tails],
         width,
         height,
         derivative,
-        PARAMETERIZATIONS[code // 16],
+        PARAMETERIZATIONS[parameterization],
         scale,
         edge,
     )

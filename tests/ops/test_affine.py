@@ -6,6 +6,7 @@ import pytest
 import torch
 from laws import jacobian_log_det, law, normal
 
+from pyflowkern.core.codes import AffineFlag, ParamsLayout, ScaleKind
 from pyflowkern.ops import (
     ScaleMap,
     affine,
@@ -308,24 +309,19 @@ def test_opcheck():
     mask = checkerboard_mask((4, 3, 3))
     full = torch.cat([p, p], 1)
     x.requires_grad_()
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    tanh, inverse = ScaleKind.TANH.value, AffineFlag.INVERSE.value
+    blocked, interleaved = ParamsLayout.BLOCKED.value, ParamsLayout.INTERLEAVED.value
     for args in (
-        (x, p, None, 0, 1, numbers, 0),
-        (x, p, None, 1, 1, numbers, 1),
-        (x, full, mask, 0, 1, numbers, 0),
-        (
-            x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(),
-            p,
-            None,
-            0,
-            1,
-            numbers,
-            0,
-        ),
+        (x, p, None, blocked, tanh, numbers, 0),
+        (x, p, None, interleaved, tanh, numbers, inverse),
+        (x, full, mask, blocked, tanh, numbers, 0),
+        (last, p, None, blocked, tanh, numbers, 0),
     ):
         torch.library.opcheck(ops.affine_coupling.default, args)
     x, u, t = (normal(2, 4, 3, seed=i).requires_grad_() for i in range(3))
-    torch.library.opcheck(ops.affine.default, (x, u, t, 0, numbers, 0))
-    torch.library.opcheck(ops.affine.default, (x, None, t, 6, numbers, 0))
+    torch.library.opcheck(ops.affine.default, (x, u, t, ScaleKind.EXP.value, numbers, 0))
+    torch.library.opcheck(ops.affine.default, (x, None, t, ScaleKind.ADDITIVE.value, numbers, 0))
 
 
 @pytest.mark.slow

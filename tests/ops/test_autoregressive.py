@@ -18,7 +18,7 @@ from pyflowkern.ops import (
     autoregressive_inverse_reference,
     scale_map,
 )
-from pyflowkern.ops._elements import apply_elements, element_map, element_parameters
+from pyflowkern.ops._elements import apply_elements, element_code, element_map, element_parameters
 from pyflowkern.ops.masked_plan import ACTIVATIONS
 
 MAPS = [
@@ -329,11 +329,11 @@ def test_opcheck():
     packed, offsets = plan.pack(w, b)
     for t in (*packed, *offsets):
         t.requires_grad_()
-    code, numbers = scale_map("exp").code, scale_map("exp").numbers
+    code = element_code(element_map("exp"))
     args = (normal(2, 3).requires_grad_(), plan.table, plan.table, packed, offsets)
     torch.library.opcheck(
         torch.ops.pyflowkern.autoregressive_inverse.default,
-        (*args, plan.structure(), code, numbers, 0),
+        (*args, plan.structure(), *code),
     )
     packed = [t.detach() for t in packed]
     slopes = [normal(2, 5, seed=i) for i in range(3)]

@@ -8,6 +8,7 @@ from fields import check, layers, run
 from laws import normal
 
 from pyflowkern import _library, ops
+from pyflowkern.core.codes import FieldActivation, FieldFlag
 from pyflowkern.ops import (
     draw_probe,
     field_divergence,
@@ -325,12 +326,18 @@ def test_opcheck(backend):
     x, probe = normal(5, 3).requires_grad_(), normal(2, 5, 3)
     for hidden, gates in (((4, 4), True), ((4,), False), ((140,), False)):
         w, b, g = ([t.requires_grad_() for t in p] for p in layers((3, *hidden, 3), gates=gates))
-        for flags in (1, 3, 7) if max(hidden) <= 128 else (1, 5):
+        keep, cached, norm = FieldFlag.KEEP.value, FieldFlag.IN_CACHE.value, FieldFlag.NORM.value
+        every = (keep, keep + cached, keep + cached + norm)
+        for flags in every if max(hidden) <= 128 else (keep, keep + norm):
             torch.library.opcheck(
-                torch.ops.pyflowkern.field_divergence.default, (x, probe, 2, w, b, g, 0, flags)
+                torch.ops.pyflowkern.field_divergence.default,
+                (x, probe, 2, w, b, g, FieldActivation.TANH.value, flags),
             )
-        for flags in (1, 3):
-            torch.library.opcheck(torch.ops.pyflowkern.field_exact.default, (x, w, b, g, 0, flags))
+        for flags in every[:2]:
+            torch.library.opcheck(
+                torch.ops.pyflowkern.field_exact.default,
+                (x, w, b, g, FieldActivation.TANH.value, flags),
+            )
     torch.library.opcheck(
         torch.ops.pyflowkern.hutchinson_trace.default, (x, normal(5, 3, seed=1).requires_grad_())
     )

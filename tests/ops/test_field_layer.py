@@ -7,6 +7,7 @@ import torch
 from laws import normal
 
 from pyflowkern import _library, ops
+from pyflowkern.core.codes import FieldActivation
 from pyflowkern.ops import field_layer, field_layer_reference
 from pyflowkern.ops.field import ACTIVATIONS
 from pyflowkern.ops.field_layer import activate_layer
@@ -239,12 +240,13 @@ def test_opcheck(backend):
             t.requires_grad_() for t in inputs(shape, bias, gate, 1, channels_last=channels_last)
         ]
         op = torch.ops.pyflowkern.field_layer.default
-        torch.library.opcheck(op, (*given, 1, 2))
-        torch.library.opcheck(op, (*given[:2], None, 1, 0))
+        silu, tanh = FieldActivation.SILU.value, FieldActivation.TANH.value
+        torch.library.opcheck(op, (*given, 1, silu))
+        torch.library.opcheck(op, (*given[:2], None, 1, tanh))
         p, *parameters = (t.detach() for t in given)
-        torch.library.opcheck(torch.ops.pyflowkern.field_layer_.default, (p, *parameters, 1, 2))
+        torch.library.opcheck(torch.ops.pyflowkern.field_layer_.default, (p, *parameters, 1, silu))
         backward = torch.ops.pyflowkern.field_layer_backward_.default
-        torch.library.opcheck(backward, (p.clone(), p, *parameters, 1, 2))
+        torch.library.opcheck(backward, (p.clone(), p, *parameters, 1, silu))
 
 
 def test_compiles():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from laws import jacobian_log_det, law, normal
 
+from pyflowkern.core.codes import SplineFlag
 from pyflowkern.ops import (
     SplineMap,
     channel_split_sizes,
@@ -173,20 +174,21 @@ def test_autocast_keeps_a_float32_log_det(backend):
 def test_opcheck():
     op = torch.ops.pyflowkern.spline.default
     x, p, _ = case("channel", (2, 4, 3, 3), False)
-    tail = (SMAP.code, SMAP.bins, SMAP.numbers)
+    coupling, inverse, swap = SplineFlag.COUPLING, SplineFlag.INVERSE, SplineFlag.SWAP
+    tail = (None, None, None, *SMAP.form, SMAP.numbers)
     x, p = x.requires_grad_(), p.requires_grad_()
-    torch.library.opcheck(op, (x, None, p, None, None, *tail, 8))
-    torch.library.opcheck(op, (x, None, p, None, None, *tail, 1 + 4 + 8))
+    torch.library.opcheck(op, (x, None, p, *tail, coupling.value))
+    torch.library.opcheck(op, (x, None, p, *tail, (coupling | inverse | swap).value))
     mask = checkerboard_mask((4, 3, 3))
     full = torch.cat([p, p], 1).detach().requires_grad_()
-    torch.library.opcheck(op, (x, mask, full, None, None, *tail, 8))
+    torch.library.opcheck(op, (x, mask, full, *tail, coupling.value))
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(op, (last, None, p, None, None, *tail, 8))
+    torch.library.opcheck(op, (last, None, p, *tail, coupling.value))
     v, packed = normal(3, 5).requires_grad_(), normal(3, 5, SMAP.params).requires_grad_()
-    torch.library.opcheck(op, (v, None, packed, None, None, *tail, 0))
-    torch.library.opcheck(op, (v, None, packed, None, None, *tail, 2))
+    torch.library.opcheck(op, (v, None, packed, *tail, 0))
+    torch.library.opcheck(op, (v, None, packed, *tail, SplineFlag.ELEMENTWISE.value))
     parts = [t.detach().clone().requires_grad_() for t in SMAP.split(packed)]
-    torch.library.opcheck(op, (v, None, *parts, *tail, 1))
+    torch.library.opcheck(op, (v, None, None, *parts, *tail[3:], inverse.value))
 
 
 @pytest.mark.slow
