@@ -48,6 +48,9 @@ __all__ = [
 #: Schemas are defined here, in Python; the loaded objects only implement them.
 LIBRARY = torch.library.Library("pyflowkern", "DEF")
 
+#: Counts the changes of schemas and of the numbers in core/codes.py; csrc/core/simd.cpp has the same.
+SCHEMAS = 2
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _loaded: dict[str, Path] = {}
 _served: dict[str, frozenset[str]] = {}
@@ -119,14 +122,17 @@ def _problem(device: str, path: Path, served: frozenset[str]) -> str | None:
     library = ctypes.CDLL(str(path))  # loaded already: this only asks for its names
     if not hasattr(library, "pyflowkern_simd_level"):
         return f"{path} is not pyflowkern's library: it has no SIMD levels"
-    if not hasattr(library, "pyflowkern_version"):
-        version = (
-            "an unknown version"  # beside this file or in a wheel, whose version has been compared
-        )
-        return f"{path} belongs to {version}, not to {__version__}" if _override() else None
+    if not hasattr(library, "pyflowkern_version") or not hasattr(library, "pyflowkern_schemas"):
+        return f"{path} belongs to an unknown version, not to {__version__}"
     library.pyflowkern_version.restype = ctypes.c_char_p
     version = library.pyflowkern_version().decode()
-    return None if version == __version__ else f"{path} belongs to {version}, not to {__version__}"
+    if version != __version__:
+        return f"{path} belongs to {version}, not to {__version__}"
+    if library.pyflowkern_schemas() != SCHEMAS:
+        return (
+            f"{path} was built from other sources, whose ops take other arguments: build it anew"
+        )
+    return None
 
 
 def _override() -> str:

@@ -90,25 +90,27 @@ def test_a_library_that_is_not_ours(kind, reason, relative, tmp_path):
 class Symbols:
     """The exported functions of a library, of which some may be missing."""
 
-    def __init__(self, version):
+    def __init__(self, version, schemas):
         self.pyflowkern_simd_level = lambda: 0
         if version:
             self.pyflowkern_version = lambda: version.encode()
+        if schemas:
+            self.pyflowkern_schemas = lambda: schemas
 
 
 @pytest.mark.parametrize(
-    ("version", "override", "problem"),
+    ("version", "schemas", "problem"),
     [
-        (__version__, True, None),
-        (__version__, False, None),
-        ("0.0.9", True, "belongs to 0.0.9, not to"),
-        ("0.0.9", False, "belongs to 0.0.9, not to"),
-        (None, True, "belongs to an unknown version"),
-        (None, False, None),  # of a wheel, whose version was compared
+        (__version__, _library.SCHEMAS, None),
+        ("0.0.9", _library.SCHEMAS, "belongs to 0.0.9, not to"),
+        (None, _library.SCHEMAS, "belongs to an unknown version"),
+        (__version__, None, "belongs to an unknown version"),
+        (__version__, _library.SCHEMAS - 1, "was built from other sources"),
     ],
 )
-def test_kernels_of_another_version_are_refused(version, override, problem, monkeypatch):
-    monkeypatch.setattr(_library.ctypes, "CDLL", lambda path: Symbols(version))
+@pytest.mark.parametrize("override", [False, True])
+def test_kernels_of_another_version_are_refused(version, schemas, override, problem, monkeypatch):
+    monkeypatch.setattr(_library.ctypes, "CDLL", lambda path: Symbols(version, schemas))
     monkeypatch.setenv("PYFLOWKERN_LIBRARY_DIR", "x" if override else "")
     found = _library._problem("cpu", Path(NAME), frozenset({"affine"}))
     assert (found is None) if problem is None else (problem in found)

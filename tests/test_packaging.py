@@ -105,7 +105,7 @@ calls = {
     "affine_coupling": lambda: ops.affine_coupling(x, p),
     "affine": lambda: ops.affine(x, p, p),
     "actnorm": lambda: ops.actnorm(x, u, b),
-    "channel_mix": lambda: ops.glow_step(x, u, b, w, torch.tensor(0.0)),
+    "linear_mix": lambda: ops.glow_step(x, u, b, w, torch.tensor(0.0)),
     "logit": lambda: ops.logit(torch.sigmoid(x)),
     "normal_log_prob": lambda: (ops.normal_log_prob(x, mean, mean),),
 }

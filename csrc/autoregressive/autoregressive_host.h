@@ -4,7 +4,7 @@
 
 #include "autoregressive/autoregressive.h"
 #include "core/host.h"
-#include "spline/spline_host.h"
+#include "spline/spline_form.h"
 
 namespace pfk {
 

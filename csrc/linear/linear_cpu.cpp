@@ -368,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace pfk
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
-  m.impl("channel_mix", TORCH_BOX(&pfk::forward));
-  m.impl("channel_mix_backward", TORCH_BOX(&pfk::backward));
+  m.impl("linear_mix", TORCH_BOX(&pfk::forward));
+  m.impl("linear_mix_backward", TORCH_BOX(&pfk::backward));
 }
 #endif

@@ -79,6 +79,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix_grad_cuda(
 PFK_END
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CUDA, m) {
-  m.impl("channel_mix", TORCH_BOX(&pfk::mix_cuda));
-  m.impl("channel_mix_backward", TORCH_BOX(&pfk::mix_grad_cuda));
+  m.impl("linear_mix", TORCH_BOX(&pfk::mix_cuda));
+  m.impl("linear_mix_backward", TORCH_BOX(&pfk::mix_grad_cuda));
 }

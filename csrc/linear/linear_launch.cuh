@@ -34,7 +34,7 @@ inline Plan plan_of(const Tensor& x, const Tensor& weight, const std::optional<T
   if (plan.scaled) plan.log_scale = torch::stable::contiguous(*log_scale);
   if (plan.biased) plan.bias = torch::stable::contiguous(*bias);
   const ImageShape& s = plan.shape;
-  STD_TORCH_CHECK(s.channels <= kMost, "pyflowkern: channel_mix takes at most 128 channels, got ",
+  STD_TORCH_CHECK(s.channels <= kMost, "pyflowkern: linear_mix takes at most 128 channels, got ",
                   s.channels);
   plan.p = {s.samples * s.space, s.channels, plan.x.channels_last || s.space == 1 ? 0 : s.space,
             false};

@@ -47,14 +47,20 @@ def differentiable_lists(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, shape: Shape, *flat: Any) -> Any:
-            inputs = unflatten(shape, flat)
+            ctx.shape, inputs = shape, unflatten(shape, flat)
             output = below_autograd(inputs)
             setup_context(ctx, tuple(inputs), output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return (None, *flatten(backward(ctx, *grads))[1])
+            flat: list[Any] = [None]  # of the shape
+            for count, grad in zip(ctx.shape, backward(ctx, *grads), strict=True):
+                if count is None:
+                    flat.append(grad)
+                else:
+                    flat += [None] * count if grad is None else grad
+            return tuple(flat)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():

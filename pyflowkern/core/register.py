@@ -1,4 +1,4 @@
-"""Define an op: its schema, its fake, its autograd formula, and a short eager way to its kernel."""
+"""Define an op: its schema, its fake, its derivatives, and a short eager way to its kernel."""
 
 from __future__ import annotations
 
@@ -10,22 +10,37 @@ from torch import Tensor
 
 from pyflowkern._library import LIBRARY, OPS
 from pyflowkern.core.lists import differentiable_lists
+from pyflowkern.core.second_derivatives import gradient_of_reference, is_batched
 
 __all__ = ["register"]
+
+
+Backward = Callable[..., Any]
 
 
 def register(
     schema: str,
     *,
     fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    backward: Backward | None = None,
+    reference: Callable[..., Any] | None = None,
+    inputs: Callable[[Any], Sequence[Any]] | None = None,
 ) -> Callable[..., Any]:
-    """Define ``pyflowkern::<schema>``, its fake and, if given, its autograd formula.
+    """Define ``pyflowkern::<schema>``, its fake and, if given, its derivatives.
 
-    Returns a function that calls the op.  Eagerly it takes a shorter way to the same kernel and the same
-    formula than the dispatcher's autograd key, which is Python in the general case: at batch 64 the call
-    is most of the cost.
+    Returns a function that calls the op.  Eagerly it takes a shorter way to the same kernel and the same formula than
+    the dispatcher's autograd key, which is Python in the general case: at batch 64 the call is most of the cost.
+
+    Args:
+        schema: name, arguments and results, in torch's notation.
+        fake: the op on tensors without values: shapes, dtypes and layouts of the results.
+        setup_context: ``(ctx, inputs, output)``, keeps what the backward pass needs.
+        backward: ``(ctx, *grads)`` to a gradient for each argument, None for what has none.  With a reference it is
+            called for first derivatives alone, and may call a kernel that has no derivative of its own.
+        reference: the op in plain PyTorch, of the same arguments; its results may stop before those that exist for the
+            backward pass alone.  A backward pass that is itself recorded differentiates it.
+        inputs: ``ctx`` to the arguments of the op, from what ``setup_context`` kept.
     """
     op = schema.split("(", 1)[0]
     OPS.append(op)
@@ -37,12 +52,34 @@ def register(
         return lambda *inputs: (
             overload(*inputs) if torch.compiler.is_compiling() else _named(overload, inputs)
         )
+    lists = "Tensor[]" in schema
+    if reference is not None and inputs is not None:
+        backward = _twice(backward, reference, inputs, lists)
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
-    if "Tensor[]" in schema:
+    if lists:
         return differentiable_lists(
             lambda inputs: _below_autograd(overload, inputs), overload, setup_context, backward
         )
     return _differentiable(overload, setup_context, backward)
+
+
+def _twice(
+    backward: Backward,
+    reference: Callable[..., Any],
+    inputs: Callable[[Any], Sequence[Any]],
+    lists: bool,
+) -> Backward:
+    """Return a backward pass that has derivatives itself where it is recorded.
+
+    A kernel that takes lists of tensors is also spared gradients that stand for several (``is_grads_batched``).
+    """
+
+    def derivative(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() or (lists and is_batched(*grads)):
+            return tuple(gradient_of_reference(reference, inputs(ctx), grads))
+        return backward(ctx, *grads)
+
+    return derivative
 
 
 def _differentiable(

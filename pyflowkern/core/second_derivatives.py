@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import transformed
+from pyflowkern.core.lists import flatten, unflatten
 
 __all__ = ["gradient_of_reference", "is_batched", "wants_reference"]
 
@@ -26,25 +27,35 @@ def is_batched(*grads: Tensor | None) -> bool:
 
 def gradient_of_reference(
     reference: Callable[..., Any],
-    inputs: Sequence[Tensor | None],
-    grad_outputs: Sequence[Tensor],
-) -> list[Tensor | None]:
+    inputs: Sequence[Any],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Any]:
     """Return the VJP of ``reference`` at ``inputs`` as a differentiable expression.
 
-    A backward kernel has no derivative of its own.  When a backward pass is itself recorded
-    (``create_graph=True``), or batched, the op's backward calls this instead.  The inputs are aliased first: one
-    of them is often computed from another (a coupling's parameters from its input), and partial derivatives are
-    wanted.
+    A backward kernel has no derivative of its own.  When a backward pass is itself recorded (``create_graph=True``), or
+    batched, this runs in its place.  The inputs are aliased first: one of them is often computed from another (a
+    coupling's parameters from its input), and partial derivatives are wanted.
+
+    Args:
+        reference: a function of ``inputs``, in plain PyTorch.
+        inputs: tensors, lists of tensors, and whatever else the function takes.
+        grad_outputs: of the outputs, None for none; outputs beyond those of ``reference`` have none.
+
+    Returns:
+        A gradient for each input, lists for lists of tensors, None where there is none.
     """
+    shape, flat = flatten(inputs)
     with torch.enable_grad():
-        aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
-        wanted = [t for t in aliases if t is not None and t.requires_grad]
-        outputs = reference(*aliases)
+        aliases = [t.view_as(t) if _has_gradient(t) else t for t in flat]
+        wanted = [t for t in aliases if _has_gradient(t)]
+        outputs = reference(*unflatten(shape, aliases))
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
-    if not pairs:
-        return [None] * len(inputs)
-    found = iter(
+    pairs = [
+        (o, g)
+        for o, g in zip(outputs, grad_outputs, strict=False)
+        if g is not None and o.requires_grad
+    ]
+    grads = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
             wanted,
@@ -52,5 +63,16 @@ def gradient_of_reference(
             create_graph=True,
             allow_unused=True,
         )
+        if pairs
+        else ()
     )
-    return [next(found) if t is not None and t.requires_grad else None for t in aliases]
+    each = [next(grads, None) if _has_gradient(t) else None for t in aliases]
+    given = unflatten(shape, flat)
+    return [
+        g if not isinstance(g, list) or any(isinstance(t, Tensor) for t in v) else None
+        for g, v in zip(unflatten(shape, each), given, strict=True)
+    ]
+
+
+def _has_gradient(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad

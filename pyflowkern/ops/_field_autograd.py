@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyflowkern.core.codes import FieldFlag
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 from pyflowkern.ops._field_reference import (
     ACTIVATIONS,
     exact_reference,
@@ -61,6 +60,33 @@ def _field_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, probe, output[3], *weights, *biases, *gates)
 
 
+def _lists(ctx: Any, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return weights, biases and gates of tensors that were saved one by one."""
+    n = ctx.layers
+    return parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
+
+
+def _field_inputs(ctx: Any) -> tuple[Any, ...]:
+    x, probe, _, *parameters = ctx.saved_tensors
+    return x, probe, ctx.probes, *_lists(ctx, parameters), ctx.activation, ctx.flags
+
+
+def _field_reference(
+    x: Tensor,
+    probe: Tensor,
+    probes: int,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gates: list[Tensor],
+    activation: int,
+    flags: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the op in plain PyTorch, but for what it keeps."""
+    field = weights, biases, gates, ACTIVATIONS[activation]
+    y, trace, norm = stacked_reference(x, probe, probes, *field, bool(flags & NORM))
+    return y, trace.view(-1) if flags & FLAT else trace, norm
+
+
 def _field_backward(
     ctx: Any,
     grad_y: Tensor | None,
@@ -69,52 +95,13 @@ def _field_backward(
     _: Tensor | None,
 ) -> tuple[Any, ...]:
     x, probe, kept, *parameters = ctx.saved_tensors
-    n = ctx.layers
-    weights, biases, gates = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
-    if grad_norm is not None and not ctx.flags & NORM:
+    if not ctx.flags & NORM:
         grad_norm = None
-    if wants_reference(grad_y, grad_trace, grad_norm):
-        activation, norm = ACTIVATIONS[ctx.activation], bool(ctx.flags & NORM)
-        if grad_trace is not None:
-            grad_trace = grad_trace.view(ctx.probes, -1)
-
-        def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
-            layers = p[:n], p[n : 2 * n], p[2 * n :]
-            return stacked_reference(x, probe, ctx.probes, *layers, activation, norm)
-
-        found = gradient_of_reference(
-            forward,
-            (x, *parameters),
-            _filled(forward, x, parameters, grad_y, grad_trace, grad_norm),
-        )
-        grad_x, grads = found[0], found[1:]
-        return grad_x, None, None, grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
+    grads = grad_y, grad_trace, grad_norm
     grad_x, *lists = _field_backward_op(
-        grad_y,
-        grad_trace,
-        grad_norm,
-        x,
-        probe,
-        ctx.probes,
-        weights,
-        biases,
-        gates,
-        kept,
-        ctx.activation,
-        ctx.flags,
+        *grads, x, probe, ctx.probes, *_lists(ctx, parameters), kept, ctx.activation, ctx.flags
     )
     return (grad_x, None, None, *lists, None, None)
-
-
-def _filled(
-    forward: Any, x: Tensor, parameters: Sequence[Tensor], *grads: Tensor | None
-) -> list[Tensor]:
-    """Return the output gradients with zeros where there are none."""
-    if all(g is not None for g in grads):
-        return [g for g in grads if g is not None]
-    with torch.no_grad():
-        outputs = forward(x, *parameters)
-    return [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
 
 
 def _field_backward_fake(
@@ -143,8 +130,10 @@ field_op = register(
     "field_divergence(Tensor x, Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, "
     "Tensor[] gates, int activation, int flags) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_field_fake,
-    backward=_field_backward,
     setup_context=_field_setup,
+    backward=_field_backward,
+    reference=_field_reference,
+    inputs=_field_inputs,
 )
 _field_backward_op = register(
     "field_divergence_backward(Tensor? grad_y, Tensor? grad_trace, Tensor? grad_norm, Tensor x, "
@@ -174,23 +163,30 @@ def _exact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _exact_inputs(ctx: Any) -> tuple[Any, ...]:
+    x, _, *parameters = ctx.saved_tensors
+    return x, *_lists(ctx, parameters), ctx.activation, ctx.flags
+
+
+def _exact_reference(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gates: list[Tensor],
+    activation: int,
+    flags: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute the op in plain PyTorch, but for what it keeps."""
+    return exact_reference(x, weights, biases, gates, ACTIVATIONS[activation])
+
+
 def _exact_backward(
     ctx: Any, grad_y: Tensor | None, grad_trace: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
     x, kept, *parameters = ctx.saved_tensors
-    n = ctx.layers
-    lists = parameters[:n], parameters[n : 2 * n], parameters[2 * n :]
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
     grad_trace = x.new_zeros(x.shape[0]) if grad_trace is None else grad_trace
-    if wants_reference(grad_y, grad_trace):
-
-        def forward(x: Tensor, *p: Tensor) -> tuple[Tensor, Tensor]:
-            layers = p[:n], p[n : 2 * n], p[2 * n :]
-            return exact_reference(x, *layers, ACTIVATIONS[ctx.activation])
-
-        found = gradient_of_reference(forward, (x, *parameters), (grad_y, grad_trace))
-        grads = found[1:]
-        return found[0], grads[:n], grads[n : 2 * n], grads[2 * n :], None, None
+    lists = _lists(ctx, parameters)
     grad_x, *grad_lists = _exact_backward_op(
         grad_y, grad_trace, x, *lists, kept, ctx.activation, ctx.flags
     )
@@ -208,8 +204,10 @@ exact_op = register(
     "field_exact(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] gates, int activation, "
     "int flags) -> (Tensor, Tensor, Tensor)",
     fake=_exact_fake,
-    backward=_exact_backward,
     setup_context=_exact_setup,
+    backward=_exact_backward,
+    reference=_exact_reference,
+    inputs=_exact_inputs,
 )
 _exact_backward_op = register(
     "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor[] weights, "
@@ -227,20 +225,17 @@ def _trace_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _trace_backward(
     ctx: Any, grad_trace: Tensor | None, grad_norm: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    e, je = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        zero = e.new_zeros(e.shape[0])
-        grads = [zero if g is None else g for g in (grad_trace, grad_norm)]
-        return tuple(gradient_of_reference(hutchinson_trace_reference, (e, je), grads))
-    found: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, e, je)
+    found: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, *ctx.saved_tensors)
     return found
 
 
 trace_op = register(
     "hutchinson_trace(Tensor e, Tensor je) -> (Tensor, Tensor)",
     fake=lambda e, je: (e.new_empty(e.shape[0]), e.new_empty(e.shape[0])),
-    backward=_trace_backward,
     setup_context=_trace_setup,
+    backward=_trace_backward,
+    reference=hutchinson_trace_reference,
+    inputs=lambda ctx: ctx.saved_tensors,
 )
 _trace_backward_op = register(
     "hutchinson_trace_backward(Tensor? grad_trace, Tensor? grad_norm, Tensor e, Tensor je)"

@@ -27,7 +27,6 @@ from pyflowkern.core.checks import (
 )
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = ["actnorm", "actnorm_reference", "channel_moments", "channel_moments_reference"]
 
@@ -143,18 +142,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    if torch.is_grad_enabled():
-
-        def reference(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return actnorm_reference(*inputs, inverse=ctx.inverse)
-
-        grads = gradient_of_reference(reference, saved, (grad_y, grad_log_det))
-    else:
-        grads = torch.ops.pyflowkern.actnorm_backward.default(
-            grad_y, grad_log_det, *saved, ctx.inverse
-        )
-    return (*grads, None)
+    op = torch.ops.pyflowkern.actnorm_backward.default
+    return (*op(grad_y, grad_log_det, *ctx.saved_tensors, ctx.inverse), None)
 
 
 _actnorm = register(
@@ -162,6 +151,8 @@ _actnorm = register(
     fake=_fake,
     setup_context=_keep,
     backward=_backward,
+    reference=lambda x, s, b, inverse: actnorm_reference(x, s, b, inverse=inverse),
+    inputs=lambda ctx: (*ctx.saved_tensors, ctx.inverse),
 )
 register(
     "actnorm_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor log_scale, Tensor bias,"

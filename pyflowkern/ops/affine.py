@@ -17,6 +17,7 @@ parameters that a network computed from the first part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,6 @@ from pyflowkern.core.checks import check_batched, check_flag, check_floating, ch
 from pyflowkern.core.codes import AffineFlag, ParamsLayout, numbered
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._coupling import (
     affine_elements,
     channel_split_sizes,
@@ -284,66 +284,56 @@ def _fake_coupling_backward(
     return grad_x, torch.empty_like(params, memory_format=fmt)
 
 
+def _affine_by_code(
+    x: Tensor, raw: Tensor | None, shift: Tensor, kind: int, numbers: list[float], flags: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the op ``affine`` in plain PyTorch, from what the op is given."""
+    smap = scale_map_of(kind, numbers, flags)
+    return affine_reference(x, raw, shift, scale_map=smap, inverse=bool(flags & _INVERSE))
+
+
+def _coupling_by_code(
+    x: Tensor,
+    params: Tensor,
+    mask: Tensor | None,
+    layout_code: int,
+    kind: int,
+    numbers: list[float],
+    flags: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute the op ``affine_coupling`` in plain PyTorch, from what the op is given."""
+    layout, raw_first = parse_layout(ParamsLayout(layout_code).name.lower())
+    smap, swap = scale_map_of(kind, numbers, flags), bool(flags & _SWAP)
+    inverse = bool(flags & _INVERSE)
+    return coupling_reference(x, params, mask, layout, raw_first, smap, swap, inverse)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save the input or the output, and the parameters: never an intermediate."""
     x, *params = inputs[:3]
-    *ctx.plan, flags = inputs[3:]
-    ctx.flags = flags
-    ctx.save_for_backward(output[0] if flags & _FROM_OUTPUT else x, *params)
+    ctx.codes = inputs[3:]
+    ctx.save_for_backward(output[0] if inputs[-1] & _FROM_OUTPUT else x, *params)
 
 
-def _kept_input(kept: Tensor, flags: int, invert: Any) -> Tensor:
-    """Return the op's input from what was kept, differentiably."""
-    return invert(kept) if flags & _FROM_OUTPUT else kept
+def _inputs(ctx: Any, by_code: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+    """Return the op's inputs, computed from the output, differentiably, where that was kept."""
+    x, *params = ctx.saved_tensors
+    *codes, flags = ctx.codes
+    if flags & _FROM_OUTPUT:
+        x = by_code(x, *params, *codes, flags ^ _INVERSE)[0]
+    return x, *params, *codes, flags
 
 
 def _affine_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
     kept, raw, shift = ctx.saved_tensors
-    kind, numbers = ctx.plan
-    if torch.is_grad_enabled():
-        smap, inverse = scale_map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
-
-        def forward(x: Tensor, u: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-            return affine_reference(x, u, t, scale_map=smap, inverse=inverse)
-
-        def invert(y: Tensor) -> Tensor:
-            return affine_reference(y, raw, shift, scale_map=smap, inverse=not inverse)[0]
-
-        x = _kept_input(kept, ctx.flags, invert)
-        grads = gradient_of_reference(forward, (x, raw, shift), (grad_y, grad_log_det))
-    else:
-        grads = list(
-            torch.ops.pyflowkern.affine_backward.default(
-                grad_y, grad_log_det, kept, raw, shift, kind, numbers, ctx.flags
-            )
-        )
-        if raw is None:
-            grads[1] = None
-    return (*grads, None, None, None)
+    op = torch.ops.pyflowkern.affine_backward.default
+    grad_x, grad_raw, grad_shift = op(grad_y, grad_log_det, kept, raw, shift, *ctx.codes)
+    return grad_x, None if raw is None else grad_raw, grad_shift, None, None, None
 
 
 def _coupling_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
-    kept, params, mask = ctx.saved_tensors
-    layout_code, kind, numbers = ctx.plan
-    if torch.is_grad_enabled():
-        smap, inverse = scale_map_of(kind, numbers, ctx.flags), bool(ctx.flags & _INVERSE)
-        layout, raw_first = parse_layout(ParamsLayout(layout_code).name.lower())
-        swap = bool(ctx.flags & _SWAP)
-
-        def forward(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-            return coupling_reference(x, p, mask, layout, raw_first, smap, swap, inverse)
-
-        def invert(y: Tensor) -> Tensor:
-            return coupling_reference(y, params, mask, layout, raw_first, smap, swap, not inverse)[
-                0
-            ]
-
-        x = _kept_input(kept, ctx.flags, invert)
-        grads = gradient_of_reference(forward, (x, params), (grad_y, grad_log_det))
-    else:
-        grads = torch.ops.pyflowkern.affine_coupling_backward.default(
-            grad_y, grad_log_det, kept, params, mask, layout_code, kind, numbers, ctx.flags
-        )
+    op = torch.ops.pyflowkern.affine_coupling_backward.default
+    grads = op(grad_y, grad_log_det, *ctx.saved_tensors, *ctx.codes)
     return (*grads, None, None, None, None, None)
 
 
@@ -353,6 +343,8 @@ _affine = register(
     fake=_fake_forward,
     setup_context=_keep,
     backward=_affine_backward,
+    reference=_affine_by_code,
+    inputs=lambda ctx: _inputs(ctx, _affine_by_code),
 )
 register(
     "affine_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor? raw, Tensor shift,"
@@ -365,6 +357,8 @@ _affine_coupling = register(
     fake=_fake_forward,
     setup_context=_keep,
     backward=_coupling_backward,
+    reference=_coupling_by_code,
+    inputs=lambda ctx: _inputs(ctx, _coupling_by_code),
 )
 register(
     "affine_coupling_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor params,"

@@ -24,7 +24,6 @@ from pyflowkern.core.checks import check_floating, check_same_device, check_shap
 from pyflowkern.core.codes import MOST_MASKED_LAYERS
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._elements import (
     ElementCode,
     ElementMap,
@@ -203,22 +202,32 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(z, output[0], table, counts, *weights, *biases_and_gates)
 
 
+def _inputs(ctx: Any) -> tuple[Any, ...]:
+    z, _, table, counts, *tensors = ctx.saved_tensors
+    lists = tensors[: ctx.layers], tensors[ctx.layers :]
+    return z, table, counts, *lists, ctx.structure, *ctx.code
+
+
+def _by_passes(
+    z: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    weights: list[Tensor],
+    biases_and_gates: list[Tensor],
+    structure: list[int],
+    *code: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute the op in plain PyTorch, from what the op is given."""
+    net = SortedNetwork(table, weights, biases_and_gates, structure)
+    return net.by_passes(z, element_of_code(ElementCode(*code)))
+
+
 def _backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
-    z, x, table, counts, *tensors = ctx.saved_tensors
-    layers = ctx.layers
-    structure, tau = ctx.structure, element_of_code(ctx.code)
-    if torch.is_grad_enabled():
-
-        def inverse(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            net = SortedNetwork(table, tensors[:layers], tensors[layers:], structure)
-            return net.by_passes(z, tau)
-
-        grad_z, *rest = gradient_of_reference(inverse, (z, *tensors), (grad_x, grad_log_det))
-        found: tuple[Any, ...] = (grad_z, rest[:layers], rest[layers:])
-    else:
-        net = SortedNetwork(table, tensors[:layers], tensors[layers:], structure)
-        found = net.gradients(x, grad_x, grad_log_det, tau, counts)
-    return (found[0], None, None, found[1], found[2], None, *[None] * len(ctx.code))
+    _, x, table, counts, *tensors = ctx.saved_tensors
+    net = SortedNetwork(table, tensors[: ctx.layers], tensors[ctx.layers :], ctx.structure)
+    tau = element_of_code(ctx.code)
+    grad_z, *lists = net.gradients(x, grad_x, grad_log_det, tau, counts)
+    return (grad_z, None, None, *lists, None, *[None] * len(ctx.code))
 
 
 register(
@@ -228,6 +237,8 @@ register(
     fake=_fake_inverse,
     setup_context=_keep,
     backward=_backward,
+    reference=_by_passes,
+    inputs=_inputs,
 )
 register(
     "autoregressive_solve(Tensor grad, Tensor by_x, Tensor by_theta, Tensor counts, Tensor[] weights,"

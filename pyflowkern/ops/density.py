@@ -26,7 +26,6 @@ from pyflowkern.core.checks import check_batched, check_floating, check_same_dev
 from pyflowkern.core.codes import WantedGradient
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "bits_per_dim",
@@ -202,17 +201,12 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    z, mean, log_std, log_det = inputs
-    ctx.has_log_det = log_det is not None
-    ctx.save_for_backward(z, mean, log_std)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    z, mean, log_std = ctx.saved_tensors
-    grad_log_det = grad if ctx.has_log_det else None
-    if torch.is_grad_enabled():
-        inputs = (z, mean, log_std)
-        return (*gradient_of_reference(normal_log_prob_reference, inputs, (grad,)), grad_log_det)
+    z, mean, log_std, log_det = ctx.saved_tensors
+    grad_log_det = None if log_det is None else grad
     flags = (_GRAD_Z, _GRAD_MEAN, _GRAD_LOG_STD)
     need = [flag for flag, needed in zip(flags, ctx.needs_input_grad, strict=False) if needed]
     if not need:
@@ -225,8 +219,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _normal_log_prob = register(
     "normal_log_prob(Tensor z, Tensor? mean, Tensor? log_std, Tensor? log_det) -> Tensor",
     fake=_log_prob_fake,
-    backward=_backward,
     setup_context=_setup,
+    backward=_backward,
+    reference=lambda z, mean, log_std, log_det: normal_log_prob_reference(
+        z, mean, log_std, log_det=log_det
+    ),
+    inputs=lambda ctx: ctx.saved_tensors,
 )
 register(
     "normal_log_prob_backward(Tensor grad, Tensor z, Tensor? mean, Tensor? log_std, int wanted)"

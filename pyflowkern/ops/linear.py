@@ -16,7 +16,6 @@ With :math:`A` the folded matrix and :math:`v = x + b`, the gradients are
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from pyflowkern.core.checks import (
 )
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, full_precision
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "glow_step",
@@ -92,7 +90,7 @@ def invertible_linear(
     _check_mix(x, weight, log_abs_det, bias=bias)
     if _use_reference(x, weight, log_abs_det, bias):
         return invertible_linear_reference(x, weight, log_abs_det, bias, inverse=inverse)
-    return _channel_mix(x, weight, log_abs_det, None, bias, inverse)
+    return _mix_kernel(x, weight, log_abs_det, None, bias, inverse)
 
 
 def glow_step(
@@ -140,7 +138,7 @@ def glow_step(
     _check_mix(x, weight, log_abs_det, log_scale=log_scale, bias=bias)
     if _use_reference(x, weight, log_abs_det, log_scale, bias):
         return glow_step_reference(x, log_scale, bias, weight, log_abs_det, inverse=inverse)
-    return _channel_mix(x, weight, log_abs_det, log_scale, bias, inverse)
+    return _mix_kernel(x, weight, log_abs_det, log_scale, bias, inverse)
 
 
 # --- references ----------------------------------------------------------------------------------
@@ -225,13 +223,13 @@ def _check_mix(
 
 
 def _use_reference(x: Tensor, *others: Tensor | None) -> bool:
-    return not 0 < x.shape[1] <= _MAX_CHANNELS or not kernel_serves("channel_mix", x, *others)
+    return not 0 < x.shape[1] <= _MAX_CHANNELS or not kernel_serves("linear_mix", x, *others)
 
 
 # --- ops -----------------------------------------------------------------------------------------
 
 
-def _channel_mix(
+def _mix_kernel(
     x: Tensor,
     weight: Tensor,
     log_abs_det: Tensor,
@@ -283,15 +281,8 @@ def _mix_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _mix_backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, log_abs_det, log_scale, bias = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        grads = gradient_of_reference(
-            partial(_mix_reference, inverse=ctx.inverse),
-            ctx.saved_tensors,
-            (grad_y, grad_log_det),
-        )
-        return *grads, None
     need_x, need_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-    grads = torch.ops.pyflowkern.channel_mix_backward.default(
+    grads = torch.ops.pyflowkern.linear_mix_backward.default(
         grad_y, grad_log_det, x, weight, log_scale, bias, ctx.inverse, need_x, need_parameters
     )
     given = (x, weight, log_abs_det, log_scale, bias)
@@ -324,15 +315,17 @@ def _mix_backward_fake(
 
 
 _mix_op = register(
-    "channel_mix(Tensor x, Tensor weight, Tensor log_abs_det, Tensor? log_scale, Tensor? bias, "
+    "linear_mix(Tensor x, Tensor weight, Tensor log_abs_det, Tensor? log_scale, Tensor? bias, "
     "bool inverse) -> (Tensor, Tensor)",
     fake=_mix_fake,
-    backward=_mix_backward,
     setup_context=_mix_setup,
+    backward=_mix_backward,
+    reference=_mix_reference,
+    inputs=lambda ctx: (*ctx.saved_tensors, ctx.inverse),
 )
 # the gradients of x, weight, log_abs_det, log_scale and bias; empty where not needed
 register(
-    "channel_mix_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor weight, "
+    "linear_mix_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor weight, "
     "Tensor? log_scale, Tensor? bias, bool inverse, bool need_x, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_mix_backward_fake,

@@ -17,7 +17,6 @@ from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = [
     "householder_matrix",
@@ -291,20 +290,8 @@ def _plu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _plu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    permutation, lower, upper, log_diag, sign = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        found = gradient_of_reference(
-            lambda lo, up, diag: plu_matrix_reference(
-                permutation, lo, up, diag, sign, inverse=ctx.inverse
-            ),
-            (lower, upper, log_diag),
-            (grad,),
-        )
-    else:
-        found = torch.ops.pyflowkern.plu_matrix_backward.default(
-            grad, permutation, lower, upper, log_diag, sign, ctx.inverse
-        )
-    return None, *found, None, None
+    op = torch.ops.pyflowkern.plu_matrix_backward.default
+    return None, *op(grad, *ctx.saved_tensors, ctx.inverse), None, None
 
 
 def _plu_backward_fake(
@@ -323,8 +310,12 @@ _plu_matrix = register(
     "plu_matrix(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
     "bool inverse) -> Tensor",
     fake=_plu_fake,
-    backward=_plu_backward,
     setup_context=_plu_setup,
+    backward=_plu_backward,
+    reference=lambda *tensors_inverse: plu_matrix_reference(
+        *tensors_inverse[:-1], inverse=tensors_inverse[-1]
+    ),
+    inputs=lambda ctx: (*ctx.saved_tensors, ctx.inverse),
 )
 register(
     "plu_matrix_backward(Tensor grad, Tensor permutation, Tensor lower, Tensor upper, "

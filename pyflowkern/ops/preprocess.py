@@ -33,7 +33,6 @@ from pyflowkern._library import kernel_serves, transformed
 from pyflowkern.core.checks import check_batched, check_flag, check_floating
 from pyflowkern.core.dtypes import accumulation_dtype, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._philox import draw_seed, philox_uint16
 
 __all__ = [
@@ -301,12 +300,6 @@ def _logit_backward(
     ctx: Any, grad_y: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor | None, None, None]:
     (x,) = ctx.saved_tensors
-    if torch.is_grad_enabled():
-
-        def reference(v: Tensor) -> tuple[Tensor, Tensor]:
-            return logit_reference(v, alpha=ctx.alpha, inverse=ctx.inverse)
-
-        return gradient_of_reference(reference, (x,), (grad_y, grad_log_det))[0], None, None
     grad: Tensor = torch.ops.pyflowkern.logit_backward.default(
         grad_y, grad_log_det, x, ctx.alpha, ctx.inverse
     )
@@ -323,8 +316,10 @@ _quantize_op = register(
 _logit_op = register(
     "logit(Tensor x, float alpha, bool inverse) -> (Tensor, Tensor)",
     fake=_logit_fake,
-    backward=_logit_backward,
     setup_context=_logit_setup,
+    backward=_logit_backward,
+    reference=lambda x, alpha, inverse: logit_reference(x, alpha=alpha, inverse=inverse),
+    inputs=lambda ctx: (*ctx.saved_tensors, ctx.alpha, ctx.inverse),
 )
 register(
     "logit_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, float alpha, bool inverse)"

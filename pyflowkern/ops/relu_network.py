@@ -17,7 +17,7 @@ from torch.nn import functional
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
+from pyflowkern.core.second_derivatives import gradient_of_reference
 
 __all__ = ["relu_network", "relu_network_reference"]
 
@@ -206,27 +206,30 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _inputs(ctx: Any) -> tuple[Any, ...]:
+    x, context, _, *parameters = ctx.saved_tensors
+    n = ctx.layers
+    return x, context, parameters[:n], parameters[n:], ctx.residual, ctx.activate_last, ctx.kept
+
+
+def _op_reference(*inputs: Any) -> Tensor:
+    """Do what the op does, but for what it keeps."""
+    return _reference(*inputs[:-1])
+
+
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x, context, kept, *parameters = ctx.saved_tensors
-    n = ctx.layers
-    weights = parameters[:n]
+    weights = parameters[: ctx.layers]
     if grad is None:
         grad = x.new_zeros(x.shape[0], weights[-1].shape[0])
-    form = ctx.residual, ctx.activate_last
-    # a graph exported without gradients kept nothing, and may meet them later
-    if wants_reference(grad) or not ctx.kept:
-
-        def forward(x: Tensor, context: Tensor | None, *p: Tensor) -> Tensor:
-            return _reference(x, context, p[:n], p[n:], *form)
-
-        found = gradient_of_reference(forward, (x, context, *parameters), (grad,))
-        return found[0], found[1], found[2 : 2 + n], found[2 + n :], None, None, None
-    grad_x, grad_context, *lists = _backward_op(
-        grad, x, weights, kept, *form, x.requires_grad, context is not None
-    )
+    if not ctx.kept:  # a graph exported without gradients kept nothing, and may meet them later
+        return tuple(gradient_of_reference(_op_reference, _inputs(ctx), (grad,)))
+    with_context = context is not None
+    form = ctx.residual, ctx.activate_last, x.requires_grad, with_context
+    grad_x, grad_context, *lists = _backward_op(grad, x, weights, kept, *form)
     return (
         grad_x if x.requires_grad else None,
-        None if context is None else grad_context,
+        grad_context if with_context else None,
         *lists,
         *[None] * 3,
     )
@@ -256,8 +259,10 @@ _op = register(
     "relu_network(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, bool residual, "
     "bool activate_last, bool keep) -> (Tensor, Tensor)",
     fake=_fake,
-    backward=_backward,
     setup_context=_setup,
+    backward=_backward,
+    reference=_op_reference,
+    inputs=_inputs,
 )
 _backward_op = register(
     "relu_network_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor kept, bool residual, "

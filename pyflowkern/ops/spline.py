@@ -25,7 +25,6 @@ from pyflowkern.core.checks import check_flag, check_shape
 from pyflowkern.core.codes import SplineFlag
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
-from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._spline import reference
 from pyflowkern.ops._spline_coupling import (
     check_coupling,
@@ -317,38 +316,36 @@ def _fake_backward(
     return torch.empty_like(x, memory_format=torch.contiguous_format), *grads
 
 
+def _by_form(
+    x: Tensor,
+    mask: Tensor | None,
+    packed: Tensor | None,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *form_numbers_flags: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute the op in plain PyTorch, from what the op is given."""
+    *form, numbers, flags = form_numbers_flags
+    smap, inverse = spline_map_of(form, numbers), bool(flags & _INVERSE)
+    if packed is not None and flags & _COUPLING:
+        return coupling_reference(x, packed, mask, smap, bool(flags & _SWAP), inverse)
+    parts = (widths, heights, derivatives) if packed is None else smap.split(packed)
+    return reference(x, parts, smap, inverse, bool(flags & _ELEMENTWISE))
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save the inputs alone."""
     ctx.save_for_backward(*inputs[:6])
-    *ctx.form, ctx.numbers, ctx.flags = inputs[6:]
+    ctx.form_numbers_flags = inputs[6:]
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
     x, mask, *parts = ctx.saved_tensors
-    flags = ctx.flags
-    grads: list[Tensor | None]
-    if torch.is_grad_enabled():
-        smap, inverse = spline_map_of(ctx.form, ctx.numbers), bool(flags & _INVERSE)
-
-        def forward(v: Tensor, packed: Tensor | None, *three: Tensor) -> tuple[Tensor, Tensor]:
-            if packed is None:
-                known = three[0], three[1], three[2]
-            elif flags & _COUPLING:
-                return coupling_reference(v, packed, mask, smap, bool(flags & _SWAP), inverse)
-            else:
-                known = smap.split(packed)
-            return reference(v, known, smap, inverse, bool(flags & _ELEMENTWISE))
-
-        grads = gradient_of_reference(forward, (x, *parts), (grad_y, grad_log_det))
-    else:
-        grads = list(
-            torch.ops.pyflowkern.spline_backward.default(
-                grad_y, grad_log_det, x, mask, *parts, *ctx.form, ctx.numbers, flags
-            )
-        )
-        for i, part in enumerate(parts, 1):
-            grads[i] = None if part is None else grads[i]
-    return (grads[0], None, *grads[1:], *[None] * 6)
+    op = torch.ops.pyflowkern.spline_backward.default
+    grad_x, *grads = op(grad_y, grad_log_det, x, mask, *parts, *ctx.form_numbers_flags)
+    given = [None if part is None else g for part, g in zip(parts, grads, strict=True)]
+    return (grad_x, None, *given, *[None] * 6)
 
 
 #: What both ops take: raw parameters packed or in three tensors, and the spline map (see ``core.codes``).
@@ -361,6 +358,8 @@ _spline = register(
     fake=_fake_forward,
     setup_context=_keep,
     backward=_backward,
+    reference=_by_form,
+    inputs=lambda ctx: (*ctx.saved_tensors, *ctx.form_numbers_flags),
 )
 register(
     f"spline_backward(Tensor grad_y, Tensor grad_log_det, Tensor x, Tensor? mask, {_PARAMETERS})"

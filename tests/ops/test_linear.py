@@ -289,7 +289,7 @@ def test_same_bits_for_any_thread_count(backend, kind):
                 results.append([*function(*args), *gradients(function, leaves(args))])
         finally:
             torch.set_num_threads(before)
-        if not pyflowkern.ops.linear.kernel_serves("channel_mix", args[0]):
+        if not pyflowkern.ops.linear.kernel_serves("linear_mix", args[0]):
             continue  # torch's own products promise less
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -297,8 +297,8 @@ def test_same_bits_for_any_thread_count(backend, kind):
 
 @pytest.mark.parametrize("kind", MAPS)
 def test_opcheck(kind):
-    if not pyflowkern.ops.linear.kernel_serves("channel_mix", torch.ones(1)):
-        pytest.skip("channel_mix has no kernel in this build")
+    if not pyflowkern.ops.linear.kernel_serves("linear_mix", torch.ones(1)):
+        pytest.skip("linear_mix has no kernel in this build")
     for layout in (torch.contiguous_format, torch.channels_last):
         x, *rest = make(kind, (2, 3, 4, 5), torch.float32)
         x = x.contiguous(memory_format=layout)
@@ -307,7 +307,7 @@ def test_opcheck(kind):
         else:
             (weight, log_abs_det, bias), log_scale = rest, None
         args = (*leaves([x, weight, log_abs_det, log_scale, bias]), False)
-        torch.library.opcheck(torch.ops.pyflowkern.channel_mix.default, args)
+        torch.library.opcheck(torch.ops.pyflowkern.linear_mix.default, args)
 
 
 @pytest.mark.slow
