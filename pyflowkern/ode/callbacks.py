@@ -1,4 +1,4 @@
-"""Functions of the user's that are told of each step."""
+"""Functions of the user's that are called at each step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAMES = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a field wants to be told, ``(t, y, dt)`` of each step with the state at its start.
+    """The callbacks of a field, called with ``(t, y, dt)`` of each step, where ``y`` is the state at its start.
 
     Args:
-        begin: before a step is tried.
-        accept: after one that is kept.
-        reject: after one that is repeated with a smaller size.
-        unpack: from packed states to the user's.
+        begin: called before a step is tried.
+        accept: called after an accepted step.
+        reject: called after a rejected step.
+        unpack: turns packed states into the user's.
     """
 
     begin: Callback | None
@@ -38,24 +38,24 @@ class Callbacks:
             callback(time, self.unpack(y), size)
 
     def started(self, t: float, y: Tensor, dt: float) -> None:
-        """Tell of a step that is tried."""
+        """Report that a step is tried."""
         self._call(self.begin, t, y, dt)
 
     def decided(self, accepted: bool, t: float, y: Tensor, dt: float) -> None:
-        """Tell whether it is kept."""
+        """Report whether it was accepted."""
         self._call(self.accept if accepted else self.reject, t, y, dt)
 
 
 def callbacks_of(
     func: Any, unpack: Callable[[Tensor], Any], allowed: int, backward: bool = False
 ) -> Callbacks | None:
-    """Return the callbacks that a field has as attributes, if any.
+    """Return the callbacks that a field has as attributes, None without any.
 
     Args:
         func: the user's field.
-        unpack: from packed states to what callbacks are given.
-        allowed: how many of :data:`NAMES` the solver calls; a warning names the others.
-        backward: look for those of the adjoint solve, whose names end with ``_adjoint``.
+        unpack: turns packed states into what callbacks are given.
+        allowed: how many of :data:`NAMES`, the first ones, the solver calls; a warning names the others.
+        backward: look for the callbacks of the backward solve, whose names end with ``_adjoint``.
     """
     names = [name + "_adjoint" for name in NAMES] if backward else list(NAMES)
     found = [getattr(func, name, None) for name in names]
@@ -64,8 +64,8 @@ def callbacks_of(
     unused = [n for i, n in enumerate(names) if i >= allowed and found[i] is not None]
     if unused:
         warnings.warn(
-            f"this solve does not call {', '.join(unused)}: fixed steps are told by {names[0]} alone, "
-            "and adjoint='reversible' and control='sample' or 'device' tell of none",
+            f"this solve does not call {', '.join(unused)}: fixed steps call {names[0]} alone, "
+            "and adjoint='reversible' and control='sample' or 'device' call no callback",
             UserWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Step sizes: an error over what is allowed, the first step and the next one."""
+"""Step sizes: the scaled error, the first step size and the next one (Hairer, Norsett and Wanner, 1993, II.4)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SAFETY, LARGEST, SMALLEST = 0.9, 10.0, 0.2  # Hairer, Norsett and Wanner (1993),
 
 
 class Scaling:
-    """``error / (atol + rtol max(|y|, |y1|))``, and nan where ``y1`` is not finite.
+    """``error / (atol + rtol max(|y|, |y1|))``, and NaN where ``y1`` is not finite.
 
-    The memory is kept from step to step: for a million numbers, fresh memory would cost ten times the arithmetic.
+    Its memory is reused from step to step: for large states, allocating would cost more than the arithmetic.
 
     Args:
         like: a state.
@@ -45,7 +45,7 @@ class Scaling:
         return torch.addcdiv(self.b, error, scale, out=self.b)
 
 
-# --- one step size for everything: host numbers --------------------------------------------------
+# --- one step size for the whole state: Python numbers -------------------------------------------
 
 
 def first_step(
@@ -54,8 +54,8 @@ def first_step(
     """Return a first step by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
 
     Args:
-        norms: of the first state and of its slope, over what is allowed.
-        change: the norm of what an Euler step of the given length changes of the slope.
+        norms: scaled norms of the first state and of its slope.
+        change: from the length of an Euler step, the scaled norm of the change of the slope over that step.
         order: of the method.
     """
     d0, d1 = (float(norm) for norm in norms)
@@ -71,7 +71,7 @@ def first_step(
 
 
 def next_factor(ratio: float, order: int) -> float:
-    """Return what to multiply the step by after one whose error was ``ratio`` of what is allowed."""
+    """Return the factor from a step's size to the next one's, given the norm of the step's scaled error."""
     if ratio == 0:
         return LARGEST
     if not math.isfinite(ratio):
@@ -86,7 +86,7 @@ def next_factor(ratio: float, order: int) -> float:
 def first_steps(
     norms: tuple[Tensor, Tensor], change: Callable[[Tensor], Tensor], order: int
 ) -> Tensor:
-    """Return :func:`first_step` of each sample, without a look at the host."""
+    """Return :func:`first_step` for each sample, without waiting for the device."""
     d0, d1 = norms
     small = torch.full_like(d0, 1e-6)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), small, 0.01 * d0 / d1)
@@ -100,7 +100,7 @@ def first_steps(
 
 
 def next_factors(ratio: Tensor, order: int) -> Tensor:
-    """Return :func:`next_factor` of each sample."""
+    """Return :func:`next_factor` for each sample."""
     least = torch.where(ratio < 1, torch.ones_like(ratio), torch.full_like(ratio, SMALLEST))
     factor = torch.maximum(SAFETY * ratio ** (-1 / order), least).clamp(max=LARGEST)
     return torch.where(torch.isfinite(ratio), factor, torch.full_like(ratio, SMALLEST))

@@ -1,4 +1,4 @@
-"""Solves that end where a function of time and state changes its sign."""
+"""Solves that end at an event: where a function of time and state changes its sign."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pyflowkern.ode.steppers import Stepper
 
 __all__ = ["solve_until"]
 
-#: Settings of a solve that the search for the event has, too.
-_SEARCHED = frozenset(
+#: Settings of a solve that also apply to the search for the event.
+_SEARCH_SETTINGS = frozenset(
     [
         "method",
         "rtol",
@@ -61,7 +61,7 @@ def solve_until(
         t0: start, 0-d.
         event_fn: ``(t, y) -> g``.
         reverse_time: integrate towards smaller times.
-        max_time: how far to go.
+        max_time: length of the longest search.
         jump_t: as in :func:`solve`.
         **settings: of :func:`solve`.
     """
@@ -71,9 +71,9 @@ def solve_until(
         raise ValueError(f"max_time must be positive and finite, got {max_time}")
     packing = Packing(y0, False)
     start = packing.pack(y0).detach().contiguous()
-    searched: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "atol": 1e-9}
-    searched |= {k: v for k, v in settings.items() if k in _SEARCHED}
-    options = options_for(packing, start.device, dense=True, **searched)
+    search: dict[str, Any] = {"method": "dopri5", "rtol": 1e-7, "atol": 1e-9}
+    search |= {k: v for k, v in settings.items() if k in _SEARCH_SETTINGS}
+    options = options_for(packing, start.device, dense=True, **search)
     if not options.adaptive and options.step_size is None:
         raise ValueError(
             "method must have step control or come with a step_size, got "
@@ -91,7 +91,7 @@ def solve_until(
     solved = solve(func, y0, times, jump_t=jump_t, **settings)
     failed = found.status not in (Status.ok, Status.no_event)
     warn_unless_ok(found.status if failed else solved.status)
-    if found.status == Status.ok and not found.leaps:
+    if found.status == Status.ok and not found.discontinuous:
         return _correct(field, event_fn, times[1], solved.ys, packing)
     if found.status == Status.no_event:
         warn_unless_ok(found.status)
@@ -99,18 +99,18 @@ def solve_until(
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a search came to.
+class _Event:
+    """The result of a search.
 
     Args:
-        time: of the event, or the last one reached.
-        status: whether there was an event.
-        leaps: the event jumps there: it has no zero to correct towards, and no derivative.
+        time: of the event, or the last time reached.
+        status: ok if there was an event.
+        discontinuous: the event function jumps there; it has no zero for a Newton step, and no derivative.
     """
 
     time: float
     status: Status
-    leaps: bool = False
+    discontinuous: bool = False
 
 
 @torch.no_grad()
@@ -121,21 +121,34 @@ def _search(
     span: tuple[float, float],
     options: Options,
     jumps: Sequence[float],
-) -> _Found:
-    """Return the time of the first change of sign, or the last one reached, and whether there was a change."""
-    found: list[_Found] = []
+) -> _Event:
+    """Integrate until an accepted step contains a change of sign, and bisect within that step.
+
+    Args:
+        field: of packed states.
+        event: ``(t, packed state) -> g``; the first component to change its sign ends the search.
+        y0: first state.
+        span: first time, and the time at which the search gives up.
+        options: settings of the search.
+        jumps: times at which the field is discontinuous.
+    """
+    found: list[_Event] = []
 
     def at(t: float, y: Tensor) -> Tensor:
         return event(torch.full((), t, dtype=y.dtype, device=y.device), y)
 
     signs = torch.sign(at(span[0], y0))
 
-    def least(t: float, y: Tensor) -> float:
+    def least(
+        t: float, y: Tensor
+    ) -> float:  # positive as long as no component has changed its sign
         return float((at(t, y) * signs).min())
 
     def stop(stepper: Stepper, t: float, dt: float, y: Tensor, y1: Tensor) -> bool:
         nonlocal signs
-        if bool((signs == 0).any()):  # one that starts on zero counts from where it left
+        if bool(
+            (signs == 0).any()
+        ):  # a component that starts at zero takes its sign from the first step
             new = torch.sign(at(t + dt, y1))
             signs = torch.where(signs == 0, new, signs)
         after = least(t + dt, y1)
@@ -143,7 +156,7 @@ def _search(
             return False
         first = before = least(t, y)
         low, high = 0.0, 1.0
-        for _ in range(60):  # to the last bit of a fraction
+        for _ in range(60):  # more halvings than a float64 fraction has bits
             middle = 0.5 * (low + high)
             if middle in (low, high):
                 break
@@ -152,30 +165,30 @@ def _search(
                 low, before = middle, value
             else:
                 high, after = middle, value
-        # rounding of the time and of the state moves a continuous event by far less
-        leaps = before - after > 1e-3 * max(abs(first), abs(after))
-        found.append(_Found(t + high * dt, Status.ok, leaps))
+        # a continuous event function changes by rounding only between two adjacent times
+        discontinuous = before - after > 1e-3 * max(abs(first), abs(after))
+        found.append(_Event(t + high * dt, Status.ok, discontinuous))
         return True
 
-    walk = integrate_adaptive if options.adaptive else _fixed_steps
+    integrate = integrate_adaptive if options.adaptive else _fixed_steps
     y = y0
     for part in stretches(span, jumps, y0):
         times = (part.times[0], part.times[-1])
-        out = walk(part.field(field) if jumps else field, y, times, options, stop=stop)
+        out = integrate(part.field(field) if jumps else field, y, times, options, stop=stop)
         if found:
             return found[0]
         if out.status != Status.ok:
             assert isinstance(out.status, Status)
             assert out.end is not None
-            return _Found(out.end, out.status)
+            return _Event(out.end, out.status)
         y = out.ys[-1]
-    return _Found(span[1], Status.no_event)
+    return _Event(span[1], Status.no_event)
 
 
 def _fixed_steps(
     field: Field, y0: Tensor, times: tuple[float, float], options: Options, *, stop: Stop
 ) -> Trajectory:
-    """Take steps of one length until ``stop`` says so, as the loop of adaptive steps does."""
+    """Take steps of one length until ``stop`` returns true, as the loop of adaptive steps does."""
     out = Trajectory(y0[None], end=times[0])
     assert options.step_size is not None
     begin, far = times
@@ -202,7 +215,7 @@ def _fixed_steps(
 
 
 def _along(gradient: Tensor, slope: Tensor) -> Tensor:
-    """Return the derivative along a slope; of complex states by their real and imaginary parts."""
+    """Return the directional derivative along a slope; complex numbers count as pairs of real ones."""
     if gradient.is_complex():
         return (gradient.conj() * slope).real.sum()
     return (gradient * slope).sum()
@@ -211,10 +224,9 @@ def _along(gradient: Tensor, slope: Tensor) -> Tensor:
 def _correct(
     field: Field, event_fn: Any, t: Tensor, ys: Any, packing: Packing
 ) -> tuple[Tensor, Any]:
-    """Take one Newton step towards the event; its derivative is that of the implicit function.
+    """Take one Newton step towards the event, whose derivative is that of the implicit function theorem.
 
-    An event that depends on nothing that has a gradient happens when it does, whatever the state is: there is nothing
-    to correct.
+    An event function that has no graph, as of a comparison, gives no derivative: the result is then returned as it is.
     """
     entries = ys if packing.is_tuple else (ys,)
     end = tuple(e[-1] for e in entries)
@@ -229,7 +241,7 @@ def _correct(
         value = event_fn(moment, as_state(leaves))
         if not value.requires_grad:
             return t, ys
-        # the component that ended the solve is the one nearest to zero
+        # the component that ended the search is the one nearest to zero
         flat = value.reshape(-1)
         which = int(flat.detach().abs().argmin())
         grads = torch.autograd.grad(flat[which], (moment, *leaves), allow_unused=True)

@@ -16,8 +16,9 @@ __all__ = ["packed_field"]
 def packed_field(func: Callable[..., Any], packing: Packing) -> Field:
     """Return ``func`` as a function of a packed state.
 
-    Solvers evaluate fields without a graph.  A field that differentiates, as forces from energies do, then finds that
-    its state does not require a gradient: it is evaluated with a graph, here and from then on.
+    Solvers evaluate fields under ``no_grad``.  A field that calls autograd itself (forces from an energy, for example)
+    fails there, because its state requires no gradient.  The first such failure is caught: that evaluation and all
+    later ones then run with gradients enabled, on a state that requires one.
 
     Args:
         func: ``(t, y) -> dy/dt`` of the user's states.

@@ -1,4 +1,4 @@
-"""Solves with fixed steps as CUDA graphs: recorded once, replayed without a call from the host for each kernel."""
+"""Solves with fixed steps as CUDA graphs: recorded once, and replayed by a single call instead of one per kernel."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from pyflowkern.ode.tableaus import Tableau, tableau
 
 __all__ = ["CapturedSolve", "capture"]
 
-_WARM = 2  # solves before the recording, in which libraries allocate what they keep
+_WARM_UP = (
+    2  # solves before the recording, so that libraries allocate their workspaces outside of it
+)
 
 
 class CapturedSolve:
     """A solve with fixed steps that :func:`capture` recorded; call it with a first state.
 
     Args:
-        inputs: memory of the first state, which the recorded kernels read.
-        solution: memory that they write.
+        inputs: tensors of the first state, which the recorded kernels read.
+        solution: tensors that they write.
         packing: of the first state.
-        replay: runs them.
+        replay: runs the kernels.
 
     Example:
         >>> import torch
@@ -51,10 +53,11 @@ class CapturedSolve:
         """Solve from another first state of the same structure, shapes, dtypes and device.
 
         Args:
-            y0: tensor or tuple of tensors, as that of :func:`capture`.
+            y0: tensor or tuple of tensors, like the one given to :func:`capture`.
 
         Returns:
-            A :class:`Solution` in memory of its own, without a gradient; its ``status`` is a 0-d tensor on the device.
+            A :class:`Solution` that later calls do not overwrite, without gradients; its ``status`` is a 0-d tensor on
+            the device.
 
         Raises:
             TypeError: for another structure.
@@ -87,17 +90,17 @@ def capture(
 ) -> CapturedSolve:
     """Record a solve with fixed steps as a CUDA graph.
 
-    The steps of small states cost more in calls from the host than on the device; a replay is one call.  The times, the
-    steps and what ``func`` does besides kernels are as they were at the recording, while tensors that it reads, such as
-    parameters, are read anew: update them in place.  ``func`` may not wait for the device, and gradients do not pass.
+    For small states, launching the kernels costs more than running them; a replay launches all of them at once.  Times,
+    steps and whatever ``func`` does in Python are fixed at the recording.  The values of tensors that it reads, such as
+    parameters, are not: update them in place.  ``func`` must not wait for the device, and there are no gradients.
 
     Args:
         func: ``(t, y) -> dy/dt``, of CUDA tensors.
         y0: a first state on a CUDA device: a tensor or a tuple of tensors.
         t: times of the output, monotone, two or more.
-        method: as in :func:`solve`; one with step control needs ``step_size``.
+        method: as in :func:`solve`; a method with step control needs ``step_size``.
         step_size: as in :func:`solve`.
-        max_steps: as in :func:`solve`, but more are an error.
+        max_steps: as in :func:`solve`, but a solve that needs more is an error.
         compat: as in :func:`solve`.
 
     Returns:
@@ -105,8 +108,8 @@ def capture(
 
     Raises:
         TypeError: for a state that is not floating-point or a wrong result of ``func``.
-        ValueError: for a method that would choose its steps, for more than ``max_steps``, and for tensors that are not
-            on a CUDA device or want a gradient; and as :func:`solve`.
+        ValueError: for a method that would choose its steps, for more than ``max_steps`` steps, for tensors that are
+            not on a CUDA device or require a gradient; and as in :func:`solve`.
 
     Example:
         >>> import torch
@@ -147,12 +150,12 @@ def capture(
 def _record(
     first: Callable[[], None], run: Callable[[], Solution], device: torch.device
 ) -> tuple[Callable[[], None], Solution]:
-    """Return what replays ``run``, and the memory that it writes."""
+    """Record ``run`` after calls of ``first``; return what replays it, and the tensors that it writes."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(_WARM):
+            for _ in range(_WARM_UP):
                 first()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

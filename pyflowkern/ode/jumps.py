@@ -1,4 +1,4 @@
-"""Solves that end a step at given times, as where the field jumps: one stretch between two of them after another."""
+"""Fields that are discontinuous at known times: the solve is divided there into stretches, one after another."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Stretch", "jump_times", "stretches"]
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a solve in which the field does not jump.
+    """A part of a solve without a jump of the field inside.
 
     Args:
-        times: its start, the outputs in it, and its end.
-        outputs: numbers of the outputs among all of them.
-        low: time at which the field is evaluated for its start.
-        high: time at which the field is evaluated for its end.
+        times: its start, the output times in it, and its end.
+        outputs: indices of these among all outputs.
+        low: time passed to the field at the start: just after the jump there, if there is one.
+        high: time passed to the field at the end: just before the jump there, if there is one.
     """
 
     times: list[float]
@@ -32,12 +32,12 @@ class Stretch:
     high: float
 
     def field(self, field: Field) -> Field:
-        """Return the field, seen from within the stretch alone."""
+        """Return the field with its times limited to the stretch, so that it never sees the other side of a jump."""
         least, most = min(self.low, self.high), max(self.low, self.high)
         return lambda t, y: field(t.clamp(least, most), y)
 
     def tensor(self, t: Tensor) -> Tensor:
-        """Return its times as a tensor, the outputs with their gradients."""
+        """Return the times of the stretch as a tensor; those of outputs carry the gradients of ``t``."""
         edges = t.detach().new_tensor(self.times)
         found = list(edges.unbind())
         for i, j in enumerate(self.outputs, 1):
@@ -48,7 +48,7 @@ class Stretch:
 
 
 def jump_times(jump_t: Tensor | Sequence[float] | None) -> list[float]:
-    """Return the times of jumps in ascending order; raise for what are none."""
+    """Return the times of jumps in ascending order; raise TypeError or ValueError for what is no time."""
     if jump_t is None:
         return []
     try:
@@ -65,11 +65,11 @@ def jump_times(jump_t: Tensor | Sequence[float] | None) -> list[float]:
 def stretches(times: Sequence[float], jumps: Sequence[float], like: Tensor) -> Iterator[Stretch]:
     """Divide a solve at the jumps within it.
 
-    The field is evaluated at the number next to a jump, before or after it, in the dtype of the state.
+    Next to a jump the field is evaluated at the neighbouring floating-point number of the state's dtype.
 
     Args:
         times: of the outputs.
-        jumps: ascending.
+        jumps: times of the jumps, ascending.
         like: a state.
     """
     first, last = times[0], times[-1]
@@ -90,7 +90,7 @@ def stretches(times: Sequence[float], jumps: Sequence[float], like: Tensor) -> I
             outputs.append(done)
             done += 1
         inside = [times[i] for i in outputs]
-        # an output at a jump is beside the end of the stretch: where it is moved, the end stays
+        # the end of the stretch has an entry of its own, even where an output has the same time
         end = [] if b == last else [b]
         yield Stretch(
             [a, *inside, *end],

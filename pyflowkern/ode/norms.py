@@ -1,4 +1,4 @@
-"""Norms of the error of a step over what is allowed: one number for a state, or one for each sample."""
+"""Norms of the scaled error of a step (error over tolerance): one number for a state, or one for each sample."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ __all__ = ["NORMS", "MaxSample", "Norm", "Rms", "norm_of"]
 
 Norm = Callable[[Tensor], Tensor]
 
-#: Names of norms: the root of the mean square of everything, the largest of any sample, the largest number.
+#: Root mean square of the whole state; the largest root mean square over samples; the largest absolute value.
 NORMS = ("rms", "max_sample", "max")
 
-_PARTS, _ROW = 32768, 4096
+#: PyTorch sums larger tensors in parallel; the length of the rows into which those are divided here.
+_SERIAL, _ROW = 32768, 4096
 
 
 def rms(r: Tensor) -> Tensor:
-    """Root of the mean square of everything; 0 of nothing."""
-    return _size(r.reshape(-1)) * (1 / math.sqrt(max(r.numel(), 1)))
+    """Root mean square of all numbers; 0 for an empty tensor."""
+    return _euclidean(r.reshape(-1)) * (1 / math.sqrt(max(r.numel(), 1)))
 
 
-def _size(r: Tensor) -> Tensor:
+def _euclidean(r: Tensor) -> Tensor:
     """Euclidean norm, in an order of summation that does not depend on the number of threads.
 
-    PyTorch divides the sum of a whole tensor among threads from 32768 numbers on, but never the sum of a row.
+    PyTorch divides the sum of a tensor among threads if it is large, but never the sum of a row.
     """
-    if r.numel() <= _PARTS:
+    if r.numel() <= _SERIAL:
         whole: Tensor = torch.linalg.vector_norm(r)
         return whole
     rows = r.numel() // _ROW
     parts = torch.linalg.vector_norm(r[: rows * _ROW].view(rows, _ROW), dim=1)
     rest = torch.linalg.vector_norm(r[rows * _ROW :])
-    return _size(torch.cat([parts, rest[None]]))
+    return _euclidean(torch.cat([parts, rest[None]]))
 
 
 def rms_rows(r: Tensor) -> Tensor:
-    """Root of the mean square of each row."""
+    """Root mean square of each row."""
     size: Tensor = torch.linalg.vector_norm(r, dim=-1)
     return size * (1 / math.sqrt(max(r.shape[-1], 1)))
 
 
 class Rms:
-    """The root of the mean square, of parts of the last axis the largest.
+    """Root mean square; with several segments of the last axis, the largest of theirs.
 
     Args:
-        sizes: of the parts, beyond which nothing counts; none for the whole.
-        rows: a norm for each row.
+        sizes: lengths of the segments; what lies beyond them does not count.  Empty: one segment, everything.
+        rows: return a norm for each row.
     """
 
     def __init__(self, sizes: Sequence[int], rows: bool = False) -> None:
@@ -67,12 +68,12 @@ class Rms:
 
 
 class MaxSample:
-    """The largest root of the mean square of any sample, and of any entry of a tuple.
+    """The largest root mean square over samples, and over the entries of a tuple.
 
-    The mean over a batch hides a few samples that are wrong: of 1000, one may err by 30 tolerances.
+    A mean over the batch would hide a few wrong samples: one of 1000 may be off by 30 tolerances.
 
     Args:
-        shapes: of the entries as they lie in the packed state, end to end; the first axis is the batch.
+        shapes: of the entries, which the packed state holds end to end; the first axis is the batch.
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
@@ -93,21 +94,21 @@ class MaxSample:
 
 
 def largest(r: Tensor) -> Tensor:
-    """Return the largest absolute value; 0 of nothing."""
+    """Return the largest absolute value; 0 for an empty tensor."""
     return r.abs().amax() if r.numel() else r.new_zeros(())
 
 
 def largest_rows(r: Tensor) -> Tensor:
-    """Return the largest absolute value of each row."""
+    """Return the largest absolute value of each row; 0 for an empty one."""
     return r.abs().amax(-1) if r.shape[-1] else r.new_zeros(r.shape[:-1])
 
 
 def norm_of(packing: Packing, norm: str | Callable[[Any], Tensor] | None) -> Norm:
-    """Return the norm of a packed state.
+    """Return a norm of packed states.
 
     Args:
         packing: of the state.
-        norm: one of :data:`NORMS`, a function of a state as the user sees it, or None for "rms".
+        norm: one of :data:`NORMS`, a function of a state in the user's structure, or None for "rms".
     """
     if norm is not None and not isinstance(norm, str):
         user = norm

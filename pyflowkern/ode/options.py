@@ -1,4 +1,4 @@
-"""What a solver is told, checked once."""
+"""The settings of a solve, checked in one place."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pyflowkern.ode.tableaus import Tableau, end_slope, tableau, torchdiffeq_den
 
 __all__ = ["Options", "name_from_torchdiffeq", "options_for"]
 
-#: Steps of a solve unless the user says more; with ``compat`` there is no limit but what a list of steps may hold.
+#: Default of ``max_steps``; with ``compat`` a number that only keeps the list of steps from filling the memory.
 _MAX_STEPS, _NO_LIMIT = 10_000, 10_000_000
 
-#: What the backward solve may have of its own.
+#: Settings that the backward solve may have different from the forward solve's.
 _BACKWARD = frozenset(
     [
         "method",
@@ -39,7 +39,7 @@ _BACKWARD = frozenset(
     ]
 )
 
-#: What torchdiffeq calls methods that have another name here.
+#: torchdiffeq's names of methods that have another name here.
 _TORCHDIFFEQ_NAMES = {"rk4": "rk4_38"}
 
 
@@ -130,7 +130,7 @@ class Options:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the steps follow the error."""
+        """Whether the error estimate chooses the steps."""
         return self.method.error is not None and self.step_size is None and self.grid is None
 
     @property

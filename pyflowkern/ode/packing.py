@@ -1,4 +1,4 @@
-"""States as the solvers see them: one contiguous tensor of float32 or float64."""
+"""Conversion of states: the user's tensor or tuple, and the solvers' one contiguous float32 or float64 tensor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Packing:
-    """Turns states of a user's shapes and dtypes into one tensor and back.
+    """Turns a state of the user's structure, shapes and dtypes into one tensor and back.
 
-    A tensor of float32 or float64 stays what it is.  The entries of a tuple are laid end to end, or side by side
-    after the batch axis where each sample has its own steps; half precision is integrated in float32, and a complex
-    number as two real ones, its real and its imaginary part.
+    A float32 or float64 tensor is used as it is.  The entries of a tuple are concatenated: flat, or along the second
+    axis where each sample has its own steps.  Half precision is integrated in float32, and a complex number as two real
+    ones, its real and its imaginary part.
 
     Args:
         state: an example.
@@ -46,7 +46,12 @@ class Packing:
         self.trivial = not (self.is_tuple or per_sample) and self.dtypes[0] == self.dtype
 
     def pack(self, state: Any) -> Tensor:
-        """Return one tensor; raise where the structure is not that of the first state."""
+        """Return a state or a result of the field as one tensor.
+
+        Raises:
+            TypeError: for another structure than that of the first state.
+            ValueError: for another shape.
+        """
         if self.trivial:
             if not isinstance(state, Tensor):
                 raise TypeError(f"func must return a tensor, got {type(state).__name__}")
@@ -81,7 +86,7 @@ class Packing:
         return torch.cat([e.reshape(-1).to(self.dtype) for e in parts])
 
     def unpack(self, y: Tensor, lead: Sequence[int] = ()) -> Any:
-        """Return the state of ``y``; ``lead`` are axes before those of the state."""
+        """Return the user's state from a packed one; ``lead`` are axes in front of those of the state."""
         if self.trivial:
             return y
         parts = y.split(self.sizes, -1) if self.is_tuple or self.per_sample else (y,)
@@ -92,11 +97,11 @@ class Packing:
         return entries if self.is_tuple else entries[0]
 
     def tolerance(self, name: str, value: Any, device: torch.device) -> float | Tensor:
-        """Return a tolerance as a number, or as a tensor that the packed state broadcasts with.
+        """Return a tolerance as a number, or as a tensor that broadcasts with the packed state.
 
         Args:
             name: for messages.
-            value: a number, a tensor for every number of a state, or a sequence with one of these for each entry.
+            value: a number, a tensor that broadcasts with the state, or a sequence of these, one for each entry.
             device: of the state.
         """
         if self.is_tuple and isinstance(value, Tensor) and value.dim() > 0:
@@ -121,7 +126,7 @@ class Packing:
     def _each(
         self, name: str, value: Any, shape: torch.Size, kind: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Return a tolerance for every number of an entry."""
+        """Return a tolerance for each element of an entry."""
         each = torch.as_tensor(value).detach().to(device, self.dtype)
         try:
             each = each.expand(shape)
@@ -133,7 +138,7 @@ class Packing:
 
 
 def check_allowed(rtol: float | Tensor, atol: float | Tensor) -> None:
-    """Raise where no error at all is allowed, which no step could keep to."""
+    """Raise ValueError where both tolerances are zero, which no step can meet."""
     if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
         none = bool(((torch.as_tensor(rtol) == 0) & (torch.as_tensor(atol) == 0)).any())
     else:
@@ -143,7 +148,7 @@ def check_allowed(rtol: float | Tensor, atol: float | Tensor) -> None:
 
 
 def _real(e: Tensor, kind: torch.dtype) -> Tensor:
-    """Return an entry as real numbers."""
+    """Return an entry as real numbers, complex ones as pairs in a last axis of length 2."""
     if not kind.is_complex:
         if e.is_complex():
             raise TypeError(f"func must return {kind} where y0 has it, got {e.dtype}")
@@ -154,7 +159,7 @@ def _real(e: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _restored(part: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-    """Return an entry of the user's shape and dtype."""
+    """Return an entry in the user's shape and dtype."""
     if not kind.is_complex:
         return part.reshape(shape).to(kind)
     return torch.view_as_complex(part.reshape((*shape, 2)).contiguous()).to(kind)
@@ -166,7 +171,7 @@ def parts_to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_tolerance(name: str, value: Any) -> bool:
-    """Raise for what is no tolerance; return whether it is a single number."""
+    """Raise TypeError or ValueError for a wrong tolerance; return whether it is a single number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if isinstance(value, Tensor) and value.numel() != 1:

@@ -1,4 +1,4 @@
-"""The tensors that a field depends on: found in the field itself, and in the graph of an evaluation."""
+"""Finds the tensors that a field depends on: in the graph of one evaluation, and by inspecting the field."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch import Tensor
 
 __all__ = ["leaf_node", "leaf_nodes", "parameters_of", "tensors_in"]
 
-#: Objects looked into: what a field reads is near it, and a solve shall not walk through a data set.
+#: Most objects to inspect.  What a field reads is close to it; a data set that it refers to must not be searched whole.
 LIMIT = 5000
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-#: What every module has besides its parameters, buffers, modules and what its author put there.
+#: Attributes that every module has; others are its author's.
 _OF_MODULES = frozenset(vars(torch.nn.Module()))
-#: Packages whose functions read no parameters of a user's.
+#: Packages whose functions read no global tensors of a user.
 _LIBRARIES = ("torch", "pyflowkern")
 
 
 def parameters_of(
     func: Any, slope: Tensor, given: Iterable[Tensor] | None, argument: Tensor | None = None
 ) -> tuple[list[Tensor], int]:
-    """Return the tensors that a field depends on and that want gradients, those of the evaluation first.
+    """Return the tensors that a field depends on and that require gradients.
 
     Args:
-        func: the user's field.
-        slope: an evaluation, recorded by autograd: the leaves of its graph.
-        given: the user's own list, which counts alone.
-        argument: a leaf that the evaluation was computed from, which does not count.
+        func: the user's field, which may read further tensors at other times.
+        slope: an evaluation of it that autograd recorded: the leaves of its graph come first.
+        given: the user's own list, which replaces the search.
+        argument: the state that the slope was evaluated at, a leaf that does not count.
 
     Returns:
-        The tensors, and how many of them the evaluation (or the user) named.
+        The tensors, and how many of them, the first ones, the evaluation has read (or the user has given).
     """
     if given is not None:
         named = [p for p in given if p.requires_grad]
@@ -54,22 +54,22 @@ def parameters_of(
 
 
 def leaf_node(leaf: Tensor) -> Any:
-    """Return the node of a graph that stands for a leaf."""
+    """Return the node that accumulates the gradient of a leaf."""
     return torch.autograd.graph.get_gradient_edge(leaf).node
 
 
 def leaf_node_variable(node: Any) -> Tensor | None:
-    """Return the leaf that a node stands for, None for a node of another kind."""
+    """Return the leaf whose gradient a node accumulates, None for a node of another kind."""
     leaf = getattr(node, "variable", None)
     return leaf if isinstance(leaf, Tensor) else None
 
 
 def leaf_nodes(value: Tensor, stop: Iterable[Any] = ()) -> Iterator[Any]:
-    """Yield the nodes that a graph ends in.
+    """Yield the nodes of a value's graph that have no parents.
 
     Args:
-        value: where it starts.
-        stop: nodes not to go beyond.
+        value: whose graph is searched.
+        stop: nodes at which the search turns back.
     """
     if not value.requires_grad:
         return
@@ -89,10 +89,10 @@ def leaf_nodes(value: Tensor, stop: Iterable[Any] = ()) -> Iterator[Any]:
 
 
 def tensors_in(func: Any) -> list[Tensor]:
-    """Return the leaves that want gradients and that a callable holds or may read.
+    """Return the leaves requiring gradients that a callable holds or may read.
 
-    Looked into are modules, closures, bound methods, ``functools.partial``, attributes, containers, and the globals
-    that the code of a function names; the nearest first, and :data:`LIMIT` objects at most.
+    The search goes through modules, closures, bound methods, ``functools.partial``, attributes, containers, and the
+    globals that a function's code names; breadth first, at most :data:`LIMIT` objects.
     """
     found: list[Tensor] = []
     seen: dict[int, Any] = {}
@@ -147,7 +147,7 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
     for cell in function.__closure__ or ():
         try:
             parts.append(cell.cell_contents)
-        except ValueError:  # not filled yet
+        except ValueError:  # a variable that has not been assigned yet
             continue
     if (function.__module__ or "").split(".")[0] in _LIBRARIES:
         return parts
@@ -164,7 +164,7 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the globals that a function reads, and all its names, those of functions defined inside included."""
+    """Return the globals that a function reads and all attribute names in its code, including inner functions."""
     names = {
         i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }

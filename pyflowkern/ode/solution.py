@@ -21,11 +21,11 @@ __all__ = ["DenseOutput", "Solution", "Stats", "Status", "Trajectory"]
 class Status(IntEnum):
     """How a solve ended; anything but ``ok`` leaves the last finite state in the rest of the output.
 
-    * ``ok``: at its last time.
-    * ``max_steps``: it took as many steps as it was allowed.
-    * ``dt_underflow``: the step that the tolerance asks for does not move the time.
-    * ``non_finite``: the same, where the field or the state was not finite: NaN, infinite, or before a pole.
-    * ``no_event``: at the end of :func:`pyflowkern.ode.odeint_event`, which met no event.
+    * ``ok``: it reached its last time.
+    * ``max_steps``: it took as many steps as ``max_steps`` allows.
+    * ``dt_underflow``: the tolerance asks for a step too small to change the time.
+    * ``non_finite``: the state or the field became NaN or infinite, however small the step, as at a pole.
+    * ``no_event``: :func:`pyflowkern.ode.odeint_event` reached ``max_time`` without an event.
 
     Example:
         >>> import torch
@@ -44,14 +44,15 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts of a solve; with a step size for each sample, of the batch's rounds.
+    """Counts of a solve.
 
-    Calls of the field in a backward pass, and one that finds its parameters where its slope is of no use, do not count.
+    With ``control="sample"`` all samples take a step together; such steps of the batch are counted, all as accepted.
+    Calls of the field in a backward pass are not counted, nor is one that only looks for parameters.
 
     Args:
         accepted: steps kept.
         rejected: steps repeated with a smaller size.
-        evaluations: calls of the field, those for the first step size included.
+        evaluations: calls of the field, including those that choose the first step size.
 
     Example:
         >>> import torch
@@ -65,26 +66,26 @@ class Stats:
     evaluations: int
 
 
-#: From the number of a step, a time in it and the state there, the same state with its gradients.
+#: ``(number of a step, a time within it, the state there) -> the same state with its gradients``.
 Inside = Callable[[int, float | Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Trajectory:
-    """What a solver hands on: outputs, and the steps from which a backward pass starts.
+    """What a loop returns: the outputs, and the accepted steps, which a backward pass needs.
 
     Args:
         ys: packed states at the output times, ``[T, ...]``.
-        status: of the whole, or an int8 tensor ``[N]``.
-        t: starts of the accepted steps.
+        status: of the solve, or an int8 tensor ``[N]`` with one for each sample.
+        t: start times of the accepted steps.
         dt: their signed lengths.
-        states: states at their starts; empty where no backward pass will come.
-        outputs: for every output the number of its step and the fraction of it, None for its end;
-            step -1 is the first state.
-        graphs: of the stages, where they were kept.
+        states: the states at their starts; empty where there will be no backward pass.
+        outputs: for each output, the number of the step that it lies in and the fraction of the step, None for the end
+            of the step; step -1 stands for the first state.
+        graphs: autograd graphs of the stages, with ``checkpoint=False``.
         slopes: of the stages, where a dense output was asked for.
         stats: counts.
-        inside: numbers of steps, and what gives states within these and later steps with their gradients.
+        inside: pairs of a step's number and the function that gives states in this step or later ones their gradients.
         end: time of the last accepted state where the solve ended early, else None.
     """
 
@@ -109,7 +110,7 @@ class Trajectory:
             self.slopes.append(slopes)
 
     def extend(self, later: Trajectory) -> None:
-        """Append the steps of a solve that went on from here, and take over how it ended."""
+        """Append the steps of a solve that continued from here, and its status."""
         self.status, self.end = later.status, later.end
         self.inside += [(len(self.t) + first, give) for first, give in later.inside]
         for name in ("t", "dt", "states", "slopes"):

@@ -65,39 +65,39 @@ def solve(
     backward: Mapping[str, Any] | None = None,
     compat: str | None = None,
 ) -> Solution:
-    r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0`` and never raise on account of numbers.
+    r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0``.
 
-    A solve that cannot go on ends with a status; the rest of its output is the last finite state, and gradients are
-    those of this state: of the steps that were accepted.
+    Numerical failure never raises.  A solve that cannot go on ends with a status, and fills the rest of its output with
+    the last finite state; gradients are then those of the accepted steps.
 
     Gradients reach ``y0``, ``t`` and whatever the field depends on:
 
-    * ``adjoint="direct"`` gives those of the discrete solution (the step sizes being constants), and can be
-      differentiated again.  Memory: the state at each step; with ``checkpoint=False`` the graphs of all stages, which
-      spares running the steps again.
+    * ``adjoint="direct"`` gives those of the discrete solution (step sizes count as constants), and can be
+      differentiated again.  It keeps the state at each step and repeats the steps in the backward pass; with
+      ``checkpoint=False`` it keeps the graphs of all stages instead, which is faster and takes more memory.
     * ``"continuous"`` solves the adjoint ODE backwards (Chen et al., 2018): constant memory, gradients of any order up
-      to the tolerance; ``seminorm`` leaves the parameters out of the error (Kidger, Chen and Lyons, 2021).  Where that
-      solve cannot go on, as from a pole, its gradients are NaN, with a warning.
+      to the tolerance; ``seminorm`` leaves the gradients of parameters out of the error norm (Kidger, Chen and Lyons,
+      2021).  Where that solve cannot go on, for example at a pole, the gradients are NaN, with a warning.
     * ``"reversible"`` takes the reversible form of the method (McCallum and Foster, 2024): constant memory, gradients
-      of its discrete solution up to rounding, twice the evaluations.  From a pole there is no way back: where a solve
-      ends with ``non_finite`` or ``dt_underflow``, the backward pass takes the accepted steps again and keeps them.
+      of its discrete solution up to rounding, twice the evaluations.  Steps towards a pole cannot be reversed: where a
+      solve ends with ``non_finite`` or ``dt_underflow``, the backward pass repeats the accepted steps and keeps them.
 
-    Second derivatives by ``t`` exist with ``"continuous"``; elsewhere asking for them is an error.
+    Second derivatives with respect to ``t`` exist with ``"continuous"`` only; elsewhere asking for them is an error.
 
     A field may have functions ``callback_step``, ``callback_accept_step`` and ``callback_reject_step`` as attributes:
     they are called with ``(t, y, dt)`` of each step, and those whose names end with ``_adjoint`` in the backward solve
     of ``"continuous"``, where ``y`` is the tuple that its ``norm`` is given.
 
-    The field must compute the same when it is called again.  It may call ``torch.autograd.grad`` itself, with
-    ``create_graph=True`` for gradients of what it depends on.  The tensors that it depends on are found by one recorded
-    evaluation at the start, and in the field: parameters of modules, closures, bound methods, ``functools.partial``,
-    attributes, containers and globals.  Where a backward pass meets a tensor that was not found, it raises
-    RuntimeError; name such tensors in ``params``, and those that are not leaves.
+    The field must be deterministic: a backward pass calls it again.  It may call ``torch.autograd.grad`` itself, with
+    ``create_graph=True`` where its parameters need gradients.  The tensors that the field depends on are found in the
+    graph of one evaluation at the start, and by inspecting the field: parameters of modules, closures, bound methods,
+    ``functools.partial``, attributes, containers and globals.  Where a backward pass meets a tensor that was not found,
+    it raises RuntimeError; name such tensors in ``params``, and tensors that are not leaves, too.
 
     Args:
         func: ``(t, y) -> dy/dt``; ``t`` is a 0-d tensor of the state's dtype, ``[N]`` with ``control="sample"``.
         y0: tensor or tuple of tensors; half precision is integrated in float32, a complex number as two real ones.
-        t: times of the output, monotone, the first that of ``y0``; numbers spare a copy from the device.  With
+        t: output times, monotone; the first is the time of ``y0``.  Plain numbers save a copy from the device.  With
             ``control="sample"`` also ``[T, N]``.
         method: "euler", "midpoint", "heun" (or "heun2"), "heun3", "rk4" (classical), "rk4_38", or with step control
             "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "tsit5", "dopri8"; or a :class:`Tableau`.
@@ -109,33 +109,35 @@ def solve(
         seminorm: see above.
         coupling: :math:`\lambda` of the reversible solver, in (0, 1].
         params: the tensors whose gradients are wanted, in place of those that are found.
-        step_size: largest fixed step; without it, a method without step control takes one step per output.  A method
-            with step control takes fixed steps when it is given.
-        first_step: else chosen by the algorithm of Hairer, Norsett and Wanner (1993), II.4.
+        step_size: largest fixed step; without it, a method without step control takes one step per output.  Where it
+            is given, a method with step control takes fixed steps, too.
+        first_step: size of the first adaptive step; by default from the algorithm of Hairer, Norsett and Wanner
+            (1993), II.4.
         min_step: steps of this size are accepted whatever their error.
         max_step: largest step.
-        max_steps: of the whole solve, rejected ones included; default 10,000, and with ``compat`` as many as it takes
-            (up to ten million).
-        control: "batch", one step size from one norm; "device", the same decided by tensors on the device of the
-            state, where each output between the first and the last costs an interpolation a step; or "sample", a time
-            and a step size for each sample.
-        check_every: rounds between two looks of the host at the device with ``control="sample"`` or ``"device"``;
-            default 1 on a CPU, else 8.
-        norm: of the scaled error.  "rms" is the root of its mean square, of a tuple the largest of its entries;
-            "max_sample" the largest of any sample, which no mean over a batch hides; "max" the largest number; or a
-            function of the error, which it is given as the state is.
+        max_steps: largest number of steps of the whole solve, rejected ones included; default 10,000, with ``compat``
+            ten million.
+        control: how steps are chosen.  "batch": one step size for the whole state.  "device": the same, but decided by
+            tensors on the state's device, without waiting for the host; each output between the first and the last
+            costs one interpolation per step.  "sample": a time and a step size for each sample.
+        check_every: with ``control="sample"`` or ``"device"``, the number of steps between two questions of the host
+            to the device whether the solve has ended; default 1 on a CPU, else 8.
+        norm: of the scaled error.  "rms" is the root mean square (of a tuple, the largest over its entries);
+            "max_sample" the largest root mean square over samples, so that a mean over the batch hides no sample;
+            "max" the largest absolute value; or a function, called with the error in the structure of the state.
         dense: also return the state as a function of time.
-        jump_t: times at which the field jumps: a step ends there, and the field is evaluated at the numbers next to
-            it, before and after.
-        grid: from the times of the output to those between which fixed steps are taken, with the same ends.
-        interp: "linear" or "cubic", between the steps of a ``grid``, and with ``compat`` of a ``step_size``.
+        jump_t: times at which the field is discontinuous: a step ends there, and the field is evaluated at the
+            floating-point numbers just before and just after.
+        grid: function from the output times to the times of the fixed steps, with the same first and last time.
+        interp: "linear" or "cubic": how outputs between the times of ``grid`` are interpolated, and, with ``compat``,
+            outputs between fixed steps of ``step_size``.
         perturb: evaluate the field just after the start and just before the end of each fixed step.
-        backward: what is different in the backward solve of ``adjoint="continuous"``, by name: ``method``, ``rtol``,
-            ``atol``, ``seminorm``, ``step_size``, ``first_step``, ``min_step``, ``max_step``, ``max_steps``, ``grid``,
-            ``interp``, ``perturb``, ``norm``: a name, or a function of a tuple, a zero for the time, the state's
-            entries, their adjoints, and the gradient of each parameter.
-        compat: "torchdiffeq" for its steps and evaluations: it steps over the end and interpolates, evaluates the end
-            of a step just before it, and calls the 3/8 rule "rk4".
+        backward: settings of the backward solve of ``adjoint="continuous"`` that differ from the forward solve's:
+            ``method``, ``rtol``, ``atol``, ``seminorm``, ``step_size``, ``first_step``, ``min_step``, ``max_step``,
+            ``max_steps``, ``grid``, ``interp``, ``perturb`` and ``norm``.  The norm is a name, or a function of one
+            tuple: a zero in place of the time, the state's entries, their adjoints, and the gradient of each parameter.
+        compat: "torchdiffeq" takes the same steps and evaluations as that package: the last step passes the end and is
+            interpolated, the field at the end of a step is evaluated just before it, and "rk4" is the 3/8 rule.
 
     Returns:
         A :class:`Solution`: ``ys [T, *shape]``, ``ts``, ``status``, ``stats``.
@@ -181,7 +183,7 @@ def solve(
 
 
 def warn_unless_ok(status: Status | Tensor) -> None:
-    """Warn of a solve that could not go on; a status that is still on a device is not looked at."""
+    """Warn if a solve ended early; a status on another device than the CPU is not read, which would wait for it."""
     if isinstance(status, Tensor):
         if status.device.type != "cpu" or not bool((status != Status.ok).any()):
             return
@@ -202,7 +204,7 @@ def warn_unless_ok(status: Status | Tensor) -> None:
 
 
 def _with_callbacks(func: Any, options: Options, packing: Packing) -> Options:
-    """Return the settings with the callbacks that the field has."""
+    """Return the settings with the callbacks that the field defines."""
     allowed = 3 if options.adaptive else 1
     if options.per_sample or options.on_device or options.adjoint == "reversible":
         allowed = 0
@@ -220,7 +222,7 @@ def _with_callbacks(func: Any, options: Options, packing: Packing) -> Options:
 
 
 def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tensor, Trajectory]]:
-    """Return :func:`_solve` for a field that jumps at given times."""
+    """Return a function like :func:`_solve` for a field that is discontinuous at given times."""
     jumps = jump_times(jump_t)
 
     def solver(
@@ -232,9 +234,9 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
         out = Trajectory(y0.new_empty(0), stats=Stats(0, 0, 0))
         found, y, left = [y0], y0, options.max_steps
         for part in stretches(times, jumps, y0):
-            # a step over the end, as torchdiffeq's, would be one over the jump
-            over = options.torchdiffeq and part.times[-1] == times[-1]
-            limited = replace(options, max_steps=max(left, 1), torchdiffeq=over)
+            # with compat="torchdiffeq" the last step passes the end; it must not pass a jump
+            may_pass_end = options.torchdiffeq and part.times[-1] == times[-1]
+            limited = replace(options, max_steps=max(left, 1), torchdiffeq=may_pass_end)
             if isinstance(t, Tensor) and t.requires_grad:
                 moments: Any = part.tensor(t)
             else:
@@ -293,7 +295,7 @@ def _solve(
 
 
 def _inside(problem: Problem, steps: Trajectory, y0: Tensor, found: Sequence[Tensor]) -> Inside:
-    """Return what gives states between the steps of a solve their gradients: a solve that ends there."""
+    """Return a function that gives interpolated states their gradients: those of a solve that ends at their time."""
 
     def give(i: int, t: float | Tensor, state: Tensor) -> Tensor:
         begin, end = problem.times[0], float(t)
@@ -321,7 +323,12 @@ def _first_slope(
     options: Options,
     params: Iterable[Tensor] | None,
 ) -> tuple[Graph | None, list[Tensor], int]:
-    """Evaluate the field at the start under autograd, for the tensors it depends on."""
+    """Evaluate the field at the start under autograd, and find the tensors that it depends on.
+
+    Returns:
+        The first state and its slope, None where the loop has to evaluate that itself; the tensors; and how many of
+        them, the first ones, are known to be read.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "ode.solve does not run inside transforms of torch.func: use torch.autograd.grad, "

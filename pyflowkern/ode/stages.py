@@ -1,4 +1,4 @@
-"""The slopes of a step in one buffer, and the sums over them: one pass each where a kernel is."""
+"""The slopes of a step in one buffer, and weighted sums over them: one pass over memory each where a kernel runs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _CHANGE = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
 class Stages:
     """The slopes ``[stages, *shape]`` of a step.
 
-    With a kernel, the slope that came last stays where the field left it, and the sum that needs it first puts it into
-    its row.  No field may be called in between: it may overwrite what it returned.
+    With a kernel, the newest slope stays in the tensor that the field returned, and the next sum copies it into its row
+    on the way.  No field may be called in between, because it may reuse that tensor's memory.
 
     Args:
-        c: tensors of the method.
-        count: of stages.
+        c: coefficients of the method.
+        count: number of stages.
         like: a contiguous state.
     """
 
@@ -43,13 +43,15 @@ class Stages:
         self.c = c
         self.buffer = like.new_empty((count, *like.shape))
         self.fused = count <= MAX_SLOPES and kernel_serves("rk_stage", like, dtypes=STATES)
-        self._fresh: Tensor | None = None
+        self._fresh: Tensor | None = None  # the newest slope, which belongs into row `_row`
         self._row = 0
         self._zero: Tensor | None = None
-        self._before: list[Tensor] = []  # the first slopes as columns, where torch takes the sums
+        self._columns: list[
+            Tensor
+        ] = []  # [i]: the first i slopes as columns, for sums without a kernel
 
     def put(self, i: int, slope: Tensor) -> None:
-        """Take a slope, which must not change before the next sum or the next look."""
+        """Store a slope; its memory must not change before the next sum or :meth:`settled`."""
         if self._fresh is not None:
             self.settled()
         if self.fused:
@@ -58,7 +60,7 @@ class Stages:
             self.buffer[i].copy_(slope)
 
     def settled(self) -> Tensor:
-        """Return all slopes, every one in its row."""
+        """Return all slopes, the newest one copied into its row."""
         if self._fresh is not None:
             self.buffer[self._row].copy_(self._fresh)
             self._fresh = None
@@ -73,7 +75,7 @@ class Stages:
             self.put(0, self.buffer[last])
 
     def moved(self, y: Tensor, i: int, dt: Step) -> Tensor:
-        """Return the argument of stage ``i``; with -1 the state after the step."""
+        """Return the state that stage ``i`` is evaluated at; with -1 the state after the step."""
         if self.fused:
             return self._sum(y, self.c.host_rows[i], dt)
         return self._plain(y, self.c.rows[i], dt)
@@ -93,23 +95,23 @@ class Stages:
 
     def increment(self, dt: Step) -> Tensor:
         """Return the change of the state over the step."""
-        return self.moved(self._nothing(), -1, dt)
+        return self.moved(self._zeros(), -1, dt)
 
     def error(self, dt: Step) -> Tensor:
         """Return the estimated error of the step."""
         if self.fused:
             assert self.c.host_error is not None
-            return self._sum(self._nothing(), self.c.host_error, dt)
+            return self._sum(self._zeros(), self.c.host_error, dt)
         assert self.c.error is not None
-        return self._plain(self._nothing(), self.c.error, dt)
+        return self._plain(self._zeros(), self.c.error, dt)
 
-    def _nothing(self) -> Tensor:
+    def _zeros(self) -> Tensor:
         if self._zero is None:
             self._zero = self.buffer.new_zeros(self.buffer.shape[1:])
         return self._zero
 
     def norm(self, weights: Tensor, y: Tensor, y1: Tensor, dt: Step, allowed: Allowed) -> Tensor:
-        """Return :func:`pyflowkern.ops.rk_error`; there must be a kernel."""
+        """Return the error norm, :func:`pyflowkern.ops.rk_error`, by the kernel."""
         fresh, self._fresh = self._fresh, None
         args = (y, y1, weights, *_split(dt), *allowed)
         found: Tensor
@@ -130,10 +132,10 @@ class Stages:
 
     def _plain(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
         buffer = self.settled()
-        if not self._before:
+        if not self._columns:
             flat = buffer.view(len(buffer), -1)
-            self._before = [flat[:i].t() for i in range(len(flat) + 1)]
-        slopes = self._before[len(weights)]
+            self._columns = [flat[:i].t() for i in range(len(flat) + 1)]
+        slopes = self._columns[len(weights)]
         if not isinstance(dt, Tensor):
             return torch.addmv(y.view(-1), slopes, weights, alpha=dt).view(y.shape)
         dt = dt.to(y.dtype)
@@ -143,7 +145,7 @@ class Stages:
 
 
 class ErrorNorm:
-    """The norm of the error of a step over what is allowed: 1 is the largest that is accepted.
+    """The norm of the scaled error of a step; a step is accepted up to 1.
 
     Args:
         stages: the slopes.
@@ -170,14 +172,14 @@ class ErrorNorm:
             self.scaled = Scaling(like, rtol, atol)
 
     def __call__(self, dt: Step, y: Tensor, y1: Tensor) -> Tensor:
-        """Return the norm of the step from ``y`` to ``y1``, NaN where this is not finite."""
+        """Return the norm for the step from ``y`` to ``y1``, NaN where ``y1`` is not finite."""
         if self.fused is not None:
             assert self.stages.c.host_error is not None
             return self.stages.norm(self.stages.c.host_error, y, y1, dt, self.fused)
         return self.options.norm(self.scaled(self.stages.error(dt), y, y1))
 
     def of_start(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norms of a state and of the first slope, which was computed there."""
+        """Return the scaled norms of a state and of the first slope, which was evaluated there."""
         if self.fused is None:
             o = self.options
             self.scale = y.abs().mul_(o.rtol).add_(o.atol)
@@ -186,7 +188,7 @@ class ErrorNorm:
         return _OPS.rk_error.default(y, y, y[None], _ONE, *_split(self.unit), *self.fused), slope
 
     def of_change(self, y: Tensor, slope: Tensor) -> Tensor:
-        """Return the norm of the difference of another slope from the first; it takes the place of the second."""
+        """Return the scaled norm of the difference between another slope and the first; overwrites the second."""
         if self.fused is None:
             return self.options.norm((slope - self.stages.settled()[0]) / self.scale)
         self.stages.put(1, slope)
@@ -194,5 +196,5 @@ class ErrorNorm:
 
 
 def _split(dt: Step) -> tuple[float, Tensor | None]:
-    """Return a step as the ops take it: a number, or a tensor."""
+    """Return a step as two arguments of the ops: a number, and a tensor that replaces it."""
     return (0.0, dt) if isinstance(dt, Tensor) else (dt, None)

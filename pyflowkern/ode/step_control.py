@@ -1,4 +1,4 @@
-"""The rules of adaptive steps, once: which step comes next, whether it is accepted, and when a solve cannot go on."""
+"""The rules of adaptive steps, shared by all loops: the next step, whether it is accepted, and when a solve fails."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pyflowkern.ode.solution import Status
 
 __all__ = ["StepControl"]
 
-UNDERFLOW = 1e-20  # of the whole interval: a step that no rounding of the time would show
+UNDERFLOW = 1e-20  # of the whole interval: shorter steps change nothing, though a time near 0 could still resolve them
 
 
 class _Numbers:
-    """Arithmetic of one solve, in numbers of the host."""
+    """The functions that :class:`StepControl` needs, for Python numbers."""
 
     finite = staticmethod(math.isfinite)
     larger = staticmethod(max)
@@ -37,7 +37,7 @@ class _Numbers:
 
 
 class _Tensors:
-    """The same where each number is a tensor: 0-d on the device of the state, or ``[N]`` for N samples."""
+    """The same for tensors: 0-d on the device of the state, or ``[N]`` for N samples."""
 
     finite = staticmethod(torch.isfinite)
     larger = staticmethod(torch.maximum)
@@ -49,18 +49,18 @@ class _Tensors:
 
 
 class StepControl:
-    r"""Steps that follow the error.
+    r"""Chooses adaptive steps and decides about them.
 
-    From the time ``t`` a step of size ``h`` is proposed, at most to ``target``.  It is accepted where the norm of its
-    error is at most 1, or its size at most ``min_step``.  After it the size is multiplied by
-    :func:`~pyflowkern.ode.controllers.next_factor` of that norm; an accepted step that ``target`` cut short says little
-    about the next one, so the size does not fall below the one that was proposed.
+    From the time ``t`` a step of size ``h`` is proposed, but not beyond ``target``.  It is accepted where the norm of
+    its scaled error is at most 1, or its size at most ``min_step``.  Then the size is multiplied by
+    :func:`~pyflowkern.ode.controllers.next_factor` of that norm.  The small error of an accepted step that ``target``
+    cut short says little about the next step, so the size then stays at least as large as it was before the cut.
 
-    Three things end a solve early: a step that does not move the time, or is below ``1e-20`` of the whole interval
-    (``dt_underflow``; ``non_finite`` if the norm before it was not finite), and more than ``max_steps`` steps.
+    A solve ends early where a step does not change the time or is below ``1e-20`` of the whole interval
+    (``dt_underflow``; ``non_finite`` if the last norm was not finite), and after ``max_steps`` steps.
 
-    Everything is a number of the host, or a tensor if ``t`` is one; then every attribute is, and nothing waits for
-    the device.
+    All quantities are Python numbers, or, if ``t`` is a tensor, all are tensors (except ``rounds``), and nothing waits
+    for the device.
 
     Args:
         options: settings of the solve.
@@ -72,17 +72,17 @@ class StepControl:
         t: time reached.
         h: size of the next step.
         status: of the solve, a :class:`Status` or a tensor of its values.
-        rounds: steps decided about, on the host.
+        rounds: number of calls of :meth:`decide`, always a Python number.
         t1: end of the proposed step.
         dt: its signed length, zero where the solve has ended.
         cut: whether ``target`` cut it short.
-        running: whether it is taken.
+        running: whether the solve goes on and the step is taken.
         bad: whether the norm of the last step was not finite.
     """
 
     def __init__(self, options: Options, t: Any, end: Any, h: Any) -> None:
         kind: Any = _Tensors if isinstance(t, Tensor) else _Numbers
-        self.on = kind
+        self.maths = kind
         self.t: Any = t
         self.h, self.rounds = h, 0
         self.smallest, self.largest = options.min_step, options.max_step
@@ -96,42 +96,43 @@ class StepControl:
         self._wanted = self._size = h
 
     def propose(self, target: Any, active: Any = True) -> None:
-        """Choose the next step; where there can be none, ``running`` is false and ``status`` says why.
+        """Propose the next step; where none is possible, ``running`` is false and ``status`` says why.
 
         Args:
-            target: time that the step must not pass; infinite if it may pass any.
+            target: time that the step must not pass; infinite for none.
             active: whether the solve has not ended yet.
         """
-        on, t, sign = self.on, self.t, self.sign
-        self._wanted = h = on.clamp(self.h, self.smallest, self.largest)
+        maths, t, sign = self.maths, self.t, self.sign
+        self._wanted = h = maths.clamp(self.h, self.smallest, self.largest)
         t1 = t + sign * h
         cut = sign * (t1 - target) >= 0
-        self.t1 = t1 = on.where(cut, target, t1)
-        self._size = h = on.where(cut, abs(target - t), h)
-        stuck = active & on.no(cut) & ((t1 == t) | (h < self.least) | on.no(on.finite(t1)))
-        failure = on.where(self.bad, Status.non_finite, Status.dt_underflow)
-        self.status = on.where(stuck, failure, self.status)
-        running = active & on.no(stuck)
+        self.t1 = t1 = maths.where(cut, target, t1)
+        self._size = h = maths.where(cut, abs(target - t), h)
+        too_small = (t1 == t) | (h < self.least) | maths.no(maths.finite(t1))
+        stuck = active & maths.no(cut) & too_small
+        failure = maths.where(self.bad, Status.non_finite, Status.dt_underflow)
+        self.status = maths.where(stuck, failure, self.status)
+        running = active & maths.no(stuck)
         if self.rounds >= self.max_steps:
-            self.status = on.where(running, Status.max_steps, self.status)
+            self.status = maths.where(running, Status.max_steps, self.status)
             running = running & False
-        self.dt = on.where(running, sign * h, 0.0)
+        self.dt = maths.where(running, sign * h, 0.0)
         self.cut, self.running = cut, running
 
     def decide(self, ratio: Any) -> Any:
         """Return whether the step is accepted, and choose the size of the next one.
 
         Args:
-            ratio: norm of the error, 1 for the largest that is allowed; NaN or infinite for a failed step.
+            ratio: norm of the scaled error, at most 1 within the tolerance; NaN or infinite for a failed step.
         """
-        on, h = self.on, self._size
+        maths, h = self.maths, self._size
         self.rounds += 1
-        self.bad = on.no(on.finite(ratio))
-        # the size asked for as well: what the target leaves of it may be rounded up
-        forced = on.smaller(h, self._wanted) <= self.smallest
-        accept = self.running & on.no(self.bad) & ((ratio <= 1) | forced)
-        proposal = h * on.next_factor(ratio, self.order)
-        longer = on.larger(proposal, self._wanted)
-        self.h = on.where(accept & self.cut, longer, proposal)
-        self.t = on.where(accept, self.t1, self.t)
+        self.bad = maths.no(maths.finite(ratio))
+        # a step cut at the target is `target - t` long, which rounding may have made longer than `min_step`
+        forced = maths.smaller(h, self._wanted) <= self.smallest
+        accept = self.running & maths.no(self.bad) & ((ratio <= 1) | forced)
+        proposal = h * maths.next_factor(ratio, self.order)
+        longer = maths.larger(proposal, self._wanted)
+        self.h = maths.where(accept & self.cut, longer, proposal)
+        self.t = maths.where(accept, self.t1, self.t)
         return accept

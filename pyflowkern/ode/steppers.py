@@ -1,4 +1,4 @@
-"""One Runge-Kutta step, its vector-Jacobian product, and dense output."""
+"""One Runge-Kutta step at a time, and interpolation within it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ def stage_times(c: Coefficients, t: float, dt: float, perturb: str) -> tuple[Ten
     """Return the times of the stages as 0-d tensors.
 
     Args:
-        c: of the method.
+        c: coefficients of the method.
         t: start of the step.
         dt: its signed length.
-        perturb: "end" keeps the times just before the end, as torchdiffeq does for fields that jump there, "both"
-            also just after the start, "" neither.
+        perturb: "end" moves times at the end of the step to just before it, as torchdiffeq does for fields that are
+            discontinuous there; "both" also moves times at the start to just after it; "" moves none.
     """
-    if (
-        c.nodes.device.type == "cpu" and not perturb
-    ):  # one call less; elsewhere it would wait for a copy
+    # one call of torch fewer; on other devices this would wait for a copy
+    if c.nodes.device.type == "cpu" and not perturb:
         return torch.tensor([node * dt + t for node in c.host_nodes], dtype=c.dtype).unbind()
     if not perturb:
         return (c.nodes * dt + t).to(c.dtype).unbind()
@@ -52,16 +51,18 @@ class Stepper:
         self.c = coefficients(method, like.dtype, like.device)
         self.stages = Stages(self.c, method.stages, like)
         self.evaluations = 0
-        self.graphs: list[Graph] | None = None  # of the last step, where it shall be kept
+        self.graphs: list[Graph] | None = (
+            None  # of the last step; a list if they are to be recorded
+        )
         self._last: Graph | None = None
 
     @property
     def slopes(self) -> Tensor:
-        """The slopes of the last step, ``[stages, *shape]``, in memory that the next one overwrites."""
+        """The slopes of the last step, ``[stages, *shape]``; the next step overwrites them."""
         return self.stages.settled()
 
     def start(self, t: float, y: Tensor, dt: float = 0.0) -> None:
-        """Evaluate the first slope at a new state; of a step of length ``dt`` just after its start if asked for."""
+        """Evaluate the slope at a new state, where a step of length ``dt`` starts."""
         if self.graphs is not None:
             self.graphs = []
         time = torch.full((), t, dtype=y.dtype, device=y.device)
@@ -72,7 +73,7 @@ class Stepper:
             self._last = self.graphs[0]
 
     def set_first(self, graph: Graph) -> None:
-        """Take the first slope, and the state it was computed from, from elsewhere."""
+        """Use a first slope that is known already, with the state that it was computed from."""
         self.stages.put(0, graph[1].detach())
         self._last = graph
 
@@ -83,7 +84,7 @@ class Stepper:
             self._last = self.graphs[-1]
 
     def step(self, t: float, dt: float, y: Tensor) -> Tensor:
-        """Return the state after a step; the first slope must be there."""
+        """Return the state after a step, whose first slope :meth:`start` or :meth:`advance` has provided."""
         method = self.method
         times = stage_times(self.c, t, dt, self.perturb)
         if self.graphs is not None:
@@ -96,13 +97,13 @@ class Stepper:
         return arg if method.fsal else self.stages.moved(y, -1, dt)
 
     def increment(self, t: float, dt: float, y: Tensor, error: bool = False) -> Tensor:
-        """Return the change of the state over a step that starts anywhere.
+        """Return the change of the state over a step, whose first slope is evaluated, too.
 
         Args:
             t: start.
             dt: signed length.
             y: state.
-            error: also compute the slopes that only the error needs.
+            error: also evaluate the stages that only the error estimate needs.
         """
         method = self.method
         stages = method.stages if error else method.needed

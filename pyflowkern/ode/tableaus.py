@@ -36,11 +36,11 @@ class Tableau:
     Args:
         name: as ``method`` takes it.
         order: of convergence.
-        a: rows below the diagonal, the first one empty.
+        a: the rows of the matrix below its diagonal, the first one empty.
         b: weights of the step.
         c: nodes.
-        error: ``b`` less the weights of the embedded method; None without step control.
-        dense: ``p``, the polynomials of the dense output without their constant term.
+        error: ``b`` minus the weights of the embedded method; None for a method without step control.
+        dense: ``p``, the coefficients of the dense output: for each stage those of theta, theta^2, ...
 
     Source: Hairer, Norsett and Wanner (1993), II.1 and II.6.
 
@@ -63,17 +63,17 @@ class Tableau:
 
     @property
     def stages(self) -> int:
-        """Number of stages, one that only gives the slope at the end included."""
+        """Number of stages, including one that only gives the slope at the end."""
         return len(self.b)
 
     @property
     def fsal(self) -> bool:
-        """Whether the last stage is the slope at the end, the first stage of the next step."""
+        """Whether the last stage is the slope at the end, and so the first stage of the next step."""
         return self.b[-1] == 0 and self.a[-1] == self.b[:-1] and self.c[-1] == 1
 
     @property
     def needed(self) -> int:
-        """Number of stages that the result depends on."""
+        """Number of stages that the state after the step depends on."""
         return max(i for i, weight in enumerate(self.b) if weight != 0) + 1
 
 
@@ -95,8 +95,8 @@ class Coefficients:
 
 @lru_cache(maxsize=256)
 def coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> Coefficients:
-    """Return the tensors of a method; kept, since making them costs more than a step."""
-    with torch.inference_mode(False):  # they outlive whatever mode they are first asked for in
+    """Return the tensors of a method; cached, since making them costs more than a step."""
+    with torch.inference_mode(False):  # later calls may need them for autograd
         return _coefficients(method, dtype, device)
 
 
@@ -132,7 +132,7 @@ def dense_weights(method: Tableau, theta: float) -> list[float]:
 
 
 def hermite(b: Row) -> tuple[Row, ...]:
-    """Cubic through both states with both slopes, for a method whose last stage is the end slope."""
+    """Return the cubic Hermite interpolation, for a method whose last stage is the slope at the end."""
     rows = [[0.0, 3 * w, -2 * w] for w in b]
     rows[0] = [p + q for p, q in zip(rows[0], (1.0, -2.0, 1.0), strict=True)]
     rows[-1] = [p + q for p, q in zip(rows[-1], (0.0, -1.0, 1.0), strict=True)]
@@ -140,7 +140,7 @@ def hermite(b: Row) -> tuple[Row, ...]:
 
 
 def quartic(b: Row, middle: Row) -> tuple[Row, ...]:
-    """Quartic through both states with both slopes, and ``y + h sum(middle k)`` half way."""
+    """Return the quartic with the states and slopes at both ends, and the state ``y + h sum(middle k)`` half way."""
     rows = [
         [0.0, -5 * w + 16 * m, 14 * w - 32 * m, -8 * w + 16 * m]
         for w, m in zip(b, middle, strict=True)
@@ -151,12 +151,12 @@ def quartic(b: Row, middle: Row) -> tuple[Row, ...]:
 
 
 def linear(b: Row) -> tuple[Row, ...]:
-    """Return the chord between both states."""
+    """Return the linear interpolation between both states."""
     return tuple((w,) for w in b)
 
 
 def end_slope(method: Tableau) -> Tableau:
-    """Return the method with one more stage, the end slope, and the cubic dense output it allows."""
+    """Return the method with dense output: if it has none, the cubic one, with a stage for the slope at the end."""
     if method.dense is not None:
         return method
     if not method.fsal:
@@ -167,7 +167,10 @@ def end_slope(method: Tableau) -> Tableau:
 
 
 def _tsit5_dense() -> tuple[Row, ...]:
-    """Return Tsitouras (2011), section 4: ``scale theta^2 (theta^2 + u theta + v)`` and the first row apart."""
+    """Return the dense output of Tsitouras (2011), section 4.
+
+    The first stage has a formula of its own, the others ``scale theta^2 (theta^2 + u theta + v)``.
+    """
     scale, p, q, r = (
         -1.0530884977290216,
         1.3299890189751412,
@@ -353,8 +356,8 @@ TABLEAUS = {
 #: Other names of methods.
 _ALIASES = {"heun2": "heun"}
 
-#: Methods of torchdiffeq that are not here: what they are, and the explicit method of the same order (or of the order
-#: nearest to it), with step control where they have it.
+#: Methods of torchdiffeq that this package does not have: what they are, and the explicit method to use instead, of
+#: the same or the nearest order, with step control where they have it.
 _NEAREST = {
     "explicit_adams": ("an Adams method", "rk4"),
     "implicit_adams": ("an Adams method", "rk4"),
@@ -373,7 +376,7 @@ _NEAREST = {
 
 
 def torchdiffeq_dense(method: Tableau) -> Tableau:
-    """Return the method with the dense output of torchdiffeq: always a quartic through a value half way."""
+    """Return the method with torchdiffeq's dense output, which is a quartic through the state half way."""
     if method.name == "bosh3":
         return replace(method, dense=quartic(method.b, (0.0, 0.5, 0.0, 0.0)))
     if method.name == "dopri8":

@@ -1,4 +1,4 @@
-"""Times of the output, checked."""
+"""Checks of the output times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ __all__ = ["output_times"]
 
 
 def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[Any, Tensor]:
-    """Return the times as the solver wants them and as a tensor; raise unless monotone and finite."""
+    """Return the times as the loops take them (a list of numbers, or ``[T, N]`` per sample), and as a float64 tensor.
+
+    Raises:
+        TypeError: for times that are not floating-point numbers.
+        ValueError: for times of a wrong shape, or not finite and monotone.
+    """
     times: list[float] | None = None
     if isinstance(t, Tensor):
         if not t.is_floating_point():
@@ -40,7 +45,7 @@ def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> t
         if not bool(fine):
             raise ValueError("t must be finite and monotone for each sample")
         return columns.contiguous(), ts
-    if times is None:  # numbers that were given stay numbers: a compiler knows them
+    if times is None:  # numbers stay the user's own: torch.export then knows their values
         times = ts.tolist()
     most = torch.finfo(y0.dtype).max
     if any(most < abs(v) < math.inf for v in times):

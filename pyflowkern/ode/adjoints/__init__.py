@@ -1,1 +1,1 @@
-"""The backward passes: of the discrete solution, of the continuous adjoint equation, of the reversible solver."""
+"""The backward passes: through the discrete solution, by the continuous adjoint equation, of the reversible solver."""

@@ -1,8 +1,8 @@
 """The continuous adjoint: an ODE of state, adjoint and parameter gradients, solved backwards in time.
 
-Memory does not grow with the number of steps; the gradient is that of the flow up to the error of the backward solve,
-not that of the discrete solution (Chen et al., 2018).  Where a backward pass is itself recorded, the backward solve is
-a node of this kind, so derivatives of any order come from solves, too.
+Memory does not grow with the number of steps.  The gradient is that of the exact flow up to the error of the backward
+solve, not that of the discrete solution (Chen et al., 2018).  Under ``create_graph=True`` the backward solve is itself
+a :class:`Continuous` node, so derivatives of any order come from further solves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Continuous"]
 
 
 class Continuous(torch.autograd.Function):
-    """A whole solve as one node."""
+    """A whole solve as one node of the autograd graph."""
 
     @staticmethod
     def forward(
@@ -53,10 +53,8 @@ class Continuous(torch.autograd.Function):
                 try:
                     first, found = _solve_back(problem, ys, grads, t, params, read)
                     break
-                except (
-                    _ReadLater
-                ) as later:  # at another time the field reads more: begin again with all
-                    read += later.numbers
+                except _MoreRead as more:  # start again with these, too
+                    read += more.numbers
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
                 given = t if torch.is_grad_enabled() else None
@@ -66,8 +64,8 @@ class Continuous(torch.autograd.Function):
         return (None, first + grads[0], grad_t, *totals)
 
 
-class _ReadLater(RuntimeError):
-    """A field reads parameters that have no place in the state of the backward solve yet."""
+class _MoreRead(RuntimeError):
+    """The field has read parameters whose gradients are not part of the backward solve's state yet."""
 
     def __init__(self, numbers: list[int]) -> None:
         super().__init__("func reads tensors that it did not read before: name them in params=")
@@ -82,7 +80,22 @@ def _solve_back(
     params: Sequence[Tensor],
     read: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the first state and, laid end to end, of the parameters whose numbers are ``read``."""
+    """Solve the adjoint ODE from the last output to the first.
+
+    Args:
+        problem: the forward solve.
+        ys: its outputs.
+        grads: their cotangents.
+        t: the output times, if their gradients are wanted.
+        params: the tensors that may be read.
+        read: indices of those that are known to be read; only their gradients are integrated.
+
+    Returns:
+        The gradients of the first state and, concatenated, of the parameters in ``read``.
+
+    Raises:
+        _MoreRead: where the field reads further parameters.
+    """
     n, shape = ys[0].numel(), ys[0].shape
     wanted = [params[i] for i in read]
     width = sum(_numbers(p) for p in wanted)
@@ -122,9 +135,9 @@ def _solve_back(
 def _augmented(
     problem: Problem, shape: torch.Size, params: Sequence[Tensor], read: Sequence[int]
 ) -> Field:
-    r"""Return the field of the state, the adjoint and the gradients of what is read: :math:`(f, -a^T f_y, -a^T f_p)`.
+    r"""Return the adjoint ODE's field of (state, adjoint, gradients of what is read): :math:`(f, -a^T f_y, -a^T f_p)`.
 
-    While a graph is recorded, so are the vector-Jacobian products.
+    Where the augmented state requires a gradient, the vector-Jacobian products are recorded for another derivative.
     """
     n, wanted = shape.numel(), [params[i] for i in read]
     sizes = [_numbers(p) for p in wanted]
@@ -138,7 +151,7 @@ def _augmented(
             slope = problem.field(t, y)
             parameters.look(slope, y, () if y.grad_fn is None else (y.grad_fn,))
             if len(parameters.read) > len(read) and (more := set(parameters.read) - set(read)):
-                raise _ReadLater(sorted(more))
+                raise _MoreRead(sorted(more))
             found: Sequence[Tensor | None] = [None] * (1 + len(wanted))
             if slope.requires_grad:
                 a = -state[n : 2 * n].view(shape).to(slope.dtype)
@@ -161,12 +174,12 @@ def _augmented(
 
 
 class _AdjointNorm:
-    """The largest of the norms of state, adjoint and, unless left out, the gradients of each parameter.
+    """The largest of the norms of state, adjoint, and gradients of each parameter that counts.
 
     Args:
         state: the norm of a state.
         shape: of a packed state.
-        sizes: of the parameters that count.
+        sizes: of the parameters that count: none with the seminorm.
     """
 
     def __init__(self, state: Norm, shape: torch.Size, sizes: Sequence[int]) -> None:
@@ -182,7 +195,7 @@ class _AdjointNorm:
 
 
 def _split(r: Tensor, shape: torch.Size, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return state, adjoint and the gradients of the parameters from what is solved backwards."""
+    """Divide an augmented state into state, adjoint and the gradient of each parameter."""
     n, sizes = shape.numel(), [_numbers(p) for p in params]
     y, a, *grads = r.split([n, n, *sizes])
     shaped = [_shaped(g, p) for g, p in zip(grads, params, strict=True)]
@@ -190,16 +203,15 @@ def _split(r: Tensor, shape: torch.Size, params: Sequence[Tensor]) -> tuple[Tens
 
 
 def _augmented_norm(options: Options, shape: torch.Size, params: Sequence[Tensor]) -> Norm:
-    """Return the norm of the backward solve: that of the forward solve, of each part the largest."""
+    """Return the norm of the backward solve: the largest over its parts of the forward solve's norm."""
     user = options.augmented_norm
     if user is not None:
         return lambda r: user(*_split(r, shape, params))
     sizes = [_numbers(p) for p in params]
     counted = [] if options.seminorm else list(sizes)
     entries = options.norm.sizes or [shape.numel()] if isinstance(options.norm, Rms) else []
-    if (
-        sum(entries) != shape.numel()
-    ):  # of another kind, or one that leaves a part of the state out
+    # a norm of another kind, or one that ignores a part of the state
+    if sum(entries) != shape.numel():
         return _AdjointNorm(options.norm, shape, counted)
     return Rms([*entries, *entries, *counted])
 
@@ -237,7 +249,7 @@ def _augmented_options(
         first_step=first_step,
         callbacks=callbacks,
         backward_callbacks=None,
-        augmented_norm=None,  # a function of these parts alone; the adjoint of the adjoint has more
+        augmented_norm=None,  # the user's knows these parts only; an adjoint of the adjoint has more
     )
 
 

@@ -1,7 +1,7 @@
-"""Gradients of the discrete solution: the steps are run again backwards, one at a time.
+"""Gradients of the discrete solution: each accepted step is repeated with a graph, from the last to the first.
 
-Of the forward pass only the state at the start of each accepted step is kept (or, with ``checkpoint=False``, the graphs
-of its stages); rejected steps and the choice of step sizes are constants.
+The forward pass keeps only the state at the start of each accepted step (or, with ``checkpoint=False``, the graphs of
+its stages).  Step sizes count as constants.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["Direct", "integrator", "run"]
 
 
 def integrator(options: Options) -> Callable[..., Trajectory]:
-    """Return what takes steps of one size for the whole state."""
+    """Return the loop for these settings, of those with one step size for the whole state."""
     if options.on_device:
         return device.integrate
     return adaptive.integrate if options.adaptive else fixed.integrate
 
 
 def run(problem: Problem, y0: Tensor, record: bool) -> Trajectory:
-    """Solve forward."""
+    """Solve forward; with ``record`` keep what a backward pass needs."""
     if problem.recorded is not None:
         return problem.recorded
     o = problem.options
@@ -43,7 +43,7 @@ def run(problem: Problem, y0: Tensor, record: bool) -> Trajectory:
 
 
 class Direct(torch.autograd.Function):
-    """A whole solve as one node."""
+    """A whole solve as one node of the autograd graph."""
 
     @staticmethod
     def forward(
@@ -84,17 +84,18 @@ class Direct(torch.autograd.Function):
 
 
 def _by_step(trajectory: Trajectory) -> list[list[tuple[int, float | None]]]:
-    """Return the outputs of each step; the first list is of those that are the first state."""
+    """Return the outputs that lie in each step, as (number, fraction); entry 0 lists those that are the first state."""
     steps: list[list[tuple[int, float | None]]] = [[] for _ in range(len(trajectory.t) + 1)]
     for i, (step, theta) in enumerate(trajectory.outputs[1:], 1):
         steps[step + 1].append((i, theta))
     return steps
 
 
-# --- one size for all ----------------------------------------------------------------------------
+# --- one step size for the whole state -----------------------------------------------------------
 
 
 def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gradients) -> Tensor:
+    """Return the gradient that reaches the first state through the steps, and add up those of parameters."""
     method, perturb = problem.options.method, problem.options.perturbed
     at = _by_step(trajectory)
     cotangent = torch.zeros_like(grads[0])
@@ -108,7 +109,7 @@ def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gr
                 cotangent = cotangent + grads[i]
             elif not problem.options.linear:
                 inside.append((theta, grads[i]))
-            else:  # between the ends of a fixed step: linear
+            else:  # linear interpolation between the ends of a fixed step
                 cotangent = torch.add(cotangent, grads[i], alpha=theta)
                 chord = torch.add(chord, grads[i], alpha=1 - theta)
         if trajectory.graphs:
@@ -127,6 +128,7 @@ def _pull(problem: Problem, trajectory: Trajectory, grads: Tensor, gradients: Gr
 
 
 def _replay(problem: Problem, trajectory: Trajectory, y: Tensor) -> Tensor:
+    """Take the accepted steps from ``y`` again, recorded by autograd, and return the outputs."""
     method, perturb = problem.options.method, problem.options.perturbed
     at = _by_step(trajectory)
     c = coefficients(method, y.dtype, y.device)
@@ -149,18 +151,19 @@ def _replay(problem: Problem, trajectory: Trajectory, y: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-# --- a size for each sample ----------------------------------------------------------------------
+# --- a step size for each sample -----------------------------------------------------------------
 
 
 def _column(dt: Tensor, y: Tensor) -> Tensor:
+    """Return step sizes as a column that multiplies a state."""
     return dt[:, None].to(y.dtype)
 
 
 def _stand_in(trajectory: SampleTrajectory) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what puts a sample that went well in the place of those that failed, where these no longer move.
+    """Return a function that replaces failed samples, once they no longer move, by one that did not fail.
 
-    The slope of a sample that failed need not be finite, and zero times its derivative would be NaN in the gradients
-    of the parameters.
+    The field's derivative at a failed sample may not be finite.  Its cotangent there is zero, but zero times infinity
+    would put NaN into the gradients of the parameters.
     """
     failed = torch.as_tensor(trajectory.status) != 0
     if not trajectory.t:
@@ -171,8 +174,8 @@ def _stand_in(trajectory: SampleTrajectory) -> Callable[[Tensor, Tensor], Tensor
     def stand_in(x: Tensor, dt: Tensor) -> Tensor:
         if donor is None:
             return x
-        idle = failed & (dt == 0)
-        return torch.where(idle.view(-1, *[1] * (x.dim() - 1)), x.detach()[donor], x)
+        stopped = failed & (dt == 0)
+        return torch.where(stopped.view(-1, *[1] * (x.dim() - 1)), x.detach()[donor], x)
 
     return stand_in
 
@@ -183,7 +186,7 @@ def _pull_samples(
     grads: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """As :func:`_pull`; the slopes are scaled by each sample's step, so the weights keep a step of one."""
+    """As :func:`_pull`; the field is multiplied by each sample's step size, and the steps then have length one."""
     method, field = problem.options.method, problem.field
     cotangent = torch.where(trajectory.missing[..., None], grads, 0.0).sum(0)
     rows = torch.arange(grads.shape[1], device=grads.device)
@@ -198,15 +201,16 @@ def _pull_samples(
         h = _column(dt, y)
         times = [(t + node * dt).to(y.dtype) for node in method.c[: method.needed]]
 
-        def by_step(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
+        def scaled(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
             return field(s, x) * h
 
-        graphs, _ = record_stages(by_step, c, method.needed, times, 1.0, y)
+        graphs, _ = record_stages(scaled, c, method.needed, times, 1.0, y)
         cotangent = cotangent + step_pullback(method, c, graphs, 1.0, cotangent, gradients)
     return cotangent
 
 
 def _replay_samples(problem: Problem, trajectory: SampleTrajectory, y: Tensor) -> Tensor:
+    """As :func:`_replay`."""
     method = problem.options.method
     c = coefficients(method, y.dtype, y.device)
     count = problem.times.shape[0]
@@ -218,12 +222,12 @@ def _replay_samples(problem: Problem, trajectory: SampleTrajectory, y: Tensor) -
         h, t = _column(dt, y), stand_in(t, dt)
         times = [(t + node * dt).to(y.dtype) for node in method.c]
 
-        def by_step(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
+        def scaled(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
             return problem.field(s, x) * h
 
-        y1, _ = differentiable_step(by_step, method, c, times, 1.0, stand_in(y, dt))
-        stay = (h == 0) & (torch.as_tensor(trajectory.status) != 0)[:, None]
-        y = torch.where(stay, y, y1)
+        y1, _ = differentiable_step(scaled, method, c, times, 1.0, stand_in(y, dt))
+        stopped = (h == 0) & (torch.as_tensor(trajectory.status) != 0)[:, None]
+        y = torch.where(stopped, y, y1)
         for i in range(1, count):
             mine = (reached & (slot == i))[:, None]
             outputs[i] = torch.where(mine, y, outputs[i])

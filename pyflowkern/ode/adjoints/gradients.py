@@ -1,4 +1,4 @@
-"""Gradients of what a field reads, summed over its evaluations."""
+"""Gradients of the tensors that a field reads, summed over its evaluations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Parameters:
     """The tensors whose gradients a solve returns, and which of them the field has been seen to read.
 
     Args:
-        tensors: all of them.
-        complete: whether they are the user's own list; else the graph of every evaluation is searched, and reading a
-            tensor beyond them is an error: its gradient would be lost in silence.
+        tensors: the tensors that may be read.
+        complete: whether they are the user's own list, which is trusted.  Otherwise the graph of every evaluation is
+            searched, and reading any other tensor is an error, since its gradient would be lost in silence.
     """
 
     def __init__(self, tensors: Sequence[Tensor], complete: bool) -> None:
@@ -32,11 +32,11 @@ class Parameters:
 
         Args:
             value: result of the field.
-            argument: a leaf that it was computed from, which does not count.
-            stop: nodes of the graph not to go beyond.
+            argument: the state that it was computed from, a leaf that does not count.
+            stop: nodes of the graph at which the search turns back.
 
         Raises:
-            RuntimeError: where it reads a tensor that is none of them.
+            RuntimeError: where the value depends on a tensor that is not among :attr:`tensors`.
         """
         if self.complete:
             return
@@ -61,18 +61,18 @@ class Parameters:
 
 
 class Gradients(Parameters):
-    """The same with one sum for each tensor, None while zero."""
+    """Parameters with one gradient for each, summed over evaluations; None where there is none yet."""
 
     def __init__(self, tensors: Sequence[Tensor], complete: bool) -> None:
         super().__init__(tensors, complete)
         self.totals: list[Tensor | None] = [None] * len(tensors)
 
     def pull(self, value: Tensor, argument: Tensor, cotangent: Tensor) -> Tensor | None:
-        """Return the gradient of ``argument``, None if it has none, and add those of the parameters.
+        """Return the gradient of ``argument``, None if it has none, and add up those of the parameters.
 
         Args:
             value: result of the field, recorded.
-            argument: a leaf that it was computed from.
+            argument: the state that it was computed from, a leaf.
             cotangent: of ``value``.
         """
         if not value.requires_grad:
@@ -82,7 +82,7 @@ class Gradients(Parameters):
             value,
             (argument, *self.wanted()),
             cotangent.view(value.shape).to(value.dtype),
-            retain_graph=True,  # what the field reads may hang on a graph of the caller's
+            retain_graph=True,  # the field may read results of a graph that the caller still needs
             allow_unused=True,
         )
         sums: list[Tensor] = []

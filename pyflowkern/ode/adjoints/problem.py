@@ -1,4 +1,4 @@
-"""What the adjoints share: the problem, the parameters of its field, and gradients of times."""
+"""What the adjoints share: the description of a solve, gradients of its times, and gradients by a recorded replay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_SECOND_BY_TIME = (
 
 
 def autocast_like_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return a maker of the autocast context that is on now: a backward pass starts without one."""
+    """Return a function that makes the autocast context of this moment again, for the backward pass, which has none."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
@@ -39,13 +39,13 @@ class Problem:
         field: of packed states.
         times: of the outputs; a float64 tensor ``[T, N]`` where each sample has its own.
         options: settings.
-        first: the first state, a leaf, and its slope.
+        first: the first state, a leaf, and its slope, if known.
         context: see :func:`autocast_like_now`.
         complete: whether the user named the parameters; see :class:`~pyflowkern.ode.adjoints.gradients.Parameters`.
         read: how many of the parameters, the first ones, are known to be read.
-        recorded: what the forward pass would find, if it is known.
-        result: what the forward pass found, without what only the backward pass needs.
-        end: the time it came to where it ended early, else None.
+        recorded: the trajectory, if it is known already; the forward pass then returns it instead of solving.
+        result: the trajectory of the forward pass, without what only the backward pass needs.
+        end: the time that was reached, where the solve ended early, else None.
     """
 
     field: Field
@@ -60,7 +60,7 @@ class Problem:
     end: float | None = None
 
     def reached(self) -> list[float]:
-        """Return the output times; those that the solve did not come to are where it ended, as their states are."""
+        """Return the output times; those not reached are replaced by where the solve ended, as their states are."""
         times: list[float] = list(self.times)
         if self.end is None:
             return times
@@ -68,7 +68,7 @@ class Problem:
         return [within(t, self.end) for t in times]
 
     def finish(self, t: Trajectory) -> None:
-        """Keep the part of a trajectory that the caller is told."""
+        """Keep the part of a trajectory that the caller of the solve gets."""
         self.result = Trajectory(t.ys, t.status, stats=t.stats)
         if self.options.dense:
             self.result.t, self.result.dt = t.t, t.dt
@@ -79,17 +79,18 @@ class Problem:
 def time_gradients(
     problem: Problem, ys: Tensor, grads: Tensor, first: Tensor, given: Tensor | None = None
 ) -> Tensor:
-    r"""Return the gradients of the output times, those of the flow itself.
+    r"""Return the gradients of the output times, by the formulas of the exact flow.
 
-    :math:`\partial y(t_i) / \partial t_i = f(t_i, y_i)`, and moving the start is to start from
-    :math:`y_0 - f(t_0, y_0) dt_0`; they hold up to the error of the solve.  A time that it did not come to has none.
+    :math:`\partial y(t_i) / \partial t_i = f(t_i, y_i)`, and a shift :math:`dt_0` of the start has the effect of
+    starting from :math:`y_0 - f(t_0, y_0) dt_0`.  Both hold up to the error of the solve.  A time that was not reached
+    has gradient zero.
 
     Args:
-        problem: that was solved.
-        ys: states there.
+        problem: the solve.
+        ys: its outputs.
         grads: their cotangents.
-        first: what reaches the first state through the later ones.
-        given: the times as the user's tensor, where they are to be differentiated again.
+        first: the cotangent of the first state through the later outputs.
+        given: the user's tensor of times, where the gradients are to be differentiated again.
     """
     found = []
     constant = torch.tensor(problem.times, dtype=ys.dtype, device=ys.device)
@@ -104,10 +105,10 @@ def time_gradients(
 
 
 class Gate(torch.autograd.Function):
-    """Pass a tensor on, and its gradient only while open.
+    """The identity; its gradient passes only while the gate is open.
 
-    A gradient with respect to parameters shall not run on into what the first state was computed from, yet be
-    differentiable with respect to that state.
+    While the gradients of a replay are computed, the gate is closed, so that they do not run on into the graph that the
+    first state comes from.  Afterwards it is open, so that they can be differentiated with respect to that state.
     """
 
     @staticmethod
@@ -130,7 +131,16 @@ def gradients_of_replay(
     params: Sequence[Tensor],
     grads: Tensor,
 ) -> list[Tensor | None]:
-    """Return the gradients of ``y0``, ``t`` and ``params`` as expressions that autograd can differentiate again."""
+    """Return the gradients of ``y0``, ``t`` and ``params``, with a graph, so that they can be differentiated again.
+
+    Args:
+        replay: repeats the solve from a first state, recorded by autograd, and returns the outputs.
+        problem: the solve.
+        y0: first state.
+        t: output times, if their gradients are wanted.
+        params: the tensors that the field may read.
+        grads: cotangents of the outputs.
+    """
     is_open, parameters = [False], Parameters(params, problem.complete)
     with torch.enable_grad(), problem.context():
         start = Gate.apply(y0, is_open) if y0.requires_grad else y0.detach().requires_grad_()  # type: ignore[no-untyped-call]

@@ -6,8 +6,7 @@ Given the end of a step of :mod:`pyflowkern.ode.loops.reversible`, its start is
     z_n = z_{n+1} + \Psi_{-h}(t_{n+1}, y_{n+1}), \qquad
     y_n = (y_{n+1} - (1 - \lambda) z_n - \Psi_h(t_n, z_n)) / \lambda,
 
-so the backward pass walks the same states as the forward pass up to rounding, which grows like
-:math:`\lambda^{-n}`.
+so the backward pass reconstructs the states of the forward pass up to rounding, which grows like :math:`\lambda^{-n}`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def back(
 
 
 class Reversible(torch.autograd.Function):
-    """A whole solve as one node."""
+    """A whole solve as one node of the autograd graph."""
 
     @staticmethod
     def forward(
@@ -70,7 +69,7 @@ class Reversible(torch.autograd.Function):
         gradients = Gradients(params, problem.complete)
         grads = grads.contiguous()
         with problem.context():
-            # steps towards a pole are not walked back: the difference of huge numbers holds nothing
+            # steps towards a pole cannot be reversed: the differences of huge numbers are all rounding
             pairs = _pairs(problem, tape, y0.detach()) if ctx.failed else []
             first = _pull(problem, tape, ctx.end, pairs, grads, gradients)
             grad_t = None
@@ -81,7 +80,7 @@ class Reversible(torch.autograd.Function):
 
 @torch.no_grad()
 def _pairs(problem: Problem, tape: Tape, y: Tensor) -> list[Pair]:
-    """Take the accepted steps again and return the pair at the start of each."""
+    """Repeat the accepted steps and return the pair at the start of each."""
     stepper, pair = Stepper(problem.field, problem.options.method, y), (y, y)
     found: list[Pair] = []
     for t, t1, dt in zip(tape.t, tape.t1, tape.dt, strict=True):
@@ -98,6 +97,16 @@ def _pull(
     grads: Tensor,
     gradients: Gradients,
 ) -> Tensor:
+    """Return the gradient of the first state and add up those of parameters.
+
+    Args:
+        problem: the solve.
+        tape: its accepted steps.
+        end: the pair at their end.
+        pairs: the pairs at their starts, or empty: they are then reconstructed from the end.
+        grads: cotangents of the outputs.
+        gradients: where the gradients of parameters are added up.
+    """
     method, coupling, field = problem.options.method, problem.options.coupling, problem.field
     y, z = end
     c = coefficients(method, y.dtype, y.device)
@@ -123,11 +132,12 @@ def _pull(
 
 
 def _is_start(times: Sequence[float], tape: Tape, i: int) -> bool:
+    """Whether output ``i`` is the first state."""
     return times[i] == times[0] and i not in tape.missing
 
 
 def _outputs_at(times: Sequence[float], tape: Tape, j: int) -> list[int]:
-    """Return the outputs at the end of step ``j``: several where times repeat."""
+    """Return the numbers of the outputs at the end of step ``j``: several where times repeat."""
     first = tape.output[j]
     if first == 0:
         return []
@@ -140,12 +150,14 @@ def _outputs_at(times: Sequence[float], tape: Tape, j: int) -> list[int]:
 def _record(
     field: Field, method: Tableau, c: Coefficients, t: float, dt: float, y: Tensor
 ) -> tuple[Any, Tensor]:
+    """Repeat a step; return the graphs of its stages, and its increment."""
     times = stage_times(c, t, dt, "")
     graphs, stages = record_stages(field, c, method.needed, times, dt, y)
     return graphs, stages.increment(dt)
 
 
 def _replay(problem: Problem, tape: Tape, y: Tensor) -> Tensor:
+    """Take the accepted steps from ``y`` again, recorded by autograd, and return the outputs."""
     method, coupling = problem.options.method, problem.options.coupling
     c = coefficients(method, y.dtype, y.device)
     z, outputs = y, [y] * len(problem.times)

@@ -1,4 +1,4 @@
-"""A step run again: its stages with a graph each, its vector-Jacobian product, and the whole as one graph."""
+"""A step repeated for its gradient: each stage with its own graph, their vector-Jacobian product, or one graph for all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["differentiable_step", "record_stages", "step_pullback"]
 def record_stages(
     field: Field, c: Coefficients, count: int, times: Sequence[Tensor], dt: float, y: Tensor
 ) -> tuple[list[Graph], Stages]:
-    """Run a step again; return what the slopes were computed from, each with a graph of its own, and the slopes."""
+    """Repeat a step; return (argument, slope) of each stage, each slope with a graph of its own, and all slopes."""
     stages = Stages(c, count, y)
     graphs: list[Graph] = []
     for i in range(count):
@@ -49,12 +49,12 @@ def step_pullback(
 
     Args:
         method: of the step.
-        c: its tensors.
+        c: its coefficients.
         graphs: of its stages.
-        dt: length of the step.
+        dt: signed length of the step.
         cotangent: of the increment.
-        gradients: sums, to which those of parameters are added.
-        interior: fractions of the step and the cotangents of the dense output there.
+        gradients: where the gradients of parameters are added up.
+        interior: fractions of the step at which it is interpolated, and the cotangents of the results.
     """
     needed = method.needed
     found = cotangent.new_empty((needed, cotangent.numel()))
@@ -81,10 +81,12 @@ def step_pullback(
 
 
 def _weighted(extra: Sequence[tuple[list[float], Tensor]], i: int) -> Tensor:
+    """Return what reaches slope ``i`` through interpolated outputs."""
     return torch.stack([weights[i] * g for weights, g in extra]).sum(0)
 
 
 def _through(argument: Tensor, slope: Tensor, k_bar: Tensor, gradients: Gradients) -> Tensor:
+    """Return the cotangent of a stage's argument, flat, from that of its slope."""
     found = gradients.pull(slope, argument, k_bar)
     return torch.zeros_like(k_bar) if found is None else found.reshape(-1)
 
@@ -92,7 +94,7 @@ def _through(argument: Tensor, slope: Tensor, k_bar: Tensor, gradients: Gradient
 def differentiable_step(
     field: Field, method: Tableau, c: Coefficients, times: Sequence[Tensor], dt: float, y: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the state after a step and its slopes, in operations that autograd records."""
+    """Return the state after a step and its slopes, computed by operations that autograd records."""
     slopes: list[Tensor] = []
     for i in range(method.stages):
         slopes.append(field(times[i], _combine(y, slopes, method.a[i], dt)))

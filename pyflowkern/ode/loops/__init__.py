@@ -1,1 +1,1 @@
-"""The loops that integrate: fixed steps, adaptive steps, steps for each sample, steps decided on the device, pairs."""
+"""The loops that integrate: fixed steps; adaptive steps, decided by host, device or sample; reversible steps."""

@@ -1,4 +1,4 @@
-"""Steps that follow the error, one size for the whole state."""
+"""Adaptive steps, with one size for the whole state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["Stop", "begin", "integrate"]
 
-#: Looks at an accepted step, ``(stepper, t, dt, y, y1)``, and says whether to stop after it.
+#: Called after an accepted step with ``(stepper, t, dt, y, y1)``; true ends the solve.
 Stop = Callable[[Stepper, float, float, Tensor, Tensor], bool]
 
 
@@ -33,15 +33,15 @@ def integrate(
     first: Graph | None = None,
     stop: Stop | None = None,
 ) -> Trajectory:
-    """Integrate through ``times``, in one direction.
+    """Integrate through ``times``.
 
-    The last step ends on the last time exactly; output before it is interpolated and costs no steps.  With
-    ``torchdiffeq`` the last step runs over the end and is interpolated too, as that of torchdiffeq is.
+    The last step ends exactly at the last time; outputs before it are interpolated and do not influence the steps.
+    With ``compat="torchdiffeq"`` the last step passes the end, and the last output is interpolated, too.
 
     Args:
         field: of packed states.
         y0: first state.
-        times: monotone, the first one that of ``y0``.
+        times: of the outputs, monotone; the first is the time of ``y0``.
         options: settings.
         record: keep what a backward pass needs.
         first: ``y0`` and its slope, if known.
@@ -86,7 +86,7 @@ def integrate(
         if ended:
             break
         stepper.advance()
-    if i < len(times):  # an empty copy costs as much as three stages
+    if i < len(times):  # even the copy of an empty slice costs as much as three small stages
         out.ys[i:] = y
     out.outputs += [(accepted - 1, None)] * (len(times) - i)
     out.status, out.end = control.status, None if control.status == Status.ok else control.t
@@ -97,7 +97,7 @@ def integrate(
 def begin(
     stepper: Stepper, norm: ErrorNorm, t: float, sign: float, y: Tensor, first: Graph | None = None
 ) -> float:
-    """Compute the first slope and return the first step."""
+    """Evaluate the first slope and return the first step size."""
     if first is None:
         stepper.start(t, y)
     else:
@@ -127,7 +127,21 @@ def _reach(
     dt: float = 1.0,
     y: Tensor | None = None,
 ) -> int:
-    """Write the outputs up to ``t1`` and return the number of the next."""
+    """Write the outputs from number ``i`` on up to time ``t1``, and return the number of the next one.
+
+    Args:
+        out: to write to.
+        i: number of the first output not written yet.
+        times: of all outputs.
+        t1: end of the step.
+        sign: direction of time.
+        y1: state at the end.
+        step: number of the step, -1 for the first state.
+        stepper: that took it; None for the first state.
+        t: start of the step.
+        dt: its signed length.
+        y: state at its start.
+    """
     while i < len(times) and sign * (t1 - times[i]) >= 0:
         if times[i] == t1 or stepper is None or y is None:
             out.ys[i] = y1

@@ -1,9 +1,8 @@
-"""Steps that follow the error, one size for the whole state, decided where the state is.
+"""Adaptive steps, with one size for the whole state, decided on the state's device.
 
-The controller of :mod:`pyflowkern.ode.loops.adaptive` with its time, step size, error, decision and status in
-tensors: the host asks only every few rounds whether the solve has ended, and until it does, a solve that has ended
-takes steps of length zero.  At the end the accepted steps come to the host in one copy, where a backward pass wants
-them.
+Time, step size, error, decision and status are tensors there.  The host asks only every few steps whether the solve has
+ended; until it asks, a solve that has ended takes steps of length zero.  If there will be a backward pass, the accepted
+steps are copied to the host at the end, all at once.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class _Stepper(Stepper):
     """A stepper whose times and lengths are 0-d float64 tensors."""
 
     def step_by(self, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
-        """Return the state after a step, as :meth:`Stepper.step`."""
+        """Return the state after a step, as :meth:`Stepper.step` does."""
         times = (self.c.nodes * dt + t).to(y.dtype).unbind()
         arg = y
         for i in range(1, self.method.stages):
@@ -38,7 +37,7 @@ class _Stepper(Stepper):
         return arg if self.method.fsal else self.stages.moved(y, -1, dt)
 
     def inside(self, y: Tensor, dt: Tensor, theta: Tensor) -> Tensor:
-        """Return the states at fractions ``theta [m]`` of the last step, ``[m, *shape]``."""
+        """Interpolate at fractions ``theta [m]`` of the last step; return ``[m, *shape]``."""
         assert self.c.dense is not None
         degrees = range(1, self.c.dense.shape[1] + 1)
         powers = torch.stack([theta**d for d in degrees]).to(y.dtype)
@@ -49,7 +48,7 @@ class _Stepper(Stepper):
 
 @dataclass
 class _Round:
-    """What a round leaves to the backward pass: tensors that the host reads at the end."""
+    """What is kept of a step, accepted or not, until the host reads it at the end."""
 
     accept: Tensor
     t: Tensor
@@ -61,13 +60,13 @@ class _Round:
 
 @dataclass
 class _Solve:
-    """A solve on its way; all but the host's own counts are 0-d tensors."""
+    """The state of the loop."""
 
     stepper: _Stepper
     options: Options
     control: StepControl
     norm: ErrorNorm
-    inner: Tensor  # times of the outputs between, [m]
+    inner: Tensor  # times of the outputs between the first time and the last, [m]
     found: Tensor  # the states there, [m, *shape]
     end: float
     y: Tensor
@@ -76,14 +75,14 @@ class _Solve:
     steps: Tensor
 
     def look(self) -> tuple[bool, Status, int, int]:
-        """Ask the device: whether the solve goes on, its status, accepted steps and all steps."""
+        """Wait for the device; return whether the solve goes on, its status, and the accepted and all steps."""
         done, status, accepted, steps = torch.stack(
             [self.done.to(torch.int64), self.control.status, self.accepted, self.steps]
         ).tolist()
         return not done and status == Status.ok, Status(status), accepted, steps
 
     def round(self, keep: bool) -> _Round | None:
-        """Take one step and accept or reject it; none where the solve has used up its steps."""
+        """Take one step and accept or reject it; return None where the solve has used up its steps."""
         control, stepper, y = self.control, self.stepper, self.y
         control.propose(self.end, ~self.done & (control.status == int(Status.ok)))
         if control.rounds >= self.options.max_steps:
@@ -100,7 +99,7 @@ class _Solve:
         return _Round(accept, t, t1, dt, y, slopes)
 
     def _write(self, accept: Tensor, t: Tensor, dt: Tensor, y1: Tensor) -> None:
-        """Interpolate the outputs that the step passed, all of them masked."""
+        """Interpolate all inner outputs, and keep those that lie in the step if it was accepted."""
         if self.inner.numel() == 0:
             return
         sign, t1 = self.control.sign, self.control.t1
@@ -124,7 +123,7 @@ def integrate(
 ) -> Trajectory:
     """Integrate through ``times``; arguments and steps are those of :func:`pyflowkern.ode.loops.adaptive.integrate`.
 
-    An output before the last one costs an interpolation in every round, for what it is worth.
+    Each output before the last time costs an interpolation at every step.
     """
     out = Trajectory(y0.new_empty((len(times), *y0.shape)))
     out.ys[:] = y0
@@ -162,7 +161,7 @@ def _begin(
     options: Options,
     first: Graph | None,
 ) -> _Solve:
-    """Compute the first slope and the first step."""
+    """Evaluate the first slope and choose the first step size."""
     stepper = _Stepper(field, options.method, y0)
     t, sign = times[0], 1.0 if times[-1] >= times[0] else -1.0
     if first is None:
@@ -200,7 +199,7 @@ def _begin(
 
 
 def _recall(out: Trajectory, rounds: Sequence[_Round], times: Sequence[float]) -> None:
-    """Fill in the accepted steps, and the step and the fraction of it of each output."""
+    """Copy the steps to the host: the accepted ones, and in which step and at which fraction each output lies."""
     sign = 1.0 if times[-1] >= times[0] else -1.0
     numbers = [torch.stack([r.accept.to(r.t.dtype), r.t, r.t1, r.dt]) for r in rounds]
     i = next(i for i, t in enumerate(times) if t != times[0])

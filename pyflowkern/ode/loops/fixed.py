@@ -1,4 +1,4 @@
-"""Steps of given lengths: nothing waits for the device, so that a solve can be captured as a CUDA graph."""
+"""Fixed steps: nothing waits for the device, so a solve can be captured as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from pyflowkern.ode.steppers import Graph, Stepper
 
 __all__ = ["Plan", "integrate", "plan"]
 
-_MANY = 1e15  # more steps than any solve takes: their number must not overflow
+_MANY = 1e15  # limit on the number of steps, which must not overflow
 
-#: Starts and signed lengths of the steps, and for each output its step and the fraction of it.
+#: Starts and signed lengths of the steps; for each output, its step and the fraction of it, None for its end.
 Plan = tuple[list[tuple[float, float]], list[tuple[int, float | None]]]
 
 
 def plan(times: Sequence[float], options: Options) -> Plan:
     """Return the steps to be taken.
 
-    Every interval between outputs is divided into equal steps of at most ``step_size``, so that each output is the
-    end of a step.  With ``torchdiffeq`` the steps start from the first time only, and output is linear in between.
-    Where there are more than ``max_steps``, the list ends with one more than these.
+    Each interval between outputs is divided into equal steps of at most ``step_size``, so that every output is the end
+    of a step.  With a ``grid``, or a ``step_size`` and ``compat="torchdiffeq"``, the steps do not depend on the
+    outputs, which are interpolated.  The list is cut after ``max_steps + 1`` steps: enough to see that there are too
+    many.
     """
     if options.grid is not None:
         return _on_grid(times, _checked_grid(times, options.grid(times)))
@@ -61,7 +62,7 @@ def _torchdiffeq_grid(times: Sequence[float], size: float, most: int) -> list[fl
 
 
 def _checked_grid(times: Sequence[float], grid: Sequence[float]) -> Sequence[float]:
-    """Raise unless a grid of the user's goes from the first time to the last one."""
+    """Return the user's grid; raise ValueError unless it goes monotonically from the first time to the last one."""
     sign = 1.0 if times[-1] >= times[0] else -1.0
     if len(grid) < 1 or grid[0] != times[0] or grid[-1] != times[-1]:
         raise ValueError(
@@ -73,7 +74,7 @@ def _checked_grid(times: Sequence[float], grid: Sequence[float]) -> Sequence[flo
 
 
 def _on_grid(times: Sequence[float], grid: Sequence[float]) -> Plan:
-    """Return the steps of a grid, and where the outputs are between them."""
+    """Return the steps of a grid, and where the outputs lie in them."""
     t0, end = times[0], times[-1]
     sign = 1.0 if end >= t0 else -1.0
     if end == t0:
@@ -110,14 +111,15 @@ def integrate(
     out = _run(field, y0, times, planned, options, record, first, checked=False)
     out.end = None
     captured = y0.is_cuda and torch.cuda.is_current_stream_capturing()
-    if captured or torch.compiler.is_exporting():  # a graph takes no decision of the host
+    if captured or torch.compiler.is_exporting():  # a graph holds no decisions of the host
         finite = torch.isfinite(out.ys[-1]).all()
         out.status = torch.where(finite, int(Status.ok), int(Status.non_finite)).to(torch.int8)
         return out
-    # nan and inf stay to the end: one look says whether the rare path, which looks at each step, is needed
+    # NaN and inf never disappear again, so one check of the end is enough; only if it fails, the steps are repeated
+    # with a check of each, to find the last finite state
     if not bool(torch.isfinite(out.ys[-1]).all()):
         evaluations = out.stats.evaluations
-        silent = replace(options, callbacks=None)  # they were told of all steps
+        silent = replace(options, callbacks=None)  # they have been called for all steps already
         out = _run(field, y0, times, planned, silent, record, first, checked=True)
         out.status = Status.non_finite
         total = evaluations + out.stats.evaluations

@@ -1,7 +1,8 @@
-"""Steps that follow the error, with a time, a size and an acceptance of its own for each sample.
+"""Adaptive steps, with a time, a step size and an acceptance for each sample.
 
-Everything is masked, nothing is indexed by a mask: the shapes stay, and the host is asked only every few rounds whether
-all samples are done.  A sample that is done or has failed takes steps of length zero, its state no longer changes.
+All samples take a step together.  Results are selected by ``torch.where`` and never by indexing with a mask, so shapes
+stay the same, and the host asks only every few steps whether all samples are done.  A sample that is done or has failed
+takes steps of length zero; its state no longer changes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class SampleTrajectory(Trajectory):
     """A trajectory whose ``t`` and ``dt`` are tensors ``[N]``.
 
     Args:
-        slots: per step, the output that each sample is on its way to.
-        reached: per step, which samples reached it.
+        slots: for each step, the number of the next output of each sample.
+        reached: for each step, which samples reached that output.
         missing: which outputs, ``[T, N]``, were not reached and hold the last state.
     """
 
@@ -40,7 +41,7 @@ class SampleTrajectory(Trajectory):
 def step(
     field: Field, method: Tableau, stages: Stages, t: Tensor, dt: Tensor, y: Tensor
 ) -> Tensor:
-    """Take all slopes but the first and return the state after the step."""
+    """Evaluate all slopes but the first and return the state after the step."""
     y1 = y
     for i in range(1, method.stages):
         y1 = stages.moved(y, i, dt)
@@ -52,9 +53,9 @@ def step(
 def integrate(
     field: Field, y0: Tensor, times: Tensor, options: Options, *, record: bool = False
 ) -> SampleTrajectory:
-    """Integrate every row of ``y0 [N, F]`` through its column of ``times [T, N]``, float64.
+    """Integrate each row of ``y0 [N, F]`` through its column of ``times [T, N]``, float64.
 
-    Each output is the end of a step of its sample.
+    Every output is the end of a step of its sample.
     """
     method, (count, rows) = options.method, times.shape
     stages = Stages(coefficients(method, y0.dtype, y0.device), method.stages, y0)
@@ -96,7 +97,7 @@ def integrate(
 def _begin(
     field: Field, y0: Tensor, times: Tensor, options: Options, stages: Stages, norm: ErrorNorm
 ) -> tuple[StepControl, int]:
-    """Compute the first slopes and the first step of each sample; also return how many evaluations that took."""
+    """Evaluate the first slopes, choose each sample's first step, and return the number of evaluations, too."""
     t = times[0].clone()
     sign = torch.where(times[-1] >= t, 1.0, -1.0).to(times.dtype)
     stages.put(0, field(t.to(y0.dtype), y0))

@@ -1,4 +1,4 @@
-r"""Steps of an algebraically reversible solver (McCallum and Foster, 2024), which a backward pass can walk back.
+r"""Steps of an algebraically reversible solver (McCallum and Foster, 2024), which a backward pass can undo.
 
 From the increment :math:`\Psi_h(t, y)` of any explicit method and a coupling :math:`\lambda`,
 
@@ -8,10 +8,10 @@ From the increment :math:`\Psi_h(t, y)` of any explicit method and a coupling :m
 
 with :math:`z_0 = y_0`; it has the order of the method.
 
-The difference :math:`y - z` is a solution that the method adds to those of the equation.  Where the field contracts at
-a rate ``k``, a step multiplies it by about :math:`\lambda e^{kh}`, so it dies out only with steps below
-:math:`(1 - \lambda) / k`.  Adaptive steps watch it beside the error: where it would exceed ten tolerances they become
-as small as that takes.  With fixed steps it is up to the user: contracting fields want a smaller coupling, or the
+The difference :math:`y - z` is a parasitic solution, which the equation itself does not have.  Where the field
+contracts at a rate ``k``, a step multiplies the difference by about :math:`\lambda e^{kh}`, so it decays only with
+steps below :math:`(1 - \lambda) / k`.  Adaptive steps control it together with the error: they shrink where it would
+exceed ten tolerances.  With fixed steps nothing controls it; for contracting fields choose a smaller coupling or the
 direct adjoint.
 """
 
@@ -36,14 +36,14 @@ from pyflowkern.ode.steppers import Stepper
 
 __all__ = ["Pair", "Tape", "forward_step", "integrate"]
 
-APART = 10.0  # tolerances that the two states of a pair may be apart
+APART = 10.0  # allowed distance between the two states of a pair, in tolerances
 
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Tape:
-    """Starts, ends and signed lengths of the steps, and the number of the output at each end or 0."""
+    """The accepted steps: their starts, ends and signed lengths, and the number of the output at each end, or 0."""
 
     t: list[float] = field(default_factory=list)
     t1: list[float] = field(default_factory=list)
@@ -63,7 +63,11 @@ class Tape:
 def integrate(
     field: Field, y0: Tensor, times: Sequence[float], options: Options
 ) -> tuple[Trajectory, Tape, Tensor, Tensor]:
-    """Return the outputs, the steps and the pair at the end; every output is the end of a step."""
+    """Integrate through ``times``; every output is the end of a step.
+
+    Returns:
+        The outputs, the accepted steps, and both states at the end.
+    """
     out, tape = Trajectory(y0.new_empty((len(times), *y0.shape))), Tape()
     stepper = Stepper(field, options.method, y0)
     pair, t, i = (y0, y0), times[0], 1
@@ -103,7 +107,7 @@ def forward_step(
 
 
 class _FixedSteps:
-    """Steps of given lengths, of which the first that is not finite is the last."""
+    """Steps of given lengths; the solve ends at the first state that is not finite."""
 
     def __init__(
         self, stepper: Stepper, y0: Tensor, times: Sequence[float], options: Options
@@ -113,7 +117,7 @@ class _FixedSteps:
         self.rounds, self.status = 0, Status.ok
 
     def take(self, t: float, target: float, pair: Pair) -> tuple[float, float, Pair] | None:
-        """Return the end, the length and the pair after the next step; None where there is none."""
+        """Return the end, the length and the pair after the next step; None where the solve ends early."""
         if self.rounds >= self.options.max_steps:
             self.status = Status.max_steps
             return None
@@ -128,7 +132,7 @@ class _FixedSteps:
 
 
 class _AdaptiveSteps:
-    """Steps that follow the error and the distance of the pair."""
+    """Steps chosen by the error and by the distance between the two states."""
 
     def __init__(
         self, stepper: Stepper, y0: Tensor, times: Sequence[float], options: Options
@@ -143,17 +147,17 @@ class _AdaptiveSteps:
 
     @property
     def status(self) -> Status:
-        """How the solve ended, or ok."""
+        """How the solve ended; ok while it goes on."""
         status: Status = self.control.status
         return status
 
     @property
     def rounds(self) -> int:
-        """Steps decided about."""
+        """Steps taken, accepted or rejected."""
         return self.control.rounds
 
     def take(self, t: float, target: float, pair: Pair) -> tuple[float, float, Pair] | None:
-        """Return the end, the length and the pair after the next accepted step; None where there is none."""
+        """Return the end, the length and the pair after the next accepted step; None where the solve ends early."""
         control, stepper, (y, z) = self.control, self.stepper, pair
         while True:
             control.propose(target)
@@ -162,7 +166,7 @@ class _AdaptiveSteps:
             t1, dt = control.t1, control.dt
             y1 = torch.lerp(z, y, self.options.coupling)
             y1.add_(stepper.increment(t, dt, z, error=True))
-            error = self.norm(dt, y, y1)  # before other slopes take the place of these
+            error = self.norm(dt, y, y1)  # now, because the step back overwrites the slopes
             z1 = z - stepper.increment(t1, -dt, y1)
             apart = [self.options.norm(self.scaled(d, y, y1)) for d in (y - z, y1 - z1)]
             ratio = _ratio(*torch.stack([n.double() for n in (error, *apart)]).tolist())
@@ -175,8 +179,8 @@ def _finite(pair: Pair) -> bool:
 
 
 def _ratio(error: float, before: float, after: float) -> float:
-    """Return how far a step is beyond what is allowed, by its error or by the distance of the pair.
+    """Return the larger of the scaled error and the scaled distance between the states after the step.
 
-    Any step that is short enough brings the states nearer, wherever they are: it may always be taken.
+    States that are already further apart than allowed must only come closer, which any step that is short enough does.
     """
     return max(error, after / max(APART, before))
