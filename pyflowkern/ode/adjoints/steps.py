@@ -1,4 +1,4 @@
-"""A step repeated for its gradient: each stage with its own graph, their vector-Jacobian product, or one graph for all."""
+"""A step repeated for its gradient: each stage with a graph of its own and their VJP, or one graph for the whole step."""
 
 from __future__ import annotations
 
