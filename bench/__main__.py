@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent
 
 
 def families() -> dict[str, str]:
-    """Return the module of every family of ops and every model."""
+    """Return the names of all families of ops and models, and their modules."""
     return {
         module.name: f"{package.__name__}.{module.name}"
         for package in (bench.ops, bench.models)
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namespace) -> bool:
-    """Run, print and write the cases of one family; return whether all who answered agreed."""
+    """Run, print and write the cases of one family; return whether all installed providers agreed with eager."""
     facts = _environment.describe(plan.device)
     print(
         f"# {family}: "
@@ -97,7 +97,7 @@ def _folder(args: argparse.Namespace, device: str, noisy: bool) -> Path:
 
 
 def _results(device: torch.device) -> Path | None:
-    """Return the committed results: of this processor, or of a GPU, whether or not one is here."""
+    """Return the folder of committed results: of this processor, or of a GPU, even if this machine has none."""
     if device.type == "cuda":
         return next(iter(sorted((ROOT / "results").glob("cuda-*"))), None)
     return ROOT / "results" / _environment.slug(_environment.describe(device), device)

@@ -1,4 +1,4 @@
-"""What a case is: its inputs, its providers, and what a pass of a provider computes."""
+"""A benchmark case: its inputs, its providers, and the passes that are timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TIMED = ("forward", "forward+backward", "inverse", "inverse+backward", "call")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-# --- what a case says ----------------------------------------------------------------------------
+# --- the description of a case -------------------------------------------------------------------
 
 
 def nbytes(*values: Any) -> int:
@@ -67,10 +67,10 @@ def random_inputs(channels_last: bool = False, **shapes: Sequence[int]) -> Calla
 
 @dataclass(frozen=True)
 class Lazy:
-    """A provider built from one input set when its case runs: a peer, or a module with weights.
+    """A provider built from one input set when its case runs: another library, or a module with weights.
 
-    ``build`` imports what it needs; an ImportError becomes a row "not installed".  Unless
-    ``comparable``, results are not held against eager's (another initialisation, say).
+    ``build`` imports what it needs; an ImportError becomes a row "not installed".  Unless ``comparable``, results are
+    not compared with eager's, for example because the weights differ.
     """
 
     build: Callable[[Inputs], Provider]
@@ -79,23 +79,23 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """A computation to time, by several providers.
 
     Providers are called as ``provider(**inputs)``, with ``inverse=True`` added for an inverse.
 
     Args:
-        name: shown in tables and the key of a row.
-        make_inputs: a fresh random set; its first entry is what the function transforms.
+        name: shown in tables, and the key of a row.
+        make_inputs: makes a random input set; its first entry is what the function transforms.
         providers: must hold ``eager`` and ``ours``; ``compile`` is made from ``eager``.
         passes: of :data:`TIMED`; ``call`` runs the provider as it is, gradients enabled.
         forward_bytes: bytes that any forward must move, from inputs and outputs.
         backward_bytes: bytes that any backward must move; the default is twice a forward's.
         flops: floating-point operations of a forward; a backward is counted as twice that.
-        constants: inputs that want no gradient.
-        parameters: inputs that exist anyway, so that keeping them for the backward costs nothing.
+        constants: inputs that need no gradient.
+        parameters: inputs that exist anyway, so that keeping them for the backward costs no memory.
         targets: such as ``{"forward vs eager": 6.0, "forward vs floor": 1.5}``.
         extra: skipped by ``--quick``.
-        devices: where it runs.
+        devices: device types on which it runs.
     """
 
     name: str
@@ -134,7 +134,7 @@ def outputs_of(value: Any) -> Outputs:
 
 
 def direction(pass_: str) -> Inputs:
-    """Return the argument that makes a provider run the direction of a pass."""
+    """Return the keyword argument for the direction of a pass."""
     return {"inverse": True} if pass_.startswith("inverse") else {}
 
 
@@ -150,7 +150,7 @@ def _as_set(case: Case, inputs: Inputs) -> InputSet:
 def make_sets(
     case: Case, device: torch.device, cache_bytes: int, eager: Provider, pass_: str
 ) -> list[InputSet]:
-    """Return at most 64 input sets, with output gradients, that exceed the cache twice."""
+    """Return input sets with output gradients, twice as large as the cache together, but 64 at most."""
     generator = torch.Generator(device).manual_seed(torch.seed() % 2**31)
     sets: list[InputSet] = []
     outputs: Outputs = ()
@@ -158,7 +158,7 @@ def make_sets(
     while len(sets) < wanted:
         inputs = case.make_inputs(generator, device, case.dtype)
         with torch.no_grad():
-            if pass_.startswith("inverse"):  # from a forward: valid whatever the function's range
+            if pass_.startswith("inverse"):  # the output of a forward lies in the function's range
                 inputs[next(iter(inputs))] = outputs_of(eager(**inputs))[0].clone()
             if pass_.endswith("backward") and not sets:
                 outputs = outputs_of(eager(**inputs, **direction(pass_)))
@@ -201,9 +201,9 @@ def _results(provider: Provider, pass_: str, s: InputSet) -> list[Tensor | None]
 
 
 def disagreement(case: Case, provider: Provider, eager: Provider, pass_: str, s: InputSet) -> str:
-    """Return "" if the provider computes what eager does on float64 inputs, else what differs.
+    """Return "" if the provider agrees with eager on float64 inputs, else what differs.
 
-    Where eager draws random numbers of its own, there is nothing to hold anyone against.
+    An eager provider that draws random numbers of its own cannot be compared with; the result is then "".
     """
     rtol = 1e-3 if pass_ == "call" else TOLERANCE[case.dtype]
     want = _results(eager, pass_, s if pass_ == "call" else _in_float64(case, s))
@@ -224,11 +224,13 @@ def _in_float64(case: Case, s: InputSet) -> InputSet:
 
 
 def _difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None], rtol: float) -> str:
-    """Return "" where all results agree, else what is wrong with the first that does not."""
+    """Return "" where all results agree, else what is wrong with the first one that does not."""
     if len(got) != len(want):
         return f"{len(got)} results, eager has {len(want)}"
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        if a is None or b is None:  # a module keeps parameters to itself
+        if (
+            a is None or b is None
+        ):  # a gradient that one of them does not have: its parameters are its own
             continue
         if a.shape != b.shape:
             return f"result {i} has shape {tuple(a.shape)}, eager {tuple(b.shape)}"
@@ -247,7 +249,7 @@ def _is_random(provider: Provider, pass_: str, s: InputSet, rtol: float) -> bool
 
 
 class _SeesKernels(TorchDispatchMode):
-    """Notes whether an op of ours runs."""
+    """Records whether an op of this package runs."""
 
     seen = False
 
@@ -259,14 +261,14 @@ class _SeesKernels(TorchDispatchMode):
 
 
 def runs_kernel(provider: Provider, pass_: str, s: InputSet) -> bool:
-    """Return whether a pass of the public function ran a kernel, not its reference."""
+    """Return whether a pass of the public function runs a kernel rather than its reference."""
     with _SeesKernels() as mode:
         _results(provider, pass_, s)
     return mode.seen
 
 
 def kept_bytes(case: Case, provider: Provider, s: InputSet) -> int:
-    """Return the bytes of storage that a forward keeps for its backward, besides parameters."""
+    """Return the bytes that a forward keeps for its backward, without parameters."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

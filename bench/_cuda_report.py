@@ -1,4 +1,4 @@
-"""``python -m bench cuda-report``: the quality of the CUDA kernels as far as it shows without a GPU."""
+"""``python -m bench cuda-report``: what can be said about the CUDA kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["report"]
 def report() -> str:
     """Return the tables of the kernels' resources and of the bytes that they move."""
     found = _kernels.kernels()
-    nothing = "no build with nvcc to report on: `make build` where nvcc is"
+    nothing = "no build with nvcc to report on: run `make build` where nvcc is installed"
     resources = _kernels.table(found) if found else nothing
     lines = [
-        "## Resources, and global accesses of the innermost loops (of every path: packs and single elements)",
+        "## Resources, and global memory accesses of the innermost loops (of all paths: packs and single elements)",
         "",
         resources,
         "",
-        "## Data moved, counted on the host (32-byte sectors, each once a block) over the floor",
+        "## Data moved, counted on the host (each 32-byte sector once per block), over the least possible",
         "",
         "| call | dtype | moved / floor | accesses below 8 bytes |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: device, machine, versions, commit, caches."""
+"""What a measurement depends on besides the code: device, machine, versions, commit, caches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of the cache to exceed: a CPU's last level, a GPU's L2."""
+    """Return the size of a CPU's last-level cache, or of a GPU's L2."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [0]
@@ -66,7 +66,7 @@ def _cpu_model() -> str:
 
 
 def _simd() -> str:
-    """Return the SIMD level of our kernels, else torch's."""
+    """Return the SIMD level of this package's kernels, else torch's."""
     try:
         _library.require_kernels("cpu")
     except RuntimeError:
@@ -95,7 +95,7 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """Return the short commit, with a + when code that is measured differs from it."""
+    """Return the short commit, with a + if the measured code has uncommitted changes."""
     commit = _output("git", "rev-parse", "--short=10", "HEAD")
     changed = _output(
         "git", "status", "--porcelain", "--", "../csrc", "../pyflowkern", "../bench/ops"

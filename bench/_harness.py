@@ -1,8 +1,8 @@
 """Check, time and compare the providers of a case.
 
-Providers take turns in rounds and every call takes the next of several random input sets, which
-together exceed the last-level cache.  A large copy (and a matrix product, where flops count) takes
-turns with them: it measures what the machine can do at that moment, and gives the floor.
+Providers take turns in rounds, and every call takes the next of several random input sets, which together exceed the
+last-level cache.  A large copy (and a matrix product, where a case has flops) takes turns with them: it measures what
+the machine can do at that moment, which gives the floor.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ __all__ = ["Row", "run_case"]
 
 @dataclass
 class Row:
-    """One result: times in ms, or bytes in MiB; ``status`` is not "ok" where there is none.
+    """One result: times in ms, or memory in MiB.
 
-    ``kernel`` says of ours whether a kernel ran, or the reference for want of one.  ``neighbours`` counts the cores
-    that others kept busy; ``noisy``: they left too few for us.
+    ``status`` is "ok" or the reason why there is no result.  ``kernel`` is "yes" or "no" for the provider "ours":
+    whether a kernel ran or the reference.  ``neighbours`` is the number of cores that other processes kept busy;
+    ``noisy``: they left too few for our threads.
     """
 
     case: str
@@ -62,7 +63,7 @@ class Row:
 
 
 def _ceilings(case: Case, plan: Plan) -> dict[str, tuple[Sampler, float]]:
-    """Return the copy, and the matrix product where flops count, with a call's bytes or flops."""
+    """Return a large copy with its bytes and, for cases with flops, a matrix product with its flops."""
     least = 64 << 20 if plan.device.type == "cpu" else 512 << 20
     size = max(least, 2 * plan.cache_bytes) // 4
     source, target = (torch.randn(size, device=plan.device) for _ in range(2))
@@ -77,7 +78,7 @@ def _ceilings(case: Case, plan: Plan) -> dict[str, tuple[Sampler, float]]:
 def _floor_ms(
     case: Case, pass_: str, s: InputSet, eager: Provider, medians: Mapping[str, float]
 ) -> float:
-    """Return the larger of the times that bytes and flops take at this run's ceilings."""
+    """Return the larger of the times that bytes and flops take at the speeds measured in this run."""
     if pass_ == "call":
         return math.nan
     with torch.no_grad():
@@ -90,7 +91,7 @@ def _floor_ms(
 
 
 def _build(provider: Provider | Lazy, example: Inputs) -> Provider | str:
-    """Return a provider that can be called, or why there is none."""
+    """Return a provider that can be called, or the reason why there is none."""
     if not isinstance(provider, Lazy):
         return provider
     try:
@@ -122,7 +123,7 @@ def run_case(case: Case, plan: Plan) -> list[Row]:
 def _checked(
     case: Case, plan: Plan, eager: Provider, pass_: str, s: InputSet
 ) -> dict[str, Provider | str]:
-    """Return the providers that may be timed, and for each other one the reason."""
+    """Return the providers to time, and for each of the others the reason why not."""
     wanted = {n: p for n, p in case.providers.items() if not plan.providers or n in plan.providers}
     found: dict[str, Provider | str] = {"eager": eager}
     if case.compiles and (not plan.providers or "compile" in plan.providers):
@@ -135,7 +136,7 @@ def _checked(
             wrong = disagreement(case, provider, eager, pass_, s)
             if wrong and not (isinstance(source, Lazy) and not source.comparable):
                 found[name] = wrong
-        except Exception as error:  # a peer may fail in any way; the others still count
+        except Exception as error:  # another library may fail in any way; the rest is still timed
             found[name] = f"failed: {type(error).__name__}: {str(error)[:80]}".replace("\n", " ")
     return found
 
@@ -189,14 +190,14 @@ def _run_pass(case: Case, plan: Plan, pass_: str, eager: Provider) -> list[Row]:
 
 
 def _per_round(times: Mapping[str, list[float]], above: str, below: str) -> float:
-    """Return the median over the rounds of the ratio of two providers' times."""
+    """Return the median over the rounds of the ratio of two providers' times, NaN where one is missing."""
     if above not in times or below not in times:
         return math.nan
     return percentiles([a / b for a, b in zip(times[above], times[below], strict=True)])[1]
 
 
 def _run_memory(case: Case, plan: Plan, eager: Provider) -> list[Row]:
-    """Measure what is kept for the backward and, on CUDA, the peak of a training step."""
+    """Measure the memory that is kept for the backward and, on CUDA, the peak of a training step."""
     s = make_sets(case, plan.device, plan.cache_bytes, eager, "forward+backward")[0]
     checked = _checked(case, plan, eager, "forward+backward", s)
     rows = []
@@ -206,7 +207,7 @@ def _run_memory(case: Case, plan: Plan, eager: Provider) -> list[Row]:
         row_of = partial(Row, case.name, name, dtype=_name(case.dtype), metric="MiB")
         kept = kept_bytes(case, provider, s) / 2**20
         rows.append(row_of(pass_="kept for backward", p20=kept, p50=kept, p80=kept))
-        if kept:  # as for times: how many times as much eager takes
+        if kept:  # as for times: eager's over this provider's
             rows[-1].speedup_vs_eager = rows[0].p50 / kept
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: resources from ptxas, memory accesses from SASS or PTX."""
+"""Compiler output for the CUDA kernels: resources from ptxas, memory accesses from SASS or PTX."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ class Kernel:
 
     @property
     def taken_apart(self) -> bool:
-        """Whether a loop that loads 16 bytes at once stores fewer: a pack that was split."""
+        """Whether a loop that loads 16 bytes at once stores fewer: the compiler has split a pack."""
         return any(
-            loop["ld", 16] and any(way == "st" and width < 16 for way, width in loop)
+            loop["ld", 16] and any(kind == "st" and width < 16 for kind, width in loop)
             for loop in self.loops
         )
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that registers and static shared memory let in.
+        """Theoretical occupancy: the share of a multiprocessor's warps that registers and static shared memory allow.
 
         NaN for an architecture whose limits this file does not know.
         """
@@ -85,7 +85,7 @@ class Kernel:
 
 
 def reports() -> list[Path]:
-    """Return what ptxas said in the newest build, a file for each source."""
+    """Return the files with ptxas' reports of the newest build, one for each source."""
     found: dict[str, Path] = {}
     for path in sorted(ROOT.glob("build/*/ptxas/*.txt"), key=lambda p: p.stat().st_mtime):
         found[path.stem] = path
@@ -97,14 +97,14 @@ def _resources(path: Path) -> Iterator[Kernel]:
     for name, arch, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         used, registers, shared = USED.search(text), REGISTERS.search(text), SHARED.search(text)
         if used is None or registers is None:
-            raise ValueError(f"{path} does not say what {name} for {arch} uses")
+            raise ValueError(f"{path} does not report the resources of {name} for {arch}")
         stack, stores, loads = map(int, used.groups())
         number = int(shared[1]) if shared else 0
         yield Kernel(path.stem, name, arch, int(registers[1]), stack, stores + loads, number)
 
 
 def _ptx(stem: str) -> str:
-    """Return the PTX of a source, compiled at most once a version of the sources."""
+    """Return the PTX of a source, which is compiled again only after a change of the sources."""
     source = next(ROOT.glob(f"csrc/*/{stem}.cu"))
     path = ROOT / "build" / "ptx" / f"{stem}.ptx"
     newest = max(p.stat().st_mtime for p in ROOT.glob("csrc/**/*") if p.is_file())
@@ -116,7 +116,7 @@ def _ptx(stem: str) -> str:
         places = ["-I", str(ROOT / "csrc"), "-isystem", str(include)]
         nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         command = [nvcc, *flags.split(), *defines.split(), *places, str(source), "-o"]
-        # tests run in several processes, which may all be here: none must see another's half
+        # tests run in several processes; none must see a file that another has not finished
         with tempfile.TemporaryDirectory(dir=path.parent) as own:
             made = Path(own) / path.name
             subprocess.run([*command, str(made)], check=True, capture_output=True)
@@ -133,7 +133,7 @@ def _loops(
     branch: re.Pattern[str],
     access: Callable[[str], Access | None],
 ) -> list[Counter[Access]]:
-    """Return the accesses of each loop that holds no other: between a label and a branch back."""
+    """Return the accesses of each innermost loop, the lines between a label and a branch back to it."""
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for i, line in enumerate(lines):
@@ -170,7 +170,7 @@ def _accesses_in_ptx(text: str) -> Iterator[tuple[str, int, list[Counter[Access]
 
 
 def _sass() -> str:
-    """Return the machine code of the library that was loaded or built, nothing without cuobjdump."""
+    """Return the machine code of the CUDA library; "" without cuobjdump or a library."""
     library = next((p for p in _library._candidates("libpyflowkern_cuda.so") if p.is_file()), None)
     tool = shutil.which("cuobjdump")
     if tool is None or library is None:
@@ -179,7 +179,7 @@ def _sass() -> str:
 
 
 def _accesses_in_sass(text: str) -> dict[tuple[str, str], list[Counter[Access]]]:
-    """Return the accesses of each (kernel, arch); a branch names the address that it goes to."""
+    """Return the accesses of each (kernel, arch); the labels of branches are addresses here."""
     label, branch = (
         re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+\S"),
         re.compile(r"\bBRA\b[^;/]*?\b0x([0-9a-f]+) ;"),
@@ -214,7 +214,7 @@ def kernels() -> list[Kernel]:
 
 
 def _readable(names: list[str]) -> list[str]:
-    """Return ``family_kernel<float, true>`` for a mangled name, where c++filt is at hand."""
+    """Return demangled names such as ``family_kernel<float, true>`` where c++filt is installed."""
     tool = shutil.which("c++filt")
     if tool is None or not names:
         return [re.sub(r"_GLOBAL__N__\w*?_cu_[0-9a-f]+_\d+", "", name) for name in names]
@@ -232,9 +232,9 @@ def table(found: list[Kernel]) -> str:
     for k in found:
         widths = [
             ", ".join(
-                f"{n} of {w} B" for (kind, w), n in sorted(k.accesses.items()) if kind == way
+                f"{n} of {w} B" for (kind, w), n in sorted(k.accesses.items()) if kind == wanted
             )
-            for way in ("ld", "st")
+            for wanted in ("ld", "st")
         ]
         cells = [k.name, k.arch, k.registers, k.stack, k.spills, k.shared, f"{k.occupancy:.0%}"]
         lines.append(f"| {' | '.join(map(str, [*cells, *widths]))} |")

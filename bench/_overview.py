@@ -11,7 +11,7 @@ __all__ = ["Entry", "describe", "draw_overview", "entries", "headlines"]
 
 
 class Entry(NamedTuple):
-    """One bar: what is done, our time in ms, whose time is compared, and that time over ours."""
+    """One bar: the work, our time in ms, the other library, and its time over ours."""
 
     work: str
     ours: float
@@ -19,8 +19,8 @@ class Entry(NamedTuple):
     ratio: float
 
 
-#: What is shown, in this order: the words, the results' file, the first words of the case, the pass, the provider
-#: there, and who that is.  Whole steps of a user come first; where we are level or behind is shown as well.
+#: The bars from top to bottom: label, results' file, start of the case's name, pass, provider, and its name in the
+#: picture if that differs.  Whole training steps come first; cases where we are level or slower are shown as well.
 SHOWN = (
     ("train NSF: D=6, batch 200", "nsf", "training step D=6 batch 200", "call", "nflows", ""),
     ("train NSF: D=10, batch 1000", "nsf", "training step D=10", "call", "nflows", ""),
@@ -90,7 +90,7 @@ HEADLINES = (
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Return what the committed results of one device say."""
+    """Return the bars, from the committed results of one device."""
     found = []
     for work, family, case, pass_, provider, name in SHOWN:
         path = folder / f"{family}.csv"
@@ -112,7 +112,7 @@ def headlines(folder: Path) -> str:
 
 
 def draw_overview(folder: Path, path: Path) -> None:
-    """Draw the entries as bars; the numbers stand in the picture's description, for a test to read."""
+    """Draw the entries as bars; the PNG's description holds the numbers, for a test to read."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,7 +122,7 @@ def draw_overview(folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     for i, (_, _, peer, ratio) in enumerate(shown):
-        # a logarithmic bar has no foot: it grows from 1, to the left where the other is faster
+        # on a logarithmic axis bars start at 1, and go to the left where the other library is faster
         panel.barh(i, ratio - 1, 0.7, left=1, color=f"C{peers.index(peer)}")
         place = {"va": "center", "ha": "left" if ratio >= 1 else "right", "fontsize": 8}
         panel.text(ratio, i, f" {_short(ratio)}x ", **place)

@@ -1,4 +1,4 @@
-"""Results as a table to read, and as CSV and JSON to keep."""
+"""Results as tables for the terminal, and as CSV and JSON files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = (
 def records(
     family: str, rows: Iterable[Row], facts: Mapping[str, str | int]
 ) -> list[dict[str, str | int | float | None]]:
-    """Return rows as they are written: one flat record each, None where nothing was measured."""
+    """Return one flat record for each row, as it is written; None where nothing was measured."""
     found = []
     for row in rows:
         record = {"family": family, **asdict(row)}
@@ -75,12 +75,15 @@ def table(rows: Sequence[Row]) -> str:
         else:
             lines.append(head + f" {row.status} | | | | | | |")
     if busy := [row.neighbours for row in rows if row.noisy]:
-        lines += ["", f"NOISY: neighbours kept up to {max(busy):.1f} cores busy; measure again."]
+        lines += [
+            "",
+            f"NOISY: other processes kept up to {max(busy):.1f} cores busy; measure again.",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def check_targets(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
-    """Return a line for each target and whether it was met, None where not measured in quiet."""
+    """Return a line for each target and whether it was met, None where it was not measured on a quiet machine."""
     ours = {row.pass_: row for row in rows if row.provider == "ours"}
     found: list[tuple[str, bool | None]] = []
     for target, wanted in case.targets.items():
@@ -99,7 +102,7 @@ def check_targets(case: Case, rows: Sequence[Row]) -> list[tuple[str, bool | Non
         met = None if math.isnan(got) else (got <= wanted if upper else got >= wanted)
         if row is not None and row.noisy:
             met = None
-        verdict = {True: "met", False: "MISSED", None: "not measured in quiet"}[met]
+        verdict = {True: "met", False: "MISSED", None: "not measured on a quiet machine"}[met]
         found.append(
             (f"target {target} {'<=' if upper else '>='} {wanted:g}: {_short(got)} {verdict}", met)
         )

@@ -11,14 +11,14 @@ from bench._harness import Row
 __all__ = ["plot_scaling"]
 
 NUMBER = re.compile(r"\bD=(\d+)")
-LEAST = 4  # values of the number, to be worth a picture
+LEAST = 4  # points that a curve must have
 
 
 def plot_scaling(path: Path, title: str, rows: Sequence[Row]) -> bool:
-    """Draw time against the number, a line of slope one through the first point of ours beside it.
+    """Draw time against the number, with a line proportional to it through the first point of ours.
 
     Returns:
-        False where no cases differ in the number alone, or matplotlib is not installed.
+        False where no cases differ only in the number, or matplotlib is not installed.
     """
     curves: dict[str, dict[int, float]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""``python -m bench steps``: whole training steps: kernel launches, and capture as a CUDA graph."""
+"""``python -m bench steps``: kernel launches of whole training steps, and their capture as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE, BATCH, WARM = (3, 16, 16), 32, 3
 
 
 def models() -> dict[str, Callable[[], torch.nn.Module]]:
-    """Return the flows whose training step is looked at."""
+    """Return functions that make the flows whose training steps are measured."""
     return {
         "Glow": lambda: flows.Glow(SHAPE, levels=2, steps=4, hidden=32),
         "RealNVP": lambda: flows.RealNVP(SHAPE, hidden=16),
@@ -31,7 +31,7 @@ def models() -> dict[str, Callable[[], torch.nn.Module]]:
 
 
 class Step:
-    """One training step on static memory, as graph capture needs it."""
+    """A training step that always uses the same memory, as graph capture requires."""
 
     def __init__(
         self, make: Callable[[], torch.nn.Module], device: torch.device, compiled: bool
@@ -39,7 +39,7 @@ class Step:
         torch.manual_seed(0)
         self.flow: Any = make().to(device)
         self.x = torch.randn(BATCH, *self.flow.event_shape, device=device)
-        self.flow.log_prob(self.x)  # ActNorm looks at its data once
+        self.flow.log_prob(self.x)  # initialises ActNorm
         capturable = device.type == "cuda"
         self.optimizer = torch.optim.Adam(self.flow.parameters(), 1e-3, capturable=capturable)
         log_prob = self.flow.log_prob
@@ -56,7 +56,7 @@ class Step:
 
 
 def launches(step: Step) -> int:
-    """Return the kernels that one step launches, copies and fills included."""
+    """Return the number of kernels that one step launches, including copies and fills."""
     for _ in range(WARM):
         step()
     torch.cuda.synchronize()
@@ -72,7 +72,7 @@ def launches(step: Step) -> int:
 
 
 def captured(step: Step) -> torch.cuda.CUDAGraph:
-    """Return a whole step as a graph: whatever waits for the host would make the capture fail."""
+    """Return a whole step as a graph; the capture fails if anything in it waits for the host."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -107,7 +107,7 @@ def plain_row(name: str, provider: str, device: torch.device) -> dict[str, objec
 
 
 def graph_row(name: str, device: torch.device) -> dict[str, object]:
-    """Compare a replayed graph with plain steps."""
+    """Time a replayed graph, and compare its parameters with those after plain steps."""
     make = models()[name]
     plain, step = Step(make, device, False), Step(make, device, False)
     graph = captured(step)
@@ -124,8 +124,8 @@ def graph_row(name: str, device: torch.device) -> dict[str, object]:
 def measure(device: torch.device, out: Path | None) -> list[dict[str, object]]:
     """Count launches and compare a replayed graph with plain steps, for every model.
 
-    What takes long, compiling, comes last, and every row is written when it is there: a run that is cut off leaves
-    the rows before.
+    Compiling takes long and comes last, and every row is written as soon as it is measured: a run that is cut off keeps
+    the rows so far.
     """
     if device.type != "cuda":
         raise SystemExit("steps counts kernel launches: it needs --device cuda")

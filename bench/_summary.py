@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from committed results and nothing else."""
+"""The tables of docs/performance.md, from the committed results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["find_row", "milliseconds", "summary"]
 
-#: What the table shows: the results' file, the case's first words and the pass.
+#: Rows of the first table: results' file, start of the case's name, and pass.
 HEADLINES = (
     ("affine", "coupling 64x24x32x32", "forward"),
     ("affine", "coupling 64x24x32x32", "forward+backward"),
@@ -35,7 +35,7 @@ HEADLINES = (
     ("glow", "log_prob", "call"),
     ("glow", "sample", "call"),
 )
-#: The same against other libraries, which are named.
+#: Rows of the second table, with the providers that are compared.
 PEERS = (
     ("spline", "rq 4096x32 K=8", "forward", ("nflows", "zuko", "zuko compile")),
     ("spline", "rq 4096x32 K=8", "forward+backward", ("nflows", "zuko", "zuko compile")),
@@ -49,10 +49,10 @@ PEERS = (
     ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
     ("ode", "dopri5 of 1000000", "call", ("eager",)),
 )
-#: Families whose "eager" is another library, and what else needs words.
+#: Families whose "eager" is another library, and providers whose names need an explanation.
 EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
-WORDS = {"our solver": "our solver with torch's layers", "checkpointed": "ours, checkpointed"}
-LARGE = 20.0  # above that many floors a call is what costs, and the ratio says nothing
+EXPLAINED = {"our solver": "our solver with torch's layers", "checkpointed": "ours, checkpointed"}
+LARGE = 20.0  # ratios to the floor above this say nothing: most of the time is the overhead of the call
 
 
 def summary(folder: Path | None) -> str:
@@ -92,7 +92,7 @@ _SPEEDUPS = ("speedup_vs_eager", "speedup_vs_compile")
 
 
 def find_row(path: Path, case: str, pass_: str, provider: str = "ours") -> dict[str, str]:
-    """Return the first row of a results' file whose case starts so."""
+    """Return the first row of a results' file whose case starts with ``case``, of a pass and a provider."""
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             found = row["provider"] == provider and row["pass"] == pass_
@@ -102,11 +102,11 @@ def find_row(path: Path, case: str, pass_: str, provider: str = "ours") -> dict[
 
 
 def _named(family: str, peer: str) -> str:
-    return EAGER.get(family, peer) if peer == "eager" else WORDS.get(peer, peer)
+    return EAGER.get(family, peer) if peer == "eager" else EXPLAINED.get(peer, peer)
 
 
 def milliseconds(p50: float) -> str:
-    """Write a time with two digits at least."""
+    """Return a time as text, with at least two digits."""
     return f"{p50:.0f}" if p50 >= 10 else f"{p50:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""The clock: providers take turns in rounds, and no call finds its inputs in the cache."""
+"""Timing: providers take turns in rounds, and no call finds its inputs in the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Neighbours", "Plan", "Sampler", "percentiles", "take_turns"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is made."""
+    """Settings of a run."""
 
     device: torch.device
     cache_bytes: int
@@ -32,7 +32,7 @@ class Plan:
 
 
 class Sampler:
-    """Times one provider: ``inner`` calls in a row so that a sample lasts 0.5 ms at least."""
+    """Times one provider: a sample is ``inner`` calls in a row, at least 0.5 ms."""
 
     def __init__(self, call: Callable[[Any], Any], plan: Plan, grad: bool) -> None:
         self.call, self.plan, self.grad, self.inner = call, plan, grad, 1
@@ -58,8 +58,8 @@ class Sampler:
     def __call__(self, sets: Sequence[Any]) -> float:
         """Return the time of one call in ms, taking the sets in turn.
 
-        Unless calls are long, one is not timed: it brings back the code and the allocator's
-        memory that the provider before it pushed out of the caches.
+        Unless calls are long, one call before them is not timed: it brings code and allocator memory back into the
+        caches after another provider's turn.
         """
         with torch.set_grad_enabled(self.grad):
             if self.warm:
@@ -86,17 +86,17 @@ class Sampler:
 
 
 class Neighbours:
-    """How many cores other processes, and other guests of the host, kept busy since the start.
+    """Counts the cores that other processes, and other guests of the host, kept busy since the start.
 
-    Where threads outnumber free cores, each barrier waits for a slice of the scheduler:
-    milliseconds in place of microseconds.  A run with busy neighbours says little.
+    Where threads outnumber free cores, each barrier waits for a time slice of the scheduler, milliseconds instead of
+    microseconds, and timings mean little.
     """
 
     def __init__(self) -> None:
         self.start = self._read()
 
     def cores(self) -> float:
-        """Return the mean number of busy cores, NaN where the OS does not say."""
+        """Return the mean number of busy cores, NaN where the operating system does not report it."""
         wall, busy = (b - a for a, b in zip(self.start, self._read(), strict=True))
         return round(max(0.0, busy / wall), 2)
 
@@ -121,10 +121,10 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 def take_turns(
     samplers: Mapping[str, Sampler], sets: list[Any], plan: Plan
 ) -> tuple[dict[str, list[float]], float]:
-    """Let all take turns, in another order each round and each call on another set.
+    """Let all samplers take turns, in a new random order each round.
 
     Returns:
-        The samples of each in ms, and how many cores the neighbours kept busy.
+        The samples of each in ms, and the number of cores that other processes kept busy.
     """
     times: dict[str, list[float]] = {name: [] for name in samplers}
     names, cursor, begin = list(samplers), 0, time.monotonic()

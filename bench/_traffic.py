@@ -1,6 +1,6 @@
-"""What the CUDA kernels read and write, counted by running them on the host.
+"""The memory traffic of the CUDA kernels, counted by running them on the host.
 
-The library is the one of tests/cuda_on_host built to count: the compiler reports every access of a kernel to a tensor.
+The library is that of tests/cuda_on_host, compiled so that every access of a kernel to a tensor is reported.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ WIDTHS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class TrafficCase:
-    """A call whose every input must be read and every output written, once.
+    """A call that must read every input and write every output once.
 
     Args:
+        name: of the call.
         make: returns the inputs for a dtype; the first is what the function transforms.
         run: called with the inputs.
-        backward: count the backward of ``run`` alone.
-        half: also in bfloat16.
+        backward: count only the backward of ``run``.
+        half: also count in bfloat16.
     """
 
     name: str
@@ -43,7 +44,7 @@ class TrafficCase:
 
 @dataclass
 class Traffic:
-    """What the data (the inputs and outputs) cost: bytes requested by width, and bytes moved over the floor."""
+    """Traffic of the inputs and outputs: bytes requested by width of access, bytes moved, and the least possible."""
 
     name: str
     dtype: torch.dtype
@@ -53,7 +54,7 @@ class Traffic:
 
     @property
     def scalar_share(self) -> float:
-        """The share of the requested bytes that came in accesses of less than 8 bytes."""
+        """The share of the requested bytes in accesses of less than 8 bytes."""
         wide = self.requested[8] + self.requested[16]
         return 1 - wide / max(1, sum(self.requested.values()))
 
@@ -173,7 +174,7 @@ def _library() -> ctypes.CDLL:
 
 
 def count(case: TrafficCase, dtype: torch.dtype) -> Traffic:
-    """Run one case on the host and return what its data cost; parameters and scratch are not data."""
+    """Run one case on the host and return the traffic of its inputs and outputs, without parameters and scratch memory."""
     library = _library()
     import on_host
 

@@ -1,9 +1,9 @@
 """``make gpu``: build from source, test, sanitize and measure on the GPU of this machine.
 
-Everything is written to one folder: ``summary.json`` with the facts of the machine and how each stage ended, a log a
-stage, and the results of the benchmarks, to be committed under bench/results/ after a look at them.  The stages share
-ten minutes; one that runs out of its time is cut off and reported, and the next one starts: none can take the time
-that the later ones need at least.
+Everything is written to one folder: ``summary.json`` with a description of the machine and how each stage ended, a log
+for each stage, and the results of the benchmarks, to be committed under bench/results/ after a look at them.  The
+stages share ten minutes.  A stage that runs out of its time is cut off and reported, so that each later one gets the
+time that it needs at least.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 EXERCISE = ["tests/cuda_on_host/exercise.py", "cuda"]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-#: Where the tests are that need a GPU; the others need packages that this machine may lack.
+#: The tests that need a GPU; other folders need packages that this machine may lack.
 TESTS = ("tests/core", "tests/ops", "tests/ode", "tests/test_gpu.py")
-#: What the stages import, and the package that has it.
+#: Modules that the stages import, and the packages that have them.
 PACKAGES = {
     "scikit_build_core": "scikit-build-core",
     "pybind11": "pybind11",
@@ -40,7 +40,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, the seconds that it may take, and those that earlier stages must leave it."""
+    """A command, the seconds that it may take at most, and those that earlier stages must leave for it."""
 
     command: list[str]
     most: float
@@ -71,16 +71,16 @@ def stages(out: Path) -> dict[str, Stage]:
 
 
 def missing() -> list[str]:
-    """Return, a line each, what this machine or this Python lacks; empty when all can run."""
+    """Return one line for each thing that this machine or this Python lacks; none if everything can run."""
     found: list[str] = []
     if importlib.util.find_spec("torch") is None:
-        return [f"{sys.executable} has no torch; name a Python that has: make gpu PYTHON=..."]
+        return [f"{sys.executable} has no torch; name a Python that has it: make gpu PYTHON=..."]
     import torch
 
     if torch.version.cuda is None:
         found.append(
             f"torch {torch.__version__} of {sys.executable} was built without CUDA; "
-            "name a Python whose torch has it: make gpu PYTHON=..."
+            "name a Python whose torch has CUDA: make gpu PYTHON=..."
         )
     elif not torch.cuda.is_available():
         found.append(f"torch {torch.__version__} sees no CUDA device (look at nvidia-smi)")
@@ -99,12 +99,12 @@ def _has(name: str) -> bool:
 
 
 def allowed(stage: Stage, later: list[Stage], left: float) -> float:
-    """Return the seconds of a stage: what is left, without what the later ones need at least."""
+    """Return the seconds of a stage: what is left, minus what the later ones need at least."""
     return max(1.0, min(stage.most, left - sum(s.least for s in later)))
 
 
 def run(name: str, command: list[str], seconds: float, out: Path) -> dict[str, object]:
-    """Run one stage with its output in a log; what is cut off dies with all its children."""
+    """Run one stage with its output in a log; kill it with all its children when its time is over."""
     begin = time.monotonic()
     with (out / f"{name}.log").open("w") as log:
         try:
@@ -128,7 +128,7 @@ def run(name: str, command: list[str], seconds: float, out: Path) -> dict[str, o
 
 
 def use_what_was_built() -> None:
-    """Let the later stages load the libraries that the build installed, not some in the source tree."""
+    """Make the later stages load the libraries that the build installed, not others in the source tree."""
     try:
         place = metadata.distribution("pyflowkern").locate_file("pyflowkern/lib")
     except metadata.PackageNotFoundError:
@@ -138,7 +138,7 @@ def use_what_was_built() -> None:
 
 
 def facts() -> dict[str, object]:
-    """Return device, driver, torch, CUDA and commit."""
+    """Return a description of the machine: device, driver, torch, CUDA and commit."""
     import torch
 
     from bench import _environment
@@ -166,7 +166,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_all(chosen: Mapping[str, Stage], out: Path, minutes: float) -> bool:
-    """Run the stages, write the summary after each; return whether all went well."""
+    """Run the stages, write the summary after each; return whether all succeeded."""
     found: dict[str, object] = {"machine": facts()}
     print(json.dumps(found["machine"]), flush=True)
     end, good = time.monotonic() + 60 * minutes, True

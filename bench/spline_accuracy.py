@@ -1,8 +1,8 @@
-"""``python -m bench.spline_accuracy``: how exact rational-quadratic splines are in float32.
+"""``python -m bench.spline_accuracy``: the accuracy of rational-quadratic splines in float32, against float64.
 
-The largest error of the output, the largest residual of the inverse (both in units of eps bound (1 + slope), eps =
-2^-23) and the largest and the root-mean-square error of the log-derivative against float64, over inputs in [-4, 4]
-that hold the ends of the interval and their neighbours, with raw parameters N(0, s^2).
+Measured are the largest error of the output, the largest residual of the inverse (both in units of
+eps bound (1 + slope), eps = 2^-23), and the largest and the root-mean-square error of the log-derivative.  Inputs are
+uniform in [-4, 4] and include the ends of the interval and their neighbours; raw parameters are N(0, s^2).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ours(parameterization: ops.spline_map.Parameterization) -> Spline:
 
 
 def peers() -> dict[str, tuple[Spline, Spline]]:
-    """Return each spline with the one that computes the same in float64."""
+    """Return each spline with the one that serves as its exact result in float64."""
     smap = ops.SplineMap(bound=BOUND)
     softmax, softclip = ours("softmax"), ours("softclip")
     found = {"ours": (softmax, softmax), "ours (softclip)": (softclip, softclip)}

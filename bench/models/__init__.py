@@ -1,1 +1,1 @@
-"""Cases that time a whole flow."""
+"""Cases that time whole flows and solves."""

@@ -1,8 +1,9 @@
 """A training step of FFJORD at the size of POWER, against torchdiffeq and autograd: same weights, probes and loss.
 
-"eager" is what FFJORD's authors do, with torchdiffeq: the divergence is a VJP kept differentiable, and the graphs of
-all evaluations are kept.  "ours" takes the same steps and keeps graphs, too; "checkpointed", the default of flows,
-keeps states and runs each step again, and "adjoint" is the continuous adjoint, in the memory of one evaluation.
+"eager" does what FFJORD's authors do, with torchdiffeq: the divergence is a VJP with a graph, and the graphs of all
+evaluations are kept.  "ours" takes the same steps and keeps graphs, too.  "checkpointed", the default of flows, keeps
+only states and repeats each step in the backward pass.  "adjoint" is the continuous adjoint, which needs the memory of
+one evaluation.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Dynamics(nn.Module):
 
     def __init__(self, field: Any) -> None:
         super().__init__()
-        self.field = [field]  # not a child: its parameters are named once
+        self.field = [
+            field
+        ]  # in a list, so that it is no submodule and its parameters are listed once
         self.probe: Tensor | None = None
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:

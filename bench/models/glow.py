@@ -24,7 +24,7 @@ def ours(device: torch.device) -> flows.Glow:
 
 @cache
 def normflows_glow(device: torch.device) -> Any:
-    """The same levels, steps and widths; its coupling scales are sigmoids, ours tanh."""
+    """Return a Glow of normflows with the same levels, steps and widths; its scale map is a sigmoid, ours tanh."""
     import normflows as nf
 
     channels, size = SHAPE[0], SHAPE[1]
@@ -41,7 +41,7 @@ def normflows_glow(device: torch.device) -> Any:
 
 
 def _ready(model: Any, device: torch.device) -> Any:
-    """Initialise from data, then move the weights off zero: zeros would hide mistakes."""
+    """Initialise from data, then move the weights away from zero, which would hide mistakes."""
     torch.manual_seed(0)
     model = model.to(device)
     with torch.no_grad(), pyflowkern.use_reference():
@@ -59,7 +59,7 @@ def _log_prob(model: Any) -> LogProb:
 
 
 def train_step(model: Any, x: Tensor) -> list[Tensor]:
-    """Run a step without the optimizer, which is the same for all."""
+    """Run a training step without the optimizer, which would be the same for all."""
     model.zero_grad(set_to_none=True)
     loss = -_log_prob(model)(x).mean()
     loss.backward()

@@ -19,14 +19,14 @@ __all__ = ["CASES"]
 
 @dataclass(frozen=True)
 class Size:
-    """A spline flow: ``steps`` times a coupling, whose network has two residual blocks, and an LU matrix."""
+    """A spline flow: ``steps`` pairs of a coupling, whose network has two residual blocks, and an LU matrix."""
 
     dims: int
     batch: int
     steps: int
     hidden: int
     bins: int
-    target: float  #: how many times faster than nflows a training step is to be
+    target: float  #: wanted speedup of a training step over nflows
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ SIZES = (
 
 @cache
 def ours(size: Size, device: torch.device) -> flows.NSF:
-    """Return a flow whose weights have left their start: the identity would hide mistakes."""
+    """Return a flow with weights moved away from their initial values: an identity would hide mistakes."""
     torch.manual_seed(0)
     flow = flows.NSF(
         size.dims,
@@ -53,7 +53,9 @@ def ours(size: Size, device: torch.device) -> flows.NSF:
         bound=3.0,
     )
     with torch.no_grad():
-        for layer in flow.bijection[1::2]:  # nflows' LU has no permutation, nor negative pivots
+        for layer in flow.bijection[
+            1::2
+        ]:  # nflows' LU has neither a permutation nor negative pivots
             layer.permutation.copy_(torch.arange(size.dims))
         for p in flow.parameters():
             p.add_(0.3 * p.shape[-1] ** -0.5 * torch.randn_like(p) if p.dim() > 1 else 0.0)
@@ -144,7 +146,7 @@ def train_step(model: Any, x: Tensor) -> list[Tensor]:
 
 
 def _below(layer: Any) -> Tensor:
-    """Return the gradient of a matrix's lower triangle, row by row as nflows keeps it."""
+    """Return the gradient of a matrix's lower triangle, row by row as nflows stores it."""
     size = layer.channels
     rows, columns = torch.tril_indices(size, size, -1)
     return layer.lower.grad[rows, columns]

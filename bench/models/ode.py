@@ -1,7 +1,8 @@
 """Solves of a small vector field, against torchdiffeq with the same tolerances and evaluations.
 
-"eager" is torchdiffeq with torch's layers.  "ours" has the same weights in a field of ours, "our solver" torch's layers
-as eager has, and "field alone" calls the field of "ours" as often as a solve does: no solver can be faster.
+"eager" is torchdiffeq with torch's layers.  "ours" is our solver with the same weights in our ``VectorFieldMLP``; "our
+solver" is our solver with torch's layers.  "field alone" calls the field of "ours" as often as a solve does, which no
+solver can beat.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def field(device: torch.device) -> Field:
 
 
 class OwnField(pnn.VectorFieldMLP):
-    """The same function of the same parameters, counting its evaluations."""
+    """The same function with the same parameters, as a ``VectorFieldMLP``; counts its evaluations."""
 
     def __init__(self, like: Field) -> None:
         super().__init__(2, (64, 64, 64))
@@ -71,7 +72,7 @@ def own_field(device: torch.device) -> OwnField:
 
 
 class Decay(nn.Module):
-    """The velocity ``-y``: next to nothing beside the sums over the stages."""
+    """The velocity ``-y``, which costs almost nothing beside the solver's own arithmetic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ def ours(f: nn.Module, x: Tensor, **settings: Any) -> Tensor:
 
 
 def evaluations(f: OwnField | Decay, x: Tensor, settings: dict[str, Any]) -> int:
-    """Return the evaluations of one solve of ours; those of torchdiffeq are the same (tests/ode)."""
+    """Return the number of evaluations in one solve of ours; torchdiffeq needs as many (tests/ode)."""
     f.evaluations = 0
     solve(ours, f, settings, x)
     return f.evaluations
@@ -130,7 +131,8 @@ def train(
     return [loss.detach(), next(f.parameters()).grad]  # type: ignore[list-item]
 
 
-def alone(count: int, f: nn.Module, x: Tensor) -> Tensor:
+def evaluate(count: int, f: nn.Module, x: Tensor) -> Tensor:
+    """Evaluate a field ``count`` times."""
     with torch.no_grad():
         for _ in range(count):
             x = f(torch.zeros(()), x)
@@ -144,24 +146,24 @@ def _providers(
     make_own: Callable[..., Any] = own_field,
     **own: Any,
 ) -> dict[str, Lazy]:
-    def theirs(inputs: Inputs) -> Provider:
+    def eager(inputs: Inputs) -> Provider:
         return partial(work, torchdiffeq_solver(inputs), make(inputs["x"].device), settings)
 
-    def mine(inputs: Inputs) -> Provider:
+    def our_solver_and_field(inputs: Inputs) -> Provider:
         return partial(work, ours, make_own(inputs["x"].device), settings | own)
 
-    def half(inputs: Inputs) -> Provider:
+    def our_solver(inputs: Inputs) -> Provider:
         return partial(work, ours, make(inputs["x"].device), settings | own)
 
-    def bare(inputs: Inputs) -> Provider:
+    def field_alone(inputs: Inputs) -> Provider:
         f = make_own(inputs["x"].device)
-        return partial(alone, evaluations(f, inputs["x"], settings), f)
+        return partial(evaluate, evaluations(f, inputs["x"], settings), f)
 
-    found = {"eager": Lazy(theirs), "ours": Lazy(mine)}
+    found = {"eager": Lazy(eager), "ours": Lazy(our_solver_and_field)}
     if make is not make_own:
-        found["our solver"] = Lazy(half)
+        found["our solver"] = Lazy(our_solver)
     if work is solve:
-        found["field alone"] = Lazy(bare, comparable=False)
+        found["field alone"] = Lazy(field_alone, comparable=False)
     return found
 
 

@@ -1,4 +1,4 @@
-"""ActNorm, and the channel moments that initialise it."""
+"""ActNorm, and the channel moments from which it is initialised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from bench._case import Case, Inputs, Lazy, Outputs, Provider, nbytes, random_inputs
 from pyflowkern import ops
 
-# --- peers: their parameters are their own, so those of the first input set serve all ------------
+# --- peers: layers that own their parameters, set to those of the first input set ----------------
 
 
 def nflows_actnorm(inputs: Inputs) -> Provider:

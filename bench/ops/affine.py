@@ -16,12 +16,12 @@ from pyflowkern import ops
 
 
 def coupling_forward(share: float) -> Callable[[Inputs, Outputs], int]:
-    """Bytes of a forward that reads only the ``share`` of ``params`` that transforms something."""
+    """Return the bytes of a forward that reads only a ``share`` of ``params``."""
     return lambda i, o: nbytes(i["x"], *o) + int(share * nbytes(i["params"]))
 
 
 def coupling_backward(share: float) -> Callable[[Inputs, Outputs], int]:
-    """Read half of x, its raw scales and the output gradients; write the input gradients."""
+    """Return the bytes of a backward: half of x, its raw scales, the output gradients, and the input gradients."""
     return lambda i, o: (
         nbytes(i["x"]) // 2
         + int(share * nbytes(i["params"])) // 2
@@ -34,7 +34,7 @@ def coupling_backward(share: float) -> Callable[[Inputs, Outputs], int]:
 
 
 class _Given(torch.nn.Module):
-    """Stands for the network of a coupling layer."""
+    """Takes the place of a coupling layer's network: returns the given parameters."""
 
     params: Tensor
 
@@ -119,7 +119,7 @@ def coupling(
 
 
 def of_map(kind: str, peers: Any = None, per_channel: int = 2, **options: Any) -> Case:
-    """Return the small case of one scale map; a peer stands where it computes the same."""
+    """Return the small case of one scale map, with the libraries that have the same map."""
     x, params = (64, 12, 32, 32), (64, 6 * per_channel, 32, 32)
     options = {"scale_map": kind} | options
     return coupling(f"{kind} 64x12x32x32", x, params, options, peers=peers, extra=True)

@@ -1,4 +1,4 @@
-"""Sampling of autoregressive flows: stacks of masked layers, beside their density and other libraries' samplers."""
+"""Sampling from autoregressive flows (stacks of masked layers), against their density and other libraries."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pyflowkern import nn
 from pyflowkern.ops import SplineMap
 
 TRANSFORMS, BINS = 5, 8
-SPREAD = 0.02  # of the weights around their start, so that no layer is the identity
+SPREAD = 0.02  # standard deviation of noise added to the initial weights, so that no layer is the identity
 
 
 @cache
 def ours(
     features: int, hidden: tuple[int, ...], spline: bool, transforms: int, device: torch.device
 ) -> nn.Sequential:
-    """Return a stack whose layers take turns in their order."""
+    """Return a stack whose layers alternate between ascending and descending order."""
     torch.manual_seed(0)
     layers = [
         nn.MaskedAutoregressive(
@@ -62,7 +62,7 @@ def zuko_sampler(features: int, hidden: tuple[int, ...], spline: bool, transform
 
 
 def nflows_sampler(features: int, hidden: tuple[int, ...], transforms: int) -> Any:
-    """Return the sampler of a stack in nflows, whose networks have one width."""
+    """Return the sampler of a stack in nflows, whose networks have the same width in all hidden layers."""
 
     def build(inputs: Inputs) -> Provider:
         from nflows.transforms import (

@@ -1,4 +1,4 @@
-"""The diagonal normal log-density: standard, learned and conditional."""
+"""The log-density of a diagonal normal distribution: standard, learned and conditional."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def normal(
     peers: dict[str, Callable[[Inputs], Provider]] | None = None,
     **case: Any,
 ) -> Case:
-    """Return a case with no parameters, those of the ``event``, or those of every ``element``."""
+    """Return a case without parameters, with parameters of the ``event``, or with parameters of every ``element``."""
     of = {"none": None, "event": shape[1:], "element": shape}[parameters]
     extra = {} if of is None else {"mean": of, "log_std": of}
     return Case(

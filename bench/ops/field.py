@@ -1,4 +1,4 @@
-"""Velocity and divergence of a field, against one VJP through autograd as everybody writes it."""
+"""Velocity and divergence of a field, against the usual way: one VJP by autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyflowkern import ops
 
 
 def _layers(parameters: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
-    """Return weights, biases and gates, of which there may be none."""
+    """Return weights, biases and gates; the gates may be empty."""
     return tuple([t for name, t in parameters.items() if name[0] == kind] for kind in "wbg")
 
 
@@ -28,7 +28,7 @@ def _mlp(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
 
 
 def vjp(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
-    """FFJORD's estimate: the field, one VJP kept differentiable, and its product with the probe."""
+    """FFJORD's estimate: the field, one VJP with a graph, and its product with the probe."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.requires_grad_()
@@ -38,7 +38,7 @@ def vjp(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
 
 
 def stacked(x: Tensor, probe: Tensor, **parameters: Tensor) -> Any:
-    """Our reference: tangents beside the primal, in plain PyTorch."""
+    """Our reference in plain PyTorch: values and tangents stacked in one batch."""
     return ops.field_divergence_reference(x, *_layers(parameters), probe=probe)
 
 
@@ -51,7 +51,7 @@ def exact(x: Tensor, probe: Tensor, **parameters: Tensor) -> Any:
 
 
 def exact_by_vjps(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
-    """The exact trace as most write it: a VJP for every dimension."""
+    """The exact trace in the usual way: one VJP for each dimension."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.requires_grad_()
@@ -87,7 +87,7 @@ def _names(dims: Sequence[int], kinds: str = "wb") -> list[str]:
 
 
 def _flops(inputs: Inputs) -> float:
-    """Primal and one tangent through every weight; a backward is twice that."""
+    """Operations of the values and of one tangent in every product; a backward is twice that."""
     weights = sum(t.numel() for name, t in inputs.items() if name.startswith("w"))
     return 4.0 * len(inputs["x"]) * weights
 
@@ -116,7 +116,7 @@ def hutchinson(
 
 
 def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
-    # one probe of ours is another number, and the cost that the exact trace is held against
+    # "one probe" computes an estimate, which differs; its time is what the exact trace is compared with
     providers: dict[str, Provider | Lazy] = {
         "eager": exact_by_vjps,
         "ours": exact,
@@ -136,7 +136,7 @@ def closed_form(name: str, n: int, dims: Sequence[int], **case: Any) -> Case:
     )
 
 
-#: A probe's time over ours: the exact trace of two hidden layers is to cost 1.15 probes at most.
+#: Time of one probe over that of the exact trace, which shall cost at most 1.15 probes.
 ONE_PROBE = {"forward vs one probe": 1 / 1.15, "forward+backward vs one probe": 1 / 1.15}
 CASES = [
     hutchinson("field 512x2 64x3", 512, (2, 64, 64, 64, 2), 2.0),

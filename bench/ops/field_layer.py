@@ -1,4 +1,4 @@
-"""Layers after a product, and whole convolutional fields, against plain PyTorch and the convolutions alone."""
+"""Bias, gate and activation after a layer's product, and whole convolutional fields, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _layers(parameters: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]
 
 
 def _bias_and_gate(bias: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """What "concatsquash" makes of a time, of each channel."""
+    """Return bias and gate of each channel in a "concatsquash" layer at time ``TIME``."""
     gate = torch.sigmoid(TIME * time[0] + time[1])
     return TIME * time[2] + gate * bias, gate
 
 
 def _net(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    """FFJORD's layers as everybody writes them."""
+    """FFJORD's layers as they are usually written."""
     layers = _layers(parameters)
     for i, (w, b, t) in enumerate(layers):
         gate = torch.sigmoid(TIME * t[0] + t[1])[:, None, None]
@@ -39,7 +39,7 @@ def _net(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
 
 
 def vjp(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
-    """FFJORD's estimate: the field, one VJP kept differentiable, and its product with the probe."""
+    """FFJORD's estimate: the field, one VJP with a graph, and its product with the probe."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad else x.requires_grad_()
@@ -49,7 +49,7 @@ def vjp(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
 
 
 def stacked(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
-    """Tangents beside the primal, in plain PyTorch."""
+    """Values and tangents stacked in one batch, in plain PyTorch."""
     n, h = len(x), torch.cat([x, probe])
     *layers, (last, bias, time) = _layers(parameters)
     for w, b, t in layers:
@@ -61,7 +61,7 @@ def stacked(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
 
 
 def convolutions(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
-    """Nothing but the products that both stacked forms need, in the faster layout."""
+    """Only the convolutions that "ours" and "stacked" need, in the faster layout: a lower bound."""
     h = torch.cat([x, probe]).to(memory_format=torch.channels_last)
     for w, _, _ in _layers(parameters):
         h = F.conv2d(h, w, padding=1)
@@ -69,7 +69,7 @@ def convolutions(x: Tensor, probe: Tensor, **parameters: Tensor) -> Outputs:
 
 
 def module(inputs: Inputs) -> Provider:
-    """Our field, whose parameters are the inputs of the call."""
+    """Our field as a provider, with the inputs of the call in place of its parameters."""
     weights = [value for name, value in inputs.items() if name.startswith("w")]
     hidden = [w.shape[0] for w in weights[:-1]]
     field = nn.VectorFieldConv(weights[0].shape[1], hidden, "tanh", "concatsquash")
@@ -104,7 +104,7 @@ def make_inputs(shape: Sequence[int], hidden: Sequence[int]) -> Callable[..., In
 
 
 def _flops(inputs: Inputs) -> float:
-    """Primal and one tangent through every weight; a backward is twice that."""
+    """Operations of the values and of one tangent in every product; a backward is twice that."""
     pixels = inputs["x"].numel() // inputs["x"].shape[1]
     return 4.0 * pixels * sum(t.numel() for name, t in inputs.items() if name.startswith("w"))
 

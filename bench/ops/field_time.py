@@ -13,7 +13,7 @@ from pyflowkern.ops.field_time import at_time, at_time_reference
 
 
 def make_inputs(widths: Sequence[int], rows: int) -> Callable[..., Inputs]:
-    """Biases ``[out]`` and rows ``[rows, out]`` of each layer, and a time."""
+    """Return a ``make_inputs`` of a time and each layer's bias ``[out]`` and time coefficients ``[rows, out]``."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Inputs:
         def normal(*shape: int) -> Tensor:
@@ -38,7 +38,7 @@ def _provider(function: Callable[..., Any]) -> Callable[..., Outputs]:
 
 
 def case(name: str, widths: Sequence[int], rows: int, **more: Any) -> Case:
-    """One field; ``rows`` is 1 for "concat" and 3 for "concatsquash"."""
+    """Return the case of one field; ``rows`` is 1 for "concat" and 3 for "concatsquash"."""
     return Case(
         name=name,
         make_inputs=make_inputs(widths, rows),

@@ -1,4 +1,4 @@
-"""The invertible map over channels, alone (1x1 convolution) and after ActNorm (a Glow step)."""
+"""The invertible linear map of channels, alone (1x1 convolution) and after ActNorm (a Glow step)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def conv2d_step(
 
 
 def normflows_conv(inputs: Inputs) -> Provider:
-    """Parameters of its own, those of the first input set; it takes the determinant every time."""
+    """Return normflows' layer with the parameters of the first input set; it computes the determinant in every call."""
     from normflows.flows import Invertible1x1Conv
 
     layer = Invertible1x1Conv(inputs["x"].shape[1], use_lu=False).to(inputs["x"].device)
@@ -51,7 +51,7 @@ def make_inputs(
 ) -> Callable[..., Inputs]:
     """Return a ``make_inputs`` of data and a well-conditioned matrix.
 
-    The inverse pass feeds the same matrix: its cost and floor are those of the inverse matrix.
+    The inverse pass uses the same matrix in place of its inverse, which costs the same.
     """
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Inputs:

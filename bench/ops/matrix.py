@@ -16,13 +16,13 @@ PASSES = ("forward", "forward+backward")
 
 
 def slogdet_and_inv(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make torch's two calls, without the care for matrices that are singular or not finite."""
+    """Compute both by torch's two calls, without any handling of matrices that are singular or not finite."""
     sign, log_abs_det = torch.linalg.slogdet(weight)
     return sign, log_abs_det, torch.linalg.inv_ex(weight).inverse
 
 
 def near_identity(*shape: int) -> Callable[..., Inputs]:
-    """Return a ``make_inputs`` of matrices that rounding cannot turn singular."""
+    """Return a ``make_inputs`` of well-conditioned matrices."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Inputs:
         noise = torch.randn(shape, generator=generator, device=device)

@@ -13,11 +13,11 @@ from torch import Tensor
 from bench._case import Case, Inputs, Lazy, Outputs, Provider, nbytes
 from pyflowkern import ops
 
-# --- what a user would write, and peers ----------------------------------------------------------
+# --- plain PyTorch, and peers --------------------------------------------------------------------
 
 
 def plain_dequantize(x: Tensor, alpha: float | None = None) -> tuple[Tensor, Tensor]:
-    """Dequantize with torch's own noise: the reference's Philox in int64 is not meant to be fast."""
+    """Dequantize with torch's noise: the reference, whose Philox generator runs in int64, would be no fair baseline."""
     v = (x + torch.rand(x.shape, device=x.device)) / 256
     log_det = torch.full((len(x),), -8 * math.log(2) * x[0].numel(), device=x.device)
     if alpha is None:
@@ -76,7 +76,7 @@ def dequantize(
         make_inputs=random_bytes(shape, channels_last),
         providers={
             "eager": partial(plain_dequantize, alpha=alpha),
-            # other noise than eager's: tests hold it against the reference
+            # its noise differs from eager's; tests compare it with the reference
             "ours": Lazy(lambda _: partial(ops.dequantize, alpha=alpha), comparable=False),
         },
         passes=("forward",),
@@ -90,7 +90,7 @@ def quantize(name: str, shape: Sequence[int], alpha: float | None) -> Case:
         make_inputs=random_reals(shape, 1.0),
         providers={
             "eager": partial(ops.quantize_reference, alpha=alpha),
-            # a level may differ by one where rounding moves a value across an edge
+            # rounding may move a value across the edge between two levels
             "ours": Lazy(lambda _: partial(ops.quantize, alpha=alpha), comparable=False),
         },
         passes=("forward",),

@@ -1,4 +1,4 @@
-"""Networks of linear layers and ReLUs at the sizes of conditioners, beside torch's layers one after another."""
+"""Networks of linear layers and ReLUs at the sizes of conditioners, against torch's layers one after another."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The sums over the stages of a dopri5 step: the state after it, and the norm of its error.
 
-"addmv" is what a solver in plain PyTorch does: one matrix-vector product with kept weights, and for the norm six more
-passes over kept memory.
+"addmv" is how a solver in plain PyTorch does it: one matrix-vector product with prepared weights, and for the norm six
+more passes over memory that is allocated once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _inputs(*shape: int, states: Sequence[str]) -> Callable[..., Inputs]:
 
 
 def _bytes(weights: Sequence[float]) -> Callable[[Inputs, Outputs], int]:
-    """Return what must move: states, the slopes whose weight is not zero, and the result."""
+    """Return the bytes that must move: states, the slopes whose weight is not zero, and the result."""
 
     def count(inputs: Inputs, outputs: Outputs) -> int:
         slopes = inputs["slopes"]

@@ -96,7 +96,7 @@ CASES = [
         "rq 4096x32 K=8",
         (4096, 32),
         RQ,
-        # zuko's parameters mean another spline: timed, not compared; its own case is below
+        # zuko makes another spline of the same parameters: it is timed here and compared in a case of its own below
         peers={
             "nflows": Lazy(nflows_spline(RQ)),
             "zuko": Lazy(zuko_spline(RQ), comparable=False),

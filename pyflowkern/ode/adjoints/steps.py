@@ -1,4 +1,4 @@
-"""A step repeated for its gradient: each stage with a graph of its own and their VJP, or one graph for the whole step."""
+"""A step repeated for its gradient: stages with a graph each and their VJP, or one graph of the whole step."""
 
 from __future__ import annotations
 
