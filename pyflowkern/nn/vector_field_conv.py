@@ -246,7 +246,7 @@ class VectorFieldConv(torch.nn.Module):
             biases, gates = self._at(as_time(t, x).to(work), x, context, biases)
             for bias, gate, weight in zip(biases[:-1], gates, weights, strict=False):
                 h = F.conv2d(h, cast(weight, work), padding=SIDE // 2)
-                h = activate_layer(h, bias, gate, count, self.activation, own=True)
+                h = activate_layer(h, bias, gate, count, self.activation, in_place=True)
             h = F.conv2d(h, cast(weights[-1], work), padding=SIDE // 2)
         return self._output(h, biases[-1], gates[-1], x, count)
 

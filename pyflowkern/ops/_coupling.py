@@ -65,6 +65,7 @@ def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None 
 
 
 def parse_layout(name: str) -> tuple[str, bool]:
+    """Return the layout, and whether raw scales come before shifts."""
     base = name.removesuffix("_raw_first") if isinstance(name, str) else name
     if base not in LAYOUTS:
         raise ValueError(
@@ -100,7 +101,10 @@ def mask_of(split: str | Tensor, x: Tensor) -> Tensor | None:
 def check_params(
     x: Tensor, params: Tensor, split: str | Tensor, swap: bool, smap: ScaleMap, layout: str
 ) -> Tensor:
-    """Check the shape of ``params``; spread parameters of transformed channels alone over all channels."""
+    """Check the shape of ``params``; where they are of the transformed channels only, insert those of the others.
+
+    What is inserted is not read: a copy of the neighbour's.
+    """
     n, c, *space = x.shape
     per = 1 if smap.kind == "additive" else 2
 
@@ -177,9 +181,10 @@ def coupling_reference(
     swap: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Compute an affine coupling in plain PyTorch, from arguments that have been checked."""
     shift, raw = split_params(params, layout, raw_first, smap)
     if mask is not None:
-        # masked positions get harmless parameters, so that garbage there reaches neither y nor its gradient
+        # elements that pass get zeros for parameters: whatever they hold must reach neither y nor a gradient
         shift = torch.where(mask, shift, 0.0)
         raw = None if raw is None else torch.where(mask, raw, 0.0)
         y, log_scale = affine_elements(torch.where(mask, x, 0.0), raw, shift, smap, inverse)

@@ -17,6 +17,7 @@ __all__ = ["check_coupling", "check_packed", "check_parts", "coupling_reference"
 def coupling_reference(
     x: Tensor, params: Tensor, mask: Tensor | None, smap: SplineMap, swap: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    """Compute a spline coupling in plain PyTorch, from arguments that have been checked."""
     c = x.shape[1]
     rows = params.unflatten(1, (params.shape[1] // smap.params, smap.params))
     rows = rows.movedim(2, -1)  # [N, Ct, *space, P]
@@ -26,16 +27,17 @@ def coupling_reference(
         which = 0 if swap else 1
         parts[which], log_slope = elements(parts[which], smap.split(rows), smap, inverse)
         return torch.cat(parts, 1), sum_per_sample(log_slope)
-    if rows.shape[1] != c:  # spread parameters of transformed channels alone over all channels
+    if rows.shape[1] != c:  # parameters of the transformed channels only: give every channel some
         by_channel = mask.reshape(c, -1)[:, 0]
         rows = rows.index_select(1, (by_channel.cumsum(0) - 1).clamp(0, rows.shape[1] - 1))
-    # what passes gets harmless numbers, so that garbage there reaches neither y nor a gradient
+    # elements that pass get zeros for parameters: whatever they hold must reach neither y nor a gradient
     rows = torch.where(mask.unsqueeze(-1), rows, 0.0)
     y, log_slope = elements(torch.where(mask, x, 0.0), smap.split(rows), smap, inverse)
     return torch.where(mask, y, x), sum_per_sample(torch.where(mask, log_slope, 0.0))
 
 
 def check_parts(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
+    """Raise unless widths, heights and derivatives fit ``x``; the number of derivatives is not checked."""
     check_batched("x", x, min_dim=1)
     for name, t in (("widths", widths), ("heights", heights), ("derivatives", derivatives)):
         check_floating(name, t)
@@ -53,6 +55,7 @@ def check_map(spline_map: SplineMap) -> None:
 
 
 def check_packed(x: Tensor, params: Tensor, spline_map: SplineMap) -> None:
+    """Raise unless the packed parameters of a map fit ``x``."""
     check_map(spline_map)
     check_batched("x", x, min_dim=1)
     check_floating("params", params)

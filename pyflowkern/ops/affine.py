@@ -88,6 +88,9 @@ def affine(
         TypeError: for tensors that are not floating-point.
         ValueError: for shapes that do not broadcast to ``x``, an unknown map or ``save``.
 
+    Source: Dinh, Krueger and Bengio (2015), *NICE*; Papamakarios, Pavlakou and Murray (2017), *Masked Autoregressive
+    Flow*; the scale maps name theirs in :class:`~pyflowkern.ops.ScaleMap`.
+
     Example:
         >>> import torch
         >>> from pyflowkern.ops import affine
@@ -135,6 +138,9 @@ def affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     r"""Transform one part of ``x`` and pass the other, reading and writing each element once.
 
+    With the parts :math:`x_1` and :math:`x_2`, and parameters that a network made of :math:`x_1`,
+    :math:`y_1 = x_1` and :math:`y_2 = s(u) \odot x_2 + t`; the inverse is :math:`x_2 = (y_2 - t) / s(u)`.
+
     Args:
         x: input ``[N, C, *space]``, contiguous or channels_last.
         params: shift ``t`` and raw scale ``u`` of the transformed part (the shift alone for the additive map), in
@@ -159,6 +165,8 @@ def affine_coupling(
     Raises:
         TypeError: for tensors that are not floating-point (or a mask that is not boolean).
         ValueError: for shapes that do not fit, and unknown names.
+
+    Source: Dinh, Sohl-Dickstein and Bengio (2017), *Density estimation using Real NVP*, sections 3.2 to 3.4.
 
     Example:
         >>> import torch

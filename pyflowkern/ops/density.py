@@ -64,6 +64,8 @@ def normal_log_prob(
         TypeError: for tensors that are not floating-point.
         ValueError: for shapes that do not broadcast to ``z``, or tensors on different devices.
 
+    Source: the change of variables as in Dinh, Sohl-Dickstein and Bengio (2017), section 3.1.
+
     Example:
         >>> import torch
         >>> from pyflowkern.ops import normal_log_prob

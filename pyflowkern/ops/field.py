@@ -158,8 +158,9 @@ def hutchinson_trace(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Reduce a probe and its product with a Jacobian: :math:`e^T (J e)` of every sample.
 
-    For fields of any kind: ``je`` comes from a forward-mode product, or as :math:`e^T J` from a
-    reverse-mode one, which gives the same number.
+    :math:`e^T J e` has the expectation :math:`\operatorname{tr} J` where :math:`E\,e e^T = I`, and
+    :math:`|J e|^2` that of :math:`\|J\|_F^2`.  For fields of any kind: ``je`` comes from a forward-mode product, or as
+    :math:`e^T J` from a reverse-mode one, which gives the same number.
 
     Args:
         e: probe ``[N, ...]``.
@@ -172,6 +173,8 @@ def hutchinson_trace(
     Raises:
         TypeError: for tensors that are not floating-point.
         ValueError: for different shapes.
+
+    Source: Hutchinson (1990), *A stochastic estimator of the trace of the influence matrix*.
 
     Example:
         >>> import torch
@@ -238,12 +241,12 @@ def _check_field(
         raise ValueError(f"x must have shape [N, D], got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    own: Sequence[Tensor] = gates if gates is not None else []
+    given: Sequence[Tensor] = gates if gates is not None else []
     count = len(weights)
-    if not count or len(biases) != count or len(own) not in (0, count):
+    if not count or len(biases) != count or len(given) not in (0, count):
         raise ValueError(
             "weights, biases and gates must have one entry a layer, got "
-            f"{count}, {len(biases)} and {len(own)}"
+            f"{count}, {len(biases)} and {len(given)}"
         )
     n, features = x.shape
     dtype, device, size = x.dtype, x.device, features
@@ -254,14 +257,16 @@ def _check_field(
             want = f"[{features if i == count - 1 else 'out'}, {size}]"
             raise ValueError(f"weights[{i}] must have shape {want}, got {tuple(shape)}")
         size = shape[0]
-        _check_own("biases", i, biases[i], n, size, device)
-        if own:
-            _check_own("gates", i, own[i], n, size, device)
+        _check_units("biases", i, biases[i], n, size, device)
+        if given:
+            _check_units("gates", i, given[i], n, size, device)
         dtype = torch.promote_types(dtype, weight.dtype)
-    return accumulation_dtype(dtype), own
+    return accumulation_dtype(dtype), given
 
 
-def _check_own(name: str, i: int, values: Tensor, n: int, size: int, device: torch.device) -> None:
+def _check_units(
+    name: str, i: int, values: Tensor, n: int, size: int, device: torch.device
+) -> None:
     _check_parameter(name, i, values, device)
     shape = values.shape
     if shape != (size,) and shape != (n, size):

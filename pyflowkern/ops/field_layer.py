@@ -90,22 +90,22 @@ def activate_layer(
     tangents: int,
     activation: str,
     *,
-    own: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """Do what :func:`field_layer` does, with arguments that have been checked.
 
-    ``own``: the product is the caller's, who passes the result to one function that makes its gradient anew;
-    both may be overwritten.  New memory costs the system more than what happens in it.
+    ``in_place``: nobody else reads the product, and the gradient of the result is made for this function: both may be
+    overwritten.  Fresh memory would cost more time than the work done in it.
     """
     if not kernel_serves("field_layer", p, bias, gate, dtypes=_DTYPES):
         return _reference(p, bias, gate, tangents, activation)
     if gate is not None and _is_map(bias, p) != _is_map(gate, p):
         bias, gate = _as_map(bias, p), _as_map(gate, p)
     kind = ACTIVATIONS.index(activation)
-    if not own or torch.compiler.is_compiling() or not _is_canonical(p):
+    if not in_place or torch.compiler.is_compiling() or not _is_canonical(p):
         out: Tensor = _op(p, bias, gate, tangents, kind)
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(p, bias, gate):
-        out = _Own.apply(p, bias, gate, tangents, kind)  # type: ignore[no-untyped-call]
+        out = _InPlace.apply(p, bias, gate, tangents, kind)  # type: ignore[no-untyped-call]
     else:
         out = p
         _op_in_place(p, bias, gate, tangents, kind)
@@ -178,8 +178,8 @@ def spread(values: Tensor, p: Tensor) -> Tensor:
 
 
 def _as_map(values: Tensor, p: Tensor) -> Tensor:
-    own = values.shape[0] if values.dim() > 1 else 1
-    return spread(values, p).expand(own, *p.shape[1:])
+    samples = values.shape[0] if values.dim() > 1 else 1
+    return spread(values, p).expand(samples, *p.shape[1:])
 
 
 def _reduced(grad: Tensor, values: Tensor) -> Tensor:
@@ -234,11 +234,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output if _from_output(gate, ctx.activation) else p, bias, gate)
 
 
-def _backward(ctx: Any, grad: Tensor, own: bool = False) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, in_place: bool = False) -> tuple[Any, ...]:
     kept, bias, gate = ctx.saved_tensors  # once: a checkpoint computes them again at each look
     tangents, activation = ctx.tangents, ctx.activation
     if not torch.is_grad_enabled():
-        if own and grad.stride() == kept.stride() and not is_batched(grad):
+        if in_place and grad.stride() == kept.stride() and not is_batched(grad):
             found = grad, *_backward_op_in_place(grad, kept, bias, gate, tangents, activation)
         else:
             found = _backward_op(grad, kept, bias, gate, tangents, activation)
@@ -293,7 +293,7 @@ _backward_op = register(
 )
 
 
-class _Own(torch.autograd.Function):
+class _InPlace(torch.autograd.Function):
     """The layer in place of its product where that is not kept, and backward in place of the gradient."""
 
     @staticmethod
@@ -310,4 +310,4 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _backward(ctx, grad, own=True)
+        return _backward(ctx, grad, in_place=True)

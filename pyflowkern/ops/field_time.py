@@ -1,4 +1,4 @@
-r"""What a time makes of a field's layers: biases and gates of all layers, one op forward and one backward.
+r"""Biases and gates of all layers of a field at a time: one op forward and one backward.
 
 With "concat" a layer's bias is :math:`b + t w`; with "concatsquash" (Grathwohl et al. 2019) its gate is
 :math:`g = \mathrm{sigmoid}(c + t u)` and its bias :math:`g b + t v`.
@@ -19,7 +19,7 @@ from pyflowkern.core.second_derivatives import gradient_of_reference, wants_refe
 __all__ = ["at_time", "at_time_reference"]
 
 _DTYPES = (torch.float32, torch.float64)
-_MOST_LAYERS = 16  # of a kernel
+_MOST_LAYERS = 16  # that the kernel takes
 
 Pair = tuple[list[Tensor], list[Tensor]]
 
@@ -92,7 +92,7 @@ _backward_op = register(
 
 
 class _AtTime(torch.autograd.Function):
-    """Of a list of tensors, one by one, as autograd wants them."""
+    """The op with its gradients: autograd wants the tensors of the lists one by one."""
 
     @staticmethod
     def forward(ctx: Any, time: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

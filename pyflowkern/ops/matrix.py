@@ -92,6 +92,9 @@ def plu_matrix(
 def slogdet_inverse(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return sign and logarithm of the determinant, and the inverse, from one LU factorization.
 
+    With :math:`V = W^{-1}` and upstream gradients :math:`\bar\ell` of the log-determinant and :math:`\bar V` of the
+    inverse, :math:`\bar W = \bar\ell\, V^T - V^T \bar V V^T`: nothing is factorized again.
+
     A singular matrix gives sign 0, log-determinant -inf and an inverse of NaN; one that holds NaN
     or inf gives NaN throughout.  It never raises, and spoils no other matrix of the batch.
 

@@ -38,6 +38,10 @@ def relu_network(
 ) -> Tensor:
     r"""Evaluate a network of linear layers and ReLUs.
 
+    With :math:`r(h) = \max(h, 0)` and the context :math:`c`, the layers are :math:`h_1 = W_1 x + b_1 + c` and
+    :math:`h_l = W_l\, r(h_{l-1}) + b_l`; with ``residual`` two layers between the first and the last make
+    :math:`h \leftarrow h + W'' r(W' r(h) + b') + b''`.
+
     On the CPU all layers of a few samples run before the next samples are read, so that activations stay
     in cache, and no layer waits for the threads of another.  The inputs of the layers are kept for the
     backward pass, ``N`` numbers a hidden unit.

@@ -93,6 +93,10 @@ def rk_error(
 ) -> Tensor:
     r"""Return the root of the mean square of an estimated error over what is allowed.
 
+    .. math::
+        \Big(\frac1n \sum_j r_j^2\Big)^{1/2}, \qquad
+        r = \frac{h \sum_i e_i k_i}{\text{atol} + \text{rtol} \max(|y|, |y_1|)} .
+
     Args:
         y: state at the start of the step.
         y1: state at its end; where it is not finite the norm is NaN.

@@ -67,6 +67,11 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     r"""Transform every element by a rational-quadratic spline of its own.
 
+    In a bin from :math:`(x_0, y_0)`, of width :math:`w`, height :math:`h` and slope :math:`s = h / w`, with derivatives
+    :math:`d_0, d_1` at its ends and :math:`\xi = (x - x_0) / w`,
+
+    .. math:: y = y_0 + h \frac{s \xi^2 + d_0 \xi (1 - \xi)}{s + (d_0 + d_1 - 2 s)\, \xi (1 - \xi)} .
+
     Args:
         x: input ``[N, ...]``.
         widths: raw widths of the ``K`` bins, ``x.shape + (K,)``, K from 2 to 64.
@@ -88,6 +93,9 @@ def rational_quadratic_spline(
     Raises:
         TypeError: for tensors that are not floating-point.
         ValueError: for shapes that do not fit, and what :class:`SplineMap` refuses.
+
+    Source: Gregory and Delbourgo (1982), *Piecewise rational quadratic interpolation to monotonic data*; Durkan,
+    Bekasov, Murray and Papamakarios (2019), *Neural Spline Flows*.
 
     Example:
         >>> import torch
@@ -127,6 +135,8 @@ def spline(
 ) -> tuple[Tensor, Tensor]:
     """Transform every element by a spline of its own, of any kind, whose raw parameters lie side by side.
 
+    :class:`SplineMap` says what the kinds are and how raw parameters become bins and derivatives.
+
     Args:
         x: input ``[N, ...]``.
         params: raw parameters ``x.shape + (spline_map.params,)``.
@@ -140,6 +150,9 @@ def spline(
     Raises:
         TypeError: for tensors that are not floating-point.
         ValueError: for shapes that do not fit.
+
+    Source: Durkan, Bekasov, Murray and Papamakarios (2019); Müller, McWilliams, Rousselle, Gross and Novák (2019),
+    *Neural Importance Sampling*.
 
     Example:
         >>> import torch
@@ -166,7 +179,10 @@ def spline_coupling(
     swap: bool = False,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Transform one part of ``x`` by splines and pass the other, reading and writing each element once.
+    r"""Transform one part of ``x`` by splines and pass the other, reading and writing each element once.
+
+    With the parts :math:`x_1` and :math:`x_2`, and parameters :math:`\theta` that a network made of :math:`x_1`,
+    :math:`y_1 = x_1` and :math:`y_2 = f(x_2; \theta)`, the spline :math:`f` of each element by itself.
 
     Args:
         x: input ``[N, C, *space]``.
@@ -186,6 +202,8 @@ def spline_coupling(
     Raises:
         TypeError: for tensors that are not floating-point (or a mask that is not boolean).
         ValueError: for shapes that do not fit, and unknown names.
+
+    Source: Durkan, Bekasov, Murray and Papamakarios (2019), *Neural Spline Flows*, section 3.
 
     Example:
         >>> import torch

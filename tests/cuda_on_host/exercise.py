@@ -158,7 +158,7 @@ def field_layer():
                 check(ops.field_layer, ops.field_layer_reference, p, *given, **options)
                 with torch.no_grad():
                     mine = p.clone(memory_format=torch.preserve_format)
-                    activate_layer(mine, *given, 2, options["activation"], own=True)
+                    activate_layer(mine, *given, 2, options["activation"], in_place=True)
                 activate_layer(
                     mine.requires_grad_() * 1, *given, 2, options["activation"], own=True
                 ).square().sum().backward()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from pyflowkern import use_reference
 from pyflowkern.ops import SplineMap, spline
 from pyflowkern.ops.spline_map import KINDS, PARAMETERIZATIONS, TAILS
 
@@ -81,3 +82,29 @@ def test_an_inverse_has_its_derivative_in_the_middle_of_a_bin(backend, dtype):
     # the slope is 1, to the float32 that the raw numbers are: dx/draw = -dy/draw
     torch.testing.assert_close(by_y, torch.ones_like(y), rtol=1e-5, atol=0)
     torch.testing.assert_close(by_raw, -wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("smap", list(_maps()))
+@pytest.mark.parametrize("inverse", [False, True])
+def test_forward_mode_has_the_derivatives_of_reverse_mode(smap, inverse):
+    """A value that is brought back into its interval keeps its derivative in both: no_grad would in one alone."""
+    low, high = smap.interval
+    v = low + (high - low) * torch.rand(200, 1, dtype=torch.float64)
+    v[::3], v[1::3] = low, high
+    raw = _raw(smap, 200, torch.float64, scale=1.0)
+
+    def transform(v, raw):
+        return spline(v, raw, smap, inverse=inverse, elementwise=True)
+
+    tangents = torch.randn_like(v), torch.randn_like(raw)
+    _, forward = torch.func.jvp(transform, (v, raw), tangents)
+    leaves = v.requires_grad_(), raw.requires_grad_()
+    with use_reference():
+        outputs = transform(*leaves)
+    for output, found in zip(outputs, forward, strict=True):
+        grads = torch.autograd.grad(
+            output.sum(), leaves, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        by_v, by_raw = (g * t for g, t in zip(grads, tangents, strict=True))
+        wanted = by_v + by_raw.sum(-1)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
