@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, StructureHead, StructureLayer
 from pyflowkern.ops._elements import ElementMap, apply_elements
+from pyflowkern.ops._masked_network import Connection, inverse_by_passes, layer_values
 from pyflowkern.ops.masked_plan import ACTIVATIONS
 
 __all__ = ["SortedNetwork", "solve"]
@@ -49,6 +50,17 @@ class SortedNetwork:
             ACTIVATIONS[MaskedActivation(s[StructureLayer.SEEN_THROUGH]).name.lower()]
             for s in each
         ]
+        self.connections = [
+            Connection(
+                source,
+                self.activations[source] if activated else ACTIVATIONS["identity"],
+                None if residual < 0 else residual,
+                i in self.gate_at,
+            )
+            for i, (source, activated, residual) in enumerate(
+                zip(self.sources, self.reads_activated, self.residuals, strict=True)
+            )
+        ]
         self.order = table[: self.features].long()
         at = self.features + (len(each) + 1) * (self.levels + 1)
         self.feature_counts = table[self.features : self.features + self.levels + 1]
@@ -63,34 +75,27 @@ class SortedNetwork:
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the values of every layer for sorted features; the last are the parameters."""
-        found: list[Tensor] = []
-        for i, (source, weight, bias) in enumerate(
-            zip(self.sources, weights, biases[: len(weights)], strict=True)
-        ):
-            read = x if source < 0 else found[source]
-            read = self.activations[source](read) if self.reads_activated[i] else read
-            value = functional.linear(read, weight[:, : read.shape[1]]) + bias
-            if i in self.gate_at:
-                value = value * biases[self.gate_at[i]]
-            if self.residuals[i] >= 0:
-                value = value + found[self.residuals[i]].index_select(1, self.residual_at[i])
-            found.append(value)
-        return found
+
+        def linear(i: int, h: Tensor) -> Tensor:
+            return functional.linear(h, weights[i][:, : h.shape[1]]) + biases[i]
+
+        def residual(i: int, values: Tensor) -> Tensor:
+            return values.index_select(1, self.residual_at[i])
+
+        return layer_values(x, self.connections, linear, biases[len(weights) :], residual)
 
     def by_passes(self, z: Tensor, transform: ElementMap) -> tuple[Tensor, Tensor]:
         """Return ``x`` and the log-determinant by a pass of the network for each level."""
-        z = z.index_select(1, self.order)
-        x = torch.zeros_like(z)
         rank = torch.arange(self.features, device=z.device)
         level = (self.feature_counts[:, None] <= rank).sum(0) - 1
-        shape = (-1, self.features, self.outputs)
-        for t in range(self.levels):
-            params = self.values(x, self.packed, self.biases)[-1].view(shape)
-            found, _ = apply_elements(z, params, transform, inverse=True, reference=True)
-            x = torch.where(level == t, found, x)
-        params = self.values(x, self.packed, self.biases)[-1].view(shape)
-        log_det = apply_elements(x, params, transform, reference=True)[1]
-        return x.index_select(1, torch.argsort(self.order)), -log_det
+
+        def network(x: Tensor) -> Tensor:
+            theta = self.values(x, self.packed, self.biases)[-1]
+            return theta.view(-1, self.features, self.outputs)
+
+        z = z.index_select(1, self.order)
+        x, log_det = inverse_by_passes(network, z, level, self.levels, transform)
+        return x.index_select(1, torch.argsort(self.order)), log_det
 
     def gradients(
         self,

@@ -27,12 +27,12 @@ from pyflowkern.core.register import register
 from pyflowkern.ops._elements import (
     ElementCode,
     ElementMap,
-    apply_elements,
     element_code,
     element_map,
     element_of_code,
     element_parameters,
 )
+from pyflowkern.ops._masked_network import inverse_by_passes
 from pyflowkern.ops._sorted_network import SortedNetwork, solve
 from pyflowkern.ops.masked_plan import MaskedPlan
 
@@ -117,13 +117,10 @@ def autoregressive_inverse_reference(
     level = plan.indices(z.device).level
     v, weights, biases, gates = _promoted(z, weights, biases, gates)
     with full_precision(z):
-        x = torch.zeros_like(v)
-        for t in range(plan.levels):
-            params = plan.parameters(x, weights, biases, gates)
-            found, _ = apply_elements(v, params, tau, inverse=True, reference=True)
-            x = torch.where(level == t, found, x)
-        params = plan.parameters(x, weights, biases, gates)
-        return cast(x, z.dtype), -apply_elements(x, params, tau, reference=True)[1]
+        x, log_det = inverse_by_passes(
+            lambda x: plan.parameters(x, weights, biases, gates), v, level, plan.levels, tau
+        )
+        return cast(x, z.dtype), log_det
 
 
 def _promoted(

@@ -13,6 +13,7 @@ from torch.nn import functional
 from pyflowkern.core.checks import check_flag
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, numbered
 from pyflowkern.core.kept import Kept, may_keep
+from pyflowkern.ops._masked_network import Connection, layer_values
 
 __all__ = ["ACTIVATIONS", "MaskedLayer", "MaskedPlan"]
 
@@ -160,15 +161,11 @@ class MaskedPlan:
         self, x: Tensor, linear: Callable[[int, Tensor], Tensor], gates: Sequence[Tensor] = ()
     ) -> Tensor:
         """Return the network's output ``[N, D, outputs]``, with ``linear(i, h)`` for the masked product of layer i."""
-        left = iter(gates)
-        values: list[Tensor] = []
-        for i, (layer, source) in enumerate(zip(self.layers, self.sources, strict=True)):
-            value = linear(i, ACTIVATIONS[layer.activation](x if source < 0 else values[source]))
-            if layer.gated:
-                value = value * next(left)
-            if layer.residual is not None:
-                value = value + values[layer.residual]
-            values.append(value)
+        connections = [
+            Connection(source, ACTIVATIONS[s.activation], s.residual, s.gated)
+            for source, s in zip(self.sources, self.layers, strict=True)
+        ]
+        values = layer_values(x, connections, linear, gates)
         return values[-1].view(-1, self.features, self.outputs)
 
     def pack(
