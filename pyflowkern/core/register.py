@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from pyflowkern._library import LIBRARY, OPS
 from pyflowkern.core.lists import differentiable_lists
@@ -26,6 +27,7 @@ def register(
     backward: Backward | None = None,
     reference: Callable[..., Any] | None = None,
     inputs: Callable[[Any], Sequence[Any]] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Define ``pyflowkern::<schema>``, its fake and, if given, its derivatives.
 
@@ -41,13 +43,19 @@ def register(
         reference: the op in plain PyTorch, of the same arguments; its results may stop before those that exist for the
             backward pass alone.  A backward pass that is itself recorded differentiates it.
         inputs: ``ctx`` to the arguments of the op, from what ``setup_context`` kept.
+        flops: the floating-point operations of the op's matrix products, for torch's ``FlopCounterMode``: called with
+            the op's arguments, of tensors the shapes.  As torch has it, a product and its sum are two, what is not a
+            matrix product counts nothing, and what a backward pass computes again does not count either.
     """
     op = schema.split("(", 1)[0]
     OPS.append(op)
     name = f"pyflowkern::{op}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    overload: Callable[..., Any] = getattr(torch.ops.pyflowkern, op).default
+    packet = getattr(torch.ops.pyflowkern, op)
+    if flops is not None:
+        register_flop_formula(packet)(lambda *args, out_shape=None: flops(*args))
+    overload: Callable[..., Any] = packet.default
     if backward is None or setup_context is None:
         return lambda *inputs: (
             overload(*inputs) if torch.compiler.is_compiling() else _named(overload, inputs)

@@ -124,6 +124,27 @@ def _field_backward_fake(
     return x.new_empty(x.shape), like(weights), like(biases), like(gates)
 
 
+def _field_flops(
+    x: torch.Size, probe: torch.Size, probes: int, weights: list[torch.Size], *_: Any
+) -> int:
+    return 2 * (1 + probes) * x[0] * sum(w.numel() for w in weights)
+
+
+def _field_backward_flops(
+    grad_y: torch.Size | None,
+    grad_trace: torch.Size | None,
+    grad_norm: torch.Size | None,
+    x: torch.Size,
+    probe: torch.Size,
+    probes: int,
+    weights: list[torch.Size],
+    *_: Any,
+) -> int:
+    tangents = 0 if grad_trace is None and grad_norm is None else probes
+    of_probes = 2 * tangents * x[0] * weights[0].numel()  # which have no gradient
+    return 2 * _field_flops(x, probe, tangents, weights) - of_probes
+
+
 # probe: [probes, N or 1, D], or the seed of signs; the last result is what is kept for the backward
 # pass, which computes the rest again
 field_op = register(
@@ -134,12 +155,14 @@ field_op = register(
     backward=_field_backward,
     reference=_field_reference,
     inputs=_field_inputs,
+    flops=_field_flops,
 )
 _field_backward_op = register(
     "field_divergence_backward(Tensor? grad_y, Tensor? grad_trace, Tensor? grad_norm, Tensor x, "
     "Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, "
     "int activation, int flags) -> (Tensor, Tensor[], Tensor[], Tensor[])",
     fake=_field_backward_fake,
+    flops=_field_backward_flops,
 )
 
 
@@ -200,6 +223,16 @@ def _exact_backward_fake(
     return x.new_empty(x.shape), weights, biases, gates
 
 
+def _exact_flops(x: torch.Size, weights: list[torch.Size], *_: Any) -> int:
+    flops = 2 * x[0] * sum(w.numel() for w in weights)
+    if len(weights) == 2:
+        return flops
+    between = weights[
+        1
+    ].numel()  # the trace needs a product of this size for each feature and each sample
+    return flops + 2 * (x[1] + x[0]) * between
+
+
 exact_op = register(
     "field_exact(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] gates, int activation, "
     "int flags) -> (Tensor, Tensor, Tensor)",
@@ -208,12 +241,14 @@ exact_op = register(
     backward=_exact_backward,
     reference=_exact_reference,
     inputs=_exact_inputs,
+    flops=_exact_flops,
 )
 _exact_backward_op = register(
     "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor[] weights, "
     "Tensor[] biases, Tensor[] gates, Tensor kept, int activation, int flags)"
     " -> (Tensor, Tensor[], Tensor[], Tensor[])",
     fake=_exact_backward_fake,
+    flops=lambda grad_y, grad_trace, x, weights, *_: 2 * _exact_flops(x, weights),
 )
 
 

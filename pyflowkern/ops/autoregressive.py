@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyflowkern._library import LIBRARY, kernel_serves
 from pyflowkern.core.checks import check_floating, check_same_device, check_shape
-from pyflowkern.core.codes import MOST_MASKED_LAYERS
+from pyflowkern.core.codes import MOST_MASKED_LAYERS, StructureHead, StructureLayer
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
 from pyflowkern.ops._elements import (
@@ -227,6 +227,33 @@ def _backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]
     return (grad_z, None, None, *lists, None, *[None] * len(ctx.code))
 
 
+def _inverse_flops(
+    z: torch.Size,
+    table: torch.Size,
+    counts: torch.Size,
+    weights: list[torch.Size],
+    biases_and_gates: list[torch.Size],
+    structure: list[int],
+    *_: Any,
+) -> int:
+    """Count one pass of the network, the masked weights with the others, as torch does for layers with masks."""
+    sources = structure[len(StructureHead) + StructureLayer.SOURCE :: len(StructureLayer)]
+    inputs = [z[1] if source < 0 else weights[source][0] for source in sources]
+    return 2 * z[0] * sum(w[0] * n for w, n in zip(weights, inputs, strict=True))
+
+
+def _solve_flops(
+    grad: torch.Size,
+    by_x: torch.Size,
+    by_theta: torch.Size,
+    counts: torch.Size,
+    weights: list[torch.Size],
+    slopes_and_gates: list[torch.Size],
+    structure: list[int],
+) -> int:
+    return _inverse_flops(grad, counts, counts, weights, slopes_and_gates, structure)
+
+
 register(
     "autoregressive_inverse(Tensor z, Tensor table, Tensor counts, Tensor[] weights,"
     " Tensor[] biases_and_gates, int[] structure, int family, int kind, int tails, int parameterization,"
@@ -236,10 +263,12 @@ register(
     backward=_backward,
     reference=_by_passes,
     inputs=_inputs,
+    flops=_inverse_flops,
 )
 register(
     "autoregressive_solve(Tensor grad, Tensor by_x, Tensor by_theta, Tensor counts, Tensor[] weights,"
     " Tensor[] slopes_and_gates, int[] structure) -> Tensor",
     fake=_fake_solve,
+    flops=_solve_flops,
 )
 LIBRARY.impl("autoregressive_solve", solve, "CompositeExplicitAutograd")

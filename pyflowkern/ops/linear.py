@@ -314,6 +314,15 @@ def _mix_backward_fake(
     )
 
 
+def _mix_flops(x: torch.Size, *_: Any) -> int:
+    return 2 * x.numel() * x[1]
+
+
+def _mix_backward_flops(grad_y: torch.Size, *others: Any) -> int:
+    products: int = others[-2] + others[-1]  # for x, for the parameters
+    return products * _mix_flops(grad_y)
+
+
 _mix_op = register(
     "linear_mix(Tensor x, Tensor weight, Tensor log_abs_det, Tensor? log_scale, Tensor? bias, "
     "bool inverse) -> (Tensor, Tensor)",
@@ -322,6 +331,7 @@ _mix_op = register(
     backward=_mix_backward,
     reference=_mix_reference,
     inputs=lambda ctx: (*ctx.saved_tensors, ctx.inverse),
+    flops=_mix_flops,
 )
 # the gradients of x, weight, log_abs_det, log_scale and bias; empty where not needed
 register(
@@ -329,4 +339,5 @@ register(
     "Tensor? log_scale, Tensor? bias, bool inverse, bool need_x, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_mix_backward_fake,
+    flops=_mix_backward_flops,
 )

@@ -309,6 +309,10 @@ def _plu_backward_fake(
     return _contiguous_like(lower), _contiguous_like(upper), _contiguous_like(log_diag)
 
 
+def _plu_flops(permutation: torch.Size, *others: Any) -> int:
+    return 0 if others[-1] else 2 * permutation[0] ** 3  # triangular systems are no products
+
+
 _plu_matrix = register(
     "plu_matrix(Tensor permutation, Tensor lower, Tensor upper, Tensor log_diag, Tensor sign, "
     "bool inverse) -> Tensor",
@@ -319,11 +323,13 @@ _plu_matrix = register(
         *tensors_inverse[:-1], inverse=tensors_inverse[-1]
     ),
     inputs=lambda ctx: (*ctx.saved_tensors, ctx.inverse),
+    flops=_plu_flops,
 )
 register(
     "plu_matrix_backward(Tensor grad, Tensor permutation, Tensor lower, Tensor upper, "
     "Tensor log_diag, Tensor sign, bool inverse) -> (Tensor, Tensor, Tensor)",
     fake=_plu_backward_fake,
+    flops=lambda grad, *_: 4 * grad[0] ** 3,
 )
 
 

@@ -258,6 +258,18 @@ def _backward_fake(
     )
 
 
+def _flops(x: torch.Size, context: torch.Size | None, weights: list[torch.Size], *_: Any) -> int:
+    return 2 * x[0] * sum(w.numel() for w in weights)
+
+
+def _backward_flops(
+    grad: torch.Size, x: torch.Size, weights: list[torch.Size], *others: Any
+) -> int:
+    *_, with_x, _ = others
+    unneeded = 0 if with_x else 2 * x[0] * weights[0].numel()
+    return 2 * _flops(x, None, weights) - unneeded
+
+
 # the second result is what is kept for the backward pass: the inputs of all layers but the first
 _op = register(
     "relu_network(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, bool residual, "
@@ -267,9 +279,11 @@ _op = register(
     backward=_backward,
     reference=_op_reference,
     inputs=_inputs,
+    flops=_flops,
 )
 _backward_op = register(
     "relu_network_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor kept, bool residual, "
     "bool activate_last, bool with_x, bool with_context) -> (Tensor, Tensor, Tensor[], Tensor[])",
     fake=_backward_fake,
+    flops=_backward_flops,
 )
