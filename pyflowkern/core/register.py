@@ -62,7 +62,7 @@ def register(
         )
     lists = "Tensor[]" in schema
     if reference is not None and inputs is not None:
-        backward = _twice(backward, reference, inputs, lists)
+        backward = _with_second_derivatives(backward, reference, inputs, lists)
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
     if lists:
         return differentiable_lists(
@@ -71,7 +71,7 @@ def register(
     return _differentiable(overload, setup_context, backward)
 
 
-def _twice(
+def _with_second_derivatives(
     backward: Backward,
     reference: Callable[..., Any],
     inputs: Callable[[Any], Sequence[Any]],
