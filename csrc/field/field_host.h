@@ -68,7 +68,13 @@ struct Field {
     if (probe.scalar_type() == ScalarType::Long) {
       args.probe.seed = static_cast<const int64_t*>(probe.const_data_ptr());
     } else {  // [probes, samples or 1, features]
-      const int64_t count = probe.sizes()[1];
+      const int64_t count = probe.dim() == 3 ? probe.sizes()[1] : 1;
+      STD_TORCH_CHECK(probes == 0 || (probe.dim() == 3 && probe.sizes()[0] == probes &&
+                                      (count == 1 || count == args.samples) &&
+                                      probe.sizes()[2] == args.features &&
+                                      probe.scalar_type() == x.scalar_type()),
+                      "pyflowkern: probe must be [probes, samples or 1, features] for ", probes,
+                      " probes, in the dtype of x");
       args.probe.data = probe.const_data_ptr();
       args.probe.step_probe = count * args.features;
       args.probe.step_sample = count == 1 ? 0 : args.features;

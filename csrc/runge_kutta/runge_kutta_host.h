@@ -80,6 +80,7 @@ inline void set_error(RungeKuttaTensors& t, const Tensor& y1, double rtol, doubl
   a.rtol = rtol, a.atol = atol;
   STD_TORCH_CHECK(sizes.size() < kMaxSegments, "runge_kutta: too many segments");
   for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, "runge_kutta: sizes must be at least 0, got ", size);
     a.begins[a.segments + 1] = a.begins[a.segments] + size;
     ++a.segments;
   }

@@ -1,6 +1,8 @@
 """Python and C++ mean the same by an integer, and C++ refuses integers that mean nothing."""
 
+import re
 from enum import Enum
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,7 +10,15 @@ import torch
 
 from pyflowkern import _C, ops
 from pyflowkern.core import codes
-from pyflowkern.ops import masked_plan, spline_map
+from pyflowkern.ops import (
+    field_time,
+    linear,
+    masked_plan,
+    matrix,
+    preprocess,
+    runge_kutta,
+    spline_map,
+)
 from pyflowkern.ops._coupling import LAYOUTS
 from pyflowkern.ops._field_reference import ACTIVATIONS
 from pyflowkern.ops.scale_map import Kind as ScaleKindName
@@ -29,6 +39,22 @@ def test_the_enumerations_of_both_languages_are_the_same():
 
 def test_the_limits_of_both_languages_are_the_same():
     assert {name: getattr(codes, name) for name in _C.limits()} == _C.limits()
+
+
+def _constant(path, name):
+    """Return a constant of a C++ header, which Python cannot ask."""
+    text = (Path(__file__).resolve().parents[2] / "csrc" / path).read_text()
+    return int(re.search(rf"constexpr int [^;]*\b{name} = (\d+)", text)[1])
+
+
+def test_sizes_typed_in_both_languages_are_the_same():
+    assert _constant("runge_kutta/runge_kutta.h", "kMaxSlopes") == runge_kutta.MAX_SLOPES
+    # one more for what lies behind the segments
+    assert _constant("runge_kutta/runge_kutta.h", "kMaxSegments") == runge_kutta.MAX_SEGMENTS + 1
+    assert _constant("field_time/field_time.h", "kTimeLayers") == field_time._MOST_LAYERS
+    assert _constant("linear/linear_mix.cuh", "kMost") == linear._MAX_CHANNELS
+    assert _constant("matrix/matrix_cuda.cu", "kMaxSize") == matrix._MAX_SIZE
+    assert _constant("preprocess/preprocess.h", "kNoiseBits") == preprocess._NOISE_BITS
 
 
 @pytest.mark.parametrize(
@@ -115,6 +141,11 @@ def row(row):
     return OPS.rk_stage.default(torch.zeros(2, 4, 6), X, row, X, w, 0.1, None)
 
 
+def error(sizes):
+    w = torch.ones(2, dtype=torch.float64)
+    return OPS.rk_error.default(X, X, torch.zeros(2, 4, 6), w, 0.1, None, 0.1, 0.1, sizes)
+
+
 BAD = (-1, -5, 2**31, 2**40)
 
 
@@ -133,7 +164,8 @@ BAD = (-1, -5, 2**31, 2**40)
         (spline, "flags", [16, *BAD]),
         (field, "activation", [4, *BAD]),
         (field, "flags", [16, codes.FieldFlag.FLAT.value, *BAD]),
-        (field, "probes", [-1]),
+        (field, "probes", [-1, 1, 3]),
+        (error, "sizes", [[-1, 25], [25]]),
         (exact, "activation", [4, *BAD]),
         (exact, "flags", [16, *BAD]),
         (density, "wanted", [8, *BAD]),
@@ -159,6 +191,7 @@ BAD = (-1, -5, 2**31, 2**40)
 def test_kernels_refuse_integers_that_mean_nothing(call, argument, values):
     for value in values:
         with pytest.raises(
-            RuntimeError, match=r"must be|is of 1|must stack|must read|fit each other|2 to 64"
+            RuntimeError,
+            match=r"must be|is of 1|must stack|must read|fit each other|2 to 64|sizes beyond",
         ):
             call(**{argument: value})
