@@ -176,6 +176,7 @@ struct AffineOps {
     AffineTensors t = elementwise_tensors(kept, raw, shift, kind, numbers, flags);
     Tensor grad_raw =
         empty_like_canonical({kind == kAdditive ? t.shift : t.raw, t.x.channels_last});
+    if (kind == kAdditive) torch::stable::zero_(grad_raw);  // a shift alone has no other gradient
     Tensor grad_shift = empty_like_canonical({t.shift, t.x.channels_last});
     t.args.grad_raw = grad_raw.mutable_data_ptr();
     t.args.grad_shift = grad_shift.mutable_data_ptr();

@@ -175,8 +175,14 @@ static bool logit_block(const T* x, int64_t n, const LogitMap<T>& map, T* y, T* 
   Mask<T> normal = tiny == tiny;
   each_vector<T>(n, [&](int64_t i, auto part) {
     const Odds<V> p = odds(load(x + i, part, T(0.5)), map);
-    const LogitOut<V> o = kNormal ? logit_forward_normal(p) : logit_forward(p);
-    if (kNormal) normal = mask_and(normal, mask_and(p.p >= tiny, p.q >= tiny));
+    const Mask<T> here = mask_and(p.p >= tiny, p.q >= tiny);
+    LogitOut<V> o = logit_forward_normal(p);
+    if (kNormal) {
+      normal = mask_and(normal, here);
+    } else {  // for the others alone: what a sample gives does not depend on its neighbours
+      const LogitOut<V> other = logit_forward(p);
+      o = {select(here, o.y, other.y), select(here, o.term, other.term)};
+    }
     store(o.y, y + i, part);
     store(o.term, terms + i, part);
   });

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from pyflowkern._library import FLOATS
 
-__all__ = ["check_batched", "check_flag", "check_floating", "check_same_device", "check_shape"]
+__all__ = [
+    "check_batched",
+    "check_dense",
+    "check_flag",
+    "check_floating",
+    "check_same_device",
+    "check_shape",
+]
 
 
 def check_flag(name: str, value: bool) -> bool:
@@ -34,6 +41,11 @@ def check_floating(name: str, t: Tensor) -> None:
         raise TypeError(
             f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got {t.dtype}"
         )
+    check_dense(name, t)
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Raise TypeError for a sparse tensor."""
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
 

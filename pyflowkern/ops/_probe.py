@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_dense
 from pyflowkern.core.dtypes import accumulation_dtype, cast
 from pyflowkern.ops._philox import draw_seed, philox_blocks
 
@@ -99,6 +100,7 @@ def as_probe(probe: Tensor, probes: int, x: Tensor, dtype: torch.dtype) -> tuple
     """Return a probe as the op takes it, a seed or ``[K, N or 1, D]``, and ``K``."""
     if not isinstance(probe, Tensor):
         raise TypeError(f"probe must be a torch.Tensor, got {type(probe).__name__}")
+    check_dense("probe", probe)
     check_probes(probes)
     if probe.dtype == torch.int64:
         if probe.dim():

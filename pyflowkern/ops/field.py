@@ -296,8 +296,9 @@ def _probe_of(
         raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
     if probe is None:
         raise ValueError("method='hutchinson' needs a probe; draw_probe(x) draws one")
+    found = as_probe(probe, probes, x, work)  # which says what a probe must be
     check_same_device(x=x, probe=probe)
-    return as_probe(probe, probes, x, work)
+    return found
 
 
 def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_dense,
+    check_flag,
+    check_floating,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
 
@@ -248,6 +254,7 @@ def _check_plu(
     if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
         given = getattr(permutation, "dtype", type(permutation).__name__)
         raise TypeError(f"permutation must be an int64 tensor, got {given}")
+    check_dense("permutation", permutation)
     check_shape("permutation", permutation, lower.shape[:1])
     check_floating("upper", upper)
     check_shape("upper", upper, lower.shape)

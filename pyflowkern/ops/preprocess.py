@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves, transformed
-from pyflowkern.core.checks import check_batched, check_flag, check_floating
+from pyflowkern.core.checks import check_batched, check_dense, check_flag, check_floating
 from pyflowkern.core.dtypes import accumulation_dtype, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
 from pyflowkern.ops._philox import draw_seed, philox_uint16
@@ -257,6 +257,7 @@ def _check_bytes(x: Tensor, bits: int, alpha: float | None) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype != torch.uint8:
         raise TypeError(f"x must be a torch.uint8 tensor, got {x.dtype}")
+    check_dense("x", x)
     if x.dim() < 1:
         raise ValueError("x must have a batch axis, got a scalar")
     _check_levels(bits, alpha)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
+from pyflowkern.core.dtypes import full_precision
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
 
@@ -123,13 +124,14 @@ def _reference(
     activate_last: bool,
 ) -> Tensor:
     linear, last = functional.linear, len(weights) - 1
-    h = linear(x, weights[0], biases[0])
-    if context is not None:
-        h = h + context
-    for i in range(1, last, 2 if residual else 1):
-        inner = linear(h.relu(), weights[i], biases[i])
-        h = h + linear(inner.relu(), weights[i + 1], biases[i + 1]) if residual else inner
-    return linear(h.relu() if activate_last else h, weights[last], biases[last])
+    with full_precision(x):  # the kernel computes in the dtype of its arguments
+        h = linear(x, weights[0], biases[0])
+        if context is not None:
+            h = h + context
+        for i in range(1, last, 2 if residual else 1):
+            inner = linear(h.relu(), weights[i], biases[i])
+            h = h + linear(inner.relu(), weights[i + 1], biases[i + 1]) if residual else inner
+        return linear(h.relu() if activate_last else h, weights[last], biases[last])
 
 
 # --- argument checks -----------------------------------------------------------------------------

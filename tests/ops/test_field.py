@@ -4,11 +4,9 @@ import itertools
 
 import pytest
 import torch
-from fields import check, layers, run
-from laws import normal
+from cases.field import SHAPES, layers, sample
+from laws import Sample, hold, normal
 
-from pyflowkern import _library, ops
-from pyflowkern.core.codes import FieldActivation, FieldFlag
 from pyflowkern.ops import (
     draw_probe,
     field_divergence,
@@ -22,8 +20,6 @@ from pyflowkern.ops.field import (
     evaluate_field,
     evaluate_velocity,
 )
-
-SHAPES = [(7,), (64, 60, 5), (200, 130)]  # narrow, several layers, sums beyond the caches
 
 
 def mlp(x, parts, activation):
@@ -53,15 +49,6 @@ def naive(x, parts, e, activation="tanh"):
 # --- values and gradients ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_size(backend, activation, dtype):
-    for hidden, (gates, n) in itertools.product(SHAPES, ((False, None), (True, None), (True, 37))):
-        x, parts = normal(37, 5, dtype=dtype), layers((5, *hidden, 5), dtype, n, gates)
-        e = normal(2, 37, 5, seed=3, dtype=dtype)
-        check(x, parts, probe=e, activation=activation, regularizers=True)
-
-
 def test_velocity_alone(backend):
     """What comes without a tangent is what comes with one; so are its first and second derivatives."""
     for hidden, (gates, n) in itertools.product(SHAPES, ((False, None), (True, None), (True, 37))):
@@ -81,29 +68,6 @@ def test_velocity_alone(backend):
         assert torch.equal(plain, found.detach()) or x.is_cuda
 
 
-@pytest.mark.parametrize("n", [0, 1, 3, 24, 25, 129, 1000])
-def test_awkward_batches(backend, n):
-    for d, hidden in ((1, (3,)), (2, (64, 64, 64)), (43, (150,))):
-        x, e = normal(n, d), normal(n, d, seed=1)
-        check(x, layers((d, *hidden, d)), probe=e)
-
-
-def test_states_without_features(backend):
-    x, parts = normal(3, 0), layers((0, 4, 0))
-    for probe in (normal(3, 0), torch.tensor(1)):
-        velocity, divergence = field_divergence(x, *parts, probe=probe)
-        assert velocity.shape == (3, 0)
-        assert divergence.tolist() == [0, 0, 0]
-
-
-def test_layers_beyond_the_caches(backend):
-    for activation, gates in (("tanh", False), ("silu", True)):
-        parts = layers((3, 1030, 40, 30, 3), gates=gates)
-        check(normal(7, 3), parts, probe=torch.tensor(4), probes=2, activation=activation)
-        e = normal(7, 3, seed=2)
-        check(normal(7, 3), parts, probe=e, activation=activation, regularizers=True)
-
-
 def test_closed_gates(backend):
     """A gate of zero lets nothing through and still has a gradient, that of any other gate."""
     for hidden, method in itertools.product(SHAPES, ("hutchinson", "exact")):
@@ -111,12 +75,17 @@ def test_closed_gates(backend):
         for gate in gates:
             gate[::3] = 0
         probe = {"probe": normal(37, 5, seed=3)} if method == "hutchinson" else {}
-        check(normal(37, 5), (weights, biases, gates), method=method, **probe)
+        tensors = {"x": normal(37, 5), "weights": weights, "biases": biases, "gates": gates}
+        hold(
+            field_divergence,
+            field_divergence_reference,
+            Sample(tensors, method=method, **probe),
+            16,
+        )
 
 
 def test_no_hidden_layer(backend):
     parts = layers((4, 4), gates=True)
-    check(normal(5, 4), parts, probe=torch.tensor(3), probes=2)
     _, divergence = field_divergence(normal(5, 4), *parts, method="exact")
     torch.testing.assert_close(divergence, (parts[2][0] * parts[0][0].diag()).sum().expand(5))
 
@@ -149,30 +118,6 @@ def test_mean_over_all_signs_is_the_trace(backend):
         *_, frobenius = field_divergence(x, *parts, method="exact", regularizers=True)
         expected = jacobians.square().sum((1, 2))
         torch.testing.assert_close(frobenius, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("hidden", [(7,), (200,), (64, 60), (200, 130)], ids=str)
-def test_exact_trace_in_closed_form(backend, hidden, activation):
-    for dtype, gates in itertools.product((torch.float32, torch.float64), (False, True)):
-        x, parts = normal(37, 5, dtype=dtype), layers((5, *hidden, 5), dtype, None, gates)
-        check(x, parts, method="exact", activation=activation)
-    own = layers((5, *hidden, 5), gates=True, n=37)
-    check(normal(37, 5), own, method="exact", activation=activation)
-    own[2][-1] = own[2][-1][0]  # one output gate for all: the closed form again
-    check(normal(37, 5), own, method="exact", activation=activation)
-
-
-@pytest.mark.parametrize(
-    ("n", "hidden", "method"),
-    [(7, (600, 65), "exact"), (9000, (9, 33), "exact"), (3, (1100, 40), "hutchinson")],
-    ids=["sums of more terms than a panel", "of more than are packed at once", "beyond the cache"],
-)
-def test_products_larger_than_what_is_multiplied_at_a_time(backend, n, hidden, method):
-    dims = (5, *hidden, 5)
-    options = {"method": method} | ({} if method == "exact" else {"probe": torch.tensor(3)})
-    for dtype in (torch.float32, torch.float64):
-        check(normal(n, 5, dtype=dtype), layers(dims, dtype), **options)
 
 
 # --- probes --------------------------------------------------------------------------------------
@@ -221,21 +166,6 @@ def test_probe_that_wants_a_gradient(backend):
 
 
 # --- laws ----------------------------------------------------------------------------------------
-
-
-def test_second_derivatives(backend):
-    for activation, gates in itertools.product(ACTIVATIONS, (False, True)):
-        for method in ("hutchinson", "exact"):
-            x, parts = normal(3, 2), layers((2, 4, 3, 2), gates=gates)
-            flat = [t.requires_grad_() for t in (x, *parts[0], *parts[1], *parts[2])]
-            probe = {"probe": normal(3, 2, seed=4)} if method == "hutchinson" else {}
-
-            def field(x, *p, activation=activation, method=method, probe=probe):
-                options = {"activation": activation, "method": method, **probe}
-                return field_divergence(x, p[:3], p[3:6], p[6:] or None, **options)
-
-            torch.autograd.gradcheck(field, flat)
-            torch.autograd.gradgradcheck(field, flat)
 
 
 def test_gradients_of_one_output_alone(backend):
@@ -307,79 +237,10 @@ def test_layers_that_do_not_fit_are_an_error(backend):
                 call()
 
 
-def test_threads_do_not_matter():
-    """In cache; the wide fields' products are torch's."""
-    x, parts = normal(700, 6, dtype=torch.float32), layers((6, 60, 60, 6), torch.float32)
-    first = run(field_divergence, x, parts, probe=torch.tensor(2))
-    torch.set_num_threads(2)
-    for a, b in zip(first, run(field_divergence, x, parts, probe=torch.tensor(2)), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_many_samples_in_waves(backend):
     """More than 64 tasks of 512 samples: sums go on in double."""
-    x, parts = normal(40_000, 2, dtype=torch.float32), layers((2, 8, 2), torch.float32)
-    check(x, parts, probe=torch.tensor(2))
-
-
-def test_opcheck(backend):
-    x, probe = normal(5, 3).requires_grad_(), normal(2, 5, 3)
-    for hidden, gates in (((4, 4), True), ((4,), False), ((140,), False)):
-        w, b, g = ([t.requires_grad_() for t in p] for p in layers((3, *hidden, 3), gates=gates))
-        keep, cached, norm = FieldFlag.KEEP.value, FieldFlag.IN_CACHE.value, FieldFlag.NORM.value
-        every = (keep, keep + cached, keep + cached + norm)
-        for flags in every if max(hidden) <= 128 else (keep, keep + norm):
-            torch.library.opcheck(
-                torch.ops.pyflowkern.field_divergence.default,
-                (x, probe, 2, w, b, g, FieldActivation.TANH.value, flags),
-            )
-        for flags in every[:2]:
-            torch.library.opcheck(
-                torch.ops.pyflowkern.field_exact.default,
-                (x, w, b, g, FieldActivation.TANH.value, flags),
-            )
-    torch.library.opcheck(
-        torch.ops.pyflowkern.hutchinson_trace.default, (x, normal(5, 3, seed=1).requires_grad_())
-    )
-
-
-def test_compiles():
-    x, parts = normal(5, 3).requires_grad_(), layers((3, 8, 8, 3))
-
-    def loss(x, seed):
-        y, divergence = field_divergence(x, *parts, probe=seed)
-        return (
-            y.square().sum()
-            + divergence.sum()
-            + field_divergence(x, *parts, method="exact")[1].sum()
-        )
-
-    seed = torch.tensor(3)
-    expected = torch.autograd.grad(loss(x, seed), x)
-    found = torch.autograd.grad(
-        torch.compile(loss, fullgraph=True, backend="aot_eager")(x, seed), x
-    )
-    torch.testing.assert_close(found, expected)
-
-
-def test_forward_mode_and_vmap_take_the_reference():
-    x, parts = normal(5, 3), layers((3, 8, 3))
-    e = normal(5, 3, seed=1)
-    _, tangent = torch.func.jvp(lambda v: field_divergence(v, *parts, probe=e)[1], (x,), (e,))
-    step = 1e-6
-    high, low = (field_divergence(x + s * e, *parts, probe=e)[1] for s in (step, -step))
-    torch.testing.assert_close(tangent, (high - low) / (2 * step), rtol=1e-6, atol=1e-8)
-
-
-def test_autocast_changes_nothing(backend):
-    for hidden in SHAPES:
-        x, parts = normal(5, 3, dtype=torch.float32), layers((3, *hidden, 3), torch.float32)
-        for options in ({"probe": torch.tensor(1)}, {"method": "exact"}):
-            expected = field_divergence(x, *parts, **options)
-            with torch.autocast(x.device.type, dtype=torch.bfloat16):
-                found = field_divergence(x, *parts, **options)
-            for a, b in zip(found, expected, strict=True):
-                assert torch.equal(a, b)
+    many = sample(40_000, (8,), torch.float32, 2, probe=torch.tensor(2))
+    hold(field_divergence, field_divergence_reference, many, 16)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -428,9 +289,3 @@ def test_wrong_arguments():
     ):
         with pytest.raises(error, match=message):
             call()
-
-
-def test_kernels_serve():
-    names = ("field_divergence", "field_exact", "hutchinson_trace")
-    assert all(op in _library.OPS and f"{op}_backward" in _library.OPS for op in names)
-    assert ops.field_divergence is field_divergence

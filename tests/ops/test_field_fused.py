@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import on_host
 import pytest
 import torch
-from fields import check, layers
-from laws import Calls, normal
+from cases.field import layers, sample
+from laws import Calls, hold, normal
 
 from pyflowkern import nn
-from pyflowkern.ops import field_divergence
+from pyflowkern.ops import field_divergence, field_divergence_reference
 from pyflowkern.ops.field import ACTIVATIONS
 
 
@@ -68,12 +68,14 @@ def test_an_evaluation_at_a_time_is_two_launches(host_kernels, time):
 def test_narrow_fields_by_every_way(host_kernels, hidden, dtype, shared):
     """Values, and gradients from what was kept: tiles of several samples, tails, own parameters."""
     for i, (n, d, k) in enumerate(((3, 1, 1), (150, 6, 1), (37, 43, 2), (9, 5, 20))):
-        for gates, own in ((False, None), (True, n)):
-            x, parts = normal(n, d, dtype=dtype), layers((d, *hidden, d), dtype, own, gates)
+        for gates, own in ((False, False), (True, True)):
             options = {"activation": ACTIVATIONS[(i + gates) % 4], "regularizers": gates}
+            options |= {"own": own, "gates": gates}
+            seeded = sample(n, hidden, dtype, d, probe=torch.tensor(5), probes=k, **options)
+            given = sample(n, hidden, dtype, d, probe=k, **options)
             with host_kernels(shared):
-                check(x, parts, probe=torch.tensor(5), probes=k, **options)
-                check(x, parts, probe=normal(k, n, d, seed=8, dtype=dtype), **options)
+                for found in (seeded, given):
+                    hold(field_divergence, field_divergence_reference, found, 16)
 
 
 @pytest.mark.parametrize("hidden", NARROW, ids=str)

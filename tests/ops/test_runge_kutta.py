@@ -4,57 +4,14 @@ import math
 
 import pytest
 import torch
-from laws import normal
+from cases.runge_kutta import ALLOWED, WEIGHTS, make, steps
 
-import pyflowkern
 from pyflowkern.ops import (
     rk_combine,
-    rk_combine_reference,
     rk_error,
-    rk_error_reference,
-    runge_kutta,
 )
 
-FLOATS = [torch.float32, torch.float64]
-SHAPES = [(1,), (7,), (3, 5), (512, 2), (2, 3, 129), (1030,), (70_000,), (5, 2000)]
-WEIGHTS = (0.2, 0.0, -1.5, 0.75, 0.0)  # one stage more is there, and not to be read
-ALLOWED = {"rtol": 1e-3, "atol": 1e-4}
-
-
-def make(shape, dtype=torch.float64, stages=6):
-    """A state, the state after it and slopes."""
-    y, slopes = normal(*shape, seed=1), normal(stages, *shape, seed=2)
-    return y.to(dtype), (y + 0.1 * normal(*shape, seed=3)).to(dtype), slopes.to(dtype)
-
-
-def steps(y, seed=4):
-    return 0.1 + normal(y.shape[0], seed=seed).abs()
-
-
 # --- values --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(backend, shape, dtype):
-    y, y1, slopes = make(shape, dtype)
-    exact = [t.double() for t in (y, y1, slopes)]
-    eps = torch.finfo(dtype).eps
-    for step in (0.3, torch.tensor(0.3, dtype=torch.float64), steps(y)):
-        value = rk_combine(y, slopes, WEIGHTS, step)
-        assert value.dtype == dtype
-        assert value.shape == y.shape
-        wanted = rk_combine_reference(exact[0], exact[2], WEIGHTS, step)
-        # a rounding of each of five terms, of the step and of the sum
-        size = exact[0].abs() + 3 * exact[2].abs().sum(0)
-        assert ((value.double() - wanted).abs() <= 8 * eps * size).all()
-        norm = rk_error(y, y1, slopes, WEIGHTS, step, **ALLOWED)
-        wanted = rk_error_reference(*exact, WEIGHTS, step, **ALLOWED)
-        assert norm.dtype == torch.float64
-        # the norm of the roundings: a few of each term before they cancel; squares are summed in double
-        whole = [abs(w) for w in WEIGHTS]
-        most = rk_error_reference(*exact[:2], exact[2].abs(), whole, step, **ALLOWED)
-        assert ((norm - wanted).abs() <= 8 * eps * most).all()
 
 
 def test_the_next_argument_by_hand(backend):
@@ -141,51 +98,6 @@ def test_squares_beyond_the_range_of_float32(backend):
         assert math.isclose(norm.item(), size, rel_tol=1e-6)
 
 
-def test_threads_do_not_matter(backend):
-    for shape, step in (((150_001,), 0.3), ((40, 5001), steps(torch.zeros(40)))):
-        y, y1, slopes = make(shape, torch.float32)
-        found = []
-        before = torch.get_num_threads()
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(
-                [
-                    rk_combine(y, slopes, WEIGHTS, step),
-                    rk_error(y, y1, slopes, WEIGHTS, step, **ALLOWED),
-                ]
-            )
-        torch.set_num_threads(before)
-        for a, b in zip(*found, strict=True):
-            assert torch.equal(a, b)
-
-
-def test_layouts(backend):
-    y, y1, slopes = make((6, 8), torch.float32)
-    expected = (
-        rk_combine(y, slopes, WEIGHTS, 0.3),
-        rk_error(y, y1, slopes, WEIGHTS, 0.3, **ALLOWED),
-    )
-    for turn in (
-        lambda t: torch.stack((t, t), -1)[..., 0],
-        lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-        lambda t: torch.cat((t.new_zeros(1), t.reshape(-1)))[1:].view(t.shape),
-    ):
-        args = turn(y), turn(slopes), WEIGHTS, 0.3
-        torch.testing.assert_close(rk_combine(*args), expected[0])
-        norm = rk_error(turn(y), turn(y1), *args[1:], **ALLOWED)
-        torch.testing.assert_close(norm, expected[1])
-
-
-def test_empty(backend):
-    for shape in ((0,), (0, 3), (3, 0)):
-        y, y1, slopes = make(shape)
-        assert rk_combine(y, slopes, WEIGHTS, 0.3).shape == shape
-        assert rk_error(y, y1, slopes, WEIGHTS, 0.3, **ALLOWED) == 0
-        h = steps(y)
-        assert rk_combine(y, slopes, WEIGHTS, h).shape == shape
-        assert torch.equal(rk_error(y, y1, slopes, WEIGHTS, h, **ALLOWED), torch.zeros_like(h))
-
-
 def test_many_stages(backend):
     """More slopes than a kernel takes as arguments: the reference."""
     y, y1, slopes = make((5,), stages=40)
@@ -199,89 +111,13 @@ def test_many_stages(backend):
 # --- inside a solver -----------------------------------------------------------------------------
 
 
-def served(op):
-    if not runge_kutta.kernel_serves(op, torch.ones(1)):
-        pytest.skip("the reference has no op")
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("row", [0, 3, 4])
-def test_the_slope_that_came_last_is_put_into_its_row(backend, shape, row):
-    served("rk_stage")
-    y, y1, slopes = make(shape)
-    weights = torch.tensor(WEIGHTS, dtype=torch.float64, device="cpu")
-    ops = torch.ops.pyflowkern
-    for sizes in ([], [1]):
-        for step in (0.3, steps(y)):
-            number, h = (step, None) if isinstance(step, float) else (0.0, step)
-            for slope in (normal(*shape, seed=7), normal(*shape, seed=7).float()):
-                kept = slopes.clone()
-                kept[row] = slope
-                wanted = rk_combine_reference(y, kept, WEIGHTS, step)
-                buffer = slopes.clone()
-                value = ops.rk_stage.default(buffer, slope, row, y, weights, number, h)
-                torch.testing.assert_close(value, wanted)
-                assert torch.equal(buffer, kept)
-                buffer = slopes.clone()
-                args = y, y1, weights, number, h, 1e-3, 1e-4, sizes
-                norm = ops.rk_last.default(buffer, slope, row, *args)
-                wanted = rk_error_reference(y, y1, kept, WEIGHTS, step, sizes=sizes, **ALLOWED)
-                torch.testing.assert_close(norm, wanted)
-                assert torch.equal(buffer, kept)
-
-
 # --- gradients, torch's own checks ---------------------------------------------------------------
-
-
-def test_gradients(backend):
-    y, _, slopes = make((3, 4))
-    y.requires_grad_(), slopes.requires_grad_()
-    for step in (0.3, torch.tensor(0.3, dtype=torch.float64), steps(y.detach())):
-        h = step.requires_grad_() if isinstance(step, torch.Tensor) else None
-
-        def f(y, slopes, h, step=step):
-            return rk_combine(y, slopes, WEIGHTS, step if h is None else h)
-
-        assert torch.autograd.gradcheck(f, (y, slopes, h))
-        assert torch.autograd.gradgradcheck(f, (y, slopes, h))
 
 
 def test_the_norm_has_no_gradient(backend):
     y, y1, slopes = make((3, 4))
     norm = rk_error(y.requires_grad_(), y1, slopes, WEIGHTS, 0.3, **ALLOWED)
     assert not norm.requires_grad
-
-
-def test_opcheck(backend):
-    served("rk_combine")
-    ops = torch.ops.pyflowkern
-    y, y1, slopes = make((3, 4))
-    weights = torch.tensor(WEIGHTS, dtype=torch.float64, device="cpu")
-    for step in ((0.3, None), (0.0, steps(y)), (0.0, torch.tensor(0.3, dtype=torch.float64))):
-        leaves = y.clone().requires_grad_(), slopes.clone().requires_grad_()
-        torch.library.opcheck(ops.rk_combine.default, (*leaves, weights, *step))
-        rest = y, y1, weights, *step, 1e-3, 1e-4, [3, 1]
-        torch.library.opcheck(ops.rk_error.default, (y, y1, slopes, *rest[2:]))
-        torch.library.opcheck(ops.rk_stage.default, (slopes, y1, 2, y, weights, *step))
-        torch.library.opcheck(ops.rk_last.default, (slopes, y1, 2, *rest))
-
-
-@pytest.mark.slow
-def test_compiles_into_one_graph(backend):
-    y, y1, slopes = make((3, 4))
-
-    def f(y, slopes):
-        value = rk_combine(y, slopes, WEIGHTS, 0.3)
-        return value, rk_error(y, y1, slopes, WEIGHTS, 0.3, **ALLOWED)
-
-    for a, b in zip(torch.compile(f, fullgraph=True)(y, slopes), f(y, slopes), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_functional_transforms_take_the_reference(backend):
-    y, _, slopes = make((3, 4))
-    found = torch.func.vmap(lambda y, k: rk_combine(y, k, WEIGHTS, 0.3), in_dims=(0, 1))(y, slopes)
-    torch.testing.assert_close(found, rk_combine(y, slopes, WEIGHTS, 0.3))
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -325,8 +161,3 @@ def error(y1=None, weights=(1.0,), rtol=0.1, atol=0.1, **more):
 def test_bad_input(backend, call, kind, match):
     with pytest.raises(kind, match=match):
         call()
-
-
-def test_public_names():
-    public = {name for name in runge_kutta.__all__ if name.startswith("rk_")}
-    assert public <= set(pyflowkern.ops.__all__)

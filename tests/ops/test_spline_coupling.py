@@ -4,81 +4,25 @@ import itertools
 
 import pytest
 import torch
-from laws import jacobian_log_det, law, normal
+from cases.spline import SPLITS, coupling
+from laws import law, normal
 
-from pyflowkern.core.codes import SplineFlag
 from pyflowkern.ops import (
     SplineMap,
-    channel_split_sizes,
     checkerboard_mask,
     rational_quadratic_spline,
     spline,
     spline_coupling,
     spline_coupling_reference,
-    spline_reference,
 )
 
 SMAP = SplineMap(bins=4)
-SPLITS = ["channel", "checkerboard", "space", "channels"]
-
-
-def case(split, shape, swap, dtype=torch.float64, smap=SMAP):
-    """Return x, parameters and the split as the op takes it."""
-    n, c, *space = shape
-    x = 2 * normal(*shape, dtype=dtype)
-    moved = c
-    if split == "channel":
-        moved = channel_split_sizes(c, swap)[1]
-    elif split == "space":
-        split = normal(*shape[1:], seed=3) > 0
-    elif split == "channels":
-        split = normal(c, seed=4) > 0
-        split[0], split[1] = True, False
-        moved = int((split ^ swap).sum())
-    return x, 0.5 * normal(n, moved * smap.params, *space, seed=1, dtype=dtype), split
-
-
-def check(x, params, smap=SMAP, **options):
-    law(
-        lambda a, b: spline_coupling(a, b, smap, **options),
-        lambda a, b: spline_coupling_reference(a, b, smap, **options),
-        (x, params),
-        floor={torch.float64: 1e4, torch.float32: 64.0}.get(x.dtype, 4.0),  # see test_spline.py
-    )
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_split(backend, split, channels_last):
-    for shape, swap, inverse in itertools.product(
-        [(2, 6, 4, 5), (3, 5, 3, 3)], (False, True), (False, True)
-    ):
-        for dtype in (torch.float64, torch.float32):
-            x, p, where = case(split, shape, swap, dtype)
-            if channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-                p = p.contiguous(memory_format=torch.channels_last)
-            check(x, p, split=where, swap=swap, inverse=inverse)
-
-
-@pytest.mark.parametrize("split", ["channel", "channels"])
-@pytest.mark.parametrize("shape", [(0, 4), (1, 2), (129, 3), (64, 10), (2, 7, 11), (2, 3, 40, 40)])
-def test_awkward_shapes(backend, split, shape):
-    for swap, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
-        x, p, where = case(split, shape, swap, dtype)
-        check(x, p, split=where, swap=swap)
-
-
-@pytest.mark.parametrize("kind", ["linear", "quadratic", "cubic"])
-def test_other_kinds(backend, kind):
-    smap = SplineMap(kind, bins=5)
-    x, p, _ = case("channel", (3, 4, 3, 5), False, smap=smap)
-    check(x, p, smap)
 
 
 def test_what_passes_is_untouched(backend):
     for split, swap in itertools.product(SPLITS, (False, True)):
-        x, p, where = case(split, (3, 6, 4, 4), swap, torch.float32)
+        sample = coupling(split, (3, 6, 4, 4), swap, torch.float32)
+        (x, p), where = sample.tensors.values(), sample.fixed["split"]
         y, log_det = spline_coupling(x, p, SMAP, split=where, swap=swap)
         mask = checkerboard_mask((6, 4, 4)) if split == "checkerboard" else where
         if split == "channel":
@@ -95,7 +39,11 @@ def test_full_mask_over_channels(backend):
     """Parameters for every channel, of which those that pass are not read."""
     x, mask = normal(3, 5), torch.tensor([True, False, True, True, False])
     p = normal(3, 5 * SMAP.params, seed=1)
-    check(x, p, split=mask)
+    law(
+        lambda a, b: spline_coupling(a, b, SMAP, split=mask),
+        lambda a, b: spline_coupling_reference(a, b, SMAP, split=mask),
+        (x, p),
+    )
     compact = p.view(3, 5, -1)[:, mask].reshape(3, -1)
     for a, b in zip(
         spline_coupling(x, p, SMAP, split=mask),
@@ -106,7 +54,7 @@ def test_full_mask_over_channels(backend):
 
 
 def test_unused_parameters_cannot_do_harm(backend):
-    x, p, _ = case("checkerboard", (2, 3, 4, 4), False)
+    x, p = coupling("checkerboard", (2, 3, 4, 4), False).tensors.values()
     mask = checkerboard_mask((3, 4, 4))
     rows = p.view(2, 3, SMAP.params, 4, 4)
     p = torch.where(mask.unsqueeze(1), rows, torch.nan).view_as(p).requires_grad_()
@@ -119,32 +67,11 @@ def test_unused_parameters_cannot_do_harm(backend):
 
 
 def test_coupling_is_the_spline_of_its_part(backend):
-    x, p, _ = case("channel", (4, 6), False, torch.float32)
+    x, p = coupling("channel", (4, 6), False, torch.float32).tensors.values()
     y, log_det = spline_coupling(x, p, SMAP)
     part, same = spline(x[:, 3:], p.view(4, 3, -1), SMAP)
     assert torch.equal(y[:, 3:], part)
     torch.testing.assert_close(log_det, same)
-
-
-def test_log_det_is_that_of_the_jacobian(backend):
-    for split in SPLITS:
-        x, p, where = case(split, (1, 3, 2, 2), False)
-        _, log_det = spline_coupling(x, p, SMAP, split=where)
-        expected = jacobian_log_det(
-            lambda v, p=p, where=where: spline_coupling(v, p, SMAP, split=where)[0], x
-        )
-        torch.testing.assert_close(log_det, expected)
-
-
-def test_gradgradcheck(backend):
-    smap = SplineMap(bins=2)
-    for split, inverse in itertools.product(["channel", "checkerboard"], (False, True)):
-        x, p, where = case(split, (2, 2, 2, 2), False, smap=smap)
-
-        def run(a, b, where=where, inverse=inverse):
-            return spline_coupling(a, b, smap, split=where, inverse=inverse)
-
-        torch.autograd.gradgradcheck(run, (x.requires_grad_(), p.requires_grad_()), fast_mode=True)
 
 
 # --- what torch asks of an op -------------------------------------------------------------------------------
@@ -161,67 +88,14 @@ def test_memory_kept_is_that_of_the_inputs():
 
 
 def test_autocast_keeps_a_float32_log_det(backend):
-    x, p, _ = case("channel", (4, 6), False, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    x, p = coupling("channel", (4, 6), False, torch.float32).tensors.values()
+    with torch.autocast(backend.type, torch.bfloat16):
         y, log_det = spline_coupling(x, p.bfloat16(), SMAP)
     assert y.dtype == log_det.dtype == torch.float32
     y, log_det = spline_coupling(x.bfloat16(), p.bfloat16(), SMAP)
     assert (y.dtype, log_det.dtype) == (torch.bfloat16, torch.float32)
     y, log_det = spline(x.bfloat16(), p.view(4, 3, -1).repeat(1, 2, 1), SMAP)
     assert (y.dtype, log_det.dtype) == (torch.bfloat16, torch.float32)
-
-
-def test_opcheck():
-    op = torch.ops.pyflowkern.spline.default
-    x, p, _ = case("channel", (2, 4, 3, 3), False)
-    coupling, inverse, swap = SplineFlag.COUPLING, SplineFlag.INVERSE, SplineFlag.SWAP
-    tail = (None, None, None, *SMAP.form, SMAP.numbers)
-    x, p = x.requires_grad_(), p.requires_grad_()
-    torch.library.opcheck(op, (x, None, p, *tail, coupling.value))
-    torch.library.opcheck(op, (x, None, p, *tail, (coupling | inverse | swap).value))
-    mask = checkerboard_mask((4, 3, 3))
-    full = torch.cat([p, p], 1).detach().requires_grad_()
-    torch.library.opcheck(op, (x, mask, full, *tail, coupling.value))
-    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(op, (last, None, p, *tail, coupling.value))
-    v, packed = normal(3, 5).requires_grad_(), normal(3, 5, SMAP.params).requires_grad_()
-    torch.library.opcheck(op, (v, None, packed, *tail, 0))
-    torch.library.opcheck(op, (v, None, packed, *tail, SplineFlag.ELEMENTWISE.value))
-    parts = [t.detach().clone().requires_grad_() for t in SMAP.split(packed)]
-    torch.library.opcheck(op, (v, None, None, *parts, *tail[3:], inverse.value))
-
-
-@pytest.mark.slow
-def test_compiles_whole():
-    x, p, _ = case("channel", (4, 6), False, torch.float32)
-    mask = torch.tensor([True, False, True, False, True, False])
-
-    def step(a, b):
-        y, log_det = spline_coupling(a, b, SMAP)
-        z, more = spline_coupling(y, b, SMAP, split=mask, inverse=True)
-        u, last = rational_quadratic_spline(z[:, :3], *SMAP.split(b.view(4, 3, -1)))
-        return u.sum() + z.square().sum() + (log_det + more + last).sum()
-
-    compiled = torch.compile(step, fullgraph=True)
-    grads = []
-    for f in (step, compiled):
-        a, b = x.clone().requires_grad_(), p.clone().requires_grad_()
-        grads.append(torch.autograd.grad(f(a, b), (a, b)))
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
-
-
-def test_functional_transforms():
-    """vmap, jacrev and jvp go through the public function by its reference."""
-    x, p = normal(4, 3), normal(4, 3, SMAP.params, seed=1)
-
-    def one(v, q):
-        return spline(v[None], q[None], SMAP)[0][0]
-
-    jacobian = torch.func.vmap(torch.func.jacrev(one))(x, p)
-    _, terms = spline_reference(x, p, SMAP, elementwise=True)
-    torch.testing.assert_close(jacobian.diagonal(dim1=1, dim2=2), terms.exp())
-    _, tangent = torch.func.jvp(lambda v: spline(v, p, SMAP)[0], (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(tangent, terms.exp())
 
 
 @pytest.mark.parametrize(

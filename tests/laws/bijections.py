@@ -1,10 +1,9 @@
-"""The laws that bijections and flows obey, as functions; tests say what obeys them."""
+"""The laws of bijections: layers and flows."""
 
 import copy
 import pickle
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS64 = 1e-9  # of quantities of order one after some hundred float64 operations
 
@@ -17,13 +16,6 @@ def randomize(module, scale=0.3, seed=0):
             fan = max(p.shape[-1], 1) ** 0.5 if p.dim() > 1 else 1.0
             p += scale / fan * torch.randn(p.shape, generator=generator).to(p.dtype)
     return module
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    """Draw on the CPU, so that every backend gets the same numbers, for the default device."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(dtype).to(torch.get_default_device())
 
 
 def jacobian_log_det(fn, x):
@@ -89,60 +81,3 @@ def check_gradients(module, loss):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
-
-
-def law(op, reference, inputs, floor=4.0):
-    """Hold ``op`` to the error law: against float64, at most twice plain PyTorch's error at that dtype.
-
-    Values and gradients alike; ``floor`` roundings of the largest entry are allowed on top, since an error of plain
-    PyTorch may happen to be zero.  Half inputs count their gradients' storage rounding in both.
-    """
-
-    def run(function, tensors):
-        leaves = [
-            t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors
-        ]
-        y, log_det = function(*leaves)
-        g = normal(*y.shape, seed=7).to(y.dtype), normal(*log_det.shape, seed=8).to(log_det.dtype)
-        loss = (y.double() * g[0].double()).sum() + (log_det.double() * g[1].double()).sum()
-        return [y.detach(), log_det.detach(), *torch.autograd.grad(loss, leaves)]
-
-    ours, plain = run(op, inputs), run(reference, inputs)
-    exact = run(reference, [t.double() for t in inputs])
-    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
-        assert a.shape == c.shape
-        if a.numel() == 0:
-            continue
-        assert a.dtype == b.dtype
-        size = float(c.abs().max())
-        if i == 1:  # a sum of terms of order one, which may cancel
-            size = max(size, inputs[0][0].numel() ** 0.5)
-        allowed = 2 * (b.double() - c).abs().max() + floor * torch.finfo(a.dtype).eps * size
-        worst = (a.double() - c).abs().max()
-        assert worst <= allowed, f"result {i}: error {worst:.3g}, allowed {allowed:.3g}"
-
-
-class Calls(TorchDispatchMode):
-    """The names of the ops that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten.promote_types.default:  # which computes nothing
-            self.names.append(func.name())
-        return func(*args, **kwargs or {})
-
-
-def check_batched_gradients(y, leaves):
-    """Gradients for several cotangents at once are those for one after the other."""
-    ways = normal(4, *y.shape, seed=3).to(y.dtype)
-    options = {"retain_graph": True, "allow_unused": True}
-    found = torch.autograd.grad(y, leaves, ways, is_grads_batched=True, **options)
-    each = zip(*(torch.autograd.grad(y, leaves, way, **options) for way in ways), strict=True)
-    for a, b in zip(found, each, strict=True):
-        if a is None or b[0] is None:  # of what does not matter: none, or zeros
-            assert all(t is None or not t.any() for t in (a, *b))
-        else:
-            torch.testing.assert_close(a, torch.stack(b), rtol=1e-10, atol=1e-10)

@@ -1,0 +1,39 @@
+"""at_time: biases and gates of a field's layers at a time."""
+
+import torch
+from laws import OpCase, Sample, normal
+
+from pyflowkern.ops.field_time import at_time, at_time_reference
+
+
+def sample(rows, dtype, sizes=(5, 64, 1, 17, 300)):
+    """A time, and biases and rows of times of every layer."""
+    tensors = {
+        "time": torch.tensor(0.3, dtype=dtype),
+        "biases": [normal(n, seed=i, dtype=dtype) for i, n in enumerate(sizes)],
+        "rows": [normal(rows, n, seed=50 + i, dtype=dtype) for i, n in enumerate(sizes)],
+    }
+    return Sample(tensors)
+
+
+def samples(dtype):
+    for rows in (1, 3):  # "concat" and "concatsquash"
+        yield sample(rows, dtype)
+        # as many layers as one call takes, and more
+        for sizes in ((1,), (7,) * 16, (3,) * 17):
+            yield sample(rows, dtype, sizes)
+
+
+CASES = [
+    OpCase(
+        at_time,
+        at_time_reference,
+        samples,
+        lambda dtype: [sample(rows, dtype, (2, 3)) for rows in (1, 3)],
+        floor=2,
+        reason="as plain PyTorch, whose error may be zero by chance (1 seen)",
+        large=lambda: [sample(3, torch.float32, (4000,) * 5)],
+        rows={},
+        dtypes=(torch.float32, torch.float64),
+    ),
+]

@@ -1,0 +1,34 @@
+"""The laws that ops, bijections and flows obey, as functions; the files ``test_laws.py`` say who obeys them."""
+
+from laws.bijections import (
+    EPS64,
+    check_copies,
+    check_gradients,
+    check_inverse,
+    check_log_det,
+    check_samples_are_independent,
+    jacobian_log_det,
+    randomize,
+)
+from laws.draws import Calls, check_batched_gradients, normal, unit
+from laws.ops import OpCase, Sample, hold, law, run
+
+__all__ = [
+    "EPS64",
+    "Calls",
+    "OpCase",
+    "Sample",
+    "check_batched_gradients",
+    "check_copies",
+    "check_gradients",
+    "check_inverse",
+    "check_log_det",
+    "check_samples_are_independent",
+    "hold",
+    "jacobian_log_det",
+    "law",
+    "normal",
+    "randomize",
+    "run",
+    "unit",
+]

@@ -1,0 +1,110 @@
+"""Every op of tests/cases obeys every law, on the backends where a law can differ."""
+
+import pytest
+from cases import CASES
+from laws import ops as laws
+
+import pyflowkern
+from pyflowkern import _library
+
+batched = pytest.mark.parametrize("case", [c for c in CASES if c.rows], ids=str)
+each = pytest.mark.parametrize("case", CASES, ids=str)
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+#: What does not depend on how a kernel computes runs on the kernels of this processor; what also tells of the reference
+#: on both.
+kernels = pytest.mark.parametrize("backend", ["cpu", CUDA], indirect=True)
+both = pytest.mark.parametrize("backend", ["reference", "cpu", CUDA], indirect=True)
+
+
+@each
+def test_values_and_gradients_against_float64(backend, case):
+    for dtype in case.dtypes:
+        for sample in case.samples(dtype):
+            laws.check_errors(case, sample)
+
+
+@each
+def test_derivatives_against_differences(backend, case):
+    laws.check_second_derivatives(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.log_det], ids=str)
+@both
+def test_log_det_is_that_of_the_jacobian(backend, case):
+    laws.check_log_det_is_that_of_the_jacobian(case)
+
+
+@pytest.mark.parametrize("layout", laws.LAYOUTS)
+@each
+def test_strides(backend, case, layout):
+    laws.check_strides(case, layout)
+
+
+@batched
+def test_empty_and_single_batches(backend, case, request):
+    kernel = request.node.callspec.params["backend"] != "reference"
+    laws.check_empty_and_single_batches(case, bits=kernel and not case.shares)
+
+
+@batched
+def test_a_bad_sample_stays_alone(backend, case):
+    laws.check_bad_samples(case)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.large and c.rows and not c.shares], ids=str
+)
+@kernels
+def test_bits_do_not_depend_on_the_place_in_the_batch(backend, case):
+    laws.check_place_in_the_batch(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.large], ids=str)
+@kernels
+def test_bits_do_not_depend_on_threads_nor_on_the_run(backend, case):
+    laws.check_determinism(case, (1, 2, 3, 1))
+
+
+@each
+@both
+def test_autocast_changes_nothing(backend, case):
+    laws.check_autocast(case, backend)
+
+
+@each
+@both
+def test_function_transforms(backend, case):
+    laws.check_function_transforms(case)
+
+
+@each
+@kernels
+def test_registration(backend, case):
+    laws.check_registration(case)
+
+
+@each
+@both
+def test_compiles_into_one_graph(backend, case):
+    laws.check_compiles(case, "aot_eager")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in pyflowkern.ops.__all__], ids=str)
+@kernels
+def test_wrong_arguments_are_named(backend, case):
+    laws.check_arguments_are_named(case)
+
+
+# --- every op has a case -------------------------------------------------------------------------
+
+
+def test_every_reference_has_a_case():
+    ops = pyflowkern.ops
+    wanted = {n.removesuffix("_reference") for n in ops.__all__ if n.endswith("_reference")}
+    assert wanted <= {case.op.__name__ for case in CASES}
+
+
+@kernels
+def test_every_registered_op_runs_in_a_case(backend):
+    seen = {func._opname for case in CASES for func, _ in laws.recorded(case)}
+    assert set(_library.OPS) == seen
