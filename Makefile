@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflowkern) CMakeLists.txt pyproject.toml
+# libraries that tests compare with, without what else they ask for: what is imported of them needs torch and the above
+PEERS := nflows normflows torchdiffeq
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
 .PHONY: demo test test-fast lint format build bench gpu clean
@@ -55,6 +57,7 @@ $(VENV)/tools: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 ninja cmake
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS) typer pillow pyyaml lightning \
 	  tensorboard matplotlib scikit-learn scikit-image
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
 	touch $@
 
 # of what the build says, the lines that count its files: [7/47] Building ...; all of it when it fails

@@ -223,9 +223,6 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("data", ["rings", "digits"])
 def test_the_example_runs(data, tmp_path):
-    if data == "digits":
-        pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
     path = Path(__file__).resolve().parents[2] / "examples" / "ffjord.py"
     main = runpy.run_path(str(path))["main"]
     assert math.isfinite(main(["--quick", "--data", data, "--out", str(tmp_path)]))

@@ -2,7 +2,7 @@
 
 import pytest
 from cases import CASES
-from laws import ops as laws
+from laws import op_checks as laws
 
 import pyflowkern
 from pyflowkern import _library

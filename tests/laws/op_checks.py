@@ -1,0 +1,342 @@
+"""The laws of ops: each takes a case, and raises an AssertionError that tells the sample."""
+
+import math
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from laws.bijections import jacobian_log_det
+from laws.draws import normal
+from laws.ops import Sample, hold, results, run
+
+
+def check_errors(case, sample, layout=None):
+    """Values and gradients are as close to float64 as the case says."""
+    hold(case.op, case.reference, sample, case.floor, layout, case.conditioned)
+
+
+def check_second_derivatives(case):
+    """Derivatives are those of differences, the first and the second."""
+    for sample in case.small(torch.float64):
+        function, leaves = _of_leaves(case.op, sample)
+        if any(t.requires_grad for t in results(function(*leaves))):
+            if case.reentrant:
+                torch.autograd.gradcheck(function, leaves, fast_mode=True)
+            torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def _of_leaves(function, sample):
+    """Return a function of the differentiated tensors alone, and these, which require gradients."""
+    flat, spec = pytree.tree_flatten(sample.tensors)
+    places = [
+        i for i, t in enumerate(flat) if isinstance(t, torch.Tensor) and t.is_floating_point()
+    ]
+
+    def of_leaves(*leaves):
+        given = list(flat)
+        for i, t in zip(places, leaves, strict=True):
+            given[i] = t
+        found = results(function(**pytree.tree_unflatten(given, spec), **sample.fixed))
+        return tuple(t for t in found if t.is_floating_point())
+
+    return of_leaves, [flat[i].detach().clone().requires_grad_() for i in places]
+
+
+def check_log_det_is_that_of_the_jacobian(case):
+    for sample in case.small(torch.float64):
+        first = next(iter(sample.tensors))
+        axes = {k: a for k, a in case.rows.items() if a == 0}
+        for i in range(len(sample.tensors[first])):
+            one = sample.rows(axes, slice(i, i + 1))
+
+            def function(v, one=one, first=first):
+                return case.op(**{**one.tensors, first: v}, **one.fixed)
+
+            x = one.tensors[first].detach()
+            _, log_det = function(x)
+            if log_det.shape == x.shape and x.dim() > 1:  # a term for each element
+                log_det = log_det.flatten(1).sum(1)
+            torch.testing.assert_close(
+                log_det, jacobian_log_det(lambda v, f=function: f(v)[0], x), rtol=1e-9, atol=1e-9
+            )
+
+
+LAYOUTS = {
+    "every second number": lambda t: torch.stack((t, t), -1)[..., 0],
+    "not on 16 bytes": lambda t: torch.cat((t.flatten()[:1], t.flatten()))[-t.numel() :].view(
+        t.shape
+    ),
+    "axes in another order": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels last": lambda t: (
+        t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+    ),
+    "one for all": lambda t: t[:1].expand(t.shape) if t.dim() > 1 and len(t) else t,
+}
+
+
+def check_strides(case, layout):
+    """Whatever the strides, the same law of errors."""
+    change = LAYOUTS[layout]
+    for sample in case.small(torch.float32):
+        tensors = pytree.tree_leaves((sample.tensors, sample.fixed))
+        if any(isinstance(t, torch.Tensor) and t.numel() for t in tensors):
+
+            def moved(t):
+                return change(t) if t.dim() and t.numel() else t
+
+            laid_out = sample.map(moved) if layout == "one for all" else sample
+            if layout == "one for all" and "lower" in sample.tensors:
+                continue
+            check_errors(case, laid_out, None if laid_out is not sample else moved)
+
+
+def check_empty_and_single_batches(case, bits):
+    """No sample is a batch too, and a sample alone has the ``bits`` that it has among others, or nearly."""
+    for sample in case.small(torch.float32):
+        whole, count, cotangents = run(case.op, sample)
+        for few in (slice(0, 0), slice(1, 2)):
+            part = sample.rows(case.rows, few)
+            found, _, _ = run(case.op, part, cotangents={i: g[few] for i, g in cotangents.items()})
+            for a, b in zip(found[:count], whole[:count], strict=True):
+                assert a.shape == b[few].shape, str(part)
+                if bits:
+                    assert same(a, b[few]), str(part)
+                torch.testing.assert_close(a, b[few])
+            for a, like in zip(found[count:], whole[count:], strict=True):
+                assert a.dtype == like.dtype
+                assert not a.any() or few.stop, "no sample, and yet a gradient"
+
+
+def check_place_in_the_batch(case):
+    """A part of a batch has the bits that it has in the whole."""
+    for sample in case.large():
+        n = sample_count(case, sample)
+        whole = results(case.op(**sample.tensors, **sample.fixed))
+        for few in (slice(0, 1), slice(n // 3, n // 3 + 7), slice(n // 2, n)):
+            part = sample.rows(case.rows, few)
+            for a, b in zip(results(case.op(**part.tensors, **part.fixed)), whole, strict=True):
+                assert same(a, b[few]), f"samples {few} ({sample})"
+
+
+def sample_count(case, sample):
+    name = next(iter(case.rows))
+    return {**sample.fixed, **sample.tensors}[name].shape[case.rows[name]]
+
+
+def same(a, b):
+    """Whether two tensors have the same bits, any NaN for any NaN."""
+    return torch.equal(torch.nan_to_num(a, nan=1.25e3), torch.nan_to_num(b, nan=1.25e3)) and (
+        torch.equal(a.isnan(), b.isnan())
+    )
+
+
+def check_bad_samples(case):
+    """A sample of NaN or infinities changes no bit of another, nor of its gradients; its own results are not finite."""
+    for sample in (*case.small(torch.float32), *(case.large() if case.large else ())):
+        n = sample_count(case, sample)
+        if n < 3:
+            continue
+        good, count, cotangents = run(case.op, sample)
+        others = torch.arange(n) != n // 2
+        rows = [
+            (i, key)
+            for i, key in enumerate(_names(sample))
+            if key in case.rows and case.rows[key] < sample.tensors[key].dim()
+        ]
+        for name in case.rows:
+            value = sample.tensors.get(name, sample.fixed.get(name))
+            axis = case.rows[name]
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            if value.dim() <= axis or value.shape[axis] != n:
+                continue
+            for poison, where in (
+                (math.nan, ...),
+                (math.nan, -1),
+                (math.inf, ...),
+                (-math.inf, 0),
+            ):
+                bad = value.detach().clone()
+                row = bad.select(axis, n // 2)
+                row[where if where is ... else (where,) * row.dim()] = poison
+                spoilt = Sample(
+                    {**sample.tensors, **({name: bad} if name in sample.tensors else {})},
+                    **{**sample.fixed, **({name: bad} if name in sample.fixed else {})},
+                )
+                found, _, _ = run(case.op, spoilt, cotangents=cotangents)
+                what = f"{poison} in {name} ({sample})"
+                for a, b in zip(found[:count], good[:count], strict=True):
+                    assert same(a[others], b[others]), what
+                if poison is math.nan and where is ... and found[0].is_floating_point():
+                    assert not all(a[n // 2].isfinite().all() for a in found[:count]), what
+                for i, key in rows:
+                    a, b = (t[count + i].movedim(case.rows[key], 0) for t in (found, good))
+                    assert len(a) != n or same(a[others], b[others]), f"gradient of {key}, {what}"
+
+
+def check_determinism(case, threads):
+    """The same bits each time, for any number of threads."""
+    for sample in case.large():
+        before = torch.get_num_threads()
+        found = []
+        try:
+            for n in threads:
+                torch.set_num_threads(n)
+                found.append(run(case.op, sample)[0])
+        finally:
+            torch.set_num_threads(before)
+        names = _names(sample)
+        count = len(found[0]) - len(names)
+        for i, (first, *others) in enumerate(zip(*found, strict=True)):
+            if i < count or names[i - count] not in case.torch_sums:
+                assert all(same(first, t) for t in others), f"result {i} ({sample})"
+
+
+def _names(sample):
+    """Return which argument each gradient belongs to."""
+    return [
+        key
+        for key, value in sample.tensors.items()
+        for t in pytree.tree_leaves(value)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    ]
+
+
+def check_autocast(case, device):
+    """Autocast changes neither a bit nor a dtype: an op chooses what it computes in."""
+    for sample in case.small(torch.float32):
+        expected, _, _ = run(case.op, sample)
+        found, _, _ = run(
+            case.op, sample, around=lambda: torch.autocast(device.type, torch.bfloat16)
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert same(a, b), str(sample)
+
+
+def _some(function, wanted):
+    return lambda *v: [function(*v)[i] for i in wanted]
+
+
+def check_function_transforms(case):
+    """``jvp`` is the adjoint of the gradient, ``vmap`` a loop, ``grad`` autograd."""
+    for sample in case.small(torch.float64):
+        function, leaves = _of_leaves(case.op, sample)
+        found = function(*leaves)
+        smooth = [i for i, t in enumerate(found) if t.requires_grad]
+        leaves = tuple(t.detach() for t in leaves)
+        if smooth:
+            cotangents = [normal(*found[i].shape, seed=i) for i in smooth]
+            tangents = tuple(normal(*t.shape, seed=20 + i) for i, t in enumerate(leaves))
+            again, moved = torch.func.jvp(function, leaves, tangents)
+            _, pull = torch.func.vjp(_some(function, smooth), *leaves)
+            ours = [t.clone().requires_grad_() for t in leaves]
+            gradients = torch.autograd.grad(
+                [function(*ours)[i] for i in smooth],
+                ours,
+                [g.clone() for g in cotangents],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for a, b in zip(again, found, strict=True):
+                torch.testing.assert_close(a, b.detach())
+            for a, b in zip(pull(cotangents), gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+            forward = sum((g * moved[i]).sum() for g, i in zip(cotangents, smooth, strict=True))
+            backward = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+            torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-9)
+        many = [torch.stack((t, t.flip(0) if t.dim() else t / 2)) for t in leaves]
+        one_by_one = [function(*(t[i] for t in many)) for i in (0, 1)]
+        if leaves:
+            for a, *b in zip(torch.func.vmap(function)(*many), *one_by_one, strict=True):
+                torch.testing.assert_close(a, torch.stack(b))
+
+
+class Recorded(TorchDispatchMode):
+    """The ops of this package that run inside, with a copy of their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyflowkern":
+            copy = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
+        found = func(*args, **kwargs or {})
+        if func.namespace == "pyflowkern":
+            key = (str(func), str(pytree.tree_map(_kind, (args, found))))
+            self.calls.setdefault(key, (func, copy))
+        return found
+
+
+def _kind(value):
+    """Return what may matter to a schema: not sizes and numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim(), value.is_contiguous()
+    return type(value)
+
+
+def recorded(case):
+    """Return the calls of registered ops that a case comes to, one of each kind."""
+    with Recorded() as seen:
+        for sample in case.small(torch.float32):
+            run(case.op, sample)
+    return list(seen.calls.values())
+
+
+def check_registration(case):
+    """``torch.library.opcheck`` of every op that runs, with gradients where it has a formula."""
+    for func, args in recorded(case):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Autograd"):
+            args = pytree.tree_map_only(
+                torch.Tensor, lambda t: t.requires_grad_(t.is_floating_point()), args
+            )
+        torch.library.opcheck(func, args)
+
+
+def check_compiles(case, compiler):
+    """Into one graph, which has the same values and gradients."""
+    for sample in [*case.small(torch.float32)][:3]:
+        function, leaves = _of_leaves(case.op, sample)
+
+        def loss(*given, function=function):
+            return sum((t.cos() * t).sum() for t in function(*given)), function(*given)
+
+        compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+        for f in (loss, compiled):
+            total, values = f(*leaves)
+            found = [*values]
+            if isinstance(total, torch.Tensor) and total.requires_grad:
+                options = {"allow_unused": True, "materialize_grads": True}
+                found += torch.autograd.grad(total, leaves, **options)
+            if f is loss:
+                expected = found
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def check_arguments_are_named(case):
+    """A wrong type, dtype or device is refused by the argument's name."""
+    sample = next(iter(case.small(torch.float32)))
+    for name, value in {**sample.tensors, **sample.fixed}.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        wrong = [value.tolist(), "x", value.to(torch.complex64), value.to_sparse()]
+        for bad in wrong:
+            _refuses(case, sample, name, bad, TypeError)
+        if value.is_floating_point():
+            _refuses(case, sample, name, value.int(), TypeError)
+        if name in list(sample.tensors)[1:]:
+            bad = value.to("meta")
+            _refuses(case, sample, name, bad, ValueError, named=False)
+            if value.dim():
+                larger = torch.cat((value, value), -1)
+                larger = torch.cat((larger, larger), 0)
+                _refuses(case, sample, name, larger, ValueError)
+
+
+def _refuses(case, sample, name, bad, error, named=True):
+    with pytest.raises(error, match=name if named else None):
+        case.op(**{**sample.tensors, **sample.fixed, name: bad})
