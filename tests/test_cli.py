@@ -192,7 +192,10 @@ def test_yaml_under_flags_and_numbers_as_people_write_them(table, tmp_path):
     whole = ("--set", "flow_args={hidden: 5}")
     succeeds("train", "run.yaml", "--steps", 1, "--out", "run", "--overwrite", *whole)
     config = TrainConfig.create(TrainConfig.read(Path("run/config.yaml")))
-    assert (config.flow_args["hidden"], config.flow_args["steps"]) == (5, 3)  # 3: the default of the flow
+    assert (config.flow_args["hidden"], config.flow_args["steps"]) == (
+        5,
+        3,
+    )  # 3: the default of the flow
 
 
 def test_resume_gives_what_an_uninterrupted_run_gives(digits, tmp_path, monkeypatch):

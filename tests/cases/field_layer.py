@@ -59,7 +59,7 @@ def small(dtype):
 def of_its_own(p, bias, gate, *, tangents, activation):
     """field_layer of a product that nobody else reads."""
     p = p.clone(memory_format=torch.preserve_format)  # of a leaf, which stays what it is
-    return activate_layer(p, bias, gate, tangents, activation, own=True)
+    return activate_layer(p, bias, gate, tangents, activation, in_place=True)
 
 
 def own_samples(dtype):

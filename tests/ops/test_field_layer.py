@@ -71,9 +71,9 @@ def test_memory_of_a_product_of_ones_own():
     for channels_last, activation in itertools.product((False, True), ("tanh", "silu")):
         p, bias, _ = inputs((3, 4, 5, 5), (4,), None, 1, channels_last=channels_last)
         with torch.no_grad():
-            assert activate_layer(p, bias, None, 1, activation, own=True) is p
+            assert activate_layer(p, bias, None, 1, activation, in_place=True) is p
         product = p.requires_grad_() * 1
-        found = activate_layer(product, bias, None, 1, activation, own=True)
+        found = activate_layer(product, bias, None, 1, activation, in_place=True)
         assert (found.data_ptr() == product.data_ptr()) == (activation == "tanh")
         grad = torch.ones_like(found)
         (of_product,) = torch.autograd.grad(found, product, grad)
