@@ -296,9 +296,9 @@ def check_registration(case):
         torch.library.opcheck(func, args)
 
 
-def check_compiles(case, compiler):
+def check_compiles(case, compiler, samples):
     """Into one graph, which has the same values and gradients."""
-    for sample in [*case.small(torch.float32)][:3]:
+    for sample in [*case.small(torch.float32)][:samples]:
         function, leaves = _of_leaves(case.op, sample)
 
         def loss(*given, function=function):

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from fields import layers
+from cases.field import layers
 from laws import normal
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
