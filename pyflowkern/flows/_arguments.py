@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_flag
 from pyflowkern.nn._base import check_count
+from pyflowkern.nn._coupling import takes_two
 
 __all__ = [
     "ConditionerFactory",
@@ -135,7 +135,7 @@ def taking_context(conditioner: ConditionerFactory, context_features: int) -> Co
 
     def make(inputs: int, outputs: int) -> torch.nn.Module:
         network = conditioner(inputs, outputs)
-        if isinstance(network, torch.nn.Module) and not _takes_two(network.forward):
+        if isinstance(network, torch.nn.Module) and not takes_two(network.forward):
             raise TypeError(
                 f"conditioner must make networks that are called with (x, context), as the flow has "
                 f"context_features={context_features}, got {type(network).__name__}, which takes x alone; "
@@ -144,19 +144,6 @@ def taking_context(conditioner: ConditionerFactory, context_features: int) -> Co
         return network
 
     return make
-
-
-def _takes_two(function: Callable[..., object]) -> bool:
-    """Whether a function can be called with two arguments; True where its signature is not known."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return True
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        return False
-    return True
 
 
 def _as_tuple(name: str, value: int | Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "channel_mask",
     "check_split",
     "condition",
+    "takes_two",
 ]
 
 #: A module, called as ``g(h)`` or ``g(h, context)``, or a factory ``(in, out) -> module``.
@@ -38,7 +40,7 @@ def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
         >>> channel_mask(5).tolist()
         [False, False, False, True, True]
     """
-    check_count("channels", channels)
+    channels = check_count("channels", channels)
     index = torch.arange(channels, device=structure_device())
     return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
 
@@ -52,9 +54,8 @@ class Coupling(Bijection):
 
     def __init__(self, channels: int, split: str | Tensor, swap: bool, compact: bool) -> None:
         super().__init__()
-        check_split(split, channels)
-        channels, swap = int(channels), check_flag("swap", swap)
-        self.channels, self.swap = channels, swap
+        self.channels = channels = check_split(split, channels)
+        self.swap = swap = check_flag("swap", swap)
         self.split = "mask" if isinstance(split, Tensor) else split
         # True is transformed, swap included
         mask = split ^ swap if isinstance(split, Tensor) else None
@@ -121,14 +122,39 @@ def build_conditioner(conditioner: Conditioner, inputs: int, outputs: int) -> to
 
 
 def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
-    """Call a conditioner; one that knows nothing of contexts is not bothered with None."""
-    out: Tensor = conditioner(h) if context is None else conditioner(h, context)
+    """Call a conditioner; where there is no context, with ``h`` alone."""
+    out: Tensor
+    if context is None:
+        out = conditioner(h)
+        return out
+    try:
+        out = conditioner(h, context)
+    except TypeError as error:
+        if takes_two(conditioner.forward):
+            raise
+        raise TypeError(
+            f"context was given, but the conditioner, a {type(conditioner).__name__}, takes x alone: "
+            "give it a forward(x, context), or use one that is made with context_features, such as nn.MLP"
+        ) from error
     return out
 
 
-def check_split(split: str | Tensor, channels: int) -> None:
-    """Raise unless ``split`` splits so many channels."""
-    check_count("channels", channels)
+def takes_two(function: Callable[..., object]) -> bool:
+    """Whether a function can be called with two arguments; True where its signature is not known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def check_split(split: str | Tensor, channels: int) -> int:
+    """Return the number of channels as an int; raise unless ``split`` splits so many."""
+    channels = check_count("channels", channels)
     if isinstance(split, Tensor):
         if split.dtype != torch.bool:
             raise TypeError(f"split must be a boolean mask, got {split.dtype}")
@@ -148,6 +174,7 @@ def check_split(split: str | Tensor, channels: int) -> None:
             f"channels must be at least 2 for a channel split, got {channels}; "
             "one dimension has nothing to condition on: use nn.MaskedAutoregressive"
         )
+    return channels
 
 
 def _as_slice(index: list[int]) -> slice | None:

@@ -2,6 +2,7 @@ r"""What all vector fields share: checks, time and context, products with the Ja
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -50,13 +51,13 @@ def check_field(
     if not isinstance(hidden, Iterable):
         raise TypeError(f"hidden must be a sequence of ints, got {hidden!r}")
     sizes = [size, *hidden, size]
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+    if any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1 for n in sizes):
         raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if time not in TIMES:
         raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
-    return sizes
+    return [int(n) for n in sizes]
 
 
 def parameters_of(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_flag
 from pyflowkern.nn._base import check_count, check_dtype_of
+from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._relu_network import linear_layers
 from pyflowkern.ops.relu_network import evaluate_network
 
@@ -23,17 +25,12 @@ class _Conditioner(torch.nn.Module):
     first: torch.nn.Module
     last: torch.nn.Module
 
-    def __init__(self, hidden: int, context_features: int, first: int | None = None) -> None:
+    def __init__(self, hidden: int, context_features: int) -> None:
         super().__init__()
-        for name, value, least in (
-            ("hidden", hidden, 1),
-            ("context_features", context_features, 0),
-        ):
-            check_count(name, value, least)
-        self.context_features = context_features
+        self.context_features = check_count("context_features", context_features, 0)
         self.context = (
-            torch.nn.Linear(context_features, first or hidden, bias=False)
-            if context_features
+            torch.nn.Linear(self.context_features, hidden, bias=False)
+            if self.context_features
             else None
         )
 
@@ -95,11 +92,13 @@ class MLP(_Conditioner):
         context_features: int = 0,
         activation: Activation = torch.nn.ReLU,
     ) -> None:
-        check_count("layers", layers)
-        widths = [hidden] * layers if isinstance(hidden, int) else list(hidden)
+        layers = check_count("layers", layers)
+        given = list(hidden) if isinstance(hidden, Iterable) else [hidden] * layers
+        widths = [check_count("hidden", width) for width in given]
         if not widths:
-            raise ValueError(f"layers must be at least 1, got {layers}")
-        super().__init__(min(widths), context_features, widths[0])
+            raise ValueError("hidden must have a width at least, got none")
+        in_features, out_features = _sizes(in_features, out_features)
+        super().__init__(widths[0], context_features)
         self.first = torch.nn.Linear(in_features, widths[0])
         body: list[torch.nn.Module] = [activation()]
         for before, width in itertools.pairwise(widths):
@@ -154,9 +153,10 @@ class ResidualMLP(_Conditioner):
         activation: Activation = torch.nn.ReLU,
         activate_last: bool = True,
     ) -> None:
+        hidden, blocks = check_count("hidden", hidden), check_count("blocks", blocks, 0)
+        in_features, out_features = _sizes(in_features, out_features)
         super().__init__(hidden, context_features)
-        check_count("blocks", blocks, 0)
-        self.activate_last = activate_last
+        self.activate_last = check_flag("activate_last", activate_last)
         self.first = torch.nn.Linear(in_features, hidden)
         self.blocks = torch.nn.ModuleList(
             _block(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation)
@@ -219,6 +219,8 @@ class ConvNet(_Conditioner):
         spatial_dims: int = 2,
         activation: Activation = torch.nn.ReLU,
     ) -> None:
+        hidden = check_count("hidden", hidden)
+        in_channels, out_channels = _sizes(in_channels, out_channels)
         super().__init__(hidden, context_features)
         self.first = _conv(spatial_dims, in_channels, hidden, 3)
         self.body = torch.nn.Sequential(
@@ -270,8 +272,9 @@ class ResidualConvNet(_Conditioner):
         spatial_dims: int = 2,
         activation: Activation = torch.nn.ReLU,
     ) -> None:
+        hidden, blocks = check_count("hidden", hidden), check_count("blocks", blocks, 0)
+        in_channels, out_channels = _sizes(in_channels, out_channels)
         super().__init__(hidden, context_features)
-        check_count("blocks", blocks, 0)
         self.first = _conv(spatial_dims, in_channels, hidden, 3)
         self.blocks = torch.nn.ModuleList(
             _block(
@@ -323,14 +326,14 @@ class PeriodicInput(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.factor = torch.pi / bound
+        in_features, out_features = _sizes(in_features, out_features)
         self.net = conditioner(2 * in_features, out_features)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_features, *space]``."""
         angle = x * self.factor
         features = torch.cat([angle.cos(), angle.sin()], 1)
-        out: Tensor = self.net(features) if context is None else self.net(features, context)
-        return out
+        return condition(self.net, features, context)
 
 
 def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
@@ -343,6 +346,11 @@ def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
             last = last[-1]
         with torch.no_grad():
             last.bias.copy_(values)  # type: ignore[operator]
+
+
+def _sizes(inputs: int, outputs: int) -> tuple[int, int]:
+    """Return the sizes of a network's input and output as ints; without inputs it is a constant."""
+    return check_count("the input size", inputs, 0), check_count("the output size", outputs, 0)
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:

@@ -179,8 +179,7 @@ class Split(Bijection):
         scale_map: str | ScaleMap = "softclip",
     ) -> None:
         super().__init__()
-        check_split("channel", channels)
-        self.channels = channels
+        self.channels = channels = check_split("channel", channels)
         self.kept, self.factored = channel_split_sizes(channels)
         self.scale_map = ops.scale_map(scale_map)
         per_element = 1 if self.scale_map.kind == "additive" else 2

@@ -42,8 +42,8 @@ class GlowStep(Bijection):
 
     def __init__(self, channels: int, *, parameterization: str = "plu") -> None:
         super().__init__()
-        self.channels = channels
         self.actnorm = ActNorm(channels)
+        self.channels = self.actnorm.channels
         self.linear = InvertibleLinear(channels, parameterization=parameterization)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -81,10 +81,14 @@ class MaskedMLP(torch.nn.Module):
         random_degrees: bool = False,
     ) -> None:
         super().__init__()
-        widths = _widths(hidden)
-        check_flag("residual", residual)
+        features, outputs = check_count("features", features), check_count("outputs", outputs)
+        context_features = check_count("context_features", context_features, 0)
         check_flag("random_degrees", random_degrees)
-        _check(features, outputs, widths, context_features, residual, activation)
+        widths = _widths(hidden, check_flag("residual", residual))
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
         self.features, self.outputs = features, outputs
         self.context_features, self.activation = context_features, activation
         self.order = _order(order, features)
@@ -196,33 +200,15 @@ def _masked(layer: torch.nn.Module, mask: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda h: F.linear(h, weight, bias)
 
 
-def _check(
-    features: int,
-    outputs: int,
-    hidden: list[int],
-    context_features: int,
-    residual: bool,
-    activation: str,
-) -> None:
-    for name, value, least in (
-        ("features", features, 1),
-        ("outputs", outputs, 1),
-        ("the number of hidden layers", len(hidden), 1),
-        ("context_features", context_features, 0),
-    ):
-        check_count(name, value, least)
-    for width in hidden:
-        check_count("hidden widths", width)
-    if residual and len(set(hidden)) > 1:
-        raise ValueError(f"residual blocks must have one width, got {tuple(hidden)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-
-
-def _widths(hidden: Sequence[int]) -> list[int]:
+def _widths(hidden: Sequence[int], residual: bool) -> list[int]:
+    """Return the widths of the hidden layers, or of the blocks, as ints."""
     if not isinstance(hidden, Iterable):
         raise TypeError(f"hidden must be a sequence of widths, got {type(hidden).__name__}")
-    return list(hidden)
+    widths = [check_count("hidden widths", width) for width in hidden]
+    check_count("the number of hidden layers", len(widths))
+    if residual and len(set(widths)) > 1:
+        raise ValueError(f"residual blocks must have one width, got {tuple(widths)}")
+    return widths
 
 
 def _order(order: Sequence[int] | Tensor | None, features: int) -> list[int]:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential, zero_log_det
+from pyflowkern.nn._base import (
+    Bijection,
+    BijectionTransform,
+    Sequential,
+    check_count,
+    zero_log_det,
+)
 from pyflowkern.nn.coupling import Split
 
 __all__ = ["MultiScale", "run_through"]
@@ -49,7 +55,7 @@ class MultiScale(Bijection):
             raise ValueError(
                 f"splits must be one fewer than levels, got {len(splits)} and {len(levels)}"
             )
-        self.event_shape = tuple(event_shape)
+        self.event_shape = tuple(check_count("event_shape", size) for size in event_shape)
         self.levels, self.splits = torch.nn.ModuleList(levels), torch.nn.ModuleList(splits)
         self.latent_shapes: list[tuple[int, ...]] = []
         shape = self.event_shape

@@ -66,8 +66,8 @@ class VectorField(torch.nn.Module):
         super().__init__()
         if not isinstance(net, torch.nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        check_count("context_features", context_features, 0)
-        self.net, self.context_features = net, context_features
+        self.net = net
+        self.context_features = check_count("context_features", context_features, 0)
 
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity, shaped like ``x``."""
@@ -152,9 +152,9 @@ class VectorFieldMLP(torch.nn.Module):
     ) -> None:
         super().__init__()
         sizes = check_field("dims", dims, hidden, activation, time)
-        check_count("context_features", context_features, 0)
-        self.dims, self.hidden, self.activation, self.time = dims, tuple(hidden), activation, time
-        self.context_features = context_features
+        context_features = check_count("context_features", context_features, 0)
+        self.dims, self.hidden = sizes[0], tuple(sizes[1:-1])
+        self.activation, self.time, self.context_features = activation, time, context_features
         pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(FieldLinear(a, b) for a, b in pairs)
         # of every layer: "concat" the column of t, "concatsquash" slope and offset of the gate's

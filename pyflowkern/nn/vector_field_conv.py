@@ -90,8 +90,8 @@ class VectorFieldConv(torch.nn.Module):
     ) -> None:
         super().__init__()
         sizes = check_field("channels", channels, hidden, activation, time)
-        check_count("context_features", context_features, 0)
-        self.channels, self.hidden = channels, tuple(hidden)
+        context_features = check_count("context_features", context_features, 0)
+        self.channels, self.hidden = sizes[0], tuple(sizes[1:-1])
         self.activation, self.time, self.context_features = activation, time, context_features
         pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(

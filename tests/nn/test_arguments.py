@@ -39,12 +39,89 @@ def test_flags_are_true_or_false(build, name):
 def test_integers_of_numpy_are_integers():
     two = np.int64(2)
     x = torch.randn(3, 2)
-    for layer in (nn.ActNorm(two), nn.InvertibleLinear(two), nn.Permutation(two)):
+    for layer in (
+        nn.ActNorm(two),
+        nn.InvertibleLinear(two),
+        nn.Permutation(two),
+        nn.GlowStep(two),
+    ):
         assert type(layer.channels) is int
         assert layer(x)[0].shape == (3, 2)
     assert nn.Squeeze(two).factor == 2
     assert nn.AffineCoupling(two, nn.MLP)(x)[0].shape == (3, 2)
     assert nn.MaskedAutoregressive(two, (np.int32(4),))(x)[0].shape == (3, 2)
+
+
+TWO = np.int64(2)
+NETWORKS = {
+    "MLP": lambda: nn.MLP(TWO, TWO, hidden=TWO, layers=TWO, context_features=TWO),
+    "MLP of widths": lambda: nn.MLP(TWO, TWO, hidden=np.array([3, 4]), context_features=TWO),
+    "ResidualMLP": lambda: nn.ResidualMLP(TWO, TWO, hidden=TWO, blocks=TWO, context_features=TWO),
+    "ConvNet": lambda: nn.ConvNet(TWO, TWO, hidden=TWO, context_features=TWO, spatial_dims=1),
+    "ResidualConvNet": lambda: nn.ResidualConvNet(
+        TWO, TWO, hidden=TWO, blocks=TWO, context_features=TWO, spatial_dims=1
+    ),
+    "PeriodicInput": lambda: nn.PeriodicInput(TWO, TWO, partial(nn.MLP, context_features=TWO)),
+    "MaskedMLP": lambda: nn.MaskedMLP(TWO, TWO, (TWO, TWO), context_features=TWO),
+}
+FIELDS = {
+    "VectorFieldMLP": lambda: nn.VectorFieldMLP(TWO, np.array([3]), context_features=TWO),
+    "VectorFieldConv": lambda: nn.VectorFieldConv(TWO, (TWO,), context_features=TWO),
+    "VectorField": lambda: nn.VectorField(torch.nn.Identity(), context_features=TWO),
+}
+
+
+@pytest.mark.parametrize("name", {**NETWORKS, **FIELDS})
+def test_no_integer_of_numpy_stays_in_a_network(name):
+    network = {**NETWORKS, **FIELDS}[name]()
+    for module in network.modules():
+        for value in vars(module).values():
+            for entry in value if isinstance(value, tuple) else (value,):
+                assert not isinstance(entry, np.generic)
+    if name in NETWORKS:
+        space = (5,) if "Conv" in name else ()
+        out = network(torch.randn(3, 2, *space), torch.randn(3, 2))
+        assert out.shape[:2] == (3, 2)
+
+
+class Plain(torch.nn.Module):
+    """A network that knows nothing of contexts."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.net = torch.nn.Linear(inputs, outputs)
+
+    def forward(self, h):
+        return self.net(h)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.AffineCoupling(4, Plain),
+        nn.SplineCoupling(4, Plain),
+        nn.SplineCoupling(4, torch.nn.Linear(2, 2 * 23)),
+        nn.SplineCoupling(4, partial(nn.PeriodicInput, conditioner=Plain), tails="circular"),
+        nn.MaskedAutoregressive(4, conditioner=torch.nn.Sequential(Plain(4, 8))),
+        nn.Split(4, Plain),
+    ],
+    ids=["affine", "spline", "linear", "periodic", "autoregressive", "split"],
+)
+def test_a_network_without_contexts_says_what_to_do(layer, direction):
+    with pytest.raises(
+        TypeError, match=r"context was given, but .* takes x alone: give it a forw"
+    ):
+        getattr(layer, direction)(torch.zeros(3, 4), torch.zeros(3, 2))
+
+
+def test_an_error_inside_a_network_with_contexts_stays_what_it_is():
+    class Wrong(Plain):
+        def forward(self, h, context):
+            return self.net(h) + len(3)
+
+    with pytest.raises(TypeError, match="object of type 'int' has no len"):
+        nn.AffineCoupling(4, Wrong)(torch.zeros(3, 4), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize(
