@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyflowkern.ode.packing import Packing
 from pyflowkern.ode.solution import Solution, Status
@@ -28,6 +30,7 @@ class CapturedSolve:
         solution: tensors that they write.
         packing: of the first state.
         replay: runs the kernels.
+        reads: the tensors that they read besides, such as parameters.
 
     Example:
         >>> import torch
@@ -44,9 +47,12 @@ class CapturedSolve:
         solution: Solution,
         packing: Packing,
         replay: Callable[[], None],
+        reads: Iterable[Tensor] = (),
     ) -> None:
         self._inputs, self._solution = inputs, solution
         self._packing, self._replay = packing, replay
+        # the second one keeps the memory that the kernels read from being used for anything else
+        self._reads = [(t, t.detach(), t.data_ptr()) for t in reads]
 
     @torch.no_grad()
     def __call__(self, y0: Any) -> Solution:
@@ -62,7 +68,14 @@ class CapturedSolve:
         Raises:
             TypeError: for another structure.
             ValueError: for another shape, dtype or device.
+            RuntimeError: when a tensor that ``func`` has read has other memory than at the recording, as after
+                ``p.data = new`` or ``module.to(...)``: record the solve again.
         """
+        if any(t.data_ptr() != place for t, _, place in self._reads):
+            raise RuntimeError(
+                "a tensor that func reads, such as a parameter, has other memory than when the solve was captured: "
+                "capture it again, and between calls change tensors in place only"
+            )
         entries = _entries(y0)
         if isinstance(y0, tuple) != self._packing.is_tuple or len(entries) != len(self._inputs):
             want = f"a tuple of {len(self._inputs)}" if self._packing.is_tuple else "a tensor"
@@ -92,7 +105,9 @@ def capture(
 
     For small states, launching the kernels costs more than running them; a replay launches all of them at once.  Times,
     steps and whatever ``func`` does in Python are fixed at the recording.  The values of tensors that it reads, such as
-    parameters, are not: update them in place.  ``func`` must not wait for the device, and there are no gradients.
+    parameters, are not: update them in place.  Where such a tensor is given other memory (``p.data = new``) the next
+    call raises; where another tensor is put in its place (``module.weight = new``) the old one is still read, unseen,
+    until the solve is captured again.  ``func`` must not wait for the device, and there are no gradients.
 
     Args:
         func: ``(t, y) -> dy/dt``, of CUDA tensors.
@@ -143,8 +158,30 @@ def capture(
             raise ValueError(f"max_steps must allow for all steps, got {max_steps}")
 
     with torch.no_grad():
+        with _Reads() as reads:
+            first()
         replay, solution = _record(first, run, inputs[0].device)
-    return CapturedSolve(inputs, solution, packing, replay)
+    return CapturedSolve(inputs, solution, packing, replay, reads.found.values())
+
+
+class _Reads(TorchDispatchMode):
+    """Collects the tensors that torch's operations read and that none of them has made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor) and t.layout == torch.strided and id(t) not in self._made:
+                self.found[id(t)] = t
+        out = func(*args, **kwargs)
+        self._made.update(id(t) for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
 
 
 def _record(

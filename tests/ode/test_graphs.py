@@ -96,3 +96,22 @@ def test_states_unlike_the_captured_one(recorder):
 def test_more_steps_than_allowed(recorder):
     with pytest.raises(ValueError, match="max_steps must allow for all steps, got 3"):
         ode.capture(decay, Y0, [0.0, 1.0], step_size=0.1, max_steps=3)
+
+
+def test_parameters_that_move_are_noticed(recorder):
+    net = torch.nn.Linear(3, 3).double().requires_grad_(False)
+    factor = torch.ones(3).double()
+    captured = ode.capture(lambda t, y: factor * net(y), Y0, [0.0, 1.0], step_size=0.5)
+    before = captured(Y0).ys
+    net.weight.add_(1.0)  # in place: seen
+    factor.mul_(2.0)
+    assert not torch.equal(captured(Y0).ys, before)
+    for tensor in (net.weight, factor):
+        place = tensor.data
+        tensor.data = tensor + 1.0
+        with pytest.raises(
+            RuntimeError, match="has other memory than when the solve was captured"
+        ):
+            captured(Y0)
+        tensor.data = place
+        captured(Y0)
