@@ -174,7 +174,7 @@ def _library() -> ctypes.CDLL:
 
 
 def count(case: TrafficCase, dtype: torch.dtype) -> Traffic:
-    """Run one case on the host and return the traffic of its inputs and outputs, without parameters and scratch memory."""
+    """Run one case on the host and return the traffic of its inputs and outputs, without parameters and scratch."""
     library = _library()
     import on_host
 

@@ -19,7 +19,7 @@ SOURCES = Path(__file__).resolve().parent / "cuda_on_host"
 
 
 def build(variant: str = "none", **options: str) -> Path:
-    """Compile the op library for the host and return its path; a second call does nothing."""
+    """Compile the op library for the host if needed, and return its path."""
     name = "-".join([variant, *options.pop("name", "").split()])
     folder = ROOT / "build" / "cuda_on_host" / name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -29,7 +29,7 @@ def build(variant: str = "none", **options: str) -> Path:
     defined = [f"-D{key}={value}" for key, value in options.items()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may get here at once
         for command in (
             [cmake, "-S", str(SOURCES), "-B", str(folder), "-G", "Ninja", *defined],
             [cmake, "--build", str(folder)],
@@ -42,7 +42,7 @@ def build(variant: str = "none", **options: str) -> Path:
 
 
 def _namespace(folder: Path) -> str:
-    """Name the ops of a build apart: a process that runs two must not mix them up."""
+    """Return a namespace for the ops of a build, since a process may load several builds."""
     return f"pyflowkern_on_host_{folder.name.replace('-', '_')}"
 
 

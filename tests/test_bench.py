@@ -62,7 +62,7 @@ def test_only_providers_that_agree_are_timed():
             assert math.isnan(row.p50)
 
 
-def test_a_random_eager_holds_nobody_to_its_numbers():
+def test_a_random_eager_is_not_compared_with():
     def noisy(x):
         return x + torch.rand_like(x)
 
@@ -87,7 +87,7 @@ def test_results_have_the_documented_columns(tmp_path):
     case = tiny(passes=("forward",), targets=targets)
     rows = run_case(case, PLAN)
     for row in rows:
-        row.noisy = False  # whatever else this machine does meanwhile
+        row.noisy = False  # even if this machine is busy
     verdicts = [met for _, met in _report.check_targets(case, rows)]
     assert verdicts == [True, None, None]
     for row in rows:
@@ -113,14 +113,14 @@ def test_results_have_the_documented_columns(tmp_path):
 def test_training_steps_move_every_parameter(name):
     step = _steps.Step(_steps.models()[name], CPU, False)
     before = {k: p.detach().clone() for k, p in step.flow.named_parameters()}
-    for _ in range(3):  # networks end in zeros: what lies below moves a step later
+    for _ in range(3):  # last layers start at zero, so those before them move one step later
         step()
     for k, p in step.flow.named_parameters():
         assert p.isfinite().all(), k
         assert not torch.equal(p, before[k]), k
 
 
-def test_growth_is_drawn_where_cases_differ_in_a_number_alone(tmp_path):
+def test_scaling_is_drawn_where_cases_differ_only_in_a_number(tmp_path):
     rows = [Row(f"one layer D={d}", "ours", "call", "float32", p50=float(d)) for d in (8, 16, 32)]
     picture = tmp_path / "scaling.png"
     assert not plot_scaling(picture, "title", rows)

@@ -1,4 +1,4 @@
-"""The command line as a newcomer meets it: help, whole runs, and one line for every mistake."""
+"""The command line: help, whole runs, and one line for every mistake."""
 
 import contextlib
 import csv
@@ -56,7 +56,7 @@ def succeeds(*arguments):
 
 
 def refuses(folder, *arguments):
-    """Return the one line of stderr, having seen exit code 2 and that ``folder`` stayed as it was."""
+    """Assert exit code 2 and that ``folder`` did not change; return the one line of stderr."""
     before = sorted(folder.rglob("*"))
     result = cli(*arguments)
     assert (result.code, result.out) == (2, ""), result
@@ -67,7 +67,7 @@ def refuses(folder, *arguments):
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _temporary_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -80,7 +80,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A run on a table with a header, beside its table."""
+    """A folder with a table that has a header, and a run on it."""
     folder = tmp_path_factory.mktemp("table")
     rows = np.random.default_rng(0).normal((50, -3), (5, 0.1), (80, 2))
     lines = ["length,width", *(f"{a:.4f},{b:.4f}" for a, b in rows)]
@@ -143,7 +143,7 @@ def test_images_from_training_to_score(digits, tmp_path):
     np.testing.assert_array_equal(first, again)
     result = json.loads(succeeds("evaluate", digits, "--json"))
     assert (result["unit"], result["rows"], result["step"]) == ("bits/dim", 180, 4)
-    assert 2 < result["score"] < 5  # 5 bits: no model at all
+    assert 2 < result["score"] < 5  # 5 bits is the score of the uniform distribution
     assert f"{result['score']:.4f} +- " in succeeds("evaluate", digits)
 
 
@@ -178,7 +178,7 @@ def test_one_row_is_enough_to_score(table):
     assert far["score"] > near["score"] + 100
 
 
-def test_yaml_under_flags_and_numbers_as_people_write_them(table, tmp_path):
+def test_flags_override_yaml_and_numbers_may_be_written_freely(table, tmp_path):
     Path("run.yaml").write_text(
         f"data: {table / 'table.csv'}\nflow: RealNVP\nlr: 2e-3\nsteps: 9\nevery: 1\n"
         "flow_args:\n  hidden: 4\n  steps: 2\n"
@@ -368,9 +368,9 @@ def test_other_bad_calls(digits, table, tmp_path):
         ("-c", "from pyflowkern.cli import main; main()", "evaluate", "none"),
     ],
 )
-def test_a_process_of_its_own_shows_no_traceback(arguments, tmp_path):
+def test_a_separate_process_shows_no_traceback(arguments, tmp_path):
     Path("t.csv").write_text("1,2\n3,4\n5,inf\n")
-    # the package under test, whether installed or on the path of this process
+    # the package under test may be installed or on the path of this process
     paths = [str(Path(pyflowkern.__file__).parents[1])]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])

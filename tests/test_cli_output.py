@@ -1,4 +1,4 @@
-"""Output that cannot be written, and what the command line must not wait for or start again over."""
+"""The command line where output cannot be written, a run cannot be resumed, or reading would block."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pyflowkern
 
 
 def command(tmp_path, *arguments, **streams):
-    """Run the command line in a process of its own, with the package under test."""
+    """Run the command line in a separate process, with the package under test."""
     return subprocess.run(
         [sys.executable, "-m", "pyflowkern", *arguments],
         stderr=subprocess.PIPE,
@@ -24,7 +24,7 @@ def command(tmp_path, *arguments, **streams):
 
 
 def refuses(tmp_path, *arguments):
-    """Return the one line of stderr, having seen exit code 2 and that nothing was written."""
+    """Assert exit code 2 and that nothing was written; return the one line of stderr."""
     before = sorted(tmp_path.rglob("*"))
     result = command(tmp_path, *arguments, stdout=subprocess.PIPE)
     assert (result.returncode, result.stdout) == (2, ""), result
@@ -41,7 +41,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path):
     assert result.stderr == "pyflowkern: standard output: No space left on device\n"
 
 
-def test_output_that_nobody_reads_any_more_ends_the_command_quietly(tmp_path):
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -56,7 +56,7 @@ def test_a_demo_needs_a_number_of_minutes(minutes, tmp_path):
     assert "minutes" in refuses(tmp_path, "demo", "--minutes", minutes, "--out", "demo")
 
 
-def test_a_demo_that_cannot_be_gone_on_with_is_one_line(tmp_path):
+def test_a_demo_that_cannot_be_resumed_is_one_line(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/comparison.json").write_text('{"seconds": [1]')
     (tmp_path / "demo/config.yaml").write_text("steps: 2\n")
@@ -69,6 +69,6 @@ def test_a_config_that_is_a_pipe_is_refused(tmp_path):
     assert "run.yaml: is a named pipe" in refuses(tmp_path, "train", "run.yaml")
 
 
-def test_weights_beyond_all_memory_are_one_line(tmp_path):
+def test_a_flow_larger_than_memory_is_one_line(tmp_path):
     options = ("--data", "digits", "--set", f"hidden={10**12}")
     assert "Glow cannot be built for (1, 8, 8)" in refuses(tmp_path, "train", *options)

@@ -1,4 +1,4 @@
-"""The host execution of the CUDA sources can be trusted: it sees what it is there to see."""
+"""Sanitizers find no fault in the CUDA kernels compiled for the host, and do find planted ones."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ COMPLAINT = {"thread": "data race", "address": "(heap|global)-buffer-overflow"}
 
 
 def exercise(variant, library, *families):
-    """Run the kernels of the families in a process of their own, watched by a sanitizer."""
+    """Run the kernels of some families in a separate process, under a sanitizer."""
     name = RUNTIME[variant]
     found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
     runtime = Path(found.stdout.strip()).resolve()
@@ -27,7 +27,7 @@ def exercise(variant, library, *families):
         "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
         "OMP_NUM_THREADS": "1",
     }
-    # sanitizers reserve fixed parts of the address space, which randomization may occupy
+    # sanitizers need fixed parts of the address space, which randomization might occupy
     command = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
     script = on_host.SOURCES / "exercise.py"
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: nothing leaves the registers, data moves in packs, once."""
+"""The CUDA kernels as compiled: no spills, and data moves once, in packs of 16 bytes."""
 
 import math
 import shutil
@@ -29,14 +29,14 @@ def test_no_kernel_uses_the_stack_or_spills(kernels, source):
 
 
 @needs_nvcc
-def test_an_eighth_of_the_warps_fits(kernels):
-    """Fewer could not hide the latency of memory."""
+def test_occupancy_is_at_least_an_eighth(kernels):
+    """Fewer warps could not hide the latency of memory."""
     assert not [(k.name, k.arch, k.occupancy) for k in kernels if k.occupancy < 0.125]
 
 
 @needs_nvcc
-def test_no_pack_is_taken_apart(kernels):
-    """The count below cannot see it: on the host a pack is one access, whatever nvcc makes of it."""
+def test_no_pack_is_split(kernels):
+    """The counts on the host cannot show it: there a pack is always one access."""
     assert any(loop["st", 16] for k in kernels for loop in k.loops)
     assert not [(k.name, k.arch) for k in kernels if k.taken_apart]
 
@@ -55,13 +55,13 @@ arch = sm_90
 
 
 def test_reading_machine_code():
-    """What cuobjdump prints: a branch names an address, not a label."""
+    """In the output of cuobjdump branches have addresses, not labels."""
     (loop,) = _kernels._accesses_in_sass(SASS)["first", "sm_90"]
     assert loop == {("ld", 16): 1, ("st", 4): 1}
     assert _kernels.Kernel("", "first", "sm_90", 1, 0, 0, 0, loops=[loop]).taken_apart
 
 
-def test_occupancy_of_an_architecture_that_nobody_listed():
+def test_occupancy_of_an_unknown_architecture():
     assert math.isnan(_kernels.Kernel("", "", "sm_999", 32, 0, 0, 0, threads=256).occupancy)
     assert _kernels.Kernel("", "", "sm_120", 32, 0, 0, 0, threads=256).occupancy == 1
 
@@ -76,7 +76,7 @@ def test_data_moves_once_and_in_packs(case):
 
 
 def test_counting_sees_scalar_accesses_and_what_moves_twice():
-    """Rows of odd length leave no whole packs; a pass more than needed is twice the bytes."""
+    """Rows of odd length do not divide into packs; one pass too many doubles the bytes."""
     odd = _traffic.TrafficCase("odd", _traffic._normal((8, 3, 5, 7)), _traffic.ops.logit)
     t = _traffic.count(odd, _traffic.torch.float32)
     assert t.scalar_share == 1

@@ -1,4 +1,4 @@
-"""Every example in the documentation runs, and what is public has one."""
+"""Every example in the docstrings runs, and every public name has one."""
 
 import doctest
 import importlib
@@ -17,7 +17,7 @@ PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
     for package in (ops, nn, flows)
     for name in package.__all__
-    if not name.endswith("_reference")  # which does what its op does
+    if not name.endswith("_reference")  # whose op has the example
     and getattr(getattr(package, name), "__module__", "").startswith(package.__name__)
 ]
 

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show runs, and their tables are the package's and the committed results'."""
+"""The code in README.md and docs/ runs, and their tables agree with the package and the committed results."""
 
 import re
 import shlex
@@ -30,7 +30,7 @@ def lines(prefix):
 
 
 def between(page, command):
-    """Return what stands on a page between the marks of a command that writes it."""
+    """Return the part of a page between the marks of the command that writes it."""
     found = re.search(
         rf"<!-- {re.escape(command)} -->\n(.*?)\n?<!-- end -->", PAGES[page], re.DOTALL
     )

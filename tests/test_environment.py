@@ -1,4 +1,4 @@
-"""Environment variables: what is wrong in them is said, and importing never fails."""
+"""Environment variables: wrong values give a warning, and importing never fails."""
 
 import _struct
 import os
@@ -19,7 +19,7 @@ NAME = "libpyflowkern_cpu.so"
 
 
 def page(*flags, cwd=None, **variables):
-    """What show_config() says in a process of its own, and what stands on its stderr."""
+    """Return stdout and stderr of show_config() in a separate process."""
     result = subprocess.run(
         [sys.executable, *flags, "-c", PAGE],
         capture_output=True,
@@ -32,7 +32,7 @@ def page(*flags, cwd=None, **variables):
     return result.stdout, result.stderr
 
 
-def test_an_unknown_simd_level_is_said_and_never_stops_the_import():
+def test_an_unknown_simd_level_is_a_warning_and_never_stops_the_import():
     line = "PYFLOWKERN_SIMD=zzz is ignored: it must be one of baseline, avx2, avx512"
     out, err = page(PYFLOWKERN_SIMD="zzz")
     assert line in out
@@ -43,14 +43,14 @@ def test_an_unknown_simd_level_is_said_and_never_stops_the_import():
 
 
 @pytest.mark.parametrize("level", ["", "baseline"])
-def test_a_known_simd_level_is_taken_without_a_word(level):
+def test_a_known_simd_level_gives_no_warning(level):
     out, err = page("-W", "error", PYFLOWKERN_SIMD=level)
     assert "ignored" not in out + err
     if level and "cpu" in _library._loaded:
         assert f"cpu: kernels ({level})" in out
 
 
-def test_a_level_that_the_processor_lacks_is_said(monkeypatch):
+def test_a_level_that_the_processor_lacks_is_a_warning(monkeypatch):
     monkeypatch.setattr(_library, "_loaded", {"cpu": Path("x")})
     monkeypatch.setattr(_library, "_ignored", "")
     monkeypatch.setattr(_library, "simd_level", lambda wanted=None: "avx2")

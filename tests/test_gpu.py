@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, devices, graphs, and tensors of more than 2^31 elements."""
+"""Tests that need a GPU: streams, devices, graphs, and tensors of more than 2^31 elements."""
 
 import math
 import sys
@@ -61,7 +61,7 @@ def field(x):
 
 PLAN = nn.MaskedMLP(6, 2, (9,)).plan
 
-#: One call of each family, whose results follow from x alone.
+#: One call of each family, whose results depend on x only.
 CALLS = {
     "affine": lambda x: ops.affine_coupling(x, x),
     "actnorm": lambda x: ops.actnorm(x, x[0, :, 0, 0].clamp(-1, 1), x[1, :, 0, 0]),
@@ -88,9 +88,9 @@ def check(got, call, x):
 
 @every_family
 def test_ops_run_on_the_current_stream(call):
-    """Work queued before on the same side stream must be seen: the default stream would not wait."""
+    """The op must see work queued earlier on the same side stream; on the default stream it would not wait for it."""
     x = torch.randn(64, 24, 32, 32, device="cuda")
-    call(x)  # what comes to the device once, as plans do, would wait for the work
+    call(x)  # plans are copied to the device once, which would wait for the queued work
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -176,7 +176,7 @@ def test_a_training_step_replays_as_a_graph(name):
     torch.testing.assert_close(step.parameters(), plain.parameters(), rtol=1e-3, atol=1e-4)
 
 
-QUIET = {
+WITHOUT_WAITING = {
     "Glow": lambda: flows.Glow((3, 16, 16), levels=2, steps=2, hidden=16),
     "NSF": lambda: flows.NSF(6, transforms=2, hidden=(16, 16), mixing="permutation"),
     "NSF autoregressive": lambda: flows.NSF(
@@ -186,12 +186,12 @@ QUIET = {
 }
 
 
-@pytest.mark.parametrize("name", QUIET)
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
 def test_nothing_waits_for_the_host(name):
-    flow = QUIET[name]().cuda()
+    flow = WITHOUT_WAITING[name]().cuda()
     x = torch.rand(8, *flow.event_shape, device="cuda")
     flow.log_prob(x)
-    flow.sample(4)  # plans come to the device once
+    flow.sample(4)  # plans are copied to the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
         flow.log_prob(x).mean().backward()
@@ -220,14 +220,14 @@ def test_a_captured_solve_replays():
             found = captured(y0)
             torch.testing.assert_close(found.ys, expected.ys)
             assert found.ok
-        layer.weight.mul_(0.5)  # a replay reads the parameters anew
+        layer.weight.mul_(0.5)  # a replay reads the current parameters
         expected = ode.solve(field, y0, [0.0, 0.5, 1.0], **settings)
         torch.testing.assert_close(captured(y0).ys, expected.ys)
         assert captured(y0 * torch.nan).status.item() == ode.Status.non_finite
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-def test_steps_controlled_on_the_device_wait_for_nothing_between_looks():
+def test_steps_controlled_on_the_device_wait_only_every_few_steps():
     """Of more than 30 steps, one wait for every eight, and a few at the start and at the end."""
     y0 = torch.randn(64, 2, device="cuda", dtype=torch.float64)
     settings = {"rtol": 1e-7, "atol": 1e-9}

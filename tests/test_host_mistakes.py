@@ -1,4 +1,4 @@
-"""What the host execution of CUDA must notice, tried on kernels that each make one mistake."""
+"""The host execution of CUDA detects mistakes: each kernel here makes one."""
 
 import ctypes
 import math
@@ -18,7 +18,7 @@ MISTAKES = [
     "shuffle without a lane",
     "lane beside its mask",
     "pack across a boundary",
-    "votes and atomics",  # without one
+    "votes and atomics",  # correct
 ]
 
 
@@ -40,14 +40,14 @@ def make(library, mistake, n=256):
 
 
 def test_an_element_that_nobody_writes(library):
-    """Outputs come out of the allocator full of NaN (here the test has filled them)."""
+    """New outputs are full of NaN (here the test fills them)."""
     out, error = make(library, "forgets the last element")
     assert not error
     assert out.isnan().nonzero().flatten().tolist() == [255]
 
 
 def test_shared_memory_that_nobody_wrote(library):
-    for _ in range(2):  # and what an earlier launch left there is gone
+    for _ in range(2):  # the second time, nothing of the first launch may be left
         out, error = make(library, "reads what nobody wrote")
         assert not error
         assert out.isnan().nonzero().flatten().tolist() == [0]
@@ -79,4 +79,4 @@ def test_a_misaligned_pack_traps(library):
         "ctypes.CDLL(sys.argv[1]).pfk_mistake(5, ctypes.c_void_p(start), 8)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(library)], capture_output=True)
-    assert done.returncode < 0, "the process lives on"
+    assert done.returncode < 0, "the process did not trap"

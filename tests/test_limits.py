@@ -1,4 +1,4 @@
-"""More than 2^31 elements, launches that fail, and mistakes in the use of threads: on the host."""
+"""More than 2^31 elements, and launches that fail: CUDA kernels run on the host."""
 
 import ctypes
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 from pyflowkern import nn, ops
 
-#: 2^31 + 2^27 elements; the last ones belong to the last block also of a grid of 65,536 that starts over.
+#: 2^31 + 2^27 elements; the last ones belong to the last block, also in a grid-stride loop of 65,536 blocks.
 HUGE = (2176, 2, 2**19)
 
 
@@ -21,7 +21,7 @@ def library():
 
 @contextmanager
 def last_blocks(library, count):
-    """Run only the last blocks of each launch: memory that they do not touch is never there."""
+    """Run only the last blocks of each launch; memory that they do not touch is never allocated by the system."""
     path, loaded = library
     loaded.pfk_only_last_blocks(ctypes.c_int64(count))
     try:
@@ -53,7 +53,7 @@ def glow_step(x):
 
 
 def test_last_of_many_samples_of_a_glow_step(library):
-    """Blocks take tiles in turn, so a few of them write a few tiles of every sample; the rest stays 0."""
+    """Blocks take tiles in turn, so the last blocks write a few tiles of every sample; the rest stays 0."""
     x = torch.empty(HUGE, dtype=torch.bfloat16)
     x[-1] = torch.rand(HUGE[1:])
     with last_blocks(library, 8):
@@ -74,7 +74,7 @@ def test_last_of_many_samples(library, op):
 
 
 def test_last_of_many_samples_of_a_coupling(library):
-    """Also: parameters whose rows are half as long."""
+    """Its parameters have rows half as long."""
     x, params = (torch.empty(HUGE, dtype=torch.bfloat16) for _ in range(2))
     x[-1], params[-1] = torch.rand(HUGE[1:]), torch.rand(HUGE[1:])
     with last_blocks(library, 512):
@@ -84,7 +84,7 @@ def test_last_of_many_samples_of_a_coupling(library):
 
 
 def test_last_of_many_samples_of_a_spline(library):
-    """Also: parameters of more than 2^32 elements."""
+    """Its parameters have more than 2^32 elements."""
     smap = ops.SplineMap("linear", bins=2)
     x, params = (torch.empty((*HUGE, k), dtype=torch.bfloat16) for k in (1, smap.params))
     x, last = x.squeeze(-1), (-1, slice(None), slice(-(2**14), None))  # of each channel
@@ -115,7 +115,7 @@ def test_last_of_many_samples_of_an_autoregressive_flow(library):
 
 
 def test_last_of_many_samples_of_a_trace(library):
-    """In both directions; the layers of a field are matrix products for the most part, and torch's."""
+    """Forward and backward; the layers of a field are mostly torch's matrix products."""
     e, je = (torch.empty(HUGE) for _ in range(2))
     e[-1], je[-1] = torch.randn(HUGE[1:]), torch.randn(HUGE[1:])
     je.requires_grad_()
@@ -139,7 +139,7 @@ def test_end_of_one_long_sample(library, op):
 
 
 def test_dequantize_draws_other_noise_beyond_32_bits(library):
-    """A counter that wraps would repeat the noise of the first samples."""
+    """A counter of 32 bits would repeat the noise of the first samples."""
     x = torch.zeros(HUGE, dtype=torch.uint8)
     with last_blocks(library, 512):
         y, _ = ops.dequantize(x, seed=1)

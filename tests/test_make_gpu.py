@@ -1,4 +1,4 @@
-"""``make gpu`` as far as it goes without a GPU: its stages, its time, and what it says where it cannot run."""
+"""``make gpu`` as far as it can be tested without a GPU: stages, time limits, and messages."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def test_the_stages_fit_ten_minutes():
     stages = list(gpu.stages(Path("out")).values())
     assert sum(s.least for s in stages) <= 9.5 * 60
     left = 9.5 * 60
-    for i, stage in enumerate(stages):  # each takes all that it may
+    for i, stage in enumerate(stages):  # each takes all the time that it is allowed
         seconds = gpu.allowed(stage, stages[i + 1 :], left)
         assert stage.least <= seconds <= stage.most
         left -= seconds
@@ -57,7 +57,7 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_cut_off_dies_with_its_children(tmp_path):
+def test_a_stage_that_is_cut_off_dies_with_its_children(tmp_path):
     child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     found = gpu.run("stage", [sys.executable, "-c", parent], 1, tmp_path)
@@ -66,7 +66,7 @@ def test_what_is_cut_off_dies_with_its_children(tmp_path):
     assert not (tmp_path / "alive").exists()
 
 
-def test_a_command_that_is_not_there_is_reported(tmp_path):
+def test_a_missing_command_is_reported(tmp_path):
     assert "not run" in str(gpu.run("stage", ["no-such-program"], 1, tmp_path)["ended"])
     bad = gpu.run("stage", [sys.executable, "-c", "raise SystemExit(3)"], 20, tmp_path)
     assert bad["ended"] == "exit status 3"

@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no compiler: kernels on the CPU, or the reference, and the truth about which."""
+"""The wheel, installed without a compiler: CPU kernels or the reference, and show_config() says which."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """Return the wheel in dist/ where it is younger than its sources, or a new one, without CUDA for speed."""
+    """Return the wheel in dist/ if it is newer than its sources, else build one, without CUDA to save time."""
     sources = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
     sources += [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     sources += [p for p in (ROOT / "pyflowkern").rglob("*.py") if p.is_file()]
@@ -49,9 +49,9 @@ def bare(wheel, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "--no-index"]
     run(*pip, "--no-deps", wheel)
     purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    # after the environment's own packages, so that its pyflowkern is the one found
+    # after the environment's own packages, so that its pyflowkern is found first
     (Path(purelib) / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # an environment of its own: neither compilers nor variables of ours
+    # neither compilers nor the variables of this process
     clean = {"PATH": str(folder / "bin"), "HOME": str(folder), "PFK_HERE": str(folder)}
 
     def execute(code, **variables):
@@ -82,7 +82,7 @@ def test_the_build_facts_and_the_libraries_agree(wheel, bare):
     )
 
 
-# Every family once: the values are the reference's, and a line names who computed them.
+# Each family once: compares with the reference, and prints for each op what has computed it.
 COMPUTE = """
 import os, shutil, pathlib, torch, pyflowkern
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,4 +1,4 @@
-"""Python and C++ mean the same by an integer, and C++ refuses integers that mean nothing."""
+"""The integers between Python and C++ mean the same on both sides, and C++ refuses unknown ones."""
 
 import re
 from enum import Enum
@@ -188,7 +188,7 @@ BAD = (-1, -5, 2**31, 2**40)
         (row, "row", [2, -1]),
     ],
 )
-def test_kernels_refuse_integers_that_mean_nothing(call, argument, values):
+def test_kernels_refuse_unknown_integers(call, argument, values):
     for value in values:
         with pytest.raises(
             RuntimeError,

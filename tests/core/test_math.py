@@ -7,7 +7,7 @@ import pytest
 
 from pyflowkern import _library
 
-LIMITS = {  # ulp: what the fits and the operations after them add up to
+LIMITS = {  # ulp: the errors of the polynomial and of the operations after it
     "exp": 1.5,
     "expm1": 4.0,
     "log": 1.5,
@@ -100,13 +100,13 @@ def test_accuracy(level, name, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", LIMITS)
 def test_special_arguments(level, name, dtype):
-    """NaN, infinities, signed zeros and subnormal numbers give what the mathematics says."""
+    """NaN, infinities, signed zeros and subnormal numbers."""
     x = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, np.finfo(dtype).tiny / 8], dtype)
     with np.errstate(all="ignore"):
         expected = EXACT[name](x.astype(wide)).astype(dtype)
     y = simd(name, x)
     if name == "sech2":
-        expected[1:3] = y[1:3]  # held at its value at 43, below 1e-36
+        expected[1:3] = y[1:3]  # constant beyond 43, where it is below 1e-36
         assert (y[1:3] < 1e-36).all()
     np.testing.assert_allclose(y, expected, rtol=4 * np.finfo(dtype).eps, atol=0)
 

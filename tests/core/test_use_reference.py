@@ -1,4 +1,4 @@
-"""A block of use_reference counts where it stands, in one thread and context, and nowhere else."""
+"""A block of use_reference applies in its own thread and context only."""
 
 import asyncio
 import threading
@@ -30,14 +30,14 @@ def in_another_thread(function):
     return found[0]
 
 
-def test_another_thread_has_its_kernels():
+def test_another_thread_still_uses_kernels():
     with use_reference():
         assert runs_reference()
         assert not in_another_thread(runs_reference)
     assert not runs_reference()
 
 
-def test_blocks_of_two_threads_that_overlap_end():
+def test_overlapping_blocks_of_two_threads():
     first, second, entered = use_reference(), use_reference(), threading.Event()
     leave = threading.Event()
 
@@ -57,7 +57,7 @@ def test_blocks_of_two_threads_that_overlap_end():
     assert not in_another_thread(runs_reference)
 
 
-def test_blocks_of_one_thread_that_overlap_end():
+def test_overlapping_blocks_of_one_thread():
     first, second = use_reference(), use_reference(False)
     first.__enter__()
     second.__enter__()
@@ -82,7 +82,7 @@ def test_the_innermost_block_decides():
             assert runs_reference() == enabled
 
 
-def test_tasks_of_one_thread_have_their_own():
+def test_each_task_has_its_own_setting():
     async def task(enabled, here, there):
         with use_reference(enabled):
             here.set()
@@ -116,8 +116,8 @@ def test_a_compiled_function_follows():
     assert not runs_reference()
 
 
-def test_gradients_run_what_the_thread_asks_for():
-    """The CPU's backward pass runs in the thread that asks for it."""
+def test_gradients_follow_the_setting_of_the_thread():
+    """On the CPU the backward pass runs in the thread that calls it."""
     x = X.clone().requires_grad_()
     with use_reference():
         y, _ = ops.actnorm(x, X[0], X[0])
@@ -128,6 +128,6 @@ def test_gradients_run_what_the_thread_asks_for():
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], grad)
 
 
-def test_what_is_no_flag_is_refused():
+def test_a_flag_must_be_a_bool():
     with pytest.raises(TypeError, match="enabled must be True or False, got 'no'"):
         use_reference("no").__enter__()

@@ -1,4 +1,4 @@
-"""Run every CUDA kernel, compiled for the host or on a GPU, on awkward shapes; a sanitizer watches.
+"""Run every CUDA kernel, compiled for the host or on a GPU, on awkward shapes, under a sanitizer.
 
 Called as ``python exercise.py LIBRARY [FAMILY ...]`` with the sanitizer's runtime preloaded, or with ``cuda`` in place
 of the library under compute-sanitizer.
@@ -36,7 +36,7 @@ def _leaf(a):
 
 
 def check(function, reference, *args, **options):
-    """Forward and backward against the reference: the sanitizer judges memory, this the numbers."""
+    """Compare forward and backward with the reference; the sanitizer checks the memory accesses."""
     results = []
     for f in (function, reference):
         leaves = [_leaf(a) for a in args]
@@ -124,7 +124,7 @@ def field():
     shapes += (
         (100, (2, 12, 2)),
         (3, (3, 130, 20, 3)),
-    )  # several tiles of a block; too wide for one
+    )  # more samples than a tile; layers too wide for the fused kernel
     for n, dims in shapes:
         pairs = list(itertools.pairwise(dims))
         parameters = [torch.randn(b, a) / a**0.5 for a, b in pairs]

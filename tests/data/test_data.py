@@ -1,4 +1,4 @@
-"""Named sets, files of the user's own, and which rows a step sees."""
+"""Named data sets, files of the user, and the rows of each step."""
 
 import os
 
@@ -20,7 +20,7 @@ def test_photos_are_split_by_photograph(photo_set):
     assert not set(TRAIN_PHOTOS) & set(HELD_OUT_PHOTOS)
     held_out = torch.cat([grid_patches(photos._bundled(*p), 32) for p in HELD_OUT_PHOTOS])
     assert torch.equal(photo_set.validation, held_out)
-    # what the training side cuts comes from the training photographs, whole: their first and last pixels
+    # training crops cover the training photographs up to their first and last pixels
     windows = [photos._bundled(*p) for p in TRAIN_PHOTOS]
     crops = photo_set.train[torch.tensor([0, len(photo_set.train) - 1])]
     assert torch.equal(crops[0], windows[0][:, :32, :32])
@@ -54,7 +54,7 @@ def test_a_pass_holds_each_row_once_and_a_batch_follows_from_seed_and_step():
     both = torch.cat([first.batch(0), first.batch(1)]).flatten()
     assert sorted(both.tolist()) == list(range(10))
     second = Batches(data, 5, seed=1)
-    assert torch.equal(second.batch(7), first.batch(7))  # without the steps before it
+    assert torch.equal(second.batch(7), first.batch(7))  # without drawing the batches before it
     orders = {tuple(torch.cat([first.batch(2 * p), first.batch(2 * p + 1)])) for p in range(5)}
     assert len(orders) == 5
     assert not torch.equal(Batches(data, 5, seed=2).batch(0), first.batch(0))
@@ -139,14 +139,14 @@ def _pipe_in_folder(path):
 
 
 def _petabyte(path, shape=(10**14, 2)):
-    """A header that promises 728 TiB, and no data."""
+    """A header that declares 728 TiB, without data."""
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
 
 
 def _sparse(path):
-    """A file as long as its header promises, which takes no room on the disk."""
+    """A sparse file as long as its header declares, which takes no space on the disk."""
     _petabyte(path, (10**12, 2))
     os.truncate(path, path.stat().st_size + 8 * 10**12)
 

@@ -58,7 +58,7 @@ def test_a_torch_base_moves_with_the_flow():
     flow = given.double()
     assert flow.sample(3).dtype == flow.log_prob(normal(3, 2)).dtype == torch.float64
     assert flow.base.distribution().loc.dtype == torch.float64
-    assert correlated.loc.dtype == torch.float32  # the one that was given stays as it was
+    assert correlated.loc.dtype == torch.float32  # the given distribution is not changed
     z = flow.base.sample(100_000, temperature=0.5, generator=seed(0))
     torch.testing.assert_close(z.mean(0), torch.ones(2).double(), rtol=0, atol=0.02)
     torch.testing.assert_close(

@@ -75,7 +75,7 @@ def test_density_integrates_to_one():
     assert abs(mass - 1) < 1e-4
 
 
-def test_regularizers_are_integrals_along_the_way():
+def test_regularizers_are_integrals_along_the_path():
     flow, x = small(), normal(5, 2)
     terms = flow.terms(x)
     torch.testing.assert_close(terms.log_prob, flow.log_prob(x), rtol=1e-7, atol=1e-7)
@@ -89,11 +89,13 @@ def test_regularizers_are_integrals_along_the_way():
     ]
     for found, column in zip(terms[2:], zip(*values, strict=True), strict=True):
         expected = torch.trapezoid(torch.stack(column), times, dim=0)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # of the trapezoids
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-4
+        )  # error of the trapezoidal rule
 
 
 def test_samples_need_no_divergence(monkeypatch):
-    """The state alone is integrated, and ends where the state ends beside its log-determinant."""
+    """Only the state is integrated; it agrees with that of a solve with the log-determinant."""
     for options in ({}, {"train_time": True, "duration": 0.7}, {"context_features": 2}):
         flow = small(**options, **TIGHT | {"rtol": (1e-10, 1e-9), "atol": (1e-10, 1e-9)})
         context = normal(5, 2) if "context_features" in options else None
@@ -116,7 +118,7 @@ def test_samples_need_no_divergence(monkeypatch):
 
 
 def test_samples_are_of_the_density():
-    """Where a class has a divergence of its own, its velocity is that beside it; contexts go by place."""
+    """A class that overrides velocity_and_divergence is sampled by that; contexts are passed by position."""
 
     class Doubled(nn.VectorFieldMLP):
         def velocity_and_divergence(self, *args, **options):
@@ -152,13 +154,15 @@ def test_samples_are_of_the_density():
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_standard_error_tells_the_spread_of_the_estimate():
+def test_standard_error_of_the_estimate():
     flow, x = small(divergence="hutchinson"), normal(40, 2)
     exact = small().log_prob(x)
     with torch.no_grad():
         terms = flow.terms(x, probes=64, generator=torch.Generator().manual_seed(0))
         deviations = (terms.log_prob - exact) / terms.standard_error
-    assert 0.5 < deviations.square().mean() < 2  # of 40 samples with mean 1 and deviation 0.22
+    assert (
+        0.5 < deviations.square().mean() < 2
+    )  # the mean of 40 samples with expectation 1 and deviation 0.22
     assert flow.terms(x).standard_error.isnan().all()
 
 
@@ -166,14 +170,14 @@ def test_standard_error_tells_the_spread_of_the_estimate():
 def test_gradients_of_every_adjoint(adjoint):
     x = normal(6, 2)
     found = []
-    for way in ("direct", adjoint):
-        flow = small(adjoint=way)
+    for kind in ("direct", adjoint):
+        flow = small(adjoint=kind)
         terms = flow.terms(x)
         loss = (-terms.log_prob + 0.1 * terms.kinetic + 0.1 * terms.jacobian).mean()
         check_gradients(flow, loss)
         found.append([p.grad for p in flow.parameters()])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # of solves with tolerance 1e-10
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # solves with tolerance 1e-10
 
 
 def test_ffjord_learns_a_mixture():

@@ -1,4 +1,4 @@
-"""Flows compile into one graph and compute there what they compute in eager mode."""
+"""Flows compile into one graph, with the same results as in eager mode."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from pyflowkern.ops.scale_map import KINDS
 
 @pytest.mark.slow
 def test_glow_trains_in_one_graph():
-    """The first call holds the initialisation, the second call does not."""
+    """The first call initialises ActNorm, the second does not."""
     torch.manual_seed(0)
     flow = flows.Glow((1, 4, 4), levels=2, steps=1, hidden=4)
     eager = flows.Glow((1, 4, 4), levels=2, steps=1, hidden=4)
@@ -58,7 +58,7 @@ def test_bases_compile_for_every_number(base):
 
 
 def test_samples_compile_for_every_number():
-    """Of a flow of one linear layer: what is compiled for is the number."""
+    """For a flow of one linear layer; only the number of samples matters here."""
     flow = randomize(flows.Flow(nn.InvertibleLinear(3), (3,))).eval()
     sample = torch.compile(flow.sample, fullgraph=True, backend="eager")
     pair = torch.compile(flow.sample_and_log_prob, fullgraph=True, backend="eager")
@@ -93,7 +93,7 @@ class Density(torch.nn.Module):
 
 
 def exported(flow, x, **options):
-    """Return the flow's density after torch.export, a file and back."""
+    """Return the flow's density after torch.export, saving and loading."""
     program = torch.export.export(Density(flow), (x,), **{"strict": False} | options)
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -147,7 +147,7 @@ def test_a_continuous_flow_says_what_compiles_and_what_is_exported():
 
 
 class FloatArguments(TorchDispatchMode):
-    """The floating-point arguments of this package's ops that run inside."""
+    """Records the floating-point arguments of this package's ops."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ class FloatArguments(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("build", [flows.MAF, flows.RealNVP])
 def test_ops_are_given_finite_numbers(build, kind):
-    """Files of AOTInductor hold no inf: not one that a scale map has no upper limit."""
+    """AOTInductor cannot store infinities, such as the missing upper limit of a scale map."""
     small = {"transforms": 2} if build is flows.MAF else {"steps": 2}
     check_finite_arguments(build(3, hidden=8, scale_map=ScaleMap(kind), **small))
 

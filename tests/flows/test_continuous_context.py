@@ -83,7 +83,7 @@ def test_inverse_and_log_det(kind):
 @pytest.mark.parametrize("adjoint", ["direct", "continuous", "reversible"])
 @pytest.mark.parametrize("kind", list(SHAPES))
 def test_gradients_reach_the_context(kind, adjoint):
-    """Also where it is no leaf: a network that embeds the context is trained with the flow."""
+    """Also where the context is not a leaf: a network that embeds it is trained with the flow."""
     flow, (x, context) = make(kind, adjoint=adjoint, **TIGHT), batch(kind, 2)
     embed = torch.nn.Linear(3, 3).double()
     loss = flow.log_prob(x, embed(context)).sum()
@@ -111,12 +111,14 @@ def test_distribution_and_samples():
     z = torch.randn(3, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     torch.testing.assert_close(found, flow.inverse(z, context[:1].expand(3, -1))[0])
     y, log_prob = flow.sample_and_log_prob(4, context)
-    torch.testing.assert_close(log_prob, flow.log_prob(y, context), rtol=1e-3, atol=1e-3)  # of RK4
+    torch.testing.assert_close(
+        log_prob, flow.log_prob(y, context), rtol=1e-3, atol=1e-3
+    )  # error of RK4
     path = next(flow.blocks()).trajectory(x, [0.0, 1.0], context)
     torch.testing.assert_close(path[-1], flow(x, context)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_field_of_ones_own():
+def test_a_field_of_the_user():
     class Shift(torch.nn.Module):
         def forward(self, t, x, context):
             return context[:, :2] - x

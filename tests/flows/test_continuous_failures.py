@@ -1,4 +1,4 @@
-"""Samples that blow up within a continuous flow: they are NaN, and the others are what they are alone."""
+"""Samples that blow up in a continuous flow are NaN and do not change the others."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ from laws import normal
 
 from pyflowkern import flows, nn
 
-TIGHT = {"rtol": 1e-8, "atol": 1e-8, "max_steps": 200}  # towards a pole steps shrink without end
+TIGHT = {"rtol": 1e-8, "atol": 1e-8, "max_steps": 200}  # towards a pole steps become ever smaller
 FIXED = {"method": "rk4", "step_size": 0.02}
 SETTINGS = [
     {**TIGHT},
@@ -68,8 +68,8 @@ def test_only_the_sample_that_blows_up_is_nan(options, recorded):
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_gradients_of_the_others_are_theirs(options):
-    """The parameter's gradient is finite: the failed sample adds nothing, not zero times infinity."""
+def test_gradients_of_the_other_samples(options):
+    """The parameter's gradient is finite: failed samples add zero, not zero times infinity."""
     flow, a = make(**options)
     found = []
     for x, keep in ((BATCH, KEPT), (GOOD, slice(None))):
@@ -86,9 +86,9 @@ def test_gradients_of_the_others_are_theirs(options):
 
 
 @pytest.mark.parametrize("options", [TIGHT, FIXED], ids=str)
-def test_the_way_back_and_the_trajectory(options):
+def test_the_inverse_and_the_trajectory(options):
     flow, _ = make(**options)
-    z = -BATCH  # backwards x = z / (1 + z)
+    z = -BATCH  # the inverse is x = z / (1 + z)
     with pytest.warns(RuntimeWarning, match="1 of 4"):
         x, log_det = flow.inverse(z)
     torch.testing.assert_close(x[KEPT], -exact(GOOD)[0], rtol=1e-5, atol=1e-6)
@@ -101,8 +101,8 @@ def test_the_way_back_and_the_trajectory(options):
     assert path[:, 1].isnan().all()
 
 
-def test_a_sample_that_wants_too_many_steps():
-    """The status says max_steps, of the one sample whose context makes it oscillate."""
+def test_a_sample_that_needs_too_many_steps():
+    """Only the sample whose context makes it oscillate ends with max_steps."""
 
     class Wave(torch.nn.Module):
         def forward(self, t, x, context):
@@ -146,8 +146,8 @@ def test_where_all_fail_nothing_is_raised(options):
         assert flow.log_prob(GOOD).isnan().all()
 
 
-def test_nothing_is_said_where_nothing_failed():
-    """A NaN that went in comes out; a solve that ends well is run once."""
+def test_no_warning_where_nothing_failed():
+    """A NaN in the input stays in its sample; a solve that succeeds is run once."""
     flow, _ = make(**TIGHT)
     field, calls = next(flow.blocks()).field, []
     field.register_forward_hook(lambda *_: calls.append(1))
@@ -176,13 +176,15 @@ def test_images_with_contexts():
     with pytest.warns(RuntimeWarning, match="1 of 4 samples"):
         found = flow.log_prob(x, context)
     assert found[:2].isnan().all()
-    torch.testing.assert_close(found[2:], good, rtol=1e-3, atol=1e-3)  # of tolerances of 1e-5
+    torch.testing.assert_close(
+        found[2:], good, rtol=1e-3, atol=1e-3
+    )  # solves with tolerances of 1e-5
     found[2:].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in flow.parameters())
 
 
 @pytest.mark.parametrize("norm", ["max_sample", "max"])
-def test_every_sample_keeps_to_the_tolerance(norm):
+def test_every_sample_meets_the_tolerance(norm):
     """One sample in a fast part of the field among 500 that hardly move: the mean over the batch hides its error."""
 
     class Turning(torch.nn.Module):
@@ -202,5 +204,5 @@ def test_every_sample_keeps_to_the_tolerance(norm):
         return (end - exact).abs().max().item()
 
     found = error(501, norm=norm)
-    assert found < 1.1 * error(1)  # as alone, where a mean hides nothing
+    assert found < 1.1 * error(1)  # the error of this sample alone
     assert error(501) > 3 * found

@@ -31,7 +31,7 @@ def pixels(n, *shape):
 @pytest.mark.parametrize("options", [{}, {"levels": 1}, {"levels": None, "conv": True}], ids=str)
 def test_inverse_and_log_det(options):
     flow, x = small(**options), normal(2, 1, 4, 4)
-    check_inverse(flow, x, atol=1e-7)  # of solves with tolerance 1e-10
+    check_inverse(flow, x, atol=1e-7)  # solves with tolerance 1e-10
     expected = jacobian_log_det(lambda v: flow(v)[0], x)
     torch.testing.assert_close(flow(x)[1], expected, rtol=0, atol=1e-7)
 
@@ -49,8 +49,8 @@ def test_log_prob_is_the_normal_of_all_latents_and_the_log_determinant():
     assert torch.equal(terms.standard_error, torch.zeros(3).double())
 
 
-def test_the_architecture_is_theirs():
-    """Fields at each size, before and after the squeeze; the half that stays goes on."""
+def test_the_architecture_is_that_of_ffjord():
+    """Fields at each resolution, before and after the squeeze; half of the channels go on to the next."""
     flow = flows.FFJORD((3, 8, 8), hidden=(4,), levels=3, blocks=2, **COARSE)
     assert all(isinstance(block.field, nn.VectorFieldConv) for block in flow.blocks())
     channels = [block.field.channels for block in flow.blocks()]
@@ -64,7 +64,7 @@ def test_the_architecture_is_theirs():
     ]
 
 
-def test_flattened_events_are_as_before():
+def test_flattened_events():
     flow = flows.FFJORD((1, 4, 4), hidden=(8,), **COARSE)
     assert [type(block.field) for block in flow.blocks()] == [nn.VectorFieldMLP]
     same = flows.FFJORD((1, 4, 4), hidden=(8,), conv=False, **COARSE)
@@ -83,7 +83,7 @@ def test_pixels():
 
 
 def test_points_of_the_unit_interval_have_a_density():
-    """bits/dim is that density's, with 8 bits for the width of a level."""
+    """bits/dim is that of the density plus 8 bits for the width of a level."""
     flow, x = small(bits=8), torch.rand(3, 1, 4, 4).double()
     nats = -flow.log_prob(x) / 16
     torch.testing.assert_close(flow.bits_per_dim(x), nats / torch.log(torch.tensor(2.0)) + 8)

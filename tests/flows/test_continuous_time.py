@@ -56,7 +56,7 @@ def test_affine_flows_have_an_analytic_derivative(adjoint):
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 @pytest.mark.parametrize("options", [{}, {"method": "rk4", "step_size": 0.25}], ids=str)
 def test_gradient_is_that_of_finite_differences(adjoint, options):
-    """With fixed steps, too: the solve at another T has the same fractions of it as steps."""
+    """Also with fixed steps, which scale with T."""
     flow, x = small(adjoint=adjoint, **options), normal(4, 2)
     log_duration = next(flow.blocks()).log_duration
 
@@ -75,8 +75,8 @@ def test_gradient_is_that_of_finite_differences(adjoint, options):
     assert abs(found - numeric) < 1e-6 * max(1.0, abs(numeric))
 
 
-def test_the_scaled_solve_is_the_solve():
-    """Values are those of a fixed T, whatever the time enters."""
+def test_a_learned_time_gives_the_values_of_a_fixed_one():
+    """A learned T gives the values of the same fixed T."""
     flow, x = small(), normal(4, 2)
     plain = small(train_time=False)
     state = {k: v for k, v in flow.state_dict().items() if not k.endswith("log_duration")}
@@ -88,7 +88,7 @@ def test_the_scaled_solve_is_the_solve():
     torch.testing.assert_close(path[-1], flow(x)[0], rtol=1e-7, atol=1e-7)
 
 
-def test_a_stretched_normal_finds_its_time():
+def test_the_time_of_a_scaled_normal_is_learned():
     """x = e^(-T) z for f = x, so that data of deviation e^-1 has T = 1; learned from T = 0.3."""
 
     class Growth(torch.nn.Module):
@@ -105,4 +105,4 @@ def test_a_stretched_normal_finds_its_time():
         optimizer.zero_grad()
         (-flow.log_prob(x)).mean().backward()
         optimizer.step()
-    assert abs(block.duration.item() - 1) < 1e-2  # of RK4 with four steps
+    assert abs(block.duration.item() - 1) < 1e-2  # error of RK4 with four steps

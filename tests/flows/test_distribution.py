@@ -77,7 +77,7 @@ def test_validation_follows_the_default_of_torch():
                             each.log_prob(nan)
                     else:
                         assert each.log_prob(nan).isnan().all()
-        for own in (True, False):  # what is said wins, in copies, too
+        for own in (True, False):  # an explicit argument wins, in expanded copies, too
             Distribution.set_default_validate_args(not own)
             assert flow.distribution(validate_args=own).expand((2,))._validate_args is own
     finally:

@@ -1,4 +1,4 @@
-"""Where data may lie: nothing has a density elsewhere, ends are held in every dtype, and hints say what helps."""
+"""Domains of data: the density is zero outside, ends count as inside in every dtype, and warnings say what helps."""
 
 import math
 import warnings
@@ -22,7 +22,7 @@ pixels = pytest.mark.parametrize("build", PIXELS.values(), ids=PIXELS)
 @pixels
 @pytest.mark.parametrize("alpha", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_points_that_are_no_pixels_have_no_density(build, alpha, dtype):
+def test_points_outside_the_unit_interval_have_density_zero(build, alpha, dtype):
     flow = randomize(build(alpha=alpha), 0.1).to(dtype).eval()
     margin = alpha / (1 - 2 * alpha)
     assert flow.domain == (-margin, 1 + margin)
@@ -42,7 +42,7 @@ def test_points_that_are_no_pixels_have_no_density(build, alpha, dtype):
     flow.log_prob(known)[-1].backward()
     assert known.grad[:6].eq(0).all()
     assert known.grad[6].isfinite().all()
-    for p in flow.parameters():  # nor does one of the others hurt the parameters
+    for p in flow.parameters():  # nor do the bad points spoil the gradients of parameters
         assert p.grad is None or p.grad.isfinite().all()
     if isinstance(flow, flows.FFJORD):
         assert flow.terms(spoilt).log_prob[:6].tolist() == [-math.inf] * 6
@@ -64,16 +64,18 @@ def test_the_latent_of_pixels_is_any_real_number():
 
 
 @pytest.mark.parametrize("options", [{}, {"autoregressive": True}, {"mixing": "permutation"}])
-def test_angles_that_went_through_float32_are_angles_in_float64(options):
+def test_angles_rounded_to_float32_are_valid_in_float64(options):
     flow = flows.NSF(2, circular=True, transforms=2, hidden=8, **options).double().eval()
     end = float(torch.tensor(math.pi))  # above pi by 9e-8
     x = torch.tensor([[end, -end], [end, 0.3], [math.pi, -math.pi]], dtype=torch.float64)
     uniform = torch.full((3,), -2 * math.log(2 * math.pi)).double()
-    # the parameters of the identity were rounded to float32
+    # the parameters that make the flow an identity were rounded to float32
     torch.testing.assert_close(flow.log_prob(x), uniform, rtol=0, atol=1e-6)
     randomize(flow, 0.5)
     near = torch.tensor([[end - 2 * math.pi, 2 * math.pi - end]], dtype=torch.float64)
-    if "autoregressive" not in options:  # whose networks see the angle itself
+    if (
+        "autoregressive" not in options
+    ):  # autoregressive networks see the angle itself, which may jump at the ends
         torch.testing.assert_close(flow.log_prob(x[:1]), flow.log_prob(near))
     x.requires_grad_()
     flow.log_prob(x).sum().backward()
@@ -84,7 +86,7 @@ def test_angles_that_went_through_float32_are_angles_in_float64(options):
         assert flow.log_prob(x.detach() * 1.000001).eq(-math.inf).all()
 
 
-def test_the_uniform_base_holds_its_ends_in_every_dtype():
+def test_the_ends_of_a_uniform_base_belong_to_it_in_every_dtype():
     base = flows.Uniform(1, -1.1, 2.2).double()
     ends = torch.tensor([[-1.1], [2.2]])
     assert base.log_prob(ends.double()).isfinite().all()  # 2.2 in float32 is above 2.2
@@ -106,7 +108,7 @@ def test_pixels_of_a_float64_flow_are_dequantised_in_float64(bits):
     expected = -from_v - 16 * bits * math.log(2)
     torch.testing.assert_close(log_det, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(flow.preprocess.quantize(v), x)
-    # the noise has 16 bits: every point is the middle of a step of 2^-(16 + bits), which float32 cannot hold
+    # the noise has 16 bits: every point is the middle of a step of 2^-(16 + bits), which needs float64
     steps = v * 2.0 ** (16 + bits)
     torch.testing.assert_close(steps - steps.floor(), torch.full_like(v, 0.5), rtol=0, atol=1e-6)
     z, total = flow(x)
@@ -158,7 +160,7 @@ def test_data_of_another_scale_get_a_hint(build):
         build().log_prob(x / 1e5)
 
 
-def test_no_hint_where_actnorm_finds_the_scale_or_nothing_can_be_looked_at():
+def test_no_hint_with_actnorm_or_without_values():
     x = 1e5 * torch.randn(20, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -169,7 +171,7 @@ def test_no_hint_where_actnorm_finds_the_scale_or_nothing_can_be_looked_at():
         flow.to("meta").log_prob(x.to("meta"))
 
 
-def test_a_bounded_flow_of_ones_own():
+def test_a_bounded_flow_of_the_user():
     flow = flows.Flow(
         nn.CircularShift(2), (2,), base=flows.Uniform(2), domain=(-math.pi, math.pi), periodic=True
     )

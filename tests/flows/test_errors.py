@@ -1,4 +1,4 @@
-"""What does not fit is refused with its name, what was wanted and what was given."""
+"""Wrong arguments raise errors that name the argument, what was wanted and what was given."""
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_contexts(conditional, context, error, message):
         ({"duration": "1"}, TypeError, "duration must be a number, got str"),
     ],
 )
-def test_continuous_flows_look_at_the_settings_of_their_solver_when_they_are_made(
+def test_continuous_flows_check_the_settings_of_their_solver_at_construction(
     settings, error, message
 ):
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""In eval mode a continuous flow is one function: exact traces, or a fixed probe where there are many dimensions."""
+"""In eval mode a continuous flow is deterministic: exact traces, or a fixed probe in many dimensions."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_the_switch_decides(name):
         assert torch.equal(flow.log_prob(x), found[how]) is (how != "hutchinson")
     assert torch.equal(found["auto"], found["exact" if name == "CNF" else "fixed"])
     assert not torch.equal(found["exact"], found["fixed"])
-    # the fixed probe is an estimate like any other
+    # the fixed probe gives an estimate like any other
     errors = found["fixed"] - found["exact"], found["hutchinson"] - found["exact"]
     assert errors[0].abs().mean() < 5 * errors[1].abs().mean() + 1e-6
 

@@ -69,7 +69,7 @@ every_flow = pytest.mark.parametrize("name", FLOWS)
 
 
 def make(name, n=3, dtype=torch.float64):
-    """Return a flow in eval mode away from its start, data and a context."""
+    """Return a flow in eval mode with changed parameters, data and a context."""
     torch.manual_seed(0)
     build, shape = FLOWS[name]
     flow = randomize(build()).to(dtype).eval()
@@ -114,7 +114,7 @@ def test_copies_compute_the_same(name):
 
 
 @every_flow
-def test_every_parameter_learns(name):
+def test_every_parameter_has_a_gradient(name):
     flow, x, context = make(name, n=8)
     check_gradients(flow.train(), flow.log_prob(x, context).mean())
 
@@ -125,7 +125,7 @@ def test_a_new_flow_is_volume_preserving_and_finite(name):
     _, x, context = make(name, dtype=torch.float32)
     z, log_det = flow.bijection(x, context)
     torch.testing.assert_close(log_det, torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(z.square().sum(), x.square().sum())  # at most rotated
+    torch.testing.assert_close(z.square().sum(), x.square().sum())  # it is at most a rotation
 
 
 @every_flow
@@ -168,7 +168,7 @@ def test_a_flow_made_on_meta_becomes_the_flow_whose_state_it_takes(name):
         assert other.log_prob(*(torch.empty_like(t, device="meta") for t in (x, context))).is_meta
     other.to_empty(device="cpu")
     check_takes_the_state(other, flow, x, context)
-    other.to_empty(device="cpu")  # also memory that was given twice
+    other.to_empty(device="cpu")  # also if memory is allocated twice
     check_takes_the_state(other, flow, x, context)
 
 
@@ -221,7 +221,9 @@ def test_in_one_dimension_the_density_integrates_to_one():
     scale, bias = flow.bijection[0].log_scale.exp().item(), flow.bijection[0].bias.item()
     x = torch.linspace(-bias, 1 / scale - bias, 20001).double()[1:-1, None]
     mass = torch.trapezoid(flow.log_prob(x).exp(), x[:, 0])
-    inside = math.erf(math.log(0.99 / 0.01) / math.sqrt(2))  # the interval's share of the base
+    inside = math.erf(
+        math.log(0.99 / 0.01) / math.sqrt(2)
+    )  # the probability of the interval under the base
     torch.testing.assert_close(mass.item(), inside, atol=1e-4, rtol=0)
 
 
@@ -260,7 +262,7 @@ def test_bits_per_dim_of_pixels_and_of_points_are_one_scale():
 def test_a_new_flow_needs_about_bits_for_uniform_pixels(bits):
     flow = flows.Glow((3, 4, 4), levels=1, steps=1, hidden=4, bits=bits)
     x = torch.randint(0, 2**bits, (64, 3, 4, 4)).to(torch.uint8)
-    flow(x)  # sets ActNorm
+    flow(x)  # initialises ActNorm
     assert abs(flow.bits_per_dim(x).mean().item() - bits) < 0.5
 
 

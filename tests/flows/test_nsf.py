@@ -1,4 +1,4 @@
-"""Spline and autoregressive flows: their start, their masks, angles, what does not go together."""
+"""Spline and autoregressive flows: initial values, masks, angles, arguments that exclude each other."""
 
 import math
 from functools import partial
@@ -79,7 +79,7 @@ def test_random_masks_are_those_of_every_flow_of_the_kind():
         assert torch.equal(flow(x)[0], other(x)[0])
 
 
-def test_autoregressive_orders_go_forth_and_back():
+def test_autoregressive_orders_alternate():
     flow = flows.MAF(3, transforms=3, hidden=8)
     assert [layer.conditioner.order for layer in flow.bijection] == [
         [0, 1, 2],
@@ -145,7 +145,7 @@ bounded = pytest.mark.parametrize("options", BOUNDED, ids=str)
 
 
 def bounded_flow(options, dtype=torch.float64):
-    """A flow of three features, and ten points of its domain, the ends among them."""
+    """Return a flow of three features, and ten points of its domain, including the ends."""
     torch.manual_seed(0)
     flow = randomize(flows.NSF(3, context_features=2, **SMALL, **options)).to(dtype).eval()
     low, high = flow.domain
@@ -170,7 +170,7 @@ def test_nothing_lies_outside_of_a_bounded_domain(options, dtype):
     spoilt.requires_grad_()
     found = flow.log_prob(spoilt, context)
     assert found[3:7].tolist() == [-math.inf] * 4
-    assert found[7:9].isnan().all()  # unknown, and not impossible
+    assert found[7:9].isnan().all()  # NaN is unknown, not outside
     kept = [0, 1, 2, 9]
     assert torch.equal(found[kept], inside[kept])
     assert flow.bits_per_dim(spoilt, context)[3] == math.inf
@@ -229,7 +229,7 @@ def test_torch_knows_the_bounded_domain(options):
         assert (t.domain.event_dim, t.codomain.event_dim) == (1, 1)
 
 
-def test_pixels_are_validated_as_densities_alone():
+def test_only_densities_validate_pixels():
     flow = flows.Glow((1, 4, 4), levels=1, steps=1, hidden=4, bits=8)
     d = flow.distribution(validate_args=True)
     assert d.log_prob(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)).isfinite().all()
@@ -254,7 +254,7 @@ def test_a_circular_flow_learns_two_directions():
         loss.backward()
         optimizer.step()
     entropy = math.log(2 * math.pi * math.e * 0.3**2)
-    assert loss < entropy + 0.15  # nats above what no density goes below; the uniform has 3.7
+    assert loss < entropy + 0.15  # nats above the entropy of the data; the uniform density has 3.7
 
 
 # --- functorch, compile ---
@@ -366,13 +366,13 @@ def test_one_dimension_is_enough_for_autoregressive_flows():
         torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x)
 
 
-def test_the_default_bound_is_the_measured_one():
+def test_the_default_bound():
     """examples/spline_bound.py has the table; 3 is nflows' default and makes narrow posteriors too wide."""
     assert flows.NSF(2, hidden=4).bijection[0].spline.bound == 5.0
     assert flows.NSF(2, hidden=4, circular=True).bijection[1].spline.bound == math.pi
 
 
-def test_other_splines_serve():
+def test_other_splines():
     flow = flows.NSF(4, spline=SplineMap(bins=5, bound=2.0, tails="affine"), **SMALL)
     assert flow.bijection[0].spline.params == 16
     assert flows.NSF(4, spline=SplineMap(tails="none"), **SMALL).domain == (0.0, 1.0)

@@ -34,7 +34,7 @@ def test_a_generator_decides_the_samples(training):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_train_and_eval_mode_draw_alike():
+def test_train_and_eval_mode_draw_the_same_samples():
     flow = vector_flow()
     expected = flow.sample(4, generator=seed(1))
     torch.testing.assert_close(flow.train().sample(4, generator=seed(1)), expected)

@@ -1,4 +1,4 @@
-"""Wrong arguments of layers are refused by name: what was wanted, what was given."""
+"""Wrong arguments of layers raise errors that name the argument, what was wanted and what was given."""
 
 from functools import partial
 
@@ -205,7 +205,7 @@ LAYERS = {
         (torch.float32, torch.bfloat16),
     ],
 )
-def test_another_dtype_than_that_of_the_parameters(name, direction, own, given):
+def test_a_dtype_that_differs_from_that_of_the_parameters(name, direction, own, given):
     layer = LAYERS[name]().to(own)
     call = getattr(layer, direction)
     x = torch.randn(3, 4, 5 if "convolutions" in name else 1).squeeze(-1)
@@ -220,12 +220,12 @@ def test_another_dtype_than_that_of_the_parameters(name, direction, own, given):
         if torch.float64 not in (own, given):
             y, log_det = call(x.to(given), context.to(given))
             assert (y.dtype, log_det.dtype) == (given, torch.float32)
-        else:  # which autocast leaves alone
+        else:  # autocast does not convert float64
             with pytest.raises(TypeError, match="must have the network's dtype"):
                 call(x.to(given), context.to(given))
 
 
-def test_a_network_of_ones_own_answers_for_its_dtypes():
+def test_a_network_of_the_user_may_convert_dtypes():
     class Widening(torch.nn.Module):
         def __init__(self, inputs, outputs):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Masked autoregressive layers, their networks, and layers turned round."""
+"""Masked autoregressive layers, their networks, and inverted layers."""
 
 import itertools
 
@@ -139,7 +139,7 @@ def test_outputs_see_the_features_before_them_and_the_context(residual, random_d
 
 
 def test_network_is_the_sum_of_its_layers():
-    """The residual form, written out."""
+    """The residual network, against its formula."""
     net = randomize(nn.MaskedMLP(3, 2, (8, 8), residual=True, activation="elu")).double()
     x = normal(4, 3)
     masked = [
@@ -194,7 +194,7 @@ def test_bad_calls():
 
 
 class Cumulative(torch.nn.Module):
-    """Autoregressive, and no masked MLP: parameters from running means of what was before."""
+    """An autoregressive network without masks: parameters from means of the features before."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -221,7 +221,7 @@ def test_any_autoregressive_network(transform):
     assert layer.inverse(x[:0], context[:0])[0].shape == (0, 6)
 
 
-def test_jacobi_gives_what_the_sampler_gives():
+def test_jacobi_agrees_with_the_sampler():
     layer, x, context = make("residual with context")
     leaves = [x.requires_grad_(), *layer.parameters()]
     results = []
@@ -246,7 +246,7 @@ def test_jacobi_stops_at_the_tolerance():
         full = len(calls)
         rough, _ = nn.jacobi_inverse(counted, z, tolerance=1e-3)
     assert len(calls) - full < full < 64
-    # the last step moved by less than 1e-3, and steps shrink
+    # the last iteration changed x by less than 1e-3, and later ones change it less
     torch.testing.assert_close(rough, exact, atol=2e-3, rtol=2e-3)
     for bad in ({"tolerance": -1.0}, {"max_steps": 0}):
         with pytest.raises(ValueError, match="tolerance must be"):
@@ -255,7 +255,7 @@ def test_jacobi_stops_at_the_tolerance():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("transform", ["affine", SplineMap(bins=3)], ids=["affine", "spline"])
-def test_jacobi_knows_how_far_it_is(transform, dtype):
+def test_jacobi_returns_its_residual(transform, dtype):
     outputs = 2 if transform == "affine" else transform.params
     net = randomize(nn.MaskedMLP(16, outputs), 1.0).to(dtype)
     z = normal(6, 16, dtype=dtype)
@@ -268,9 +268,7 @@ def test_jacobi_knows_how_far_it_is(transform, dtype):
         assert not residual.requires_grad
         expected = ((z - layer(x)[0]).abs() / (1 + z.abs())).amax(1)
         torch.testing.assert_close(residual, expected)
-        if (
-            steps is None or steps == 16
-        ):  # x is rounded, which tau multiplies by its slopes of 1 to 10
+        if steps is None or steps == 16:  # the rounding of x, multiplied by slopes of 1 to 10
             assert residual.max() < 16 * torch.finfo(dtype).eps
         else:
             assert residual.min() > 1e-3
@@ -293,7 +291,7 @@ def test_the_residual_of_jacobi_is_that_of_each_sample():
 @pytest.mark.parametrize("of", ["z", "parameters"])
 @pytest.mark.parametrize("power", [1, 3])
 def test_second_derivatives_of_jacobi_are_refused(of, power):
-    """Also where the upstream gradient is a constant: what would come is not the second derivative."""
+    """Also where the upstream gradient is a constant and autograd alone would give a wrong number."""
     layer = nn.MaskedAutoregressive(4, conditioner=Cumulative(2))
     z = normal(3, 4).requires_grad_()
     leaves = [z] if of == "z" else list(layer.parameters())
@@ -305,15 +303,15 @@ def test_second_derivatives_of_jacobi_are_refused(of, power):
     torch.testing.assert_close(first, plain)
 
 
-# --- turned round --------------------------------------------------------------------------------
+# --- inverted round --------------------------------------------------------------------------------
 
 
 def test_inverse_exchanges_the_directions():
     layer, x, context = make("reverse with context")
-    turned = nn.Inverse(layer)
+    inverted = nn.Inverse(layer)
     for a, b in itertools.chain(
-        zip(turned(x, context), layer.inverse(x, context), strict=True),
-        zip(turned.inverse(x, context), layer(x, context), strict=True),
+        zip(inverted(x, context), layer.inverse(x, context), strict=True),
+        zip(inverted.inverse(x, context), layer(x, context), strict=True),
     ):
         assert torch.equal(a, b)
     squeeze = nn.Inverse(nn.Squeeze())

@@ -110,7 +110,7 @@ layers = pytest.mark.parametrize("name", LAYERS)
 
 
 def make(name, n=3, dtype=torch.float64):
-    """Return a layer in eval mode away from its start, an input and a context."""
+    """Return a layer in eval mode with changed parameters, an input and a context."""
     torch.manual_seed(0)
     build, shape = LAYERS[name]
     layer = randomize(build()).to(dtype).eval()
@@ -140,10 +140,12 @@ def test_copies_compute_the_same(name):
 
 
 @layers
-def test_every_parameter_learns(name):
+def test_every_parameter_has_a_gradient(name):
     layer, x, context = make(name)
     z, log_det = layer.train()(x, context)
-    if list(layer.parameters()) and name != "linear of one channel":  # it has no triangles
+    if (
+        list(layer.parameters()) and name != "linear of one channel"
+    ):  # which has no triangular entries
         check_gradients(layer, (z**3).sum() + (log_det**2).sum())
 
 
@@ -158,7 +160,7 @@ def test_an_empty_batch_is_a_batch(name, direction):
 
 
 @layers
-def test_output_shape_is_the_shape_of_the_output(name):
+def test_output_shape_and_input_shape(name):
     layer, x, context = make(name)
     z, _ = layer(x, context)
     assert layer.output_shape(tuple(x.shape[1:])) == z.shape[1:]

@@ -1,4 +1,4 @@
-"""Conditioners: zero at first, open to a context, shaped as asked."""
+"""Conditioners: zero at first, with and without a context, of every shape."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Couplings and splits: who sees whom, user conditioners, contexts, bad arguments."""
+"""Couplings and splits: masks, conditioners of the user, contexts, bad arguments."""
 
 import copy
 from functools import partial
@@ -15,7 +15,7 @@ CONV = partial(nn.ConvNet, hidden=8)
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("channels", [2, 5])
-def test_one_half_of_the_channels_passes(channels, swap):
+def test_one_half_of_the_channels_is_unchanged(channels, swap):
     layer = randomize(nn.AffineCoupling(channels, MLP, swap=swap))
     x = normal(4, channels, dtype=torch.float32)
     changed = (layer(x)[0] != x).all(0)
@@ -23,7 +23,7 @@ def test_one_half_of_the_channels_passes(channels, swap):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_a_checkerboard_passes_every_second_pixel(swap):
+def test_a_checkerboard_leaves_every_second_pixel_unchanged(swap):
     layer = randomize(nn.AffineCoupling(2, CONV, split="checkerboard", swap=swap))
     x = normal(3, 2, 4, 5, dtype=torch.float32)
     changed = (layer(x)[0] != x).all(0)
@@ -32,8 +32,8 @@ def test_a_checkerboard_passes_every_second_pixel(swap):
 
 
 @pytest.mark.parametrize("split", ["checkerboard", "mask"])
-def test_what_is_transformed_is_never_seen(split):
-    """NaN there reaches neither the parameters nor any other element."""
+def test_the_network_never_sees_transformed_elements(split):
+    """NaN in a transformed element reaches neither the parameters nor any other element."""
     mask = nn.checkerboard_mask((1, 4, 4))
     layer = nn.AffineCoupling(1, CONV, split=mask if split == "mask" else split)
     x = normal(2, 1, 4, 4, dtype=torch.float32)
@@ -82,7 +82,7 @@ def test_context_moves_the_output_of_its_own_sample_only():
     assert same.tolist() == [True, False, True]
 
 
-def test_split_standardises_by_the_prior_of_what_stays():
+def test_split_standardises_by_a_prior_given_the_kept_half():
     split = randomize(nn.Split(4, CONV, scale_map="exp"))
     x = normal(2, 4, 3, 3, dtype=torch.float32)
     z, log_det = split(x)
@@ -143,7 +143,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("build", [nn.AffineCoupling, nn.SplineCoupling])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_mask_outlives_whatever_happens_to_a_layers_memory(build, split):
+def test_masks_survive_changes_of_a_layers_memory(build, split):
     factory = CONV if split == "space" else MLP
     channels = 1 if split == "space" else 5
     layer = build(channels, factory, split=SPLITS[split](), swap=True)

@@ -1,4 +1,4 @@
-"""MADEs of other libraries, conditioned by a context: their weights and masks, sampled here."""
+"""MADEs of other libraries with a context: sampling from their weights and masks."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SCALES = {
 
 
 def build(name, blocks):
-    """Return the library's layer, moved from its start, and its MADE."""
+    """Return the library's layer, with changed parameters, and its MADE."""
     torch.manual_seed(0)
     if name == "nflows":
         from nflows.transforms import MaskedAffineAutoregressiveTransform as Layer
@@ -60,7 +60,7 @@ def weights_of(name, made, context):
 
 @pytest.mark.parametrize("name", SCALES)
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_samples_and_gradients_are_theirs(name, blocks):
+def test_samples_and_gradients_agree(name, blocks):
     layer, made = build(name, blocks)
     z, context = normal(N, D, seed=1), normal(N, K, seed=2)
     plan = plan_of(made, gates=name == "normflows")
@@ -79,7 +79,7 @@ def test_samples_and_gradients_are_theirs(name, blocks):
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_their_network_is_ours(name):
+def test_networks_agree(name):
     _, made = build(name, 2)
     x, context = normal(N, D), normal(N, K, seed=1)
     theirs = made(x, context).view(N, D, 2).flip(2)

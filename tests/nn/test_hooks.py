@@ -1,4 +1,4 @@
-"""What hangs on a layer runs: hooks, pruning, the old weight_norm, replacements, quantization, FLOP counters."""
+"""Layers that are modified are called: hooks, pruning, weight_norm, replacements, quantization, FLOP counters."""
 
 import warnings
 from functools import partial
@@ -45,7 +45,7 @@ def make(name):
 
 
 def results(module, x, context):
-    """Values and gradients of both directions, or of a field's velocity and divergence."""
+    """Return values and gradients of both directions, or of a field's velocity and divergence."""
     x = x.clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -93,7 +93,7 @@ def test_hooks_run_and_change_nothing(name, kind):
 
 
 @every_layer
-def test_a_hook_may_change_what_it_sees(name):
+def test_a_hook_may_change_the_output(name):
     module, x, context, layers = make(name)
     expected = results(module, x, context)[0]
     layers[0].register_forward_hook(lambda m, args, out: out + 1)
@@ -170,7 +170,7 @@ def test_adapters_learn_and_masks_hold(name):
     assert all(m.up.weight.grad.abs().max() > 0 for m in adapters)
 
 
-def test_slow_sampling_is_said_once():
+def test_slow_sampling_is_warned_of_once():
     layer = nn.MaskedAutoregressive(3, (4,))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")
@@ -211,12 +211,12 @@ QUANTIZED = {
 def test_quantized_flows_run(name):
     flow = randomize(QUANTIZED[name](), 0.2).eval()
     quantized = torch.ao.quantization.quantize_dynamic(flow, {torch.nn.Linear})
-    x = normal(64, 4, dtype=torch.float32).clamp(-3, 3)  # angles, too
+    x = normal(64, 4, dtype=torch.float32).clamp(-3, 3)  # within the domain of angles, too
     context = normal(64, 2, dtype=torch.float32) if flow.context_features else None
     with torch.no_grad():
         expected, found = flow.log_prob(x, context), quantized.log_prob(x, context)
         assert quantized.sample(3, None if context is None else context[:3]).isfinite().all()
-    # eight bits a weight and an activation
+    # weights and activations have eight bits
     assert (found - expected).abs().median() < 0.3
 
 

@@ -1,4 +1,4 @@
-"""Invertible matrices: their start, their determinants, and the cache of their inverses."""
+"""Invertible matrices: initial values, determinants, and the cache of matrices and inverses."""
 
 import copy
 import pickle
@@ -16,14 +16,14 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @kinds
 @pytest.mark.parametrize("channels", [1, 2, 5, 12])
-def test_the_matrix_starts_as_a_rotation(kind, channels):
+def test_the_initial_matrix_is_a_rotation(kind, channels):
     weight, log_abs_det = nn.InvertibleLinear(channels, parameterization=kind).matrix()
     torch.testing.assert_close(weight @ weight.mT, torch.eye(channels), atol=1e-5, rtol=0)
     torch.testing.assert_close(log_abs_det, torch.zeros(()), atol=1e-5, rtol=0)
 
 
 @kinds
-def test_the_two_matrices_are_inverses_and_the_determinant_is_theirs(kind):
+def test_inverse_and_determinant(kind):
     layer = randomize(nn.InvertibleLinear(6, parameterization=kind).double())
     weight, log_abs_det = layer.matrix()
     inverse, same = layer.matrix(inverse=True)
@@ -33,7 +33,7 @@ def test_the_two_matrices_are_inverses_and_the_determinant_is_theirs(kind):
 
 
 @kinds
-def test_space_counts_in_the_log_det(kind):
+def test_the_log_det_counts_every_pixel(kind):
     layer = randomize(nn.InvertibleConv1x1(4, parameterization=kind))
     _, log_det = layer(normal(2, 4, 3, 5, dtype=torch.float32))
     torch.testing.assert_close(log_det, (15 * layer.matrix()[1]).expand(2))
@@ -50,7 +50,7 @@ def test_matrices_are_kept_in_eval_mode_without_gradients_only(kind):
             layer.eval()
             assert matrix(inverse=inverse) is matrix(inverse=inverse)
             assert layer.matrix(inverse=inverse) is not layer.matrix(inverse=inverse)
-        assert matrix(inverse=inverse)[0].requires_grad  # with gradients, nothing is kept
+        assert matrix(inverse=inverse)[0].requires_grad  # with gradients, nothing is cached
 
 
 CHANGES = {
@@ -137,7 +137,7 @@ def test_a_singular_dense_matrix_has_no_inverse_and_says_so():
 
 
 def test_vmap_over_models():
-    """Matrices of wrapped parameters cannot be kept, and are not."""
+    """Matrices of parameters under vmap must not be cached."""
     models = [nn.InvertibleLinear(3, parameterization="dense").eval() for _ in range(2)]
     weights = torch.stack([m.weight.detach() for m in models])
     x = torch.randn(5, 3)
@@ -168,14 +168,14 @@ def test_bad_arguments_are_named():
         nn.InvertibleLinear(3, parameterization="svd")
 
 
-def test_parts_come_from_the_ops():
+def test_the_matrix_is_that_of_the_op():
     layer = nn.InvertibleLinear(3)
     args = (layer.permutation.long(), layer.lower, layer.upper, layer.log_diag, layer.sign)
     assert torch.equal(layer.matrix()[0], ops.plu_matrix(*args))
 
 
 @pytest.mark.parametrize("parameterization", ["plu", "dense"])
-def test_it_starts_as_it_was_asked_to(parameterization):
+def test_initial_values(parameterization):
     first = partial(nn.InvertibleLinear, 6, parameterization=parameterization)
     assert torch.equal(first(init="identity").matrix()[0], torch.eye(6))
     permutation = first(init="permutation").matrix()[0]
@@ -188,7 +188,7 @@ def test_it_starts_as_it_was_asked_to(parameterization):
 
 
 def test_weights_that_are_averaged_through_data_are_seen():
-    """Neither writes to ``.data`` nor fused optimizers count in a tensor's version."""
+    """Neither writes to ``.data`` nor fused optimizers change a tensor's version counter."""
     layer, x = nn.InvertibleLinear(2, init="identity").eval(), torch.ones(1, 2)
     with torch.no_grad():
         layer(x), layer.inverse(x)
@@ -208,7 +208,7 @@ def test_weights_that_are_averaged_through_data_are_seen():
         torch.testing.assert_close(average.log_prob(x), copy.deepcopy(average).log_prob(x))
 
 
-def test_what_is_returned_is_the_callers():
+def test_the_caller_may_change_a_returned_matrix():
     layer = nn.InvertibleLinear(3).eval()
     x = torch.randn(2, 3)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_what_is_returned_is_the_callers():
         assert torch.equal(layer(x)[0], expected)
 
 
-def test_a_cached_transform_forgets_when_it_is_told_to():
+def test_clear_cache_of_a_transform():
     layer = nn.InvertibleLinear(2, init="identity")
     transform = layer.transform(cache_size=1)
     x = torch.ones(1, 2)

@@ -1,4 +1,4 @@
-"""ActNorm: the first training batch, and that batch alone, sets scale and bias."""
+"""ActNorm: the first training batch, and no other, sets scale and bias."""
 
 import copy
 import io
@@ -25,11 +25,11 @@ def test_first_batch_leaves_with_mean_0_and_variance_1(shape, mean, make):
     x = (normal(*shape) * 3 + mean).float()
     layer = make(3)
     z, _ = layer(x)
-    if make is nn.GlowStep:  # a rotation follows: undo it
+    if make is nn.GlowStep:  # undo the rotation that follows
         weight, _ = layer.linear.matrix(inverse=True)
         z = torch.einsum("ij,nj...->ni...", weight, z)
     got_mean, got_var = moments(z.detach())
-    # at 1e4 float32 has steps of 1e-3: the data's own mean is known to a fraction of that
+    # at 1e4 float32 has a spacing of 1e-3: the mean of the data is known to a fraction of that
     tolerance = 1e-5 + mean * 2**-23
     torch.testing.assert_close(got_mean, torch.zeros(3).double(), atol=tolerance, rtol=0)
     torch.testing.assert_close(got_var, torch.ones(3).double(), atol=1e-3, rtol=0)
@@ -61,7 +61,7 @@ def test_sampling_does_not_initialise():
     assert not layer.initialized
 
 
-def test_resuming_does_not_start_again():
+def test_resuming_does_not_initialise_again():
     trained = nn.ActNorm(3)
     trained(normal(32, 3).float() + 5)
     file = io.BytesIO()
@@ -74,7 +74,7 @@ def test_resuming_does_not_start_again():
     assert torch.equal(resumed.bias, trained.bias)
 
 
-def test_an_untrained_state_starts_again():
+def test_loading_an_untrained_state_initialises_again():
     layer = nn.ActNorm(3)
     untrained = copy.deepcopy(layer.state_dict())
     layer(normal(32, 3).float() + 5)
@@ -102,7 +102,7 @@ SPOILT = {"first": [0], "some": [1, 4, 5], "all but two": list(range(2, 12))}
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("make", [nn.ActNorm, nn.GlowStep])
 def test_samples_that_are_not_finite_are_left_out(rows, shape, mean, make):
-    """The others decide, as if they were the batch; they lose nothing of their accuracy."""
+    """The others are used as if they were the whole batch, with the same accuracy."""
     x = (normal(*shape) * 3 + mean).float()
     kept = [i for i in range(len(x)) if i not in rows]
     x[rows, 1] = (
@@ -115,7 +115,7 @@ def test_samples_that_are_not_finite_are_left_out(rows, shape, mean, make):
     alone(x[kept])
     layer, alone = (m.actnorm if make is nn.GlowStep else m for m in (layer, alone))
     assert layer.initialized
-    # two roundings of the mean, and what they make of the variance
+    # two roundings of the mean, and their effect on the variance
     torch.testing.assert_close(layer.bias, alone.bias, atol=1e-6, rtol=2**-22)
     torch.testing.assert_close(layer.log_scale, alone.log_scale, atol=1e-5, rtol=1e-5)
 
@@ -144,7 +144,7 @@ def test_a_batch_without_a_finite_sample_is_not_the_first():
     assert all(torch.equal(layer.state_dict()[k], v) for k, v in fresh.state_dict().items())
 
 
-def test_the_layer_does_not_look_at_its_input_for_ever(monkeypatch):
+def test_moments_are_not_computed_for_ever(monkeypatch):
     looks = []
     moments = ops.channel_moments
     monkeypatch.setattr(ops, "channel_moments", lambda x: looks.append(1) or moments(x))
@@ -191,7 +191,7 @@ def test_initialisation_under_autocast_and_in_half_precision():
     )
 
 
-def test_the_device_is_asked_at_the_start_alone():
+def test_the_layer_waits_for_the_device_at_initialisation_only():
     class Looks(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             looks.append("_local_scalar_dense" in str(func))
@@ -200,7 +200,7 @@ def test_the_device_is_asked_at_the_start_alone():
     layer, looks = nn.ActNorm(3), []
     with Looks():
         layer(normal(8, 3).float())
-        assert sum(looks) == 2  # whether there was a start, and whether this was one
+        assert sum(looks) == 2  # whether it is initialised, and whether this batch has done it
         for direction in (layer, layer.inverse, layer.eval()):
             direction(normal(8, 3).float())
     assert sum(looks) == 2

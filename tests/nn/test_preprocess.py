@@ -1,4 +1,4 @@
-"""Pixels to the real line: the discrete log-determinant, the way back, bad arguments."""
+"""Pixels to the real line: the discrete log-determinant, the inverse, bad arguments."""
 
 import math
 
@@ -22,7 +22,7 @@ def test_pixels_come_back(bits):
 
 @pytest.mark.parametrize("bits", [5, 8])
 def test_the_log_det_is_that_of_the_levels(bits):
-    """Of pixels it is the float's log-determinant, less ``bits`` bits a dimension."""
+    """For pixels it is the log-determinant for floats minus ``bits`` bits per dimension."""
     layer = nn.Dequantize(bits)
     z, log_det = layer(pixels(bits))
     points, inverse_log_det = layer.inverse(z)

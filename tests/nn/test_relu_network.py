@@ -1,4 +1,4 @@
-"""Networks of linear layers and ReLUs as one node: the numbers of the modules, at every order."""
+"""Networks of linear layers and ReLUs as one op: values and derivatives agree with the modules."""
 
 import copy
 import sys
@@ -32,7 +32,7 @@ def make(name, dtype=torch.float64):
 
 
 def plain(monkeypatch):
-    """Let the conditioners call their modules one after another."""
+    """Make the conditioners call their modules one after another."""
     monkeypatch.setattr("pyflowkern.nn.conditioners.linear_layers", lambda *_: None)
 
 
@@ -54,7 +54,7 @@ def test_values_and_derivatives_are_those_of_the_modules(name, monkeypatch):
         plain(patch)
         expected = results(net, x, context)
     for a, b in zip(found, expected, strict=True):
-        if a is None or b is None:  # a bias that no second derivative depends on
+        if a is None or b is None:  # the second derivatives do not depend on some biases
             assert (a if b is None else b) is None or (a if b is None else b).abs().max() == 0
         else:
             torch.testing.assert_close(a, b)
@@ -62,7 +62,7 @@ def test_values_and_derivatives_are_those_of_the_modules(name, monkeypatch):
 
 @nets
 def test_the_first_derivative_is_not_that_of_the_reference(name, monkeypatch):
-    """Without create_graph the backward written here runs."""
+    """Without create_graph the backward pass of the op runs."""
     net, x, context = make(name)
     leaves = [x.requires_grad_(), context.requires_grad_(), *net.parameters()]
     with monkeypatch.context() as patch:

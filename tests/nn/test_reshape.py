@@ -6,11 +6,11 @@ import torch
 from pyflowkern import nn
 
 
-def test_a_block_of_pixels_becomes_channels_place_first():
+def test_a_block_of_pixels_becomes_channels():
     x = torch.arange(2 * 4 * 4).view(1, 2, 4, 4).float()
     z, log_det = nn.Squeeze()(x)
     assert z.shape == (1, 8, 2, 2)
-    # the block of the top left pixel: for each place its two old channels
+    # the block at the top left: its two channels for each of the four pixels
     assert z[0, :, 0, 0].tolist() == [0, 16, 1, 17, 4, 20, 5, 21]
     assert torch.equal(log_det, torch.zeros(1))
 

@@ -1,4 +1,4 @@
-"""ActNorm's start: once, from the first data in either direction, and never over what was trained."""
+"""ActNorm's initialisation: once, from the first data in either direction, never after training."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def parts(flow):
 
 
 @every_flow
-def test_what_was_trained_through_the_inverse_stays(name):
+def test_training_through_the_inverse_is_not_undone(name):
     flow = FLOWS[name]()
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
     for _ in range(20):
@@ -37,14 +37,14 @@ def test_what_was_trained_through_the_inverse_stays(name):
         loss.backward()
         optimizer.step()
     x, log_q = flow.sample_and_log_prob(16)
-    # log-determinants of a few layers, each rounded, there and back
+    # rounding of the log-determinants of a few layers, in both directions
     torch.testing.assert_close(flow.log_prob(x.detach()), log_q, atol=1e-4, rtol=1e-4)
     assert all(m.initialized for m in parts(flow))
 
 
 @pytest.mark.parametrize("make", [nn.ActNorm, nn.GlowStep])
 @pytest.mark.parametrize("shape", [(64, 3), (8, 3, 4, 4)], ids=str)
-def test_data_that_come_backward_first_leave_with_mean_0_and_variance_1(make, shape):
+def test_first_data_through_the_inverse_get_mean_0_and_variance_1(make, shape):
     layer = make(3)
     x = layer.inverse(normal(*shape).float() * 3 + 5)[0].detach().double()
     axes = [d for d in range(x.dim()) if d != 1]
@@ -83,7 +83,7 @@ def test_two_passes_in_one_loss(name, first, direction):
     assert all(m.initialized for m in parts(flow))
 
 
-def test_a_gradient_before_the_start_is_that_of_the_values_it_was_computed_with():
+def test_gradients_recorded_before_initialisation_use_the_values_of_then():
     layer, x = nn.ActNorm(3), normal(8, 3).float() * 4
     before = layer.eval()(x)[0].square().sum()
     layer.train()(x)
@@ -111,7 +111,7 @@ AVERAGES = {
 
 @every_flow
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_a_copy_made_before_the_first_batch_keeps_what_it_is_given(kind, name):
+def test_a_copy_made_before_the_first_batch_keeps_averaged_parameters(kind, name):
     make, update = AVERAGES[kind]
     flow = FLOWS[name]()
     average = make(flow)
@@ -124,7 +124,7 @@ def test_a_copy_made_before_the_first_batch_keeps_what_it_is_given(kind, name):
     other = getattr(average, "module", average).train()
     other.log_prob(
         data(flow, seed=3) * 7
-    )  # in training mode, as copies of a model in training are
+    )  # in training mode, as copies of a model in training often are
     torch.testing.assert_close(other.log_prob(x), flow.log_prob(x))
     fresh = FLOWS[name]()
     copied = copy.deepcopy(fresh)
@@ -134,7 +134,7 @@ def test_a_copy_made_before_the_first_batch_keeps_what_it_is_given(kind, name):
     torch.testing.assert_close(fresh.log_prob(x), copied.log_prob(x))
 
 
-def test_parameters_that_were_set_are_no_start():
+def test_parameters_that_were_set_are_not_overwritten():
     layer = nn.ActNorm(3)
     torch.nn.init.constant_(layer.bias, 2.0)
     layer(normal(8, 3).float())
@@ -159,8 +159,8 @@ def test_after_meta_and_reset_the_layer_waits_for_data():
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_state_of_before_is_loaded(dtype):
-    """The flag was a bool."""
+def test_state_of_earlier_versions_is_loaded(dtype):
+    """In earlier versions the flag was a bool."""
     trained = nn.ActNorm(3)
     trained(normal(8, 3).float())
     state = trained.state_dict()
@@ -172,13 +172,13 @@ def test_state_of_before_is_loaded(dtype):
         assert torch.equal(layer.bias, trained.bias)
 
 
-def test_a_functional_call_starts_the_parameters_that_it_is_given():
+def test_a_functional_call_initialises_the_given_parameters():
     layer, x = nn.ActNorm(3), normal(8, 3).float() + 4
     state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
     z, _ = torch.func.functional_call(layer, state, (x,))
     assert torch.equal(z, nn.ActNorm(3)(x)[0])
     assert not layer.initialized
-    assert torch.equal(layer(x)[0], z)  # the layer's own start is still to come
+    assert torch.equal(layer(x)[0], z)  # the layer itself was not initialised before
 
 
 @pytest.mark.slow

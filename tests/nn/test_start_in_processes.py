@@ -1,4 +1,4 @@
-"""ActNorm's start in several processes: equal in those that train one model, unseen by the others."""
+"""ActNorm's initialisation in several processes: equal where they train one model, independent otherwise."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def ddp(rank, kind):
 
 
 def two_passes_in_ddp(rank, kind):
-    """And afterwards nothing is exchanged: one process alone may go on."""
+    """Afterwards nothing is communicated: one process alone may go on."""
     wrapped = DistributedDataParallel(model())
     (loss_of(wrapped(batch(rank))) + loss_of(wrapped(batch(1 - rank)))).backward()
     if rank == 0:
@@ -91,7 +91,7 @@ def whole(t):
 
 
 def independent(rank, kind):
-    """Two flows, each of one process in one group, start each from its own data; one may wait for ever."""
+    """Each process initialises a flow of its own from its own data, even if the other process never does."""
     layer = nn.ActNorm(C)
     if kind == "one alone" and rank == 1:
         return
@@ -164,5 +164,5 @@ def _rank(rank, file):
 
 
 def test_starts(tmp_path):
-    """One pair of processes for all: they take longer to begin than what they do."""
+    """One pair of processes runs all scenarios, because starting them takes longer than running."""
     mp.spawn(_rank, args=(tmp_path / "store",), nprocs=2)

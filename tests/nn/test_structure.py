@@ -40,7 +40,7 @@ def test_averages_of_buffers(model, average):
     averaged = AveragedModel(module, use_buffers=True, **AVERAGES[average])
     for _ in range(40):
         averaged.update_parameters(module)
-    # the average of equal numbers: some roundings
+    # averages of equal numbers differ by some roundings
     torch.testing.assert_close(averaged(x), module(x), atol=1e-4, rtol=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_permutations_survive_half_types_and_old_files():
     assert torch.equal(other.matrix()[0], matrix.matrix()[0])
 
 
-def test_masks_are_not_those_of_the_caller():
+def test_layers_copy_the_masks_of_the_caller():
     order, mask = torch.tensor([2, 0, 1]), torch.ones(3, 3).tril(-1).bool()
     split = torch.tensor([False, True, True])
     layer, plan = nn.Permutation(order), MaskedPlan([MaskedLayer(mask)], features=3)
@@ -75,8 +75,8 @@ def test_masks_are_not_those_of_the_caller():
     assert coupling.mask.tolist() == [False, True, True]
 
 
-def test_masks_are_where_the_data_are():
-    """Also where nothing moved the layer, as ``fully_shard`` does not."""
+def test_masks_follow_the_device_of_the_data():
+    """Also without a call of ``.to``, as under ``fully_shard``."""
     layer = nn.AffineCoupling(4, nn.MLP, split=nn.channel_mask(4)).to("meta")
     assert layer(torch.zeros(2, 4, device="meta"))[0].is_meta
     layer = layer.to_empty(device="cpu")

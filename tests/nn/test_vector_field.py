@@ -38,7 +38,7 @@ def test_same_as_products_of_autograd(time, activation):
             if options.get("method") == "exact":
                 closed = field.velocity_and_divergence(t, x, method="exact")
                 torch.testing.assert_close(closed, found[:2], rtol=1e-11, atol=1e-12)
-            else:  # |J e| and |e^T J| agree in the mean alone
+            else:  # |J e| and |e^T J| agree only in expectation
                 found, expected = found[:3], expected[:3]
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
             torch.testing.assert_close(field(t, x), found[0], rtol=1e-12, atol=1e-12)
@@ -65,7 +65,7 @@ def test_gradients(time):
             )
 
 
-def test_concatsquash_is_theirs():
+def test_concatsquash_is_the_layer_of_ffjord():
     """FFJORD's layer: (W x + b) sigmoid(gate(t)) + hyper_bias(t)."""
     field, x, t = make("concatsquash", hidden=()), normal(4, 3), 0.7
     layer, (u, c, v) = field.layers[0], field.times[0]
@@ -204,7 +204,7 @@ class Narrow(torch.nn.Module):
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("hidden", [(7,), (16, 12), (8, 8, 8)], ids=str)
 def test_context_is_a_further_input_of_every_layer(time, hidden):
-    """Values and gradients against autograd, the exact trace in closed form and by tangents too."""
+    """Values and gradients against autograd, for the estimate and the exact trace."""
     torch.manual_seed(0)
     field = nn.VectorFieldMLP(3, hidden, "silu", time, context_features=2).double()
     x = normal(6, 3)

@@ -60,7 +60,7 @@ def test_exact_is_the_trace_of_the_jacobian(time):
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("most", [1, 700, 1500])
 def test_exact_in_chunks(time, most, monkeypatch):
-    """One tangent at a time, several with a rest: the same numbers, gradients and their gradients."""
+    """One tangent at a time, or several with a remainder: same values and first and second derivatives."""
     field, found = make(time, context=3), []
     for size in (vector_field_conv.MOST, most):
         monkeypatch.setattr(vector_field_conv, "MOST", size)
@@ -80,7 +80,7 @@ def test_exact_in_chunks(time, most, monkeypatch):
 
 
 def test_exact_takes_bounded_memory():
-    """4 samples of 16 channels and 768 dimensions: at once the stack would have 2^29.6 numbers."""
+    """4 samples of 16 channels and 768 dimensions: all tangents at once would have 2^29.6 numbers."""
     seen = []
     field, x = nn.VectorFieldConv(3, (16,)), torch.randn(4, 3, 32, 32)
     hooks = [field._run]
@@ -109,13 +109,13 @@ def test_probes_are_seeds_or_tensors_and_average():
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("activation", ["tanh", "softplus", "silu", "gelu"])
 def test_gradients_are_those_of_the_naive_form(time, activation):
-    """Of the parameters, the state, the time and the context, and the gradients of the gradients."""
+    """First and second derivatives in the parameters, the state, the time and the context."""
     field, e = make(time, activation=activation, context=3), states(seed=1)
     found = []
-    for way in ("own", "naive"):
+    for form in ("fused", "naive"):
         x, c = states().requires_grad_(), normal(3, 3, seed=2).requires_grad_()
         t = torch.tensor(0.4).double().requires_grad_()
-        if way == "own":
+        if form == "fused":
             y, divergence = field.velocity_and_divergence(t, x, probe=e, context=c)
         else:
             y, divergence = naive(field, t, x, e, c)
@@ -144,13 +144,15 @@ def test_batched_gradients_are_those_one_by_one():
 
 def test_vmap_in_single_precision():
     field, x = make("concatsquash").float(), states().float()
-    several = torch.stack([x, 2 * x])  # an axis of vmap over batches: one of five
+    several = torch.stack(
+        [x, 2 * x]
+    )  # with the axis of vmap the input of the convolution has five axes
     found = torch.func.vmap(lambda v: field(0.4, v))(several)
     torch.testing.assert_close(found, torch.stack([field(0.4, v) for v in several]))
 
 
 def test_concat_is_a_channel_of_time():
-    """The time comes first among the channels, and is zero beyond the border as they are."""
+    """The time is the first channel, and is padded with zeros like the others."""
     field, x, t = make("concat", hidden=()), states(), 0.7
     weight = torch.cat([field.times[0], field.layers[0].weight], 1)
     h = torch.cat([torch.full_like(x[:, :1], t), x], 1)
@@ -158,7 +160,7 @@ def test_concat_is_a_channel_of_time():
     torch.testing.assert_close(field(t, x), expected)
 
 
-def test_concatsquash_is_theirs():
+def test_concatsquash_is_the_layer_of_ffjord():
     """FFJORD's layer: (W * x + b) sigmoid(gate(t)) + hyper_bias(t), one number a channel."""
     field, x, t = make("concatsquash", hidden=()), states(), 0.7
     u, c, v = (p[:, None, None] for p in field.times[0])

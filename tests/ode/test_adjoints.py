@@ -15,7 +15,7 @@ from pyflowkern.ode.steppers import Stepper, stage_times
 from pyflowkern.ode.tableaus import TABLEAUS, coefficients
 
 ADJOINTS = ["direct", "continuous", "reversible"]
-PLAIN = (torch.Tensor, nn.Parameter)  # not the fake ones that compiling leaves behind
+PLAIN = (torch.Tensor, nn.Parameter)  # and not the fake tensors that compilation leaves behind
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -87,7 +87,7 @@ def rounding(a, b):
 @pytest.mark.parametrize("name", sorted(TABLEAUS))
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_direct_is_autograd_through_the_steps(name, checkpoint):
-    """With fixed steps, the gradient of the loop that one would write."""
+    """With fixed steps, against autograd through a plain loop."""
     field, (y0,) = Field(), leaves(normal(4, 3))
     ts, g = [0.0, 0.5, 0.5, 1.0], normal(4, 4, 3, seed=5)
     ys = ode.odeint(field, y0, ts, method=name, step_size=0.25, checkpoint=checkpoint)
@@ -118,7 +118,7 @@ SETTINGS += [{"method": "rk4", "step_size": 0.13, "compat": "torchdiffeq"}]
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gradients_are_those_of_the_replay(settings):
-    """The backward pass by hand against autograd through the accepted steps, which create_graph takes."""
+    """The backward pass against autograd through the accepted steps, which runs under create_graph."""
     field, (y0,) = Field(), leaves(normal(4, 3))
     for ts in ([0.0, 0.3, 0.31, 1.0], [1.0, 0.2, -0.5]):
         g = normal(len(ts), 4, 3, seed=5)
@@ -143,7 +143,7 @@ def test_double_backward(settings):
         def field(t, y):
             return torch.tanh(y @ weight)
 
-        # steps so coarse that the smallest differences do not change them
+        # steps so coarse that finite differences do not change their number
         return ode.odeint(
             field, y0, [0.0, 0.5, 1.0], **({"first_step": 0.5, "rtol": 1e3} | settings)
         )
@@ -153,8 +153,8 @@ def test_double_backward(settings):
     torch.autograd.gradgradcheck(solve, inputs)
 
 
-def test_gradients_of_what_the_state_was_computed_from():
-    """The first state is a function of a parameter of the field: both ways count, once each."""
+def test_gradients_through_the_first_state_and_through_the_field():
+    """The first state depends on a parameter of the field: its gradient is the sum of both contributions."""
     for settings in ({}, {"adjoint": "continuous", **TIGHT}, {"adjoint": "reversible"}):
         (rate,) = leaves(torch.tensor(0.7).double())
         y = ode.odeint(
@@ -178,8 +178,8 @@ def test_named_parameters_that_are_not_leaves():
     assert seed.grad.item() == pytest.approx(2 * math.e + 2, rel=1e-6)
 
 
-def test_what_does_not_depend():
-    """Parameters that are not used, states that are not moved, fields without parameters."""
+def test_unused_parameters_and_constant_fields():
+    """Parameters that are not used, fields that are zero, fields without parameters."""
     unused = nn.Linear(3, 3)
 
     class Still(nn.Module):
@@ -223,7 +223,7 @@ def test_autocast_holds_in_the_backward_pass():
 @pytest.mark.parametrize("name", ["midpoint", "rk4", "dopri5"])
 @pytest.mark.parametrize("coupling", [1.0, 0.99, 0.9])
 def test_reversible_round_trip(name, coupling):
-    """Steps forward and the same steps back: the start again, up to rounding times coupling^-n."""
+    """Steps forward and back give the start again, up to rounding times coupling^-n."""
     field, y0, n, h = Field(), normal(4, 3), 40, 0.05
     t = TABLEAUS[name]
     with torch.no_grad():
@@ -252,8 +252,8 @@ def test_reversible_solver_keeps_the_order(name, order):
 
 
 @pytest.mark.parametrize(("rate", "end"), [(1.0, 10.0), (5.0, 2.0), (10.0, 2.0)])
-def test_reversible_pairs_stay_together_where_the_field_contracts(rate, end):
-    """The mode that the equation has not would grow by 0.99 e^(rate h) a step, the error of a step never showing it."""
+def test_reversible_pairs_stay_close_where_the_field_contracts(rate, end):
+    """Uncontrolled, the parasitic solution would grow by 0.99 e^(rate h) a step, unseen by the error estimate."""
 
     def field(t, y):
         return -rate * (y - torch.cos(t))
@@ -301,8 +301,8 @@ def test_memory():
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-def test_nothing_leaks(adjoint):
-    """1000 solves, with gradients and second ones: not a tensor more, and no cycle needed for that."""
+def test_solves_leak_no_memory(adjoint):
+    """After 1000 solves with first and second gradients no tensor is left, without the garbage collector."""
     field, (y0,) = Field(1), leaves(normal(1, 1))
     settings = {"method": "bosh3", "first_step": 1.0, "rtol": 1e3, "adjoint": adjoint}
 

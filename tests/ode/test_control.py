@@ -1,4 +1,4 @@
-"""Step control: that of torchdiffeq, count for count, and one for each sample."""
+"""Step control: the same evaluations as torchdiffeq, and a step size for each sample."""
 
 import math
 
@@ -90,14 +90,14 @@ def test_steps_and_results_are_those_of_torchdiffeq(method):
             s = ode.solve(Pendulum(), y0, span, method=method, compat="torchdiffeq", **tolerance)
             assert s.stats.evaluations == field.count
             assert s.stats.accepted == len(field.accepted)
-            # a small step's error is a difference of nearly equal numbers: its rounding shows in the step
-            # sizes, hence in the results as a part of the tolerance
+            # the error of a small step is a difference of nearly equal numbers: rounding changes the step sizes
+            # and so, by a fraction of the tolerance, the results
             near = 0.1 * tolerance["rtol"]
             torch.testing.assert_close(s.ys, a, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("method", ADAPTIVE[:-1])  # torchdiffeq has no tsit5
-def test_a_tuple_is_as_large_as_its_largest_entry(method):
+def test_the_norm_of_a_tuple_is_the_largest_of_its_entries(method):
     import torchdiffeq as theirs
 
     counts = []
@@ -114,8 +114,8 @@ def test_a_tuple_is_as_large_as_its_largest_entry(method):
 
 
 @pytest.mark.parametrize("control", ["batch", "device", "sample"])
-def test_a_smallest_step_is_accepted_also_where_it_ends_the_solve(control):
-    """t + 0.3 is 9 but 9 - t is more than 0.3: the last step must not be repeated for ever."""
+def test_a_last_step_of_the_smallest_size_is_accepted(control):
+    """By rounding t + 0.3 is 9 but 9 - t exceeds 0.3: the last step must not be rejected for ever."""
     y0, t = torch.ones(2, 2).double(), 9 - 0.3
     assert t + 0.3 == 9
     assert 9 - t > 0.3
@@ -139,7 +139,7 @@ def stiffness(rates):
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize("check_every", [1, 8])
-def test_samples_are_solved_as_if_alone(method, check_every):
+def test_samples_are_solved_as_if_they_were_alone(method, check_every):
     """One fast sample and slow ones: each result is what the sample gives alone, bit for bit."""
     rates = torch.tensor([0.1, 1.0, 100.0, 3.0]).double()
     y0, ts = normal(4, 3), [0.0, 0.4, 1.0]
@@ -153,7 +153,7 @@ def test_samples_are_solved_as_if_alone(method, check_every):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-def test_times_of_ones_own(method):
+def test_each_sample_may_have_its_own_times(method):
     ts = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.5, 0.5, 0.0, 3.0], [1.0, -1.0, 0.0, 3.0]]).double()
     s = ode.solve(lambda t, y: -y, torch.ones(4, 2).double(), ts, method=method, control="sample")
     assert s.ok
@@ -162,7 +162,7 @@ def test_times_of_ones_own(method):
 
 
 def test_a_bad_sample_changes_nothing_in_the_others():
-    """Samples of nan, of a field of nan and of an explosion; the others' results and gradients stay."""
+    """A NaN sample, one with a NaN field and one that explodes leave the others' results and gradients alone."""
     weight = torch.tensor(1.0).double().requires_grad_()
 
     def field(t, y):
@@ -246,7 +246,7 @@ def test_fixed_steps_are_captured_as_a_graph():
     ids=str,
 )
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_one_rule_for_numbers_and_tensors(ratios, settings, direction):
+def test_step_control_is_the_same_for_numbers_and_tensors(ratios, settings, direction):
     """The same proposals, decisions and status, whether they are numbers or tensors."""
     options = Options(TABLEAUS["dopri5"], 1e-5, 1e-5, Rms([]), **settings)
     end = 2.0 * direction
@@ -265,7 +265,7 @@ def test_one_rule_for_numbers_and_tensors(ratios, settings, direction):
             tensor.decide(torch.tensor([ratio] * 2, dtype=torch.float64)).tolist() == [accept] * 2
         )
         assert accept == allowed
-        # a power is rounded in two ways
+        # Python and torch round powers differently
         assert tensor.t.tolist() == pytest.approx([number.t] * 2, rel=1e-14)
         assert tensor.h.tolist() == pytest.approx([number.h] * 2, rel=1e-14)
         if number.t == end:

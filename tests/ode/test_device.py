@@ -35,7 +35,7 @@ def test_steps_are_those_of_the_ordinary_controller(method, check_every):
     """The same decisions and, to the rounding of sums in another order, the same sizes."""
     for span in SPANS:
         for settings in SETTINGS:
-            # the ordinary controller looks at every step: it has no use for check_every
+            # the host's controller looks at every step and has no check_every
             settings = settings | {"method": method, "check_every": check_every, "dense": True}
             a, b = both(pendulum, normal(7, 2), span, **settings)
             assert (a.status, a.stats.accepted, a.stats.rejected) == (
@@ -43,7 +43,7 @@ def test_steps_are_those_of_the_ordinary_controller(method, check_every):
                 b.stats.accepted,
                 b.stats.rejected,
             )
-            # a size follows from an error that may be 1e-12 of the state: four digits of it are left
+            # step sizes follow from errors that may be 1e-12 of the state, of which rounding leaves four digits
             torch.testing.assert_close(b.dense.starts, a.dense.starts, rtol=1e-4, atol=1e-9)
             torch.testing.assert_close(b.ys, a.ys, rtol=1e-8, atol=1e-8)
             if a.dense.starts:
@@ -51,7 +51,7 @@ def test_steps_are_those_of_the_ordinary_controller(method, check_every):
                 torch.testing.assert_close(b.dense(middle), a.dense(middle), rtol=1e-8, atol=1e-8)
 
 
-def test_tuples_tolerances_and_norms_of_ones_own():
+def test_tuples_and_tolerances_and_norms_of_the_user():
     def field(t, state):
         return -state[0], torch.cos(5 * t) * torch.ones_like(state[1]) * 30
 
@@ -94,8 +94,8 @@ def test_how_a_solve_ends(check_every):
 
 
 @pytest.mark.parametrize("check_every", [1, 7])
-def test_walls_that_no_step_passes(check_every):
-    """The field is nan from t = 0.5 on, or the solution ends at t = 1: halved steps come close."""
+def test_discontinuities_that_no_step_passes(check_every):
+    """The field is NaN from t = 0.5 on, or has a pole at t = 1: shortened steps come close."""
     one = torch.ones(3).double()
     for field, wall in (
         (lambda t, y: torch.where(t > 0.5, torch.nan, -y), 0.5),
@@ -112,13 +112,13 @@ def test_walls_that_no_step_passes(check_every):
             )  # the tolerance, 1e-7, moves the second one
 
 
-def test_the_device_is_asked_every_few_rounds(monkeypatch):
+def test_the_host_asks_the_device_every_few_steps(monkeypatch):
     looks = []
     look = device_control._Solve.look
     monkeypatch.setattr(device_control._Solve, "look", lambda self: looks.append(1) or look(self))
     s = ode.solve(pendulum, normal(7, 2), [0.0, 5.0], control="device", check_every=8, **TIGHT)
     steps = s.stats.accepted + s.stats.rejected
-    assert len(looks) == -(-steps // 8) + 2  # before the first round and when all is over
+    assert len(looks) == -(-steps // 8) + 2  # before the first step and at the end
     assert s.stats.evaluations == 2 + 6 * 8 * -(-steps // 8)  # dopri5 has six new stages
 
 
@@ -160,7 +160,7 @@ def test_second_derivatives():
 
 
 def test_gradients_of_a_solve_that_ended_early():
-    """What was not reached holds the last state, and so does its gradient."""
+    """Outputs that were not reached hold the last state, and have its gradient."""
     y0 = torch.ones(2).double()
     found = []
     for control in ("batch", "device"):
@@ -190,7 +190,7 @@ def test_wrong_arguments():
 
 
 def test_the_backward_pass_sees_the_times_of_the_forward_pass():
-    """A field that is NaN from some time on is asked there by neither: its parameters have a gradient."""
+    """A field that is NaN from some time on is evaluated there by neither pass: its gradient is finite."""
     gradients = []
     for control in ("batch", "device"):
         rate = torch.ones((), requires_grad=True)

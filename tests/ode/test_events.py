@@ -1,4 +1,4 @@
-"""Events: when they happen, and how that depends on the rest."""
+"""Events: their times and states, and the gradients of both."""
 
 import math
 
@@ -56,10 +56,12 @@ def test_gradient_of_the_time_and_of_the_state(adjoint):
     height_found = torch.autograd.grad(
         ode.odeint_event(field, y0, t0, event_fn=height)[1][-1][0], [h, g]
     )
-    assert all(abs(v.item()) < 1e-6 for v in height_found)  # it is zero whatever the start
+    assert all(
+        abs(v.item()) < 1e-6 for v in height_found
+    )  # the height at the event is always zero
 
 
-def test_an_event_of_the_time_alone():
+def test_an_event_that_depends_on_the_time_only():
     t, ys = ode.odeint_event(lambda t, y: -y, torch.ones(2).double(), 0.0,
                              event_fn=lambda t, y: t - 0.75)  # fmt: skip
     assert t.item() == pytest.approx(0.75, rel=1e-12)
@@ -97,7 +99,7 @@ def test_no_event_warns():
     [({"max_steps": 30}, "max_steps", None), ({}, "dt_underflow", 1.0)],
     ids=["max_steps", "pole"],
 )
-def test_a_solve_that_fails_before_the_event_returns_how_far_it_came(settings, status, end):
+def test_a_solve_that_fails_before_the_event_returns_the_time_it_reached(settings, status, end):
     """y' = y^2 from 1 is 1 / (1 - t), and never negative."""
     y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
     with pytest.warns(RuntimeWarning, match=status):
@@ -122,14 +124,16 @@ def test_a_solve_that_fails_before_the_event_returns_how_far_it_came(settings, s
     [
         lambda t, y: torch.where(t > 0.5, 0.0, 1.0),
         lambda t, y: torch.where(t > 0.5, -1.0, 1.0),
-        lambda t, y: torch.where(t > 0.5, -y, y),  # with a derivative, that leads elsewhere
+        lambda t, y: torch.where(
+            t > 0.5, -y, y
+        ),  # its gradient would lead a Newton step elsewhere
         lambda t, y: torch.sign(0.5 - t) * (1 + y * y),
         lambda t, y: torch.where(t > 0.5, -1.0, 1.0) + 0 * y,
     ],
     ids=["to zero", "constant", "proportional", "sign", "zero gradient"],
 )
 @pytest.mark.parametrize("steps", [{}, {"method": "rk4", "step_size": 0.0625}])
-def test_events_that_jump(event, steps):
+def test_discontinuous_events(event, steps):
     """dy/dt = -k y: the event is at 0.5 whatever the state; the state there depends on k at that time."""
     k = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     y0 = torch.ones(1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Solves that fail: soon, with the status of the failure, and without harm to samples that do not."""
+"""Solves that fail: they end early with a status, and do not harm other samples."""
 
 import math
 
@@ -8,31 +8,35 @@ import torch
 from pyflowkern import ode
 
 CONTROLS = [{"control": "batch"}, {"control": "device"}, {"control": "sample"}]
-WAYS = [*CONTROLS, {"adjoint": "reversible"}]
+SOLVES = [*CONTROLS, {"adjoint": "reversible"}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_pole_ends_at_the_last_bit_of_the_time(way, dtype):
+@pytest.mark.parametrize("settings_of_solve", SOLVES, ids=str)
+def test_a_solve_reaches_a_pole_to_the_last_bit_of_the_time(settings_of_solve, dtype):
     y0 = torch.tensor([[0.1], [3.0]], dtype=dtype)  # y' = y^2 has its pole at 1 / y0
-    found = ode.solve(lambda t, y: y * y, y0, [0.0, 1.0], rtol=1e-5, atol=1e-5, **way)
+    found = ode.solve(
+        lambda t, y: y * y, y0, [0.0, 1.0], rtol=1e-5, atol=1e-5, **settings_of_solve
+    )
     assert int(torch.as_tensor(found.status).max()) == ode.Status.dt_underflow
     assert found.stats.accepted + found.stats.rejected < 400
     assert found.ys[-1, 1] > 1e14
 
 
-@pytest.mark.parametrize("way", CONTROLS, ids=str)
-def test_a_first_step_into_a_region_without_a_field_is_only_too_long(way):
-    def fall(t, y):  # the Euler step that the first step is judged by leads below zero
+@pytest.mark.parametrize("settings_of_solve", CONTROLS, ids=str)
+def test_a_first_step_out_of_the_fields_domain_is_shortened(settings_of_solve):
+    def fall(
+        t, y
+    ):  # the trial Euler step, from which the first step size is chosen, leads below zero
         return torch.where(y < 0.999, math.inf, -1e-9 * y)
 
-    found = ode.solve(fall, torch.ones(3, 1, dtype=torch.float64), [0.0, 1.0], **way)
+    found = ode.solve(fall, torch.ones(3, 1, dtype=torch.float64), [0.0, 1.0], **settings_of_solve)
     assert found.ok
     torch.testing.assert_close(found.ys[-1], torch.full((3, 1), 1 - 1e-9, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
-def test_gradients_of_samples_with_steps_of_their_own_do_not_know_the_one_that_failed(bad):
+def test_a_failed_sample_leaves_the_gradients_of_the_others_alone(bad):
     # y' = -w sqrt(y): sqrt(y1) = sqrt(y0) - w / 2, and the root of a negative state is NaN
     w = torch.ones((), dtype=torch.float64, requires_grad=True)
     y0 = torch.tensor([[bad], [1.0], [2.0]], dtype=torch.float64, requires_grad=True)
@@ -57,19 +61,23 @@ def into_a_pole(dtype=torch.float64, most=math.inf):
     return (lambda t, y: torch.where(y < most, a * y * y, math.nan)), y0, a
 
 
-@pytest.mark.parametrize("way", [{}, {"method": "rk4", "step_size": 0.05}], ids=str)
+@pytest.mark.parametrize("settings_of_solve", [{}, {"method": "rk4", "step_size": 0.05}], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, math.inf), (torch.float64, math.inf), (torch.float64, 1e3)]
 )
-def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, dtype, most):
+def test_reversible_gradients_up_to_a_pole_are_those_of_the_accepted_steps(
+    settings_of_solve, dtype, most
+):
     field, y0, a = into_a_pole(dtype, most)
-    settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | way
+    settings = {"rtol": 1e-6, "atol": 1e-6, "adjoint": "reversible"} | settings_of_solve
     found = ode.solve(field, y0, [0.0, 0.5, 2.0], **settings)
     assert found.status in (ode.Status.dt_underflow, ode.Status.non_finite)
     loss = found.ys.sum()
     plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
     assert all(torch.isfinite(g).all() for g in plain)
-    if most < math.inf:  # else the last digits of the state decide about the first of the gradient
+    if (
+        most < math.inf
+    ):  # without this limit the gradient is as sensitive as the state is close to the pole
         recorded = torch.autograd.grad(loss, (y0, a), create_graph=True)  # a replay by autograd
         for one, other in zip(plain, recorded, strict=True):
             torch.testing.assert_close(one, other, rtol=1e5 * torch.finfo(dtype).eps, atol=0)
@@ -77,7 +85,7 @@ def test_reversible_gradients_into_a_pole_are_those_of_the_accepted_steps(way, d
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 def test_reversible_gradients_of_a_solve_cut_short_before_a_pole(method):
-    """Of a state of 1e3 the way back by differences holds nothing in float32, the accepted steps do."""
+    """At a state of 1e3 reversing the steps loses all digits in float32; repeating them does not."""
     field, y0, a = into_a_pole(torch.float32)
     found = ode.solve(field, y0, [0.0, 3.0], method=method, adjoint="reversible",
                       rtol=1e-5, atol=1e-5, max_steps=60)  # fmt: skip
@@ -93,11 +101,11 @@ EARLY = [{"max_steps": 12}, {"method": "rk4", "step_size": 0.05, "max_steps": 12
 
 
 @pytest.mark.parametrize("control", ["batch", "device"])
-@pytest.mark.parametrize("way", [{"most": 30.0}, *EARLY], ids=str)
-def test_the_continuous_adjoint_goes_back_from_where_the_solve_ended(way, control):
-    field, y0, a = into_a_pole(most=way.get("most", math.inf))
-    settings = {name: value for name, value in way.items() if name != "most"}
-    if "method" not in way:
+@pytest.mark.parametrize("settings_of_solve", [{"most": 30.0}, *EARLY], ids=str)
+def test_the_continuous_adjoint_starts_where_the_solve_ended(settings_of_solve, control):
+    field, y0, a = into_a_pole(most=settings_of_solve.get("most", math.inf))
+    settings = {name: value for name, value in settings_of_solve.items() if name != "most"}
+    if "method" not in settings_of_solve:
         settings["control"] = control
     found = []
     for adjoint in ("direct", "continuous"):
@@ -106,15 +114,15 @@ def test_the_continuous_adjoint_goes_back_from_where_the_solve_ended(way, contro
         assert not s.ok
         found.append(torch.autograd.grad(s.ys[1:].sum(), (y0, a, t)))
     for of_flow, of_steps in zip(*found, strict=True):
-        # classical steps of 0.05 have an error of their own
+        # the error of rk4 steps of 0.05
         torch.testing.assert_close(
-            of_flow, of_steps, rtol=1e-3 if "method" in way else 1e-5, atol=0
+            of_flow, of_steps, rtol=1e-3 if "method" in settings_of_solve else 1e-5, atol=0
         )
     assert found[0][2][1] != 0
-    assert found[0][2][2:].tolist() == [0, 0], "times that it did not come to change nothing"
+    assert found[0][2][2:].tolist() == [0, 0], "times that were not reached have no gradient"
 
 
-def test_the_continuous_adjoint_says_where_there_is_no_way_back():
+def test_the_continuous_adjoint_warns_where_it_cannot_start():
     field, y0, a = into_a_pole()
     s = ode.solve(field, y0, [0.0, 2.0], rtol=1e-6, atol=1e-6, adjoint="continuous")
     assert s.status == ode.Status.dt_underflow
@@ -123,7 +131,7 @@ def test_the_continuous_adjoint_says_where_there_is_no_way_back():
     assert all(g.isnan().all() for g in grads)
 
 
-def test_a_fixed_step_that_fails_is_no_want_of_steps():
+def test_a_failing_fixed_step_is_not_reported_as_max_steps():
     field, y0, _ = into_a_pole(most=30.0)
     s = ode.solve(field, y0, [0.0, 2.0], method="rk4", step_size=0.05, max_steps=39)
     assert s.status == ode.Status.non_finite
@@ -131,7 +139,7 @@ def test_a_fixed_step_that_fails_is_no_want_of_steps():
 
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
 @pytest.mark.parametrize("step_size", [1e-9, 1e-300])
-def test_steps_that_are_far_too_many_are_not_even_listed(step_size, compat):
+def test_far_too_many_fixed_steps_are_never_listed(step_size, compat):
     found = ode.solve(
         lambda t, y: -y, torch.ones(1), [0.0, 0.5, 1.0], method="euler", step_size=step_size,
         max_steps=5, compat=compat,
@@ -143,7 +151,7 @@ def test_steps_that_are_far_too_many_are_not_even_listed(step_size, compat):
 
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
 @pytest.mark.parametrize(("most", "status"), [(10, ode.Status.ok), (9, ode.Status.max_steps)])
-def test_the_last_step_that_is_allowed_is_taken(most, status, compat):
+def test_the_last_allowed_step_is_taken(most, status, compat):
     t = [0.0, 0.4, 1.0]
     settings = {"method": "euler", "step_size": 0.1, "max_steps": most, "compat": compat}
     found = ode.solve(lambda t, y: torch.ones_like(y), torch.zeros(1), t, **settings)
@@ -151,7 +159,7 @@ def test_the_last_step_that_is_allowed_is_taken(most, status, compat):
     torch.testing.assert_close(found.ys[:, 0], torch.tensor([0.0, 0.4, most / 10]))
 
 
-def test_transforms_of_torch_func_are_told_what_to_use_instead():
+def test_transforms_of_torch_func_are_refused_with_an_alternative():
     def end(y):
         return ode.odeint(lambda t, y: -y, y, [0.0, 1.0])[-1].sum()
 
@@ -160,21 +168,26 @@ def test_transforms_of_torch_func_are_told_what_to_use_instead():
             transform(end)(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_no_error_at_all_cannot_be_asked_for(way):
+@pytest.mark.parametrize("settings_of_solve", SOLVES, ids=str)
+def test_tolerances_that_are_both_zero_are_refused(settings_of_solve):
     def decay(t, y):
         return -y
 
     with pytest.raises(ValueError, match="must not both be 0"):
-        ode.solve(decay, torch.ones(3, 1), [0.0, 1.0], rtol=0, atol=0.0, **way)
+        ode.solve(decay, torch.ones(3, 1), [0.0, 1.0], rtol=0, atol=0.0, **settings_of_solve)
     pair = (torch.ones(3, 1), torch.ones(3, 1))
     with pytest.raises(ValueError, match="must not both be 0"):
         ode.solve(
-            lambda t, y: (-y[0], -y[1]), pair, [0.0, 1.0], rtol=(1e-3, 0), atol=(0, 0), **way
+            lambda t, y: (-y[0], -y[1]),
+            pair,
+            [0.0, 1.0],
+            rtol=(1e-3, 0),
+            atol=(0, 0),
+            **settings_of_solve,
         )
     with pytest.raises(ValueError, match="must not both be 0"):
         ode.odeint_event(decay, pair[0], 0.0, event_fn=lambda t, y: y[0] - 0.5, rtol=0, atol=0)
 
 
-def test_fixed_steps_ask_for_no_tolerance():
+def test_fixed_steps_need_no_tolerance():
     assert ode.solve(lambda t, y: -y, torch.ones(1), [0.0, 1.0], method="rk4", rtol=0, atol=0).ok

@@ -1,4 +1,4 @@
-"""Captured solves, as far as no GPU is needed: what is checked, and what a replay reads and writes."""
+"""Captured solves as far as they can be tested without a GPU: checks of arguments, inputs and outputs of a replay."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_tuples(recorder):
             captured(wrong)
 
 
-def test_states_unlike_the_captured_one(recorder):
+def test_states_that_differ_from_the_captured_one(recorder):
     captured = ode.capture(decay, Y0, [0.0, 1.0])
     for error, message, y0 in (
         (ValueError, "captured shape", Y0[0]),

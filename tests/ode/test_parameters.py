@@ -1,4 +1,4 @@
-"""What a field depends on is found wherever it is, or its absence is an error: no gradient is lost in silence."""
+"""The tensors that a field depends on are found, or reading them is an error: no gradient is lost in silence."""
 
 import functools
 import math
@@ -11,14 +11,14 @@ from torch import nn
 from pyflowkern import ode
 from pyflowkern.ode import parameters
 
-WAYS = [
+ADJOINTS = [
     {"adjoint": adjoint, "control": control}
     for adjoint, control in [
         ("direct", "batch"), ("direct", "device"), ("direct", "sample"), ("continuous", "batch"),
         ("continuous", "device"), ("reversible", "batch"),
     ]
 ]  # fmt: skip
-WAYS += [
+ADJOINTS += [
     {"adjoint": "direct", "checkpoint": False},
     {"adjoint": "direct", "compat": "torchdiffeq"},
 ]
@@ -30,7 +30,7 @@ def rates():
 
 
 def at(t):
-    """Which rate counts at a time; a batch reads both once one sample is late."""
+    """The rate at a time: the second one from the middle on; a batch reads both once one sample is there."""
     return int((t > 0.5).any())
 
 
@@ -112,27 +112,31 @@ HOLDERS = [
 
 
 @pytest.mark.parametrize("holder", HOLDERS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_parameter_that_is_first_read_later(holder, way):
-    """y' = a y, then b y from the middle on, both -1: the derivative by a and by b is y(1) / 2 each."""
+@pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
+def test_a_parameter_that_is_read_only_later(holder, adjoint_settings):
+    """y' = a y, then b y from the middle on, both -1: the derivatives in a and b are y(1) / 2 each."""
     held, field = holder(rates())
     for p in held:
         p.grad = None
-    settings = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4, "max_step": 0.2} | way
+    settings = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4, "max_step": 0.2} | adjoint_settings
     y = ode.odeint(field, torch.ones(1, 1).double(), [0.0, 0.5, 1.0], **settings)[-1]
     y.sum().backward()
     halves = [p.grad.item() for p in held]
     assert sum(halves) == pytest.approx(math.exp(-1.0), rel=1e-3)
-    assert halves[0] == pytest.approx(halves[1], rel=0.1)  # stages of a step lie on either side
+    assert halves[0] == pytest.approx(
+        halves[1], rel=0.1
+    )  # one step has stages on both sides of the middle
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
 @pytest.mark.parametrize("named", [False, True])
-def test_what_cannot_be_found_is_an_error_that_says_what_to_do(way, named, monkeypatch):
-    """A field too large to be looked through: as if its second rate were beyond the objects that are."""
+def test_a_tensor_that_cannot_be_found_is_an_error_with_a_remedy(
+    adjoint_settings, named, monkeypatch
+):
+    """As for a field too large to be searched, whose second rate lies beyond the limit."""
     first, late = rates()
     monkeypatch.setattr(parameters, "LIMIT", 0)
-    settings = {"rtol": 1e-3, "atol": 1e-3} | way
+    settings = {"rtol": 1e-3, "atol": 1e-3} | adjoint_settings
     if named:
         settings["params"] = (first, late)
     y = ode.odeint(
@@ -146,11 +150,13 @@ def test_what_cannot_be_found_is_an_error_that_says_what_to_do(way, named, monke
         assert late.grad.item() + first.grad.item() == pytest.approx(math.exp(-1.0), rel=1e-2)
         return
     with pytest.raises(RuntimeError, match="name all such tensors in params="):
-        torch.autograd.grad(y.sum(), first, create_graph=way["adjoint"] == "reversible")
+        torch.autograd.grad(
+            y.sum(), first, create_graph=adjoint_settings["adjoint"] == "reversible"
+        )
 
 
-def test_what_is_held_but_not_read_costs_and_gets_nothing():
-    """A closure over a whole model: the continuous adjoint solves for what is read alone."""
+def test_parameters_that_are_held_but_not_read_cost_nothing():
+    """A closure over a whole model: the continuous adjoint integrates gradients only of what is read."""
     first, _ = rates()
     model = {"rate": first, "other": nn.Linear(50, 50)}
 
@@ -164,7 +170,7 @@ def test_what_is_held_but_not_read_costs_and_gets_nothing():
         first.grad = None
 
 
-def test_cycles_and_large_containers_end():
+def test_the_search_ends_for_cycles_and_large_containers():
     loop = []
     loop += [loop, list(range(10 * parameters.LIMIT)), {"again": loop}]
     w = torch.ones((), requires_grad=True)
@@ -174,9 +180,9 @@ def test_cycles_and_large_containers_end():
 # --- fields that differentiate -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
 @pytest.mark.parametrize("own_mode", [False, True])
-def test_forces_from_energies(way, own_mode):
+def test_forces_from_energies(adjoint_settings, own_mode):
     """x' = -d(w x^2 / 2)/dx = -w x from 1: the derivative by w is -e^-w."""
     w = torch.tensor(2.0).double().requires_grad_()
     calls = []
@@ -192,18 +198,20 @@ def test_forces_from_energies(way, own_mode):
         x = x if x.requires_grad else x.requires_grad_()
         return -torch.autograd.grad((w * x**2 / 2).sum(), x, create_graph=True)[0]
 
-    s = ode.solve(force, torch.ones(1, 1).double(), [0.0, 1.0], **way)
+    s = ode.solve(force, torch.ones(1, 1).double(), [0.0, 1.0], **adjoint_settings)
     assert s.ok
-    assert abs(len(calls) - s.stats.evaluations) <= 2  # one finds the parameters, one finds out
+    assert (
+        abs(len(calls) - s.stats.evaluations) <= 2
+    )  # one evaluation finds the parameters, one that the field differentiates
     s.ys[-1].sum().backward()
     assert s.ys[-1].item() == pytest.approx(math.exp(-2), rel=1e-6)
     assert w.grad.item() == pytest.approx(-math.exp(-2), rel=1e-5)
     with torch.no_grad():
-        ys = ode.odeint(force, torch.ones(1, 1).double(), [0.0, 1.0], **way)
+        ys = ode.odeint(force, torch.ones(1, 1).double(), [0.0, 1.0], **adjoint_settings)
     assert ys[-1].item() == pytest.approx(math.exp(-2), rel=1e-6)
 
 
-def test_other_errors_of_a_field_are_its_own():
+def test_other_errors_of_a_field_are_raised_unchanged():
     def field(t, y):
         raise RuntimeError("out of fuel")
 

@@ -19,7 +19,7 @@ def number(value):
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-def test_where_only_a_parameter_requires_a_gradient(adjoint):
+def test_only_a_parameter_requires_a_gradient(adjoint):
     """dy/dt = a y: d(y + dy/dy0)/da = (y0 + 1) e^a at t = 1."""
     a, y0 = number(1.5), number([0.7])
     y = ode.odeint(lambda t, y: a * y, y0, [0.0, 1.0], adjoint=adjoint, **TIGHT)[-1]
@@ -47,7 +47,7 @@ def test_every_pair_of_derivatives_of_a_nonlinear_flow(adjoint):
         for slope in torch.cat([s.reshape(-1) for s in slopes]):
             rows += torch.autograd.grad(slope, at, retain_graph=True)
     for one, other in zip(found, expected, strict=True):
-        # the tolerance of a solve, a thousand times over: three solves of some hundred steps that add up
+        # a thousand times the tolerance: the errors of three solves of some hundred steps add up
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
 
 
@@ -62,8 +62,8 @@ def test_third_derivatives_of_the_continuous_adjoint():
         assert g.item() == pytest.approx(math.exp(0.6), rel=1e-6)
 
 
-def test_a_parameter_read_later_has_second_derivatives_too():
-    """Two layers, the second one from the middle on: the continuous adjoint against the direct one."""
+def test_a_parameter_that_is_read_only_later_has_second_derivatives():
+    """Two layers, the second read from the middle on: the continuous adjoint against the direct one."""
     torch.manual_seed(0)
     nets = [nn.Linear(2, 2).double(), nn.Linear(2, 2).double()]
     found = []
@@ -76,18 +76,20 @@ def test_a_parameter_read_later_has_second_derivatives_too():
         (slope,) = torch.autograd.grad(y[-1].sum(), y0, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), [n.weight for n in nets]))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0)  # a step falls on either side
+        torch.testing.assert_close(
+            one, other, rtol=0.02, atol=0
+        )  # a step has stages on both sides of the middle
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-def test_times_have_second_derivatives_or_say_that_they_have_none(adjoint):
+def test_second_derivatives_of_times_are_right_or_an_error(adjoint):
     """y' = t y: dy/dT = T y, and its derivative (1 + T^2) y; the mixed one is T y / y0."""
     ts, y0 = number([0.0, 0.9]), number([0.7])
     y = ode.odeint(lambda t, y: t * y, y0, ts, adjoint=adjoint, **TIGHT)[-1].sum()
     by_time, by_state = torch.autograd.grad(y, (ts, y0), create_graph=True)
     value = 0.7 * math.exp(0.405)
     assert by_time[1].item() == pytest.approx(0.9 * value, rel=1e-7)
-    # by the first state alone it is right everywhere
+    # in the first state alone the second derivative is right everywhere
     (mixed,) = torch.autograd.grad(by_time[1], y0, retain_graph=True)
     assert mixed.item() == pytest.approx(0.9 * value / 0.7, rel=1e-7)
     if adjoint != "continuous":
@@ -114,7 +116,7 @@ def test_an_event_has_a_first_derivative_only():
 # --- the helper ----------------------------------------------------------------------------------
 
 
-def test_only_what_a_gradient_came_from_is_refused():
+def test_only_causes_of_a_gradient_are_refused():
     x, z = number(2.0), number(3.0)
     g = first_derivative_only(z * x.detach() ** 2, (x,), "no more")
     assert torch.autograd.grad(g, z, retain_graph=True)[0].item() == 4.0
@@ -122,7 +124,7 @@ def test_only_what_a_gradient_came_from_is_refused():
         g.backward()
 
 
-def test_a_value_whose_derivative_holds_once():
+def test_once_differentiable():
     x = number(2.0)
     y = once_differentiable(3 * x, "no more")
     assert torch.autograd.grad(y, x, retain_graph=True)[0].item() == 3.0

@@ -26,7 +26,7 @@ def start(*shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_outputs_at_all_times(name):
-    """exp(-t) at times of one's choosing, both directions, to the method's accuracy."""
+    """exp(-t) at several times, in both directions, to the method's accuracy."""
     fixed = {} if name in ADAPTIVE else {"step_size": 1e-3}
     floor = {"euler": 2e-3, "midpoint": 1e-6, "heun": 1e-6}.get(name, 2e-6)
     allowed = {"rtol": 1e-8, "atol": 1e-8}
@@ -61,7 +61,7 @@ def test_dense_output_is_the_state_at_any_time(name):
             s.dense(2.5)
 
 
-def test_the_field_is_never_asked_beyond_the_end():
+def test_the_field_is_never_evaluated_beyond_the_end():
     seen = []
 
     def field(t, y):
@@ -78,7 +78,7 @@ def test_the_field_is_never_asked_beyond_the_end():
 
 
 @pytest.mark.parametrize("fixed", [{}, {"method": "rk4", "step_size": 0.1}], ids=str)
-def test_dense_output_of_no_length_is_the_first_state(fixed):
+def test_dense_output_over_an_empty_interval_is_the_first_state(fixed):
     y0 = (torch.ones(2), torch.zeros(3))
     s = ode.solve(lambda t, y: (-y[0], y[1]), y0, [1.0, 1.0], dense=True, **fixed)
     for found, first in zip(s.dense(1.0), y0, strict=True):
@@ -89,7 +89,7 @@ def test_dense_output_of_no_length_is_the_first_state(fixed):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("compat", [None, "torchdiffeq"])
-def test_zero_length(name, compat):
+def test_empty_intervals_and_repeated_outputs(name, compat):
     """No interval, or several outputs at one time."""
     s = ode.solve(decay, start(2), [1.0, 1.0, 1.0], method=name, compat=compat)
     assert s.ok
@@ -105,7 +105,7 @@ def test_zero_length(name, compat):
 
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
 @pytest.mark.parametrize("control", ["batch", "sample"])
-def test_tuples_are_states_side_by_side(name, control):
+def test_tuples_are_solved_as_one_state(name, control):
     if name == "rk4" and control == "sample":
         pytest.skip("no step control")
     x, log_det = start(5, 3), start(5)
@@ -135,7 +135,7 @@ def test_half_precision_is_integrated_in_float32():
     assert y.dtype == torch.bfloat16
     assert set(seen) == {(torch.float32, torch.bfloat16)}
     expected = start(4, dtype=torch.bfloat16).double() * math.exp(-1)
-    # 100 steps in bfloat16 would stand still: a step changes the state by less than its rounding
+    # in bfloat16 the state would not move: each of 100 steps changes it by less than its rounding
     torch.testing.assert_close(y[-1].double(), expected, rtol=2**-7, atol=0)
 
 
@@ -163,7 +163,7 @@ def test_scalars_and_integer_results():
 
 
 def blow_up(t, y):
-    """y = 1 / (1 - t) leaves the numbers at 1."""
+    """y' = y^2: the solution 1 / (1 - t) has a pole at 1."""
     return y * y
 
 
@@ -184,7 +184,7 @@ def test_an_explosion_ends_with_a_status_and_finite_numbers(name, control):
 
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_max_steps(control):
-    """A stiff equation: the steps stay as small as stability wants them."""
+    """A stiff equation, whose steps stay as small as stability requires."""
     s = ode.solve(lambda t, y: -1e6 * (y - torch.cos(t)[..., None] if y.dim() > t.dim() + 0 else y),
                   torch.ones(1, 1).double(), [0.0, 10.0], max_steps=200, control=control)  # fmt: skip
     assert int(s.status) == ode.Status.max_steps
@@ -193,8 +193,8 @@ def test_max_steps(control):
 
 
 @pytest.mark.parametrize("control", ["batch", "sample"])
-def test_nan_on_the_way(control):
-    """The field is nan beyond a wall: the solve ends before it, with what was there."""
+def test_a_field_that_becomes_nan(control):
+    """The field is NaN from some time on: the solve ends before it, with the last finite state."""
 
     def wall(t, y):
         return torch.where(y < 2, torch.ones_like(y), torch.nan)
@@ -219,7 +219,10 @@ def test_fixed_steps_stop_at_the_last_finite_state(name):
                   method=name, step_size=0.1)  # fmt: skip
     assert s.status == ode.Status.non_finite
     assert torch.isfinite(s.ys).all()
-    assert s.stats.accepted in (5, 6)  # as the last stage lies before the end of the step or at it
+    assert s.stats.accepted in (
+        5,
+        6,
+    )  # depending on whether the last stage lies at the end of the step
 
 
 def test_a_failing_training_step_does_not_raise():
@@ -235,7 +238,7 @@ def test_a_failing_training_step_does_not_raise():
 
 
 def test_overflow_of_the_state_is_not_accepted():
-    """A finite error over an infinite scale would be zero."""
+    """A finite error over an infinite scale would look like zero."""
     s = ode.solve(lambda t, y: torch.full_like(y, 3e38), torch.full((1,), 3e38), [0.0, 1.0])
     assert not s.ok
     assert torch.isfinite(s.ys).all()
@@ -310,8 +313,8 @@ def test_bad_input(error, arguments, settings, text):
 
 
 @pytest.mark.parametrize("name", ["rk4", "dopri5"])
-def test_inference_mode_leaves_nothing_behind(name):
-    """Coefficients are kept: made in inference mode, they must serve gradients later."""
+def test_coefficients_made_in_inference_mode_serve_gradients_later(name):
+    """The cached coefficients must not be inference tensors."""
     coefficients.cache_clear()
     with torch.inference_mode():
         first = ode.odeint(decay, start(3), [0.0, 0.5, 1.0], method=name)

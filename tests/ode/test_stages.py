@@ -1,4 +1,4 @@
-"""The sums over the stages inside a solve: which ops run, and that the kernels take nothing for granted."""
+"""The sums over stages inside a solve: which ops run, and that kernels work for any slopes of the field."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def served():
 
 @pytest.mark.parametrize("state", ["tensor", "tuple"])
 @pytest.mark.parametrize("control", CONTROLS)
-def test_one_op_a_stage_and_one_for_the_error(y0, control, state):
+def test_a_stage_is_one_op_and_the_error_is_one_op(y0, control, state):
     assert served()
     start, field = y0, lambda t, y: -y
     if state == "tuple":
@@ -33,7 +33,7 @@ def test_one_op_a_stage_and_one_for_the_error(y0, control, state):
     steps = s.stats.accepted + s.stats.rejected
     stages = calls.names.count("pyflowkern::rk_stage")
     assert stages + calls.names.count("pyflowkern::rk_combine") == 6 * steps
-    assert stages >= 6 * steps - 1  # the first slope may have been looked at
+    assert stages >= 6 * steps - 1  # one fewer if the first slope was read before
     assert calls.names.count("pyflowkern::rk_last") == steps
     assert calls.names.count("aten::addmv") == calls.names.count("aten::mv") == 0
 
@@ -50,7 +50,7 @@ def test_kernels_and_torch_take_the_same_steps(y0, control, method):
     ours = run()
     with use_reference():
         plain = run()
-    if y0.dtype == torch.float64:  # in float32 rounding is as large as the error that is allowed
+    if y0.dtype == torch.float64:  # in float32 rounding is as large as the tolerance
         assert ours.stats == plain.stats
     eps = torch.finfo(y0.dtype).eps
     torch.testing.assert_close(ours.ys, plain.ys, rtol=200 * eps, atol=1e-7)
@@ -60,8 +60,8 @@ def test_kernels_and_torch_take_the_same_steps(y0, control, method):
     {"adjoint": "reversible"}, {"method": "rk4", "step_size": 0.1}, {"method": "euler", "step_size": 0.1},
     {"compat": "torchdiffeq"}, {"dense": True}, {"first_step": 0.01},
 ], ids=str)  # fmt: skip
-def test_a_field_may_write_its_result_into_the_same_memory_again(y0, settings):
-    """As one that replays a CUDA graph does."""
+def test_a_field_may_reuse_the_memory_of_its_result(y0, settings):
+    """As a field that replays a CUDA graph does."""
     memory = torch.empty_like(y0)
 
     def again(t, y):
@@ -90,7 +90,7 @@ def test_slopes_of_any_layout_and_dtype(y0, make):
 
 
 def test_a_field_may_return_its_argument(y0):
-    """Growth y' = y: the slope is the state itself, which nothing may overwrite."""
+    """y' = y: the slope is the state itself, which must not be overwritten."""
     with torch.no_grad():
         found = ode.solve(lambda t, y: y, y0, [0.0, 1.0], **TIGHT)
     torch.testing.assert_close(found.ys[-1], y0 * torch.e, rtol=1e-6, atol=0)
@@ -99,7 +99,7 @@ def test_a_field_may_return_its_argument(y0):
 @pytest.mark.parametrize("more", [
     {"norm": lambda r: r.abs().amax()}, {"norm": lambda r: r.square().mean().sqrt()},
 ])  # fmt: skip
-def test_a_norm_of_the_user_decides(y0, more):
+def test_a_norm_of_the_user(y0, more):
     with torch.no_grad(), Calls() as calls:
         found = ode.solve(lambda t, y: -y, y0, [0.0, 1.0], **TIGHT, **more)
     assert calls.names.count("pyflowkern::rk_last") == 0
@@ -114,11 +114,11 @@ def test_a_tolerance_for_each_entry(y0):
             lambda t, s: (-s[0], -s[1]), both, [0.0, 1.0], rtol=(1e-9, 1e-3), atol=(1e-9, 1e-3)
         )
         plain = ode.solve(lambda t, s: (-s[0], -s[1]), both, [0.0, 1.0], rtol=1e-9, atol=1e-9)
-    assert found.stats == plain.stats  # the tighter one decides
+    assert found.stats == plain.stats  # the tighter tolerance determines the steps
 
 
 def test_a_tableau_of_many_stages(y0):
-    """More slopes than kernels take: forty midpoint steps in one method."""
+    """Forty midpoint steps as one method, which has more slopes than the kernels take."""
     n = 40
     rows = [(), *((2 / n,) * i for i in range(1, n))]
     many = ode.Tableau("many", 1, tuple(tuple(r[:i]) for i, r in enumerate(rows)), (1 / n,) * n,
@@ -127,7 +127,7 @@ def test_a_tableau_of_many_stages(y0):
     torch.testing.assert_close(s.ys[-1], y0 + 1)
 
 
-def test_no_slope_is_copied_but_by_the_kernels(y0):
+def test_only_the_kernels_copy_slopes(y0):
     with torch.no_grad(), Calls() as calls:
         s = ode.solve(lambda t, y: -y, y0, [0.0, 1.0], max_step=0.1, rtol=1.0, atol=1.0)
     steps = s.stats.accepted

@@ -1,4 +1,4 @@
-"""States of every kind: entries without axes, complex numbers; tolerances for each number, norms by name."""
+"""Kinds of states (entries without axes, complex numbers), tolerances for each element, and named norms."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_gradients_of_complex_states(adjoint):
                                rtol=1e-6, atol=1e-6)  # fmt: skip
 
 
-def test_complex_beside_real_and_what_does_not_fit():
+def test_complex_and_real_entries_and_wrong_results():
     state = (torch.ones(2, dtype=torch.complex64), torch.ones(2))
     z, x = ode.odeint(lambda t, s: (1j * s[0], -s[1]), state, [0.0, math.pi], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(z[-1], -state[0], rtol=1e-4, atol=1e-4)
@@ -93,8 +93,8 @@ def test_events_of_complex_states():
 # --- tolerances ----------------------------------------------------------------------------------
 
 
-def test_a_tolerance_for_each_number():
-    """A fast and a slow one: what the fast one is allowed decides about the steps, and so how exact both are."""
+def test_a_tolerance_for_each_element():
+    """A fast and a slow component: the tolerance of the fast one determines the steps, and so both errors."""
     speeds = torch.tensor([30.0, 1.0], dtype=torch.float64)
 
     def solved(atol, rtol=1e-9):
@@ -135,7 +135,7 @@ def test_tolerances_that_do_not_fit():
 
 
 def one_fast_sample(t, y):
-    """Sample 0 turns 40 times as fast as the others, which stand still."""
+    """Sample 0 rotates at 40 radians per unit of time, the others stand still."""
     speed = torch.zeros(len(y), 1, dtype=y.dtype)
     speed[0] = 40.0
     return speed * torch.stack([-y[:, 1], y[:, 0]], 1)
@@ -143,8 +143,8 @@ def one_fast_sample(t, y):
 
 @pytest.mark.parametrize("control", ["batch", "device"])
 @pytest.mark.parametrize("norm", ["max_sample", "max"])
-def test_one_fast_sample_of_many_is_as_exact_as_alone(norm, control):
-    """The mean over a batch lets it err by the root of the number of samples; a maximum does not."""
+def test_one_fast_sample_of_many_is_as_accurate_as_alone(norm, control):
+    """With the mean over a batch its error may be larger by the root of the number of samples; with a maximum not."""
     y0 = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(1000, 1)
 
     def error(rows, **settings):
@@ -171,7 +171,7 @@ def test_norms_of_tuples_and_of_samples_with_their_own_steps():
         norm: ode.solve(field, state, [0.0, 2.0], norm=norm).stats.accepted
         for norm in ("rms", "max_sample", "max")
     }
-    assert found["rms"] == found["max_sample"] <= found["max"]  # all samples are alike
+    assert found["rms"] == found["max_sample"] <= found["max"]  # since all samples are alike
     for norm in ("rms", "max_sample", "max"):
         x, _ = ode.odeint(
             lambda t, s: (-s[0], -s[1]), state, [0.0, 2.0], norm=norm, control="sample"

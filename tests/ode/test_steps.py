@@ -1,4 +1,4 @@
-"""Steps where the user wants them, at jumps and on grids, and functions that are told of them."""
+"""Steps that end at jumps of the field, steps on given grids, and callbacks."""
 
 import math
 import warnings
@@ -52,11 +52,11 @@ class Jump(nn.Module):
 @pytest.mark.parametrize("adjoint", ["direct", "continuous", "reversible"])
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "rk4"])
 def test_a_field_that_jumps(method, adjoint):
-    """y(1) = exp(-a / 2) + b / 2, with the gradients; fewer evaluations than of steps that find the jump themselves."""
+    """y(1) = exp(-a / 2) + b / 2, with the gradients; fewer evaluations than without jump_t."""
     fixed = {"step_size": 0.1} if method == "rk4" else {}
     f, y0 = Jump(), start(3).requires_grad_()
     t = torch.tensor([0.0, 0.25, 0.5, 0.8, 1.0], dtype=torch.float64, requires_grad=True)
-    # both parameters are named: an evaluation at the start sees one of them
+    # both are given in params: an evaluation at the start reads only one of them
     settings = {"method": method, "adjoint": adjoint, "params": tuple(f.parameters()), **fixed}
     y = odeint(f, y0, t, options={"jump_t": torch.tensor([0.5])}, **settings)
     first = math.exp(-0.25)
@@ -169,7 +169,7 @@ def test_output_between_the_steps_of_a_grid(adjoint):
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4"])
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_perturb(method, adjoint):
-    """The field is never asked at the ends of the steps but beside them, also by the backward solve."""
+    """The field is never evaluated at the ends of steps but just beside them, also in the backward solve."""
     f = Decay()
     interface = odeint_adjoint if adjoint else odeint
     for perturb in (False, True):
@@ -189,8 +189,8 @@ def test_perturb(method, adjoint):
 # --- callbacks -----------------------------------------------------------------------------------
 
 
-class Told(nn.Module):
-    """A field that is told of its steps."""
+class Recording(nn.Module):
+    """A field whose callbacks record the steps."""
 
     def __init__(self, names):
         super().__init__()
@@ -211,7 +211,7 @@ NAMES = ["callback_step", "callback_accept_step", "callback_reject_step"]
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_callbacks_of_adaptive_steps(method):
-    f = Told(NAMES)
+    f = Recording(NAMES)
     s = ode.solve(f, start(2), [1.0, 0.0], method=method, rtol=1e-5, atol=1e-5)
     tried, kept, again = (f.told[name] for name in NAMES)
     assert len(kept) == s.stats.accepted
@@ -224,13 +224,13 @@ def test_callbacks_of_adaptive_steps(method):
 
 
 def test_callbacks_of_fixed_steps_and_of_tuples():
-    f = Told(NAMES[:1])
+    f = Recording(NAMES[:1])
     odeint(
         lambda t, s: (f(t, s[0]), -s[1]), (start(2), start()), UNIT, method="rk4", step_size=0.1
     )
     assert f.told["callback_step"] == []  # a function has none
 
-    class Pair(Told):
+    class Pair(Recording):
         def forward(self, t, s):
             return super().forward(t, s[0]), -s[1]
 
@@ -243,7 +243,7 @@ def test_callbacks_of_fixed_steps_and_of_tuples():
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_callbacks_of_the_backward_solve(method):
     names = [n + "_adjoint" for n in (NAMES if method == "dopri5" else NAMES[:1])]
-    f = Told(names)
+    f = Recording(names)
     fixed = {"options": {"step_size": 0.1}} if method == "rk4" else {"rtol": 1e-5, "atol": 1e-5}
     y = odeint_adjoint(f, start(2), UNIT, method=method, **fixed)
     assert f.told[names[0]] == []
@@ -261,8 +261,8 @@ def test_callbacks_of_the_backward_solve(method):
      (NAMES[:1], {"control": "sample"}), (NAMES[:1], {"control": "device"}),
      (NAMES[:1], {"adjoint": "reversible"})],
 )  # fmt: skip
-def test_callbacks_that_nobody_calls_are_warned_of(names, settings):
-    class Plain(Told):
+def test_callbacks_that_are_not_called_give_a_warning(names, settings):
+    class Plain(Recording):
         def forward(self, t, y):
             return -y
 

@@ -1,4 +1,4 @@
-"""The coefficients: order conditions, embedded and dense order, and what follows for linear equations and slopes."""
+"""The coefficients: order conditions of methods, embedded methods and dense output, and observed orders."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def derivative(tree, a):
     return out
 
 
-def test_trees_are_all_there():
+def test_the_number_of_rooted_trees():
     """Cayley: 1, 1, 2, 4, 9, 20, 48, 115 rooted trees."""
     assert [len(rooted_trees(n)) for n in range(1, 9)] == [1, 1, 2, 4, 9, 20, 48, 115]
 
@@ -77,7 +77,7 @@ def test_order_conditions(name):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_embedded_method_is_one_order_less(name):
+def test_the_embedded_method_has_one_order_less(name):
     t = TABLEAUS[name]
     a, error = matrix(t), np.array(t.error)
     for order in range(1, t.order):
@@ -108,11 +108,9 @@ def test_dense_output(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_last_stage_is_the_next_first(name):
-    embedded_alone = (
-        "adaptive_heun",
-        "fehlberg2",
-    )  # theirs is the slope at the end of the lower order
-    assert TABLEAUS[name].fsal == (name in ADAPTIVE and name not in embedded_alone)
+    # the last stage of these is the slope at the end of the lower-order step
+    other = ("adaptive_heun", "fehlberg2")
+    assert TABLEAUS[name].fsal == (name in ADAPTIVE and name not in other)
     assert end_slope(TABLEAUS[name]).fsal
 
 
@@ -144,12 +142,14 @@ def test_convergence_has_the_order_as_its_slope(name):
                        method=name, step_size=2.0 / n)  # fmt: skip
         errors.append(abs(y[-1].item() - exact))
     slope = math.log2(errors[0] / errors[1])
-    assert order - 0.3 < slope < order + 1.6  # one order more may show on one equation
+    assert (
+        order - 0.3 < slope < order + 1.6
+    )  # for a single equation the order may appear one higher
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_tolerances_are_met(name):
-    """A rotation: the error of the whole is within some 50 times the tolerance of a step, and falls with it."""
+    """A rotation: the error of the solve is at most some 50 tolerances, and falls with the tolerance."""
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     errors = []
     # Fehlberg's estimate is the difference h^2 / 512 y'' of two methods, not the error, which goes with h^3
@@ -168,7 +168,7 @@ def test_tolerances_are_met(name):
     [("implicit_adams", "rk4"), ("fixed_adams", "rk4"), ("implicit_euler", "euler"), ("gl6", "dopri8"),
      ("radauIIA5", "dopri5"), ("trapezoid", "heun2"), ("scipy_solver", "dopri5")],
 )  # fmt: skip
-def test_methods_that_are_not_here_name_the_nearest(method, near):
+def test_missing_methods_name_the_nearest_one(method, near):
     with pytest.raises(ValueError, match=f"{method}.*nearest is '{near}'"):
         ode.solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method=method)
     ode.solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method=near, step_size=0.5)

@@ -41,7 +41,7 @@ def files(folder):
 
 
 def refused(capsys, monkeypatch, run, *arguments):
-    """Return the one line, having seen exit code 2 and that nothing in the folder changed."""
+    """Assert exit code 2 and that nothing in the folder changed; return the one line of stderr."""
     before = files(run.parent)
     monkeypatch.setattr(sys, "argv", ["pyflowkern", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
@@ -55,7 +55,7 @@ def refused(capsys, monkeypatch, run, *arguments):
 
 
 def edited(change):
-    """Damage a checkpoint by editing what it holds."""
+    """Return a function that edits the contents of a checkpoint."""
 
     def damage(path):
         checkpoint = torch.load(path, weights_only=True)
@@ -66,7 +66,7 @@ def edited(change):
 
 
 def weights(change):
-    """Damage a checkpoint by editing its weights, the trained and the averaged ones."""
+    """Return a function that edits the weights of a checkpoint, trained and averaged."""
 
     def each(checkpoint):
         state = checkpoint["state_dict"]
@@ -82,7 +82,7 @@ def _nan(state, name):
 
 
 def _flip(path):
-    """Flip one bit of a weight, which no reader of the format would notice."""
+    """Flip one bit of a weight, which the file format alone does not detect."""
     data = bytearray(path.read_bytes())
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["state_dict"]
@@ -177,14 +177,14 @@ OPTIMIZER = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZER)
-def test_a_state_that_cannot_be_gone_on_from(kind, run, capsys, monkeypatch):
+def test_a_state_from_which_training_cannot_resume(kind, run, capsys, monkeypatch):
     edited(OPTIMIZER[kind])(run / "last.ckpt")
     line = refused(capsys, monkeypatch, run, "train", "--resume", run)
     assert "last.ckpt: cannot be resumed" in line
-    load_trained(run)  # its weights are good
+    load_trained(run)  # its weights can still be loaded
 
 
-def test_a_checkpoint_of_an_earlier_version_loads_and_goes_on(run):
+def test_a_checkpoint_of_an_earlier_version_loads_and_resumes(run):
     """Lightning's counters were stored, the scores since the last evaluation were not."""
     checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     checkpoint["loops"] = {"fit_loop": {"state_dict": {}}}
@@ -200,7 +200,7 @@ def config(run):
     return TrainConfig.create({**TrainConfig.read(run / "config.yaml"), "out": str(run)})
 
 
-def test_with_the_last_checkpoint_gone_the_best_one_is_taken_and_that_is_said(run, capsys):
+def test_without_the_last_checkpoint_the_best_one_is_used_with_a_warning(run, capsys):
     (run / "last.ckpt").unlink()
     step = load_checkpoint(run / "best.ckpt")["pyflowkern"]["progress"][0]
     history = train(config(run), resume=True).history
@@ -210,14 +210,14 @@ def test_with_the_last_checkpoint_gone_the_best_one_is_taken_and_that_is_said(ru
     assert [row["step"] for row in history] == [0, 2, 4, 6, 8]
 
 
-def test_with_all_checkpoints_gone_nothing_starts_again(run, capsys, monkeypatch):
+def test_without_any_checkpoint_resuming_is_refused(run, capsys, monkeypatch):
     (run / "last.ckpt").unlink()
     (run / "best.ckpt").unlink()
     line = refused(capsys, monkeypatch, run, "train", "--resume", run)
     assert "last.ckpt and best.ckpt are gone" in line
 
 
-def test_a_run_without_a_first_checkpoint_starts_again_and_says_so(run, capsys):
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_a_message(run, capsys):
     for path in run.iterdir():
         if path.name != "config.yaml" and path.is_file():
             path.unlink()
@@ -225,7 +225,7 @@ def test_a_run_without_a_first_checkpoint_starts_again_and_says_so(run, capsys):
     assert "no checkpoint was written yet; starting at step 0" in capsys.readouterr().out
 
 
-def test_an_overwritten_run_leaves_nothing_to_be_taken_for_the_new_one(run, monkeypatch):
+def test_an_overwritten_run_leaves_no_files_behind(run, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
 
@@ -244,7 +244,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
-def test_numbers_that_cannot_be(kind, run, capsys, monkeypatch):
+def test_impossible_numbers(kind, run, capsys, monkeypatch):
     options, message = NUMBERS[kind]
     out = ("--out", run.parent / "s.csv")
     assert message in refused(capsys, monkeypatch, run, "sample", run, *out, *options)
@@ -280,21 +280,21 @@ def test_samples_drawn_in_parts_are_as_many_as_asked_for(run, monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) and "\0" not in value else "",
 )
-def test_options_that_nothing_could_use(name, value):
+def test_useless_options(name, value):
     with pytest.raises(ConfigError, match=f"^{name} must ") as caught:
         TrainConfig.create({name: value})
     assert len(str(caught.value)) < 200
 
 
 def test_a_default_that_changes_later_does_not_change_a_stored_flow(tmp_path):
-    """A run writes its flow's numbers out; runs from before that had splines up to 3."""
+    """A run stores its flow's settings; runs of earlier versions, which did not, had splines up to 3."""
     out = tmp_path / "run"
     np.savetxt(tmp_path / "t.csv", np.random.default_rng(0).normal(size=(50, 2)), delimiter=",")
     options = {"flow": "NSF", "flow_args": {"transforms": 1}, "data": str(tmp_path / "t.csv")}
     train(TrainConfig.create(options | {"steps": 2, "batch_size": 8, "out": str(out)}))
     for config in (load_trained(out).config, resume_config(out)):
         assert config.flow_args["bins"] == 8
-        assert config.flow_args["bound"] is None  # what the flow takes then is 5
+        assert config.flow_args["bound"] is None  # for which the flow now takes 5
     stored = torch.load(out / "last.ckpt", weights_only=True)
     stored["pyflowkern"]["config"]["flow_args"] = {"transforms": 1}
     torch.save(stored, out / "last.ckpt")

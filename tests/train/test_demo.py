@@ -1,4 +1,4 @@
-"""The demonstration, shrunken: what it prints and what it leaves behind."""
+"""The demonstration in a short form: its output and its files."""
 
 import csv
 import re
@@ -16,7 +16,7 @@ def run(capsys, *flags):
 
 
 @pytest.mark.slow
-def test_a_shrunken_demo(tmp_path, monkeypatch, capsys):
+def test_a_short_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {"levels": 2, "steps": 1, "hidden": 8}
     monkeypatch.setattr(

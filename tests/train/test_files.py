@@ -1,4 +1,4 @@
-"""Files are whole or absent: after kills, on full disks, beside planted links."""
+"""Files are complete or absent: after kills, on full disks, with links in their place."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import pyflowkern
 from pyflowkern.train import TrainConfig, train
 from pyflowkern.train.files import write_atomic
 
-#: For processes of their own: the package under test, whether installed or on the path of this process.
+#: Environment of subprocesses: the package under test may be installed or on the path of this process.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(pyflowkern.__file__).parents[1])}
 TINY = {"data": "t.csv", "flow": "RealNVP", "flow_args": {"steps": 1, "hidden": 4}, "every": 2}
 
@@ -47,7 +47,7 @@ files.write_atomic(Path(sys.argv[1]), b"new")
 
 @pytest.fixture
 def writer(tmp_path):
-    """A process that waits while it writes over last.ckpt."""
+    """Start a process that waits while it overwrites last.ckpt."""
     path = tmp_path / "last.ckpt"
     path.write_text("old")
     command = [sys.executable, "-c", SLOW_WRITER, str(path)]
@@ -85,7 +85,7 @@ def test_links_and_pipes_that_look_like_temporary_files_are_neither_followed_nor
     assert not (tmp_path / "x.csv").is_symlink()
 
 
-def test_temporary_names_cannot_be_foretold(tmp_path, monkeypatch):
+def test_temporary_names_are_unpredictable(tmp_path, monkeypatch):
     names = []
     replace = os.replace
 

@@ -1,4 +1,4 @@
-"""A run that a signal ends: a checkpoint, a line, the exit code of a shell; and an exact way on."""
+"""A run that a signal ends writes a checkpoint and a line, exits as a shell reports it, and resumes exactly."""
 
 import os
 import re
@@ -26,7 +26,7 @@ OPTIONS = {
     "warmup": 2,
     "batch_size": 8,
 }
-#: The command line, slowed down, saying each step that it has taken.
+#: The command line, slowed down, printing each step.
 SLOW = """
 import sys, time; from pyflowkern.train import FlowModule
 step = FlowModule.training_step
@@ -55,7 +55,7 @@ def config(table):
 
 @pytest.fixture(scope="module")
 def whole(table, tmp_path_factory):
-    """The checkpoint and the metrics of a run that nothing stopped."""
+    """The checkpoint and the metrics of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     run = train(TrainConfig.create({**OPTIONS, "data": str(table), "out": str(out)}))
     return load_checkpoint(out), rows(run.history)

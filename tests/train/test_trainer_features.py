@@ -1,4 +1,4 @@
-"""What the trainer promises beside exact resume: warm-up, clipping, bf16, logs, the bar, early stopping."""
+"""Features of the trainer: warm-up, clipping, bf16, logs, the progress bar, early stopping."""
 
 import math
 import sys
@@ -34,7 +34,7 @@ def config(out, **changes):
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """What AdamW sees at each of its steps: learning rate, weight decay, norm of the gradient."""
+    """Record learning rate, weight decay and norm of the gradient at each step of AdamW."""
     seen = []
     step = torch.optim.AdamW.step
 
@@ -50,7 +50,7 @@ def steps_taken(monkeypatch):
 
 
 def test_warm_up_decay_and_clipping_reach_the_optimizer(tmp_path, steps_taken):
-    # two passes, apart in the clip alone: without effect, then far below every gradient
+    # two runs that differ in the clip: above all gradients, then far below them
     train(config(tmp_path / "free", lr=0.1, clip=1e9, weight_decay=0.03, final_lr=0.5))
     free, steps_taken[:] = list(steps_taken), []
     train(config(tmp_path / "clipped", lr=0.1, clip=0.01, weight_decay=0.03, final_lr=0.5))

@@ -1,4 +1,4 @@
-"""The trainer: exact resume, EMA, non-finite steps, stopping, what a run leaves behind."""
+"""The trainer: exact resume, EMA, non-finite steps, stopping, the files of a run."""
 
 import csv
 import math
@@ -46,7 +46,7 @@ def vector_config(out, **changes):
 
 
 def assert_same_run(left, right):
-    """Every tensor of the checkpoints, the optimiser's and the metrics but their times are equal bit for bit."""
+    """Assert equal checkpoints, optimiser states and metrics (without times), bit for bit."""
     a, b = load_checkpoint(left / "last.ckpt"), load_checkpoint(right / "last.ckpt")
     assert a["pyflowkern"]["progress"] == b["pyflowkern"]["progress"]
     assert a["state_dict"].keys() == b["state_dict"].keys()
@@ -86,7 +86,7 @@ def test_a_run_leaves_its_files_and_learns(finished):
     assert yaml.safe_load((finished.out / "config.yaml").read_text())["steps"] == 12
 
 
-def test_a_checkpoint_scores_what_the_run_said(finished):
+def test_a_checkpoint_reproduces_the_score_of_the_run(finished):
     trained = load_trained(finished.out)
     scores = score(trained.model, finished.module.data.validation, seed=0)
     # the same averaged weights, other dequantisation noise: 180 images of about 0.3 bits/dim spread
@@ -110,7 +110,7 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, at):
     with pytest.raises(Killed):
         train(config(tmp_path))
     monkeypatch.undo()
-    torch.manual_seed(at)  # whatever the generators hold
+    torch.manual_seed(at)  # the state of the generators must not matter
     train(config(tmp_path), resume=True)
     assert_same_run(finished.out, tmp_path)
 
@@ -187,7 +187,7 @@ def test_ema_is_the_documented_average():
     for n in range(40):
         with torch.no_grad():
             model.weight.fill_(float(n))
-        model.running_mean = torch.tensor([float(n)])  # another tensor, as .to() puts it there
+        model.running_mean = torch.tensor([float(n)])  # a new tensor, as .to() makes it
         model.num_batches_tracked += 1
         average.update()
         decay = min(0.7, (1 + n) / (10 + n)) if n else 0.0
@@ -217,7 +217,7 @@ def test_the_average_is_that_of_torch_and_has_its_state():
     assert all(torch.equal(expected[name], state[name]) for name in state)
 
 
-def test_ema_differs_from_the_weights_and_is_what_is_loaded(finished):
+def test_loading_gives_the_averaged_weights(finished):
     module, trained = finished.module, load_trained(finished.out)
     pairs = zip(module.model.parameters(), module.averaged.module.parameters(), strict=True)
     assert any(not torch.equal(p, q) for p, q in pairs)
