@@ -1,10 +1,10 @@
-"""A continuous flow whose answer is known: the field A x + b, log-densities that change by -T tr A.
+"""A continuous flow with a known solution: the field A x + b changes log-densities by -T tr A.
 
     python examples/affine_cnf.py            # seconds; writes affine_cnf.png
 
-Along dx/dt = A x + b every volume grows by exp(T tr A), wherever it is, so the log-density of each sample
-falls by T tr A exactly.  Solvers see it under any step size, the estimate of the trace only on average: its
-spread over the probes is that of e^T A e, sqrt(2 (|S|^2 - sum S_ii^2)) with S the symmetric part of A.
+Along dx/dt = A x + b every volume grows by exp(T tr A), so the log-density of each sample falls by exactly
+T tr A.  With the exact trace a solver gives this for any step size; Hutchinson's estimate e^T A e gives it only
+on average, with standard deviation sqrt(2 (|S|^2 - sum S_ii^2)) over probes, S being the symmetric part of A.
 """
 
 from __future__ import annotations

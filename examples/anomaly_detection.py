@@ -1,7 +1,7 @@
-"""Anomaly detection: a flow learns what is usual, and low log-likelihood is a sign of what is not.
+"""Anomaly detection: a flow learns the usual data, and a low log-likelihood marks unusual data.
 
-On scikit-learn's breast cancer data a spline flow is trained on part of the benign cases alone; malignant
-ones are to be found among the rest.  A Gaussian is the baseline, and the ROC curve the measure.
+On scikit-learn's breast cancer data a spline flow is trained on some of the benign cases only, and has to detect
+the malignant ones among the rest.  The baseline is a Gaussian, and the measure the ROC curve.
 
     python examples/anomaly_detection.py
 """
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     draw = batches(train, 64)
 
     def loss() -> torch.Tensor:
-        x = draw()  # a little noise, without which the flow overfits 250 rows in 30 dimensions
+        # without a little noise the flow overfits 250 rows in 30 dimensions
+        x = draw()
         return -flow.log_prob(x + 0.2 * torch.randn_like(x)).mean()
 
     fit(loss, flow.parameters(), args.steps, lr=1e-3, weight_decay=1e-2, say="NSF")

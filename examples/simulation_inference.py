@@ -1,9 +1,9 @@
 """Simulation-based inference: a conditional spline flow learns the posterior of a simulator's parameters.
 
 The simulator is linear with Gaussian noise, x = A theta + noise, so that its posterior is known in closed
-form: the flow sees pairs (theta, x) alone and must find it.  Two checks: means and covariances against
-the exact ones, and simulation-based calibration (Talts et al. 2018): the rank of the true parameter
-among posterior samples must be uniform.
+form; the flow learns it from pairs (theta, x) only.  There are two checks: means and covariances are compared
+with the exact ones, and in simulation-based calibration (Talts et al. 2018) the rank of the true parameter
+among posterior samples must be uniformly distributed.
 
     python examples/simulation_inference.py
 """
@@ -23,7 +23,7 @@ NOISE = 0.5
 
 
 def simulate(n: int) -> tuple[Tensor, Tensor]:
-    """Draw parameters from the prior, a standard normal, and an observation of each."""
+    """Draw parameters from the prior, a standard normal, and an observation for each."""
     theta = torch.randn(n, 2)
     return theta, theta @ DESIGN.T + NOISE * torch.randn(n, 3)
 

@@ -1,4 +1,4 @@
-"""How wide must the splines of an NSF reach?  Posteriors of known width, and a density that needs fine bins.
+"""How large must the bound of an NSF's splines be?  Posteriors of known width, and a density that needs fine bins.
 
 Outside of ``[-B, B]`` a spline is the identity: the share ``2 Q(B)`` of the latents that lie there, 0.27% for
 ``B = 3``, stays where it is.  A posterior of width ``w`` in standardised parameters then has samples at
@@ -38,7 +38,7 @@ NOISES = (0.6, 0.1, 0.03)
 
 
 def simulate(n: int, noise: float) -> tuple[Tensor, Tensor]:
-    """Draw parameters from the prior, a standard normal, and an observation of each."""
+    """Draw parameters from the prior, a standard normal, and an observation for each."""
     theta = torch.randn(n, 2)
     return theta, theta @ DESIGN.T + noise * torch.randn(n, 2)
 
@@ -71,7 +71,7 @@ def compare(
 
 
 def posterior(bound: float, noise: float, steps: int, quick: bool) -> tuple[float, float]:
-    """Train a flow of the posterior; return what :func:`compare` says of it."""
+    """Train a flow of the posterior; return the result of :func:`compare`."""
     flow = flows.NSF(2, transforms=3, hidden=(50, 50), bound=bound, context_features=2)
 
     def loss() -> Tensor:

@@ -1,8 +1,8 @@
 """Two separate modes: how much the base distribution matters.
 
-A flow is continuous and cannot split the mass of one normal in two: some mass stays between the modes.
-With a base of two Gaussians, learned with the flow, it need not split anything.  The share of samples
-that fall between the modes, where no data are, measures this.
+A flow is continuous and cannot divide one normal into two separate modes: some mass stays between them.  With
+a base of two Gaussians, learned with the flow, it does not need to.  The measure is the share of samples that
+fall between the modes, where there are no data.
 
     python examples/two_modes.py
 """
