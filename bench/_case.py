@@ -228,9 +228,8 @@ def _difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None], rto
     if len(got) != len(want):
         return f"{len(got)} results, eager has {len(want)}"
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        if (
-            a is None or b is None
-        ):  # a gradient that one of them does not have: its parameters are its own
+        # a gradient that one of them does not have: its parameters are its own
+        if a is None or b is None:
             continue
         if a.shape != b.shape:
             return f"result {i} has shape {tuple(a.shape)}, eager {tuple(b.shape)}"

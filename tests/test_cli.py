@@ -192,10 +192,11 @@ def test_flags_override_yaml_and_numbers_may_be_written_freely(table, tmp_path):
     whole = ("--set", "flow_args={hidden: 5}")
     succeeds("train", "run.yaml", "--steps", 1, "--out", "run", "--overwrite", *whole)
     config = TrainConfig.create(TrainConfig.read(Path("run/config.yaml")))
+    # 3: the default of the flow
     assert (config.flow_args["hidden"], config.flow_args["steps"]) == (
         5,
         3,
-    )  # 3: the default of the flow
+    )
 
 
 def test_resume_gives_what_an_uninterrupted_run_gives(digits, tmp_path, monkeypatch):

@@ -115,9 +115,8 @@ def test_a_mixture_base_leaves_less_between_two_modes(quick):
 
 def test_splines_that_reach_far_enough_give_posteriors_the_right_width(quick):
     ratios = quick("spline_bound")
-    assert (
-        ratios[3.0][0] > 1.3
-    )  # the tails beyond 3 alone would give 1.9; after so few steps it is 1.5
+    # the tails beyond 3 alone would give 1.9; after so few steps it is 1.5
+    assert ratios[3.0][0] > 1.3
     assert 0.95 < ratios[5.0][0] < 1.1
 
 

@@ -39,9 +39,8 @@ class Dynamics(nn.Module):
 
     def __init__(self, field: Any) -> None:
         super().__init__()
-        self.field = [
-            field
-        ]  # in a list, so that it is no submodule and its parameters are listed once
+        # in a list, so that it is no submodule and its parameters are listed once
+        self.field = [field]
         self.probe: Tensor | None = None
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:

@@ -53,9 +53,8 @@ def ours(size: Size, device: torch.device) -> flows.NSF:
         bound=3.0,
     )
     with torch.no_grad():
-        for layer in flow.bijection[
-            1::2
-        ]:  # nflows' LU has neither a permutation nor negative pivots
+        # nflows' LU has neither a permutation nor negative pivots
+        for layer in flow.bijection[1::2]:
             layer.permutation.copy_(torch.arange(size.dims))
         for p in flow.parameters():
             p.add_(0.3 * p.shape[-1] ** -0.5 * torch.randn_like(p) if p.dim() > 1 else 0.0)

@@ -146,9 +146,8 @@ def _search(
 
     def stop(stepper: Stepper, t: float, dt: float, y: Tensor, y1: Tensor) -> bool:
         nonlocal signs
-        if bool(
-            (signs == 0).any()
-        ):  # a component that starts at zero takes its sign from the first step
+        # a component that starts at zero takes its sign from the first step
+        if bool((signs == 0).any()):
             new = torch.sign(at(t + dt, y1))
             signs = torch.where(signs == 0, new, signs)
         after = least(t + dt, y1)

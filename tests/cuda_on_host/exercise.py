@@ -121,10 +121,11 @@ def linear():
 
 def field():
     shapes = ((3, (2, 4, 8, 2)), (5, (3, 7, 3)), (1, (5, 33, 20, 5)))
+    # more samples than a tile; layers too wide for the fused kernel
     shapes += (
         (100, (2, 12, 2)),
         (3, (3, 130, 20, 3)),
-    )  # more samples than a tile; layers too wide for the fused kernel
+    )
     for n, dims in shapes:
         pairs = list(itertools.pairwise(dims))
         parameters = [torch.randn(b, a) / a**0.5 for a, b in pairs]

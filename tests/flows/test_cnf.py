@@ -89,9 +89,8 @@ def test_regularizers_are_integrals_along_the_path():
     ]
     for found, column in zip(terms[2:], zip(*values, strict=True), strict=True):
         expected = torch.trapezoid(torch.stack(column), times, dim=0)
-        torch.testing.assert_close(
-            found, expected, rtol=1e-4, atol=1e-4
-        )  # error of the trapezoidal rule
+        # error of the trapezoidal rule
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_need_no_divergence(monkeypatch):
@@ -160,9 +159,8 @@ def test_standard_error_of_the_estimate():
     with torch.no_grad():
         terms = flow.terms(x, probes=64, generator=torch.Generator().manual_seed(0))
         deviations = (terms.log_prob - exact) / terms.standard_error
-    assert (
-        0.5 < deviations.square().mean() < 2
-    )  # the mean of 40 samples with expectation 1 and deviation 0.22
+    # the mean of 40 samples with expectation 1 and deviation 0.22
+    assert 0.5 < deviations.square().mean() < 2
     assert flow.terms(x).standard_error.isnan().all()
 
 

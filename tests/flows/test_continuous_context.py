@@ -111,9 +111,8 @@ def test_distribution_and_samples():
     z = torch.randn(3, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     torch.testing.assert_close(found, flow.inverse(z, context[:1].expand(3, -1))[0])
     y, log_prob = flow.sample_and_log_prob(4, context)
-    torch.testing.assert_close(
-        log_prob, flow.log_prob(y, context), rtol=1e-3, atol=1e-3
-    )  # error of RK4
+    # error of RK4
+    torch.testing.assert_close(log_prob, flow.log_prob(y, context), rtol=1e-3, atol=1e-3)
     path = next(flow.blocks()).trajectory(x, [0.0, 1.0], context)
     torch.testing.assert_close(path[-1], flow(x, context)[0], rtol=1e-3, atol=1e-3)
 

@@ -176,9 +176,8 @@ def test_images_with_contexts():
     with pytest.warns(RuntimeWarning, match="1 of 4 samples"):
         found = flow.log_prob(x, context)
     assert found[:2].isnan().all()
-    torch.testing.assert_close(
-        found[2:], good, rtol=1e-3, atol=1e-3
-    )  # solves with tolerances of 1e-5
+    # solves with tolerances of 1e-5
+    torch.testing.assert_close(found[2:], good, rtol=1e-3, atol=1e-3)
     found[2:].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in flow.parameters())
 

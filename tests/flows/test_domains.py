@@ -73,9 +73,8 @@ def test_angles_rounded_to_float32_are_valid_in_float64(options):
     torch.testing.assert_close(flow.log_prob(x), uniform, rtol=0, atol=1e-6)
     randomize(flow, 0.5)
     near = torch.tensor([[end - 2 * math.pi, 2 * math.pi - end]], dtype=torch.float64)
-    if (
-        "autoregressive" not in options
-    ):  # autoregressive networks see the angle itself, which may jump at the ends
+    # autoregressive networks see the angle itself, which may jump at the ends
+    if "autoregressive" not in options:
         torch.testing.assert_close(flow.log_prob(x[:1]), flow.log_prob(near))
     x.requires_grad_()
     flow.log_prob(x).sum().backward()

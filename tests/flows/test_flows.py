@@ -221,9 +221,8 @@ def test_in_one_dimension_the_density_integrates_to_one():
     scale, bias = flow.bijection[0].log_scale.exp().item(), flow.bijection[0].bias.item()
     x = torch.linspace(-bias, 1 / scale - bias, 20001).double()[1:-1, None]
     mass = torch.trapezoid(flow.log_prob(x).exp(), x[:, 0])
-    inside = math.erf(
-        math.log(0.99 / 0.01) / math.sqrt(2)
-    )  # the probability of the interval under the base
+    # the probability of the interval under the base
+    inside = math.erf(math.log(0.99 / 0.01) / math.sqrt(2))
     torch.testing.assert_close(mass.item(), inside, atol=1e-4, rtol=0)
 
 

@@ -143,9 +143,8 @@ def test_copies_compute_the_same(name):
 def test_every_parameter_has_a_gradient(name):
     layer, x, context = make(name)
     z, log_det = layer.train()(x, context)
-    if (
-        list(layer.parameters()) and name != "linear of one channel"
-    ):  # which has no triangular entries
+    # which has no triangular entries
+    if list(layer.parameters()) and name != "linear of one channel":
         check_gradients(layer, (z**3).sum() + (log_det**2).sum())
 
 

@@ -122,9 +122,8 @@ def test_a_copy_made_before_the_first_batch_keeps_averaged_parameters(kind, name
             m.bias += 0.5
     update(flow, average)
     other = getattr(average, "module", average).train()
-    other.log_prob(
-        data(flow, seed=3) * 7
-    )  # in training mode, as copies of a model in training often are
+    # in training mode, as copies of a model in training often are
+    other.log_prob(data(flow, seed=3) * 7)
     torch.testing.assert_close(other.log_prob(x), flow.log_prob(x))
     fresh = FLOWS[name]()
     copied = copy.deepcopy(fresh)

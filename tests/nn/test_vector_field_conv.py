@@ -144,9 +144,8 @@ def test_batched_gradients_are_those_one_by_one():
 
 def test_vmap_in_single_precision():
     field, x = make("concatsquash").float(), states().float()
-    several = torch.stack(
-        [x, 2 * x]
-    )  # with the axis of vmap the input of the convolution has five axes
+    # with the axis of vmap the input of the convolution has five axes
+    several = torch.stack([x, 2 * x])
     found = torch.func.vmap(lambda v: field(0.4, v))(several)
     torch.testing.assert_close(found, torch.stack([field(0.4, v) for v in several]))
 

@@ -56,9 +56,8 @@ def test_gradient_of_the_time_and_of_the_state(adjoint):
     height_found = torch.autograd.grad(
         ode.odeint_event(field, y0, t0, event_fn=height)[1][-1][0], [h, g]
     )
-    assert all(
-        abs(v.item()) < 1e-6 for v in height_found
-    )  # the height at the event is always zero
+    # the height at the event is always zero
+    assert all(abs(v.item()) < 1e-6 for v in height_found)
 
 
 def test_an_event_that_depends_on_the_time_only():

@@ -25,9 +25,8 @@ def test_a_solve_reaches_a_pole_to_the_last_bit_of_the_time(settings_of_solve, d
 
 @pytest.mark.parametrize("settings_of_solve", CONTROLS, ids=str)
 def test_a_first_step_out_of_the_fields_domain_is_shortened(settings_of_solve):
-    def fall(
-        t, y
-    ):  # the trial Euler step, from which the first step size is chosen, leads below zero
+    # the trial Euler step, from which the first step size is chosen, leads below zero
+    def fall(t, y):
         return torch.where(y < 0.999, math.inf, -1e-9 * y)
 
     found = ode.solve(fall, torch.ones(3, 1, dtype=torch.float64), [0.0, 1.0], **settings_of_solve)
@@ -75,9 +74,8 @@ def test_reversible_gradients_up_to_a_pole_are_those_of_the_accepted_steps(
     loss = found.ys.sum()
     plain = torch.autograd.grad(loss, (y0, a), retain_graph=True)
     assert all(torch.isfinite(g).all() for g in plain)
-    if (
-        most < math.inf
-    ):  # without this limit the gradient is as sensitive as the state is close to the pole
+    # without this limit the gradient is as sensitive as the state is close to the pole
+    if most < math.inf:
         recorded = torch.autograd.grad(loss, (y0, a), create_graph=True)  # a replay by autograd
         for one, other in zip(plain, recorded, strict=True):
             torch.testing.assert_close(one, other, rtol=1e5 * torch.finfo(dtype).eps, atol=0)

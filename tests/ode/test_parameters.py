@@ -123,9 +123,8 @@ def test_a_parameter_that_is_read_only_later(holder, adjoint_settings):
     y.sum().backward()
     halves = [p.grad.item() for p in held]
     assert sum(halves) == pytest.approx(math.exp(-1.0), rel=1e-3)
-    assert halves[0] == pytest.approx(
-        halves[1], rel=0.1
-    )  # one step has stages on both sides of the middle
+    # one step has stages on both sides of the middle
+    assert halves[0] == pytest.approx(halves[1], rel=0.1)
 
 
 @pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
@@ -200,9 +199,8 @@ def test_forces_from_energies(adjoint_settings, own_mode):
 
     s = ode.solve(force, torch.ones(1, 1).double(), [0.0, 1.0], **adjoint_settings)
     assert s.ok
-    assert (
-        abs(len(calls) - s.stats.evaluations) <= 2
-    )  # one evaluation finds the parameters, one that the field differentiates
+    # one evaluation finds the parameters, one that the field differentiates
+    assert abs(len(calls) - s.stats.evaluations) <= 2
     s.ys[-1].sum().backward()
     assert s.ys[-1].item() == pytest.approx(math.exp(-2), rel=1e-6)
     assert w.grad.item() == pytest.approx(-math.exp(-2), rel=1e-5)

@@ -76,9 +76,8 @@ def test_a_parameter_that_is_read_only_later_has_second_derivatives():
         (slope,) = torch.autograd.grad(y[-1].sum(), y0, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), [n.weight for n in nets]))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(
-            one, other, rtol=0.02, atol=0
-        )  # a step has stages on both sides of the middle
+        # a step has stages on both sides of the middle
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)

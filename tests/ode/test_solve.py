@@ -219,10 +219,11 @@ def test_fixed_steps_stop_at_the_last_finite_state(name):
                   method=name, step_size=0.1)  # fmt: skip
     assert s.status == ode.Status.non_finite
     assert torch.isfinite(s.ys).all()
+    # depending on whether the last stage lies at the end of the step
     assert s.stats.accepted in (
         5,
         6,
-    )  # depending on whether the last stage lies at the end of the step
+    )
 
 
 def test_a_failing_training_step_does_not_raise():

@@ -142,9 +142,8 @@ def test_convergence_has_the_order_as_its_slope(name):
                        method=name, step_size=2.0 / n)  # fmt: skip
         errors.append(abs(y[-1].item() - exact))
     slope = math.log2(errors[0] / errors[1])
-    assert (
-        order - 0.3 < slope < order + 1.6
-    )  # for a single equation the order may appear one higher
+    # for a single equation the order may appear one higher
+    assert order - 0.3 < slope < order + 1.6
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
