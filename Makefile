@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflowkern) CMakeLists.txt pyproject.toml
-# libraries that tests compare with, without what else they ask for: what is imported of them needs torch and the above
+# libraries that tests compare with, installed without their dependencies: what tests import needs torch and the above
 PEERS := nflows normflows torchdiffeq
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
@@ -44,10 +44,10 @@ gpu:
 bench: $(VENV)/installed
 	$(BIN)/python -m bench all
 
-# What a step of the set-up does, and how long it takes on two cores, before it falls silent.
+# Prints what the next step of the set-up does and how long it takes on two cores, because its commands are quiet.
 say = @printf '\n== %s\n'
 
-# torch first and alone: the constraint names a CPU build, which a later resolution must not replace
+# torch is installed first, by itself: a later resolution must not replace the CPU build that the constraint names
 $(VENV)/tools: constraints.txt pyproject.toml
 	$(say) "set-up 1/4: a Python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
@@ -60,7 +60,7 @@ $(VENV)/tools: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
 	touch $@
 
-# of what the build says, the lines that count its files: [7/47] Building ...; all of it when it fails
+# of the build's output only the progress is shown, [7/47] Building ...; all of it if the build fails
 $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	$(say) "set-up 4/4: the kernels are compiled, 5 minutes or so on two cores, longer where nvcc is; the count says how far it is"
 	rm -rf dist

@@ -64,7 +64,7 @@ def callbacks_of(
     unused = [n for i, n in enumerate(names) if i >= allowed and found[i] is not None]
     if unused:
         warnings.warn(
-            f"this solve does not call {', '.join(unused)}: fixed steps call {names[0]} alone, "
+            f"this solve does not call {', '.join(unused)}: fixed steps call only {names[0]}, "
             "and adjoint='reversible' and control='sample' or 'device' call no callback",
             UserWarning,
             stacklevel=4,

@@ -17,9 +17,8 @@ from pyflowkern.ode.tableaus import Tableau, tableau
 
 __all__ = ["CapturedSolve", "capture"]
 
-_WARM_UP = (
-    2  # solves before the recording, so that libraries allocate their workspaces outside of it
-)
+#: Solves before the recording, so that libraries allocate their workspaces outside of it.
+_WARM_UP = 2
 
 
 class CapturedSolve:
@@ -30,7 +29,7 @@ class CapturedSolve:
         solution: tensors that they write.
         packing: of the first state.
         replay: runs the kernels.
-        reads: the tensors that they read besides, such as parameters.
+        reads: further tensors that they read, such as parameters.
 
     Example:
         >>> import torch
@@ -51,7 +50,7 @@ class CapturedSolve:
     ) -> None:
         self._inputs, self._solution = inputs, solution
         self._packing, self._replay = packing, replay
-        # the second one keeps the memory that the kernels read from being used for anything else
+        # the detached alias keeps the memory alive that the kernels read, even if the tensor gets other memory
         self._reads = [(t, t.detach(), t.data_ptr()) for t in reads]
 
     @torch.no_grad()
@@ -165,7 +164,7 @@ def capture(
 
 
 class _Reads(TorchDispatchMode):
-    """Collects the tensors that torch's operations read and that none of them has made."""
+    """Collects the tensors that operations of torch read and that no operation has created."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

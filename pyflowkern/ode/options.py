@@ -162,21 +162,21 @@ def options_for(
     backward: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Options:
-    """Return the settings of a solve, checked, in the terms of packed states.
+    """Check the user's settings of a solve and return them for packed states.
 
     Args:
         packing: of the first state.
         device: of the first state.
-        method: name or tableau; with ``compat`` a name of torchdiffeq's.
+        method: name or tableau; with ``compat`` torchdiffeq's name.
         rtol: relative tolerance, as the user gave it.
         atol: absolute tolerance, as the user gave it.
-        norm: a name, or a function of a state as the user sees it.
-        control: who decides about steps.
-        check_every: rounds between two looks at the device; None for the default.
-        dense: whether the state between steps will be asked for.
+        norm: a name, or a function of a state in the user's structure.
+        control: "batch", "sample" or "device".
+        check_every: steps between two questions to the device whether the solve has ended; None for the default.
+        dense: whether a dense output is wanted.
         compat: None or "torchdiffeq".
-        max_steps: None for the default: 10,000, or no limit where torchdiffeq has none.
-        backward: what is different in the backward solve of ``adjoint="continuous"``.
+        max_steps: None for the default: 10,000, with ``compat`` ten million.
+        backward: settings of the backward solve of ``adjoint="continuous"`` that differ.
         **settings: fields of :class:`Options`.
     """
     if compat not in (None, "torchdiffeq"):
