@@ -27,7 +27,7 @@ __all__ = [
 class Bijection(torch.nn.Module):
     r"""An invertible map :math:`z = f(x)` with the log-determinant of the direction that ran.
 
-    Subclasses write ``forward(x, context=None) -> (z, log_det)`` and
+    Subclasses define ``forward(x, context=None) -> (z, log_det)`` and
     ``inverse(z, context=None) -> (x, log_det)``, with ``log_det`` of shape ``[N]``, float32 at
     least.  A layer that changes the shape of an event also overrides :meth:`output_shape` and
     :meth:`input_shape`.
@@ -91,9 +91,9 @@ class BijectionTransform(Transform):
         domain_dim: axes of one event of the data.
         codomain_dim: axes of one event of the latent.
         cache_size: 1 keeps the last call, its result and its log-determinant, and returns them for
-            the same tensor object.  As with every torch Transform it is the caller's part that
-            neither the tensor nor the layer's parameters change between the two calls; after such
-            a change call :meth:`clear_cache`.
+            the same tensor object.  As with every torch Transform, the caller must not change the tensor
+            or the layer's parameters between the two calls, or must call :meth:`clear_cache` after
+            such a change.
         domain: where the data lie, over events; None for all real numbers.
         codomain: where the latent lies.
 
@@ -128,7 +128,7 @@ class BijectionTransform(Transform):
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __eq__(self, other: object) -> bool:
-        """Whether two transforms are of one layer and one context; what they keep of calls does not count."""
+        """Whether two transforms have the same layer and the same context; their caches are not compared."""
         return (
             isinstance(other, BijectionTransform)
             and self.bijection is other.bijection
@@ -139,7 +139,7 @@ class BijectionTransform(Transform):
     __hash__ = None  # type: ignore[assignment]  # as of all transforms of torch that compare
 
     def clear_cache(self) -> None:
-        """Forget the last call: for after a change of the layer's parameters, with ``cache_size=1``."""
+        """Forget the last call.  With ``cache_size=1``, call this after the layer's parameters have changed."""
         self._cached_x_y = None, None
         self._last = None
 
@@ -289,7 +289,7 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 
 
 def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
-    """Raise TypeError unless ``t`` has the dtype of the parameters, or autocast makes up the difference."""
+    """Raise TypeError unless ``t`` has the dtype of the parameters, or autocast converts it."""
     if t.dtype == want or (autocasts(t) and torch.float64 not in (t.dtype, want)):
         return
     raise TypeError(
@@ -299,8 +299,8 @@ def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
 
 
 def check_dtype_of(name: str, t: Tensor, layer: torch.nn.Module) -> None:
-    """Do what :func:`check_dtype` does, for the dtype of a network's first parameter, if it has one."""
-    known = next(layer.parameters(), None)  # of a layer put in place of ours, perhaps
+    """Call :func:`check_dtype` with the dtype of a network's first parameter, if it has one."""
+    known = next(layer.parameters(), None)  # None where the user's own layer has no parameters
     if known is not None and known.is_floating_point():
         check_dtype(name, t, known.dtype, "network")
 

@@ -1,4 +1,4 @@
-"""What all couplings share: who passes, who is transformed, and the conditioner between them."""
+"""What all couplings share: which channels pass, which are transformed, and how the conditioner is called."""
 
 from __future__ import annotations
 
@@ -46,10 +46,22 @@ def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
 
 
 class Coupling(Bijection):
-    """The split of a coupling layer: what its conditioner sees and what its op is told.
+    """The split of a coupling layer: what the conditioner reads, and which mask the op gets.
 
-    With ``compact`` the conditioner of a channel mask sees and serves its own channels alone, as it
-    does for a channel split; without, it sees all of ``x``, zero where transformed.
+    A channel split gives the conditioner only the channels that pass, and takes parameters of only
+    those that are transformed.  ``compact`` does the same for a channel mask; without it, the
+    conditioner of a mask reads all of ``x``, zero where transformed, and returns parameters of all
+    channels.
+
+    Args:
+        channels: channels ``C`` of the input ``[N, C, *space]``.
+        split: ``"channel"``, ``"checkerboard"`` or a boolean mask, True where transformed.
+        swap: exchange the two parts.
+        compact: see above.
+
+    Raises:
+        TypeError: for channels that are not an int, a mask that is not boolean, or a swap that is no bool.
+        ValueError: for a split that does not fit the channels.
     """
 
     def __init__(self, channels: int, split: str | Tensor, swap: bool, compact: bool) -> None:
@@ -57,7 +69,7 @@ class Coupling(Bijection):
         self.channels = channels = check_split(split, channels)
         self.swap = swap = check_flag("swap", swap)
         self.split = "mask" if isinstance(split, Tensor) else split
-        # True is transformed, swap included
+        # True where transformed, after the swap
         mask = split ^ swap if isinstance(split, Tensor) else None
         self._mask = None if mask is None else Structure(mask)
         self._slice: slice | None = None
@@ -77,7 +89,7 @@ class Coupling(Bijection):
             self._slice = _as_slice(index.tolist())
         else:
             self.sizes = (channels, channels)
-        # a slice is a view, and its gradient a copy; an index gathers and scatters
+        # a slice costs less than an index: it is a view, where an index gathers, and scatters its gradient
         self._passing_index = None if self._slice or index is None else Structure(index)
 
     @property
@@ -91,7 +103,7 @@ class Coupling(Bijection):
         return None if self._mask is None else self._mask.on(x.device)
 
     def _passing(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what the conditioner may see."""
+        """Return the part of ``x`` that the conditioner reads."""
         if self._slice is not None:
             return x[:, self._slice]
         if self._passing_index is not None:
@@ -122,7 +134,11 @@ def build_conditioner(conditioner: Conditioner, inputs: int, outputs: int) -> to
 
 
 def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
-    """Call a conditioner; where there is no context, with ``h`` alone."""
+    """Return ``conditioner(h, context)``, or ``conditioner(h)`` without a context.
+
+    Raises:
+        TypeError: for a context given to a conditioner that takes none.
+    """
     out: Tensor
     if context is None:
         out = conditioner(h)
@@ -133,7 +149,7 @@ def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -
         if takes_two(conditioner.forward):
             raise
         raise TypeError(
-            f"context was given, but the conditioner, a {type(conditioner).__name__}, takes x alone: "
+            f"context was given, but the conditioner, a {type(conditioner).__name__}, takes only x: "
             "give it a forward(x, context), or use one that is made with context_features, such as nn.MLP"
         ) from error
     return out

@@ -33,7 +33,7 @@ METHODS = ("hutchinson", "exact")
 
 
 class FieldLinear(torch.nn.Linear):
-    """A linear layer that ``quantize_dynamic`` leaves alone: a quantized one has no derivative, so no divergence."""
+    """A linear layer that ``quantize_dynamic`` does not replace: quantized layers have no derivative, hence no trace."""
 
 
 def check_states(x: Tensor, size: int | None = None, rank: int = 2) -> None:
@@ -47,7 +47,7 @@ def check_states(x: Tensor, size: int | None = None, rank: int = 2) -> None:
 def check_field(
     name: str, size: int, hidden: Sequence[int], activation: str, time: str
 ) -> list[int]:
-    """Raise unless the arguments make a field; return the sizes of all its layers."""
+    """Return the sizes of a field's layers, input and output included; raise unless the arguments fit."""
     if not isinstance(hidden, Iterable):
         raise TypeError(f"hidden must be a sequence of ints, got {hidden!r}")
     sizes = [size, *hidden, size]
@@ -107,7 +107,7 @@ def add_context(
 
 
 def as_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in; ``[N, 1, ...]`` is one, too."""
+    """Return a time as a scalar or ``[N]``, in the dtype that fields compute in; ``[N, 1, ...]`` is also accepted."""
     dtype = accumulation_dtype(x.dtype)
     if not isinstance(t, Tensor):
         return torch.full((), float(t), dtype=dtype, device=x.device)
@@ -130,7 +130,7 @@ def velocity_and_divergence_of(
     per_probe: bool,
     regularizers: bool,
 ) -> tuple[Tensor, ...]:
-    """Return what :meth:`VectorFieldMLP.velocity_and_divergence` does, by reverse-mode products."""
+    """Return the results of :meth:`VectorFieldMLP.velocity_and_divergence`, by reverse-mode products."""
     check_states(x)
     e = probes_of(x, probe, probes, method)
     recorded = torch.is_grad_enabled()
@@ -186,7 +186,7 @@ def call_layers(
     gates: Sequence[Tensor | None],
     activation: str,
 ) -> Tensor:
-    """Return the velocity by calling each layer, for what hangs on it; ``biases`` is what time and context add."""
+    """Return the velocity by calling each layer, so that its hooks run; ``biases`` is what time and context add."""
     own = next((p.dtype for m in layers for p in m.parameters() if p.is_floating_point()), x.dtype)
     h = x
     for i, layer in enumerate(layers):

@@ -1,4 +1,4 @@
-"""Whether a layer must be called, or may be read: a fused op takes weights and calls no layer."""
+"""Whether a fused op may use layers' weights without calling the layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ __all__ = ["may_be_read"]
 
 
 def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]) -> bool:
-    """Whether all layers are of exactly these kinds and nobody would notice that they are not called.
+    """Whether all layers are of exactly these kinds and give the same result when only their weights are used.
 
-    Someone would notice with hooks of a layer (also those of pruning, of the old ``weight_norm`` and
-    ``spectral_norm``), with hooks of all modules, as FLOP counters register them, and with layers that were replaced
-    or have a forward of their own.  Parametrized layers may be read: reading their weight computes it.
+    False where a layer has hooks (also those of pruning, and of the old ``weight_norm`` and ``spectral_norm``), where
+    hooks of all modules are registered, as by FLOP counters, and where a layer was replaced or overrides ``forward``.
+    Parametrized layers are fine: reading their weight computes it.
+
+    Args:
+        layers: modules whose weights an op is to use.
+        kinds: their allowed classes; a subclass does not count.
     """
     if _module._has_any_global_hook():
         return False

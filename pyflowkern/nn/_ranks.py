@@ -1,4 +1,4 @@
-"""Which processes train a layer together, and parameters of which each process has a part."""
+"""Which processes train a layer together, and how to write parameters that are sharded over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def process_groups(layer: torch.nn.Module) -> list[Any]:
     """Return the process groups over which the layer's gradients are averaged: none where one process trains it.
 
     They are the group of the ``DistributedDataParallel`` whose forward is running, or those of the mesh over which
-    ``fully_shard`` spreads the layer's parameters, one for each axis.
+    ``fully_shard`` shards the layer's parameters, one for each axis.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
@@ -31,10 +31,10 @@ def process_groups(layer: torch.nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def write_parameters(layer: torch.nn.Module, values: dict[str, Tensor]) -> None:
-    """Write values into the layer's own parameters, given by name and equal in all processes.
+    """Write values, given by parameter name and equal in all processes, into the layer's parameters.
 
-    While a layer that ``fully_shard`` spreads runs, it holds parameters gathered for that run alone; the part that
-    lasts is written, too.
+    While a layer under ``fully_shard`` runs, its parameters are gathered copies that last only for that run, so this
+    process's shard is also written.
     """
     for name, value in values.items():
         getattr(layer, name).copy_(value)
@@ -44,7 +44,7 @@ def write_parameters(layer: torch.nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _sharded(layer: torch.nn.Module) -> Iterator[Any]:
-    """Yield what FSDP2 knows of each parameter of the layer; torch has no public way to ask."""
+    """Yield FSDP2's record of each parameter of the layer; torch has no public function for it."""
     module = sys.modules.get("torch.distributed._composable_state")
     if module is None or "torch.distributed.fsdp" not in sys.modules:
         return
@@ -60,7 +60,7 @@ def _sharded(layer: torch.nn.Module) -> Iterator[Any]:
 
 
 def _write_part(parameter: Any, value: Tensor) -> None:
-    """Write this process's part of a value that all processes have whole."""
+    """Write this process's shard of a value that every process holds in full."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     local = parameter.to_local()

@@ -1,4 +1,4 @@
-"""Where :func:`pyflowkern.ops.relu_network` may stand for calling linear layers one by one."""
+"""Where :func:`pyflowkern.ops.relu_network` may replace calls of linear layers one by one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["linear_layers"]
 def linear_layers(
     x: Tensor, layers: Sequence[Any], activations: Sequence[Any]
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Return the weights and the biases where the op may stand for the layers, else None.
+    """Return weights and biases for the op, or None where the layers must be called.
 
-    None where someone would notice (:func:`may_be_read`): activations other than ReLU, layers that were
-    replaced, hooked or parametrized, hooks of all modules, autocast, a function transform, or a compiler,
-    which does the same by itself.
+    They must be called for activations other than ReLU, for layers that were replaced, hooked or parametrized, with
+    hooks of all modules (:func:`may_be_read`), under autocast and under a function transform.  Under a compiler they
+    are called because it fuses them itself.
     """
     if torch.compiler.is_compiling() or transformed():
         return None
@@ -40,5 +40,5 @@ def linear_layers(
             return None
         weights.append(weight)
         biases.append(bias)
-    # a wrong input is left to the layers, whose errors are known
+    # with a wrong input the layers are called, so that the error is torch's own
     return (weights, biases) if x.shape[1] == weights[0].shape[1] else None

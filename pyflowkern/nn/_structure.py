@@ -1,4 +1,4 @@
-"""How a layer is built: masks and permutations, which must survive what is done to a model's state."""
+"""Masks and permutations of layers, which nothing that changes a model's state may change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 __all__ = ["HasPermutations", "Structure"]
 
-#: In which permutations are saved: averages of equal numbers are exact, unlike those of integers.
+#: Dtype of saved permutations: the average of equal floats is exact, that of integers may be rounded down.
 _SAVED = torch.float32
 
 
 class Structure:
-    """A tensor that follows from a layer's arguments, on every device where it is asked for.
+    """A tensor that follows from a layer's arguments, copied to each device at its first use there.
 
-    It is no buffer: nothing that averages, casts, empties or loads a model's state may change it.
+    It is not a buffer, so nothing that averages, casts, empties or loads a model's state changes it.
 
     Args:
         value: the tensor.

@@ -27,8 +27,9 @@ __all__ = ["Inverse", "MaskedAutoregressive"]
 class MaskedAutoregressive(Bijection):
     r"""Masked autoregressive layer: :math:`z_i = \tau(x_i; \theta_i(x_{<i}, \text{context}))`.
 
-    ``forward`` is the density direction, one pass of the network.  ``inverse`` computes each unit of the network
-    once, as the features that it sees become known, and so costs about one pass too.
+    The log-determinant is :math:`\sum_i \log |\partial \tau / \partial x_i|`.  ``forward`` is the density direction
+    and takes one pass of the network.  ``inverse`` finds one feature after another, but computes each unit of the
+    network only once, as soon as the features that it depends on are known: so it also costs about one pass.
 
     Args:
         features: number ``D`` of features of the input ``[N, D]``.
@@ -37,7 +38,7 @@ class MaskedAutoregressive(Bijection):
             :class:`~pyflowkern.ops.SplineMap`.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         order: the features, first to last; None for 0, 1, 2, ...
-        residual: a network of residual blocks.
+        residual: whether the network has residual blocks.
         activation: the network's activation, as for :class:`MaskedMLP`.
         conditioner: a :class:`MaskedMLP` to use instead of a new one; or any module ``g(x)`` or ``g(x, context)``
             that returns ``[N, D, P]`` and is autoregressive: it is inverted by :func:`jacobi_inverse`.
@@ -127,16 +128,16 @@ class MaskedAutoregressive(Bijection):
 
 
 def _warn_of_passes() -> None:
-    """Say once (as Python's filter has it) why samples are slow."""
+    """Warn that the inverse is slow; Python's default filter shows it once."""
     warnings.warn(
-        "a layer of a masked network has hooks or was replaced: the inverse calls it in a pass for each feature, where "
-        "it would else compute each unit once, and has first derivatives alone",
+        "a layer of a masked network has hooks or was replaced: the inverse therefore calls the network up to once for "
+        "each feature, instead of computing each unit once, and has only first derivatives",
         stacklevel=3,
     )
 
 
 class Inverse(Bijection):
-    r"""A bijection with its directions exchanged: :math:`z = f^{-1}(x)`.
+    r"""A bijection with its directions exchanged: :math:`z = f^{-1}(x)`, :math:`\log\det = \log|\det J_{f^{-1}}(x)|`.
 
     An inverse autoregressive flow is the inverse of a masked autoregressive one.
 

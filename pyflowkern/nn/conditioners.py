@@ -1,4 +1,4 @@
-"""Conditioners: the networks that compute a coupling's parameters, zero at first."""
+"""Conditioners: networks that compute a coupling's parameters; a new one returns zero."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Activation = Callable[[], torch.nn.Module]
 
 
 class _Conditioner(torch.nn.Module):
-    """Context as a bias per channel: the same as concatenating it, broadcast over space."""
+    """Base of the networks: a context adds ``C context`` to the first layer's output.
+
+    That is the same as concatenating the context to the input, at every pixel.
+    """
 
     first: torch.nn.Module
     last: torch.nn.Module
@@ -35,7 +38,7 @@ class _Conditioner(torch.nn.Module):
         )
 
     def _first_layer(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Return the first layer's output, the context added; a dtype that does not fit is named."""
+        """Return the first layer's output with the context added; raise for a dtype that does not fit."""
         check_dtype_of("x", x, self.first)
         h: Tensor = self.first(x)
         bias = self._context_bias(h, context)
@@ -61,7 +64,11 @@ class _Conditioner(torch.nn.Module):
 
 
 class MLP(_Conditioner):
-    """A multilayer perceptron on vectors ``[N, in_features] -> [N, out_features]``, zero at first.
+    r"""A multilayer perceptron on vectors ``[N, in_features] -> [N, out_features]``.
+
+    .. math:: h_0 = W_0 x + C c + b_0, \qquad h_i = W_i\, a(h_{i-1}) + b_i,
+
+    with activation ``a`` and context ``c``.  The last layer starts at zero, and so does the output.
 
     Args:
         in_features: input size.
@@ -69,10 +76,11 @@ class MLP(_Conditioner):
         hidden: width, or the width of each hidden layer.
         layers: number of hidden layers, where one width is given.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
-        activation: makes the non-linearity.
+        activation: factory of the activation ``a``, such as :class:`torch.nn.ReLU`.
 
     Raises:
         ValueError: for a width or number of layers below 1, or a context of another shape.
+        TypeError: for sizes that are not ints, and a dtype other than that of the parameters, without autocast.
 
     Example:
         >>> import torch
@@ -117,7 +125,10 @@ class MLP(_Conditioner):
 
 
 class ResidualMLP(_Conditioner):
-    r"""A residual network on vectors, :math:`h \leftarrow h + W_2 a(W_1 a(h))`, zero at first.
+    r"""A residual network on vectors ``[N, in_features] -> [N, out_features]``.
+
+    The first layer is linear, each block is :math:`h \leftarrow h + W_2\, a(W_1\, a(h) + b_1) + b_2`, and the last
+    layer starts at zero, and so does the output.
 
     Args:
         in_features: input size.
@@ -125,12 +136,12 @@ class ResidualMLP(_Conditioner):
         hidden: width.
         blocks: number of residual blocks.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
-        activation: makes the non-linearity.
-        activate_last: whether the last layer, too, is behind a non-linearity; not so in Durkan et
-            al. (2019).
+        activation: factory of the activation ``a``, such as :class:`torch.nn.ReLU`.
+        activate_last: whether an activation precedes the last layer; Durkan et al. (2019) have none there.
 
     Raises:
-        ValueError: for a width below 1, or a context of another shape.
+        ValueError: for a width below 1, a negative number of blocks, or a context of another shape.
+        TypeError: for sizes that are not ints, and a dtype other than that of the parameters, without autocast.
 
     Source: He et al., "Identity mappings in deep residual networks" (2016), as used by Durkan et
     al. (2019).
@@ -187,7 +198,11 @@ class ResidualMLP(_Conditioner):
 
 
 class ConvNet(_Conditioner):
-    """The three convolutions of Glow, 3x3, 1x1 and 3x3; zero at first.
+    r"""The three convolutions of Glow, 3x3, 1x1 and 3x3: ``[N, in_channels, *space] -> [N, out_channels, *space]``.
+
+    .. math:: y = W_3 * a(W_2 * a(W_1 * x + C c)),
+
+    each with a bias, for a context ``c``.  The last layer starts at zero, and so does the output.
 
     Args:
         in_channels: input channels.
@@ -195,10 +210,11 @@ class ConvNet(_Conditioner):
         hidden: channels between.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         spatial_dims: 1, 2 or 3.
-        activation: makes the non-linearity.
+        activation: factory of the activation ``a``, such as :class:`torch.nn.ReLU`.
 
     Raises:
         ValueError: for a width below 1, spatial_dims out of range, or a context of another shape.
+        TypeError: for sizes that are not ints, and a dtype other than that of the parameters, without autocast.
 
     Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
 
@@ -235,10 +251,11 @@ class ConvNet(_Conditioner):
 
 
 class ResidualConvNet(_Conditioner):
-    """A residual network of 3x3 convolutions, zero at first.
+    r"""A residual network of 3x3 convolutions: ``[N, in_channels, *space] -> [N, out_channels, *space]``.
 
-    It has no batch normalisation, unlike the original: that would let one sample change another's
-    density.
+    Each block is :math:`h \leftarrow h + W_2 * a(W_1 * a(h) + b_1) + b_2`, the last layer a 1x1 convolution that
+    starts at zero, and so does the output.  Unlike the original it has no batch normalisation, which would let one
+    sample change another's density.
 
     Args:
         in_channels: input channels.
@@ -247,10 +264,11 @@ class ResidualConvNet(_Conditioner):
         blocks: number of residual blocks.
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         spatial_dims: 1, 2 or 3.
-        activation: makes the non-linearity.
+        activation: factory of the activation ``a``, such as :class:`torch.nn.ReLU`.
 
     Raises:
         ValueError: for a width below 1, spatial_dims out of range, or a context of another shape.
+        TypeError: for sizes that are not ints, and a dtype other than that of the parameters, without autocast.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
 
@@ -298,15 +316,21 @@ class ResidualConvNet(_Conditioner):
 
 
 class PeriodicInput(torch.nn.Module):
-    r"""A conditioner that sees angles ``x`` as :math:`\cos` and :math:`\sin` of :math:`\pi x / B`.
+    r"""A network of the angles' :math:`\cos(\pi x / B)` and :math:`\sin(\pi x / B)` in place of ``x``.
 
-    So what it returns is continuous where an angle passes from ``B`` to ``-B``.
+    So its output ``[N, out_features]`` is continuous where an angle passes from ``B`` to ``-B``.
 
     Args:
         in_features: number of angles; the network inside has twice as many inputs.
         out_features: output size.
         conditioner: factory ``(in, out) -> module`` of the network inside.
         bound: ``B``, half the circle's length.
+
+    Raises:
+        TypeError: for sizes that are not ints, and a context given to a network that takes none.
+        ValueError: for negative sizes.
+
+    Source: Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
 
     Example:
         >>> import torch
@@ -337,7 +361,7 @@ class PeriodicInput(torch.nn.Module):
 
 
 def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
-    """Make a new conditioner of this file return ``values`` on its channel axis; leave others alone."""
+    """Make a new conditioner of this file return ``values`` on its channel axis; do nothing to others."""
     if isinstance(conditioner, PeriodicInput):
         start_at(conditioner.net, values)
     elif isinstance(conditioner, _Conditioner):
@@ -349,7 +373,7 @@ def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
 
 
 def _sizes(inputs: int, outputs: int) -> tuple[int, int]:
-    """Return the sizes of a network's input and output as ints; without inputs it is a constant."""
+    """Return the sizes of a network's input and output as ints; a network of 0 inputs is a constant."""
     return check_count("the input size", inputs, 0), check_count("the output size", outputs, 0)
 
 

@@ -39,17 +39,19 @@ class AffineCoupling(Coupling):
         conditioner: ``g``: a module, or a factory ``(in_channels, out_channels) -> module`` such
             as ``functools.partial(nn.MLP, hidden=64)``.  It is called as ``g(x_a)``, or
             ``g(x_a, context)`` when the layer is given a context, and returns shifts first, then
-            raw scales, on the channel axis. For a channel split it sees and serves its part of
-            the channels alone; for masks it sees all of ``x``, zero where transformed.
+            raw scales, on the channel axis.  For a channel split it reads the channels that pass
+            and returns parameters of those that are transformed; for masks it reads all of ``x``,
+            zero where transformed, and returns parameters of all channels.
         split: ``"channel"``, ``"checkerboard"`` or a boolean mask ``[C]`` or ``[C, *space]``,
-            True is transformed.
+            True where transformed.  A channel split transforms the last ``C // 2`` channels.
         swap: exchange the two parts.
         scale_map: how ``u`` becomes a scale: a name or a :class:`~pyflowkern.ops.ScaleMap`.
 
     Raises:
         ValueError: for fewer than 2 channels with a channel split, an unknown split or map, a
             mask of another size.
-        TypeError: for a conditioner that cannot be called or a mask that is not boolean.
+        TypeError: for a conditioner that cannot be called, a mask that is not boolean, a swap that is no bool,
+            and a context given to a conditioner that takes none.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
 
@@ -102,11 +104,11 @@ class AffineCoupling(Coupling):
 
 
 class AdditiveCoupling(AffineCoupling):
-    r"""Additive coupling, which preserves volume: :math:`z_a = x_a,\; z_b = x_b + g(x_a)`.
+    r"""Additive coupling, which preserves volume: :math:`z_a = x_a,\; z_b = x_b + g(x_a)`; its log-determinant is 0.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
-        conditioner: as for :class:`AffineCoupling`, but it returns shifts alone.
+        conditioner: as for :class:`AffineCoupling`, but it returns only shifts.
         split: as for :class:`AffineCoupling`.
         swap: exchange the two parts.
 
@@ -144,16 +146,16 @@ class Split(Bijection):
         z_a = x_a, \qquad z_b = (x_b - \mu(x_a)) / \sigma(x_a), \qquad
         \log\det = -\sum \log\sigma .
 
-    So a standard normal base serves all levels of a multi-scale flow, and the prior's scale
-    stands in the log-determinant.  The output keeps all channels; :meth:`partition` parts it into
-    what goes on to the next level and what is latent, :meth:`join` puts the two together again.
+    So one standard normal base fits all levels of a multi-scale flow, and the prior's scale is part
+    of the log-determinant.  The output keeps all channels; :meth:`partition` divides it into the
+    input of the next level and the latent, :meth:`join` puts the two together again.
 
     Args:
         channels: channels ``C`` of the input; ``C // 2`` of them become latent.
         conditioner: the prior: a module or factory as for :class:`AffineCoupling`, returning
             means first, then raw scales; None for a fixed standard normal prior.
         scale_map: how the raw scale becomes ``sigma``.  The default bounds ``|log sigma|`` by
-            6.9, so that samples of an unfinished model stay finite.
+            6.9, so that samples of a partly trained model stay finite.
 
     Raises:
         ValueError: for fewer than 2 channels, or an unknown map.

@@ -16,7 +16,7 @@ from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
 __all__ = ["jacobi_inverse"]
 
 _FIRST_DERIVATIVES = (
-    "jacobi_inverse has first derivatives alone: "
+    "jacobi_inverse has only first derivatives: "
     "differentiate the forward direction twice, or use a MaskedMLP"
 )
 
@@ -60,17 +60,17 @@ def jacobi_inverse(
 
     .. math:: x^{(k+1)} = \tau^{-1}(z; \theta(x^{(k)})),
 
-    of which the first ``k`` features, in their order, are right after ``k`` steps: exact after ``D``, and often much
-    sooner to rounding.  A sample stops where a step moves it by ``tolerance`` at most.  Gradients are implicit, by
-    the same iteration for :math:`v J = g`; no step is kept in memory.  There are first derivatives alone: a second one
-    raises RuntimeError.
+    After ``k`` steps the first ``k`` features, in their order, are exact; so ``D`` steps always suffice, and often far
+    fewer reach rounding accuracy.  A sample stops at the first step that moves it by ``tolerance`` at most.  Gradients
+    are implicit, by the same iteration for :math:`v J = g`; no step is kept in memory.  There are only first
+    derivatives: a second one raises RuntimeError.
 
-    Whether the steps were enough the residual tells, which costs nothing:
+    The residual, which costs nothing, tells whether the steps were enough:
 
     .. math:: r = \max_i \frac{|z_i - \tau(x_i; \theta_i(x))|}{1 + |z_i|},
 
-    some roundings where ``x`` is the inverse, more where ``z`` moves much with ``x``, and NaN where ``z`` or ``x`` is
-    not finite.
+    a few roundings where ``x`` is the inverse, more where ``z`` changes fast with ``x``, and NaN where ``z`` or ``x``
+    is not finite.
 
     Args:
         network: returns the parameters ``[N, D, P]`` of ``x`` ``[N, D]``; must be autoregressive in some order.
@@ -118,7 +118,7 @@ def jacobi_inverse(
     with torch.no_grad():
         x = _iterate(step, z, tolerance, steps)
     if torch.is_grad_enabled():
-        # zero in value: how far z and the parameters are from those that x belongs to
+        # its value is zero up to rounding; it carries the gradients to z and to the parameters
         residual = z - apply_elements(x, network(x), tau)[0]
         x = _Implicit.apply(residual, x, network, tau, tolerance, steps)  # type: ignore[no-untyped-call]
     back, log_det = apply_elements(x, network(x), tau)
@@ -128,7 +128,7 @@ def jacobi_inverse(
 
 
 def _residual(z: Tensor, back: Tensor) -> Tensor:
-    """Return the largest relative difference of each sample; infinities are not equal to each other."""
+    """Return the largest relative difference of each sample; two equal infinities give NaN, not 0."""
     work = accumulation_dtype(z.dtype)
     z, back = z.to(work), back.to(work)
     return ((z - back).abs() / (1 + z.abs())).amax(1)
@@ -161,13 +161,13 @@ class _Implicit(torch.autograd.Function):
             inner, outer = (x.detach().requires_grad_() for _ in range(2))
             params = network(inner)
             z = apply_elements(inner, params, tau)[0]
-            alone = apply_elements(outer, params.detach(), tau)[0].sum()
-        (diagonal,) = torch.autograd.grad(alone, outer)
+            elementwise = apply_elements(outer, params.detach(), tau)[0].sum()
+        (diagonal,) = torch.autograd.grad(elementwise, outer)
 
         def step(v: Tensor) -> Tensor:
             product: Tensor = torch.autograd.grad(z, inner, v, retain_graph=True)[0]
-            moved: Tensor = v + (grad - product) / diagonal
-            return moved
+            improved: Tensor = v + (grad - product) / diagonal
+            return improved
 
         return _iterate(step, grad / diagonal, tolerance, steps)
 
@@ -177,11 +177,11 @@ def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, tolerance: float, step
     moving = torch.ones_like(x[:, :1], dtype=torch.bool)
     for k in range(steps):
         new = step(x)
-        # NaN has come to stay: it compares as no change, as do two equal infinities
+        # becoming NaN or infinite is a move; what has become so compares as unchanged
         moves = (new - x).abs() > tolerance * (1 + x.abs())
         moves |= torch.isfinite(x) & ~torch.isfinite(new)
         x = torch.where(moving, new, x)
         moving = moving & moves.any(1, keepdim=True)
-        if k % 4 == 3 and not moving.any():  # asked seldom: a GPU has to be waited for
+        if k % 4 == 3 and not moving.any():  # not each step: it waits for the GPU
             break
     return x

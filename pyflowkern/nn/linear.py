@@ -21,7 +21,7 @@ _Matrix = tuple[Tensor, Tensor]
 class InvertibleLinear(HasPermutations, Bijection):
     r"""Multiply the channels of every pixel by an invertible matrix: :math:`z = W x`.
 
-    The log-determinant is :math:`|\text{space}| \log|\det W|`.
+    The log-determinant is :math:`|\text{space}| \log|\det W|`, with the number of pixels :math:`|\text{space}|`.
 
     Parameterizations:
 
@@ -117,7 +117,7 @@ class InvertibleLinear(HasPermutations, Bijection):
         return self._compute(check_flag("inverse", inverse))
 
     def kept_matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Return what :meth:`matrix` does, perhaps kept from an earlier call: not to be written to."""
+        """Return the results of :meth:`matrix`, perhaps kept from an earlier call: do not write to them."""
         if self.training or self._modules:  # a parametrization may depend on anything
             return self._compute(inverse)
         found = (*self._parameters.values(), *self._buffers.values())
@@ -138,7 +138,7 @@ class InvertibleLinear(HasPermutations, Bijection):
         sign, log_abs_det, inverse_weight = ops.slogdet_inverse(self.weight)
         if not inverse:
             return self.weight, log_abs_det
-        # the one place that looks at the device
+        # the only place that waits for the device
         if not torch.compiler.is_compiling() and bool(sign == 0):
             raise RuntimeError(
                 f"{type(self).__name__} has no inverse: its dense weight [{self.channels}, "
@@ -164,6 +164,6 @@ class InvertibleConv1x1(InvertibleLinear):
 
 
 def _is_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own product does: for vectors it is as fast, and cheaper to call, than an op of ours."""
+    """Whether to use torch's own product: for vectors it is as fast as our op, and cheaper to call."""
     full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     return x.dim() == 2 and full and not autocasts(x)

@@ -19,10 +19,17 @@ __all__ = ["MaskedLinear", "MaskedMLP"]
 
 
 class MaskedLinear(torch.nn.Linear):
-    """A linear layer of which the masked weights count as zero.
+    r"""A linear layer whose masked weights count as zero: :math:`y = (M \circ W)\, x + b`.
 
     Args:
         mask: boolean ``[units, inputs]``, True where the weight counts.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.nn.masked import MaskedLinear
+        >>> layer = MaskedLinear(torch.tensor([[True, False]]))
+        >>> bool(layer(torch.tensor([[0.0, 5.0]])) == layer.bias)
+        True
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -36,11 +43,14 @@ class MaskedLinear(torch.nn.Linear):
 
 
 class MaskedMLP(torch.nn.Module):
-    r"""An autoregressive network ``[N, D] -> [N, D, outputs]``, zero at first (MADE, or ResMADE with ``residual``).
+    r"""An autoregressive network ``[N, D] -> [N, D, outputs]``: MADE, or ResMADE with ``residual``.
 
-    The outputs of a feature depend on the features that precede it in ``order``, and on the context, alone.  A hidden
-    unit of degree ``m`` sees the first ``m`` features; degrees are spread evenly over 1 ... D - 1, and from 0 on where
-    there is a context, so that the first feature too can depend on it.
+    .. math:: h_0 = (M_0 \circ W_0)\, x + C c + b_0, \qquad h_i = (M_i \circ W_i)\, a(h_{i-1}) + b_i.
+
+    The outputs of a feature depend only on the context ``c`` and on the features that precede it in ``order``.  A
+    hidden unit of degree ``m`` depends on the first ``m`` features; degrees are spread evenly over 1 ... D - 1, or
+    over 0 ... D - 1 with a context, so that the outputs of the first feature can depend on it.  The last layer starts
+    at zero, and so does the output.
 
     Args:
         features: number ``D`` of features.
@@ -104,7 +114,7 @@ class MaskedMLP(torch.nn.Module):
         else:
             masks += [b[:, None] >= a for a, b in itertools.pairwise(degrees)]
         masks.append((rank[:, None] >= degrees[-1]).repeat_interleave(outputs, 0))
-        #: Which unit sees what; shared by copies of the module.
+        #: The masks and the order of evaluation; copies of the module share it.
         self.plan = MaskedPlan(_layers(masks, activation, residual), features)
         self.layers = torch.nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.context = (
@@ -136,7 +146,7 @@ class MaskedMLP(torch.nn.Module):
 
     @property
     def may_be_read(self) -> bool:
-        """Whether the layers' weights say all: nothing hangs on them, none was replaced."""
+        """Whether the weights may be used without calling the layers: none was replaced or has hooks."""
         return may_be_read(self.layers, MaskedLinear, torch.nn.Linear)
 
     def weights_and_biases(
@@ -177,9 +187,10 @@ class MaskedMLP(torch.nn.Module):
 
 
 def _masked(layer: torch.nn.Module, mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a layer that sees no more than the mask lets it, whatever was put in its place.
+    """Return a function that applies a layer with its mask, also for a module that the user put in its place.
 
-    Another module than ours must be affine: what it makes of zero and of the unit vectors is its bias and its matrix.
+    A module of the user's must be affine: its values at zero and at the unit vectors give its bias and its matrix,
+    to which the mask is applied.
     """
     if isinstance(layer, MaskedLinear) and type(layer).forward is MaskedLinear.forward:
         return layer

@@ -20,12 +20,15 @@ from pyflowkern.nn.coupling import Split
 
 __all__ = ["MultiScale", "run_through"]
 
-#: What stands in place of ``layer(x)``.
+#: Called as ``run(layer, x)`` in place of ``layer(x)``.
 Run = Callable[[Bijection, Tensor], tuple[Tensor, Tensor]]
 
 
 class MultiScale(Bijection):
-    """Levels with a :class:`Split` between them; the latents of all stand side by side.
+    r"""Levels with a :class:`Split` between them: ``[N, C, *space] -> [N, D]``, the latents of all levels concatenated.
+
+    Each split standardises half of its channels, which become latents, and the next level continues with the others.
+    The log-determinant is the sum of those of all levels and splits.
 
     Args:
         event_shape: shape of one input, ``(C, *space)``.
@@ -71,7 +74,7 @@ class MultiScale(Bijection):
         return self.run(x, lambda layer, y: layer(y, context))
 
     def run(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """Do what :meth:`forward` does, with ``run(layer, x)`` in place of every level and split."""
+        """Compute :meth:`forward`, calling ``run(layer, x)`` in place of each level and split."""
         latents: list[Tensor] = []
         x, total = run(self.levels[0], x)  # type: ignore[arg-type]
         for split, level in zip(self.splits, self.levels[1:], strict=True):
@@ -121,7 +124,7 @@ class MultiScale(Bijection):
 
 
 def run_through(layer: Bijection, x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """Go forward with ``run(part, x)`` for each part that is neither a chain of others nor levels."""
+    """Compute ``layer(x)`` with ``run(part, x)`` for each part; chains and levels are taken apart first."""
     if isinstance(layer, MultiScale):
         return layer.run(x, lambda part, y: run_through(part, y, run))
     if not isinstance(layer, Sequential):

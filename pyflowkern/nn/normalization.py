@@ -23,27 +23,27 @@ class ActNorm(Bijection):
 
     The log-determinant is :math:`|\text{space}| \sum_c \ell_c`.
 
-    The first training data set ``l`` and ``b`` such that they leave with mean 0 and variance 1 in each
-    channel: the first batch that comes forward in training mode, or the first that comes backward
-    while gradients are recorded, as in a reverse KL divergence (drawing samples is no training).
-    Before that, and in eval mode, the layer is the identity.
+    The first training batch sets :math:`\ell` and ``b`` such that the output has mean 0 and variance 1
+    in each channel.  That is the first batch through :meth:`forward` in training mode, or through
+    :meth:`inverse` in training mode while gradients are recorded, as for a reverse KL divergence
+    (drawing samples without gradients does not count).  Until then the layer is the identity.
 
-    This start happens once.  It leaves parameters alone that are no longer zero, such as those of a
-    loaded or averaged model; the flag ``initialized`` is saved, so that resuming does not start again.
-    It looks at the device once, and again after a state_dict was loaded.  A channel that is constant
-    or whose variance overflows keeps its scale.  Samples that hold NaN or inf are left out, and a
-    batch of nothing else is not the first.  Under torch.compile the first call runs its own graph, and is
-    the only try.
+    This initialization happens once.  It does not change parameters that are no longer zero, such as
+    those of a loaded or averaged model; the flag ``initialized`` is saved, so that a resumed run does
+    not initialize again.  It waits for the device once, and once more after a state_dict was loaded.
+    A channel that is constant or whose variance overflows keeps its scale.  Samples that hold NaN or
+    inf are left out, and a batch without finite samples initializes nothing.  Under torch.compile only
+    the first call can initialize, in a graph of its own.
 
-    Processes that train one model start from the data of all of them and so agree: those of the
-    ``DistributedDataParallel`` whose forward runs the layer, or of ``fully_shard``.  Nothing is
-    exchanged after the start.  Other ways to train in several processes need ``process_group``.
+    Processes that train one model together (under ``DistributedDataParallel`` or ``fully_shard``) use
+    the statistics of the data of all of them, and so agree.  After the initialization they exchange
+    nothing.  Other ways to train in several processes need ``process_group``.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
-        process_group: processes whose data set the start together, such as
+        process_group: processes that initialize together, such as
             ``torch.distributed.group.WORLD``; all of them must run their first training batch.
-            None for those above, else this process alone.  Not pickled.
+            None for those named above, or where there are none, only this process.  Not pickled.
 
     Raises:
         ValueError: for less than one channel, or an input of another shape.
@@ -62,7 +62,7 @@ class ActNorm(Bijection):
     initialized: Tensor
     process_group: Any = None
 
-    #: What the host knows without asking the device: False where the flag must be looked at.
+    #: Whether the host knows that the layer is initialized; False where it has to read the flag.
     _started = False
 
     def __init__(self, channels: int, *, process_group: Any = None) -> None:
@@ -92,12 +92,12 @@ class ActNorm(Bijection):
 
     def initialize(self, x: Tensor, *, inverse: bool = False) -> None:
         """Set scale and bias from ``x`` if it is the first training data, on its way in this direction."""
-        # asked before no_grad begins: an exported graph with an empty block cannot be loaded
+        # tested outside of no_grad: an exported graph with an empty no_grad block cannot be loaded
         if self.waits(inverse=inverse):
             self._start(x, inverse)
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Return the parameters, before the start as copies: a graph must not hold what is still to be written."""
+        """Return the parameters; before the initialization copies, as it writes to what a graph may hold."""
         if self._started or not torch.is_grad_enabled():
             return self.log_scale, self.bias
         return self.log_scale.clone(), self.bias.clone()
@@ -106,7 +106,7 @@ class ActNorm(Bijection):
     def _start(self, x: Tensor, inverse: bool) -> None:
         is_set = (self.initialized != 0) | self.log_scale.any() | self.bias.any()
         looks = _can_look(self.initialized)
-        # what stands in for the parameters in a functional call says nothing of them
+        # in a functional call other tensors replace the parameters, and their values say nothing about them
         own = isinstance(self.log_scale, torch.nn.Parameter)
         if looks and bool(is_set):
             self.initialized.fill_(1)
@@ -153,7 +153,7 @@ class ActNorm(Bijection):
 
 
 def _can_look(t: Tensor) -> bool:
-    """Whether the host may read a number of this device now."""
+    """Whether the host may read a value of the tensor now."""
     if torch.compiler.is_compiling() or transformed() or t.is_meta or isinstance(t, FakeTensor):
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -166,7 +166,7 @@ def _finite_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = ops.channel_moments(x.masked_fill(~rows, 0.0))[0]
     found = finite.sum().to(mean.dtype)
     factor = x.shape[0] / found
-    # the mean of the others stands in for what is left out: their sum of squares is that of all
+    # what is left out is replaced by the mean of the others, which adds nothing to the sum of squares
     fill = (mean * factor).view(-1, *[1] * (x.dim() - 2))
     mean, var = ops.channel_moments(torch.where(rows, x, fill))
     return mean, var * factor, found * x.shape[2:].numel()

@@ -1,4 +1,4 @@
-"""The way from pixels to the real line, with its log-determinant."""
+"""Maps from pixels and the unit interval to the real line, with their log-determinants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ __all__ = ["Dequantize", "Logit"]
 
 
 class Logit(Bijection):
-    r"""From unit interval to real line: :math:`z = \text{logit}(\alpha + (1 - 2\alpha) x)`.
+    r"""Map the unit interval to the real line: :math:`z = \text{logit}(p)`, :math:`p = \alpha + (1 - 2\alpha) x`.
+
+    The log-determinant is :math:`\sum \log(1 - 2\alpha) - \log p - \log(1 - p)`.
 
     Args:
         alpha: keeps 0 and 1 away from the ends, ``0 <= alpha < 0.5``.
@@ -50,7 +52,7 @@ class Logit(Bijection):
 
 
 class Dequantize(Logit):
-    r"""From integer pixels to the real line: uniform noise, then :class:`Logit`, in one pass.
+    r"""Map integer pixels to the real line: uniform noise, then :class:`Logit`, in one pass.
 
     .. math:: z = \text{logit}(\alpha + (1 - 2\alpha)\,(x + u) / 2^b), \qquad u \sim U[0, 1).
 

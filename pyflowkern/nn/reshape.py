@@ -1,4 +1,4 @@
-"""Layers that move elements and change none: squeezing and permutations."""
+"""Layers that only move elements: squeezing and permutations.  Their log-determinants are 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Squeeze(Bijection):
     """Space to depth: ``[N, C, H, W] -> [N, 4 C, H / 2, W / 2]``, for any number of spatial axes.
 
     The new channels are ordered by their place in the block first, then by the old channel, so
-    that a channel split parts neighbouring pixels and not colours.
+    that a channel split separates neighbouring pixels and not colours.
 
     Args:
         factor: side of the block.

@@ -29,15 +29,16 @@ class SplineCoupling(Coupling):
         channels: channels ``C`` of the input ``[N, C, *space]``.
         conditioner: ``g``: a module, or a factory ``(in_channels, out_channels) -> module``, called
             as :class:`AffineCoupling` calls it.  It returns the ``P`` raw numbers of each
-            transformed channel side by side on the channel axis. For a channel split or a mask of
-            channels it sees and serves its part of the channels alone; for masks over space it sees
-            all of ``x``, zero where transformed, and serves all channels.
+            transformed channel side by side on the channel axis.  For a channel split or a mask of
+            channels it reads the channels that pass and returns parameters of those that are
+            transformed; for masks over space it reads all of ``x``, zero where transformed, and
+            returns parameters of all channels.
         split: ``"channel"``, ``"checkerboard"`` or a boolean mask ``[C]`` or ``[C, *space]``,
-            True is transformed.
+            True where transformed.  A channel split transforms the last ``C // 2`` channels.
         swap: exchange the two parts.
         spline: which splines; None for a :class:`~pyflowkern.ops.SplineMap` of the options.
-        unconditional: also put the passing channels through splines, one for each channel, whose
-            parameters are those of the layer; after the conditioner has seen them.
+        unconditional: whether the passing channels also go through splines, one for each channel,
+            whose raw numbers are parameters of the layer; the conditioner reads them before that.
         **options: arguments of :class:`~pyflowkern.ops.SplineMap`: ``bins=8``, ``bound=3.0``, ...
 
     Raises:
@@ -45,7 +46,7 @@ class SplineCoupling(Coupling):
             another size or one that leaves a part without channels, wrong options, or options
             beside a ``spline``.
         TypeError: for a conditioner that cannot be called, a mask that is not boolean, or a
-            ``spline`` that is no SplineMap.
+            ``spline`` that is no SplineMap; and for a context given to a conditioner that takes none.
 
     Source: Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows" (2019).
 
@@ -76,7 +77,7 @@ class SplineCoupling(Coupling):
         passes, moves = self.sizes
         self.conditioner = build_conditioner(conditioner, passes, moves * self.spline.params)
         identity = self.spline.identity_raw()
-        if not isinstance(conditioner, torch.nn.Module):  # a module that was given stays as it is
+        if not isinstance(conditioner, torch.nn.Module):  # the user's own module keeps its weights
             start_at(self.conditioner, identity.repeat(moves))
         check_flag("unconditional", unconditional)
         self.unconditional = torch.nn.Parameter(identity.repeat(passes)) if unconditional else None
@@ -119,19 +120,20 @@ class SplineCoupling(Coupling):
 
 
 class CircularShift(Bijection):
-    r"""Turn every channel, an angle, by a learned amount: :math:`z_c = x_c + s_c` on the circle.
+    r"""Rotate each channel, an angle, by a learned amount: :math:`z_c = x_c + s_c` modulo :math:`2 B`.
 
-    A circular spline leaves the point where its circle is cut where it is; shifts between splines let
-    the cut lie elsewhere in each.  The log-determinant is 0.
+    A circular spline maps the ends of its interval, which are one point of the circle, to themselves.
+    With shifts between splines each of them fixes another point.  The log-determinant is 0.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
-        bound: half the circle's length: values are in ``[-bound, bound)``.
-        shift: the first amount, a number or ``[C]``.
-        learned: whether the amount is a parameter or stays what it is.
+        bound: ``B``, half the circle's length: results are in ``[-B, B)``.
+        shift: initial ``s``, a number or ``[C]``.
+        learned: whether ``s`` is a parameter; if not, it is a constant.
 
     Raises:
         ValueError: for less than one channel, a bound that is not positive, a shift of another shape.
+        TypeError: for channels that are not an int, or ``learned`` that is no bool.
 
     Source: Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
 
@@ -171,7 +173,7 @@ class CircularShift(Bijection):
             self.register_buffer("shift", amount)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Turn ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``, the latter 0."""
+        """Rotate ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``, the latter 0."""
         check_channels("x", x, self.channels)
         return self._wrapped(x + self._amount(x)), zero_log_det(x)
 

@@ -37,8 +37,8 @@ __all__ = ["VectorField", "VectorFieldMLP"]
 class VectorField(torch.nn.Module):
     r"""Any network :math:`f(t, x)` as a field with a divergence, by reverse-mode products.
 
-    The estimate is FFJORD's :math:`(e^T J) e`; "exact" takes one product a dimension.  Works for
-    every module that autograd differentiates, to the order that it does.
+    The estimate of the divergence is FFJORD's :math:`(e^T J) e`; "exact" takes one product for each
+    dimension.  Works for every module that autograd differentiates, and to the same order.
 
     Args:
         net: module called as ``net(t, x) -> [N, ...]``, shaped like ``x``; as ``net(t, x, context)``
@@ -96,7 +96,7 @@ class VectorField(torch.nn.Module):
         regularizers: bool = False,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return what :meth:`VectorFieldMLP.velocity_and_divergence` does."""
+        """Return the results of :meth:`VectorFieldMLP.velocity_and_divergence`."""
         options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
         return velocity_and_divergence_of(
             self, t, x, context, per_probe=per_probe, regularizers=regularizers, **options
@@ -124,9 +124,9 @@ class VectorFieldMLP(torch.nn.Module):
         ValueError: for sizes below 1, an unknown activation or kind of time; when called, for layers
             that were replaced and do not fit each other.
 
-    Where something hangs on a layer (hooks, the old ``weight_norm``, pruning, a module put in its place) all layers are
-    called, and the divergence comes from reverse-mode products as in :class:`VectorField`: slower, and the estimates of
-    ``frobenius`` are then :math:`|e^T J|^2`, which has the same mean.
+    Where a layer was replaced or has hooks (also those of pruning and of the old ``weight_norm``), the layers are
+    called one by one, and the divergence comes from reverse-mode products as in :class:`VectorField`.  That is slower,
+    and the estimates of ``frobenius`` are then :math:`|e^T J|^2`, which has the same mean.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
     Generative Models*.
@@ -157,8 +157,7 @@ class VectorFieldMLP(torch.nn.Module):
         self.activation, self.time, self.context_features = activation, time, context_features
         pairs = list(itertools.pairwise(sizes))
         self.layers = torch.nn.ModuleList(FieldLinear(a, b) for a, b in pairs)
-        # of every layer: "concat" the column of t, "concatsquash" slope and offset of the gate's
-        # argument, and the slope of the bias
+        # rows for each layer: "concat" has w, "concatsquash" has u, c and v
         count = {"none": 0, "concat": 1, "concatsquash": 3}[time]
         self.times = torch.nn.ParameterList(
             torch.nn.Parameter(torch.empty(count, b).uniform_(-1, 1) / a**0.5)
@@ -185,7 +184,7 @@ class VectorFieldMLP(torch.nn.Module):
         layers = self._at(t, x, context)
         if not autocasts(x):
             return cast(evaluate_velocity(x, layers, self.activation), x.dtype)
-        h = cast(x, layers[0][0].dtype)  # float64 is what autocast leaves alone
+        h = cast(x, layers[0][0].dtype)  # autocast does not change float64
         for i, (weight, bias) in enumerate(zip(*layers[:2], strict=True)):
             h = F.linear(h, weight)
             h = (layers[2][i] * h if layers[2] else h) + bias
@@ -275,7 +274,7 @@ class VectorFieldMLP(torch.nn.Module):
     def _at_time(
         self, t: Tensor | float, x: Tensor, context: Tensor | None, biases: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what biases become at a time, for a context; and gates."""
+        """Return the biases at a time, with the context added, and the gates."""
         work = biases[0].dtype
         gates: list[Tensor] = []
         time = as_time(t, x).to(work)

@@ -35,8 +35,8 @@ from pyflowkern.ops.field_time import at_time
 
 __all__ = ["VectorFieldConv"]
 
-SIDE = 3  # of the kernels
-MOST = 2**24  # numbers in the stack of the widest layer, of an exact trace
+SIDE = 3  # of the convolutions' kernels
+MOST = 2**24  # numbers that the widest layer's stack of tangents may have in an exact trace
 
 
 class VectorFieldConv(torch.nn.Module):
@@ -62,9 +62,9 @@ class VectorFieldConv(torch.nn.Module):
         ValueError: for sizes below 1, an unknown activation or kind of time; when called, for layers
             that were replaced and do not fit each other.
 
-    Where something hangs on a layer (hooks, the old ``weight_norm``, pruning, a module put in its place) all layers are
-    called, and the divergence comes from reverse-mode products as in :class:`VectorField`: slower, and the estimates of
-    ``frobenius`` are then :math:`|e^T J|^2`, which has the same mean.
+    Where a layer was replaced or has hooks (also those of pruning and of the old ``weight_norm``), the layers are
+    called one by one, and the divergence comes from reverse-mode products as in :class:`VectorField`.  That is slower,
+    and the estimates of ``frobenius`` are then :math:`|e^T J|^2`, which has the same mean.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
     Generative Models*.
@@ -101,8 +101,7 @@ class VectorFieldConv(torch.nn.Module):
         def uniform(fan: int, *shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
 
-        # of every layer: "concat" the kernel of the channel t, "concatsquash" slope and offset of
-        # the gate's argument, and the slope of the bias
+        # for each layer: "concat" has the kernel of the channel t, "concatsquash" has u, c and v
         self.times = torch.nn.ParameterList()
         if time == "concat":
             self.times.extend(uniform(SIDE**2 * a, b, 1, SIDE, SIDE) for a, b in pairs)
@@ -143,9 +142,9 @@ class VectorFieldConv(torch.nn.Module):
             probe: ``[N, C, H, W]``, ``[K, N, C, H, W]`` or the seed of signs
                 (:func:`~pyflowkern.ops.draw_probe`); the same over a solve.
             probes: ``K`` for a seed.
-            method: "hutchinson", or "exact" from a tangent for each of the ``C H W`` dimensions, so
-                many at a time that the stack of the widest layer has 2^24 numbers at most (64 MiB in
-                float32); several such chunks are computed again in the backward pass.
+            method: "hutchinson", or "exact" with a tangent for each of the ``C H W`` dimensions, in
+                chunks such that the widest layer's values for one chunk are at most 2^24 numbers (64
+                MiB in float32); where there are several chunks, the backward pass computes them again.
             per_probe: return the estimates ``[K, N]`` in place of their mean.
             regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
             context: ``[N, context_features]``.
@@ -239,8 +238,8 @@ class VectorFieldConv(torch.nn.Module):
         if e is not None:
             h = torch.cat([h, cast(e, work).reshape(count * n, *x.shape[1:])])
         if h.device.type == "cpu" and work == torch.float32 and not transformed():
-            # oneDNN takes a fifth less time so; contiguous() would leave one channel as it is, and
-            # vmap hides an axis that the layout needs
+            # oneDNN takes a fifth less time in this layout; to() rather than contiguous(), which keeps
+            # the strides of a single channel; not under vmap, which hides an axis that the layout needs
             h = h.to(memory_format=torch.channels_last)
         with full_precision(x):
             biases, gates = self._at(as_time(t, x).to(work), x, context, biases)
@@ -278,7 +277,7 @@ class VectorFieldConv(torch.nn.Module):
         if context is not None:
             biases = add_context(biases, context, self.contexts)
         if self.time == "concat":
-            # a channel of t is zero around the image, so what a kernel makes of it differs there
+            # the padding around a channel of t is zero, so its convolution differs at the border
             ones = x.new_ones((1, 1, *x.shape[2:]), dtype=work)
             maps = [F.conv2d(ones, p.to(work), padding=SIDE // 2) for p in self.times]
             time = time[:, None] if time.dim() else time
