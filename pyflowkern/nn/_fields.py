@@ -33,7 +33,7 @@ METHODS = ("hutchinson", "exact")
 
 
 class FieldLinear(torch.nn.Linear):
-    """A linear layer that ``quantize_dynamic`` leaves unchanged: a quantized layer has no derivative, hence no trace."""
+    """A linear layer that ``quantize_dynamic`` keeps: a quantized layer has no derivative, hence no trace."""
 
 
 def check_states(x: Tensor, size: int | None = None, rank: int = 2) -> None:
