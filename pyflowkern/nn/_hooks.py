@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch.nn.modules import module as _module
+from torch.utils.module_tracker import ModuleTracker
 
 __all__ = ["may_be_read"]
 
@@ -14,14 +15,15 @@ def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]
     """Whether all layers are of exactly these kinds and give the same result when only their weights are used.
 
     False where a layer has hooks (also those of pruning, and of the old ``weight_norm`` and ``spectral_norm``), where
-    hooks of all modules are registered, as by FLOP counters, and where a layer was replaced or overrides ``forward``.
-    Parametrized layers are fine: reading their weight computes it.
+    hooks of all modules are registered, and where a layer was replaced or overrides ``forward``.  Parametrized layers
+    are fine: reading their weight computes it.  So are torch's FLOP counters, whose hooks only note which module runs:
+    they count the op as it runs without them.
 
     Args:
         layers: modules whose weights an op is to use.
         kinds: their allowed classes; a subclass does not count.
     """
-    if _module._has_any_global_hook():
+    if _module._has_any_global_hook() and not _only_trackers():
         return False
     for layer in layers:
         known = layer.__dict__  # nn.Module's own look-up takes longer
@@ -35,3 +37,14 @@ def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]
         if cls not in kinds:
             return False
     return True
+
+
+def _only_trackers() -> bool:
+    """Whether all hooks of all modules are those by which torch's FLOP counters know the running module."""
+    hooks = (
+        *_module._global_forward_pre_hooks.values(),
+        *_module._global_forward_hooks.values(),
+        *_module._global_backward_pre_hooks.values(),
+        *_module._global_backward_hooks.values(),
+    )
+    return all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)

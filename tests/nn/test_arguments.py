@@ -109,9 +109,7 @@ class Plain(torch.nn.Module):
     ids=["affine", "spline", "linear", "periodic", "autoregressive", "split"],
 )
 def test_a_network_without_contexts_says_what_to_do(layer, direction):
-    with pytest.raises(
-        TypeError, match=r"context was given, but .* takes only x: give it a forw"
-    ):
+    with pytest.raises(TypeError, match=r"context was given, but .* takes only x: give it a forw"):
         getattr(layer, direction)(torch.zeros(3, 4), torch.zeros(3, 2))
 
 
