@@ -20,7 +20,7 @@ struct ActNormArgs {
   int64_t outer, channels, inner;
   bool inverse;
   const void* in;
-  const void* scale;  // a', per channel, in the type computed in
+  const void* scale;  // a', per channel, in the type of the computation
   const void* bias;   // likewise
   void* out;
   const void* grad_out;  // backward only
@@ -28,8 +28,8 @@ struct ActNormArgs {
   int64_t rows;          // outer rows of a task
 };
 
-// What the two sums of one channel become.  `grad_log_det` is summed over samples and multiplied by
-// space.
+// The gradients of one channel from its two sums.  `grad_log_det` is summed over samples and
+// multiplied by space.
 struct ActNormGrad {
   double bias, log_scale;
 };
@@ -54,7 +54,7 @@ PFK_HD V actnorm_apply(V x, V scale, V bias, bool inverse) {
 }
 
 // Mean and sum of squared deviations of a set, and of the union of two (Chan, Golub and LeVeque
-// 1983): exact where sums of squares cancel, as for data of mean 1e4 and deviation 1.
+// 1983). They are accurate where sums of squares cancel, as for data of mean 1e4 and deviation 1.
 struct Moments {
   double count, mean, m2;
 };

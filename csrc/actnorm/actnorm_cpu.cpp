@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // ActNorm on the CPU.
 //
-// Floor: forward reads and writes 8 bytes an element, backward 12 (grad_out, x; grad_x), with both
-// channel sums in the same pass.  Images run row by row with one scale a row.  Vectors and
-// channels_last run flat over whole Vecs against the channel constants (actnorm_moments.h).
+// Lower bound of the time: forward reads and writes 8 bytes an element, backward 12 (grad_out, x,
+// grad_x) with both sums of a channel in the same pass.  In images each row has one scale.  In
+// vectors and channels_last, whole Vecs are computed with constants that are repeated to whole Vecs
+// (actnorm_moments.h).
 #include "actnorm/actnorm.h"
 
 #include "actnorm/actnorm_moments.h"
 #include "core/simd.h"
 
-PFK_DECLARE_LEVELS(void actnorm_forward(const ActNormArgs&, int, int64_t, int64_t);
-                   void actnorm_backward(const ActNormArgs&, int, int64_t, int64_t);
-                   void channel_moments(const ActNormArgs&, int, int64_t, int64_t))
+PFK_DECLARE_LEVELS(void actnorm_forward(const ActNormArgs&, DType, int64_t, int64_t);
+                   void actnorm_backward(const ActNormArgs&, DType, int64_t, int64_t);
+                   void channel_moments(const ActNormArgs&, DType, int64_t, int64_t))
 
 PFK_BEGIN
 
-namespace {  // every family is linked into one library: file-local names stay local
+namespace {  // all families are linked into one library
 
-constexpr int64_t kFold = 256;  // lane additions between two transfers to double
+constexpr int64_t kFold = 256;  // additions to a lane before its sum is added in double
 
-// ---- one channel a row
-// -------------------------------------------------------------------------------------------
+// ---- one channel a row --------------------------------------------------------------------------
 template <class S>
 void forward_row(const ActNormArgs& a, int64_t row, int64_t channel) {
   using T = Compute<S>;
@@ -71,8 +71,7 @@ void backward_row(const ActNormArgs& a, int64_t row, int64_t channel, double* su
   }
 }
 
-// ---- channels innermost: flat, against repeated constants
-// ----------------------------------------------------------
+// ---- channels innermost: flat, against repeated constants ---------------------------------------
 template <class T>
 void repeat_channels(const void* from, int64_t channels, int64_t length, T* to) {
   const T* values = static_cast<const T*>(from);
@@ -161,8 +160,7 @@ void backward_flat(const ActNormArgs& a, Task t, double* sums) {
   delete[] scale;
 }
 
-// ---- tasks
-// ---------------------------------------------------------------------------------------------------------
+// ---- tasks --------------------------------------------------------------------------------------
 template <class S>
 void forward_tasks(const ActNormArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
@@ -208,25 +206,15 @@ void moments_tasks(const ActNormArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define PFK_BY_DTYPE(function)                  \
-  switch (dtype) {                              \
-    case 0:                                     \
-      return function<float>(a, begin, end);    \
-    case 1:                                     \
-      return function<double>(a, begin, end);   \
-    case 2:                                     \
-      return function<BFloat16>(a, begin, end); \
-    default:                                    \
-      return function<Float16>(a, begin, end);  \
-  }
-void actnorm_forward(const ActNormArgs& a, int dtype, int64_t begin, int64_t end) {
-  PFK_BY_DTYPE(forward_tasks)
+void actnorm_forward(const ActNormArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { forward_tasks<decltype(element)>(a, begin, end); });
 }
-void actnorm_backward(const ActNormArgs& a, int dtype, int64_t begin, int64_t end) {
-  PFK_BY_DTYPE(backward_tasks)
+void actnorm_backward(const ActNormArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { backward_tasks<decltype(element)>(a, begin, end); });
 }
-void channel_moments(const ActNormArgs& a, int dtype, int64_t begin,
-                     int64_t end){PFK_BY_DTYPE(moments_tasks)}
+void channel_moments(const ActNormArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { moments_tasks<decltype(element)>(a, begin, end); });
+}
 
 PFK_END
 

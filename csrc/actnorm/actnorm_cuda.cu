@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // ActNorm on a GPU.
 //
-// Floor: the bytes of actnorm_cpu.cpp over the copy bandwidth.  Forward is elementwise.  Backward
-// and the moments give every block some channels (one, where pixels are innermost) of a run of
-// outer rows; blocks leave partial results that a second kernel joins in order, so the same input
-// gives the same bits.  All move 16-byte packs wherever a row is made of whole ones.
+// Lower bound of the time: the bytes of actnorm_cpu.cpp over the copy bandwidth.  Forward is
+// elementwise.  In the backward pass and for moments, a block has some channels (one, where pixels
+// are innermost) of several outer rows.  A second kernel joins the results of blocks in order, so
+// that the same input gives the same bits.  All use 16-byte packs where rows consist of whole ones.
 #include "actnorm/actnorm_walk.cuh"
 
 PFK_BEGIN
 namespace {
 
-// log_scale and bias stay on the device, so a' is exponentiated where it is used.
+// log_scale and bias are on the device: a' is computed where it is used.
 template <class T>
 struct Channels {
   const T* log_scale;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Every sample's log-det is the same number, which every block finds.
+// Every sample has the same log-det; every block computes it.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     log_det_kernel(const Channels<T> k, int64_t channels, int64_t space, int64_t samples,
@@ -66,7 +66,7 @@ __device__ double* partial_of(const ActNormArgs& a, int64_t task, int64_t channe
   return a.partial + 2 * (task * a.channels + channel);
 }
 
-// The gradient of the log-dets, of which every task of the backward kernel adds up a share.
+// The gradient of the log-dets; every task of the backward kernel adds up a share of it.
 template <class T>
 struct LogDetGradient {
   const T* of_sample;
@@ -152,10 +152,8 @@ __global__ void __launch_bounds__(kThreads)
       plain += partial_of(a, task, c)[0];
       weighted += partial_of(a, task, c)[1];
     }
-    for (int offset = 16; offset > 0; offset /= 2) {
-      plain += __shfl_down_sync(0xffffffffu, plain, offset);
-      weighted += __shfl_down_sync(0xffffffffu, weighted, offset);
-    }
+    plain = lanes_sum(plain);
+    weighted = lanes_sum(weighted);
     if (lane != 0) continue;
     const ActNormGrad g = actnorm_finish(plain, weighted, k.scale(c), total, k.inverse);
     grad_log_scale[c] = static_cast<T>(g.log_scale);
@@ -163,8 +161,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Each thread sums differences from the first value it meets, and their squares: exact at any mean,
-// and without a division an element.
+// Each thread sums the differences to the first value that it reads, and their squares: accurate
+// for any mean, without a division for each element.
 template <class S, bool kWide, bool kFlat>
 __global__ void __launch_bounds__(kThreads, 2)
     moments_kernel(const ActNormArgs a, const WalkPlan plan) {
@@ -224,8 +222,7 @@ __global__ void __launch_bounds__(kThreads)
   variance[c] = static_cast<T>(m.count > 0 ? m.m2 / m.count : NAN);
 }
 
-// ---- host
-// ----------------------------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 template <class S>
 void launch_forward(const Plan& p, Channels<Compute<S>> k, Tensor& log_det, cudaStream_t stream) {
   constexpr int width = 16 / sizeof(S);
@@ -282,21 +279,6 @@ void launch_moments(const Plan& p, Tensor& mean, Tensor& variance, cudaStream_t 
              static_cast<T*>(variance.mutable_data_ptr()));
 }
 
-// Calls f with a value of the storage type of `t`.
-template <class F>
-void by_dtype(const Tensor& t, F f) {
-  switch (dtype_of(t)) {
-    case kFloat32:
-      return f(float{});
-    case kFloat64:
-      return f(double{});
-    case kBFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      return f(__half{});
-  }
-}
-
 template <class T>
 Channels<T> channels_of(const Tensor& log_scale, const Tensor& bias, bool inverse) {
   return {static_cast<const T*>(log_scale.const_data_ptr()),
@@ -312,7 +294,7 @@ std::tuple<Tensor, Tensor> actnorm_cuda(const Tensor& x, const Tensor& log_scale
   Tensor y = empty_like_canonical(p.x), log_det = empty_per_sample(x, p.shape.samples);
   const Tensor s = torch::stable::contiguous(log_scale), b = torch::stable::contiguous(bias);
   p.args.out = y.mutable_data_ptr();
-  by_dtype(x, [&](auto type) {
+  each_storage(x, [&](auto type) {
     using S = decltype(type);
     launch_forward<S>(p, channels_of<Compute<S>>(s, b, inverse), log_det, current_stream(x));
   });
@@ -333,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_grad_cuda(const Tensor& grad_y,
   p.args.out = grad_x.mutable_data_ptr();
   p.args.grad_out = gy.const_data_ptr();
   plan_sums(p);
-  by_dtype(x, [&](auto type) {
+  each_storage(x, [&](auto type) {
     using S = decltype(type);
     launch_backward<S>(p, channels_of<Compute<S>>(s, b, inverse), gl, gs, gb, current_stream(x));
   });
@@ -346,7 +328,7 @@ std::tuple<Tensor, Tensor> moments_cuda(const Tensor& x) {
   plan_sums(p);
   Tensor mean = empty(x, {p.shape.channels}, accumulation_type(x));
   Tensor variance = empty(x, {p.shape.channels}, accumulation_type(x));
-  by_dtype(
+  each_storage(
       x, [&](auto type) { launch_moments<decltype(type)>(p, mean, variance, current_stream(x)); });
   return {mean, variance};
 }

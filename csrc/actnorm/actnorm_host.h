@@ -10,7 +10,7 @@
 
 namespace pfk {
 
-// The channel constants in the type computed in, and how the work is cut into tasks.
+// The constants of the channels in the type of the computation, and how the work is cut into tasks.
 struct ActNormPlan {
   Canonical x;
   ImageShape shape;
@@ -28,8 +28,8 @@ struct ActNormPlan {
     args.channels = shape.channels;
     args.inner = flat ? 1 : shape.space;
     args.in = x.tensor.const_data_ptr();
-    // at least 16,384 elements a task, 32 of every channel, and few enough tasks for their partial
-    // sums to stay small
+    // at least 16,384 elements in a task, 32 of every channel, and few enough tasks to keep their
+    // partial sums small
     const int64_t row = args.channels * args.inner > 0 ? args.channels * args.inner : 1;
     const int64_t inner = args.inner > 0 ? args.inner : 1;
     const int64_t rows = (16384 + row - 1) / row, many = (32 + inner - 1) / inner;

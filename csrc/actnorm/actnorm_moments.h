@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Mean and squared deviations of every channel on the CPU, in one pass over memory.
 //
-// A piece that stays in L1 is read twice: for its mean, roughly, and for the sums of deviations
-// from that and of their squares, which correct the rough mean and lose nothing even for data
-// around 1e4.  Pieces are merged in double.  (One pass in double was ten times slower.)
+// A piece that fits into L1 is read twice: for its mean, which need not be exact, and for the sums
+// of deviations from it and of their squares.  These correct the mean and are accurate even for
+// data around 1e4.  Pieces are merged in double.  (A single pass in double was ten times slower.)
 #pragma once
 
 #include "actnorm/actnorm.h"
@@ -21,12 +21,13 @@ Task task_rows(const ActNormArgs& a, int64_t task) {
   return {begin, begin + a.rows < a.outer ? begin + a.rows : a.outer};
 }
 
-// Channels innermost are walked in runs, whole Vecs of each against something that a channel has:
-// up to kWide channels in one run, what they have repeated to a whole number of Vecs, so that 10
-// channels cost no tails; beyond, row by row.
+// Where channels are innermost, runs of elements are computed in whole Vecs together with numbers
+// that belong to the channels.  Up to kWide channels, a run has many rows, and the numbers of the
+// channels are repeated to a whole number of Vecs: so 10 channels leave no partial Vecs.  Beyond, a
+// run is a row.
 constexpr int64_t kWide = 64;
 
-// The elements of what is repeated: channels * lanes / gcd(channels, lanes), or one row of Vecs.
+// The length of the repeated numbers: channels * lanes / gcd(channels, lanes), or one row of Vecs.
 int64_t pattern_length(int64_t channels, int64_t lanes) {
   if (channels >= kWide) return (channels + lanes - 1) / lanes * lanes;
   int64_t a = channels, b = lanes;
@@ -38,7 +39,7 @@ int64_t pattern_length(int64_t channels, int64_t lanes) {
   return channels * (lanes / a);
 }
 
-// In double, where a float sum overflows.
+// In double, for where a sum of floats overflows.
 template <class S>
 Moments careful_moments(const S* x, int64_t n, int64_t step) {
   double mean = 0, m2 = 0;
@@ -105,14 +106,14 @@ void moments_rows(const ActNormArgs& a, Task t, double* out) {
   }
 }
 
-// What of x is walked together: runs of `length` elements, `stride` apart.
+// Runs of `length` elements of x, `stride` apart.
 template <class S>
 struct Runs {
   const S* x;
   int64_t count, length, stride;
 };
 
-// Sums at every position of the pattern; with `mean`, of deviations and their squares.
+// Sums at every position of the repeated numbers; with `mean`, of deviations and their squares.
 template <class S, class T>
 void pattern_sums(Runs<S> r, int64_t period, const T* mean, T* sum, T* squares) {
   using V = Vec<T>;
@@ -132,7 +133,8 @@ void pattern_sums(Runs<S> r, int64_t period, const T* mean, T* sum, T* squares) 
   }
 }
 
-// The moments of `width` channels in rows that fit L1 come to those of `count` earlier rows.
+// Merges the moments of `width` channels of rows that fit into L1 with those of `count` earlier
+// rows.
 template <class S, class T>
 void merge_piece(const Runs<S>& r, int64_t rows, int64_t width, int64_t channels, double count,
                  T* memory, double* out) {
@@ -160,12 +162,12 @@ void merge_piece(const Runs<S>& r, int64_t rows, int64_t width, int64_t channels
 template <class S>
 void moments_flat(const ActNormArgs& a, Task t, double* out) {
   using T = Compute<S>;
-  constexpr int64_t kColumns = 128;  // by 32 rows: an L1 of floats, half
+  constexpr int64_t kColumns = 128;  // with 32 rows, half of L1 in floats
   const int64_t c = a.channels, columns = c < kWide ? c : kColumns;
   const int64_t piece = 4096 / columns;
   T* memory = new T[3 * kWide * 16];
   for (int64_t at = 0; at < c;) {
-    // the rest at once if the next block would be narrow: narrow blocks must be contiguous
+    // all the rest if the next block would be narrow: narrow blocks must be contiguous
     const int64_t width = c - at < columns + kWide ? c - at : columns;
     double count = 0;
     for (int64_t row = t.begin; row < t.end; row += piece) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the kernels that sum over each channel walk through memory, and the launch that fits it.
+// How the kernels that sum over each channel go through memory, and their launches.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,9 @@
 PFK_BEGIN
 namespace {
 
-// What a block of the kernels that sum sees: `columns` threads side by side, each kLanes adjacent
-// channels where channels are innermost (kFlat), else all threads on one channel; the others below
-// them take other packs.
+// What a block of these kernels sums.  Where channels are innermost (kFlat), `columns` threads side
+// by side have kLanes adjacent channels each; else all threads have one channel.  The other threads
+// take other packs of the same channels.
 struct WalkPlan {
   int64_t rows;   // outer rows of a block
   int columns;    // a power of two; 1 where pixels are innermost
@@ -85,8 +85,7 @@ Plan plan_of(const Tensor& x) {
   return p;
 }
 
-// For the kernels that sum: enough blocks to fill any GPU, few enough for the last pass over them
-// to be short, and some packs for every thread.
+// Enough blocks for any GPU, few enough to be joined quickly, and some packs for every thread.
 void plan_sums(Plan& p) {
   ActNormArgs& a = p.args;
   const int64_t width = p.dtype == kFloat64 ? 2 : p.dtype == kFloat32 ? 4 : 8;

@@ -5,14 +5,14 @@
 // A scale map sends a raw parameter u to a scale s(u) > 0.  With v = gain u + offset, log s is
 //   exp v | clamp tanh(v/clamp) | 0.636 clamp atan(v/clamp) | log(sigmoid v + eps) | log(softplus v
 //   + eps) | v / (1 + |v/clamp|) | 0.
-// An element moves by  y = s x + t  or, with the shift first,  y = s (x + t);  "reciprocal"
-// replaces s by 1/s and so serves the inverse direction and dividing layers alike.
+// An element becomes  y = s x + t,  or with the shift first  y = s (x + t).  "reciprocal" means 1/s
+// in place of s, for the inverse direction and for layers that divide.
 #pragma once
 
 #include <cfloat>
 
+#include "core/activations.h"
 #include "core/codes.h"
-#include "core/math.h"
 
 // Plain data is the same for every SIMD level: it lives outside their namespaces.
 namespace pfk {
@@ -22,11 +22,10 @@ struct ScaleNumbers {
   double clamp, gain, offset, eps, max_scale;
 };
 
-// ---- where the elements lie
-// ------------------------------------------------------------------------------------ Per sample,
-// the transformed elements form `rows` rows of `length` consecutive elements of x; the passing ones
-// `copy_rows` rows of `copy_length`.  Parameters of consecutive elements are `p_step` apart.  All
-// in elements.
+// ---- where the elements lie ---------------------------------------------------------------------
+// In each sample the transformed elements form `rows` rows of `length` consecutive elements of x,
+// and those that are copied `copy_rows` rows of `copy_length`.  Parameters of consecutive elements
+// are `p_step` apart.  All steps count elements.
 struct AffineGeometry {
   int64_t samples;
   int64_t rows, length, x_start, x_row, x_sample;
@@ -35,8 +34,8 @@ struct AffineGeometry {
   int64_t mask_row, mask_step;  // in the boolean mask [C, *space]
 };
 
-// Pointers are to elements of the storage type; forward leaves the gradients null, backward the
-// log-dets.
+// Pointers are to elements of the storage type.  Gradients are null in the forward pass, log-dets
+// in the backward pass.
 struct AffineArgs {
   AffineGeometry g;
   ScaleNumbers numbers;
@@ -58,11 +57,11 @@ struct AffineArgs {
 
 PFK_BEGIN
 
-// The numbers in the type they are computed in, with the flags resolved.
+// The numbers in the type of the computation, and what the flags mean.
 template <class T>
 struct AffineMap {
   T clamp, inverse_clamp, gain, offset, eps, max_scale;
-  T sign;  // of log_factor against log s
+  T sign;  // log_factor = sign log s
   bool inverse, reciprocal, shift_first, from_output;
 };
 
@@ -88,15 +87,15 @@ struct Scale {
   V factor, log_factor, slope;
 };
 
-// The long maps come in two halves: a first transcendental function, and all that follows from it.
-// On a CPU a loop over each half is faster than one over both, whose chain of dependent operations
-// is longer than the processor looks ahead.
+// Maps with long formulas are computed in two parts: a first transcendental function, and the rest.
+// On a CPU one loop for each part is faster than a single loop, whose operations depend on each
+// other in too long a chain.
 template <int kKind>
-constexpr bool kTwoHalves =
+constexpr bool kTwoParts =
     kKind == kTanh || kKind == kAtan || kKind == kSigmoid || kKind == kSoftplus;
 
 template <int kKind, class V>
-PFK_HD V first_half(V u, const AffineMap<Lane<V>>& m) {
+PFK_HD V first_part(V u, const AffineMap<Lane<V>>& m) {
   const V v = u * V(m.gain) + V(m.offset);
   if constexpr (kKind == kTanh) {
     return tanh_exponential(v * V(m.inverse_clamp));
@@ -109,7 +108,7 @@ PFK_HD V first_half(V u, const AffineMap<Lane<V>>& m) {
   }
 }
 
-// log s and d log s / dv of the maps that bound the logarithm itself.
+// log s and d log s / dv of the maps that define log s.
 template <int kKind, class V>
 PFK_HD Scale<V> bounded_scale(V v, V first, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
@@ -127,22 +126,20 @@ PFK_HD Scale<V> bounded_scale(V v, V first, const AffineMap<Lane<V>>& m) {
   }
 }
 
-// s, log s and d log s / dv of the maps that bound the scale from below.
+// s, log s and d log s / dv of the maps that define s.
 template <int kKind, class V>
 PFK_HD Scale<V> floored_scale(V v, V e, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
   if constexpr (kKind == kSigmoid) {
-    const V d = V(T(1)) / (V(T(1)) + e);
-    const V big = d, small = e * d;  // sigmoid of |v| and of -|v|
-    const V sig = select(v < T(0), small, big), complement = select(v < T(0), big, small);
-    if (m.eps == T(0)) return {sig, min_(v, V(T(0))) - log1p_(e), complement};
-    const V s = sig + V(m.eps);
-    return {s, log_(s), sig * complement / s};
-  } else {  // softplus; far to the left it is exp, whose logarithm survives its underflow
-    const V plus = max_(v, V(T(0))) + log1p_(e);
-    const V sig = select(v < T(0), e, V(T(1))) / (V(T(1)) + e);
-    const V s = plus + V(m.eps);
-    V log_s = log_(s), slope = sig / s;
+    const Sigmoid<V> sig = sigmoid_from(v, e);
+    if (m.eps == T(0)) return {sig.value, -softplus_from(-v, e).value, sig.rest};
+    const V s = sig.value + V(m.eps);
+    return {s, log_(s), sig.value * sig.rest / s};
+  } else {  // softplus; for very negative v it is e^v, whose logarithm is v also where e^v
+            // underflows
+    const Softplus<V> plus = softplus_from(v, e);
+    const V s = plus.value + V(m.eps);
+    V log_s = log_(s), slope = plus.slope / s;
     if (m.eps == T(0)) {
       log_s = select(v < T(-30), v, log_s);
       slope = select(v < T(-30), V(T(1)), slope);
@@ -179,18 +176,17 @@ PFK_HD Scale<V> scale_from(V u, V first, const AffineMap<Lane<V>>& m) {
 
 template <int kKind, class V>
 PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
-  return scale_from<kKind>(u, first_half<kKind>(u, m), m);
+  return scale_from<kKind>(u, first_part<kKind>(u, m), m);
 }
 
-// ---- one element, either direction
-// -----------------------------------------------------------------------------
+// ---- one element, either direction --------------------------------------------------------------
 template <class V>
 PFK_HD V affine_apply(V in, V factor, V t, const AffineMap<Lane<V>>& m) {
   if (m.inverse) return m.shift_first ? in * factor - t : (in - t) * factor;
   return m.shift_first ? (in + t) * factor : in * factor + t;
 }
 
-// Whether apply's VJP below reads t (else t may be anything).
+// Whether affine_vjp reads t.
 template <class T>
 PFK_HD bool vjp_reads_shift(const AffineMap<T>& m) {
   return m.from_output ? m.shift_first == m.inverse : m.shift_first != m.inverse;
@@ -201,9 +197,9 @@ struct AffineGrad {
   V in, raw, shift;
 };
 
-// Given the upstream gradients of the element and of log_factor, and what was kept of the element:
-// its input, or (from_output) its output.  `moved` is d out / d log_factor: the scaled part of the
-// output, without its shift.
+// From the upstream gradients of the element and of log_factor, and from what was kept of the
+// element: its input, or (from_output) its output.  `moved` is d out / d log_factor, the part of
+// the output that is scaled.
 template <class V>
 PFK_HD AffineGrad<V> affine_vjp(V kept, V t, V grad_out, V grad_log, const Scale<V>& s,
                                 const AffineMap<Lane<V>>& m) {

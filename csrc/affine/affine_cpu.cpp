@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // Affine transforms on the CPU.
 //
-// Floor, forward: x and the parameters read once, y written once (coupling with half the channels
-// transformed: 3 floats an element of x... 12 bytes); backward 16.  A task is a fixed chunk of one
-// sample, so results do not depend on the number of threads.  Rows long enough, of the type
-// computed in, are read and written in place; short, strided or 16-bit rows are packed into block
-// buffers in L1 first, so that the vector loop is the same for all.
+// Lower bound of the time: forward, x and the parameters are read and y is written, 12 bytes for an
+// element of x of a coupling in float32 that transforms half the channels; backward 16.  A task is
+// a fixed chunk of one sample, so that results do not depend on the number of threads.  Long
+// contiguous rows are computed in place.  Short, strided or 16-bit rows are first copied to buffers
+// in L1, so that one vector loop serves all.
 #include "affine/affine.h"
 #include "core/half.h"
 #include "core/simd.h"
 
-PFK_DECLARE_LEVELS(void affine_forward(const AffineArgs&, int, int64_t, int64_t);
-                   void affine_backward(const AffineArgs&, int, int64_t, int64_t))
+PFK_DECLARE_LEVELS(void affine_forward(const AffineArgs&, DType, int64_t, int64_t);
+                   void affine_backward(const AffineArgs&, DType, int64_t, int64_t))
 
 PFK_BEGIN
 
-namespace {  // every family is linked into one library: file-local names stay local
+namespace {  // all families are linked into one library
 
-constexpr int kBlock = 512;     // elements of a block: seven float buffers are 14 KiB of L1
-constexpr int kDirectRow = 64;  // shorter rows are packed
+constexpr int kBlock = 512;     // elements of a block: seven buffers of floats take 14 KiB of L1
+constexpr int kDirectRow = 64;  // shorter rows are copied to buffers
 
-// Pointers of one block, elements consecutive.  Forward leaves the gradients null.
+// The contiguous elements of one block; gradients are null in the forward pass.
 template <class T>
 struct Block {
   const T *in, *raw, *shift, *grad_out;
@@ -68,21 +68,21 @@ PFK_HD void backward_step(const Block<T>& b, int i, Vec<T> first, const Context<
   if (kKind != kAdditive) g.raw.store(b.grad_raw + i);
 }
 
-// Whole vectors [0, n) of a block; all lanes from `valid` count.  Block and Context come by value:
-// behind a reference every store could change them.
+// The whole vectors of [0, n) of a block.  Only lanes of `valid` are part of the log-det.  Block
+// and Context are copies: the compiler reloads what a reference leads to after every store.
 template <int kKind, bool kBackward, bool kMasked, class T>
 void run_vectors(const Block<T> b, int n, const Context<T> c, Vec<T>& log_det, Mask<T> valid) {
   using V = Vec<T>;
-  alignas(64) T first[kTwoHalves<kKind> ? kBlock : V::kLanes];
-  if constexpr (kTwoHalves<kKind>) {
+  alignas(64) T first[kTwoParts<kKind> ? kBlock : V::kLanes];
+  if constexpr (kTwoParts<kKind>) {
     for (int i = 0; i < n; i += V::kLanes) {
-      first_half<kKind>(V::load(b.raw + i), c.map).store(first + i);
+      first_part<kKind>(V::load(b.raw + i), c.map).store(first + i);
     }
   }
   V sum = log_det;
   for (int i = 0; i < n; i += V::kLanes) {
     V half = T(0);
-    if constexpr (kTwoHalves<kKind>) half = V::load(first + i);
+    if constexpr (kTwoParts<kKind>) half = V::load(first + i);
     if constexpr (kBackward) {
       backward_step<kKind, kMasked>(b, i, half, c);
     } else {
@@ -92,8 +92,8 @@ void run_vectors(const Block<T> b, int n, const Context<T> c, Vec<T>& log_det, M
   log_det = sum;
 }
 
-// One block of n elements; returns its log-det.  The last, partial vector goes through padded
-// copies.
+// One block of n elements; returns its log-det.  The last vector, if it is not whole, is computed
+// on padded copies.
 template <int kKind, bool kBackward, class T>
 double run_block(const Block<T>& b, int n, const Context<T>& c) {
   constexpr int w = Vec<T>::kLanes;
@@ -159,7 +159,7 @@ Sample<S> sample_pointers(const AffineArgs& a, int64_t n) {
           at(static_cast<S*>(a.grad_shift), p + g.shift_start)};
 }
 
-// Buffers of a packed block, and the walk over the row pieces that make it up.
+// The buffers of a block that is copied, and the pieces of rows that it is made of.
 template <class S, class T>
 struct Packed {
   alignas(64) T in[kBlock], raw[kBlock], shift[kBlock], grad_out[kBlock];
@@ -201,7 +201,7 @@ struct Packed {
   }
 };
 
-// The passing elements of this task: forward copies them, backward passes their gradient.
+// Copies the elements of this task that are not transformed, or backward their gradients.
 template <class S>
 void copy_passing(const AffineArgs& a, int64_t n, int64_t chunk) {
   const AffineGeometry& g = a.g;
@@ -276,27 +276,13 @@ void run_tasks(const AffineArgs& a, int64_t task_begin, int64_t task_end) {
   }
 }
 
-template <bool kBackward>
-void run_dtype(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
-  switch (dtype) {
-    case 0:
-      return run_tasks<kBackward, float>(a, begin, end);
-    case 1:
-      return run_tasks<kBackward, double>(a, begin, end);
-    case 2:
-      return run_tasks<kBackward, BFloat16>(a, begin, end);
-    default:
-      return run_tasks<kBackward, Float16>(a, begin, end);
-  }
-}
-
 }  // namespace
 
-void affine_forward(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
-  run_dtype<false>(a, dtype, begin, end);
+void affine_forward(const AffineArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { run_tasks<false, decltype(element)>(a, begin, end); });
 }
-void affine_backward(const AffineArgs& a, int dtype, int64_t begin, int64_t end) {
-  run_dtype<true>(a, dtype, begin, end);
+void affine_backward(const AffineArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { run_tasks<true, decltype(element)>(a, begin, end); });
 }
 
 PFK_END
@@ -308,7 +294,7 @@ namespace pfk {
 namespace {
 
 constexpr int64_t kChunk =
-    16384;  // elements of a task: enough work for a thread, small enough to share out
+    16384;  // elements of a task: enough for a thread, and few enough to keep all threads busy
 
 template <class R>
 void reduce_chunks(const AffineArgs& a, R* log_det) {
@@ -321,7 +307,7 @@ void reduce_chunks(const AffineArgs& a, R* log_det) {
 
 }  // namespace
 
-// Forward with a log-det to fill, backward without.
+// Forward if there is a log_det to fill, else backward.
 static void run_affine_cpu(AffineArgs& a, const Tensor& out, Tensor* log_det) {
   const int64_t features = a.g.rows * a.g.length;
   a.chunk = kChunk;
@@ -329,7 +315,7 @@ static void run_affine_cpu(AffineArgs& a, const Tensor& out, Tensor* log_det) {
   const int64_t tasks = a.g.samples * a.chunks;
   std::vector<double> partial(log_det != nullptr ? tasks : 0);
   a.partial = partial.data();
-  const int dtype = dtype_of(out);
+  const DType dtype = dtype_of(out);
   parallel_tasks(tasks, a.g.x_sample / a.chunks, [&](int64_t begin, int64_t end) {
     if (log_det != nullptr) {
       PFK_CALL_LEVEL(affine_forward, a, dtype, begin, end);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Affine transforms on a GPU.
 //
-// Floor: the bytes of affine_cpu.cpp over the copy bandwidth.  A team (a block, or for short
-// samples some lanes of a warp) takes one chunk of one sample, in 16-byte packs where every row
-// starts on one (single elements otherwise), and leaves the chunk's log-det; a sample of several
-// chunks is summed in order by a second kernel, so results are the same bits every run.  The scale
-// map and the size of the teams are chosen at run time: such branches are uniform and cost nothing
-// beside memory, and keep the kernels to sixteen.
+// Lower bound of the time: the bytes of affine_cpu.cpp over the copy bandwidth.  A team (a block,
+// or some lanes of a warp for short samples) computes one chunk of one sample and its log-det, in
+// 16-byte packs where every row starts on one, else in single elements.  Where a sample has several
+// chunks, a second kernel adds up their log-dets in order, so that results have the same bits every
+// run.  The scale map and the size of the teams are chosen at run time: all threads take the same
+// branch, which costs nothing beside memory, and sixteen kernels are enough.
 #include "affine/affine_host.h"
 #include "core/teams.cuh"
 
@@ -44,7 +44,7 @@ struct Pointers {
   }
 };
 
-// A Team whose size is known at run time alone; without a sample beyond the last one.
+// A Team whose size is known at run time.
 struct AnyTeam {
   int64_t n, chunk;
   int rank, size;
@@ -62,14 +62,11 @@ struct AnyTeam {
   // Rank 0 has the sum; every thread of the block takes part.
   __device__ double sum(double value, double* scratch) const {
     if (size == kThreads) return block_sum(value, scratch);
-    for (int offset = size / 2; offset > 0; offset /= 2) {
-      value += __shfl_down_sync(0xffffffffu, value, offset, size);
-    }
-    return value;
+    return lanes_sum(value, size);
   }
 };
 
-// The passing elements of a sample, every team of it its share.
+// Copies the elements of a sample that are not transformed; each of its teams copies a share.
 template <class S, bool kWide>
 __device__ void copy_passing(const AffineArgs& a, const AnyTeam& t, int64_t teams) {
   using Q = Pointers<S, kWide>;
@@ -86,7 +83,8 @@ __device__ void copy_passing(const AffineArgs& a, const AnyTeam& t, int64_t team
 }
 
 template <class S, bool kBackward, bool kWide>
-__global__ void __launch_bounds__(kThreads, 2)  // two blocks: 128 registers, no spills
+__global__ void __launch_bounds__(kThreads,
+                                  2)  // two blocks on an SM: up to 128 registers, no spills
     affine_kernel(const AffineArgs a, const AffineMap<Compute<S>> map, const TeamPlan plan,
                   const TeamSums<Compute<S>> sums) {
   using T = Compute<S>;

@@ -31,8 +31,8 @@ inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last,
     g.mask_step = 1;
   }
   const bool raw_first = layout >= kRawFirst;
-  if (kind ==
-      kAdditive) {  // shifts alone; feature-major ones, [N, moved, *space, 1], stay contiguous
+  if (kind == kAdditive) {  // there are shifts only; feature-major ones, [N, moved, *space, 1], are
+                            // contiguous
     const bool strided = channels_last && layout % kRawFirst == kFeatureMajor;
     g.p_sample = moved * s;
     g.p_step = strided ? s : 1;
@@ -52,7 +52,7 @@ inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last,
         g.p_step = 2;
         g.p_row = channels_last ? 2 * moved : 0;
         second = 1;
-      } else {  // one row a channel
+      } else {  // each channel is a row
         g.rows = moved, g.length = s, g.x_row = s;
         g.mask_row = s;
         g.p_step = 1;
@@ -69,7 +69,7 @@ inline AffineGeometry coupling_geometry(const ImageShape& x, bool channels_last,
   return g;
 }
 
-// x, raw and shift of one shape and format: a single row a sample.
+// x, raw and shift have one shape and format: each sample is one row.
 inline AffineGeometry elementwise_geometry(const ImageShape& x) {
   AffineGeometry g{};
   g.samples = x.samples;
@@ -132,13 +132,12 @@ inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
   a.g = coupling_geometry(shape, c.channels_last, mask.has_value(), static_cast<int>(layout),
                           a.kind, a.flags);
   a.in = c.tensor.const_data_ptr();
-  a.shift = a.raw = t.shift.const_data_ptr();  // one tensor; the geometry knows both starts
+  a.shift = a.raw = t.shift.const_data_ptr();  // one tensor; the geometry says where both start
   a.mask = mask ? static_cast<const uint8_t*>(t.mask->const_data_ptr()) : nullptr;
   return t;
 }
 
-// ---- the ops, given what runs a filled AffineArgs on the device
-// ------------------------------------------------------
+// ---- the ops, given what runs a filled AffineArgs on the device ---------------------------------
 using RunAffine = void (*)(AffineArgs&, const Tensor& out, Tensor* log_det);
 
 template <RunAffine kRun>

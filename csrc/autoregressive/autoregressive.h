@@ -1,30 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 // Inverse of an autoregressive flow by one walk through its masked network.
 //
-// Units lie sorted by degree, so that those of degree t at most are the first counts[t] of their
-// layer, and read the first counts[t] of the layer below.  Step t finds the units of degree t,
+// Units are sorted by degree: those of degree t at most are the first counts[t] of their layer, and
+// they read the first counts[t] units of the layer below.  Step t computes the units of degree t,
 // layer by layer, then the features of level t:
 //   v_u = g_u (sum_k W_uk a(v_k) + b_u) + residual_u,    x_i = tau^-1(z_i; theta_i),
 // with gates g of some layers, and 1 in the others.
-// Each unit is computed once, when what it sees has become known.
+// Each unit is computed once, as soon as its inputs are known.
 #pragma once
 
 #include <type_traits>
 
 #include "affine/affine.h"
+#include "core/activations.h"
 #include "spline/spline_kinds.h"
 
 namespace pfk {
 
-// Values of a layer lie in rows of the work space, one row a unit, from `raw` and `activated` on;
-// -1: not kept.  The last layer's are the parameters of the features of one level.
+// The values of a layer lie in rows of the work space, a row for each unit, from row `raw` and row
+// `activated` on; -1 means that they are not stored.  Those of the last layer are the parameters of
+// the features of one level.
 struct MaskedLayer {
   const void *weight, *bias;  // [units, stride], [units] or [samples, units]
   const void* gate;           // like bias, or null
   const int32_t* counts;      // units of degree t at most, t = 0 ... levels - 1
   const int32_t* residual_at;
   int stride, units, bias_row, gate_row;
-  int source;  // row of the work space where what it reads begins
+  int source;  // first row of its inputs in the work space
   const int32_t* source_counts;
   int residual;  // row, -1 for none
   Activation activation;
@@ -35,10 +37,10 @@ struct AutoregressiveArgs {
   MaskedLayer layers[kMaxLayers];
   int layer_count, features, outputs, levels;
   int rows, params;               // rows of the work space; where the parameters begin
-  int param_rows;                 // of a feature: outputs, and what a spline needs beyond them
-  const int32_t* order;           // features as they become known
+  int param_rows;                 // of a feature: outputs, and scratch rows of a spline
+  const int32_t* order;           // features in the order in which they become known
   const int32_t* feature_counts;  // features of levels below t
-  int kind, flags;                // of the scale map that finds x; kind -1: a spline
+  int kind, flags;                // of the scale map; kind -1: a spline
   ScaleNumbers numbers;
   SplineForm form;
   SplineNumbers spline;
@@ -50,58 +52,6 @@ struct AutoregressiveArgs {
 }  // namespace pfk
 
 PFK_BEGIN
-
-// a(v); templated on the activation, so that loops hold no branch.
-template <Activation kActivation, class V>
-PFK_HD V activate(V v) {
-  using T = Lane<V>;
-  const V zero = T(0), one = T(1);
-  if constexpr (kActivation == Activation::kRelu) {
-    return select(v < zero, zero, v);  // NaN stays
-  } else if constexpr (kActivation == Activation::kLeakyRelu) {
-    return select(v < zero, v * V(T(0.01)), v);
-  } else if constexpr (kActivation == Activation::kElu) {
-    return select(v < zero, expm1_(min_(v, zero)), v);
-  } else if constexpr (kActivation == Activation::kTanh) {
-    return tanh_(v).value;
-  } else if constexpr (kActivation == Activation::kSigmoid) {
-    return sigmoid_(v);
-  } else if constexpr (kActivation == Activation::kSilu) {
-    return v * sigmoid_(v);
-  } else if constexpr (kActivation == Activation::kGelu) {
-    return v * V(T(0.5)) * (one + erf_(v * V(T(0.70710678118654752440))));
-  } else if constexpr (kActivation == Activation::kSoftplus) {
-    return softplus_(v);
-  } else {
-    return v;
-  }
-}
-
-// Calls f with the activation as a constant.
-template <class F>
-PFK_HD void with_activation(Activation activation, F f) {
-  using A = Activation;
-  switch (activation) {
-    case A::kRelu:
-      return f(std::integral_constant<A, A::kRelu>{});
-    case A::kLeakyRelu:
-      return f(std::integral_constant<A, A::kLeakyRelu>{});
-    case A::kElu:
-      return f(std::integral_constant<A, A::kElu>{});
-    case A::kTanh:
-      return f(std::integral_constant<A, A::kTanh>{});
-    case A::kSigmoid:
-      return f(std::integral_constant<A, A::kSigmoid>{});
-    case A::kSilu:
-      return f(std::integral_constant<A, A::kSilu>{});
-    case A::kGelu:
-      return f(std::integral_constant<A, A::kGelu>{});
-    case A::kSoftplus:
-      return f(std::integral_constant<A, A::kSoftplus>{});
-    default:
-      return f(std::integral_constant<A, A::kIdentity>{});
-  }
-}
 
 // Calls f with the kind of scale map as a constant.
 template <class F>
@@ -125,13 +75,13 @@ PFK_HD void with_scale_kind(int kind, F f) {
 }
 
 template <class V>
-struct Found {
+struct InvertedFeature {
   V x, log_det;
 };
 
 // One feature by an affine map; tile.get(k) is its k-th parameter.
 template <int kKind, class V, class Tile>
-PFK_HD Found<V> invert_affine(V z, const Tile& tile, const AffineMap<Lane<V>>& m) {
+PFK_HD InvertedFeature<V> invert_affine(V z, const Tile& tile, const AffineMap<Lane<V>>& m) {
   const V shift = tile.get(0);
   const Scale<V> s = scale_of<kKind>(kKind == kAdditive ? shift : tile.get(1), m);
   return {affine_apply(z, s.factor, shift, m), s.log_factor};
@@ -139,7 +89,7 @@ PFK_HD Found<V> invert_affine(V z, const Tile& tile, const AffineMap<Lane<V>>& m
 
 // One feature by a spline, which works in its tile.
 template <int kKind, class C, class V, class Tile>
-PFK_HD Found<V> invert_spline(V z, Tile& tile, const SplineMap<Lane<V>>& m) {
+PFK_HD InvertedFeature<V> invert_spline(V z, Tile& tile, const SplineMap<Lane<V>>& m) {
   const SplineValue<V> r = spline_apply<kKind, C>(m, tile, z);
   return {r.out, r.log_slope};
 }

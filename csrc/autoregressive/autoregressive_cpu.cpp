@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inverse of an autoregressive flow on the CPU.
 //
-// A task is a block of samples, whose values lie in rows of that many numbers, one row a unit: the
-// product of a group of units with what they read is a matrix product whose right side is read in
-// whole vectors.  Floor: the multiplications of the unmasked weights, about half of those of a
-// pass.
+// A task is a block of samples.  Each unit has a row with its values of all samples of the block.
+// So the sums of several units are a matrix product, whose right factor is read in whole vectors.
+// Lower bound of the time: the multiplications of the unmasked weights, about half of those of a
+// forward pass.
 #include "autoregressive/autoregressive.h"
 #include "core/gemm.h"
 #include "core/simd.h"
@@ -24,11 +24,11 @@ struct Work {
   T* rows;
   double* log_det;
   int64_t width, first, count;
-  int64_t columns;  // that are computed: whole vectors
+  int64_t columns;  // columns that are computed: whole vectors
   T* row(int64_t r) const { return rows + r * width; }
 };
 
-// Adds what a residual adds to unit u.
+// Adds the residual of unit u.
 template <class T>
 void add_residual(const MaskedLayer& layer, const Work<T>& w, int u, T* out) {
   const T* add = w.row(layer.residual + layer.residual_at[u]);
@@ -37,8 +37,8 @@ void add_residual(const MaskedLayer& layer, const Work<T>& w, int u, T* out) {
   }
 }
 
-// Where the sums of units [begin, end) begin: their biases, and what a residual adds that no gate
-// is to multiply.
+// The first terms of the sums of units [begin, end): biases, and residuals unless there is a gate,
+// which would multiply them.
 template <class T>
 void start_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, T* out) {
   const T* bias = static_cast<const T*>(layer.bias);
@@ -54,7 +54,7 @@ void start_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end,
   }
 }
 
-// The gates of units [begin, end), and what a residual adds behind them.
+// Multiplies units [begin, end) by their gates, and then adds residuals.
 template <class T>
 void gate_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, T* out) {
   const T* gate = static_cast<const T*>(layer.gate);
@@ -64,8 +64,8 @@ void gate_units(const MaskedLayer& layer, const Work<T>& w, int begin, int end, 
   }
 }
 
-// Adds the products of units [begin, end) with the first `depth` rows that they read.  The rows are
-// shared out evenly over tiles: a last tile of one row would take as long as one of three.
+// Adds the products of units [begin, end) with the first `depth` rows that they read.  Tiles get
+// equal numbers of rows: a last tile of one row would take as long as one of three.
 template <class T>
 void multiply(const MaskedLayer& layer, const Work<T>& w, int begin, int end, int depth, T* out) {
   const T* weight = static_cast<const T*>(layer.weight);
@@ -98,7 +98,8 @@ void find_units(const MaskedLayer& layer, const Work<T>& w, int step) {
   with_activation(layer.activation, [&](auto activation) {
     for (int u = begin; u < end; ++u, out += w.width, activated += w.width) {
       for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
-        activate<decltype(activation)::value>(Vec<T>::load(out + i)).store(activated + i);
+        activation_curve<decltype(activation)::value>(Vec<T>::load(out + i))
+            .value.store(activated + i);
       }
     }
   });
@@ -113,13 +114,13 @@ struct ParamRows {
   PFK_HD void put(int c, Vec<T> v) { v.store(p + c * width); }
 };
 
-// Row `rank` of x; invert(z, tile) finds a vector of it.
+// Computes row `rank` of x; invert(z, tile) computes a vector of it.
 template <class T, class Invert>
 void find_vectors(const Work<T>& w, int rank, T* params, Invert invert) {
   T* x = w.row(rank);
   for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
     ParamRows<T> tile{params + i, w.width};
-    const Found<Vec<T>> f = invert(Vec<T>::load(x + i), tile);
+    const InvertedFeature<Vec<T>> f = invert(Vec<T>::load(x + i), tile);
     f.x.store(x + i);
     T terms[Vec<T>::kLanes];
     f.log_det.store(terms);
@@ -147,7 +148,7 @@ void find_feature(const AutoregressiveArgs& a, const Work<T>& w, int rank, T* pa
       });
     });
   } else {
-    const SplineMap<T> m = maps.spline;  // by value: behind a reference a store could change it
+    const SplineMap<T> m = maps.spline;  // a copy: the compiler reloads what a reference leads to
     using Common = SplineConfig<8, kSoftmax, kIdentityTails>;
     with_spline_kind(m.kind, [&](auto kind) {
       constexpr int kKind = decltype(kind)::value;
@@ -221,7 +222,8 @@ PFK_END
 
 namespace pfk {
 
-// Samples of a block: their values should stay in a core's L2, and there should be blocks for all.
+// Samples of a block: few enough for their values to stay in L2 and for every thread to get a
+// block.
 static int block_width(int64_t samples) { return samples >= 256 ? 64 : samples > 16 ? 32 : 16; }
 
 static void run_autoregressive_cpu(AutoregressiveArgs& a, const Tensor& x) {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inverse of an autoregressive flow on a GPU.
 //
-// A block has a tile of samples and walks through all steps alone; the values it has found lie in
-// shared memory, or in global scratch where they do not fit.  A step finds few units, so that its
-// time is that of its memory accesses and barriers one after another: a warp takes two units and
-// all samples of the tile, its lanes (and where units are few, several warps) share the depth, and
-// what can be read early is.  Weights are read once a tile, in whole lines, by lanes side by side:
-// in 16-byte packs the lanes of a warp would meet in the same banks of shared memory.
+// A block has a tile of samples and takes all steps for them.  The values of units lie in shared
+// memory, or in global memory where they do not fit.  A step computes few units, so that its time
+// is the latency of memory accesses and barriers.  Therefore a warp computes two units for all
+// samples of the tile, its lanes (or several warps, where there are few units) divide the depth
+// between them, and numbers that are needed later are read early.  Weights are read once a tile, by
+// neighbouring lanes: with 16-byte packs the lanes of a warp would use the same banks of shared
+// memory.
 #include "autoregressive/autoregressive_host.h"
 #include "core/cuda.cuh"
 
@@ -22,7 +23,7 @@ constexpr int kChunkRows = 64;  // units found between two barriers
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class T>
-struct Half {  // of a row of the tile
+struct Half {  // one half of a row of the tile
   static constexpr int kCount = kTile / 2;
   T lanes[kCount];
 };
@@ -49,7 +50,7 @@ __device__ T sum_over_warp(T (&v)[kAll]) {
   }
 }
 
-// What a block knows: its rows of kTile values, and the partial sums of a chunk of units.
+// The memory of a block: rows of kTile values, and the partial sums of a chunk of units.
 template <class T>
 struct Tile {
   T* rows;
@@ -59,14 +60,15 @@ struct Tile {
   __device__ T& at(int row, int sample) const { return rows[row * kTile + sample]; }
 };
 
-// Sums of products of up to two units with rows of the tile, over the depth that this lane has.
+// Sums of products of up to two units with rows of the tile, over this lane's part of the depth.
 template <class T>
 __device__ void products(const MaskedLayer& layer, const T* rows, int unit, bool both, int depth,
                          int part, int parts, T* out, int second) {
   const int lane = threadIdx.x % kWarp;
   const T* w0 = static_cast<const T*>(layer.weight) + static_cast<int64_t>(unit) * layer.stride;
   const T* w1 = both ? w0 + layer.stride : w0;
-  // four lanes in a row read first halves, four read second halves: all banks are met once
+  // four lanes read the first halves of rows while the next four read second halves: together they
+  // use every bank of shared memory once
   const int turn = lane / 4 % 2;
   const Half<T>* halves = reinterpret_cast<const Half<T>*>(rows);
   T sum[kUnits * kTile] = {};
@@ -97,8 +99,8 @@ __device__ void products(const MaskedLayer& layer, const T* rows, int unit, bool
   if (both && lane >= kTile && lane < 2 * kTile) out[second + lane - kTile] = total;
 }
 
-// Units [begin, end) of a layer, or parameters; `row_of(unit)` is where they go.  Ends with a
-// barrier.
+// Computes units [begin, end) of a layer, or parameters, and calls put(unit, sample, value) with
+// each. Ends with a barrier.
 template <class T, class Put>
 __device__ void find_units(const MaskedLayer& layer, const Tile<T>& t, int begin, int end,
                            int depth, Put put) {
@@ -107,7 +109,7 @@ __device__ void find_units(const MaskedLayer& layer, const Tile<T>& t, int begin
     const int units = min(end - begin, kChunkRows);
     const int pairs = (units + kUnits - 1) / kUnits;
     const int parts = pairs >= kWarps ? 1 : kWarps / pairs;
-    // what this thread adds at the end, read before the products
+    // the bias that this thread adds at the end, read before the products
     const int r = threadIdx.x / kTile, s = threadIdx.x % kTile;
     constexpr int kRowsAtOnce = kThreads / kTile;
     T start = T(0);
@@ -145,12 +147,12 @@ __device__ void find_layer(const MaskedLayer& layer, const Tile<T>& t, int step)
     if (layer.raw >= 0) t.at(layer.raw + unit, s) = value;
     if (layer.activated < 0) return;
     with_activation(layer.activation, [&](auto activation) {
-      t.at(layer.activated + unit, s) = activate<decltype(activation)::value>(value);
+      t.at(layer.activated + unit, s) = activation_curve<decltype(activation)::value>(value).value;
     });
   });
 }
 
-// What a kernel is made for: scale maps, rational-quadratic splines, other splines.
+// A kernel is compiled for scale maps, for rational-quadratic splines, or for other splines.
 enum Family : int { kScaleFamily, kRationalFamily, kSplineFamily };
 
 template <class T>
@@ -167,12 +169,12 @@ struct ParamColumn {
   __device__ void put(int c, T v) { p[c * kTile] = v; }
 };
 
-// Feature `rank`, whose parameters begin at `row`; the first of these takes its log-det.
+// Computes feature `rank`, whose parameters begin at `row`; its log-det replaces the first of them.
 template <int kFamily, class T>
 __device__ void find_feature(const AutoregressiveArgs& a, const ElementMaps<T>& maps,
                              const Tile<T>& t, int rank, int row, int s, T z) {
   ParamColumn<T> column{&t.at(row, s)};
-  Found<T> f;
+  InvertedFeature<T> f;
   if constexpr (kFamily == kScaleFamily) {
     with_scale_kind(a.kind, [&](auto kind) {
       f = invert_affine<decltype(kind)::value>(z, column, maps.affine);
@@ -203,13 +205,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const MaskedLayer& last = a.layers[a.layer_count - 1];
   const int r = threadIdx.x / kTile, s = threadIdx.x % kTile;
   const auto read_z = [&](int rank) {
-    const int64_t sample = t.first + min(s, t.count - 1);  // a tile may end in copies of its last
+    const int64_t sample =
+        t.first + min(s, t.count - 1);  // samples beyond the last are copies of it
     return static_cast<const T*>(a.z)[sample * a.features + a.order[rank]];
   };
   double log_det = 0;
   for (int step = 0; step < a.levels; ++step) {
     const int begin = a.feature_counts[step], end = a.feature_counts[step + 1];
-    const T z = begin + r < end ? read_z(begin + r) : T(0);  // early: it takes long
+    const T z = begin + r < end ? read_z(begin + r) : T(0);  // read early, because that takes long
     for (int j = 0; j + 1 < a.layer_count; ++j) find_layer(a.layers[j], t, step);
     const int from = begin * a.outputs;
     find_units(last, t, from, end * a.outputs, last.source_counts[step],

@@ -6,8 +6,7 @@
 
 namespace pfk {
 
-// ---- affine transforms
-// ---------------------------------------------------------------------------
+// ---- affine transforms --------------------------------------------------------------------------
 enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclipScale, kAdditive };
 constexpr int kScaleKinds = kAdditive + 1;
 
@@ -19,8 +18,7 @@ constexpr int kParamsLayouts = 2 * kRawFirst;
 enum AffineFlags : int { kInverse = 1, kSwap = 2, kShiftFirst = 4, kDivide = 8, kFromOutput = 16 };
 constexpr int kAllAffineFlags = 2 * kFromOutput - 1;
 
-// ---- splines
-// -------------------------------------------------------------------------------------
+// ---- splines ------------------------------------------------------------------------------------
 enum SplineKind : int { kRational, kLinearSpline, kQuadratic, kCubic };
 constexpr int kSplineKinds = kCubic + 1;
 enum SplineTails : int { kIdentityTails, kCircular, kNoTails, kAffineTails };
@@ -36,21 +34,18 @@ enum SplineFlags : int {
 constexpr int kAllSplineFlags = 2 * kSplineCoupling - 1;
 constexpr int kMostBins = 64;
 
-// ---- densities
-// -----------------------------------------------------------------------------------
+// ---- densities ----------------------------------------------------------------------------------
 enum WantedGrads : int { kGradZ = 1, kGradMean = 2, kGradLogStd = 4 };
 constexpr int kAllGrads = 2 * kGradLogStd - 1;
 
-// ---- fields
-// --------------------------------------------------------------------------------------
+// ---- fields -------------------------------------------------------------------------------------
 enum ActivationKind : int { kActTanh, kActSoftplus, kActSilu, kActGelu };
 constexpr int kActivations = kActGelu + 1;
 // kFieldFlat: one probe, whose trace has no axis of probes.
 enum FieldFlags : int { kFieldKeep = 1, kFieldInCache = 2, kFieldNorm = 4, kFieldFlat = 8 };
 constexpr int kAllFieldFlags = 2 * kFieldFlat - 1;
 
-// ---- masked networks
-// -----------------------------------------------------------------------------
+// ---- masked networks ----------------------------------------------------------------------------
 enum class Activation : int {
   kIdentity,
   kRelu,

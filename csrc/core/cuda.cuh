@@ -13,8 +13,8 @@
 #include "core/host.h"
 #include "core/math.h"
 
-// Launches, and shared memory whose size the launch decides, go through macros: on the host, which
-// has no <<<>>>, tests define others.
+// Launches, and shared memory whose size is known at the launch, are macros.  Tests that run
+// kernels on the host, where there is no <<<>>>, define others.
 #if !defined(PFK_LAUNCH)
 #define PFK_LAUNCH(kernel, grid, block, stream, ...) \
   PFK_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
@@ -32,7 +32,7 @@ PFK_BEGIN
 constexpr int kThreads = 256;
 
 #if defined(__CUDACC__)
-// More shared memory than 48 KiB has to be asked for.
+// A kernel that uses more than 48 KiB of shared memory must say so first.
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return;
@@ -47,8 +47,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// ---- storage
-// -------------------------------------------------------------------------------------------------------
+// ---- storage ------------------------------------------------------------------------------------
 template <class S>
 struct ComputeOf {
   using type = float;
@@ -59,6 +58,21 @@ struct ComputeOf<double> {
 };
 template <class S>
 using Compute = typename ComputeOf<S>::type;
+
+// Calls f with a value of the storage type of `t`.
+template <class F>
+void each_storage(const Tensor& t, F f) {
+  switch (dtype_of(t)) {
+    case kFloat32:
+      return f(float{});
+    case kFloat64:
+      return f(double{});
+    case kBFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(__half{});
+  }
+}
 
 PFK_HD float widen(float x) { return x; }
 PFK_HD double widen(double x) { return x; }
@@ -81,9 +95,9 @@ struct alignas(kWide ? 16 : sizeof(S)) Pack {
   S lanes[kCount];
   static PFK_HD Pack load(const S* p) { return *reinterpret_cast<const Pack*>(p); }
   PFK_HD void store(S* p) const { *reinterpret_cast<Pack*>(p) = *this; }
-  // The compiler takes a struct apart and joins the stores of its members again as a rule, not
-  // always (tests/test_cuda_report.py looks): an instruction that is asked for by name stays whole.
-  // Not everywhere, because it costs registers.
+  // One instruction for the whole pack, by name.  From store() the compiler usually makes one, too,
+  // but sometimes several (tests/test_cuda_report.py counts them).  This one costs more registers,
+  // so it is used only where that happens.
   __device__ void store_whole(S* p) const {
 #if defined(__CUDACC__)
     if constexpr (kWide) {
@@ -101,8 +115,8 @@ struct alignas(kWide ? 16 : sizeof(S)) Pack {
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Divides by a number that the host knows: a multiplication and a shift, where a GPU takes some 70
-// instructions for a 64-bit division (Granlund and Montgomery 1994).  With 2^(s-1) < d <= 2^s and
+// Divides by a number that the host knows, by a multiplication and a shift (Granlund and Montgomery
+// 1994): a 64-bit division takes a GPU some 70 instructions.  With 2^(s-1) < d <= 2^s and
 // magic = ceil(2^(62+s) / d) <= 2^63, the error of 4 n magic / 2^(64+s) is below 1 / d for n <
 // 2^62.
 struct Divider {
@@ -122,14 +136,21 @@ struct Divider {
   }
 };
 
-// ---- reductions: a fixed tree, so the same bits every run
-// ---------------------------------------------------------- Sum over the block; thread 0 has it.
-// `scratch` holds kThreads / 32 values.
+// ---- sums in a fixed order: the same bits every run ---------------------------------------
+// Sum over groups of `size` neighbouring lanes of a warp, a power of two: the first of a group has
+// it.  All lanes of the warp take part.
+template <class T>
+__device__ inline T lanes_sum(T value, int size = 32) {
+  for (int offset = size / 2; offset > 0; offset /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, offset, size);
+  }
+  return value;
+}
+
+// Sum over the block; thread 0 has it.  `scratch` holds kThreads / 32 values.
 template <class T>
 __device__ inline T block_sum(T value, T* scratch) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, offset);
-  }
+  value = lanes_sum(value);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   if (threadIdx.x == 0) {

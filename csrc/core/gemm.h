@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of small matrices that already lie in L1: out (+)= left * right.
 //
-// Twelve vectors of accumulators (6 rows by 2 vectors) hide the latency of the multiply-adds and
-// leave four of AVX2's registers for one broadcast of left and two vectors of right; AVX-512, with
-// twice the registers, takes 12 rows.  The first
-// rows prefetch the columns of right that come next, which matters where right does not fit L2.
-// left is read by broadcasts, so it may be transposed for free; right and out are read in whole
-// vectors and must be padded to them.  Every element is one chain of multiply-adds in the order of
-// depth, whatever the shape around it.
+// Twelve vectors of accumulators (6 rows by 2 vectors) hide the latency of the multiply-adds.  They
+// leave four of AVX2's 16 registers: one for a broadcast number of left, two for vectors of right.
+// AVX-512 has twice the registers and takes 12 rows.  While the first rows are computed, the next
+// columns of right are prefetched, which matters where right does not fit into L2.
+//
+// left is read number by number, so that its transpose costs nothing extra.  right and out are read
+// in whole vectors, to which their rows must be padded.  Every element of out is one chain of
+// multiply-adds in the order of depth, whatever the sizes are.
 #pragma once
 
 #include "core/vec.h"
@@ -36,7 +37,7 @@ template <class T, int R, int C, bool kAhead = false>
 inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, Rows<T> out,
                       bool add) {
   constexpr int w = Vec<T>::kLanes;
-  Vec<T> sum[R][C];  // unrolled by hand of the compiler: left to itself it keeps them in memory
+  Vec<T> sum[R][C];  // the loops over it must be unrolled: else the compiler keeps it in memory
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -80,7 +81,7 @@ template <class T, int C>
 void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64_t depth,
                   Rows<T> out, bool add) {
   constexpr int kMost = kMostRows<T>;
-  // the first rows bring the next columns of right nearer
+  // the first rows prefetch the next columns of right
   if (rows >= kMost) gemm_step<T, kMost, C, true>(l, right, stride, depth, out, add), rows -= kMost;
   for (; rows >= kMost; rows -= kMost) gemm_step<T, kMost, C>(l, right, stride, depth, out, add);
   if (kMost > kGemmRows && rows >= kGemmRows)
@@ -99,7 +100,7 @@ void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64
   }
 }
 
-// Columns up to the next multiple of the vector's lanes are computed.
+// Computes whole vectors: columns up to the next multiple of the number of lanes.
 template <class T>
 void gemm(Left<T> l, Rows<const T> right, int64_t rows, int64_t columns, int64_t depth, Rows<T> out,
           bool add) {
@@ -118,7 +119,7 @@ template <class T>
 void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
   constexpr int w = Vec<T>::kLanes;
   using Raw = typename Vec<T>::Raw;
-  typename Vec<T>::RawInt low[5], high[5];  // of each round: which lanes of the pair (a, b)
+  typename Vec<T>::RawInt low[5], high[5];  // which lanes of the pair (a, b) each round takes
   for (int h = 1, round = 0; h < w; h *= 2, ++round) {
     for (int lane = 0; lane < w; ++lane) {
       low[round][lane] = lane & h ? w + lane - h : lane;
@@ -144,17 +145,18 @@ void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
   }
 }
 
-// to[c][r] = from[r][c] for a matrix without padding; rows of `to` are padded with zeros.
+// to[c][r] = from[r][c].  Neither matrix needs rows for padding; numbers that pad the rows of `to`
+// become zero.
 template <class T>
-void transpose_padded(const T* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
+void transpose_padded(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
   constexpr int64_t w = Vec<T>::kLanes;
   const int64_t whole_rows = rows / w * w, whole_columns = columns / w * w;
-  transpose<T>({from, columns}, whole_rows, whole_columns, {to, stride});
+  transpose<T>(from, whole_rows, whole_columns, to);
   for (int64_t c = 0; c < columns; ++c) {
-    T* row = to + c * stride;
+    T* row = to.p + c * to.stride;
     for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
-      row[r] = from[r * columns + c];
-    for (int64_t r = rows; r < stride; ++r) row[r] = T(0);
+      row[r] = from.p[r * from.stride + c];
+    for (int64_t r = rows; r < to.stride; ++r) row[r] = T(0);
   }
 }
 

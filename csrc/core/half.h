@@ -4,6 +4,7 @@
 // block buffer in L1.
 #pragma once
 
+#include "core/dtype.h"
 #include "core/vec.h"
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -29,6 +30,21 @@ struct ComputeOf<double> {
 };
 template <class S>
 using Compute = typename ComputeOf<S>::type;
+
+// Calls f with a value of the storage type that dtype names.
+template <class F>
+static PFK_HD void each_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case kFloat32:
+      return f(float{});
+    case kFloat64:
+      return f(double{});
+    case kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
 
 static PFK_HD float bits_to_float(uint32_t u) {
   float f;
@@ -110,7 +126,8 @@ static inline void scatter(const T* from, int64_t step, int64_t count, S* to) {
   }
 }
 
-// Eight or so 16-bit values at once: left to itself the compiler takes them one by one.
+// As many 16-bit values as a vector of floats has lanes: without this the compiler converts them
+// one by one.
 constexpr int kHalfLanes = Vec<float>::kLanes;
 typedef uint16_t HalfLanes __attribute__((vector_size(2 * kHalfLanes)));
 typedef uint32_t WordLanes __attribute__((vector_size(4 * kHalfLanes)));

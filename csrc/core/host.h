@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one place that speaks LibTorch's stable ABI (target 2.11): tensors in, shapes and memory
-// formats, tensors out. Included by registrations only, never by code that is compiled for a SIMD
-// level above the baseline.
+// Tensors by LibTorch's stable ABI (target 2.11): their shapes and memory formats, and new ones. No
+// other header uses that ABI.  It is included where ops are registered, never by code that is
+// compiled for a SIMD level above the baseline.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,13 +17,12 @@
 #include <tuple>
 #include <vector>
 
+#include "core/dtype.h"
+
 namespace pfk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// How kernels name element types (Float16 and BFloat16 are storage only).
-enum DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8 };
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -93,7 +92,8 @@ inline bool is_channels_last(const Tensor& t) {
   return fits(0);
 }
 
-// The formats kernels take; anything else is copied here, once, and nowhere else.
+// A tensor in a format that kernels take: contiguous or channels last.  Any other is copied here,
+// and nowhere else.
 struct Canonical {
   Tensor tensor;
   bool channels_last;
@@ -122,8 +122,8 @@ inline void fill_with_nan(AtenTensorHandle tensor) {
   if (bytes > 0) memset(data, 0xff, static_cast<size_t>(bytes));  // NaN in every floating type
 }
 
-// Uninitialised, on the device of `like`.  Straight to the allocator: the dispatcher's new_empty
-// costs a microsecond more, a tenth of a small call.
+// A new tensor without values, on the device of `like`.  It comes straight from the allocator: the
+// dispatcher's new_empty costs a microsecond more, a tenth of a small call.
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
                             int64_t dim, ScalarType type) {
   int32_t device = 0, index = 0;
@@ -175,8 +175,8 @@ inline void check_gradient(const Tensor& grad, int64_t count, const Tensor& like
 }
 inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 
-// The step between rows of n numbers in a copy for core/gemm.h: whole vectors, and not a multiple
-// of 256 bytes, which would fold a column onto few of the sets of L1.
+// The step between rows of n numbers in a copy for core/gemm.h: whole vectors, but no multiple of
+// 256 bytes, with which the numbers of a column would compete for few places in L1.
 inline int64_t padded(int64_t n) {
   const int64_t p = (n + 15) / 16 * 16;
   return p % 64 == 0 ? p + 16 : p;

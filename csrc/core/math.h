@@ -13,8 +13,7 @@
 
 PFK_BEGIN
 
-// ---- scalars
-// ---------------------------------------------------------------------------------------------------
+// ---- scalars ------------------------------------------------------------------------------------
 PFK_HD float exp_(float x) { return ::expf(x); }
 PFK_HD double exp_(double x) { return ::exp(x); }
 PFK_HD float expm1_(float x) { return ::expm1f(x); }
@@ -25,8 +24,6 @@ PFK_HD float log1p_(float x) { return ::log1pf(x); }
 PFK_HD double log1p_(double x) { return ::log1p(x); }
 PFK_HD float atan_(float x) { return ::atanf(x); }
 PFK_HD double atan_(double x) { return ::atan(x); }
-PFK_HD float erf_(float x) { return ::erff(x); }
-PFK_HD double erf_(double x) { return ::erf(x); }
 PFK_HD float abs_(float x) { return ::fabsf(x); }
 PFK_HD double abs_(double x) { return ::fabs(x); }
 PFK_HD float copysign_(float x, float s) { return ::copysignf(x, s); }
@@ -37,7 +34,7 @@ PFK_HD float floor_(float x) { return ::floorf(x); }
 PFK_HD double floor_(double x) { return ::floor(x); }
 
 template <class V>
-PFK_HD V max_(V a, V b) {  // NaN in a wins
+PFK_HD V max_(V a, V b) {  // NaN in a is returned
   return select(a < b, b, a);
 }
 template <class V>
@@ -47,7 +44,7 @@ PFK_HD V min_(V a, V b) {
 
 #if !defined(__CUDACC__)
 
-// One instruction where the compiler makes two of the above: it returns its second operand if
+// One instruction, where the compiler makes two of the above.  It returns its second operand if
 // either is NaN.
 #if PFK_SIMD_LEVEL == 1
 PFK_HD Vec<float> max_(Vec<float> a, Vec<float> b) { return __builtin_ia32_maxps256(b.v, a.v); }
@@ -56,8 +53,7 @@ PFK_HD Vec<double> max_(Vec<double> a, Vec<double> b) { return __builtin_ia32_ma
 PFK_HD Vec<double> min_(Vec<double> a, Vec<double> b) { return __builtin_ia32_minpd256(b.v, a.v); }
 #endif
 
-// ---- bits
-// ------------------------------------------------------------------------------------------------------
+// ---- bits ---------------------------------------------------------------------------------------
 template <class T>
 struct Float;  // layout of a binary floating-point number
 template <>
@@ -108,12 +104,6 @@ PFK_HD Vec<T> sqrt_(Vec<T> x) {
   return r;
 }
 template <class T>
-PFK_HD Vec<T> erf_(Vec<T> x) {  // lane by lane: used where a matrix product stands beside it
-  Vec<T> r;
-  for (int i = 0; i < Vec<T>::kLanes; ++i) r.v[i] = erf_(static_cast<T>(x.v[i]));
-  return r;
-}
-template <class T>
 PFK_HD Vec<T> floor_(Vec<T> x) {
   const Vec<T> big = Float<T>::kRound / T(1.5);  // from there on every number is an integer
   const Vec<T> r = (x + copysign_(big, x)) - copysign_(big, x);
@@ -135,8 +125,7 @@ PFK_HD Vec<T> two_to(typename Vec<T>::RawInt k) {
   return from_bits<T>((k + Float<T>::kBias) << Float<T>::kMantissa);
 }
 
-// ---- exponential
-// ------------------------------------------------------------------------------------------------
+// ---- exponential --------------------------------------------------------------------------------
 // x = k ln 2 + r with |r| <= ln(2)/2, and e^r - 1 = r + r^2 q(r).
 template <class T>
 struct Reduced {
@@ -169,7 +158,7 @@ PFK_HD Vec<T> exp_(Vec<T> x) {
   using F = Float<T>;
   x = max_(min_(x, Vec<T>(F::kExpMax)), Vec<T>(F::kExpMin));
   const Reduced<T> e = reduce_exp(x);
-  // the power of two in two halves, so that results below the normal range come out right
+  // multiplied by two powers of two: one alone would be out of range where the result is subnormal
   const typename Vec<T>::RawInt half = e.k >> 1;
   return (e.em1 + T(1)) * two_to<T>(half) * two_to<T>(e.k - half);
 }
@@ -187,8 +176,7 @@ PFK_HD Vec<T> expm1_(Vec<T> x) {
   return select(x > top, Vec<T>(T(INFINITY)), r);
 }
 
-// ---- logarithm
-// --------------------------------------------------------------------------------------------------
+// ---- logarithm ----------------------------------------------------------------------------------
 // x = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, s = f / (2 + f), log(1 + f) = f - (f^2/2 - s
 // (f^2/2 + R(s^2))).
 template <class T>
@@ -222,7 +210,7 @@ PFK_HD Vec<T> log_(Vec<T> x) {
   return select(x >= T(0), y, Vec<T>(T(NAN)));
 }
 
-// log(1 + x) with the rounding error of 1 + x put back.
+// log(1 + x), corrected for the rounding error of 1 + x.
 template <class T>
 PFK_HD Vec<T> log1p_(Vec<T> x) {
   const Vec<T> u = x + T(1);
@@ -231,8 +219,7 @@ PFK_HD Vec<T> log1p_(Vec<T> x) {
   return select(abs_(x) < Float<T>::kTiny, x, y);
 }
 
-// ---- arc tangent
-// -------------------------------------------------------------------------------------------------
+// ---- arc tangent --------------------------------------------------------------------------------
 // One division brings |x| into [-tan(pi/8), tan(pi/8)]: atan x = base + atan(num / den).
 template <class T>
 PFK_HD Vec<T> atan_(Vec<T> x) {
@@ -260,8 +247,8 @@ PFK_HD Vec<T> atan_(Vec<T> x) {
 
 #endif  // !__CUDACC__
 
-// ---- composed, for scalars and Vecs alike
-// ----------------------------------------------------------------------
+// ---- functions of the above, for scalars and Vecs
+// -------------------------------------------------------
 template <class V>
 struct Tanh {
   V value, slope;  // tanh x and 1 - tanh^2 x
@@ -297,18 +284,6 @@ PFK_HD Tanh<V> tanh_from(V x, V m) {
 template <class V>
 PFK_HD Tanh<V> tanh_(V x) {
   return tanh_from(x, tanh_exponential(x));
-}
-
-template <class V>
-PFK_HD V sigmoid_(V x) {
-  using T = Lane<V>;
-  return V(T(1)) / (V(T(1)) + exp_(-x));
-}
-
-template <class V>
-PFK_HD V softplus_(V x) {
-  using T = Lane<V>;
-  return max_(x, V(T(0))) + log1p_(exp_(-abs_(x)));
 }
 
 PFK_END

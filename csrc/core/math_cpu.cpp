@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Vec functions of math.h over arrays, called by the accuracy tests through ctypes at every
 // SIMD level.
-#include "core/math.h"
+#include "core/activations.h"
 #include "core/simd.h"
 
 PFK_DECLARE_LEVELS(void math_probe_f32(int, const float*, float*, int64_t);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementwise maps whose terms are summed over each sample, on the CPU: how [rows, features] is cut
-// into tasks and blocks, and in which order the sums are taken.
+// Elementwise maps with a sum of terms for each sample, on the CPU: how [rows, features] is cut
+// into tasks and blocks, and the order of summation.
 //
-// A task is a run of whole rows, or a chunk of one long row; a block is what fits a buffer in L1,
-// and holds whole rows if they are short.  Blocks start where a row or a task does, so a row's sum
-// depends neither on the number of threads nor on where in the batch the row stands.  Terms are
-// summed in vectors within a block, in double beyond it.
+// A task is several whole rows, or a chunk of one long row.  A block of a task fits a buffer in L1;
+// it holds whole rows if these are short.  Every block starts at the start of a row or of a task,
+// so that the sum of a row depends neither on the number of threads nor on the row's place in the
+// batch. Terms of a block are summed in vectors, the sums of blocks in double.
 #pragma once
 
 #include "core/math.h"
@@ -14,7 +14,7 @@
 namespace pfk {
 
 constexpr int kRowBlock = 1024;       // elements of a block
-constexpr int64_t kRowChunk = 16384;  // elements of a task, about
+constexpr int64_t kRowChunk = 16384;  // elements of a task, approximately
 
 struct RowPlan {
   int64_t rows, features;
@@ -39,8 +39,8 @@ static inline RowPlan plan_rows(int64_t rows, int64_t features) {
   return p;
 }
 
-// Where the sum of a row goes: to its result, or if the row has several chunks to partial, for
-// finish_rows().
+// Where the sum of a row goes: to `out`, or, if the row has several chunks, to `partial`, which
+// finish_rows() adds up.
 template <class T>
 struct RowSums {
   T* out;
@@ -49,7 +49,7 @@ struct RowSums {
   const T* add;     // of each row, or null
 };
 
-// The chunks of each row in their order.
+// Adds up the chunks of each row in order.
 template <class T>
 static inline void finish_rows(const RowPlan& p, const RowSums<T>& s) {
   for (int64_t row = 0; p.chunks > 1 && row < p.rows; ++row) {

@@ -59,6 +59,6 @@ extern "C" __attribute__((visibility("default"))) const char* pyflowkern_version
   return PFK_VERSION;
 }
 
-// Counts the changes of the ops' schemas and of the numbers in core/codes.h: Python refuses a library
-// that was built for other ones, as a kernel takes its arguments as they come.
+// Counts the changes of the ops' schemas and of the numbers in core/codes.h: Python refuses a
+// library that was built for other ones, as a kernel takes its arguments as they come.
 extern "C" __attribute__((visibility("default"))) int pyflowkern_schemas() { return 2; }

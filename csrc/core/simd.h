@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which SIMD level runs.  Every *_cpu.cpp is compiled once per level in an inline namespace of that
-// name (so that the linker can never merge AVX-512 code into the baseline); the baseline object
-// also holds the registrations and picks the level at each call.
+// Which SIMD level runs.  Every *_cpu.cpp is compiled once for each level, in an inline namespace
+// of that name, so that the linker cannot merge AVX-512 code into the baseline.  The object of the
+// baseline also registers the ops; it chooses the level at each call.
 #pragma once
 
 namespace pfk {

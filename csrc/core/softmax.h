@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exponentials of a softmax and softplus with its slope, for scalars and Vecs: what a spline
-// takes K of an element, and so shorter than math.h's, whose range is the whole line.
+// The exponentials of a softmax and a softplus, for scalars and Vecs.  A spline takes K of them for
+// each element: they are shorter, and less exact, than the functions of math.h and activations.h.
 #pragma once
 
-#include "core/math.h"
+#include "core/activations.h"
 #if !defined(__CUDACC__) && PFK_SIMD_LEVEL == 2
 #include <immintrin.h>
 #endif
 
 PFK_BEGIN
 
-// ---- 2^t for t <= 1
-// ----------------------------------------------------------------------------
-// What is below the least normal number may come out as that or as 0; NaN passes.
+// ---- 2^t for t <= 1 -----------------------------------------------------------------------------
+// Results below the least normal number may be rounded to that number or to 0.  NaN stays NaN.
 PFK_HD float exp2_below(float t) { return ::exp2f(t); }
 PFK_HD double exp2_below(double t) { return ::exp2(t); }
 
@@ -41,7 +40,7 @@ template <class T>
 PFK_HD Vec<T> exp2_below(Vec<T> t) {
   using F = Float<T>;
 #if PFK_SIMD_LEVEL == 2
-  if constexpr (sizeof(T) == 4) {  // instructions that round, and that scale with underflow
+  if constexpr (sizeof(T) == 4) {  // AVX-512 can round and scale in one instruction each
     constexpr __mmask16 all = 0xffff;
     const __m512 x = (__m512)t.v, k = _mm512_maskz_roundscale_ps(all, x, 0);
     const __m512 p = (__m512)exp2_fraction(Vec<T>((typename Vec<T>::Raw)(x - k))).v;
@@ -57,8 +56,7 @@ PFK_HD Vec<T> exp2_below(Vec<T> t) {
 
 #endif
 
-// ---- softplus
-// ----------------------------------------------------------------------------
+// ---- softplus -----------------------------------------------------------------------------------
 // log(1 + e) for 0 <= e <= 1: 2 atanh(s) with s = e / (2 + e), s^2 <= 1/9.
 PFK_HD float log1p_unit(float e) { return ::log1pf(e); }
 PFK_HD double log1p_unit(double e) { return ::log1p(e); }
@@ -79,15 +77,11 @@ PFK_HD Vec<T> log1p_unit(Vec<T> e) {
 }
 #endif
 
-template <class V>
-struct Softplus {
-  V value, slope;
-};
+// softplus with its slope.
 template <class V>
 PFK_HD Softplus<V> softplus_with_slope(V x) {
-  using T = Lane<V>;
-  const V e = exp2_below(abs_(x) * V(T(-1.44269504088896340736)));
-  return {max_(x, V(T(0))) + log1p_unit(e), select(x < V(T(0)), e, V(T(1))) / (V(T(1)) + e)};
+  const V e = exp2_below(abs_(x) * V(Lane<V>(-1.44269504088896340736)));
+  return softplus_from(x, e, log1p_unit(e));
 }
 
 PFK_END

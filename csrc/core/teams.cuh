@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementwise maps whose terms are summed over each sample, on a GPU: rows.h for threads.
+// Elementwise maps with a sum of terms for each sample, on a GPU; rows.h does this on the CPU.
 //
-// A team of threads has a row, or a chunk of a long one: a block of threads, or for short rows a
-// power of two of lanes of a warp.  Its members take units (16-byte packs, Philox blocks) of the
-// row in turn and leave one sum, taken in the same order every run and wherever in the batch the
-// row stands.
+// A team of threads works on a row, or on a chunk of a long one.  It is a block of threads, or, for
+// short rows, some lanes of a warp, a power of two.  Its threads take units of the row (16-byte
+// packs, Philox blocks) in turn and leave one sum.  The order of summation is the same every run
+// and wherever in the batch the row is.
 #pragma once
 
 #include "core/cuda.cuh"
 
 PFK_BEGIN
 
-// Blocks of an SM that a kernel must leave registers for.  With it the compiler takes up to 64, and
-// spills none; left alone it squeezes some kernels into 32.
+// Blocks of a kernel that must fit on one SM.  With this bound the compiler uses up to 64 registers
+// and spills none; without it, it forces some kernels into 32.
 constexpr int kResident = 4;
 
 struct TeamPlan {
@@ -22,7 +22,8 @@ struct TeamPlan {
 };
 
 inline TeamPlan plan_teams(int64_t rows, int64_t features, int64_t unit) {
-  constexpr int64_t kLong = 8192, kShort = 2048, kFull = 1024;  // kFull blocks keep any GPU busy
+  constexpr int64_t kLong = 8192, kShort = 2048,
+                    kFull = 1024;  // kFull blocks are enough for any GPU
   TeamPlan p{rows, features, features, 1, 1};
   if (features > 256 * unit || features > kShort) {
     p.chunk = rows * (features / kLong) >= kFull ? kLong : kShort;
@@ -66,10 +67,7 @@ struct Team {
     if constexpr (kBlock) {
       return block_sum(value, scratch);
     } else {
-      for (int offset = size / 2; offset > 0; offset /= 2) {
-        value += __shfl_down_sync(0xffffffffu, value, offset, size);
-      }
-      return value;
+      return lanes_sum(value, size);
     }
   }
 };
@@ -99,7 +97,7 @@ struct TeamSums {
 
 namespace {
 
-// A warp has a row: alone, a thread would wait for memory chunk after chunk.
+// A warp adds up a row: a single thread would wait for memory at every chunk.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_chunks_kernel(const TeamPlan p, const TeamSums<T> sums) {
@@ -108,9 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32;
   double total = 0;
   for (int64_t c = lane; c < p.chunks; c += 32) total += sums.partial[row * p.chunks + c];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    total += __shfl_down_sync(0xffffffffu, total, offset);
-  }
+  total = lanes_sum(total);
   if (lane == 0) sums.finish(row, total);
 }
 
@@ -120,7 +116,8 @@ inline unsigned grid_of(int64_t blocks) {
 }
 inline unsigned grid_for(int64_t threads) { return grid_of((threads + kThreads - 1) / kThreads); }
 
-// Memory of the chunks' sums; torch's allocator takes it back in stream order.
+// Memory for the sums of chunks.  It may be freed once its last kernel is launched: torch's
+// allocator reuses memory in stream order.
 inline Tensor chunk_sums(const Tensor& like, const TeamPlan& p) {
   return empty(like, {p.chunks > 1 ? p.rows * p.chunks : 0}, ScalarType::Double);
 }
@@ -129,21 +126,6 @@ template <class T>
 void launch_sum_chunks(const TeamPlan& p, const TeamSums<T>& sums, cudaStream_t stream) {
   if (p.chunks == 1) return;
   PFK_LAUNCH(sum_chunks_kernel<T>, grid_for(32 * p.rows), kThreads, stream, p, sums);
-}
-
-// Calls f with a value of the storage type of `t`.
-template <class F>
-void each_storage(const Tensor& t, F f) {
-  switch (dtype_of(t)) {
-    case kFloat32:
-      return f(float{});
-    case kFloat64:
-      return f(double{});
-    case kBFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      return f(__half{});
-  }
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles: as many rows of a table as a Vec has lanes, turned so that each column is one Vec, on the
-// CPU.
+// Tiles on the CPU: as many rows of a table as a Vec has lanes, transposed so that each column is
+// one Vec.
 //
-// Eight columns (or as many as there are lanes) are turned at a time: rows are loaded as they lie,
-// and each of three stages exchanges one bit of the row's number with one of the column's in pairs
-// of registers.  The last block of columns overlaps the one before it.
+// Eight columns (or as many as there are lanes) are transposed at a time.  Rows are loaded as they
+// lie; then each of three stages exchanges one bit of the row's number with one bit of the
+// column's, in pairs of registers.  The last block of columns overlaps the one before it.
 #pragma once
 
 #include <utility>
@@ -41,8 +41,8 @@ PFK_HD void exchange(Vec<T> (&v)[TileBlock<T>::kColumns]) {
   }
 }
 
-// Register i holds columns of row i (and of row i + 8): then column i of all rows, and the other
-// way.
+// Before, register i holds columns of row i (and of row i + 8); after, column i of all rows.  The
+// same steps lead back.
 template <class T>
 PFK_HD void transpose(Vec<T> (&v)[TileBlock<T>::kColumns]) {
   exchange<0>(v);
@@ -76,7 +76,8 @@ PFK_HD typename TilePart<T>::Raw part_of(Vec<T> v, int part, std::index_sequence
                    : __builtin_shufflevector(v.v, v.v, (n + kLane)...);
 }
 
-// The rows of a tile: numbers side by side, row i at p + at(i).  Offsets of unused rows repeat.
+// The rows of a tile: row i begins at p + at(i).  Rows that are not used repeat the offset of
+// another.
 template <class T, class At>
 PFK_HD void load_block(const T* p, const At& at, T* tile) {
   using B = TileBlock<T>;
@@ -97,7 +98,7 @@ PFK_HD void load_block(const T* p, const At& at, T* tile) {
   for (int i = 0; i < B::kColumns; ++i) v[i].store(tile + i * B::kLanes);
 }
 
-// Of the first `rows` rows, in their order.
+// Stores the first `rows` rows, in order.
 template <class T, class At>
 PFK_HD void store_block(const T* tile, const At& at, T* p, int rows) {
   using B = TileBlock<T>;
@@ -120,8 +121,9 @@ PFK_HD void store_block(const T* tile, const At& at, T* p, int rows) {
   }
 }
 
-// tile[column][row] from rows of `columns` numbers.  Of rows narrower than a block a whole block is
-// loaded where the next `readable` numbers hold it; what is too much goes into the next columns.
+// tile[column][row] from rows of `columns` numbers.  Where rows are narrower than a block, a whole
+// block is loaded if `readable` numbers allow it; what is beyond the row goes into the next
+// columns.
 template <class T, class At>
 static PFK_HD void load_tile(const T* p, const At& at, int columns, int64_t readable, T* tile) {
   constexpr int w = Vec<T>::kLanes, c = TileBlock<T>::kColumns;
@@ -140,8 +142,8 @@ static PFK_HD void load_tile(const T* p, const At& at, int columns, int64_t read
   }
 }
 
-// Back again: all rows, or the first n.  Rows in their order: what a block writes beyond a narrow
-// row, the next one overwrites.
+// The way back: all rows, or the first n.  They are stored in order, because a block may write
+// beyond a narrow row what the next row overwrites.
 template <class T, class At>
 static PFK_HD void store_tile(const T* tile, const At& at, int columns, int n, T* p) {
   constexpr int w = Vec<T>::kLanes, c = TileBlock<T>::kColumns;

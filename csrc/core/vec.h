@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<T>: as many lanes as the SIMD level's registers hold, over the compiler's vector extensions.
-// The functors of every family are templates on a value type that is either a scalar (CUDA, tests)
-// or a Vec (CPU), written without branches through select(); this header gives both the same
-// vocabulary.
+// Vec<T>: as many lanes as a register of the SIMD level holds, by the compiler's vector extensions.
+// The formulas of every family are templates of a value type, which is a scalar (CUDA, tests) or a
+// Vec (CPU); in place of branches they use select().  This header gives both types the same
+// functions.
 #pragma once
 
 #include <stdint.h>
@@ -26,10 +26,28 @@
   }             \
   }
 
+// Loops whose bodies are to be written out n times: by every compiler, or on the CPU alone.
+#define PFK_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define PFK_UNROLL(n) PFK_PRAGMA(unroll n)
+#define PFK_UNROLL_ON_CPU(n)
+#else
+#define PFK_UNROLL(n) PFK_PRAGMA(GCC unroll n)
+#define PFK_UNROLL_ON_CPU(n) PFK_UNROLL(n)
+#endif
+
 PFK_BEGIN
 
-// ---- scalars
-// ---------------------------------------------------------------------------------------------------
+template <class T>
+PFK_HD const T* typed(const void* p) {
+  return static_cast<const T*>(p);
+}
+template <class T>
+PFK_HD T* typed(void* p) {
+  return static_cast<T*>(p);
+}
+
+// ---- scalars ------------------------------------------------------------------------------------
 template <class V>
 struct LaneOf {
   using type = V;
@@ -55,7 +73,7 @@ constexpr int kVecBytes = 16;
 #endif
 
 template <class T>
-struct VecTypes;  // written out per type: GCC confuses a dependent vector type with its element
+struct VecTypes;  // one for each type: GCC takes a vector type that depends on T for T itself
 template <>
 struct VecTypes<float> {
   typedef float Raw __attribute__((vector_size(kVecBytes)));
@@ -67,8 +85,7 @@ struct VecTypes<double> {
   typedef int64_t RawInt __attribute__((vector_size(kVecBytes)));
 };
 
-// ---- vectors
-// ---------------------------------------------------------------------------------------------------
+// ---- vectors ------------------------------------------------------------------------------------
 template <class T>
 struct Vec {
   using Raw = typename VecTypes<T>::Raw;
@@ -164,7 +181,7 @@ PFK_HD Vec<T> select(Mask<T> c, Vec<T> a, Vec<T> b) {
   return c.m ? a.v : b.v;
 }
 
-// Sum of the lanes in a fixed order, in double: how every kernel leaves SIMD at the end of a block.
+// Sum of the lanes in a fixed order, in double.
 template <class T>
 PFK_HD double sum_lanes(Vec<T> a) {
   double pair[4] = {0, 0, 0, 0};
@@ -173,5 +190,9 @@ PFK_HD double sum_lanes(Vec<T> a) {
 }
 
 #endif  // !__CUDACC__
+
+// What comparing two values gives: a bool, or a Mask.
+template <class V>
+using MaskOf = decltype(V() < V());
 
 PFK_END

@@ -17,13 +17,13 @@ enum ParameterKind : int {
   kElement
 };  // none; shared by all samples; of each element
 
-// Pointers are to elements of the storage type; what samples share, sums and log-dets are of the
-// type computed in.
+// Pointers are to elements of the storage type.  Parameters that all samples share, sums and
+// log-dets have the type of the computation.
 struct NormalArgs {
   int mean_kind, log_std_kind;
   int64_t rows, features;
   int64_t channels, space;
-  bool channels_last;  // of z and of element parameters; what samples share is contiguous
+  bool channels_last;  // z and parameters of each element; shared ones are contiguous
   double constant;     // of a sample, without shared log_std
   const void *z, *mean, *log_std;
   const void* log_det;  // or null
@@ -31,7 +31,7 @@ struct NormalArgs {
   const void* grad;
   void *grad_z, *grad_mean, *grad_log_std;  // null if not wanted
 
-  // Where the element of a sample at memory place i stands in a shared parameter.
+  // The index in a shared parameter of the element at place i of a sample's memory.
 #if defined(__CUDACC__)
   __host__ __device__
 #endif

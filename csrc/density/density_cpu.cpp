@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The normal log-density on the CPU.
 //
-// Floor: forward reads z once (4 bytes an element, 12 with a mean and a log_std of each element),
-// backward reads the same and writes as much.  One exp an element where each has a log_std, else
-// nothing but multiplications: memory-bound.
+// Lower bound of the time: forward reads z (4 bytes an element, 12 if each has a mean and a
+// log_std), backward reads the same and writes as much.  There is one exponential an element where
+// each has a log_std, else only multiplications: memory decides.
 //
-// What samples share is laid out once a call as a block reads it: whole rows repeated if they are
-// short, a mean of 0 and a scale of 1 where there is none.  One loop so serves every combination.
-// The gradient of something shared is summed over groups of rows, column block by column block, in
-// float32 over at most 1,024 rows and in double beyond.
+// Parameters that samples share are copied once a call, in the form in which a block reads them:
+// short rows are repeated, and where there is none the mean is 0 and the scale 1.  So one loop
+// serves all cases.  The gradient of a shared parameter is summed over groups of rows, one block of
+// columns after the other: over up to 1,024 rows in float32, then in double.
 #include "density/density.h"
 
 #include "core/half.h"
@@ -17,28 +17,28 @@
 
 namespace pfk {
 
-// What blocks read instead of missing or shared parameters, in the type computed in.
+// What blocks read in place of missing or shared parameters, in the type of the computation.
 struct SharedRows {
   void *mean, *scale;  // scale = e^-log_std
   double log_std_sum;
 };
 
-// Backward: blocks of columns times groups of units, a unit being a row, or a block of whole short
-// rows.
+// A task of the backward pass is a block of columns of a group of units.  A unit is a row, or as
+// many short rows as fill a block.
 struct NormalGradPlan {
   int64_t unit, units;    // elements of a unit; units
   int64_t column_blocks;  // of a unit
   int64_t group, groups;  // units of a group; groups
-  double* partial;        // [groups, 2, features] in memory order, null if nothing shared is wanted
+  double* partial;  // [groups, 2, features] in the order of memory; null without shared gradients
 };
 
 }  // namespace pfk
 
-PFK_DECLARE_LEVELS(double normal_prepare(const NormalArgs&, const SharedRows&, int64_t, int);
+PFK_DECLARE_LEVELS(double normal_prepare(const NormalArgs&, const SharedRows&, int64_t, DType);
                    void normal_tasks(const NormalArgs&, const SharedRows&, const RowPlan&, double*,
-                                     int, int64_t, int64_t);
+                                     DType, int64_t, int64_t);
                    void normal_grad_tasks(const NormalArgs&, const SharedRows&,
-                                          const NormalGradPlan&, int, int64_t, int64_t))
+                                          const NormalGradPlan&, DType, int64_t, int64_t))
 
 PFK_BEGIN
 
@@ -64,11 +64,11 @@ static double prepare(const NormalArgs& a, const SharedRows& s, int64_t length) 
   return sum;
 }
 
-double normal_prepare(const NormalArgs& a, const SharedRows& s, int64_t length, int dtype) {
-  return dtype == 1 ? prepare<double>(a, s, length) : prepare<float>(a, s, length);
+double normal_prepare(const NormalArgs& a, const SharedRows& s, int64_t length, DType dtype) {
+  return dtype == kFloat64 ? prepare<double>(a, s, length) : prepare<float>(a, s, length);
 }
 
-// The elements of a block, in the type computed in.
+// The elements of a block, in the type of the computation.
 template <class S>
 struct NormalBlock {
   using T = Compute<S>;
@@ -76,7 +76,7 @@ struct NormalBlock {
   alignas(64) T z_buffer[kDirect ? 1 : kRowBlock];
   alignas(64) T mean_buffer[kDirect ? 1 : kRowBlock];
   alignas(64) T std_buffer[kDirect ? 1 : kRowBlock];
-  const T *z, *mean, *std;  // std: e^-log_std of what is shared, else log_std
+  const T *z, *mean, *std;  // std: e^-log_std if it is shared, else log_std
 
   static const T* fetch(const void* p, int64_t begin, int64_t n, T* buffer) {
     const S* from = static_cast<const S*>(p) + begin;
@@ -89,7 +89,7 @@ struct NormalBlock {
   }
 
   void read(const NormalArgs& a, const SharedRows& s, int64_t begin, int64_t n) {
-    // rows of a block that holds several stand in shared rows as they do in the block
+    // shared parameters are repeated as rows of a block are, unless a row takes several blocks
     const int64_t at = a.features > kRowBlock ? begin % a.features : 0;
     z = fetch(a.z, begin, n, z_buffer);
     mean = a.mean_kind == kElement ? fetch(a.mean, begin, n, mean_buffer)
@@ -147,7 +147,7 @@ static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const Nor
   const int64_t last = (group + 1) * p.group < p.units ? (group + 1) * p.group : p.units;
   const bool sums_mean = a.grad_mean != nullptr && a.mean_kind == kEvent;
   const bool sums_std = a.grad_log_std != nullptr && a.log_std_kind == kEvent;
-  // gradients of each element: in place, or by way of a buffer
+  // where gradients of each element are written: to the tensor, or to a buffer
   auto target = [&](void* p, bool shared, int64_t begin, T* buffer) -> T* {
     if (p == nullptr || shared) return nullptr;
     if constexpr (kDirect) return static_cast<T*>(p) + begin;
@@ -162,7 +162,8 @@ static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const Nor
     T* const mean = target(a.grad_mean, sums_mean, begin, mean_out);
     T* const std = target(a.grad_log_std, sums_std, begin, std_out);
     for (int64_t at = 0, row = begin / a.features; at < n; ++row) {
-      const int64_t m = n - at < a.features ? n - at : a.features;  // a row, or n of a long one
+      const int64_t m =
+          n - at < a.features ? n - at : a.features;  // a row, or the block's part of a long one
       for (int64_t i = 0; i < m; ++i) g[at + i] = grad[row];
       at += m;
     }
@@ -193,22 +194,8 @@ static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const Nor
 }
 
 // ---- dispatch ----------------------------------------------------------------------------------
-template <class F>
-static void each_dtype(int dtype, F f) {
-  switch (dtype) {
-    case 0:
-      return f(float{});
-    case 1:
-      return f(double{});
-    case 2:
-      return f(BFloat16{});
-    default:
-      return f(Float16{});
-  }
-}
-
 void normal_tasks(const NormalArgs& a, const SharedRows& s, const RowPlan& plan, double* partial,
-                  int dtype, int64_t begin, int64_t end) {
+                  DType dtype, int64_t begin, int64_t end) {
   each_dtype(dtype, [&](auto element) {
     using S = decltype(element);
     for (int64_t task = begin; task < end; ++task) {
@@ -218,8 +205,8 @@ void normal_tasks(const NormalArgs& a, const SharedRows& s, const RowPlan& plan,
   });
 }
 
-void normal_grad_tasks(const NormalArgs& a, const SharedRows& s, const NormalGradPlan& p, int dtype,
-                       int64_t begin, int64_t end) {
+void normal_grad_tasks(const NormalArgs& a, const SharedRows& s, const NormalGradPlan& p,
+                       DType dtype, int64_t begin, int64_t end) {
   each_dtype(dtype, [&](auto element) {
     using S = decltype(element);
     for (int64_t task = begin; task < end; ++task) {
@@ -239,12 +226,12 @@ namespace {
 
 constexpr int64_t kGroups = 16, kMinGroup = 16, kMaxGroup = 1024;
 
-// Shared rows and the memory behind them.
+// Shared rows and their memory.
 struct Shared {
   SharedRows rows;
   std::vector<double> memory;
 
-  Shared(const NormalArgs& a, int dtype) {
+  Shared(const NormalArgs& a, DType dtype) {
     const RowPlan plan = plan_rows(a.rows, a.features);
     const bool shared = a.mean_kind == kEvent || a.log_std_kind == kEvent;
     int64_t length = a.features > kRowBlock && shared ? a.features : plan.block;
@@ -264,7 +251,7 @@ Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& mean,
   t.args.log_det = log_det ? add.const_data_ptr() : nullptr;
   t.args.out = out.mutable_data_ptr();
   const NormalArgs& a = t.args;
-  const int dtype = dtype_of(z);
+  const DType dtype = dtype_of(z);
   const Shared shared(a, dtype);
   const RowPlan plan = plan_rows(a.rows, a.features);
   std::vector<double> partial(plan.chunks > 1 ? plan.tasks : 0);
@@ -296,8 +283,7 @@ NormalGradPlan plan_grads(const NormalArgs& a) {
   return p;
 }
 
-// Sums of shared gradients over the groups, in their order; from memory order to that of the
-// parameter.
+// Adds up shared gradients over the groups, in order, and writes them where the parameter has them.
 template <class T>
 void finish_grads(const NormalArgs& a, const NormalGradPlan& p) {
   auto finish = [&](void* to, int64_t which) {
@@ -320,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> normal_log_prob_grad(const Tensor& grad, cons
   const Tensor upstream = torch::stable::contiguous(grad);
   t.args.grad = upstream.const_data_ptr();
   const NormalArgs& a = t.args;
-  const int dtype = dtype_of(z);
+  const DType dtype = dtype_of(z);
   const Shared shared(a, dtype);
   NormalGradPlan p = plan_grads(a);
   const bool sums =

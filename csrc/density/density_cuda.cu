@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The normal log-density on a GPU.
 //
-// Floor: the bytes of density_cpu.cpp over the copy bandwidth.  Rows go in 16-byte packs where
-// every row starts on one (single elements otherwise).  The gradient of a parameter that samples
-// share is a sum over the batch: a block takes a tile of columns and a group of rows, its threads
-// walk down the rows so that neighbours read neighbours, and leaves partial sums that a second
-// kernel joins in order.
+// Lower bound of the time: the bytes of density_cpu.cpp over the copy bandwidth.  Rows are read in
+// 16-byte packs where every row starts on one, else in single elements.  The gradient of a
+// parameter that samples share is a sum over the batch: a block takes some columns of a group of
+// rows, its threads go down the rows side by side, and a second kernel adds up the partial sums in
+// order.
 #include "core/teams.cuh"
 #include "density/density_host.h"
 
@@ -26,7 +26,7 @@ __device__ Compute<S> parameter(const NormalArgs& a, const void* p, int kind, in
   return static_cast<const T*>(p)[a.shared_index(i)];
 }
 
-// The same for a pack.
+// The parameters of a pack of elements.
 template <class P, class S, class T>
 __device__ void parameters(const NormalArgs& a, const void* p, int kind, int64_t e, int64_t i,
                            T (&to)[P::kCount]) {
@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // ---- backward, summed over the batch -----------------------------------------------------------
-// A thread has a pack of columns; where rows are shorter than a block, `lanes` threads share it and
-// take rows in turn.
+// A thread has a pack of columns.  Where rows are shorter than a block, `lanes` threads share a
+// pack and take rows in turn.
 struct ColumnPlan {
   int64_t group, groups;  // rows of a group; groups
-  int columns, lanes;     // threads side by side, and below one another, of a block
+  int columns, lanes;     // of a block: threads side by side, and threads that share a pack
   double* partial;        // [groups, 2, features], in memory order of a sample
 };
 
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   }
 }
 
-// The groups of each column in a fixed order, into the shape of the parameter; `team` lanes share a
-// column, since few columns have many groups.
+// Adds up the groups of each column in a fixed order, and writes the sums where the parameter has
+// them. `team` lanes share a column: where there are few columns, there are many groups.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
     join_columns_kernel(const NormalArgs a, const ColumnPlan p, int team) {
@@ -172,10 +172,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     mean += p.partial[2 * g * a.features + i];
     log_std += p.partial[(2 * g + 1) * a.features + i];
   }
-  for (int offset = team / 2; offset > 0; offset /= 2) {
-    mean += __shfl_down_sync(0xffffffffu, mean, offset, team);
-    log_std += __shfl_down_sync(0xffffffffu, log_std, offset, team);
-  }
+  mean = lanes_sum(mean, team);
+  log_std = lanes_sum(log_std, team);
   if (rank != 0 || i >= a.features) return;
   const int64_t at = a.shared_index(i);
   if (a.grad_mean != nullptr && a.mean_kind == kEvent) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A whole field on the CPU, block of samples by block: every layer of a tile of stacked rows is
-// computed before the next tile is loaded, so that activations and weights stay in L1 and L2 and
-// memory sees inputs, outputs and what is kept for the backward pass.
+// A whole field on the CPU.  A tile of stacked rows goes through all layers before the next tile is
+// loaded, so that activations and weights stay in L1 and L2.  Only inputs, outputs and what is kept
+// for the backward pass go through memory.
 #pragma once
 
 #include <stdlib.h>
@@ -12,7 +12,7 @@ PFK_BEGIN
 
 namespace {
 
-constexpr int64_t kTileRows = 48;  // stacked rows of a tile: 12 KiB a buffer at 64 columns
+constexpr int64_t kTileRows = 48;  // stacked rows of a tile: a buffer takes 12 KiB at 64 columns
 
 // The buffers of a thread.
 template <class T>
@@ -62,8 +62,8 @@ void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
   }
 }
 
-// Into buffers that layers of other widths use, too: the padding, which sums of whole vectors take
-// in, may hold a NaN of another sample.
+// Copies rows into a buffer that layers of other widths use, too, and clears their padding: it may
+// hold a NaN of another sample, and sums of whole vectors read it.
 template <class T>
 void copy_padded(const void* from, int64_t first, const FieldLayer& y, T* to, int64_t n) {
   copy_rows(typed<T>(from) + first * y.out, y.out, to, y.out_stride, n, y.out);
@@ -72,7 +72,7 @@ void copy_padded(const void* from, int64_t first, const FieldLayer& y, T* to, in
   }
 }
 
-// A tile's rows in the block of a layer of what is kept, in either direction.
+// Copies a tile's rows of a layer to what is kept, or back.
 template <class T>
 void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, T* tile,
                bool load) {
@@ -85,7 +85,7 @@ void move_kept(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n
   }
 }
 
-// Bias and gate of a tile with their steps; and where their gradients go.
+// Sets the bias and the gate of a tile, and where their gradients are written.
 template <class T, class Args>
 void set_parameters(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, Tile<T>& w,
                     Args& to, int64_t task) {
@@ -165,22 +165,22 @@ void multiply(const T* left, int64_t left_stride, const T* right, int64_t right_
           false);
 }
 
-// Of all samples of a tile, from h in rows of its stride.
+// The products of layer l for all rows of a tile, from its input h.
 template <class T>
 void product_tile(const FieldArgs& a, Tile<T>& w, int l, const T* h, int64_t n) {
   const FieldLayer& y = a.layer[l];
-  multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n * (1 + a.probes), y.out, y.in,
-              w.product(y), y.out_stride);
+  multiply<T>(h, y.in_stride, Packed<T>(a, y).transposed, y.out_stride, n * (1 + a.probes), y.out,
+              y.in, w.product(y), y.out_stride);
 }
 
-// From the products of a layer to w.s.
+// Activates the products of a layer; the result is w.s.
 template <class T>
 const T* activate_tile(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int64_t n,
                        LayerPass pass) {
   const FieldLayer& y = a.layer[l];
   LayerArgs r = layer_args(a, y, n, w);
   if (pass == kRestored) r.value_kept = has_value(a, l);
-  const bool reads_again = a.sums || (a.kept && y.kept >= 0);  // what a forward puts in p
+  const bool reads_again = a.sums || (a.kept && y.kept >= 0);  // whether p is read again
   if (!reads_again) r.value_kept = false;
   set_parameters(a, y, first, n, w, r, 0);
   run_layer<T>(r, pass, 0, n);
@@ -204,7 +204,7 @@ void forward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
   output_forward<true, T>(o, 0, n);
 }
 
-// The products of all hidden layers: what was kept, and what was not computed again.
+// The products of all hidden layers: read where they were kept, computed again where not.
 template <class T>
 void products_of_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
   const T* h = w.input;
@@ -221,7 +221,7 @@ void products_of_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) 
   }
 }
 
-// Cotangents of the last product; where they depend on its result it is computed again.
+// The cotangents of the last product, which is computed again where they depend on it.
 template <class T>
 void output_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int64_t task, T* grad) {
   const FieldLayer& y = a.layer[a.layers - 1];
@@ -241,7 +241,7 @@ template <class T>
 void add_weight(const FieldArgs& a, const FieldLayer& y, const T* grad, const T* h, int64_t rows,
                 int64_t task, bool fresh) {
   T* const to = Sums<T>(a, y, task).weight;
-  if (y.sum_turned) {
+  if (y.sum_transposed) {
     gemm<T>({h, 1, y.in_stride}, {grad, y.out_stride}, y.in, y.out, rows, {to, y.out_stride},
             !fresh);
   } else {
@@ -250,8 +250,8 @@ void add_weight(const FieldArgs& a, const FieldLayer& y, const T* grad, const T*
   }
 }
 
-// Where a layer's cotangents and its input go: buffers of the tile by turns, or, of wide layers,
-// the tile's rows of stacks.
+// Where the cotangents and the input of a layer lie: in one of two buffers of the tile, or, for
+// wide layers, in the tile's rows of the stacks.
 template <class T>
 T* grad_of(const FieldArgs& a, const Tile<T>& w, int l, int64_t row) {
   const FieldLayer& y = a.layer[l];
@@ -279,7 +279,7 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
     const FieldLayer& y = a.layer[l];
     T* const grad = grad_of(a, w, l, row);
     T* const h = input_of(a, w, l, row);
-    // of the layer below, or of the primal input
+    // cotangents of the layer below, or of the primal input
     T* const to = l > 0 ? grad_of(a, w, l - 1, row) : grad == w.other ? w.grad : w.other;
     multiply<T>(grad, y.out_stride, Packed<T>(a, y).weight, y.in_stride, l > 0 ? rows : n, y.in,
                 y.out, to, y.in_stride);
@@ -300,8 +300,8 @@ void backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, int
   }
 }
 
-// Calls run(first sample, samples, task, whether it is the task's first) for the tiles of tasks.
-// The first tile writes the sums of weights; those of biases and gates begin at zero.
+// Calls run(first sample, samples, task, first tile of the task?) for the tiles of tasks.  The
+// first tile overwrites the sums of weights; those of biases and gates are set to zero here.
 template <class T, class Run>
 void each_tile(const FieldArgs& a, const Tile<T>& w, int64_t begin, int64_t end, Run run) {
   for (int64_t task = begin; task < end; ++task) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vector fields with their divergence on the CPU.
 //
-// Floor: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K) backward an element of
-// a weight and a sample.  Fields go tile by tile through all layers (field_cache.h).  Sums of
-// weights up to kOwnSums columns stay in cache, too; beyond, a wave of tiles leaves cotangents and
-// inputs in memory for one product.  Weights too large for L3, and exact traces of layers beyond
-// kOwnSums, go layer by layer through core/matmul.h: torch's BLAS (MKL, AVX2 on Zen 4) took 1.15
-// times as long at a width of 860.
+// Lower bound of the time: the multiply-adds of the products, 2 (1 + K) forward and 4 (1 + K)
+// backward for each element of a weight and sample.  Tiles of samples go through all layers
+// (field_cache.h). Gradients of weights up to kOwnSums columns are added up in cache; for wider
+// ones, a wave of tiles writes cotangents and inputs to memory, which are then multiplied.  Weights
+// too large for L3, and exact traces of layers wider than kOwnSums, go layer by layer through
+// core/matmul.h: torch's BLAS (MKL, AVX2 on Zen 4) took 1.15 times as long at a width of 860.
 #include "core/matmul.h"
 #include "core/simd.h"
 #include "field/field_exact_cache.h"
@@ -95,8 +95,7 @@ namespace pfk {
 namespace {
 
 // ---- between BLAS products ---------------------------------------------------------------------
-// out (+)= a b by core/matmul.h, which at the sizes of fields is faster than the BLAS that torch
-// brings.
+// out (+)= a b by core/matmul.h, which is faster than torch's BLAS at the sizes of fields.
 void matmul(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
   constexpr int64_t kDepth = 8192;  // of b packed at a time
   const bool wide = dtype_of(a) == kFloat64;
@@ -132,7 +131,7 @@ void matmul(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
 
 struct OnCpu {
   static void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
-    constexpr int64_t kNarrow = 8;  // columns: most of a panel would be in vain
+    constexpr int64_t kNarrow = 8;  // columns, with which most of a panel would be padding
     out.sizes()[1] < kNarrow ? multiply_out(out, a, b) : matmul(out, a, b);
   }
   static void multiply_add(Tensor& out, const Tensor& a, const Tensor& b) {
@@ -214,7 +213,7 @@ void unpad(const double* from, int64_t stride, void* to, int64_t rows, int64_t c
 template <class T>
 void write_weight(const FieldLayer& y, const double* total) {
   const double* from = total + y.sums;
-  if (!y.sum_turned) return unpad<T>(from, y.in_stride, y.grad_weight, y.out, y.in);
+  if (!y.sum_transposed) return unpad<T>(from, y.in_stride, y.grad_weight, y.out, y.in);
   for (int64_t i = 0; i < y.out; ++i) {
     for (int64_t j = 0; j < y.in; ++j) {
       static_cast<T*>(y.grad_weight)[i * y.in + j] = static_cast<T>(from[j * y.out_stride + i]);
@@ -236,8 +235,9 @@ void write_gradients(const Field& f, const double* total) {
 
 constexpr int64_t kOwnSums = 128;
 
-// Where the sums of weights are too large for tiles, the cotangents and inputs of every layer are
-// stacked, a wave of tiles at a time, for one product: few enough rows to stay in L3.
+// Where gradients of weights are too large to be added up in cache, the cotangents and inputs of
+// every layer are stacked and multiplied once for a wave of tiles, which is small enough to stay in
+// L3.
 struct Stacks {
   Tensors grads, inputs;
   int64_t wave = kWave;  // tasks
@@ -252,7 +252,7 @@ struct Stacks {
     wave = kStackRows / (f.args.task * height);
     wave = wave > 1 ? wave : 1;
     int64_t rows = wave * f.args.task * height;
-    rows = (rows < f.rows() ? rows : f.rows()) + 1;  // vectors end beyond a row
+    rows = (rows < f.rows() ? rows : f.rows()) + 1;  // one more: vectors may end beyond a row
     f.args.sums_size = 0;
     for (FieldLayer& y : f.layers) {
       grads.push_back(empty(f.x, {rows, y.out_stride}));
@@ -268,13 +268,14 @@ struct Stacks {
       const FieldLayer& y = f.layers[l];
       Tensor grad = rows_of(grads[l], 0, rows), input = rows_of(inputs[l], 0, rows);
       Tensor out = to.weights[l];
-      matmul(out, turned(torch::stable::narrow(grad, 1, 0, y.out)),
+      matmul(out, transposed(torch::stable::narrow(grad, 1, 0, y.out)),
              torch::stable::narrow(input, 1, 0, y.in), add);
     }
   }
 };
 
-// Tasks go in waves, so that their sums take bounded memory; a wave's are added up in double.
+// Tasks run in waves, so that their sums take bounded memory.  Those of a wave are added up in
+// double.
 void backward_in_cache(Field& f, bool wide, int64_t size, const FieldGradients& to) {
   FieldArgs& a = f.args;
   cut(a);
@@ -308,7 +309,7 @@ void backward_in_cache(Field& f, bool wide, int64_t size, const FieldGradients& 
   }
 }
 
-// What the tiles of an exact trace need besides the layers.
+// Sets what tiles of an exact trace need besides the layers, and runs them.
 template <class Run>
 void exact_in_cache(Exact& f, const Run& run) {
   const bool wide = dtype_of(f.x) == kFloat64;

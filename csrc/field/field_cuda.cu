@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vector fields with their divergence on a GPU.  Forward, fields of narrow layers are one launch
-// (field_fused.cuh); all else are torch's matrix products of all stacked rows, and elementwise
-// kernels between them.
+// Vector fields with their divergence on a GPU.  The forward pass of fields of narrow layers is one
+// launch (field_fused.cuh).  Everything else is made of torch's matrix products of all stacked rows
+// and of elementwise kernels between them.
 //
-// Floor of a hidden layer that way: forward the products read and the activations written once,
-// 8 (1 + K) bytes an element of [samples, out]; backward 16 (1 + K), for the products and the
-// cotangents read, the activations and the new cotangents written.
+// Lower bound of the time of such a kernel: forward, products are read and activations written,
+// 8 (1 + K) bytes an element of [samples, out]; backward, products and cotangents are read,
+// activations and new cotangents written, 16 (1 + K) bytes.
 #include "core/teams.cuh"
 #include "field/field_exact.h"
 #include "field/field_fused.cuh"
@@ -14,15 +14,6 @@ PFK_BEGIN
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-
-template <class T>
-__device__ const T* typed(const void* p) {
-  return static_cast<const T*>(p);
-}
-template <class T>
-__device__ T* typed(void* p) {
-  return static_cast<T*>(p);
-}
 
 __device__ int64_t thread_index() {
   return blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
@@ -228,7 +219,7 @@ void each_kind(int activation, F f) {
   }
 }
 
-thread_local cudaStream_t stream_of_call = nullptr;  // set by Call, for the launches of one op
+thread_local cudaStream_t stream_of_call = nullptr;  // of the op that runs; Call sets it
 
 struct OnCuda {
   static void multiply(Tensor& out, const Tensor& a, const Tensor& b) { multiply_out(out, a, b); }
@@ -324,7 +315,7 @@ void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   wide_backward<OnCuda>(f, kept, to);
 }
 
-// An op on the device and the stream of its tensors; `kFirst` is the argument that tells them.
+// Runs an op on the device and the stream of argument `kFirst`.
 template <auto kOp, size_t kFirst, class Function = decltype(kOp)>
 struct Call;
 template <auto kOp, size_t kFirst, class R, class... Arguments>

@@ -4,8 +4,8 @@
 // With slopes s = g f'(a),
 //   one hidden layer:  tr J = M s1,               M_j = sum_i W2[i, j] g2[i] W1[j, i]
 //   two:               tr J = s2 . (M s1),        M = W2 o (W1 diag(g3) W3)^T
-// The slopes are what a layer makes of tangents that are one everywhere, so the same elementwise
-// kernels serve, and M is one layer more, without bias and activation.
+// A layer turns a tangent of ones into its slopes, so that the same elementwise kernels compute
+// them.  M is like one more layer, without bias and activation.
 #pragma once
 
 #include "field/field_ops.h"
@@ -26,8 +26,8 @@ inline Tensor sum_columns(const Tensor& t) {
 }
 inline Tensor column_of(const Tensor& t) { return torch::stable::view(t, {t.numel(), 1}); }
 
-// A field with one "tangent", which is made of ones; what is kept is [samples, out] of each hidden
-// layer and, of two, the product q = M s1.
+// A field with one "tangent", which consists of ones.  Kept are the products [samples, out] of each
+// hidden layer and, of two, q = M s1.
 struct Exact : Field {
   int64_t n, hidden;
   Tensor last_weight;  // with the gate of the output
@@ -58,42 +58,43 @@ struct Exact : Field {
     if (!gates.empty()) last_weight = product_of(column_of(gates.back()), last_weight);
     const Tensor &first = weights[0], &last = last_weight;
     if (hidden == 1) {
-      m = torch::stable::view(sum_columns(product_of(turned(last), first)), {1, coupling.in});
+      m = torch::stable::view(sum_columns(product_of(transposed(last), first)), {1, coupling.in});
     } else {
       paired = empty(x, {coupling.out, coupling.in});
-      Device::multiply(paired, turned(last), turned(first));
+      Device::multiply(paired, transposed(last), transposed(first));
       m = product_of(weights[1], paired);
     }
     coupling.weight = data_of(m);
   }
 
-  // Adds what comes through M to the gradients of the weights and of the output's gate.
+  // Adds the gradients through M to those of the weights and of the output's gate.
   template <class Device>
   void uncouple(const Tensor& grad_m, FieldGradients& to) const {
     Tensor& of_last = to.weights[hidden];
-    Tensor of_turned = of_last;  // with the gate of the output
+    Tensor of_gated_weight = of_last;  // with the gate of the output
     if (!gates.empty()) {
-      of_turned = empty(x, of_last.sizes());
-      torch::stable::fill_(of_turned, 0.0);
+      of_gated_weight = empty(x, of_last.sizes());
+      torch::stable::fill_(of_gated_weight, 0.0);
     }
-    const Tensor turned_last = turned(last_weight), turned_first = turned(weights[0]);
+    const Tensor last_transposed = transposed(last_weight),
+                 first_transposed = transposed(weights[0]);
     if (hidden == 1) {
       const Tensor grad = column_of(grad_m);
-      to.weights[0] = sum_of(to.weights[0], product_of(grad, turned_last));
-      of_turned = sum_of(of_turned, turned(product_of(grad, weights[0])));
+      to.weights[0] = sum_of(to.weights[0], product_of(grad, last_transposed));
+      of_gated_weight = sum_of(of_gated_weight, transposed(product_of(grad, weights[0])));
     } else {
       to.weights[1] = sum_of(to.weights[1], product_of(grad_m, paired));
-      const Tensor grad = turned(product_of(grad_m, weights[1]));
-      Device::multiply_add(to.weights[0], grad, turned_last);
-      Device::multiply_add(of_turned, turned_first, grad);
+      const Tensor grad = transposed(product_of(grad_m, weights[1]));
+      Device::multiply_add(to.weights[0], grad, last_transposed);
+      Device::multiply_add(of_gated_weight, first_transposed, grad);
     }
     if (gates.empty()) {
-      of_last = of_turned;
+      of_last = of_gated_weight;
       return;
     }
-    const Tensor of_gate = sum_columns(product_of(of_turned, weights.back()));
+    const Tensor of_gate = sum_columns(product_of(of_gated_weight, weights.back()));
     to.gates[hidden] = sum_of(to.gates[hidden], of_gate);
-    of_last = sum_of(of_last, product_of(column_of(gates.back()), of_turned));
+    of_last = sum_of(of_last, product_of(column_of(gates.back()), of_gated_weight));
   }
 
   int64_t size() const { return kept_size + (hidden == 2 ? n * coupling.out : 0); }
@@ -143,11 +144,11 @@ void wide_exact(Exact& f, ExactOutputs& to) {
   Tensor h = f.x, slopes = f.x;
   for (int l = 0; l < f.hidden; ++l) {
     Tensor p = f.product(to.kept, l), s = empty(f.x, {2 * f.n, f.layers[l].out});
-    Device::multiply(p, h, turned(f.weights[l]));
+    Device::multiply(p, h, transposed(f.weights[l]));
     Device::layer(f.arguments(l, p, s, ones), kLayerForward, dtype);
     if (l == 1) {
       Tensor q = f.mixed(to.kept);
-      Device::multiply(q, slopes, turned(f.m));
+      Device::multiply(q, slopes, transposed(f.m));
       RowDotArgs r = row_args(f.below(s), q);
       r.trace = data_of(to.trace);
       Device::row_dot(r, false, dtype);
@@ -157,10 +158,10 @@ void wide_exact(Exact& f, ExactOutputs& to) {
   }
   if (f.hidden == 1) {
     Tensor column = column_of(to.trace);
-    Device::multiply(column, slopes, turned(f.m));
+    Device::multiply(column, slopes, transposed(f.m));
   }
   Tensor p = empty(f.x, f.x.sizes());
-  Device::multiply(p, h, turned(f.weights[f.hidden]));
+  Device::multiply(p, h, transposed(f.weights[f.hidden]));
   Device::output(output_args(f, p, f.x), false, dtype);
 }
 
@@ -177,7 +178,7 @@ Tensor wide_exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& kep
     Device::layer(f.arguments(l - 1, f.product(kept, l - 1), s, ones), kLayerRestore, dtype);
   }
   Tensor p = empty(f.x, {f.last().gate ? f.n : 0, f.args.features});
-  if (f.last().gate) Device::multiply(p, f.top(s), turned(f.weights[l]));
+  if (f.last().gate) Device::multiply(p, f.top(s), transposed(f.weights[l]));
   OutputArgs o = output_args(f, p, f.x);
   o.grad = data_of(grad);
   OwnGradients own(f, f.last(), o);
@@ -206,13 +207,13 @@ Tensor wide_exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& kep
     OwnGradients mine(f, y, r);
     Device::layer(r, kLayerBackward, dtype);
     mine.finish(y, high, to.biases[l - 1], gate_of(l - 1));
-    Device::multiply(to.weights[l], turned(grad), f.top(s));
+    Device::multiply(to.weights[l], transposed(grad), f.top(s));
     grad = high;
   }
   Tensor grad_m = empty(f.x, f.m.sizes());
-  Device::multiply(grad_m, turned(mixed), f.below(s));
+  Device::multiply(grad_m, transposed(mixed), f.below(s));
   Device::multiply(to.x, grad, f.weights[0]);
-  Device::multiply(to.weights[0], turned(grad), f.x);
+  Device::multiply(to.weights[0], transposed(grad), f.x);
   return grad_m;
 }
 

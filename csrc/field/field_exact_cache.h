@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact trace of a shallow field (field_exact.h), tile by tile as in field_cache.h:
-// rows of a tile are the primal of its samples and then their slopes, and M is one layer more.
+// The exact trace of a shallow field (field_exact.h) in tiles, as in field_cache.h.  The rows of a
+// tile are the primal of its samples and then their slopes; M is like one more layer.
 #pragma once
 
 #include "field/field_cache.h"
@@ -9,7 +9,7 @@ PFK_BEGIN
 
 namespace {
 
-// Products of a tile with what was kept of them, in either direction.
+// Copies products of a tile to what is kept, or back.
 template <class T>
 void move_exact(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t n, T* tile,
                 bool load) {
@@ -19,7 +19,7 @@ void move_exact(const FieldArgs& a, const FieldLayer& y, int64_t first, int64_t 
        : copy_rows<T>(tile, y.out_stride, kept, y.out, n, y.out);
 }
 
-// A layer whose "tangents" are one everywhere.
+// A layer whose "tangents" consist of ones.
 template <class T>
 LayerArgs slope_args(const FieldArgs& a, const FieldLayer& y, int64_t n, const Tile<T>& w) {
   LayerArgs r = layer_args(a, y, n, w);
@@ -28,7 +28,7 @@ LayerArgs slope_args(const FieldArgs& a, const FieldLayer& y, int64_t n, const T
   return r;
 }
 
-// The slopes of a layer lie below its values.
+// The slopes of a layer lie behind its values.
 template <class T>
 T* slopes_of(const FieldLayer& y, T* s, int64_t n) {
   return s + n * y.out_stride;
@@ -44,8 +44,8 @@ void activate_exact(const FieldArgs& a, Tile<T>& w, int l, int64_t first, int64_
 
 template <class T>
 void product_exact(const FieldArgs& a, Tile<T>& w, const FieldLayer& y, const T* h, int64_t n) {
-  multiply<T>(h, y.in_stride, Packed<T>(a, y).turned, y.out_stride, n, y.out, y.in, w.product(y),
-              y.out_stride);
+  multiply<T>(h, y.in_stride, Packed<T>(a, y).transposed, y.out_stride, n, y.out, y.in,
+              w.product(y), y.out_stride);
 }
 
 template <class T>
@@ -74,7 +74,7 @@ void exact_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
     move_exact(a, a.layer[l], first, n, w.product(a.layer[l]), false);
     h = w.s;
     if (l > 0) continue;
-    // before the next layer takes the place of this one's slopes
+    // now, because the next layer overwrites the slopes of this one
     product_exact(a, w, c, slopes_of(a.layer[0], w.s, n), n);
     move_exact(a, c, first, n, w.product(c), false);
   }
@@ -95,7 +95,7 @@ void exact_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n) {
   output_forward<true, T>(o, 0, n);
 }
 
-// Cotangents of q, in its place, and of the upper slopes, to `low`.
+// Replaces q by its cotangents, and writes those of the upper slopes to `low`.
 template <class T>
 void coupling_backward(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t n, T* low) {
   const FieldLayer& c = *a.coupling;
@@ -158,7 +158,7 @@ void exact_backward_tile(const FieldArgs& a, Tile<T>& w, int64_t first, int64_t 
                a.features);
 }
 
-// Tiles of `samples` from those of the tasks [begin, end).
+// The tiles of tasks [begin, end).
 template <bool kBackward, class T>
 void exact_tasks(const FieldArgs& a, int64_t begin, int64_t end) {
   Tile<T> w(a);

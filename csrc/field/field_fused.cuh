@@ -2,18 +2,18 @@
 // A whole field of narrow layers (at most 128 wide) in one launch: a block takes a tile of samples
 // through all layers, the primal and its tangents, in shared memory.
 //
-// Floor: 2 (1 + K) sum in out operations of float32 a sample, without tensor cores, whose TF32
-// would cost the trace its digits; and 4 (2 D + K) bytes, 4 (1 + K) out more for a layer that is
-// kept. Three hidden layers of 64, D = 6, K = 1: 36 kflop and 52 bytes, which on an H100 (67
-// TFLOP/s, 3.35 TB/s) are 0.53 and 0.016 ns: arithmetic decides, also with a layer kept (512 bytes,
-// 0.15 ns).
+// Lower bound of the time: 2 (1 + K) sum(in out) operations of float32 a sample (not on tensor
+// cores: TF32 is not accurate enough for the trace), and 4 (2 D + K) bytes, with 4 (1 + K) out more
+// for each layer that is kept.  Three hidden layers of 64, D = 6, K = 1: 36 kflop and 52 bytes,
+// which on an H100 (67 TFLOP/s, 3.35 TB/s) are 0.53 and 0.016 ns.  Arithmetic decides, also if a
+// layer is kept (512 bytes, 0.15 ns).
 //
-// A tile is `rows` stacked rows: the primal of its samples, then each tangent.  A thread has up to
-// 8 rows by 4 columns of a product in registers, so that four steps of it are 12 shared loads of 16
-// bytes for 128 multiply-adds, and the result may replace the input after a barrier: one buffer
-// serves. Weights are transposed on their way into shared memory and stay there for all tiles of a
-// block, if there is room for all of them; else each layer is brought again for every tile. Every
-// sum runs over its terms in order, whatever the tile: a sample's bits do not depend on the batch.
+// A tile has `rows` stacked rows: the primal of its samples, then each tangent.  A thread computes
+// up to 8 rows by 4 columns of a product in registers: four steps of it are 12 loads of 16 bytes
+// from shared memory for 128 multiply-adds.  After a barrier the result replaces the input, so that
+// one buffer is enough.  Weights are transposed when they are copied to shared memory.  They stay
+// there for all tiles of a block if there is room for all, else each layer is copied again for
+// every tile.  All sums have a fixed order: the bits of a sample do not depend on the batch.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -27,16 +27,16 @@ struct FusedLayer {
   const void *weight, *bias, *gate;  // as in FieldLayer
   void* kept;                        // block of this layer in what is kept, or null
   int in, out, bias_step, gate_step;
-  int threads;  // side by side in the product, 4 columns each: a power of two
-  int across;   // side by side in the activation: a power of two
-  int at;       // where its weight lies among those in shared memory
+  int threads;  // for a row of the product, 4 columns each: a power of two
+  int across;   // threads for a row of the activation: a power of two
+  int at;       // where its weight begins in shared memory
   bool value_kept, wide;
 };
 
 struct FusedArgs {
   int64_t samples, tiles;
   int probes, features, layers, activation;
-  int rows, tile_samples, stride;  // of a tile; from row to row
+  int rows, tile_samples, stride;  // of a tile; stride: between rows
   bool resident;                   // all weights stay in shared memory
   FieldProbe probe;
   const void* x;
@@ -57,7 +57,8 @@ struct alignas(16) Four {
 };
 
 __host__ __device__ constexpr int fours(int n) { return (n + 3) / 4 * 4; }
-// Rows of a weight [in, out] in shared memory; 4 apart from a multiple of 32 words, for the stores.
+// The step between rows of a weight [in, out] in shared memory: 4 more than a multiple of 32 words,
+// so that stores use different banks.
 __host__ __device__ constexpr int weight_stride(int threads) { return 4 * threads + 4; }
 
 // ---- into shared memory ------------------------------------------------------------------------
@@ -84,7 +85,7 @@ __device__ __forceinline__ T probe_at(const FusedArgs& a, int64_t k, int64_t n, 
   return static_cast<T>(sign_of(b, static_cast<int>(i % kSignBits)));
 }
 
-// The stacked input; zeros in what no sample or feature fills.
+// Loads the stacked input; what no sample or feature fills becomes zero.
 template <class T>
 __device__ __forceinline__ void stage_input(const FusedArgs& a, int64_t first, T* h) {
   const unsigned depth = fours(a.features), samples = a.tile_samples;
@@ -155,7 +156,7 @@ __device__ __forceinline__ void multiply_any(const FusedArgs& a, const FusedLaye
   }
 }
 
-// The products become h' and its tangents; what the backward pass wants of them is kept.
+// Replaces products by h' and its tangents, and stores what is kept for the backward pass.
 template <int kKind, bool kWide, class T>
 __device__ __forceinline__ void activate(const FusedArgs& a, const FusedLayer& y, int64_t first,
                                          T* h) {
@@ -208,7 +209,7 @@ __device__ __forceinline__ void activate_any(const FusedArgs& a, const FusedLaye
 }
 
 // ---- the output --------------------------------------------------------------------------------
-// Four lanes have a row of a tangent.
+// The outputs.  Four lanes add up a row of a tangent.
 template <class T>
 __device__ __forceinline__ void reduce_output(const FusedArgs& a, const FusedLayer& y,
                                               int64_t first, const T* h) {
@@ -233,10 +234,8 @@ __device__ __forceinline__ void reduce_output(const FusedArgs& a, const FusedLay
       trace += je * probe_at<T>(a, k, n, static_cast<int>(j));
       norm += je * je;
     }
-    for (int offset = 2; offset > 0; offset /= 2) {
-      trace += __shfl_down_sync(0xffffffffu, trace, offset, 4);
-      norm += __shfl_down_sync(0xffffffffu, norm, offset, 4);
-    }
+    trace = lanes_sum(trace, 4);
+    norm = lanes_sum(norm, 4);
     if (!mine || threadIdx.x % 4 != 0) continue;
     static_cast<T*>(a.trace)[k * a.samples + n] = static_cast<T>(trace);
     if (a.norm) static_cast<T*>(a.norm)[k * a.samples + n] = static_cast<T>(norm);
@@ -258,7 +257,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     stage_input(a, first, h);
     for (int l = 0; l < a.layers; ++l) {
       const FusedLayer y = a.layer[l];
-      if (!a.resident) stage_weight(y, weights);  // all have read the last one: see multiply
+      if (!a.resident)
+        stage_weight(y, weights);  // all threads have read the last one: see multiply
       __syncthreads();
       multiply_any(a, y, weights + y.at, h);
       __syncthreads();
@@ -281,8 +281,8 @@ inline int power_of_two(int64_t least, int from = 1) {
   return from;
 }
 
-// Layers of a tile of so many rows, and the bytes of shared memory; 0 if a thread's part of a
-// product would be too large.
+// Sets the layers for tiles of so many rows; returns the bytes of shared memory, or 0 if a thread's
+// part of a product would be too large.
 template <class T>
 size_t lay_out(FusedArgs& a, int rows, bool resident) {
   a.rows = rows;
@@ -304,8 +304,8 @@ size_t lay_out(FusedArgs& a, int rows, bool resident) {
   return (int64_t{rows} * a.stride + (resident ? together : largest)) * sizeof(T);
 }
 
-// The largest tile of which there are enough for every multiprocessor, else the smallest; with all
-// weights in shared memory if any tile leaves room for them.
+// Chooses the largest tile with which every multiprocessor has one, else the smallest; with all
+// weights in shared memory if some tile leaves room for them.
 template <class T>
 size_t plan_tiles(FusedArgs& a, size_t most, int64_t processors) {
   for (const bool resident : {true, false}) {
@@ -360,7 +360,7 @@ bool describe(const Field& f, FusedArgs& a) {
   return true;
 }
 
-// Whether the field was narrow enough for this way.
+// Returns false, without doing anything, if the field is too wide.
 template <class T>
 bool fused_forward(const Field& f, cudaStream_t stream) {
   FusedArgs a{};

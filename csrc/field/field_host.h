@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fields on the host: from tensors to FieldArgs, and the way through BLAS.
+// Fields on the host: from tensors to FieldArgs, and wide layers by matrix products of torch.
 //
-// Wide layers are matrix products of torch (one of all stacked rows a layer; in the backward pass
-// one for the input and one for the weight) with elementwise kernels between them, which a Device
-// provides:  multiply(out, a, b), stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType),
-// output(OutputArgs, backward, DType) and row_dot(RowDotArgs, backward, DType).
+// A wide layer is one matrix product of all stacked rows (two in the backward pass, for the input
+// and for the weight) and an elementwise kernel.  A Device provides both:  multiply(out, a, b),
+// stack(StackArgs, DType), layer(LayerArgs, LayerStep, DType), output(OutputArgs, backward, DType)
+// and row_dot(RowDotArgs, backward, DType).
 #pragma once
 
 #include "core/host.h"
@@ -28,7 +28,7 @@ inline void multiply_out(Tensor& out, const Tensor& a, const Tensor& b) {
   call_torch("aten::mm", "out", stack);
   torch::stable::detail::to<Tensor>(stack[0]);
 }
-inline Tensor turned(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
   Tensor copy = t;
   return torch::stable::narrow(copy, 0, first, count);
@@ -88,8 +88,8 @@ struct Field {
   int64_t rows() const { return args.samples * (1 + args.probes); }
   FieldLayer& last() { return layers.back(); }
 
-  // Gates that all samples share go into the weights, which only copies of them allow: g (W h) =
-  // (g W) h.
+  // Multiplies gates that all samples share into the packed copies of the weights: g (W h) = (g W)
+  // h.
   void fold_gates() {
     for (FieldLayer& y : layers) {
       if (y.gate == nullptr || y.gate_step) continue;
@@ -99,7 +99,7 @@ struct Field {
     }
   }
 
-  // Nothing was kept: the backward pass computes everything again.
+  // For a forward pass that kept nothing: the backward pass computes everything again.
   void forget() {
     for (FieldLayer& y : layers) y.kept = -1;
   }
@@ -112,12 +112,13 @@ struct Field {
     return torch::stable::view(part, {rows(), y.out});
   }
 
-  // The copy in cache: padded, behind those of the layers before.
+  // Places the packed copy of a layer behind those of the layers before.
   void place(FieldLayer& y) {
     y.in_stride = padded(y.in);
     y.out_stride = padded(y.out);
     constexpr int64_t kLanes = 16;
-    y.sum_turned = y.in * ((y.out + kLanes - 1) / kLanes) < y.out * ((y.in + kLanes - 1) / kLanes);
+    y.sum_transposed =
+        y.in * ((y.out + kLanes - 1) / kLanes) < y.out * ((y.in + kLanes - 1) / kLanes);
     y.sums = args.sums_size;
     args.sums_size += weight_sum_size(y) + 2 * y.out_stride;
     y.packed = packed_size;
@@ -129,7 +130,7 @@ struct Field {
  private:
   int64_t columns_ = 0;
 
-  // A module's layers may have been replaced; beyond its ends a tensor must not be read.
+  // The layers of a module may have been replaced by others: nothing may be read beyond their ends.
   void check(int l, const FieldLayer& y) const {
     const int64_t before = l ? layers.back().out : args.features;
     auto fits = [&](const Tensor& t) {
@@ -158,8 +159,8 @@ struct Field {
       y.gate_step = gates[l].dim() == 2 ? y.out : 0;
     }
     y.value_kept = !last && args.activation == kActTanh && y.gate == nullptr;
-    // every second layer from the last, which the others follow from with one product; a first
-    // layer of few inputs costs next to nothing
+    // every second layer from the last one is kept; the others follow by one product each, which
+    // costs little for a first layer of few inputs
     const bool keep = !last && (args.layers - l) % 2 == 0 && (l > 0 || y.in >= y.out);
     y.kept = keep ? kept_size : -1;
     if (keep) kept_size += rows() * y.out;
@@ -204,7 +205,7 @@ struct FieldGradients {
   }
 };
 
-// ---- the way through BLAS ----------------------------------------------------------------------
+// ---- wide layers ----------------------------------------------------------------------
 inline LayerArgs layer_args(const Field& f, int l, const Tensor& p) {
   const FieldLayer& y = f.layers[l];
   LayerArgs r{};
@@ -271,7 +272,7 @@ void wide_forward(const Field& f, const Tensor& kept) {
     const bool last = l == f.args.layers - 1;
     Tensor p = f.args.kept && f.layers[l].kept >= 0 ? f.kept_block(kept, l)
                                                     : empty(f.x, {f.rows(), f.layers[l].out});
-    Device::multiply(p, h, turned(f.weights[l]));
+    Device::multiply(p, h, transposed(f.weights[l]));
     if (last) {
       Device::output(output_args(f, p, input), false, dtype_of(f.x));
     } else {
@@ -295,14 +296,14 @@ struct OwnGradients {
     gate = empty(f.x, {f.args.samples, y.out});
     to.grad_gate = data_of(gate);
   }
-  // `primal`: cotangents of the layer's product, which without a gate are those of the bias
+  // `primal`: cotangents of the layer's product; without a gate they are those of the bias, too
   void finish(const FieldLayer& y, const Tensor& primal, Tensor& to_bias, Tensor* to_gate) {
     to_bias = y.bias_step ? bias : sum_rows(needed ? bias : primal);
     if (to_gate) *to_gate = y.gate_step ? gate : sum_rows(gate);
   }
 };
 
-// The products of all hidden layers: what was kept, and what was not computed again.
+// The products of all hidden layers: read where they were kept, computed again where not.
 template <class Device>
 Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
   Tensors found;
@@ -310,7 +311,7 @@ Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
   for (int l = 0; l < f.args.layers - 1; ++l) {
     const FieldLayer& y = f.layers[l];
     Tensor p = y.kept < 0 ? empty(f.x, {f.rows(), y.out}) : f.kept_block(kept, l);
-    if (y.kept < 0) Device::multiply(p, h, turned(f.weights[l]));
+    if (y.kept < 0) Device::multiply(p, h, transposed(f.weights[l]));
     if (continues(f.args, l)) {
       h = activated<Device>(f, l, p, y.kept < 0 ? kLayerForward : kLayerRestore);
     }
@@ -331,7 +332,7 @@ void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   Tensor p = empty(f.x, {again ? f.rows() : 0, a.features});
   if (again) {
     const Tensor h = l ? activated<Device>(f, l - 1, products[l - 1], kLayerRestore) : input;
-    Device::multiply(p, h, turned(f.weights[l]));
+    Device::multiply(p, h, transposed(f.weights[l]));
   }
   auto gate_of = [&](int layer) { return f.gates.empty() ? nullptr : &to.gates[layer]; };
   OutputArgs o = output_args(f, p, input);
@@ -343,7 +344,7 @@ void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
     Tensor h = input;
     if (l == 0) {
       Device::multiply(to.x, rows_of(grad, 0, a.samples), f.weights[0]);
-      Device::multiply(to.weights[0], turned(grad), h);
+      Device::multiply(to.weights[0], transposed(grad), h);
       return;
     }
     const FieldLayer& below = f.layers[l - 1];
@@ -357,7 +358,7 @@ void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
     OwnGradients mine(f, below, r);
     Device::layer(r, kLayerBackward, dtype);
     mine.finish(below, rows_of(below_grad, 0, a.samples), to.biases[l - 1], gate_of(l - 1));
-    Device::multiply(to.weights[l], turned(grad), h);
+    Device::multiply(to.weights[l], transposed(grad), h);
     grad = below_grad;
   }
 }

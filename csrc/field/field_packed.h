@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parameters of a field as tiles want them (field_cache.h): weights both ways and padded,
-// with gates that all samples share in them; and the sums of their gradients.
+// The parameters of a field for tiles (field_cache.h): padded weights and their transposes,
+// multiplied by gates that all samples share; and the sums of their gradients.
 #pragma once
 
 #include "core/gemm.h"
@@ -13,10 +13,10 @@ namespace {
 // Where a layer lies in `packed`: the transposed weight, the weight, bias and gate, all padded.
 template <class T>
 struct Packed {
-  T *turned, *weight, *bias, *gate;
+  T *transposed, *weight, *bias, *gate;
   Packed(const FieldArgs& a, const FieldLayer& y) {
-    turned = static_cast<T*>(const_cast<void*>(a.packed)) + y.packed;
-    weight = turned + y.in * y.out_stride;
+    transposed = static_cast<T*>(const_cast<void*>(a.packed)) + y.packed;
+    weight = transposed + y.in * y.out_stride;
     bias = weight + y.out * y.in_stride;
     gate = bias + y.out_stride;
   }
@@ -39,7 +39,7 @@ void pack_layer(const FieldArgs& a, const FieldLayer& y) {
   for (int64_t i = 0; i < y.out; ++i) {
     memcpy(to.weight + i * y.in_stride, w + i * y.in, y.in * sizeof(T));
   }
-  transpose_padded(w, y.out, y.in, to.turned, y.out_stride);
+  transpose_padded<T>({w, y.in}, y.out, y.in, {to.transposed, y.out_stride});
   if (y.bias && !y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
   if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));
   const T* const scale = typed<T>(y.scale);
@@ -48,7 +48,7 @@ void pack_layer(const FieldArgs& a, const FieldLayer& y) {
     for (int64_t j = 0; j < y.in; ++j) to.weight[i * y.in_stride + j] *= scale[i];
   }
   for (int64_t j = 0; j < y.in; ++j) {
-    for (int64_t i = 0; i < y.out; ++i) to.turned[j * y.out_stride + i] *= scale[i];
+    for (int64_t i = 0; i < y.out; ++i) to.transposed[j * y.out_stride + i] *= scale[i];
   }
 }
 
@@ -58,8 +58,8 @@ void pack_layers(const FieldArgs& a) {
   if (a.coupling) pack_layer<T>(a, *a.coupling);
 }
 
-// Rows [begin, end) of the gradient of a weight, from that of its product with its scale, and the
-// gradient of the scale.
+// Rows [begin, end) of the gradients of a weight and of the gate that was multiplied into it, from
+// the gradient of their product.
 template <class T>
 void unfold_gate(const FieldLayer& y, int64_t begin, int64_t end) {
   using V = Vec<T>;
@@ -77,7 +77,7 @@ void unfold_gate(const FieldLayer& y, int64_t begin, int64_t end) {
   }
 }
 
-// total[begin, end) (+)= the sums of `tasks` tasks, in their order.
+// total[begin, end) (+)= the sums of `tasks` tasks, in order.
 template <class T>
 void add_tasks(const T* sums, int64_t size, int64_t tasks, bool add, int64_t begin, int64_t end,
                double* total) {

@@ -26,19 +26,10 @@ template <class T>
 PFK_HD void put(Vec<T> v, T* p, int m) {
   m == Vec<T>::kLanes ? v.store(p) : store_vec_n(v, p, m);
 }
-template <class T>
-const T* typed(const void* p) {
-  return static_cast<const T*>(p);
-}
-template <class T>
-T* typed(void* p) {
-  return static_cast<T*>(p);
-}
 
 // ---- a layer -----------------------------------------------------------------------------------
 // Calls f(column, lanes, first row, last row) for the vectors of a few rows at a time, which stay
-// in L1: what all samples share is read, and the sums of its gradients are written, once in so
-// many.
+// in L1.  So shared parameters are read, and sums of their gradients written, once for these rows.
 template <class T, class F>
 PFK_HD void each_column(int64_t columns, int64_t first, int64_t last, F f) {
   constexpr int64_t kRows = 24;
@@ -48,7 +39,8 @@ PFK_HD void each_column(int64_t columns, int64_t first, int64_t last, F f) {
   }
 }
 
-// A parameter in the row of a sample, one where there is none; `step` 0 for what all share.
+// A parameter in the row of a sample, or 1 where there is none; `step` is 0 if all samples share
+// it.
 template <class T>
 struct Parameter {
   const T* p;
@@ -65,7 +57,7 @@ struct Parameter {
   }
 };
 
-// Gradients of a parameter of each sample, or their sum, which is added to what is there.
+// Writes the gradient of a parameter of each sample, or adds their sum to what is there.
 template <class T>
 struct ParameterGradient {
   T* p;
@@ -86,10 +78,9 @@ struct ParameterGradient {
   }
 };
 
-// Arguments are copied: stores of vectors could change what a reference leads to, for all that the
-// compiler knows.
-//
 // kRestore: from what was kept.
+//
+// Arguments are copied: the compiler reloads what a reference leads to after every store.
 template <int kKind, bool kRestore, bool kGated, class T>
 void layer_forward(const LayerArgs& args, int64_t first, int64_t last) {
   using V = Vec<T>;
@@ -252,7 +243,7 @@ void output_backward(const OutputArgs& a, int64_t first, int64_t last) {
 }
 
 // ---- the probe ---------------------------------------------------------------------------------
-// Elements [begin, begin + count) of the signs.
+// Elements [begin, begin + count) of random signs.
 template <class T>
 void fill_signs(const int64_t* key, int64_t begin, int64_t count, T* to) {
   const uint64_t seed = static_cast<uint64_t>(*key);
@@ -265,7 +256,8 @@ void fill_signs(const int64_t* key, int64_t begin, int64_t count, T* to) {
   }
 }
 
-// Rows [first, last) of x and of every probe, to rows `stride` apart of stacks `height` high.
+// Copies rows [first, last) of x and of every probe to rows that are `stride` apart; each probe
+// begins `height` rows behind the last.
 template <class T>
 void stack_rows(const void* x, const FieldProbe& probe, int64_t probes, int64_t samples,
                 int64_t features, int64_t first, int64_t last, T* to, int64_t stride,
@@ -298,7 +290,7 @@ void row_dot(const RowDotArgs& a, int64_t first, int64_t last) {
     const T* x = typed<T>(a.a) + i * a.features;
     const T* y = typed<T>(a.b) + i * a.features;
     double trace = 0, norm = 0;
-    constexpr int64_t kRun = 1024;  // beyond, sums go on in double
+    constexpr int64_t kRun = 1024;  // sums of runs are added up in double
     for (int64_t begin = 0; begin < a.features; begin += kRun) {
       V t = T(0), n = T(0);
       each_vector<T>(a.features - begin < kRun ? a.features - begin : kRun, [&](int64_t j, int m) {

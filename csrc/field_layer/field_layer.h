@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What follows a product that comes from elsewhere, such as a convolution: bias, gate and
-// activation of a layer on a stack [(1 + K) N, C, *space] of the primal and its tangents.
+// Bias, gate and activation of a layer whose product comes from elsewhere, such as a convolution: a
+// stack [(1 + K) N, C, *space] of the primal and its tangents.
 //
 // The formulas are those of field.h.  Where f' and f'' / f' follow from h' = f(a) alone (tanh,
 // softplus) and there is no gate, whose cotangent needs p, the backward pass reads the output in
@@ -12,16 +12,16 @@
 
 namespace pfk {
 
-// The stack as rows of columns.  Planes (NCHW) are rows with one number of each parameter for all
-// columns; channels last, and where there is no space, the columns are channels; parameters that
-// are maps make a row of each sample.
+// The stack as rows and columns.  In NCHW a row is a plane, and all its columns have the same
+// parameters.  Where channels are last, and where there is no space, columns are channels.  Where
+// parameters are maps, each sample is a row.
 struct PlanesArgs {
-  int64_t rows, columns, tangents;  // of the primal; every tangent follows with as many rows
-  bool runs;                        // one number of a parameter for a row
+  int64_t rows, columns, tangents;  // rows of the primal; each tangent has as many, behind it
+  bool runs;                        // all columns of a row have the same parameters
   bool from_output;                 // backward: p is h' with its tangents
   int activation;
-  int64_t repeat;                    // rows that have their parameters in common
-  int64_t bias_period, gate_period;  // rows of parameters, after which they begin again
+  int64_t repeat;                    // consecutive rows with the same parameters
+  int64_t bias_period, gate_period;  // number of rows of each parameter
   int64_t unit, group;               // CPU: a task has up to `group` of the `unit` rows of a unit
   const void* p;
   void* h;  // may be p

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bias, gate and activation of a stack of primal and tangents on the CPU.
 //
-// Floor: forward 2 (1 + K) elements read and written for each of the primal, in place half the
-// memory; backward 3 (1 + K).  Activations are computed again from what was kept.
+// Lower bound of the time: forward, 2 (1 + K) elements are read and written for each of the primal
+// (in place this takes half the memory), backward 3 (1 + K).  Activations are computed again from
+// what was kept.
 #include "core/simd.h"
 #include "field/field_rows.h"
 #include "field_layer/field_layer.h"
@@ -13,10 +14,10 @@ PFK_BEGIN
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // columns of which sums stay in L1
+constexpr int64_t kBlock = 1024;  // columns of a block, whose sums stay in L1
 
-// Calls f(row, first column, columns, first row of the task?, offset of bias, of gate) for the
-// blocks of a task.
+// Calls f(row, first column, columns, first row of the task?, offset of bias, offset of gate) for
+// the blocks of a task.
 template <class F>
 PFK_HD void each_block(const PlanesArgs& a, int64_t task, F f) {
   const int64_t groups = (a.unit + a.group - 1) / a.group, unit = task / groups;
@@ -24,7 +25,7 @@ PFK_HD void each_block(const PlanesArgs& a, int64_t task, F f) {
   const int64_t end = begin + a.group < a.unit ? begin + a.group : a.unit;
   const int64_t first = unit * a.unit + begin, last = unit * a.unit + end;
   const int64_t width = a.runs ? 1 : a.columns, at = first / a.repeat;
-  // the rows of a task have their parameters in common
+  // the rows of a task have the same parameters
   const int64_t bias = at % a.bias_period * width, gate = at % a.gate_period * width;
   for (int64_t from = 0; from < a.columns; from += kBlock) {
     const int64_t count = a.columns - from < kBlock ? a.columns - from : kBlock;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bias, gate and activation of a stack of primal and tangents on a GPU.
 //
-// Floor: forward 2 (1 + K) elements read and written for each of the primal, backward 3 (1 + K).
-// Where a parameter has one number for a row of a plane, lanes of a warp have the row and add up
-// its gradient; else gradients of each row are left to torch's sum, and that of the bias without a
-// gate is the cotangent of p.
+// Lower bound of the time: forward, 2 (1 + K) elements are read and written for each of the primal,
+// backward 3 (1 + K).  Where all columns of a row have the same parameters, lanes of a warp add up
+// the gradients of a row.  Else torch adds up the gradients of all rows; without a gate, those of
+// the bias are the cotangents of p.
 #include "core/teams.cuh"
 #include "field_layer/field_layer_ops.h"
 
@@ -12,15 +12,6 @@ PFK_BEGIN
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-
-template <class T>
-__device__ const T* typed(const void* p) {
-  return static_cast<const T*>(p);
-}
-template <class T>
-__device__ T* typed(void* p) {
-  return static_cast<T*>(p);
-}
 
 struct PlanesDividers {
   Divider columns, repeat, bias, gate;
@@ -77,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// Cotangents of a pack and all its tangents; leaves the gradients of bias and gate.
+// Computes the cotangents of a pack and of its tangents, and the gradients of bias and gate.
 template <int kKind, class P, class T>
 __device__ void pack_grad(const PlanesArgs& a, const P& bias, const P& gate, int64_t top,
                           P& of_bias, P& of_gate) {
@@ -122,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (a.grad_gate) of_gate.store_whole(typed<T>(a.grad_gate) + at);
 }
 
-// With runs: a team has a row.
+// Where all columns of a row have the same parameters, a team of lanes has the row.
 template <int kKind, class T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2)
     runs_grad_kernel(const PlanesArgs a, const PlanesDividers d, const TeamPlan plan) {
@@ -164,7 +155,7 @@ void each_kind(int activation, F f) {
   }
 }
 
-// Whether rows are whole packs, and all that is moved in packs is aligned to them.
+// Whether rows consist of whole packs, and all tensors are aligned to packs.
 bool in_packs(const PlanesArgs& a, int64_t width) {
   bool packs = a.columns % width == 0;
   for (const void* p :

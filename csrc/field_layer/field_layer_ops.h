@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops of field_layer.h on the host, for any Device:  forward(PlanesArgs, DType),
-// backward(PlanesArgs, DType) and kSums, whether backward() adds up gradients of parameters over
-// the rows of a task where these have parameters in common, or writes them for every row.
+// backward(PlanesArgs, DType) and kSums: whether backward() adds up the gradients of parameters
+// over the rows of a task, or writes them for every row.
 #pragma once
 
 #include "core/host.h"
@@ -32,7 +32,8 @@ struct Planes {
   Planes(const Tensor& p_, const Tensor& bias_, const std::optional<Tensor>& gate_,
          int64_t tangents, int64_t activation, bool from_output)
       : p(canonical(p_)), gated(gate_.has_value()) {
-    constexpr int64_t kGroup = 64;  // rows that are added up in the dtype of the work
+    constexpr int64_t kGroup =
+        64;  // rows whose gradients are added up in the type of the computation
     const ImageShape s = image_shape(p.tensor);
     const bool maps = p_.dim() > 2 && bias_.dim() == p_.dim();
     STD_TORCH_CHECK(tangents >= 0 && s.samples % (1 + tangents) == 0,
@@ -72,7 +73,8 @@ struct Planes {
   int64_t groups() const { return (args.unit + args.group - 1) / args.group; }
   int64_t tasks() const { return args.rows / args.unit * groups(); }
 
-  // The gradient of a parameter from parts [count, width], of which each sample has as many.
+  // The gradient of a parameter from parts [count, width]; all samples have the same number of
+  // parts.
   Tensor finish(Tensor parts, const Tensor& parameter) const {
     const int64_t count = parts.sizes()[0], width = parts.sizes()[1];
     const bool own = parameter.dim() > 1 && parameter.sizes()[0] > 1;
@@ -83,10 +85,10 @@ struct Planes {
     }
     const auto sizes = parameter.sizes();
     if (!p.channels_last || parameter.dim() < 3) return torch::stable::view(parts, sizes);
-    std::vector<int64_t> turned{sizes[0]};
-    for (size_t d = 2; d < sizes.size(); ++d) turned.push_back(sizes[d]);
-    turned.push_back(sizes[1]);
-    return channels_from_end(torch::stable::view(parts, turned));
+    std::vector<int64_t> transposed{sizes[0]};
+    for (size_t d = 2; d < sizes.size(); ++d) transposed.push_back(sizes[d]);
+    transposed.push_back(sizes[1]);
+    return channels_from_end(torch::stable::view(parts, transposed));
   }
 };
 
@@ -125,10 +127,11 @@ std::tuple<Tensor, Tensor> layer_gradients(Planes& f, const Tensor& q, const Ten
   PlanesArgs& a = f.args;
   a.grad = q.const_data_ptr();
   a.grad_p = data_of(grad_p);
-  // rows of a part: with runs, the channels of a sample
+  // a part has a number for each column, or, where these share parameters, for each channel
   const int64_t width = a.runs ? a.rows / f.samples : a.columns;
   const int64_t count = a.runs ? f.samples : Device::kSums ? f.tasks() : a.rows;
-  const bool primal = !Device::kSums && !a.runs && !f.gated;  // cotangents of p are the bias's, too
+  const bool primal =
+      !Device::kSums && !a.runs && !f.gated;  // the cotangents of p are those of the bias
   Tensor of_bias, of_gate = empty(like, {f.gated ? count : 0, width});
   if (!primal) {
     of_bias = empty(like, {count, width});
@@ -143,7 +146,7 @@ std::tuple<Tensor, Tensor> layer_gradients(Planes& f, const Tensor& q, const Ten
   return {f.finish(of_bias, f.bias), f.gated ? f.finish(of_gate, f.gate) : of_gate};
 }
 
-// `kept` is p, or of an activation that follows from its value, without a gate, the output.
+// `kept` is p, or the output if it is enough: without a gate, see follows_from_output().
 inline Planes kept_planes(const Tensor& kept, const Tensor& bias, const std::optional<Tensor>& gate,
                           int64_t tangents, int64_t activation) {
   const bool from_output = !gate.has_value() && follows_from_output(static_cast<int>(activation));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a time makes of the parameters of a field's layers, of all layers in one call.
+// The biases and gates of all layers of a field at a time, in one call.
 //
 // "concat" has one row w for each layer, and  b' = b + t w.  "concatsquash" has three, u, c and v:
 //   g = sigmoid(c + t u),  b' = t v + g b,
@@ -8,7 +8,7 @@
 // of "concat"  b: H,  w: t H,  t: sum H w.
 #pragma once
 
-#include "core/math.h"
+#include "core/activations.h"
 
 namespace pfk {
 
@@ -24,7 +24,7 @@ struct TimeLayer {
   void* of_rows;
 };
 
-constexpr int kTimeLayers = 16;  // of a call: they are an argument of the kernel
+constexpr int kTimeLayers = 16;  // at most: they are an argument of the kernel
 
 struct TimeArgs {
   int count;
@@ -38,7 +38,7 @@ struct TimeArgs {
 
 PFK_BEGIN
 
-// "concat", and cotangents of an element of it.
+// A bias of "concat", and its VJP.
 template <class V>
 PFK_HD V shifted_bias(V time, V row, V bias) {
   return bias + time * row;
@@ -50,7 +50,7 @@ struct ShiftVjp {
       : of_bias(grad), of_row(time * grad), of_time(grad * row) {}
 };
 
-// "concatsquash".
+// Gate and bias of "concatsquash".
 template <class V>
 struct TimeRows {
   V u, c, v;
@@ -65,7 +65,7 @@ PFK_HD V time_bias(V time, const TimeRows<V>& r, V gate, V bias) {
   return time * r.v + gate * bias;
 }
 
-// Cotangents of an element of a "concatsquash" layer.
+// The VJP of an element of a "concatsquash" layer.
 template <class V>
 struct TimeVjp {
   V of_bias, of_time;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parameters of a field's layers at a time, on the CPU.
 //
-// A few hundred numbers: the floor is the cost of a call, and what counts is to be one call and one
-// node of autograd's graph where plain PyTorch has a dozen.
+// These are a few hundred numbers: the cost is that of a call.  It is one call and one node of
+// autograd's graph in place of the dozen of plain PyTorch.
 #include "field_time/field_time.h"
 
 #include "core/simd.h"
@@ -59,7 +59,7 @@ double time_backward_layer(const TimeLayer& y, T time, bool squash) {
     put(v.rows.u, rows, m);
     put(v.rows.c, rows + y.size, m);
     put(v.rows.v, rows + 2 * y.size, m);
-    // lanes beyond the end are zeros, which an infinite time makes NaN
+    // lanes beyond the end hold zeros, which an infinite time would turn into NaN
     for (int l = 0; m < V::kLanes && l < m; ++l) total += static_cast<double>(v.of_time.v[l]);
     if (m == V::kLanes) total += sum_lanes(v.of_time);
   });

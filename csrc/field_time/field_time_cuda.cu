@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parameters of a field's layers at a time, on a GPU.
 //
-// A few hundred numbers: the floor is one launch each way.  Backward, one block has all layers, so
-// that the gradient of the time is a sum in a fixed order.
+// These are a few hundred numbers: the cost is that of a launch.  In the backward pass one block
+// has all layers, so that the gradient of the time is a sum in a fixed order.
 #include "core/cuda.cuh"
 #include "field_time/field_time_ops.h"
 

@@ -32,7 +32,7 @@ struct MixArgs {
   int64_t task;        // pixels of a task
 };
 
-// Which way the parameters enter; the signs and sides of the table above.
+// Where the parameters are in the table above.
 struct MixMap {
   bool glow, inverse;
   PFK_HD bool bias_before() const { return glow != inverse; }

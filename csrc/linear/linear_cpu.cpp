@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Channel mixing on the CPU.
 //
-// Floor: the larger of the bytes (forward 8 an element, backward 12) over the copy bandwidth and of
-// the flops (2 C an element forward, 4 C backward) over the multiply-add rate; at C = 48 both are
-// about equal on two AVX2 cores.
+// Lower bound of the time: the larger of the bytes (8 an element forward, 12 backward) over the
+// copy bandwidth, and of the operations (2 C an element forward, 4 C backward) over the
+// multiply-add rate. On two AVX2 cores both are about equal at C = 48.
 //
-// Pixels are taken in tiles whose channels fit L1 twice: a tile is packed (widened, pre added),
-// multiplied, and unpacked (post added, narrowed).  Packing costs a fraction of the product and
-// makes one kernel serve all layouts, dtypes and sample sizes; tiles run across samples, so small
-// images waste nothing. Backward packs grad_y and x once for both products; G needs the pixels of
-// v innermost-last, a transposition inside L1 where the channels are not innermost already.
-// G is summed in the type computed in over at most kFlush pixels, in double beyond.
+// Pixels are computed in tiles that fit into L1 twice.  A tile is packed (converted, with `pre`
+// added), multiplied, and unpacked (with `post` added, converted back).  Packing costs a fraction
+// of the product and lets one kernel serve all layouts, dtypes and sizes.  Tiles contain pixels of
+// several samples, so that small images are fast, too.  The backward pass packs grad_y and x once
+// for both products.  For G the tile of v is transposed in L1 unless the channels are innermost.  G
+// is summed in the type of the computation over at most kFlush pixels, then in double.
 #include "linear/linear.h"
 
 #include <stdlib.h>
@@ -19,12 +19,12 @@
 #include "core/half.h"
 #include "core/simd.h"
 
-PFK_DECLARE_LEVELS(void channel_mix(const MixArgs&, int, int64_t, int64_t);
-                   void channel_mix_backward(const MixArgs&, int, int64_t, int64_t))
+PFK_DECLARE_LEVELS(void channel_mix(const MixArgs&, DType, int64_t, int64_t);
+                   void channel_mix_backward(const MixArgs&, DType, int64_t, int64_t))
 
 PFK_BEGIN
 
-namespace {  // every family is linked into one library: file-local names stay local
+namespace {  // all families are linked into one library
 
 constexpr int64_t kTileElements = 4096, kMaxTile = 192, kFlush = 1024;
 
@@ -37,14 +37,15 @@ int64_t round_up(int64_t n) {
 // One thread's buffers.
 template <class T>
 struct Work {
-  int64_t tile;       // pixels of a tile
-  Rows<T> v, g, out;  // packed x + pre and grad_y, and a product
-  Rows<T> turned;     // v transposed
-  Rows<T> sum;        // [channels + 1, stride]: G, and g in the last row
+  int64_t tile;          // pixels of a tile
+  Rows<T> v, g, out;     // packed x + pre and grad_y, and a product
+  Rows<T> v_transposed;  // v transposed
+  Rows<T> sum;           // [channels + 1, stride]: G, and g in the last row
   T* memory;
 
   explicit Work(const MixArgs& a) {
-    const int64_t step = 6 * 2 * Vec<T>::kLanes > 96 ? 96 : 48;  // whole tiles of gemm, both ways
+    const int64_t step =
+        6 * 2 * Vec<T>::kLanes > 96 ? 96 : 48;  // whole tiles of gemm for both products
     tile = kTileElements / a.channels / step * step;
     tile = tile < step ? step : tile > kMaxTile ? kMaxTile : tile;
     if (tile > a.pixels) tile = (a.pixels + step - 1) / step * step;
@@ -62,7 +63,7 @@ struct Work {
     out = {p, width}, p += size;
     g = {backward ? p : nullptr, width}, p += backward ? size : 0;
     sum = {p, a.stride}, p += square;
-    turned = {p, a.stride};
+    v_transposed = {p, a.stride};
   }
   ~Work() { free(memory); }
   Work(const Work&) = delete;
@@ -70,8 +71,8 @@ struct Work {
 
 // ---- packing -----------------------------------------------------------------------------------
 
-// Calls f(pixel of the tensor, column of the tile, count) for the runs of a tile of n pixels: runs
-// end where samples do.
+// Calls f(first element, column of the tile, count) for the runs of a tile of n pixels.  A run ends
+// where its sample ends.
 template <class F>
 PFK_HD void each_run(const MixArgs& a, int64_t first, int64_t n, F f) {
   for (int64_t column = 0; column < n;) {
@@ -91,7 +92,7 @@ T constant_of(const void* constants, int64_t channel) {
   return constants ? static_cast<const T*>(constants)[channel] : T(0);
 }
 
-// Rows are channels; columns beyond n become zero.
+// Packs channels as rows; columns beyond n become zero.
 template <class S, class T>
 void pack_channels(const MixArgs& a, const S* from, const void* pre, int64_t first, int64_t n,
                    Rows<T> to) {
@@ -138,9 +139,9 @@ void unpack_channels(const MixArgs& a, Rows<T> from, const void* post, int64_t f
   });
 }
 
-// Rows are pixels.  Vectors reach beyond a row into the next one, whose values land in columns that
-// nobody reads (packing) or are written again by the next row (unpacking); at the end of the tile
-// they stop.
+// Packs pixels as rows.  A vector may reach beyond its row into the next one: when packing, into
+// columns that are not read; when unpacking, into elements that the next row overwrites.  At the
+// end of the tile only the elements that exist are read or written.
 template <class S, class T>
 void pack_pixels(const MixArgs& a, const S* from, const void* pre, int64_t first, int64_t n,
                  Rows<T> to) {
@@ -199,7 +200,7 @@ void mix(const MixArgs& a, Rows<T> in, int64_t n, bool transposed, Rows<T> out) 
   if (a.inner) {
     const Left<T> left = transposed ? Left<T>{m, 1, stride} : Left<T>{m, stride, 1};
     gemm<T>(left, fixed(in), c, n, c, out, false);
-  } else {  // out^T = in^T M^T: the caller stored what stands on the right
+  } else {  // out^T = in^T M^T; the matrix that is stored is the right factor
     gemm<T>({in.p, in.stride, 1}, {m, stride}, n, c, c, out, false);
   }
 }
@@ -218,8 +219,8 @@ void accumulate(const MixArgs& a, Work<T>& w, int64_t n) {
     }
     return;
   }
-  transpose<T>(fixed(w.v), round_up<T>(a.channels), round_up<T>(n), w.turned);
-  gemm<T>({w.g.p, w.g.stride, 1}, fixed(w.turned), a.channels, a.channels, n, w.sum, true);
+  transpose<T>(fixed(w.v), round_up<T>(a.channels), round_up<T>(n), w.v_transposed);
+  gemm<T>({w.g.p, w.g.stride, 1}, fixed(w.v_transposed), a.channels, a.channels, n, w.sum, true);
   for (int64_t c = 0; c < a.channels; ++c) {
     Vec<T> s = T(0);
     for (int64_t p = 0; p < n; p += lanes) s += Vec<T>::load(w.g.p + c * w.g.stride + p);
@@ -283,22 +284,12 @@ void backward_tasks(const MixArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define PFK_BY_DTYPE(function)                  \
-  switch (dtype) {                              \
-    case 0:                                     \
-      return function<float>(a, begin, end);    \
-    case 1:                                     \
-      return function<double>(a, begin, end);   \
-    case 2:                                     \
-      return function<BFloat16>(a, begin, end); \
-    default:                                    \
-      return function<Float16>(a, begin, end);  \
-  }
-void channel_mix(const MixArgs& a, int dtype, int64_t begin, int64_t end) {
-  PFK_BY_DTYPE(forward_tasks)
+void channel_mix(const MixArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { forward_tasks<decltype(element)>(a, begin, end); });
 }
-void channel_mix_backward(const MixArgs& a, int dtype, int64_t begin,
-                          int64_t end){PFK_BY_DTYPE(backward_tasks)}
+void channel_mix_backward(const MixArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { backward_tasks<decltype(element)>(a, begin, end); });
+}
 
 PFK_END
 

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Channel mixing on a GPU, C <= 128.
 //
-// Floor: bytes as in linear_cpu.cpp over the copy bandwidth; flops over the float32 (not tensor
-// core: TF32 would cost 13 bits) rate.  On an H100 the two meet at C = 80, so small C is bound by
-// memory and the product must run well above half the peak.
+// Lower bound of the time: the bytes of linear_cpu.cpp over the copy bandwidth, or the operations
+// over the float32 rate (not that of tensor cores: TF32 has 13 bits less).  On an H100 both are
+// equal at C = 80: below, memory decides.
 //
-// mix_kernel is a product with everything folded into its loads and stores: scale into the matrix
-// (shared, loaded once a block), pre and post into the data.  A thread owns 8 channels of 16 bytes
-// of pixels.  Backward runs it on grad_y with the transposed matrix; gradient_kernel then sums
-// grad_y v^T over a block's share of the pixels, 8 x 8 channels a thread, and two short kernels
-// join the blocks in a fixed order.  grad_y is so read twice (16 bytes an element instead of 12):
-// one kernel for both products would need the registers of both.  Not measured yet.
+// mix_kernel is a matrix product that multiplies the scale into the matrix when it loads it to
+// shared memory, once a block, and adds pre and post when it loads and stores pixels.  A thread
+// computes 8 channels of 16 bytes of pixels.  The backward pass runs it on grad_y with the
+// transposed matrix. gradient_kernel then sums grad_y v^T over a block's share of the pixels, 8 x 8
+// channels a thread, and two short kernels add up the blocks in a fixed order.  So grad_y is read
+// twice (16 bytes an element instead of 12), because one kernel for both products would need the
+// registers of both.  Not measured yet.
 #include "linear/linear_launch.cuh"
 
 PFK_BEGIN

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the parameters of channel mixing on a GPU: sums over all pixels, joined in a fixed
-// order.
+// Gradients of the parameters of channel mixing on a GPU: sums over all pixels in a fixed order.
 #pragma once
 
 #include "linear/linear_mix.cuh"
@@ -14,9 +13,9 @@ constexpr int power_of_two_below(int n) { return n < 2 ? 1 : 2 * power_of_two_be
 template <class S, int kGroups>
 struct GradientTile {
   using T = Compute<S>;
-  static constexpr int kRows = 8 * kGroups, kStride = kRows + 4;  // no two banks alike in a store
+  static constexpr int kRows = 8 * kGroups, kStride = kRows + 4;  // stores use different banks
   static constexpr int kPixels = power_of_two_below(16384 / static_cast<int>(sizeof(T)) / kRows);
-  static constexpr int kTeam = kGroups * kGroups;                 // threads that cover G once
+  static constexpr int kTeam = kGroups * kGroups;                 // threads that compute G once
   static constexpr int kTeams = power_of_two_below(256 / kTeam);  // each takes its own pixels
   static constexpr int kThreads = kTeams * kTeam;
 
@@ -81,7 +80,8 @@ __device__ void load_both(Tile& t, const GradientTask<S>& task, const Parameters
                               [&](T value, int c) { return value + k.pre(c); });
 }
 
-// The sums of all teams into the first one's, halving; one row of 8 at a time through `scratch`.
+// Adds the sums of all teams to those of the first one, half of the teams at a time, one row of 8
+// through `scratch` at a time.
 template <class Tile, class T>
 __device__ void join_teams(T (&sum)[9][8], T* scratch) {
   const int team = threadIdx.x / Tile::kTeam;
@@ -103,6 +103,42 @@ __device__ void join_teams(T (&sum)[9][8], T* scratch) {
   }
 }
 
+// Adds the products of a tile's pixels to this thread's 8 x 8 sums, and the sums of its rows.
+template <class Tile, class T>
+__device__ __forceinline__ void add_pixels(const Tile& t, int team, int row, int column,
+                                           T (&sum)[9][8]) {
+#pragma unroll 2
+  for (int p = team; p < Tile::kPixels; p += Tile::kTeams) {
+    T a[8], b[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) a[r] = t.g[p][row + r];
+#pragma unroll
+    for (int l = 0; l < 8; ++l) b[l] = t.v[p][column + l];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      sum[8][r] += a[r];
+#pragma unroll
+      for (int l = 0; l < 8; ++l) sum[r][l] += a[r] * b[l];
+    }
+  }
+}
+
+// This block's share of the sum of grad_log_det; `shares` holds a number for each thread.
+template <class Tile, class S>
+__device__ void sum_log_dets(const GradientTask<S>& task, double* shares, double* out) {
+  __syncthreads();
+  double share = 0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * Tile::kThreads;
+  int64_t n = static_cast<int64_t>(blockIdx.x) * Tile::kThreads + threadIdx.x;
+  for (; n < task.samples; n += step) share += task.grad_log_det[n];
+  shares[threadIdx.x] = share;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  for (int i = threadIdx.x + 32; i < Tile::kThreads; i += 32) share += shares[i];
+  share = lanes_sum(share);
+  if (threadIdx.x == 0) *out = share;
+}
+
 template <class S, int kGroups>
 __global__ void __launch_bounds__(GradientTile<S, kGroups>::kThreads, 1)
     gradient_kernel(const GradientTask<S> task, const Parameters<Compute<S>> k) {
@@ -121,20 +157,7 @@ __global__ void __launch_bounds__(GradientTile<S, kGroups>::kThreads, 1)
       load_both<Pack<S, false>, S>(t, task, k, tile * Tile::kPixels);
     }
     __syncthreads();
-#pragma unroll 2
-    for (int p = team; p < Tile::kPixels; p += Tile::kTeams) {
-      T a[8], b[8];
-#pragma unroll
-      for (int r = 0; r < 8; ++r) a[r] = t.g[p][row + r];
-#pragma unroll
-      for (int l = 0; l < 8; ++l) b[l] = t.v[p][column + l];
-#pragma unroll
-      for (int r = 0; r < 8; ++r) {
-        sum[8][r] += a[r];
-#pragma unroll
-        for (int l = 0; l < 8; ++l) sum[r][l] += a[r] * b[l];
-      }
-    }
+    add_pixels(t, team, row, column, sum);
   }
   join_teams<Tile>(sum, &t.g[0][0]);
   double* out = task.partial + blockIdx.x * task.outputs();
@@ -149,24 +172,10 @@ __global__ void __launch_bounds__(GradientTile<S, kGroups>::kThreads, 1)
       if (column == 0 && row + r < c) out[(row + r) * width + c] = sum[8][r];
     }
   }
-  // this block's share of grad_log_det
-  __syncthreads();
-  double* shares = reinterpret_cast<double*>(&t);
-  double share = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * Tile::kThreads;
-  int64_t n = static_cast<int64_t>(blockIdx.x) * Tile::kThreads + threadIdx.x;
-  for (; n < task.samples; n += step) share += task.grad_log_det[n];
-  shares[threadIdx.x] = share;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  for (int i = threadIdx.x + 32; i < Tile::kThreads; i += 32) share += shares[i];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    share += __shfl_down_sync(0xffffffffu, share, offset);
-  }
-  if (threadIdx.x == 0) out[task.outputs() - 1] = share;
+  sum_log_dets<Tile>(task, reinterpret_cast<double*>(&t), out + task.outputs() - 1);
 }
 
-// Block (., s) adds the s-th part of the blocks.
+// Block (., s) adds up the s-th part of the blocks' sums.
 __global__ void __launch_bounds__(kThreads)
     join_kernel(const double* partial, int64_t blocks, int64_t outputs, double* segments) {
   const int64_t o = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -194,8 +203,8 @@ struct ParameterGradients {
   T* bias;
 };
 
-// Block c finishes column c of W, or with a scale on the rows row c, and the parameters of channel
-// c; a thread has one other channel.
+// Block c finishes column c of the gradient of W and the gradients of the parameters of channel c;
+// each thread has one other channel.
 template <class T>
 __global__ void __launch_bounds__(kMost)
     finish_kernel(const double* segments, int channels, double space, const Parameters<T> k,

@@ -12,7 +12,7 @@ void launch_gradients(const Plan& plan, const Tensor& grad_y, const Tensor& grad
   using T = Compute<S>;
   const int64_t c = plan.shape.channels;
   const Parameters<T> k = parameters_of<T>(plan);
-  Tensor sums;  // must outlive its last launch only on the host: memory is reused in stream order
+  Tensor sums;  // may be freed after the last launch: memory is reused in stream order
   GradientTask<S> task{pixels_of<S>(plan, grad_y.const_data_ptr(), plan.x.tensor.const_data_ptr()),
                        static_cast<const S*>(grad_y.const_data_ptr()),
                        static_cast<const S*>(plan.x.tensor.const_data_ptr()),

@@ -10,7 +10,7 @@
 
 namespace pfk {
 
-// Enough tasks for any processor, few enough for their partial sums to stay small.
+// Enough tasks for any processor, and few enough to keep their partial sums small.
 constexpr int64_t kTaskPixels = 1024, kTasks = 64;
 
 struct Plan {
@@ -19,7 +19,7 @@ struct Plan {
   MixMap map;
   Values weight, log_scale, bias;
   std::vector<double> scale;    // exp(+-log_scale), or empty
-  std::vector<char> constants;  // the matrix and the bias with its sign, in the type computed in
+  std::vector<char> constants;  // the matrix and the signed bias, in the type of the computation
   int64_t tasks = 0;
   MixArgs args{};
 
@@ -77,7 +77,7 @@ struct Plan {
   }
 };
 
-// G and g of all tasks, in their order.
+// Adds up G and g of all tasks in order.
 inline std::vector<double> sum_tasks(const std::vector<double>& partial, int64_t tasks,
                                      int64_t size) {
   std::vector<double> sum(partial.begin(), partial.begin() + (tasks ? size : 0));
@@ -88,7 +88,7 @@ inline std::vector<double> sum_tasks(const std::vector<double>& partial, int64_t
   return sum;
 }
 
-// From G and g to the gradients of the parameters, as linear.h has them.
+// The gradients of the parameters from G and g: see linear.h.
 inline void finish(const Plan& p, const std::vector<double>& sum, double grad_log_det,
                    const Values& grad_w, const Values& grad_s, const Values& grad_b) {
   const int64_t c = p.shape.channels;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Channel mixing on a GPU: from tensors to launches.  Its two halves are translation units of their
-// own, because each takes a minute to compile.
+// Channel mixing on a GPU: from tensors to launches.  Forward pass and gradients are compiled
+// apart, because each takes a minute.
 #pragma once
 
 #include <type_traits>

@@ -10,8 +10,8 @@ PFK_BEGIN
 namespace {
 
 constexpr int kMost = 128;     // channels
-constexpr int kSegments = 8;   // of the blocks' sums, joined last
-constexpr int kBlocks = 1056;  // enough to fill any GPU, few enough to load the matrix seldom
+constexpr int kSegments = 8;   // parts in which the sums of blocks are added up
+constexpr int kBlocks = 1056;  // enough for any GPU; each loads the matrix once
 
 template <class T>
 struct Parameters {
@@ -36,7 +36,7 @@ struct LogDets {
   double space;
 };
 
-// Where pixel q begins: its channel c is `step()` c elements further.
+// Pixels in memory: channel c of pixel q is at begin(q) + c step().
 struct Pixels {
   int64_t count, channels, inner;  // inner = 0: channels innermost
   bool wide;                       // 16-byte accesses are aligned and stay within a sample or pixel
@@ -92,7 +92,7 @@ __device__ void load_matrix(Tile& t, const Parameters<Compute<S>>& k, const MixT
   }
 }
 
-// x + pre of channels [first, first + kDepth) into shared memory, P::kCount elements at a time.
+// Loads x + pre of channels [first, first + kDepth) to shared memory, P::kCount elements at a time.
 template <class P, class S, class Tile>
 __device__ void load_pixels(Tile& t, const MixTask<Tile>& task, int64_t tile, int first) {
   const Pixels& p = task.p;
@@ -189,7 +189,7 @@ __device__ void multiply(const Tile& t, int at, int depth, T (&sum)[8][Tile::kEa
   }
 }
 
-// Scale, pre and post into shared memory; every block then writes its share of the log-dets.
+// Loads scale, pre and post to shared memory; every block then writes its share of the log-dets.
 template <class S, class Tile>
 __device__ void prepare(Tile& t, const Parameters<Compute<S>>& k, const MixTask<Tile>& task,
                         const LogDets<Compute<S>>& d) {
@@ -203,9 +203,7 @@ __device__ void prepare(Tile& t, const Parameters<Compute<S>>& k, const MixTask<
   if (threadIdx.x < 32 && d.out) {
     double sum = 0;
     for (int i = threadIdx.x; k.log_scale && i < c; i += 32) sum += k.log_scale[i];
-    for (int offset = 16; offset > 0; offset /= 2) {
-      sum += __shfl_down_sync(0xffffffffu, sum, offset);
-    }
+    sum = lanes_sum(sum);
     if (threadIdx.x == 0) t.log_det = k.map.sign() * d.space * (sum + *d.log_abs_det);
   }
   __syncthreads();

@@ -10,11 +10,11 @@
 // taken are those of an LU factorization: the same pivots, and a duplicate row cancels exactly.
 // The error of the inverse is that of LU with substitution; the tests hold it to LAPACK's.
 //
-// Of the triangles nothing is multiplied that can be substituted.  With G = P^T grad W, W^-1 = V:
+// Products with inverse triangles are computed by substitution.  With G = P^T grad W and W^-1 = V:
 //   forward:  grad L = G U^T,         grad U = L^T G;
 //   inverse:  Y = grad V P,  B = U^-T Y L^-T,   grad L = -L^-T B,   grad U = -B U^-T;
 // the strict lower triangle of grad L, the upper one of grad U, and grad d = diag(grad U) sign e^d.
-// P gathers, so any indices within range have a meaning, a repeated one too.
+// P gathers rows: any indices within range have a meaning, repeated ones, too.
 #pragma once
 
 #include "core/math.h"
@@ -46,7 +46,7 @@ PFK_HD V eliminate(V a, V factor, V pivot_row) {
   return a - factor * pivot_row;
 }
 
-// What a pivot adds to log|det|, in double: a product would leave the range of numbers.
+// The term of a pivot in log|det|, in double: a product of pivots would overflow.
 template <class T>
 PFK_HD double log_pivot(T pivot) {
   return log_(abs_(static_cast<double>(pivot)));

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small matrices on the CPU.
 //
-// Rows are copied to a buffer that pads them to whole Vecs, so every loop over a row is of whole
-// Vecs.  Floor: an inverse is C^3 multiply-adds, and a step of Gauss-Jordan stores every element
-// once, one Vec a cycle, so C^3 / lanes cycles while the matrix stays in L1 (C = 90 in float32).
-// What comes on top is the column of each step: gathered, searched for the pivot, divided, and put
-// back when the rows are done (put back before, it would stall their loads).  Below C = 24 the call
-// is the cost.
+// Matrices are copied to buffers whose rows are padded to whole Vecs, so that every loop over a row
+// is one over whole Vecs.  Lower bound of the time of an inverse: C^3 multiply-adds.  A step of
+// Gauss-Jordan stores every element once, one Vec a cycle, which makes C^3 / lanes cycles while the
+// matrix fits into L1 (up to C = 90 in float32).  Beside that, each step gathers a column, searches
+// it for the pivot, divides it, and writes it back after the rows (written before, it would delay
+// their loads).  Below C = 24 most of the time is the cost of the call.
 #include "matrix/matrix.h"
 
+#include "core/gemm.h"
 #include "core/simd.h"
 
 PFK_DECLARE_LEVELS(void slogdet_inverse(const SlogdetArgs&, bool, int64_t, int64_t);
@@ -16,17 +17,17 @@ PFK_DECLARE_LEVELS(void slogdet_inverse(const SlogdetArgs&, bool, int64_t, int64
 
 PFK_BEGIN
 
-namespace {  // every family is linked into one library: file-local names stay local
+namespace {  // all families are linked into one library
 
 // `count` blocks of `rows` rows, aligned and padded with zeros to whole Vecs.
 template <class T>
-struct Rows {
+struct PaddedBlocks {
   static constexpr int64_t kLanes = Vec<T>::kLanes, kAlign = 64;
   int64_t rows, width;
   char* memory;
   T* first;
 
-  Rows(int64_t count, int64_t rows, int64_t columns)
+  PaddedBlocks(int64_t count, int64_t rows, int64_t columns)
       : rows(rows), width((columns + kLanes - 1) / kLanes * kLanes) {
     const size_t bytes = count * rows * width * sizeof(T);
     memory = new char[bytes + kAlign];
@@ -34,9 +35,9 @@ struct Rows {
     memset(aligned, 0, bytes);
     first = reinterpret_cast<T*>(aligned);
   }
-  ~Rows() { delete[] memory; }
-  Rows(const Rows&) = delete;
-  Rows& operator=(const Rows&) = delete;
+  ~PaddedBlocks() { delete[] memory; }
+  PaddedBlocks(const PaddedBlocks&) = delete;
+  PaddedBlocks& operator=(const PaddedBlocks&) = delete;
   T* block(int64_t b) const { return first + b * rows * width; }
 };
 
@@ -97,9 +98,9 @@ struct Determinant {
   double sign, log_abs;
 };
 
-// Turns a into its inverse, of which column k belongs in column order[k]: the row operations let
-// column k become what they may, then -f_i and 1 / a_pk take its place.  Stops at a pivot of
-// zero.  `factors` is a padded row.
+// Turns a into its inverse, with column order[k] of the inverse in column k.  The row operations
+// change column k, too; afterwards it is overwritten by -f_i and 1 / a_pk.  Stops at a pivot of
+// zero. `factors` is a padded row.
 template <class T>
 Determinant invert(T* a, int64_t n, int64_t width, int64_t* order, T* factors) {
   using V = Vec<T>;
@@ -147,7 +148,7 @@ template <class T>
 void slogdet_matrices(const SlogdetArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.size;
   constexpr T kNaN = static_cast<T>(NAN);
-  const Rows<T> work(1, n + 1, n);
+  const PaddedBlocks<T> work(1, n + 1, n);
   T *a = work.first, *factors = a + n * work.width;
   int64_t* order = new int64_t[n];
   for (int64_t m = begin; m < end; ++m) {
@@ -228,17 +229,15 @@ void multiply(const Triangle<T>& t, int64_t n, const T* x, int64_t width, T* to)
 }
 
 template <class T>
-void transpose(const T* from, int64_t n, int64_t width, T* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) to[i * width + j] = from[j * width + i];
-  }
+void transpose_square(const T* from, int64_t n, int64_t width, T* to) {
+  transpose_padded<T>({from, width}, n, n, {to, width});
 }
 
 template <class T>
 void plu_of(const PluArgs& a) {
   const int64_t n = a.size;
   const Triangle<T> lower = lower_of<T>(a), upper = upper_of<T>(a);
-  const Rows<T> work(2, n, n);
+  const PaddedBlocks<T> work(2, n, n);
   const int64_t width = work.width;
   T *x = work.block(0), *y = work.block(1), *out = static_cast<T*>(a.out);
   if (a.inverse) {
@@ -264,7 +263,7 @@ template <class T>
 void plu_grad(const PluArgs& a) {
   const int64_t n = a.size;
   const Triangle<T> lower = lower_of<T>(a), upper = upper_of<T>(a);
-  const Rows<T> work(4, n, n);
+  const PaddedBlocks<T> work(4, n, n);
   const int64_t width = work.width;
   const T* grad = static_cast<const T*>(a.grad);
   T *x = work.block(0), *y = work.block(1);
@@ -275,9 +274,9 @@ void plu_grad(const PluArgs& a) {
       for (int64_t j = 0; j < n; ++j) row[j] += grad[j * n + i];
     }
     solve(lower, n, x, width);
-    transpose(x, n, width, y);
+    transpose_square(x, n, width, y);
     solve(upper.transposed(), n, y, width);  // B
-    transpose(y, n, width, x);
+    transpose_square(y, n, width, x);
     solve(lower.transposed(), n, y, width);
     solve(upper, n, x, width);
     to_lower = y, to_upper = x;
@@ -287,11 +286,11 @@ void plu_grad(const PluArgs& a) {
       T* row = x + a.permutation[i] * width;
       for (int64_t j = 0; j < n; ++j) row[j] += grad[i * n + j];
     }
-    transpose(x, n, width, y);
+    transpose_square(x, n, width, y);
     multiply(lower.transposed(), n, x, width, product);
     multiply(upper, n, y, width, g);
-    transpose(product, n, width, y);
-    transpose(g, n, width, x);
+    transpose_square(product, n, width, y);
+    transpose_square(g, n, width, x);
   }
   const T sign = a.inverse ? T(-1) : T(1);
   T *grad_lower = static_cast<T*>(a.grad_lower), *grad_upper = static_cast<T*>(a.grad_upper);
@@ -326,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor> slogdet_inverse_cpu(const Tensor& weight) {
   const SlogdetTensors t = slogdet_tensors(weight);
   const int64_t n = t.args.size;
   const bool is_double = dtype_of(weight) == kFloat64;
-  // a multiply-add costs an eighth of an elementwise step, and a step of the elimination some
+  // a multiply-add costs an eighth of an elementwise operation, a step of the elimination some 32
   parallel_tasks(t.batch, n * (n * n / 8 + 32), [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(slogdet_inverse, t.args, is_double, begin, end);
   });

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small matrices on a GPU.
 //
-// Gauss-Jordan: a block has a matrix, in shared memory while it fits there (every size on sm_80 and
-// sm_90), else in scratch.  Rows are not swapped: the block remembers which row served which step.
-// Floor: three barriers a step.  Triangles: a warp has a column of the right-hand side, in
-// registers; products are one thread an element.
+// Gauss-Jordan: a block has a matrix, in shared memory if it fits (on sm_80 and sm_90 it always
+// does), else in global memory.  Rows are not swapped: the block remembers the row of each step.
+// Lower bound of the time: three barriers a step.  Triangles: a warp has a column of the right-hand
+// side in registers; in products, a thread has an element.
 #include "core/teams.cuh"
 #include "matrix/matrix_host.h"
 
@@ -24,7 +24,7 @@ struct Steps {
   int row_of[kMaxSize];   // of a step
   int step_of[kMaxSize];  // of a row; -1: not yet taken
   double scratch[2][kWarps];
-  double zeros;  // not zero where the matrix holds NaN or inf
+  double zeros;  // not zero if the matrix holds NaN or inf
 };
 
 // The first warp picks the row of step k.
@@ -35,7 +35,8 @@ __device__ void choose_pivot(const T* m, int n, int pitch, int k, Steps<T>& s) {
   int at = n;
   for (int i = threadIdx.x; i < n; i += kWarp) {
     const T size = abs_(m[i * pitch + k]);
-    if (s.step_of[i] < 0 && !(size <= largest)) {  // NaN, after an overflow, is a choice too
+    if (s.step_of[i] < 0 &&
+        !(size <= largest)) {  // also chooses a NaN, which an overflow may have left
       largest = size;
       at = i;
     }
@@ -48,7 +49,7 @@ __device__ void choose_pivot(const T* m, int n, int pitch, int k, Steps<T>& s) {
       at = other;
     }
   }
-  __syncwarp();  // a shuffle orders no memory: all have read step_of
+  __syncwarp();  // shuffles do not order memory: all lanes must have read step_of
   if (threadIdx.x != 0) return;
   s.row_of[k] = at;
   s.step_of[at] = k;
@@ -167,7 +168,8 @@ __device__ T unpermuted(const PluArgs& a, const T* m, int64_t row, int64_t colum
   return sum;
 }
 
-// W, an element a thread.  An index out of range, which nobody may look for here, gives NaN.
+// W, a thread for each element.  An index out of range gives NaN: a check would wait for the
+// device.
 template <class T>
 __global__ void __launch_bounds__(kThreads) plu_kernel(const PluArgs a) {
   const int64_t e = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x, n = a.size;
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) plu_grad_kernel(const PluArgs a, con
   put_upper(a, i, j, sum);
 }
 
-// What a launch substitutes; the gradients build on each other's results.
+// The substitutions; each launch for a gradient uses the result of the one before.
 enum Stage { kInverse, kGradLower, kGradBoth, kGradEnd };
 
 // A warp has a column of the result.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dequantization, quantization and the logit on the CPU.
 //
-// Floor: dequantize reads 1 byte and writes 4, quantize the reverse; logit moves 8 bytes in
-// float32, its backward 12. Arithmetic beside it, in AVX2 instructions an element: Philox 1.8 (8 a
-// round for 4 blocks of 8 elements), dequantize without a logit 1.5, the logit of a level 5 (one
-// logarithm, and a quarter of one for the log-det), logit 6.
+// Lower bound of the time: dequantize reads 1 byte and writes 4, quantize the reverse; logit moves
+// 8 bytes in float32, its backward pass 12.  Beside that, in AVX2 instructions an element:
+// Philox 1.8 (8 a round for 4 blocks of 8 elements), dequantize without a logit 1.5, the logit of a
+// level 5 (one logarithm, and a quarter of one for the log-det), logit 6.
 #include "preprocess/preprocess.h"
 
 #include "core/half.h"
@@ -13,9 +13,9 @@
 #include "core/simd.h"
 
 PFK_DECLARE_LEVELS(void dequantize_tasks(const PreprocessArgs&, const RowPlan&, int64_t, int64_t);
-                   void quantize_range(const PreprocessArgs&, int, int64_t, int64_t);
-                   void logit_tasks(const PreprocessArgs&, const RowPlan&, int, int64_t, int64_t);
-                   void logit_grad_tasks(const PreprocessArgs&, const RowPlan&, int, int64_t,
+                   void quantize_range(const PreprocessArgs&, DType, int64_t, int64_t);
+                   void logit_tasks(const PreprocessArgs&, const RowPlan&, DType, int64_t, int64_t);
+                   void logit_grad_tasks(const PreprocessArgs&, const RowPlan&, DType, int64_t,
                                          int64_t))
 
 PFK_BEGIN
@@ -35,7 +35,7 @@ static void each_channel_run(const PreprocessArgs& a, int64_t begin, int64_t n, 
   }
 }
 
-// Minus the logarithms of the terms, four to a logarithm.
+// Minus the sum of the logarithms of the terms, with one logarithm of the product of four.
 static double sum_logs(const float* terms, int64_t n) {
   using V = Vec<float>;
   constexpr int w = V::kLanes;
@@ -55,8 +55,8 @@ static double sum_logs(const float* terms, int64_t n) {
   return -sum_lanes(sum);
 }
 
-// Plain loops between integers and floats: compilers widen and narrow whole vectors here, but go
-// through single lanes where vector types are converted.
+// Between integers and floats, in plain loops: compilers convert whole vectors here, but lane by
+// lane where vector types of different sizes are converted.
 static void levels_to_reals(const uint8_t* __restrict x, const uint16_t* __restrict noise,
                             int64_t n, int low, int high, float scale, float* __restrict v) {
   for (int64_t i = 0; i < n; ++i) {
@@ -152,41 +152,27 @@ static void quantize_typed(const PreprocessArgs& a, int64_t begin, int64_t end) 
   a.logit ? quantize_blocks<true, S>(a, begin, end) : quantize_blocks<false, S>(a, begin, end);
 }
 
-void quantize_range(const PreprocessArgs& a, int dtype, int64_t begin, int64_t end) {
-  switch (dtype) {
-    case 0:
-      return quantize_typed<float>(a, begin, end);
-    case 1:
-      return quantize_typed<double>(a, begin, end);
-    case 2:
-      return quantize_typed<BFloat16>(a, begin, end);
-    default:
-      return quantize_typed<Float16>(a, begin, end);
-  }
+void quantize_range(const PreprocessArgs& a, DType dtype, int64_t begin, int64_t end) {
+  each_dtype(dtype, [&](auto element) { quantize_typed<decltype(element)>(a, begin, end); });
 }
 
 // ---- logit -------------------------------------------------------------------------------------
-// A block of the forward direction; false if p or q was not a positive normal number and kNormal
-// took it for one.
+// A block of the forward direction.  kNormal takes all p and q for positive normal numbers, and the
+// function returns false if some were not.
 template <bool kNormal, class T>
 static bool logit_block(const T* x, int64_t n, const LogitMap<T>& map, T* y, T* terms) {
   using V = Vec<T>;
   const V tiny = Float<T>::kTiny;
-  Mask<T> normal = tiny == tiny;
+  Mask<T> all = tiny == tiny;
   each_vector<T>(n, [&](int64_t i, auto part) {
     const Odds<V> p = odds(load(x + i, part, T(0.5)), map);
-    const Mask<T> here = mask_and(p.p >= tiny, p.q >= tiny);
-    LogitOut<V> o = logit_forward_normal(p);
-    if (kNormal) {
-      normal = mask_and(normal, here);
-    } else {  // for the others alone: what a sample gives does not depend on its neighbours
-      const LogitOut<V> other = logit_forward(p);
-      o = {select(here, o.y, other.y), select(here, o.term, other.term)};
-    }
+    const Mask<T> normal = mask_and(p.p >= tiny, p.q >= tiny);
+    const LogitOut<V> o = kNormal ? logit_forward_normal(p) : logit_forward_mixed(p, normal);
+    if (kNormal) all = mask_and(all, normal);
     store(o.y, y + i, part);
     store(o.term, terms + i, part);
   });
-  return sum_lanes(select(normal, V(T(0)), V(T(1)))) == 0;
+  return sum_lanes(select(all, V(T(0)), V(T(1)))) == 0;
 }
 
 template <bool kInverse, class S>
@@ -271,27 +257,13 @@ static void logit_typed(const PreprocessArgs& a, const RowPlan& p, int64_t begin
   }
 }
 
-template <bool kGrad>
-static void logit_dtype(const PreprocessArgs& a, const RowPlan& p, int dtype, int64_t begin,
-                        int64_t end) {
-  switch (dtype) {
-    case 0:
-      return logit_typed<kGrad, float>(a, p, begin, end);
-    case 1:
-      return logit_typed<kGrad, double>(a, p, begin, end);
-    case 2:
-      return logit_typed<kGrad, BFloat16>(a, p, begin, end);
-    default:
-      return logit_typed<kGrad, Float16>(a, p, begin, end);
-  }
+void logit_tasks(const PreprocessArgs& a, const RowPlan& p, DType dtype, int64_t begin,
+                 int64_t end) {
+  each_dtype(dtype, [&](auto element) { logit_typed<false, decltype(element)>(a, p, begin, end); });
 }
-
-void logit_tasks(const PreprocessArgs& a, const RowPlan& p, int dtype, int64_t begin, int64_t end) {
-  logit_dtype<false>(a, p, dtype, begin, end);
-}
-void logit_grad_tasks(const PreprocessArgs& a, const RowPlan& p, int dtype, int64_t begin,
+void logit_grad_tasks(const PreprocessArgs& a, const RowPlan& p, DType dtype, int64_t begin,
                       int64_t end) {
-  logit_dtype<true>(a, p, dtype, begin, end);
+  each_dtype(dtype, [&](auto element) { logit_typed<true, decltype(element)>(a, p, begin, end); });
 }
 
 PFK_END
@@ -322,7 +294,7 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& x, const Tensor& seed, int64
 Tensor quantize(const Tensor& y, int64_t bits, std::optional<double> alpha) {
   PreprocessTensors t = quantize_tensors(y, bits, alpha);
   const PreprocessArgs& a = t.args;
-  const int dtype = dtype_of(y);
+  const DType dtype = dtype_of(y);
   torch::stable::parallel_for(0, y.numel(), kRowChunk, [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(quantize_range, a, dtype, begin, end);
   });
@@ -332,7 +304,7 @@ Tensor quantize(const Tensor& y, int64_t bits, std::optional<double> alpha) {
 std::tuple<Tensor, Tensor> logit(const Tensor& x, double alpha, bool inverse) {
   PreprocessTensors t = logit_tensors(x, alpha, inverse);
   const PreprocessArgs& a = t.args;
-  const int dtype = dtype_of(x);
+  const DType dtype = dtype_of(x);
   const RowPlan plan = plan_rows(t.rows, t.features);
   std::vector<double> partial(plan.chunks > 1 ? plan.tasks : 0);
   t.args.partial = partial.data();
@@ -353,7 +325,7 @@ Tensor logit_grad(const Tensor& grad_y, const Tensor& grad_log_det, const Tensor
                   bool inverse) {
   const LogitGradTensors t = logit_grad_tensors(grad_y, grad_log_det, x, alpha, inverse);
   const PreprocessArgs& a = t.args;
-  const int dtype = dtype_of(x);
+  const DType dtype = dtype_of(x);
   const RowPlan plan = plan_rows(t.rows, t.features);
   parallel_tasks(plan.tasks, task_work(plan), [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(logit_grad_tasks, a, plan, dtype, begin, end);

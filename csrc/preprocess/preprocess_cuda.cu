@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dequantization, quantization and the logit on a GPU.
 //
-// Floor: the bytes of preprocess_cpu.cpp over the copy bandwidth.  A thread dequantizes one Philox
-// block, 8 consecutive bytes to 8 floats; rows of floats go in 16-byte packs where every row starts
-// on one (single elements otherwise). Philox is some 60 integer instructions for 40 bytes, the
-// logit of 8 levels about as many: both fit under the memory time of current GPUs.
+// Lower bound of the time: the bytes of preprocess_cpu.cpp over the copy bandwidth.  A thread
+// dequantizes one Philox block, 8 consecutive bytes to 8 floats.  Rows of floats are moved in
+// 16-byte packs where every row starts on one, else in single elements.  Philox takes some 60
+// integer instructions for 40 bytes, the logit of 8 levels about as many: less time than the memory
+// needs.
 #include "core/philox.h"
 #include "core/teams.cuh"
 #include "preprocess/preprocess_host.h"
@@ -96,8 +97,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   sums.put(t, plan, t.sum(sum, scratch));
 }
 
-// Without a logit rows do not matter, unless channels are innermost; every log-det is the same
-// number.
+// Without a logit.  Rows need not be told apart unless channels are innermost; every log-det is the
+// same number.
 __global__ void __launch_bounds__(kThreads, kResident)
     dequantize_kernel(const PreprocessArgs a, int64_t rows, int64_t features, const int64_t* seed,
                       bool aligned) {

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Networks of linear layers and ReLUs (conditioners of couplings) on the CPU, all layers of a tile
-// of samples at once.
+// Networks of linear layers and ReLUs (conditioners of couplings) on the CPU.  A tile of samples
+// goes through all layers before the next tile is loaded.
 //
 //   h = W0 x + b0 (+ context);   plain: h <- Wi r(h) + bi;   residual: h <- h + W(i+1) r(u) +
 //   b(i+1) with u = Wi r(h) + bi;       out = W r(h) + b, or without the last r.
 //
-// The inputs of all layers but the first are kept for the backward pass, whose cotangents G of the
-// layers' outputs are kept in turn for the gradients of the weights, G^T times those inputs.
+// The inputs of all layers but the first are kept for the backward pass.  It keeps the cotangents G
+// of the outputs of layers in turn: the gradient of a weight is G^T times the input.
 #pragma once
 
 #include <stdlib.h>
 
+#include "core/activations.h"
 #include "core/gemm.h"
 
 // Plain data is the same for every SIMD level.
@@ -20,8 +21,8 @@ struct NetworkLayer {
   int64_t in, out, in_stride, out_stride;  // of padded rows
   const void* weight;                      // [out, in]
   const void* bias;
-  void* packed;  // forward: the transposed weight [in, out_stride]; backward: [out, in_stride]
-  void* input;   // rows [samples, in_stride]: those kept, and of the first layer a copy; or null
+  void* packed;       // forward: the transposed weight [in, out_stride]; backward: [out, in_stride]
+  void* input;        // rows [samples, in_stride] that are kept; of the first layer a copy; or null
   void* grad_output;  // rows [wave, out_stride]
   void* grad_weight;
   void* grad_bias;
@@ -30,7 +31,7 @@ struct NetworkLayer {
 struct NetworkArgs {
   int64_t samples;
   int layers;
-  bool residual, activate_last, backward, add;  // add: to the gradients of the waves before
+  bool residual, activate_last, backward, add;  // add: to the gradients of earlier waves
   NetworkLayer* layer;
   const void* x;
   const void* context;  // [samples, out of the first layer], or null
@@ -38,12 +39,12 @@ struct NetworkArgs {
   const void* grad_out;
   void* grad_x;            // or null
   void* grad_context;      // or null
-  int64_t wave, wave_end;  // backward: samples of which grad_output holds rows
+  int64_t wave, wave_end;  // backward: the samples whose rows grad_output holds
   int64_t tile;            // samples of a tile
 };
 
 constexpr int64_t kNetworkTile = 96;  // samples of a tile, at most
-constexpr int64_t kWeightRows = 96;   // of a weight's gradient, a task
+constexpr int64_t kWeightRows = 96;   // of the gradient of a weight, in a task
 
 }  // namespace pfk
 
@@ -51,17 +52,8 @@ PFK_BEGIN
 
 namespace {
 
-template <class T>
-const T* typed(const void* p) {
-  return static_cast<const T*>(p);
-}
-template <class T>
-T* typed(void* p) {
-  return static_cast<T*>(p);
-}
-
 // ---- rows of padded vectors --------------------------------------------------------------------
-// f(pointer offset) for each vector of `rows` rows of `columns` columns.
+// Calls f(offset, column) for each vector of `rows` rows of `columns` columns.
 template <class T, class F>
 PFK_HD void each(int64_t rows, int64_t columns, int64_t stride, F f) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -70,14 +62,12 @@ PFK_HD void each(int64_t rows, int64_t columns, int64_t stride, F f) {
 }
 
 template <class T>
-void relu_rows(const T* from, T* to, int64_t rows, int64_t stride) {  // padding, too
-  each<T>(rows, stride, stride, [&](int64_t i, int64_t) {
-    const Vec<T> v = Vec<T>::load(from + i);
-    select(v < T(0), Vec<T>(T(0)), v).store(to + i);  // NaN passes
-  });
+void relu_rows(const T* from, T* to, int64_t rows, int64_t stride) {  // padding included
+  each<T>(rows, stride, stride,
+          [&](int64_t i, int64_t) { relu_(Vec<T>::load(from + i)).store(to + i); });
 }
 
-// to = (add or 0) + g where the layer's input was above zero.
+// to = (add or 0) + (g where the input of the layer was above zero, else 0).
 template <class T>
 void mask_rows(const T* g, const T* input, const T* add, T* to, int64_t rows, int64_t columns,
                int64_t stride) {
@@ -123,7 +113,7 @@ void pack_layer(const NetworkLayer& y, bool backward) {
     }
     return;
   }
-  transpose_padded(from, y.out, y.in, to, y.out_stride);
+  transpose_padded<T>({from, y.in}, y.out, y.in, {to, y.out_stride});
 }
 
 // ---- a tile ------------------------------------------------------------------------------------
@@ -194,7 +184,7 @@ void network_forward_tile(const NetworkArgs& a, NetworkTile<T>& w, int64_t first
   copy_padded(w.b, y.out_stride, typed<T>(a.out) + first * y.out, y.out, n, y.out);
 }
 
-// Cotangents of a layer's input, before its ReLU's.
+// The cotangents of a layer's input, behind its ReLU.
 template <class T>
 void back_product(const NetworkLayer& y, const T* grad, int64_t n, T* to) {
   gemm<T>({grad, y.out_stride, 1}, {typed<T>(y.packed), y.in_stride}, n, y.in, y.out,
@@ -208,7 +198,7 @@ void network_backward_tile(const NetworkArgs& a, NetworkTile<T>& w, int64_t firs
   auto grad = [&](int l) {
     return typed<T>(a.layer[l].grad_output) + (first - a.wave) * a.layer[l].out_stride;
   };
-  // from the cotangents of layer l's output to those of h before it, which layer `to` made
+  // from the cotangents of the output of layer l to those of its input, the output of layer `to`
   auto back = [&](int l, int to, bool masked, const T* add) {
     const NetworkLayer& y = a.layer[l];
     back_product<T>(y, grad(l), n, masked ? w.a : grad(to));
@@ -247,8 +237,8 @@ void network_tasks(const NetworkArgs& a, int64_t begin, int64_t end) {
 }
 
 // ---- gradients of the weights ------------------------------------------------------------------
-// Rows [begin, end) of a weight's gradient and of its bias's, over the samples of a wave: sums of
-// runs in T, of which the inputs' panel stays in cache, and of those in double.
+// Rows [begin, end) of the gradients of a weight and of its bias over the samples of a wave.  Runs
+// of samples, whose inputs fit into cache, are summed in T, and the sums of runs in double.
 template <class T>
 void weight_rows(const NetworkArgs& a, const NetworkLayer& y, int64_t begin, int64_t end) {
   constexpr int64_t kRun = 512;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Networks of linear layers and ReLUs on the CPU.
 //
-// Floor: 2 multiply-adds forward and 4 backward, an element of a weight and a sample.  A product of
-// torch's BLAS between passes over memory reached 72% of it at 512 samples and a width of 256 (MKL,
-// AVX2, 2 threads, Zen 4); tiles that go through all layers wait for no other thread in between.
+// Lower bound of the time: 2 multiply-adds forward and 4 backward for each element of a weight and
+// sample.  Products of torch's BLAS with passes over memory between them reached 72% of it at 512
+// samples and a width of 256 (MKL, AVX2, 2 threads, Zen 4).  A tile that goes through all layers
+// waits for no other thread in between.
 #include "core/simd.h"
 #include "relu_network/relu_network.h"
 
@@ -87,7 +88,7 @@ struct Network {
   void* at_element(const Tensor& t, int64_t i) const {
     return static_cast<char*>(data_of(t)) + i * (wide ? sizeof(double) : sizeof(float));
   }
-  // Layers' inputs one after the other, each of all samples.
+  // The inputs of the layers one behind the other, each of all samples.
   void set_kept(const Tensor& kept) {
     int64_t at = 0;
     for (size_t l = 1; l < layers.size(); ++l) {
@@ -101,7 +102,7 @@ struct Network {
       PFK_CALL_LEVEL(network_pack, args, wide, begin, end);
     });
   }
-  // In an even number of tiles, whatever the number of threads, and whole blocks of rows.
+  // In an even number of tiles of whole blocks of rows, whatever the number of threads.
   void run() {
     const int64_t samples = args.wave_end - args.wave;
     const int64_t pairs = (samples + 2 * kNetworkTile - 1) / (2 * kNetworkTile);
@@ -118,7 +119,7 @@ struct Network {
       for (int64_t at = 0; at < layers[l].out; at += kWeightRows) tasks.emplace_back(l, at);
     }
     if (tasks.empty()) return;
-    // threads get runs of tasks: each run is to hold the same share of every layer
+    // a thread gets consecutive tasks, which must contain the same share of every layer
     std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
       return a.second * layers[b.first].out < b.second * layers[a.first].out;
     });

@@ -9,8 +9,8 @@
 // each segment of it.  r is NaN where y1 is not finite.  A weight of zero leaves its slope unread,
 // so that what it holds, NaN and inf included, has no part in the sum.
 //
-// The slope that the field returned last is fresh: still in the field's memory.  The pass that
-// first needs it also puts it into its row of the buffer.
+// The last slope that the field returned is "fresh": it lies in memory of the field.  The pass that
+// reads it first also copies it to its row of the buffer of slopes.
 #pragma once
 
 #include "core/math.h"
@@ -21,8 +21,8 @@ constexpr int kMaxSlopes = 32, kMaxSegments = 16;
 
 // Pointers are to elements of the state's type.
 struct RungeKuttaArgs {
-  int64_t rows, features;  // of the state; a row has a step of its own
-  int count;               // slopes whose weight is not zero, the fresh one apart
+  int64_t rows, features;  // of the state; a row may have its own step
+  int count;               // slopes whose weight is not zero, without the fresh one
   const void* slopes[kMaxSlopes];
   double weights[kMaxSlopes];
   const void* fresh;  // or null
@@ -30,11 +30,11 @@ struct RungeKuttaArgs {
   double fresh_weight;
   const void *y, *y1;
   void* out;            // of the combination
-  double step;          // of every row,
-  const double* steps;  // unless there is one for each, or one number on the device
+  double step;          // of all rows, if steps is null
+  const double* steps;  // on the device: one for each row, or one for all
   bool each_row;
   double rtol, atol;
-  int segments, counted;             // of a row; what lies beyond those that count has no error
+  int segments, counted;  // of a row; those that are not counted have no part in the error
   int64_t begins[kMaxSegments + 1];  // of the segments, then the end of the row
 
 #if defined(__CUDACC__)
@@ -54,7 +54,7 @@ PFK_HD V runge_kutta_ratio(V change, V y, V y1, V rtol, V atol) {
   return change / (atol + rtol * max_(abs_(y1), abs_(y))) + (y1 - y1);
 }
 
-// The largest of the segments' norms so far, and one more; NaN stays.
+// The largest norm of segments so far, given one more; NaN stays NaN.
 PFK_HD double runge_kutta_largest(double largest, double squares, int64_t length) {
   const double norm = length > 0 ? sqrt_(squares / static_cast<double>(length)) : 0.0;
   return norm <= largest ? largest : norm == norm && largest != largest ? largest : norm;

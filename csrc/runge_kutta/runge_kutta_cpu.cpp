@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runge-Kutta combinations and error norms on the CPU.
 //
-// Floor: a combination reads the state and the slopes once and writes once, with a fresh slope
-// twice; the error reads one state more and writes a number.  Nothing but multiplications and, for
-// the error, a division an element: memory-bound.
+// Lower bound of the time: a combination reads the state and the slopes and writes one state, or
+// two with a fresh slope.  The error reads one state more and writes a number.  There are only
+// multiplications and, for the error, one division an element: memory decides.
 //
-// Tasks are runs of elements whatever the number of threads is, and squares are summed in double:
-// the norm has the same bits for every number of threads.
+// How elements are cut into tasks does not depend on the number of threads, and squares are summed
+// in double: the norm has the same bits for every number of threads.
 #include "runge_kutta/runge_kutta.h"
 
 #include "core/rows.h"
@@ -14,7 +14,7 @@
 
 namespace pfk {
 
-// The error's tasks: groups of whole rows if these are short, else chunks of the segments.
+// The tasks of the error: groups of whole rows if these are short, else chunks of segments.
 struct RungeKuttaPlan {
   int64_t group;          // rows of a task, 0 for chunks
   int64_t chunks, tasks;  // chunks of a row
@@ -31,7 +31,7 @@ PFK_DECLARE_LEVELS(void runge_kutta_combine(const RungeKuttaArgs&, bool, int64_t
 PFK_BEGIN
 namespace {
 
-// Rounded once a task.
+// The weights in the type of the computation.
 template <class T>
 struct Weights {
   T of[kMaxSlopes], fresh;
@@ -40,7 +40,7 @@ struct Weights {
   }
 };
 
-// sum_i w_i k_i of kCount vectors from element i on; keeps the fresh slope.
+// sum_i w_i k_i of kCount vectors from element i on; copies the fresh slope to its row.
 template <int kCount, class T, class P>
 PFK_HD void weighted(const RungeKuttaArgs& a, const Weights<T>& w, int64_t i, P part,
                      Vec<T> (&sum)[kCount]) {
@@ -61,7 +61,7 @@ PFK_HD void weighted(const RungeKuttaArgs& a, const Weights<T>& w, int64_t i, P 
   }
 }
 
-// Calls f(i, change, part) with h sum_i w_i k_i of the vectors of [0, n), `begin` being element 0.
+// Calls f(i, change, part) with change = h sum_i w_i k_i for the vectors of [begin, begin + n).
 template <class T, class F>
 PFK_HD void each_change(const RungeKuttaArgs& a, const Weights<T>& w, const T* h, int64_t begin,
                         int64_t n, F f) {
@@ -83,7 +83,7 @@ PFK_HD void each_change(const RungeKuttaArgs& a, const Weights<T>& w, const T* h
   });
 }
 
-// The step of each element of a block; where all rows share one, of the first vector alone.
+// Fills in the step of each element of a block, or of one vector where all rows have the same step.
 template <class T>
 void fill_steps(const RungeKuttaArgs& a, int64_t begin, int64_t n, T* h) {
   if (!a.each_row) {
@@ -250,7 +250,7 @@ struct OnCpu {
     return out;
   }
 
-  // The chunks of each segment in their order.
+  // Adds up the chunks of each segment in order.
   static void finish(const RungeKuttaArgs& a, const RungeKuttaPlan& p) {
     for (int64_t row = 0; row < a.rows; ++row) {
       const double* next = p.partial + row * p.chunks;

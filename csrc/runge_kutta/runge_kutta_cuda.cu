@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runge-Kutta combinations and error norms on a GPU.
 //
-// Floor: the bytes of runge_kutta_cpu.cpp over the copy bandwidth.  Steps may be on the device and
-// nothing is read back.  The squares of a segment of a row are summed by teams (core/teams.cuh),
-// chunk by chunk; a second kernel joins the chunks in order and takes the largest segment.
+// Lower bound of the time: the bytes of runge_kutta_cpu.cpp over the copy bandwidth.  Steps may be
+// on the device, and nothing is read back.  Teams (core/teams.cuh) sum the squares of chunks of a
+// segment; a second kernel adds up the chunks in order and takes the largest segment.
 #include "core/teams.cuh"
 #include "runge_kutta/runge_kutta_host.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-// sum_i w_i k_i of a pack; keeps the fresh slope.
+// sum_i w_i k_i of a pack; copies the fresh slope to its row.
 template <class S, class P>
 __device__ __forceinline__ void weighted(const RungeKuttaArgs& a, int64_t i, S (&sum)[P::kCount]) {
 #pragma unroll
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // ---- error -------------------------------------------------------------------------------------
-// A strip is a segment of a row; shorter ones than the longest leave zeros in their last chunks.
+// A strip is a segment of a row.  All have as many chunks as the longest; those beyond the end are
+// zero.
 template <class S, bool kWide, bool kBlock>
 __global__ void __launch_bounds__(kThreads, kResident)
     error_kernel(const RungeKuttaArgs a, const TeamPlan plan, double* partial) {
@@ -90,16 +91,14 @@ __global__ void __launch_bounds__(kThreads)
     const double* from = partial + (row * a.segments + s) * chunks;
     double squares = 0;
     for (int64_t c = lane; c < chunks; c += 32) squares += from[c];
-    for (int offset = 16; offset > 0; offset /= 2) {
-      squares += __shfl_down_sync(0xffffffffu, squares, offset);
-    }
+    squares = lanes_sum(squares);
     largest = runge_kutta_largest(largest, squares, a.begins[s + 1] - a.begins[s]);
   }
   if (lane == 0) out[row] = largest;
 }
 
 // ---- host --------------------------------------------------------------------------------------
-// Whether everything is in whole packs: all pointers, and the starts of all strips.
+// Whether all pointers and the starts of all strips are aligned to packs.
 bool in_packs(const RungeKuttaTensors& t) {
   const RungeKuttaArgs& a = t.args;
   const int64_t width = t.wide ? 2 : 4;

@@ -13,7 +13,7 @@ struct RungeKuttaTensors {
   RungeKuttaArgs args;
 };
 
-// A slope that is to be kept in a row of the buffer.
+// A slope, and the row of the buffer that it is copied to.
 struct Fresh {
   const Tensor& slope;
   int64_t row;
@@ -88,7 +88,7 @@ inline void set_error(RungeKuttaTensors& t, const Tensor& y1, double rtol, doubl
   if (a.segments == 0) a.counted = 1;
   if (a.segments == 0 || a.begins[a.segments] < a.features) a.begins[++a.segments] = a.features;
   STD_TORCH_CHECK(a.begins[a.segments] == a.features, "runge_kutta: sizes beyond the state");
-  if (a.fresh == nullptr) a.segments = a.counted;  // nothing to keep
+  if (a.fresh == nullptr) a.segments = a.counted;  // there is no fresh slope to copy
 }
 
 inline Tensor norms(const RungeKuttaTensors& t) {

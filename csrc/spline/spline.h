@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Monotonic splines: what all kinds share.  Raw parameters of an element lie in a tile, a table
-// with a column for each number that hands out values of type V: a scalar (CUDA), or a Vec of as
-// many elements as it has lanes (CPU, and samplers whose parameters lie as [P][samples]).  The
-// functors work in place: raw sizes become exponentials, and a VJP leaves the gradients where the
-// parameters were.
+// Monotonic splines: what all kinds share.
+//
+// The raw parameters of an element lie in a tile: a table with a column for each of them, whose
+// entries are of type V.  V is a scalar (CUDA), or a Vec of as many elements as it has lanes (CPU).
+// The functions below overwrite the tile: raw sizes become exponentials, and a VJP leaves the
+// gradients in the place of the parameters.
 #pragma once
 
 #include "core/codes.h"
@@ -25,15 +26,17 @@ struct SplineNumbers {
 template <class T>
 struct SplineMap {
   int kind, tails, parameters, bins;
-  int columns;  // raw numbers of an element
-  int scratch;  // columns that the functors need beyond them
+  int columns;  // raw parameters of an element
+  int scratch;  // columns for intermediate results, behind them
   int domain;   // first column of the learned interval
   int knot;     // column of the derivative (quadratic: density) of knot j is knot + j
   bool inverse;
-  T low, high;          // the interval, unless learned
-  T least[2], room[2];  // of widths and heights: least size; what the exponentials share out
-  T shift[2];           // learned interval: softplus(shift) is the default size
-  T exponent, scale;    // scale log2 e; scale
+  bool any_slope;  // bins may be so small that the square of a slope leaves the range of T
+  T low, high;     // the interval, unless learned
+  T least[2],
+      room[2];        // of widths and heights: the least size, and what the exponentials divide up
+  T shift[2];         // sizes of a learned interval: softplus(shift) is the default
+  T exponent, scale;  // scale log2 e; scale
   T min_derivative, derivative_shift;
   T clip, derivative_clip;
   T bound, domain_shift, edge, floor;  // floor: least density of a quadratic spline
@@ -53,7 +56,7 @@ SplineMap<T> spline_map(const SplineNumbers& n, const SplineForm& form, bool inv
   m.low = T(low), m.high = T(high), m.bound = T(n.bound);
   for (int i = 0; i < 2; ++i) {
     const double size = m.parameters == kSoftclip || (learned && !free) ? 0 : least[i];
-    const double whole = m.kind == kQuadratic ? 1 : span;  // which has the unit interval inside
+    const double whole = m.kind == kQuadratic ? 1 : span;  // quadratic: on the unit interval
     m.least[i] = T(free ? size : whole * size);
     m.room[i] = T(whole * (1 - bins * size));
     m.shift[i] = free ? T(softplus_inverse(2 * n.bound / bins - least[i])) : T(0);
@@ -65,7 +68,7 @@ SplineMap<T> spline_map(const SplineNumbers& n, const SplineForm& form, bool inv
   if (m.kind == kLinearSpline) m.columns = bins, m.knot = bins;
   if (m.kind == kQuadratic) m.knot = bins, m.columns = bins + inner;
   if (m.kind == kCubic) m.columns = 2 * bins + 2;
-  if (m.tails == kIdentityTails || learned) --m.knot;  // the first knot has none
+  if (m.tails == kIdentityTails || learned) --m.knot;  // the first knot has no raw derivative
   m.scratch = m.parameters == kSoftclip ? 2 * bins : m.kind == kQuadratic ? 2 * bins + 2 : 0;
   m.exponent = T(n.scale * 1.44269504088896340736), m.scale = T(n.scale);
   m.min_derivative = T(n.min_derivative);
@@ -75,21 +78,16 @@ SplineMap<T> spline_map(const SplineNumbers& n, const SplineForm& form, bool inv
     m.derivative_clip = T(-1 / ::log(n.min_derivative));
     m.clip = m.derivative_clip * T(2);
   }
+  m.any_slope = m.parameters != kSoftclip && (m.least[0] < T(1e-6) || m.least[1] < T(1e-6));
   m.edge = T(n.edge), m.floor = T(n.min_height);
   return m;
 }
 
 }  // namespace pfk
 
-#if defined(__CUDACC__)
-#define PFK_UNROLL
-#else
-#define PFK_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 PFK_BEGIN
 
-// What is known when a kernel is compiled; negative or 0: at run time.
+// What a kernel is compiled for.  0 bins, or a negative choice: what the map says at run time.
 template <int kBins, int kParameters, int kTails>
 struct SplineConfig {
   template <class T>
@@ -104,7 +102,7 @@ struct SplineConfig {
   static PFK_HD bool tails(const SplineMap<T>& m, int which) {
     return (kTails >= 0 ? kTails : m.tails) == which;
   }
-  // The interval is learned, and so is each size by itself.
+  // Whether the interval is learned and each size has a parameter of its own, without a softmax.
   template <class T>
   static PFK_HD bool free_sizes(const SplineMap<T>& m) {
     return parameters(m, kDomain) && tails(m, kAffineTails);
@@ -114,11 +112,8 @@ using AnySpline = SplineConfig<0, -1, -1>;
 
 // ---- tails -------------------------------------------------------------------------------------
 template <class V>
-using MaskOf = decltype(V() < V());
-
-template <class V>
 struct Ends {
-  V start, end;  // of the axis searched
+  V start, end;  // of the axis on which the input lies
   MaskOf<V> below, outside;
 };
 
@@ -130,11 +125,11 @@ PFK_HD Ends<V> ends_of(V v, V start, V end) {
 
 template <class V>
 struct SplineValue {
-  V out, log_slope;  // of the direction that ran
+  V out, log_slope;  // of the direction that is computed
 };
 
-// What lies outside of [start, end]; d0 and d1 are the derivatives at the ends of the bin, and so,
-// outside, of the tail.
+// Replaces the results of elements outside of [start, end] by those of the tails.  Outside, the bin
+// is the first or the last one, and d0 or d1 the derivative of the tail.
 template <class C, class V>
 PFK_HD SplineValue<V> with_tails(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V out,
                                  V log_slope, V d0, V d1, V low, V high) {
@@ -154,14 +149,15 @@ PFK_HD SplineValue<V> with_tails(const SplineMap<Lane<V>>& m, const Ends<V>& e, 
   return {out, m.inverse ? -log_slope : log_slope};
 }
 
-// Gradients of an element, by the start and size of its bin on both axes and by the derivatives at
-// its ends, and of the input.
+// The gradients of one element: of its input, of the start and size of its bin on both axes, and of
+// the derivatives at the ends of the bin.
 template <class V>
 struct SplineGrad {
   V in, start_x, size_x, start_y, size_y, d0, d1;
 };
 
-// Those of what lies outside; an edge that is learned (of x, and of y) moves with the start.
+// Replaces the gradients of elements outside by those of the tails.  Where the edges are learned,
+// they move with the start.
 template <class C, class V>
 PFK_HD void tail_grad(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V d0, V d1, V grad_out,
                       V grad_log, SplineGrad<V>& g) {
@@ -186,7 +182,7 @@ PFK_HD void tail_grad(const SplineMap<Lane<V>>& m, const Ends<V>& e, V v, V d0, 
   g.size_x = select(e.outside, zero, g.size_x), g.size_y = select(e.outside, zero, g.size_y);
 }
 
-// Circular tails: into [low, high).
+// Circular tails: brings v into [low, high).
 template <class V>
 PFK_HD V wrap(V v, V low, V high) {
   const V span = high - low;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bins of a spline: sizes from raw numbers, the bin of an element, and gradients of raw sizes.
 //
-// A bin j of an axis has the size  least + rate e_j,  where e_j is an exponential (softmax) or a
-// softplus, and starts at  low + j least + rate (e_0 + ... + e_{j-1}):  normalising takes one
-// division, a knot one multiplication, and the bin's size keeps the relative accuracy of e_j.
+// Bin j of an axis has the size  least + rate e_j,  where e_j is an exponential (softmax) or a
+// softplus, and starts at  low + j least + rate (e_0 + ... + e_{j-1}).  So normalising takes one
+// division and a knot one multiplication, and the size of a bin is as accurate as e_j, however
+// small it is: a difference of two knots would lose a small bin.
 #pragma once
 
 #include "spline/spline.h"
@@ -11,7 +12,7 @@
 PFK_BEGIN
 
 // ---- sums of the sizes before a bin -------------------------------------------------------------
-// Kahan's: within two roundings of the whole, whatever K.
+// Kahan's sum: its error is at most two roundings of the total for any number of terms.
 template <class V>
 struct CarefulSum {
   V total, lost;
@@ -38,8 +39,8 @@ PFK_HD V rest_of(const CarefulSum<V>& whole, const CarefulSum<V>& part) {
   return whole.total - part.total;  // exact where part is more than half
 }
 
-// In fixed point: exact but for what e has below 2^-27, and faster too, an addition being one
-// cycle. For up to 8 terms, the largest of which is 1.
+// In fixed point: exact but for the digits of e below 2^-27, and faster: an addition of integers
+// takes one cycle.  For up to 8 terms, none above 1.
 #if !defined(__CUDACC__)
 struct FixedSum {
   using V = Vec<float>;
@@ -85,8 +86,8 @@ struct Axis {
   PFK_HD V span(int bins) const { return sum * rate + V(Lane<V>(bins) * least); }
 };
 
-// u f with f = 1 / (1 + |u| clip), whose slope is f^2; beyond the bend as what it lacks of its
-// limit 1 / clip, so that errors of f count half at most.
+// u f with f = 1 / (1 + |u| clip); its derivative is f^2.  For large |u| it is computed as the
+// limit 1 / clip less the difference to it, which halves the effect of rounding errors of f.
 template <class V>
 struct Clipped {
   V value, factor;
@@ -98,7 +99,8 @@ PFK_HD Clipped<V> softclip(V u, Lane<V> clip) {
   return {select(size > V(T(1)), copysign_(limit - limit * factor, u), u * factor), factor};
 }
 
-// One of two, member by member: as one of two addresses they would leave a GPU's registers.
+// Returns a or b, member by member: a choice between two addresses would force them into memory on
+// a GPU.
 template <class C, class V>
 PFK_HD Axis<C, V> choose(bool first, const Axis<C, V>& a, const Axis<C, V>& b) {
   return {first ? a.first : b.first,
@@ -110,9 +112,10 @@ PFK_HD Axis<C, V> choose(bool first, const Axis<C, V>& a, const Axis<C, V>& b) {
           choose_sum(first, a.whole, b.whole)};
 }
 
-// Turns raw sizes into exponentials; leaves the softclip's factors in the scratch columns.
+// Replaces raw sizes by exponentials (softclip: and stores its factors in the scratch columns), and
+// returns what turns these into sizes.
 template <class C, class V, class Tile>
-PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int first) {
+PFK_HD Axis<C, V> normalized_sizes(const SplineMap<Lane<V>>& m, Tile& t, int axis, int first) {
   using T = Lane<V>;
   using Sum = SumOf<C, V>;
   const int bins = C::bins(m);
@@ -129,7 +132,7 @@ PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int fir
     return a;
   }
   if (C::parameters(m, kSoftclip)) {
-    PFK_UNROLL
+    PFK_UNROLL_ON_CPU(8)
     for (int j = 0; j < bins; ++j) {
       const Clipped<V> u = softclip(t.get(first + j), m.clip);
       t.put(first + j, u.value);
@@ -137,10 +140,10 @@ PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int fir
     }
   }
   V top = t.get(first);
-  PFK_UNROLL
+  PFK_UNROLL_ON_CPU(8)
   for (int j = 1; j < bins; ++j) top = max_(top, t.get(first + j));
-  // the difference first: it is exact where it matters, and the product need not be
-  PFK_UNROLL
+  // the difference first: it is exact where the result is not small
+  PFK_UNROLL_ON_CPU(8)
   for (int j = 0; j < bins; ++j) {
     const V e = Sum::scaled(exp2_below((t.get(first + j) - top) * V(m.exponent)));
     t.put(first + j, e);
@@ -157,19 +160,21 @@ PFK_HD Axis<C, V> spread(const SplineMap<Lane<V>>& m, Tile& t, int axis, int fir
 }
 
 // ---- finding the bin ---------------------------------------------------------------------------
-// Of the axis searched and of the other: what lies before the bin (the sum of e) and its own e.
+// The bin of an element.  [0] belongs to the axis that was searched, [1] to the other one: the sum
+// of e before the bin, and the e of the bin.
 template <class V>
 struct Place {
   V bin;  // its number
   V before[2], size[2];
   V start[2], end[2];
 
-  // no index: an array that has one at run time leaves a GPU's registers
+  // no index at run time: it would force the arrays into memory on a GPU
   PFK_HD V before_of(bool other) const { return other ? before[1] : before[0]; }
   PFK_HD V size_of(bool other) const { return other ? size[1] : size[0]; }
 };
 
-// Where a bin starts, from the nearer end: an error of the rate then counts half at most.
+// Where a bin starts, measured from the nearer end of the interval, which halves the effect of
+// rounding errors of the rate.
 template <class C, class V>
 PFK_HD V start_of(const Axis<C, V>& a, V bin, const SumOf<C, V>& before, int bins) {
   using T = Lane<V>;
@@ -179,7 +184,7 @@ PFK_HD V start_of(const Axis<C, V>& a, V bin, const SumOf<C, V>& before, int bin
   return select(far, -rest, value) * a.rate + (bin * V(a.least) + from);
 }
 
-// Calls picked(mask, j) for every inner knot, which v has reached in the lanes of the mask.
+// Calls picked(mask, j) for every inner knot j; the mask tells the lanes with v beyond it.
 template <class C, class V, class Tile, class Picked>
 PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>& in,
                      const Axis<C, V>& out, Picked picked) {
@@ -191,7 +196,7 @@ PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>
   Sum before = Sum::zero(), other = before, found = before, other_found = before;
   V size = t.get(in.first), other_size = t.get(out.first);
   p.size[0] = size, p.size[1] = other_size;
-  PFK_UNROLL
+  PFK_UNROLL_ON_CPU(8)
   for (int j = 1; j < bins; ++j) {
     before.add(size), other.add(other_size);
     size = t.get(in.first + j), other_size = t.get(out.first + j);
@@ -213,8 +218,9 @@ PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>
 }
 
 // ---- gradients of raw sizes --------------------------------------------------------------------
-// From those of the bin's start and size, and one of every size alike (a learned interval alone);
-// bins before this one moved its start, and bins after it did nothing.
+// The gradients of raw sizes from those of the start and the size of the bin, and from grad_all,
+// which every size has (learned intervals only).  The sizes before the bin move its start; those
+// after it have no effect.
 template <class C, class V, class Tile>
 PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<C, V>& a, V bin,
                            V before, V size, V grad_start, V grad_size, V grad_all) {
@@ -232,7 +238,7 @@ PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<C, V
   const V mean = (grad_start * before + grad_size * size) / a.sum, factor = a.rate * V(m.scale);
   const V start = (grad_start - mean) * factor, own = (grad_size - mean) * factor,
           none = -mean * factor;
-  PFK_UNROLL
+  PFK_UNROLL_ON_CPU(8)
   for (int j = 0; j < bins; ++j) {
     V g = select(bin > V(T(j)), start, select(bin == V(T(j)), own, none)) * t.get(a.first + j);
     if (C::parameters(m, kSoftclip)) {

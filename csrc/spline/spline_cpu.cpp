@@ -1,24 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Splines on the CPU.
 //
-// Floor, K = 8: 23 raw numbers and x read, y written, 100 bytes an element in float32 (200 for
-// forward and backward, which writes as many gradients): 0.33 ms for 4096 x 32 at 42 GB/s.  Above
-// it lie 16 exponentials, three logarithms and the rest of some 50 operations an element; vectors
-// run across elements, whose rows are turned in registers (core/tile.h).
+// Lower bound of the time, K = 8: 23 raw parameters and x read, y written, 100 bytes an element in
+// float32 (200 with the backward pass, which writes as many gradients), that is 0.33 ms for 4096 x
+// 32 at 42 GB/s.  Beside it there are 16 exponentials, three logarithms and some 50 other
+// operations an element.  Lanes of a vector are elements, whose rows are transposed in registers
+// (core/tile.h).
 #include "core/rows.h"
 #include "core/simd.h"
 #include "core/tile.h"
 #include "spline/spline_args.h"
 #include "spline/spline_kinds.h"
 
-PFK_DECLARE_LEVELS(void spline_tasks(const SplineArgs&, const RowPlan&, double*, int, int64_t,
+PFK_DECLARE_LEVELS(void spline_tasks(const SplineArgs&, const RowPlan&, double*, DType, int64_t,
                                      int64_t))
 
 PFK_BEGIN
 
 namespace {
 
-constexpr int kMostColumns = 5 * kMostBins + 2 + 8;  // softclip; and what a block is too wide
+constexpr int kMostColumns =
+    5 * kMostBins + 2 +
+    8;  // softclip has the most; 8 more, because tiles are loaded in blocks of 8
 
 // A tile of Vecs: column c at p + c kLanes.
 template <class T>
@@ -28,7 +31,7 @@ struct VecTile {
   PFK_HD void put(int c, Vec<T> v) { v.store(p + c * Vec<T>::kLanes); }
 };
 
-// One Vec of elements; forward leaves the gradients null.
+// The addresses of one Vec of elements; gradients are null in the forward pass.
 template <class T>
 struct Lanes {
   const T *in, *grad_out, *grad_log;
@@ -41,7 +44,8 @@ using LanesFunction = void (*)(const SplineMap<T>&, T* tile, const Lanes<T>&);
 template <int kKind, class C, bool kBackward, class T>
 void spline_lanes(const SplineMap<T>& map, T* p, const Lanes<T>& l) {
   using V = Vec<T>;
-  const SplineMap<T> m = map;  // by value: behind a reference every store could change it
+  const SplineMap<T> m =
+      map;  // a copy: the compiler reloads what a reference leads to after every store
   VecTile<T> tile{p};
   const V in = V::load(l.in);
   if constexpr (kBackward) {
@@ -71,7 +75,7 @@ LanesFunction<T> lanes_function(const SplineMap<T>& m) {
 }
 
 // ---- a block of elements -----------------------------------------------------------------------
-// Where the elements of a block lie.
+// Where the elements of a block lie, in x and in each source.
 struct Places {
   int64_t x[kRowBlock];
   int64_t raw[3][kRowBlock];
@@ -84,8 +88,8 @@ struct Work {
   const SplineArgs& a;
   const SplineMap<T> map;
   LanesFunction<T> run;
-  bool flat_x;      // elements of x lie side by side
-  int64_t step[3];  // of a source whose rows are equally far apart, else 0
+  bool flat_x;      // elements of x are contiguous
+  int64_t step[3];  // between the rows of a source if they are equally far apart, else 0
   int64_t readable[3];
   alignas(64) T in[kRowBlock + 16], grad_out[kRowBlock + 16], grad_log[kRowBlock + 16];
   alignas(64) T out[kRowBlock + 16], terms[kRowBlock + 16];
@@ -94,8 +98,7 @@ struct Work {
   Places places;
 
   Work(const SplineArgs& args, bool backward)
-      : a(args),
-        map(spline_map<T>(args.numbers, args.form, args.flags & kSplineInverse)) {
+      : a(args), map(spline_map<T>(args.numbers, args.form, args.flags & kSplineInverse)) {
     run = backward ? lanes_function<true, T>(map) : lanes_function<false, T>(map);
     const int64_t rows_of_sample = a.length > 0 ? a.features / a.length : 0;
     flat_x = !a.masked && a.features == a.x_features;
@@ -266,18 +269,10 @@ void run_tasks(const SplineArgs& a, const RowPlan& plan, double* partial, int64_
 
 }  // namespace
 
-void spline_tasks(const SplineArgs& a, const RowPlan& plan, double* partial, int dtype,
+void spline_tasks(const SplineArgs& a, const RowPlan& plan, double* partial, DType dtype,
                   int64_t begin, int64_t end) {
-  switch (dtype) {
-    case 0:
-      return run_tasks<float>(a, plan, partial, begin, end);
-    case 1:
-      return run_tasks<double>(a, plan, partial, begin, end);
-    case 2:
-      return run_tasks<BFloat16>(a, plan, partial, begin, end);
-    default:
-      return run_tasks<Float16>(a, plan, partial, begin, end);
-  }
+  each_dtype(dtype,
+             [&](auto element) { run_tasks<decltype(element)>(a, plan, partial, begin, end); });
 }
 
 PFK_END
@@ -288,8 +283,8 @@ PFK_END
 namespace pfk {
 namespace {
 
-// What passes is copied (and of gradients of parameters that nothing read, zeros are left) before
-// the rest is written.
+// Copies the elements that are not transformed, before the others are written.  Gradients of
+// parameters that were not read become zero.
 void copy_passing(const SplineArgs& a, const Tensor& out, int64_t begin, int64_t end) {
   const int64_t size = out.element_size(), sample = a.x_features * size;
   const char* from = static_cast<const char*>(a.backward ? a.grad_out : a.in);
@@ -338,7 +333,8 @@ static void run_spline_cpu(SplineArgs& a, const Tensor& out, const std::optional
     a.index = index.data();
   }
   RowPlan plan = plan_rows(a.samples, a.features);
-  constexpr int64_t kTask = 2048;  // elements of a task: an element costs twenty of an affine map
+  constexpr int64_t kTask =
+      2048;  // elements of a task: one takes as long as twenty of an affine map
   if (a.features <= kRowBlock) {
     const int64_t rows = kTask / (a.features > 0 ? a.features : 1);
     plan.group = rows > 1 ? rows : 1;
@@ -353,7 +349,7 @@ static void run_spline_cpu(SplineArgs& a, const Tensor& out, const std::optional
                    [&](int64_t begin, int64_t end) { copy_passing(a, out, begin, end); });
   }
   std::vector<double> partial(!a.backward && plan.chunks > 1 ? plan.rows * plan.chunks : 0);
-  const int dtype = dtype_of(out);
+  const DType dtype = dtype_of(out);
   torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(spline_tasks, a, plan, partial.data(), dtype, begin, end);
   });

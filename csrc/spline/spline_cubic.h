@@ -11,7 +11,7 @@
 
 PFK_BEGIN
 
-// The derivative at a knot from the slopes and widths on both sides, and what it depends on.
+// The derivative at a knot from the slopes and widths on both sides, and its derivatives by these.
 template <class V>
 struct Steffen {
   V value, by_left, by_right, by_left_width, by_right_width;
@@ -34,12 +34,12 @@ PFK_HD Steffen<V> steffen(V left, V right, V left_width, V right_width) {
 template <class V>
 struct CubicBin {
   Axis<AnySpline, V> x, y;
-  Place<V> place;         // [0]: of the axis searched
+  Place<V> place;         // [0]: of the axis on which the input lies
   V before[2], after[2];  // the e of the bins before and after, of x and of y
   V w, h, s;
   V w_before, w_after, s_before, s_after;
   Steffen<V> left, right;  // at the ends of the bin, where they are inner knots
-  V share0, share1;        // sigmoids of the outer ones
+  V share0, share1;        // at the outer knots: sigmoids
   V d0, d1;
   MaskOf<V> first, last;
   Ends<V> ends;
@@ -60,7 +60,7 @@ PFK_HD V cubic_slope(V xi, V s, V d0, V d1) {
   return max_(f, V(sizeof(T) == 4 ? T(1.17549435e-38f) : T(2.2250738585072014e-308)));
 }
 
-// Newton's steps from a bracket; one in three halves it, which bounds their number.
+// Newton's steps within a bracket; every third step halves it, so that a fixed number is enough.
 template <class V>
 PFK_HD V cubic_root(V rise, V s, V d0, V d1) {
   using T = Lane<V>;
@@ -85,9 +85,9 @@ PFK_HD CubicBin<V> cubic_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   using C = AnySpline;
   const int bins = m.bins;
   CubicBin<V> b;
-  b.x = spread<C, V>(m, t, 0, 0), b.y = spread<C, V>(m, t, 1, bins);
+  b.x = normalized_sizes<C, V>(m, t, 0, 0), b.y = normalized_sizes<C, V>(m, t, 1, bins);
   b.v = v;
-  b.before[0] = b.before[1] = V(T(1));  // of no bin
+  b.before[0] = b.before[1] = V(T(1));  // where there is no bin
   b.after[0] = t.get(1), b.after[1] = t.get(bins + 1);
   b.place = find<C, V>(m, t, v, choose(m.inverse, b.y, b.x), choose(m.inverse, b.x, b.y),
                        [&](auto reached, int j) {
@@ -129,7 +129,7 @@ PFK_HD SplineValue<V> cubic_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   return with_tails<AnySpline>(m, b.ends, v, b.out, log_slope, b.d0, b.d1, V(m.low), V(m.high));
 }
 
-// Gradients of raw sizes where the neighbours of the bin count, too.
+// Gradients of raw sizes from those of the bin and of its two neighbours.
 template <class V, class Tile>
 PFK_HD void neighbour_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<AnySpline, V>& a,
                                 const Place<V>& p, bool other, V e_before, V e_after, V grad_start,

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Splines on a GPU.
 //
-// Floor: the bytes of spline_cpu.cpp over the copy bandwidth; the raw numbers are all but the whole
-// traffic, 92 of 100 bytes an element at K = 8.  They go through shared memory in 16-byte packs
-// where rows lie side by side, and are worked on there by one thread an element.  Log-dets are
-// summed by a warp for each sample; a sample of several blocks is summed in order by a second
-// kernel.
+// Lower bound of the time: the bytes of spline_cpu.cpp over the copy bandwidth.  At K = 8 raw
+// parameters are 92 of 100 bytes an element.  They are moved to shared memory, in 16-byte packs
+// where rows are contiguous; there one thread works on each element.  A warp adds up the log-det of
+// a sample; where a sample takes several blocks, a second kernel adds up their sums in order.
 #include "core/teams.cuh"
 #include "spline/spline_host.h"
 #include "spline/spline_kernel.cuh"
@@ -13,7 +12,8 @@
 PFK_BEGIN
 namespace {
 
-// Channels that a mask over channels transforms, in order; what it lacks is -1.
+// The channels that a mask over channels transforms, in order; -1 where it has fewer than it
+// should.
 __global__ void __launch_bounds__(kThreads)
     channels_kernel(const bool* mask, int64_t channels, int64_t space, int32_t* found,
                     int64_t moved) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
   for (; rank < moved; ++rank) found[rank] = -1;
 }
 
-// Copies the elements that pass: rows of `length`, or whole samples.
+// Copies elements that are not transformed: rows of `length`, or whole samples.
 template <class S, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     pass_kernel(const S* from, S* to, int64_t total, Divider length, int64_t start, int64_t step) {
@@ -65,7 +65,8 @@ void launch_kind(const SplineArgs& a, const SplineGrid& g, const bool* mask, siz
   PFK_LAUNCH_SHARED(kernel, grid_of(blocks), kSplineThreads, bytes, stream, a, m, g, mask);
 }
 
-// Whether the raw numbers of every block, and their gradients, are side by side and begin on packs.
+// Whether the raw parameters of every block, and their gradients, are contiguous and begin on
+// packs.
 template <class S>
 bool fits_packs(const SplineArgs& a, const SplineGrid& g) {
   constexpr int64_t w = 16 / sizeof(S);
@@ -121,7 +122,7 @@ void run_spline_cuda(SplineArgs& a, const Tensor& out, const std::optional<Tenso
   if (a.samples == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const cudaStream_t stream = current_stream(out);
-  // as many chunks as there may be; torch's allocator takes it back in stream order
+  // for the largest number of chunks; torch's allocator reuses memory in stream order
   const bool sums = !a.backward && !(a.flags & kSplineElementwise) && a.features > 32;
   const Tensor partial =
       empty(out, {sums ? a.samples * ((a.features + 31) / 32) : 0}, ScalarType::Double);

@@ -8,12 +8,13 @@
 
 namespace pfk {
 
-// Rows [.., columns] of an element each, equally far apart: then no copy is needed.
-struct Rows {
+// A tensor [..., columns] whose rows are equally far apart, as kernels want it; a copy if they were
+// not.
+struct EvenRows {
   Tensor tensor;
   int64_t step;
 };
-inline Rows rows_of(const Tensor& t) {
+inline EvenRows rows_of(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   const int64_t last = t.dim() - 1;
@@ -71,7 +72,7 @@ inline SplineTensors elementwise_spline(const Tensor& x, const SplineParts& part
   for (const auto* part : {&parts.packed, &parts.widths, &parts.heights, &parts.derivatives}) {
     if (!*part) continue;
     STD_TORCH_CHECK(t.args.sources < 3, "packed parameters, or widths, heights and derivatives");
-    const Rows rows = rows_of(**part);
+    const EvenRows rows = rows_of(**part);
     const int64_t count = (*part)->sizes()[(*part)->dim() - 1];
     add_source(t, rows.tensor,
                {nullptr, nullptr, static_cast<int>(count), columns, a.features * rows.step,
@@ -170,7 +171,7 @@ struct SplineOps {
       const Canonical like{t.parts[i], flags & kSplineCoupling && t.x.channels_last};
       grads[i] = empty_like_canonical(like);
       s.grad = grads[i].mutable_data_ptr();
-      s.grad_step = flags & kSplineCoupling ? 0 : s.columns;  // new rows lie side by side
+      s.grad_step = flags & kSplineCoupling ? 0 : s.columns;  // rows of a new tensor are contiguous
     }
     a.backward = true;
     a.in = t.x.tensor.const_data_ptr();

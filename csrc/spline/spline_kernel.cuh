@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The spline kernel.  A block has a tile of elements in shared memory, a row of raw numbers for
-// each thread; rows are an odd number of words apart, so that threads reading the same column meet
-// no bank twice.  Functors work in the tile, whose columns they index at run time: in registers
-// that would be a stack frame.
+// The spline kernel.  A block has a tile of elements in shared memory, with a row of raw parameters
+// for each thread.  The step between rows is an odd number of words, so that threads that read the
+// same column use different banks.  The formulas work in the tile, because they index its columns
+// at run time, which registers do not allow.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -13,15 +13,15 @@ PFK_BEGIN
 
 constexpr int kSplineThreads = 128;
 
-// How blocks share out the elements: whole samples each, or chunks of one.
+// How elements are distributed over blocks: whole samples to each, or chunks of one sample.
 struct SplineGrid {
-  int elements, rows;  // of a block at most; samples of a block, 0: chunks of one sample
+  int elements, rows;  // elements of a block, at most; samples of a block, 0 for chunks
   int64_t chunks;      // of a sample
   int stride;          // between rows of the tile
-  bool wide;           // raw numbers of a block are whole packs
-  bool wide_x;         // and so are its elements of x
+  bool wide;           // raw parameters of a block are whole packs
+  bool wide_x;         // elements of x of a block are whole packs
   Divider features, length, places;
-  const int32_t* channel;  // of the transformed channels, by their rank, or null
+  const int32_t* channel;  // the transformed channels in order, or null
   double* partial;         // log-dets of the chunks
 };
 
@@ -85,7 +85,7 @@ __device__ inline ElementPlace place_of(const SplineArgs& a, const SplineGrid& g
   return p;
 }
 
-// Rows side by side, in packs: f(number of the block, pack) for each.
+// Moves contiguous rows in packs between memory and the tile.
 template <class S, class T, bool kStore>
 __device__ void move_packs(const SplineSource& s, int64_t begin, int count, T* tile, int stride) {
   using P = Pack<S, true>;
@@ -122,7 +122,7 @@ __device__ void move_packs(const SplineSource& s, int64_t begin, int count, T* t
   }
 }
 
-// Rows anywhere: neighbouring threads take neighbouring numbers, of a row or of a column.
+// Moves rows from or to any place; neighbouring threads take neighbouring numbers.
 template <class S, class T, bool kStore>
 __device__ void move_numbers(const SplineSource& s, int64_t begin, int count, T* tile, int stride,
                              const int64_t* place) {
@@ -141,7 +141,7 @@ __device__ void move_numbers(const SplineSource& s, int64_t begin, int count, T*
   }
 }
 
-// All sources; `place` is shared memory for where the rows of one begin.
+// Moves all sources; `place` is shared memory for the starts of rows.
 template <class S, class T, bool kStore>
 __device__ void move_tile(const SplineArgs& a, const SplineGrid& g, const BlockOfElements& b,
                           const ElementPlace& mine, T* tile, int64_t* place) {
@@ -160,8 +160,7 @@ __device__ void move_tile(const SplineArgs& a, const SplineGrid& g, const BlockO
   __syncthreads();
 }
 
-// The sum of each sample of the block, lane by lane and then over the warp: the same order wherever
-// the sample stands.
+// The sum of each sample of the block, in an order that does not depend on the place of the sample.
 template <class T>
 __device__ void sum_samples(const SplineArgs& a, const SplineGrid& g, const BlockOfElements& b,
                             const T* terms) {
@@ -170,14 +169,34 @@ __device__ void sum_samples(const SplineArgs& a, const SplineGrid& g, const Bloc
   for (int r = threadIdx.x / 32; r < rows; r += kSplineThreads / 32) {
     double sum = 0;
     for (int i = lane; i < width; i += 32) sum += terms[r * width + i];
-    for (int offset = 16; offset > 0; offset /= 2)
-      sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    sum = lanes_sum(sum);
     if (lane != 0) continue;
     if (g.rows > 0) {
       static_cast<T*>(a.log_det)[b.row + r] = static_cast<T>(sum);
     } else {
       g.partial[blockIdx.x] = sum;
     }
+  }
+}
+
+// Transforms a thread's element, or leaves it as it is.  Given its input x and, backward, the
+// gradient of its output, returns the output or the gradient of the input.
+template <int kKind, class T, bool kBackward>
+__device__ T transform_element(const SplineArgs& a, const SplineMap<T>& m, const ElementPlace& mine,
+                               SharedTile<T> row, T x, T upstream, T* log_slope) {
+  const bool each = a.flags & kSplineElementwise;
+  if constexpr (kBackward) {
+    const T grad_log = static_cast<const T*>(a.grad_log)[each ? mine.x : mine.sample];
+    if (mine.moved) return spline_vjp<kKind, AnySpline, T>(m, row, x, upstream, grad_log);
+    for (int c = 0; c < a.columns; ++c) row.put(c, T(0));
+    return x;
+  } else {
+    *log_slope = T(0);
+    if (!mine.moved) return x;
+    const SplineValue<T> r = spline_apply<kKind, AnySpline, T>(m, row, x);
+    *log_slope = r.log_slope;
+    if (each) static_cast<T*>(a.log_det)[mine.x] = r.log_slope;
+    return r.out;
   }
 }
 
@@ -207,26 +226,11 @@ __global__ void __launch_bounds__(kSplineThreads, sizeof(Compute<S>) == 8 ? 2 : 
   move_tile<S, T, false>(a, g, b, mine, tile, place);
 
   if (active) {
-    SharedTile<T> row{tile + i * g.stride};
     const T v = g.wide_x ? staged[i] : T(widen(static_cast<const S*>(a.in)[mine.x]));
-    T result = v;
-    if constexpr (kBackward) {
-      const bool each = a.flags & kSplineElementwise;
-      const T grad_log = static_cast<const T*>(a.grad_log)[each ? mine.x : mine.sample];
-      const T grad = g.wide_x ? terms[i] : T(widen(passing[mine.x]));
-      if (mine.moved) {
-        result = spline_vjp<kKind, AnySpline, T>(m, row, v, grad, grad_log);
-      } else {
-        for (int c = 0; c < a.columns; ++c) row.put(c, T(0));
-      }
-    } else if (mine.moved) {
-      const SplineValue<T> r = spline_apply<kKind, AnySpline, T>(m, row, v);
-      result = r.out;
-      terms[i] = r.log_slope;
-      if (a.flags & kSplineElementwise) static_cast<T*>(a.log_det)[mine.x] = r.log_slope;
-    } else {
-      terms[i] = T(0);
-    }
+    T upstream = T(0);
+    if (kBackward) upstream = g.wide_x ? terms[i] : T(widen(passing[mine.x]));
+    const T result = transform_element<kKind, T, kBackward>(
+        a, m, mine, SharedTile<T>{tile + i * g.stride}, v, upstream, terms + i);
     if (g.wide_x) {
       staged[i] = result;
     } else if (mine.moved) {

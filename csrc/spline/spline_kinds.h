@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A spline of any kind, which is known when the kernel is compiled.
+// A spline of a kind that the kernel is compiled for.
 #pragma once
 
 #include "spline/spline_cubic.h"
@@ -22,7 +22,7 @@ PFK_HD SplineValue<V> spline_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   }
 }
 
-// Returns the gradient of the input; those of the raw parameters take their place in the tile.
+// Returns the gradient of the input; those of the raw parameters replace these in the tile.
 template <int kKind, class C, class V, class Tile>
 PFK_HD V spline_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V grad_log) {
   if constexpr (kKind == kRational) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Piecewise linear splines (Müller et al. 2019): bins of equal width, raw heights alone.
+// Piecewise linear splines (Müller et al. 2019): bins of equal width, whose heights alone have
+// parameters.
 #pragma once
 
 #include "spline/spline_bins.h"
@@ -21,7 +22,7 @@ PFK_HD LinearBin<V> linear_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   using Sum = SumOf<C, V>;
   const V low = V(m.low), high = V(m.high);
   LinearBin<V> b;
-  b.y = spread<C, V>(m, t, 1, 0);
+  b.y = normalized_sizes<C, V>(m, t, 1, 0);
   b.v = v = m.tails == kCircular ? wrap(v, low, high) : v;
   b.width = (high - low) / V(T(m.bins));
   b.bin = V(T(0)), b.size = t.get(0);

@@ -14,7 +14,7 @@
 
 PFK_BEGIN
 
-// An element in its bin.
+// An element and its bin.
 template <class C, class V>
 struct RationalBin {
   Axis<C, V> in, out;
@@ -22,7 +22,7 @@ struct RationalBin {
   Ends<V> ends;
   V size_in, size_out;  // of the bin
   V start_in, start_out, end_in, end_out;
-  V d0, d1;  // derivatives at its ends, and of those by the raw numbers
+  V d0, d1;  // derivatives at its ends; below, their derivatives by the raw ones
   V slope0, slope1;
   V v;  // the input, wrapped
 };
@@ -50,7 +50,8 @@ PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v)
   const int bins = C::bins(m);
   RationalBin<C, V> b;
   {
-    const Axis<C, V> x = spread<C, V>(m, t, 0, 0), y = spread<C, V>(m, t, 1, bins);
+    const Axis<C, V> x = normalized_sizes<C, V>(m, t, 0, 0),
+                     y = normalized_sizes<C, V>(m, t, 1, bins);
     b.in = choose(m.inverse, y, x), b.out = choose(m.inverse, x, y);
   }
   if (C::tails(m, kCircular)) v = wrap(v, b.in.low, b.in.high);
@@ -65,7 +66,7 @@ PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v)
   });
   const Derivative<V> d0 = derivative_of<C>(raw0, m), d1 = derivative_of<C>(raw1, m);
   b.d0 = d0.value, b.d1 = d1.value, b.slope0 = d0.slope, b.slope1 = d1.slope;
-  if (!ended) {  // the ends have the derivative of the tails
+  if (!ended) {  // the ends have no parameter: there the derivative is that of the tails
     V end = T(1);
     if (C::free_sizes(m)) {
       const V in = b.in.span(bins), out = b.out.span(bins);
@@ -83,7 +84,8 @@ PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v)
   return b;
 }
 
-// The place in the bin on both axes: near as a share of the bin from its start and from its end.
+// Where an element is in its bin, as a share of the bin from its start (xi) and from its end
+// (zeta); and the slope and the result.
 template <class V>
 struct RationalPoint {
   V xi, zeta, s, out;
@@ -95,7 +97,7 @@ PFK_HD V clamp_unit(V v) {
   return max_(min_(v, V(T(1))), V(T(0)));
 }
 
-// The place within the bin searched, measured from the nearer end.
+// The shares on the axis of the input, measured from the nearer end.
 template <class C, class V>
 PFK_HD RationalPoint<V> rational_point(const RationalBin<C, V>& b) {
   using T = Lane<V>;
@@ -141,19 +143,21 @@ PFK_HD RationalPoint<V> rational_inverse(const RationalBin<C, V>& b) {
 // ---- forward and inverse of an element -------------------------------------------------------
 template <class C, class V, class Tile>
 PFK_HD SplineValue<V> rational_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
+  using T = Lane<V>;
   const RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
   const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
   const V prod = p.xi * p.zeta;
   const V ratio = p.s / (p.s * (p.xi * p.xi + p.zeta * p.zeta) + (b.d0 + b.d1) * prod);
   const V above = b.d1 * p.xi * p.xi + (p.s + p.s) * prod + b.d0 * p.zeta * p.zeta;
-  V log_slope = log_(ratio * ratio * above);
+  const V log_slope =
+      m.any_slope ? V(T(2)) * log_(ratio) + log_(above) : log_(ratio * ratio * above);
   const V low = b.out.low, high = b.out.high;
   return with_tails<C>(m, b.ends, b.v, max_(min_(p.out, high), low), log_slope, b.d0, b.d1, low,
                        high);
 }
 
 // ---- VJP -------------------------------------------------------------------------------------
-// What y and log f' and all their derivatives are made of.
+// The terms of y, of log f' and of their derivatives.
 template <class V>
 struct RationalTerms {
   V t, below, above, over;  // xi zeta, 1 / D, N, 1 / N
@@ -177,7 +181,7 @@ PFK_HD RationalTerms<V> rational_terms(const RationalPoint<V>& p, V d0, V d1) {
   return r;
 }
 
-// For upstream gradients of y and log f', and the gradient of x that follows from them.
+// From upstream gradients of y and log f', and from the gradient of x.
 template <class V>
 PFK_HD SplineGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerms<V>& r, V d0, V d1,
                                    V w, V h, V grad_y, V grad_log, V grad_x) {
@@ -197,19 +201,17 @@ PFK_HD SplineGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerm
   return g;
 }
 
-// The tile's parameters become their gradients; returns that of the input.
-template <class C, class V, class Tile>
-PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V grad_log) {
-  using T = Lane<V>;
-  const int bins = C::bins(m);
-  const V zero = T(0);
-  RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
+// The gradients of an element's input and of its bin.  Those of the inverse follow implicitly: they
+// are those of the forward direction at the root, with other upstream gradients.
+template <class C, class V>
+PFK_HD SplineGrad<V> bin_grad(const SplineMap<Lane<V>>& m, const RationalBin<C, V>& b, V grad_out,
+                              V grad_log) {
   const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
   const V w = m.inverse ? b.size_out : b.size_in, h = m.inverse ? b.size_in : b.size_out;
   const RationalTerms<V> r = rational_terms(p, b.d0, b.d1);
   const V slope = r.by_xi * h / w, log_by_x = r.log_by_xi / w;
   SplineGrad<V> g;
-  if (m.inverse) {  // implicitly: forward's VJP at the root, with other upstream gradients
+  if (m.inverse) {
     const V grad_y = (grad_out - grad_log * log_by_x) / slope;
     g = rational_grad(p, r, b.d0, b.d1, w, h, -grad_y, -grad_log, -grad_out);
     g.in = grad_y;
@@ -219,20 +221,33 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
     g.in = grad_x;
   }
   tail_grad<C>(m, b.ends, b.v, b.d0, b.d1, grad_out, grad_log, g);
-  if (C::free_sizes(m)) {  // all bins lie before what is above
-    const auto above = b.v > b.ends.end;
-    b.place.bin = select(above, V(T(bins)), b.place.bin);
-  }
-  const Axis<C, V> x = choose(m.inverse, b.out, b.in), y = choose(m.inverse, b.in, b.out);
-  V all_x = zero, all_y = zero;
+  return g;
+}
+
+// Stores the gradients of the parameters of a learned interval in their place.  Where sizes have
+// parameters of their own, the slope of the tails depends on all of them: returns the gradient that
+// each size of x, and of y, has from it.
+template <class V>
+struct AllSizes {
+  V x, y;
+};
+template <class C, class V, class Tile>
+PFK_HD AllSizes<V> interval_gradients(const SplineMap<Lane<V>>& m, Tile& t,
+                                      const RationalBin<C, V>& b, const Axis<C, V>& x,
+                                      const Axis<C, V>& y, const SplineGrad<V>& g) {
+  using T = Lane<V>;
+  const V zero = T(0);
+  const int bins = C::bins(m);
+  AllSizes<V> all{zero, zero};
   if (C::free_sizes(m)) {
     const auto first = b.place.bin == T(0), last = b.place.bin >= T(bins - 1);
-    // by the slope of the whole
-    const V whole = select(first, g.d0, zero) + select(last, g.d1, zero);
-    all_y = whole / x.span(bins);
-    all_x = -all_y * (y.span(bins) / x.span(bins));
+    const V whole =
+        select(first, g.d0, zero) + select(last, g.d1, zero);  // of the slope of the tails
+    all.y = whole / x.span(bins);
+    all.x = -all.y * (y.span(bins) / x.span(bins));
     t.put(m.domain, g.start_y), t.put(m.domain + 1, g.start_x);
-  } else if (C::parameters(m, kDomain)) {  // half the interval: where it starts, and all sizes
+  } else if (C::parameters(
+                 m, kDomain)) {  // half the interval, which moves its start and scales all sizes
     V by_half = -g.start_x - g.start_y;
     by_half = by_half + V(T(2)) *
                             (g.start_x * b.place.before_of(m.inverse) +
@@ -245,28 +260,47 @@ PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V g
     const Softplus<V> half = softplus_with_slope(t.get(m.domain) + V(m.domain_shift));
     t.put(m.domain, by_half * half.slope * V(m.bound));
   }
-  size_gradients<C, V>(m, t, x, b.place.bin, b.place.before_of(m.inverse),
-                       b.place.size_of(m.inverse), g.start_x, g.size_x, all_x);
-  size_gradients<C, V>(m, t, y, b.place.bin, b.place.before_of(!m.inverse),
-                       b.place.size_of(!m.inverse), g.start_y, g.size_y, all_y);
-  // derivatives: knot j ends bin j - 1 and begins bin j
-  const V raw0 = g.d0 * b.slope0, raw1 = g.d1 * b.slope1;
-  const bool ended = !(C::tails(m, kIdentityTails) || C::parameters(m, kDomain));
-  PFK_UNROLL
+  return all;
+}
+
+// The gradients of raw derivatives: knot j ends bin j - 1 and begins bin j.
+template <class C, class V, class Tile>
+PFK_HD void derivative_gradients(const SplineMap<Lane<V>>& m, Tile& t, V bin, V raw0, V raw1) {
+  using T = Lane<V>;
+  const V zero = T(0);
+  const int bins = C::bins(m);
+  PFK_UNROLL_ON_CPU(8)
   for (int j = 1; j < bins; ++j) {
-    t.put(m.knot + j,
-          select(b.place.bin == T(j), raw0, select(b.place.bin == T(j - 1), raw1, zero)));
+    t.put(m.knot + j, select(bin == T(j), raw0, select(bin == T(j - 1), raw1, zero)));
   }
-  if (ended) {
-    const V begin = select(b.place.bin == T(0), raw0, zero);
-    const V end = select(b.place.bin == T(bins - 1), raw1, zero);
-    if (C::tails(m, kCircular)) {
-      t.put(m.knot, begin + end);
-    } else {
-      t.put(m.knot, begin);
-      t.put(m.knot + bins, end);
-    }
+  if (C::tails(m, kIdentityTails) || C::parameters(m, kDomain)) return;
+  const V begin = select(bin == T(0), raw0, zero);
+  const V end = select(bin == T(bins - 1), raw1, zero);
+  if (C::tails(m, kCircular)) {
+    t.put(m.knot, begin + end);
+  } else {
+    t.put(m.knot, begin);
+    t.put(m.knot + bins, end);
   }
+}
+
+// Replaces the parameters in the tile by their gradients; returns the gradient of the input.
+template <class C, class V, class Tile>
+PFK_HD V rational_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V grad_log) {
+  using T = Lane<V>;
+  RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
+  const SplineGrad<V> g = bin_grad(m, b, grad_out, grad_log);
+  if (C::free_sizes(m)) {  // above the interval, all bins lie before the element
+    const auto above = b.v > b.ends.end;
+    b.place.bin = select(above, V(T(C::bins(m))), b.place.bin);
+  }
+  const Axis<C, V> x = choose(m.inverse, b.out, b.in), y = choose(m.inverse, b.in, b.out);
+  const AllSizes<V> all = interval_gradients(m, t, b, x, y, g);
+  size_gradients<C, V>(m, t, x, b.place.bin, b.place.before_of(m.inverse),
+                       b.place.size_of(m.inverse), g.start_x, g.size_x, all.x);
+  size_gradients<C, V>(m, t, y, b.place.bin, b.place.before_of(!m.inverse),
+                       b.place.size_of(!m.inverse), g.start_y, g.size_y, all.y);
+  derivative_gradients<C, V>(m, t, b.place.bin, g.d0 * b.slope0, g.d1 * b.slope1);
   return g.in;
 }
 

@@ -30,11 +30,14 @@ def activation_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         return h, 1 - h * h
     if activation == "softplus":  # torch's own is linear from 20 on
         return -F.logsigmoid(-a), torch.sigmoid(a)
+    # beyond these bounds derivatives are constant in float64, too; products with a would overflow
     if activation == "silu":
-        q = torch.sigmoid(a)
-        return a * q, q * (1 + a * torch.sigmoid(-a))
-    cdf = 0.5 * torch.erfc(-a * 0.5**0.5)
-    return a * cdf, cdf + a * torch.exp(-0.5 * a * a) * 0.39894228040143267794
+        near = a.clamp(-800.0, 800.0)
+        q = torch.sigmoid(near)
+        return F.silu(a), q * (1 + near * torch.sigmoid(-near))
+    near = a.clamp(-40.0, 40.0)
+    cdf = 0.5 * torch.erfc(-near * 0.5**0.5)
+    return a * cdf, cdf + near * torch.exp(-0.5 * near * near) * 0.39894228040143267794
 
 
 def stacked_reference(
