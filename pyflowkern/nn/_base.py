@@ -30,7 +30,7 @@ class Bijection(torch.nn.Module):
     Subclasses define ``forward(x, context=None) -> (z, log_det)`` and
     ``inverse(z, context=None) -> (x, log_det)``, with ``log_det`` of shape ``[N]``, float32 at
     least.  A layer that changes the shape of an event also overrides :meth:`output_shape` and
-    :meth:`input_shape`.
+    :meth:`input_shape`.  A direction that is not defined raises NotImplementedError.
 
     Example:
         >>> import torch

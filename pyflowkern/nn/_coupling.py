@@ -35,6 +35,10 @@ def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
         channels: number of channels.
         interleaved: take channels 1, 3, 5, ... in place of the last half.
 
+    Raises:
+        TypeError: for channels that are not an int, or ``interleaved`` that is no bool.
+        ValueError: for less than one channel.
+
     Example:
         >>> from pyflowkern.nn import channel_mask
         >>> channel_mask(5).tolist()
@@ -42,7 +46,11 @@ def channel_mask(channels: int, *, interleaved: bool = False) -> Tensor:
     """
     channels = check_count("channels", channels)
     index = torch.arange(channels, device=structure_device())
-    return index % 2 == 1 if interleaved else index >= channel_split_sizes(channels)[0]
+    return (
+        index % 2 == 1
+        if check_flag("interleaved", interleaved)
+        else index >= channel_split_sizes(channels)[0]
+    )
 
 
 class Coupling(Bijection):

@@ -153,6 +153,13 @@ class InvertibleConv1x1(InvertibleLinear):
     Args:
         channels: channels ``C`` of the input ``[N, C, H, W]``.
         parameterization: ``"plu"``, ``"dense"`` or ``"householder"``.
+        init: the first matrix, as for :class:`InvertibleLinear`.
+
+    Raises:
+        ValueError: as :class:`InvertibleLinear`.
+        RuntimeError: as :class:`InvertibleLinear`.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
 
     Example:
         >>> import torch

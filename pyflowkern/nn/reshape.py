@@ -26,6 +26,7 @@ class Squeeze(Bijection):
         factor: side of the block.
 
     Raises:
+        TypeError: for a factor that is not an int.
         ValueError: for a factor below 1, or an input whose space the factor does not divide.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
@@ -96,7 +97,8 @@ class Permutation(HasPermutations, Bijection):
         permutation: the order ``p``, or a number of channels for a random one.
 
     Raises:
-        ValueError: for an order that is not a permutation of ``0 ... C - 1``, or no channels.
+        ValueError: for an order that is not a permutation of ``0 ... C - 1``, or no channels; when called, for another
+            number of channels.
 
     Example:
         >>> import torch
@@ -142,10 +144,14 @@ class Permutation(HasPermutations, Bijection):
 
 
 class Reverse(Permutation):
-    """Reverse the order of the channels.
+    r"""Reverse the order of the channels: :math:`z_i = x_{C - 1 - i}`.
 
     Args:
-        channels: number of channels.
+        channels: number ``C`` of channels.
+
+    Raises:
+        TypeError: for channels that are not an int.
+        ValueError: for less than one channel.
 
     Example:
         >>> import torch
@@ -155,7 +161,7 @@ class Reverse(Permutation):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(range(channels - 1, -1, -1))
+        super().__init__(range(check_count("channels", channels) - 1, -1, -1))
 
 
 def _channels_last(t: Tensor) -> bool:

@@ -48,6 +48,7 @@ class VectorField(torch.nn.Module):
 
     Raises:
         TypeError: for a net that is not a module, or a context size that is not an int.
+        ValueError: when called, for a net that changes the shape, and a context of another shape.
 
     Source: Grathwohl et al. 2019, *FFJORD*.
 

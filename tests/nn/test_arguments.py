@@ -130,6 +130,13 @@ def test_an_error_inside_a_network_with_contexts_stays_what_it_is():
         (lambda: nn.AffineCoupling(4.0, nn.MLP), TypeError, "channels must be an int"),
         (lambda: nn.Permutation(-1), ValueError, "permutation must be at least 1, got -1"),
         (lambda: nn.Permutation([0.0, 1.0]), ValueError, "permutation must order"),
+        (lambda: nn.Reverse(2.0), TypeError, "channels must be an int, got float"),
+        (lambda: nn.Reverse(0), ValueError, "channels must be at least 1, got 0"),
+        (
+            lambda: nn.channel_mask(2, interleaved=2),
+            TypeError,
+            "interleaved must be True or False",
+        ),
         (lambda: nn.Squeeze(2.5), TypeError, "factor must be an int, got float"),
         (lambda: nn.Dequantize(2.5), TypeError, "bits must be an int, got float"),
         (lambda: nn.Dequantize(0), ValueError, "bits must be at least 1, got 0"),
