@@ -1,0 +1,158 @@
+"""What a random call must obey; each rule raises ``Finding`` with what was wrong.
+
+Rounding is the business of the laws (tests/laws.py); here a result is wrong where it is wrong by far more: ``SLACK``
+times the error of plain PyTorch at that dtype, and a thousandth of the largest entry in float32.
+"""
+
+import torch
+
+from pyflowkern import use_reference
+
+SLACK = 100.0
+FLOOR = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.3, torch.float16: 0.05}
+
+
+class Finding(AssertionError):
+    """A rule that does not hold."""
+
+
+def tensors_of(value):
+    """Return the floating-point tensors in a value, those of lists one by one."""
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_of(v)]
+    return [value] if isinstance(value, torch.Tensor) and value.is_floating_point() else []
+
+
+def mapped(value, function):
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(v, function) for v in value)
+    return function(value) if tensors_of(value) else value
+
+
+def with_leaves(arguments, dtype=None):
+    """Return the arguments with fresh leaves of the same strides, that want gradients."""
+
+    def leaf(t):
+        t = t.detach() if dtype is None else t.detach().to(dtype)
+        return t.requires_grad_()
+
+    return {name: mapped(value, leaf) for name, value in arguments.items()}
+
+
+def run(function, arguments, gradients=True):
+    """Return the outputs, and the gradients of all floating-point arguments."""
+    out = function(**arguments)
+    outputs = [t for t in (out if isinstance(out, tuple) else (out,))]
+    wanted = [t for t in outputs if t.requires_grad]
+    if not gradients or not wanted:
+        return outputs, []
+    loss = sum((t.double() * torch.cos(torch.arange(t.numel()).double()).view(t.shape)).sum() for t in wanted)  # fmt: skip
+    leaves = [t for value in arguments.values() for t in tensors_of(value)]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return outputs, [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]  # fmt: skip
+
+
+def outcome(function, arguments, **options):
+    """Return the results of a call, or the error of an argument; any other error is a finding."""
+    try:
+        return run(function, arguments, **options), None
+    except (ValueError, TypeError) as error:
+        return None, error
+    except Exception as error:
+        raise Finding(f"{type(error).__name__}: {error}") from error
+
+
+def check_values(call):
+    """A kernel and the reference refuse the same, and agree with float64 wherever that is finite."""
+    ours, refused = outcome(call.function, with_leaves(call.arguments))
+    with use_reference():
+        plain, plain_refused = outcome(call.function, with_leaves(call.arguments))
+        exact, _ = outcome(call.function, with_leaves(call.arguments, torch.float64))
+    if (refused is None) != (plain_refused is None):
+        raise Finding(f"kernel: {refused!r}; reference: {plain_refused!r}")
+    if refused is not None or exact is None:
+        return
+    for what in (0, 1):
+        for i, (a, b, c) in enumerate(zip(ours[what], plain[what], exact[what], strict=True)):
+            name = f"{('output', 'gradient')[what]} {i}"
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise Finding(f"{name}: {a.shape} {a.dtype}, reference {b.shape} {b.dtype}")
+            compare(name, a, b, c)
+
+
+def compare(name, ours, plain, exact):
+    if not ours.is_floating_point():
+        if not torch.equal(ours, plain):
+            raise Finding(f"{name} differs from the reference")
+        return
+    ours, plain, exact = ours.detach(), plain.detach().double(), exact.detach().double()
+    sound = exact.isfinite() & plain.isfinite() & (exact.abs() < torch.finfo(ours.dtype).max / 1e4)
+    if not sound.any():
+        return
+    if not ours[sound].isfinite().all():
+        raise Finding(f"{name}: not finite where the reference is")
+    error = (ours.double() - exact)[sound].abs()
+    allowed = SLACK * (plain - exact)[sound].abs().max() + FLOOR[ours.dtype] * exact[sound].abs().max()  # fmt: skip
+    if error.max() > allowed:
+        raise Finding(f"{name}: error {error.max():.3g}, allowed {allowed:.3g}")
+
+
+def check_isolation(call, poison):
+    """A sample of NaN or inf changes no bit of the others: neither their values nor their own gradients."""
+    named = [name for name in call.batched if tensors_of(call.arguments.get(name))]
+    n = call.arguments[named[0]].shape[0] if named else 0
+    if n < 2:
+        return
+    bad = n // 2
+    spoilt = dict(call.arguments)
+    target = named[int(bad) % len(named)]
+    spoilt[target] = copied(spoilt[target])
+    spoilt[target][bad] = poison
+    others = torch.arange(n) != bad
+    good, refused = outcome(call.function, with_leaves(call.arguments))
+    found, _ = outcome(call.function, with_leaves(spoilt))
+    if refused is not None:
+        return
+    leaves = [name for name, value in call.arguments.items() for _ in tensors_of(value)]
+    for a, b in zip(good[0], found[0], strict=True):
+        if a.dim() and a.shape[0] == n and not same_bits(a[others], b[others]):
+            raise Finding(f"{poison} in {target}[{bad}] changes other samples")
+    for name, a, b in zip(leaves, good[1], found[1], strict=False):
+        if name in named and not same_bits(a[others], b[others]):
+            raise Finding(f"{poison} in {target}[{bad}] changes the gradient of others' {name}")
+
+
+def copied(t):
+    """Return a copy with the same strides: another layout may go another way through the code, and round otherwise."""
+    storage = t.untyped_storage().clone()
+    return torch.empty(0, dtype=t.dtype).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+
+def same_bits(a, b):
+    return torch.equal(torch.nan_to_num(a, nan=7.0), torch.nan_to_num(b, nan=7.0)) and torch.equal(
+        a.isnan(), b.isnan()
+    )
+
+
+def check_hostile(call, draw):
+    """Something else in the place of one argument: ValueError, TypeError, or a result, as by the reference."""
+    name = draw.choice(call.arguments)
+    arguments = dict(call.arguments)
+    if isinstance(arguments[name], list) and arguments[name] and draw.flag():
+        arguments[name] = list(arguments[name])
+        arguments[name][draw.random.randrange(len(arguments[name]))] = draw.hostile()
+    else:
+        arguments[name] = draw.hostile()
+    what = f"{name}={str(arguments[name])[:60]!r}"
+    try:
+        found, refused = outcome(call.function, arguments, gradients=False)
+        with use_reference():
+            plain, plain_refused = outcome(call.function, arguments, gradients=False)
+    except Finding as finding:
+        raise Finding(f"{what}: {finding}") from finding
+    if type(refused) is not type(plain_refused):
+        raise Finding(f"{what}: kernel {refused!r}; reference {plain_refused!r}")
+    if refused is None:
+        for a, b in zip(found[0], plain[0], strict=True):
+            if isinstance(a, torch.Tensor) and (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise Finding(f"{what}: {a.shape} {a.dtype}, reference {b.shape} {b.dtype}")
