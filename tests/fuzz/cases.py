@@ -20,7 +20,7 @@ def run_case(target, seed):
     draw = Draw(seed, mode)
     call = ops.CALLS[TARGETS[target]](draw)
     if rule == "values":
-        check.check_values(call)
+        check.check_values(call, mode)
     elif rule == "isolation":
         check.check_isolation(call, draw.choice((math.nan, math.inf, -math.inf)))
     else:

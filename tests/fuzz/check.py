@@ -62,8 +62,12 @@ def outcome(function, arguments, **options):
         raise Finding(f"{type(error).__name__}: {error}") from error
 
 
-def check_values(call):
-    """A kernel and the reference refuse the same, and agree with float64 wherever that is finite."""
+def check_values(call, mode="plain"):
+    """A kernel and the reference refuse the same, and agree with float64 wherever that is finite.
+
+    At an edge (a knot, a kink) a gradient may be that of either side, and with numbers of 10^8 the last digit decides
+    on which side of a knot one is: there, what is finite must be finite, and no more.
+    """
     ours, refused = outcome(call.function, with_leaves(call.arguments))
     with use_reference():
         plain, plain_refused = outcome(call.function, with_leaves(call.arguments))
@@ -77,10 +81,11 @@ def check_values(call):
             name = f"{('output', 'gradient')[what]} {i}"
             if (a.shape, a.dtype) != (b.shape, b.dtype):
                 raise Finding(f"{name}: {a.shape} {a.dtype}, reference {b.shape} {b.dtype}")
-            compare(name, a, b, c)
+            smooth = mode in ("plain", "wide") or (mode == "edges" and what == 0)
+            compare(name, a, b, c, smooth)
 
 
-def compare(name, ours, plain, exact):
+def compare(name, ours, plain, exact, smooth):
     if not ours.is_floating_point():
         if not torch.equal(ours, plain):
             raise Finding(f"{name} differs from the reference")
@@ -91,6 +96,8 @@ def compare(name, ours, plain, exact):
         return
     if not ours[sound].isfinite().all():
         raise Finding(f"{name}: not finite where the reference is")
+    if not smooth:
+        return
     error = (ours.double() - exact)[sound].abs()
     allowed = SLACK * (plain - exact)[sound].abs().max() + FLOOR[ours.dtype] * exact[sound].abs().max()  # fmt: skip
     if error.max() > allowed:
