@@ -8,7 +8,7 @@ SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflow
 PEERS := nflows normflows torchdiffeq
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
-.PHONY: demo test test-fast lint format build bench gpu clean
+.PHONY: demo test test-fast fuzz lint format build bench gpu clean
 demo: $(VENV)/installed
 	$(say) "the demonstration, 4 minutes"
 	$(BIN)/pyflowkern demo
@@ -19,6 +19,10 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/pytest -n 2 -m "not gpu and not slow" -q
+
+# random calls of everything public, against the reference and float64; a crash is a finding like any other
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -P -m fuzz --cases 20000
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ __all__ = [
     "check_dense",
     "check_flag",
     "check_floating",
+    "check_list",
+    "check_number",
     "check_same_device",
     "check_shape",
 ]
@@ -31,6 +35,19 @@ def check_flag(name: str, value: bool) -> bool:
     if kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_number(name: str, value: float) -> float:
+    """Return a real number as a float; raise TypeError for bools, text, tensors and all else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_list(name: str, values: Sequence[Any]) -> None:
+    """Raise TypeError unless ``values`` is a list or the like: a tensor, though it has a length, is not."""
+    if isinstance(values, (Tensor, str, dict)) or not hasattr(values, "__getitem__"):
+        raise TypeError(f"{name} must be a list, got {type(values).__name__}")
 
 
 def check_floating(name: str, t: Tensor) -> None:

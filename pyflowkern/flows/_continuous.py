@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode, ops
+from pyflowkern.core.checks import check_number
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.flows._arguments import as_count, check_flags
 from pyflowkern.flows._rescue import Dynamics, check_export, guarded, rows_like, solve_rows
@@ -121,8 +122,9 @@ class ContinuousBijection(Bijection):
                 f"field must have velocity_and_divergence, got {type(field).__name__}; "
                 "nn.VectorField(net) gives it to any network"
             )
-        if isinstance(duration, bool) or not isinstance(duration, (int, float, Tensor)):
-            raise TypeError(f"duration must be a number, got {type(duration).__name__}")
+        if isinstance(duration, Tensor) and duration.numel() == 1 and not duration.is_complex():
+            duration = duration.item()
+        duration = check_number("duration", duration)
         if not 0 < duration < math.inf:
             raise ValueError(f"duration must be positive and finite, got {duration}")
         _check_name("divergence", divergence, ("hutchinson", "exact"))

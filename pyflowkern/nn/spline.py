@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_flag
+from pyflowkern.core.checks import check_flag, check_number
 from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
 from pyflowkern.nn.conditioners import start_at
@@ -158,8 +158,9 @@ class CircularShift(Bijection):
         super().__init__()
         channels = check_count("channels", channels)
         check_flag("learned", learned)
-        if not bound > 0:
-            raise ValueError(f"bound must be positive, got {bound}")
+        bound = check_number("bound", bound)
+        if not 0 < bound < torch.inf:
+            raise ValueError(f"bound must be positive and finite, got {bound}")
         self.channels, self.bound = channels, bound
         amount = torch.as_tensor(shift, dtype=torch.get_default_dtype())
         if amount.dim() and tuple(amount.shape) != (channels,):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import LIBRARY, kernel_serves
-from pyflowkern.core.checks import check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import check_floating, check_list, check_same_device, check_shape
 from pyflowkern.core.codes import MOST_MASKED_LAYERS, StructureHead, StructureLayer
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
@@ -152,6 +152,10 @@ def _check(
     gates: Sequence[Tensor],
 ) -> None:
     check_floating("z", z)
+    if not isinstance(plan, MaskedPlan):
+        raise TypeError(f"plan must be a MaskedPlan, got {type(plan).__name__}")
+    for name, tensors in (("weights", weights), ("biases", biases), ("gates", gates)):
+        check_list(name, tensors)
     if z.dim() != 2 or z.shape[1] != plan.features:
         raise ValueError(f"z must have shape [N, {plan.features}], got {tuple(z.shape)}")
     if len(weights) != len(plan.layers) or len(biases) != len(plan.layers):

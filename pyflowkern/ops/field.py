@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_flag,
+    check_floating,
+    check_list,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.ops._field_autograd import FLAT, IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
 from pyflowkern.ops._field_reference import (
@@ -242,6 +248,8 @@ def _check_field(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     given: Sequence[Tensor] = gates if gates is not None else []
+    for name, tensors in (("weights", weights), ("biases", biases), ("gates", given)):
+        check_list(name, tensors)
     count = len(weights)
     if not count or len(biases) != count or len(given) not in (0, count):
         raise ValueError(

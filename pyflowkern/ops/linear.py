@@ -135,6 +135,8 @@ def glow_step(
         (True, [48.0, 48.0])
     """
     inverse = check_flag("inverse", inverse)
+    check_floating("log_scale", log_scale)
+    check_floating("bias", bias)
     _check_mix(x, weight, log_abs_det, log_scale=log_scale, bias=bias)
     if _use_reference(x, weight, log_abs_det, log_scale, bias):
         return glow_step_reference(x, log_scale, bias, weight, log_abs_det, inverse=inverse)

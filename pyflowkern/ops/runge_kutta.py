@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_floating, check_same_device
+from pyflowkern.core.checks import check_floating, check_list, check_number, check_same_device
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
 
@@ -132,7 +132,7 @@ def rk_error(
         raise ValueError(f"y1 must have the shape of y, {tuple(y.shape)}, got {tuple(y1.shape)}")
     check_same_device(y=y, y1=y1)
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not value >= 0:
+        if not check_number(name, value) >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
     segments = _check_sizes(sizes, math.prod(y.shape[1:] if _rows(step) else y.shape))
     if not _serves("rk_error", y, weights) or len(segments) > MAX_SEGMENTS:
@@ -207,6 +207,9 @@ def _check(y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Te
         raise ValueError(
             f"slopes must have shape [stages, *{tuple(y.shape)}], got {tuple(slopes.shape)}"
         )
+    check_list("weights", weights)
+    for i, weight in enumerate(weights):
+        check_number(f"weights[{i}]", weight)
     if len(weights) > slopes.shape[0]:
         raise ValueError(f"weights must be at most {slopes.shape[0]}, got {len(weights)}")
     if isinstance(step, Tensor):

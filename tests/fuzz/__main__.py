@@ -30,10 +30,21 @@ def work(targets, seeds):
 
 
 def supervise(targets, start, stop, seconds):
+    safe = ["-P"] if sys.flags.safe_path else []  # the installed package, not the source tree
     findings, seed, begin, count = [], start, time.monotonic(), 0
     while seed < stop and time.monotonic() - begin < seconds:
-        command = [sys.executable, "-m", "fuzz", "--worker", "--seeds", str(seed), str(stop)]
-        process = subprocess.Popen([*command, "--targets", *targets], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        command = [
+            sys.executable,
+            *safe,
+            "-m",
+            "fuzz",
+            "--worker",
+            "--seeds",
+            str(seed),
+            str(stop),
+        ]
+        command += ["--targets", *targets]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         last = ""
         for line in process.stdout:
             kind, _, rest = line.partition(" ")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -16,12 +16,6 @@ class Call:
     function: object
     arguments: dict
     batched: tuple = ()
-    inverse_of: str = ""
-    lists: tuple = field(default=())
-
-    @property
-    def reference(self):
-        return getattr(ops, f"{self.function.__name__}_reference")
 
 
 def scale_map(draw):
@@ -40,19 +34,20 @@ def scale_map(draw):
 
 def spline_map(draw):
     kind = draw.choice(("rational_quadratic",) * 3 + ("linear", "quadratic", "cubic"))
-    tails = draw.choice(("linear", "none", "circular")) if kind == "rational_quadratic" else draw.choice(("linear", "none"))  # fmt: skip
-    return ops.SplineMap(kind, draw.choice((2, 3, 5, 8, 10, 17)), draw.choice((1.0, 3.0, 5.0)), tails)
+    rational = kind == "rational_quadratic"
+    tails = draw.choice(("linear", "none", *(("circular",) if rational else ())))
+    bins, bound = draw.choice((2, 3, 5, 8, 10, 17)), draw.choice((1.0, 3.0, 5.0))
+    return ops.SplineMap(kind, bins, bound, tails)
 
 
 def split_of(draw, channels, space):
     kind = draw.choice(("channel", "checkerboard", "mask", "channel mask"))
     if kind == "channel":
-        return kind, None
+        return kind
     if kind == "checkerboard" and space and len(space) <= 3:
-        return kind, None
+        return kind
     shape = (channels, *space) if kind == "mask" else (channels,)
-    mask = torch.rand(shape, generator=draw.generator) < draw.choice((0.0, 0.5, 1.0))
-    return mask, mask
+    return torch.rand(shape, generator=draw.generator) < draw.choice((0.0, 0.5, 1.0))
 
 
 def transformed(draw, channels, split, swap):
@@ -67,7 +62,9 @@ def affine(draw):
     n, shape = draw.size(), draw.space()
     shape = [draw.size(1, 33), *shape]
     smap = scale_map(draw)
-    raw = None if ops.scale_map(smap).kind == "additive" and draw.flag() else draw.tensor(n, *shape)
+    raw = (
+        None if ops.scale_map(smap).kind == "additive" and draw.flag() else draw.tensor(n, *shape)
+    )
     x, shift = draw.tensor(n, *shape), draw.tensor(n, *shape)
     given = {"x": x, "raw_scale": raw, "shift": shift, "scale_map": smap, "inverse": draw.flag()}
     return Call(ops.affine, given, ("x", "raw_scale", "shift"))
@@ -75,7 +72,7 @@ def affine(draw):
 
 def affine_coupling(draw):
     n, c, space = draw.size(), draw.size(1, 33), draw.space()
-    split, _ = split_of(draw, c, space)
+    split = split_of(draw, c, space)
     swap, smap = draw.flag(), scale_map(draw)
     per = 1 if ops.scale_map(smap).kind == "additive" else 2
     layout = draw.choice(("blocked", "interleaved", "feature_major"))
@@ -169,7 +166,9 @@ def normal_log_prob(draw):
         "z": draw.tensor(n, *shape),
         "mean": None if mean is None else draw.tensor(*mean),
         "log_std": None if std is None else draw.tensor(*std, scale=0.3),
-        "log_det": draw.tensor(n).to(torch.float64 if draw.dtype == torch.float64 else torch.float32)
+        "log_det": draw.tensor(n).to(
+            torch.float64 if draw.dtype == torch.float64 else torch.float32
+        )
         if draw.flag()
         else None,
     }
@@ -226,14 +225,12 @@ def rational_quadratic_spline(draw):
         "inverse": draw.flag(),
         "elementwise": draw.flag(),
     }
-    return Call(
-        ops.rational_quadratic_spline, given, ("x", "widths", "heights", "derivatives")
-    )
+    return Call(ops.rational_quadratic_spline, given, ("x", "widths", "heights", "derivatives"))
 
 
 def spline_coupling(draw):
     n, c, space, smap = draw.size(), draw.size(2, 17), draw.space(), spline_map(draw)
-    split, _ = split_of(draw, c, space)
+    split = split_of(draw, c, space)
     swap = draw.flag()
     x = draw.tensor(n, c, *space)
     x = x.double().tanh().mul(smap.bound).to(draw.dtype) if smap.tails == "none" else x
@@ -291,7 +288,9 @@ def hutchinson_trace(draw):
 def relu_network(draw):
     n, inputs, residual = draw.size(), draw.size(1, 17), draw.flag()
     width = draw.size(1, 65)
-    inner = [width] * (2 * draw.choice((0, 1, 2)) + 1) if residual else [draw.size(1) for _ in range(draw.choice((1, 2)))]  # fmt: skip
+    inner = [draw.size(1) for _ in range(draw.choice((1, 2)))]
+    if residual:
+        inner = [width] * (2 * draw.choice((0, 1, 2)) + 1)
     sizes = [inputs, *inner, draw.size(1)]
     dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
     pairs = list(itertools.pairwise(sizes))
@@ -309,7 +308,9 @@ def relu_network(draw):
 def autoregressive_inverse(draw):
     n, d, hidden = draw.size(), draw.size(1, 9), draw.size(1, 33)
     smap = draw.choice(("affine", "spline"))
-    element = ops.SplineMap(bins=4) if smap == "spline" else draw.choice(("exp", "tanh", "softplus"))
+    element = (
+        ops.SplineMap(bins=4) if smap == "spline" else draw.choice(("exp", "tanh", "softplus"))
+    )
     per = element.params if smap == "spline" else 2
     net = nn.MaskedMLP(d, per, (hidden,))
     dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
