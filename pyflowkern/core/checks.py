@@ -41,7 +41,10 @@ def check_number(name: str, value: float) -> float:
     """Return a real number as a float; raise TypeError for bools, text, tensors and all else."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got {value}") from None
 
 
 def check_list(name: str, values: Sequence[Any]) -> None:

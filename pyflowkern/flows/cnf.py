@@ -139,7 +139,9 @@ class CNF(Flow):
         context_features = as_count("context_features", context_features, 0)
         kind = VectorFieldConv if conv else VectorFieldMLP
         own = partial(kind, hidden=plain_ints(hidden), activation=activation, time=time)
-        make = field or partial(own, context_features=context_features)
+        if field is not None and not callable(field):
+            raise TypeError(f"field must make a field of a size, got {type(field).__name__}")
+        make = partial(own, context_features=context_features) if field is None else field
 
         def block(size: int) -> ContinuousBijection:
             return ContinuousBijection(

@@ -308,9 +308,9 @@ def relu_network(draw):
 def autoregressive_inverse(draw):
     n, d, hidden = draw.size(), draw.size(1, 9), draw.size(1, 33)
     smap = draw.choice(("affine", "spline"))
-    element = (
-        ops.SplineMap(bins=4) if smap == "spline" else draw.choice(("exp", "tanh", "softplus"))
-    )
+    bounded, free = ("tanh", "softclip"), ("exp", "tanh", "softplus")
+    kind = draw.choice(bounded if draw.mode == "extreme" else free)
+    element = ops.SplineMap(bins=4) if smap == "spline" else kind
     per = element.params if smap == "spline" else 2
     net = nn.MaskedMLP(d, per, (hidden,))
     dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32

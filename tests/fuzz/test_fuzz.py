@@ -1,6 +1,7 @@
 """The first seeds of every target; ``make fuzz`` runs many more, each in a process that may crash."""
 
 import pytest
+
 from fuzz.cases import TARGETS, run_case
 
 
