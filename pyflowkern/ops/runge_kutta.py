@@ -131,8 +131,9 @@ def rk_error(
     if y1.shape != y.shape:
         raise ValueError(f"y1 must have the shape of y, {tuple(y.shape)}, got {tuple(y1.shape)}")
     check_same_device(y=y, y1=y1)
+    rtol, atol = check_number("rtol", rtol), check_number("atol", atol)
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not check_number(name, value) >= 0:
+        if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
     segments = _check_sizes(sizes, math.prod(y.shape[1:] if _rows(step) else y.shape))
     if not _serves("rk_error", y, weights) or len(segments) > MAX_SEGMENTS:
@@ -141,7 +142,7 @@ def rk_error(
         )
     number, steps = _step(step)
     out: Tensor = _rk_error(
-        y, y1, slopes, _host(weights), number, steps, float(rtol), float(atol), segments
+        y, y1, slopes, _host(weights), number, steps, rtol, atol, segments
     )
     return out
 

@@ -257,7 +257,7 @@ def field_divergence(draw):
     if method == "hutchinson":
         given["probe"] = draw.tensor(*((n, d) if probes == 1 else (probes, n, d)))
         given["probes"], given["per_probe"] = probes, draw.flag()
-        if probes == 1:
+        if probes == 1 or n <= probes:  # the axis of probes must not look like that of samples
             given["per_probe"] = False
     given["x"], given["weights"] = given["x"].float(), [w.float() for w in given["weights"]]
     for name in ("biases", "gates"):
