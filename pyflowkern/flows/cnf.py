@@ -139,9 +139,7 @@ class CNF(Flow):
         context_features = as_count("context_features", context_features, 0)
         kind = VectorFieldConv if conv else VectorFieldMLP
         own = partial(kind, hidden=plain_ints(hidden), activation=activation, time=time)
-        if field is not None and not callable(field):
-            raise TypeError(f"field must make a field of a size, got {type(field).__name__}")
-        make = partial(own, context_features=context_features) if field is None else field
+        make = _maker(field, partial(own, context_features=context_features))
 
         def block(size: int) -> ContinuousBijection:
             return ContinuousBijection(
@@ -286,6 +284,13 @@ def _is_conv(conv: bool | None, levels: int | None, shape: tuple[int, ...]) -> b
             f"event_shape must be (C, H, W) for convolutional fields and levels, got {shape}"
         )
     return wanted
+
+
+def _maker(field: Callable[[int], Any] | None, own: Callable[[int], Any]) -> Callable[[int], Any]:
+    """Return what makes the field of a block: the user's, if given."""
+    if field is not None and not callable(field):
+        raise TypeError(f"field must make a field of a size, got {type(field).__name__}")
+    return own if field is None else field
 
 
 def _with_context(field: torch.nn.Module, context_features: int) -> torch.nn.Module:

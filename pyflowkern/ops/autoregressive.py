@@ -66,6 +66,9 @@ def autoregressive_inverse(
     Returns:
         ``(x, log_det)``: ``x`` like ``z``; ``log_det`` ``[N]`` in nats, float32 or float64.
 
+    Gradients go by the scales themselves, so that those of ``"exp"`` and other unbounded maps need log-scales below 88
+    in float32 (709 in float64); values do not.
+
     Raises:
         TypeError: for tensors that are not floating-point.
         ValueError: for shapes that do not fit the plan, and an unknown transform.

@@ -141,9 +141,7 @@ def rk_error(
             y, y1, slopes, weights, step, rtol=rtol, atol=atol, sizes=segments
         )
     number, steps = _step(step)
-    out: Tensor = _rk_error(
-        y, y1, slopes, _host(weights), number, steps, rtol, atol, segments
-    )
+    out: Tensor = _rk_error(y, y1, slopes, _host(weights), number, steps, rtol, atol, segments)
     return out
 
 

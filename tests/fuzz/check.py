@@ -104,7 +104,7 @@ def check_values(call, mode="plain"):
 
 
 def rounded(arguments):
-    """Return the arguments in float64, each number off by some hundred roundings: a backward-stable inverse with steep slopes."""
+    """Return the arguments in float64, off by some hundred roundings: what a backward-stable inverse may be off."""
     generator = torch.Generator().manual_seed(0)
 
     def off(t):
