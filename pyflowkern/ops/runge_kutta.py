@@ -71,7 +71,7 @@ def rk_combine(
         >>> rk_combine(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), (0.5, 0.5), 0.1)
         tensor([1.2000, 1.3000])
     """
-    _check(y, slopes, weights, step)
+    step = _check(y, slopes, weights, step)
     if not _serves("rk_combine", y, weights):
         return rk_combine_reference(y, slopes, weights, step)
     number, steps = _step(step)
@@ -124,7 +124,7 @@ def rk_error(
         >>> rk_error(y, y, slopes, (-1.0, 1.0), 0.1, rtol=0.0, atol=1e-3)
         tensor(10.0000, dtype=torch.float64)
     """
-    _check(y, slopes, weights, step)
+    step = _check(y, slopes, weights, step)
     check_floating("y1", y1)
     if y1.dtype != y.dtype:
         raise TypeError(f"y1 must have the dtype of y, {y.dtype}, got {y1.dtype}")
@@ -196,7 +196,10 @@ def _column(step: Tensor, y: Tensor) -> Tensor:
 # --- argument checks -----------------------------------------------------------------------------
 
 
-def _check(y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Tensor) -> None:
+def _check(
+    y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Tensor
+) -> float | Tensor:
+    """Raise unless the arguments fit; return the step, a float unless it is a tensor."""
     check_floating("y", y)
     check_floating("slopes", slopes)
     check_same_device(y=y, slopes=slopes, step=step if isinstance(step, Tensor) else None)
@@ -218,8 +221,8 @@ def _check(y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Te
                 "step must be a number, a 0-d tensor, or one for each row of y, "
                 f"{tuple(y.shape[:1])}, got shape {tuple(step.shape)}"
             )
-    elif isinstance(step, bool) or not isinstance(step, (int, float)):
-        raise TypeError(f"step must be a number or a tensor, got {type(step).__name__}")
+        return step
+    return check_number("step", step)
 
 
 def _check_sizes(sizes: Sequence[int] | None, most: int) -> list[int]:

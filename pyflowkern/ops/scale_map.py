@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag
+from pyflowkern.core.checks import check_flag, check_number
 from pyflowkern.core.codes import AffineFlag, ScaleKind, numbered
 
 __all__ = ["ScaleMap", "scale_map"]
@@ -79,9 +79,8 @@ class ScaleMap:
         if self.kind not in KINDS:
             raise ValueError(f"scale_map must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("clamp", "gain", "offset", "eps", "max_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            value = check_number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not (math.isfinite(value) or (name == "max_scale" and value == math.inf)):
                 raise ValueError(f"{name} must be finite, got {value}")
         for name in ("shift_first", "divide"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_number
 from pyflowkern.core.codes import (
     MOST_BINS,
     SplineKind,
@@ -106,12 +108,14 @@ class SplineMap:
         _check_name("kind", self.kind, KINDS)
         _check_name("tails", self.tails, TAILS)
         _check_name("parameterization", self.parameterization, PARAMETERIZATIONS)
-        if isinstance(self.bins, bool) or not isinstance(self.bins, (int, torch.SymInt)):
+        if isinstance(self.bins, bool) or not isinstance(self.bins, (Integral, torch.SymInt)):
             raise TypeError(f"bins must be an int, got {type(self.bins).__name__}")
+        if not isinstance(self.bins, (int, torch.SymInt)):
+            object.__setattr__(self, "bins", int(self.bins))
         for name in _NUMBERS:
             value = getattr(self, name)
-            if not isinstance(value, (int, float, torch.SymFloat)):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not isinstance(value, (float, torch.SymFloat)):
+                object.__setattr__(self, name, check_number(name, value))
         if not 2 <= self.bins <= MOST_BINS:
             raise ValueError(f"bins must be from 2 to {MOST_BINS}, got {self.bins}")
         for name, value in (("bound", self.bound), ("scale", self.scale)):
