@@ -142,7 +142,7 @@ CASES = [
         small,
         floor=128,
         reason=REASON,
-        conditioned=2,
+        conditioned=4,
         large=lambda: [sample(SplineMap(bins=8), 400, 33, dtype=torch.float32)],
         rows={"x": 0, "params": 0},
         log_det=True,
