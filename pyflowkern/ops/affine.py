@@ -355,13 +355,13 @@ _affine = register(
     inputs=lambda ctx: _inputs(ctx, _affine_by_code),
 )
 register(
-    "affine_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor? raw, Tensor shift,"
-    " int kind, float[] numbers, int flags) -> (Tensor, Tensor, Tensor)",
+    "affine_backward(Tensor grad_y, Tensor grad_log_det, Tensor kept, Tensor? raw_scale, Tensor shift,"
+    " int scale_kind, float[] scale_numbers, int flags) -> (Tensor, Tensor, Tensor)",
     fake=_fake_affine_backward,
 )
 _affine_coupling = register(
-    "affine_coupling(Tensor x, Tensor params, Tensor? mask, int layout, int kind, float[] numbers,"
-    " int flags) -> (Tensor, Tensor)",
+    "affine_coupling(Tensor x, Tensor params, Tensor? mask, int params_layout, int scale_kind,"
+    " float[] scale_numbers, int flags) -> (Tensor, Tensor)",
     fake=_fake_forward,
     setup_context=_keep,
     backward=_coupling_backward,
