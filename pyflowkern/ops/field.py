@@ -77,7 +77,8 @@ def field_divergence(
         x: states ``[N, D]``.
         weights: of each layer, ``[out, in]``; the first takes ``D`` and the last gives ``D``.
         biases: of each layer, ``[out]``, or ``[N, out]`` where they differ between samples.
-        gates: factors on the products, shaped like biases; None for none.
+        gates: factors on the products, shaped like biases; None for none.  Derivatives take products of the gates of
+            two layers, and of a gate with a weight: beyond 1e19 each they overflow in float32.
         probe: ``[N, D]``, ``[K, N, D]``, or the seed of signs (see
             :func:`~pyflowkern.ops.draw_probe`); not for ``method="exact"``.
         probes: ``K`` for a seed.
