@@ -25,6 +25,7 @@ def packed_field(func: Callable[..., Any], packing: Packing) -> Field:
         packing: of these states.
     """
     pack, unpack, trivial = packing.pack, packing.unpack, packing.trivial
+    shape = packing.shapes[0]
     differentiates = False
 
     def recorded(t: Tensor, y: Tensor) -> Tensor:
@@ -37,7 +38,10 @@ def packed_field(func: Callable[..., Any], packing: Packing) -> Field:
         if differentiates and not torch.is_grad_enabled():
             return recorded(t, y)
         try:
-            return pack(func(t, y if trivial else unpack(y)))
+            if not trivial:
+                return pack(func(t, unpack(y)))
+            slope = func(t, y)
+            return slope if type(slope) is Tensor and slope.shape == shape else pack(slope)
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise

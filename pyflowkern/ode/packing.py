@@ -43,6 +43,7 @@ class Packing:
             shape[start:].numel() * (2 if kind.is_complex else 1)
             for shape, kind in zip(self.shapes, self.dtypes, strict=True)
         ]
+        self._has_complex = any(kind.is_complex for kind in self.dtypes)
         self.trivial = not (self.is_tuple or per_sample) and self.dtypes[0] == self.dtype
 
     def pack(self, state: Any) -> Tensor:
@@ -64,23 +65,28 @@ class Packing:
         entries = state if self.is_tuple else (state,)
         if not isinstance(entries, (tuple, list)) or len(entries) != len(self.shapes):
             raise TypeError(f"func must return a tuple of {len(self.shapes)} tensors")
+        pairs = self._has_complex
         for e, shape in zip(entries, self.shapes, strict=True):
+            pairs = pairs or e.is_complex()
             if e.shape != shape:
                 raise ValueError(
                     f"func must return the shapes of y0, {[tuple(s) for s in self.shapes]}, "
                     f"got {[tuple(e.shape) for e in entries]}"
                 )
-        parts = [_real(e, kind) for e, kind in zip(entries, self.dtypes, strict=True)]
-        return self._joined(parts)
+        if pairs:
+            entries = [_real(e, kind) for e, kind in zip(entries, self.dtypes, strict=True)]
+        return self._joined(entries)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return real entries as one tensor."""
         if self.per_sample:
             rows = self.shapes[0][0]
+            if len(parts) == 1:
+                return parts[0].reshape(rows, self.sizes[0]).to(self.dtype)
             columns = [
                 e.reshape(rows, n).to(self.dtype) for e, n in zip(parts, self.sizes, strict=True)
             ]
-            return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+            return torch.cat(columns, 1)
         if not self.is_tuple:
             return parts_to(parts[0], self.dtype)
         return torch.cat([e.reshape(-1).to(self.dtype) for e in parts])
@@ -92,6 +98,8 @@ class Packing:
         parts = y.split(self.sizes, -1) if self.is_tuple or self.per_sample else (y,)
         entries = tuple(
             _restored(p, (*lead, *shape), dtype)
+            if dtype.is_complex
+            else p.reshape((*lead, *shape)).to(dtype)
             for p, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         )
         return entries if self.is_tuple else entries[0]
@@ -159,9 +167,7 @@ def _real(e: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _restored(part: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-    """Return an entry in the user's shape and dtype."""
-    if not kind.is_complex:
-        return part.reshape(shape).to(kind)
+    """Return a complex entry in the user's shape and dtype."""
     return torch.view_as_complex(part.reshape((*shape, 2)).contiguous()).to(kind)
 
 

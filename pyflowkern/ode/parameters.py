@@ -6,7 +6,8 @@ import dis
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ __all__ = ["leaf_node", "leaf_nodes", "parameters_of", "tensors_in"]
 LIMIT = 5000
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
+#: The same without their subclasses, which takes one look-up: most of what is found are these.
+_USUAL = frozenset(_PLAIN)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 #: Attributes that every module has; others are its author's.
@@ -64,25 +67,33 @@ def leaf_node_variable(node: Any) -> Tensor | None:
     return leaf if isinstance(leaf, Tensor) else None
 
 
-def leaf_nodes(value: Tensor, stop: Iterable[Any] = ()) -> Iterator[Any]:
-    """Yield the nodes of a value's graph that have no parents.
+def leaf_nodes(value: Tensor, skip: Collection[Any] = ()) -> list[Any]:
+    """Return the nodes of a value's graph that have no parents.
+
+    The graph of every evaluation of a field is searched: this is a loop without calls where it can be.
 
     Args:
         value: whose graph is searched.
-        stop: nodes at which the search turns back.
+        skip: nodes that are left out, with what can be reached through them alone.
     """
     if not value.requires_grad:
-        return
-    seen = set(stop)
-    todo = [torch.autograd.graph.get_gradient_edge(value).node]
+        return []
+    root = value.grad_fn
+    if root is None:
+        root = leaf_node(value)
+        if root in skip:
+            return []
+    seen, todo, leaves = {None, root, *skip}, [root], []
     for node in todo:
         parents = node.next_functions
-        if not parents:
-            yield node
-        for parent, _ in parents:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                todo.append(parent)
+        if parents:
+            for parent, _ in parents:
+                if parent not in seen:
+                    seen.add(parent)
+                    todo.append(parent)
+        else:
+            leaves.append(node)
+    return leaves
 
 
 # --- fields --------------------------------------------------------------------------------------
@@ -101,7 +112,7 @@ def tensors_in(func: Any) -> list[Tensor]:
         todo.append(type(func).__call__)
     while todo and len(seen) < LIMIT:
         thing = todo.popleft()
-        if isinstance(thing, _PLAIN) or id(thing) in seen:
+        if type(thing) in _USUAL or id(thing) in seen:
             continue
         seen[id(thing)] = thing
         if isinstance(thing, Tensor):
@@ -116,6 +127,8 @@ def _parts(thing: Any) -> Iterable[Any]:
     """Return what an object holds."""
     if isinstance(thing, torch.nn.Module):
         return _parts_of_module(thing)
+    if isinstance(thing, _PLAIN):
+        return ()
     if isinstance(thing, types.MethodType):
         return thing.__self__, thing.__func__
     if isinstance(thing, types.FunctionType):
@@ -136,7 +149,8 @@ def _parts(thing: Any) -> Iterable[Any]:
 def _parts_of_module(module: torch.nn.Module) -> list[Any]:
     parts: list[Any] = [*module._parameters.values(), *module._modules.values()]
     parts += module._buffers.values()
-    parts += [value for name, value in vars(module).items() if name not in _OF_MODULES]
+    attributes = vars(module)
+    parts += map(attributes.get, filterfalse(_OF_MODULES.__contains__, attributes))
     parts.append(type(module).forward)
     return parts
 

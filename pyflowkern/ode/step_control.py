@@ -106,13 +106,17 @@ class StepControl:
         self._wanted = h = maths.clamp(self.h, self.smallest, self.largest)
         t1 = t + sign * h
         cut = sign * (t1 - target) >= 0
-        self.t1 = t1 = maths.where(cut, target, t1)
-        self._size = h = maths.where(cut, abs(target - t), h)
-        too_small = (t1 == t) | (h < self.least) | maths.no(maths.finite(t1))
-        stuck = active & maths.no(cut) & too_small
-        failure = maths.where(self.bad, Status.non_finite, Status.dt_underflow)
-        self.status = maths.where(stuck, failure, self.status)
-        running = active & maths.no(stuck)
+        # a bool that is False spares numbers what follows from it; of tensors nothing is known
+        if cut is not False:
+            t1 = maths.where(cut, target, t1)
+            h = maths.where(cut, abs(target - t), h)
+        self.t1, self._size = t1, h
+        possible = cut | ((t1 != t) & (h >= self.least) & maths.finite(t1))
+        stuck = active & maths.no(possible)
+        if stuck is not False:
+            failure = maths.where(self.bad, Status.non_finite, Status.dt_underflow)
+            self.status = maths.where(stuck, failure, self.status)
+        running = active & possible
         if self.rounds >= self.max_steps:
             self.status = maths.where(running, Status.max_steps, self.status)
             running = running & False
@@ -127,12 +131,14 @@ class StepControl:
         """
         maths, h = self.maths, self._size
         self.rounds += 1
-        self.bad = maths.no(maths.finite(ratio))
+        finite = maths.finite(ratio)
+        self.bad = maths.no(finite)
         # a step cut at the target is `target - t` long, which rounding may have made longer than `min_step`
         forced = maths.smaller(h, self._wanted) <= self.smallest
-        accept = self.running & maths.no(self.bad) & ((ratio <= 1) | forced)
-        proposal = h * maths.next_factor(ratio, self.order)
-        longer = maths.larger(proposal, self._wanted)
-        self.h = maths.where(accept & self.cut, longer, proposal)
+        accept = self.running & finite & ((ratio <= 1) | forced)
+        self.h = proposal = h * maths.next_factor(ratio, self.order)
+        short = accept & self.cut
+        if short is not False:
+            self.h = maths.where(short, maths.larger(proposal, self._wanted), proposal)
         self.t = maths.where(accept, self.t1, self.t)
         return accept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -61,17 +61,21 @@ class Tableau:
     error: Row | None = None
     dense: tuple[Row, ...] | None = None
 
-    @property
+    def __hash__(self) -> int:
+        # of all the numbers it would take as long as a stage, and each look at a cache asks for it
+        return hash((self.order, self.b))
+
+    @cached_property
     def stages(self) -> int:
         """Number of stages, including one that only gives the slope at the end."""
         return len(self.b)
 
-    @property
+    @cached_property
     def fsal(self) -> bool:
         """Whether the last stage is the slope at the end, and so the first stage of the next step."""
         return self.b[-1] == 0 and self.a[-1] == self.b[:-1] and self.c[-1] == 1
 
-    @property
+    @cached_property
     def needed(self) -> int:
         """Number of stages that the state after the step depends on."""
         return max(i for i, weight in enumerate(self.b) if weight != 0) + 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.adjoints.direct import integrator, run
-from pyflowkern.ode.adjoints.gradients import Parameters
+from pyflowkern.ode.adjoints.gradients import Parameters, vector_jacobian
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now, time_gradients
 from pyflowkern.ode.norms import Norm, Rms
 from pyflowkern.ode.options import Options
@@ -155,10 +155,7 @@ def _augmented(
             found: Sequence[Tensor | None] = [None] * (1 + len(wanted))
             if slope.requires_grad:
                 a = -state[n : 2 * n].view(shape).to(slope.dtype)
-                found = torch.autograd.grad(
-                    slope, (y, *wanted), a, retain_graph=True, create_graph=recorded,
-                    allow_unused=True,
-                )  # fmt: skip
+                found = vector_jacobian(slope, (y, *wanted), a, recorded)
         if recorded:
             pairs = zip(found, [n, *sizes], strict=True)
             parts = [state.new_zeros(m) if g is None else _flat(g).to(state) for g, m in pairs]

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.parameters import leaf_node, leaf_node_variable, leaf_nodes
+from pyflowkern.ode.parameters import leaf_node, leaf_nodes
 
-__all__ = ["Gradients", "Parameters"]
+__all__ = ["Gradients", "Parameters", "vector_jacobian"]
+
+
+def vector_jacobian(
+    value: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """Return what ``torch.autograd.grad`` does, None for unused inputs; the graph is kept.
+
+    Its checks of arguments take a tenth of the time of a small field, so they are left out.  The graph is kept because
+    the field may read results of a graph that the caller still needs.
+
+    Args:
+        value: recorded; requires a gradient.
+        inputs: leaves or intermediate results.
+        cotangent: of ``value``, with its shape and dtype.
+        create_graph: whether the result is recorded, too.
+    """
+    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+        (value,), (cotangent,), True, create_graph, inputs, True, accumulate_grad=False
+    )
+    return found
 
 
 class Parameters:
@@ -25,9 +45,10 @@ class Parameters:
         self.tensors, self.complete = tensors, complete
         self.read = list(range(len(tensors))) if complete else []
         self._numbers = {} if complete else {leaf_node(p): i for i, p in enumerate(tensors)}
-        self._seen: set[object] = set()
+        self._read_nodes: set[object] = set()
+        self._wanted = list(tensors) if complete else []
 
-    def look(self, value: Tensor, argument: Tensor, stop: Iterable[object] = ()) -> None:
+    def look(self, value: Tensor, argument: Tensor, stop: Collection[object] = ()) -> None:
         """Add to ``read`` the tensors that a recorded value depends on.
 
         Args:
@@ -40,24 +61,24 @@ class Parameters:
         """
         if self.complete:
             return
-        for node in leaf_nodes(value, stop):
-            if node in self._seen:
-                continue
+        known = self._read_nodes
+        for node in leaf_nodes(value, known.union(stop) if stop else known):
             number = self._numbers.get(node)
             if number is None:
-                leaf = leaf_node_variable(node)
-                if leaf is not None and leaf is not argument:
+                leaf = getattr(node, "variable", None)
+                if leaf is not argument and isinstance(leaf, Tensor):
                     raise RuntimeError(
                         f"func reads a tensor of shape {tuple(leaf.shape)} that requires a gradient and could not be "
                         "found when the solve began: name all such tensors in params="
                     )
             else:
-                self._seen.add(node)
+                known.add(node)
                 self.read.append(number)
+                self._wanted.append(self.tensors[number])
 
     def wanted(self) -> list[Tensor]:
-        """Return the tensors that were read."""
-        return [self.tensors[i] for i in self.read]
+        """Return the tensors that were read: a list that :meth:`look` adds to."""
+        return self._wanted
 
 
 class Gradients(Parameters):
@@ -78,12 +99,8 @@ class Gradients(Parameters):
         if not value.requires_grad:
             return None
         self.look(value, argument)
-        first, *others = torch.autograd.grad(
-            value,
-            (argument, *self.wanted()),
-            cotangent.view(value.shape).to(value.dtype),
-            retain_graph=True,  # the field may read results of a graph that the caller still needs
-            allow_unused=True,
+        first, *others = vector_jacobian(
+            value, (argument, *self._wanted), cotangent.view(value.shape).to(value.dtype)
         )
         sums: list[Tensor] = []
         new: list[Tensor] = []
