@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.kept import Kept, may_keep
+
 __all__ = ["HasPermutations", "Structure"]
 
 #: Dtype of saved permutations: the average of equal floats is exact, that of integers may be rounded down.
@@ -49,12 +51,16 @@ class HasPermutations(torch.nn.Module):
 
     def register_permutation(self, name: str, order: Tensor) -> None:
         """Register ``order`` ``[C]`` as a buffer; :meth:`permutation_of` returns it."""
-        self.__dict__.setdefault("_permutations", []).append(name)
+        self.__dict__.setdefault("_permutations", {})[name] = Kept()
         self.register_buffer(name, order.to(_SAVED))
 
     def permutation_of(self, name: str) -> Tensor:
-        """Return a permutation as int64 indices."""
-        saved: Tensor = getattr(self, name)
+        """Return a permutation as int64 indices: not to be written to."""
+        saved = self._buffers[name]
+        assert saved is not None
+        if may_keep((saved,)):
+            kept: Kept[Tensor] = self.__dict__["_permutations"][name]
+            return kept.get((saved,), lambda: saved.round().long())
         return saved.round().long()
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -99,9 +99,9 @@ def test_kept_matrices_are_neither_copied_nor_pickled(kind):
     layer = nn.InvertibleLinear(4, parameterization=kind).eval()
     with torch.inference_mode():
         layer.kept_matrix()
-    assert layer._kept[False]._copies
+    assert layer._kept[False]._kept
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert not other._kept[False]._copies
+        assert not other._kept[False]._kept
 
 
 @kinds
@@ -114,6 +114,27 @@ def test_matrices_kept_in_inference_mode_serve_outside(kind):
         torch.testing.assert_close(layer(x)[0], expected)
     layer(x)[0].sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.InvertibleLinear(4),
+        lambda: nn.InvertibleLinear(4, parameterization="dense"),
+        lambda: nn.Permutation(4),
+        lambda: nn.MaskedAutoregressive(4, hidden=(8,)),
+    ],
+)
+def test_what_frozen_layers_keep_in_inference_mode_lets_gradients_through_outside(make):
+    layer = make().eval().requires_grad_(False)
+    for function in (layer, layer.inverse):
+        x = torch.randn(3, 4, requires_grad=True)
+        with torch.inference_mode():
+            expected = function(x)[0].clone()
+        y, _ = function(x)
+        y.sum().backward()  # tensors made in inference mode cannot be saved for it
+        torch.testing.assert_close(y, expected)
+        assert x.grad.isfinite().all()
 
 
 @kinds
