@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -102,8 +102,10 @@ def _differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            with _errors_named(overload, "backward of ", grads):
+            try:
                 return backward(ctx, *grads)
+            except RuntimeError as error:
+                _raise_named(error, overload, "backward of ", grads)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -121,23 +123,18 @@ def _below_autograd(overload: Callable[..., Any], inputs: Sequence[Any]) -> Any:
 
 
 def _named(overload: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    with _errors_named(overload, "", inputs):
+    try:
         return overload(*inputs)
+    except RuntimeError as error:
+        _raise_named(error, overload, "", inputs)
 
 
-class _errors_named:  # a class: it costs a third of what a generator does
-    """Let an error of a kernel, such as a launch that fails, tell the op and the shapes."""
-
-    __slots__ = ("inputs", "overload", "prefix")
-
-    def __init__(self, overload: Any, prefix: str, inputs: Sequence[Any]) -> None:
-        self.overload, self.prefix, self.inputs = overload, prefix, inputs
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, _: Any) -> None:
-        if kind is RuntimeError:  # a subclass, as for memory, says what it is
-            shapes = [tuple(t.shape) for t in self.inputs if isinstance(t, Tensor)]
-            what = f"{self.prefix}{self.overload.name()} of tensors of shapes {shapes}"
-            raise RuntimeError(f"{what} failed: {error}") from error
+def _raise_named(
+    error: RuntimeError, overload: Any, prefix: str, inputs: Sequence[Any]
+) -> NoReturn:
+    """Raise an error of a kernel, such as a launch that fails, with the op and the shapes."""
+    if type(error) is not RuntimeError:  # a subclass, as for memory, says what it is
+        raise error
+    shapes = [tuple(t.shape) for t in inputs if isinstance(t, Tensor)]
+    what = f"{prefix}{overload.name()} of tensors of shapes {shapes}"
+    raise RuntimeError(f"{what} failed: {error}") from error

@@ -32,9 +32,10 @@ def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]
         if known["_backward_hooks"] or known["_backward_pre_hooks"]:
             return False
         cls = type(layer)
-        if "parametrizations" in known["_modules"]:
-            cls = cls.__bases__[0]  # torch puts a class of its own before it
-        if cls not in kinds:
+        if cls not in kinds and not (
+            "parametrizations" in known["_modules"]
+            and cls.__bases__[0] in kinds  # torch puts a class of its own before it
+        ):
             return False
     return True
 

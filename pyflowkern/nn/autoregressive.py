@@ -11,6 +11,7 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.nn._base import Bijection, check_channels, check_count, check_dtype
 from pyflowkern.nn._coupling import condition
+from pyflowkern.nn._structure import Structure
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.masked import MaskedMLP
 from pyflowkern.ops._elements import (
@@ -75,6 +76,7 @@ class MaskedAutoregressive(Bijection):
         super().__init__()
         features = check_count("features", features)
         self.features = features
+        self._all = Structure(torch.ones(features, dtype=torch.bool, device="cpu"))
         self.element_map = element_map(transform)
         outputs = element_parameters(self.element_map)
         if conditioner is None:
@@ -108,7 +110,8 @@ class MaskedAutoregressive(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform ``x`` ``[N, D]``; return ``(z, log_det[N])``."""
         check_channels("x", x, self.features)
-        return apply_elements(x, condition(self.conditioner, x, context), self.element_map)
+        params = condition(self.conditioner, x, context)
+        return apply_elements(x, params, self.element_map, every=self._all.on(x.device))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""

@@ -153,8 +153,9 @@ class MaskedMLP(torch.nn.Module):
         self, context: Tensor | None, samples: int
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return the weight and the bias of each layer, the context being part of the first bias."""
-        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
-        biases: list[Tensor | None] = [layer.bias for layer in self.layers]  # type: ignore[misc]
+        layers = list(self.layers)
+        weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+        biases: list[Tensor | None] = [layer.bias for layer in layers]  # type: ignore[misc]
         added = self._added(context, samples)
         if added is not None:
             biases[0] = added if biases[0] is None else added + biases[0]

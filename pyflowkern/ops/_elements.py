@@ -76,13 +76,18 @@ def apply_elements(
     *,
     inverse: bool = False,
     reference: bool = False,
+    every: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Transform ``x [N, D]`` with ``params [N, D, P]``; return ``(y, log_det[N])``."""
+    """Transform ``x [N, D]`` with ``params [N, D, P]``; return ``(y, log_det[N])``.
+
+    ``every`` is ``[D]``, all True, from a caller that keeps it: making it takes as long as a small transform.
+    """
     if isinstance(transform, SplineMap):
         of_spline = spline_reference if reference else spline
         return of_spline(x, params, transform, inverse=inverse)
     function = affine_coupling_reference if reference else affine_coupling
-    every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    if every is None:
+        every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     return function(
         x,
         params,

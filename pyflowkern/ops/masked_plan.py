@@ -135,6 +135,7 @@ class MaskedPlan:
             if layer.residual is not None:
                 parts.append(torch.argsort(self.rows[layer.residual])[self.rows[i]])
         self.table = torch.cat(parts).to(torch.int32)
+        self._structure = self._numbers()
         self._on_device: dict[torch.device, _Indices] = {}
 
     # --- evaluation -----------------------------------------------------------------------------
@@ -215,6 +216,9 @@ class MaskedPlan:
         They are the numbers of :class:`~pyflowkern.core.codes.StructureHead`, then those of
         :class:`~pyflowkern.core.codes.StructureLayer` for each layer.
         """
+        return self._structure
+
+    def _numbers(self) -> list[int]:
         codes = numbered(MaskedActivation)
         raw = {s.residual for s in self.layers} | {
             source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -107,6 +107,10 @@ class SplineMap:
     parameterization: Parameterization = "softmax"
     scale: float = 1.0
     edge: float = 0.5
+    #: Made once: each call of an op asks for them.
+    _sizes: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+    _params: int = field(init=False, repr=False, compare=False)
+    _form: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_name("kind", self.kind, KINDS)
@@ -133,6 +137,15 @@ class SplineMap:
             raise ValueError(f"edge must be from 0 to 0.5, got {self.edge}")
         self._check_combination()
         self._check_least_sizes()
+        sizes = self._count()
+        form = (
+            _KIND_CODES[self.kind],
+            _TAIL_CODES[self.tails],
+            _PARAMETERIZATION_CODES[self.parameterization],
+            self.bins,
+        )
+        for name, value in (("_sizes", sizes), ("_params", sum(sizes)), ("_form", form)):
+            object.__setattr__(self, name, value)
 
     def _check_combination(self) -> None:
         what = self.parameterization
@@ -164,6 +177,9 @@ class SplineMap:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """How many raw widths, heights and derivatives an element has."""
+        return self._sizes
+
+    def _count(self) -> tuple[int, int, int]:
         k = self.bins
         knots = {"linear": k - 1, "circular": k, "none": k + 1, "affine": k + 1}[self.tails]
         if self.kind == "linear":
@@ -186,7 +202,7 @@ class SplineMap:
     @property
     def params(self) -> int:
         """How many raw numbers an element has."""
-        return sum(self.sizes)
+        return self._params
 
     @property
     def derivatives(self) -> int:
@@ -201,12 +217,7 @@ class SplineMap:
     @property
     def form(self) -> tuple[int, int, int, int]:
         """Kind, tails and parameterization as the kernels number them (see ``core.codes``), and bins."""
-        return (
-            _KIND_CODES[self.kind],
-            _TAIL_CODES[self.tails],
-            _PARAMETERIZATION_CODES[self.parameterization],
-            self.bins,
-        )
+        return self._form
 
     @property
     def numbers(self) -> list[float]:
