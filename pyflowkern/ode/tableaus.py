@@ -344,15 +344,7 @@ TABLEAUS = {
             _tsit5_dense(),
         ),
         # Prince and Dormand (1981), the pair of orders 8 and 7
-        Tableau(
-            "dopri8",
-            8,
-            DOPRI8_A,
-            (*DOPRI8_B, 0.0),
-            DOPRI8_C,
-            DOPRI8_ERROR,
-            DOPRI8_DENSE,
-        ),
+        Tableau("dopri8", 8, DOPRI8_A, (*DOPRI8_B, 0.0), DOPRI8_C, DOPRI8_ERROR, DOPRI8_DENSE),
     )
 }
 
