@@ -49,6 +49,8 @@ def check_number(name: str, value: float) -> float:
 
 def check_list(name: str, values: Sequence[Any]) -> None:
     """Raise TypeError unless ``values`` is a list or the like: a tensor, though it has a length, is not."""
+    if type(values) is list:
+        return
     if isinstance(values, (Tensor, str, dict)) or not hasattr(values, "__getitem__"):
         raise TypeError(f"{name} must be a list, got {type(values).__name__}")
 
@@ -61,7 +63,8 @@ def check_floating(name: str, t: Tensor) -> None:
         raise TypeError(
             f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got {t.dtype}"
         )
-    check_dense(name, t)
+    if t.layout != torch.strided:
+        check_dense(name, t)
 
 
 def check_dense(name: str, t: Tensor) -> None:
