@@ -61,6 +61,8 @@ def register(
             overload(*inputs) if torch.compiler.is_compiling() else _named(overload, inputs)
         )
     lists = "Tensor[]" in schema
+    if (reference is None) != (inputs is None):
+        raise TypeError(f"{op}: second derivatives need both reference and inputs")
     if reference is not None and inputs is not None:
         backward = _with_second_derivatives(backward, reference, inputs, lists)
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)

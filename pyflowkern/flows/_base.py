@@ -90,7 +90,7 @@ class Flow(Bijection):
         self.event_shape = parse_shape(event_shape)
         self.dims = math.prod(self.event_shape)
         self.preprocess = None if bits is None else Dequantize(as_count("bits", bits), alpha)
-        self._domain = None if domain is None else Domain(*domain, periodic)
+        self._domain = None if domain is None else Domain.between(domain, periodic)
         if self.preprocess is not None:
             self._domain = PixelDomain.of(alpha)
         self.bijection = bijection

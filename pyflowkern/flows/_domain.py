@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_number
+
 __all__ = ["Domain", "PixelDomain", "rounded_ends", "without_density"]
 
 
@@ -33,8 +35,17 @@ class Domain:
     periodic: bool = False
 
     def __post_init__(self) -> None:
+        for end in self.ends:
+            check_number("domain", end)
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"domain must be (low, high) with low < high, got {self.ends}")
+
+    @classmethod
+    def between(cls, ends: tuple[float, float], periodic: bool) -> Domain:
+        """Return the domain with these ends; raise TypeError unless they are two."""
+        if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+            raise TypeError(f"domain must be a pair of numbers, got {ends!r}")
+        return cls(*ends, periodic)
 
     @property
     def ends(self) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch.distributions import (
 from torch.distributions import Uniform as TorchUniform
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_batched
+from pyflowkern.core.checks import check_batched, check_number
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import as_count, check_flags
 from pyflowkern.flows._domain import rounded_ends
@@ -120,6 +120,7 @@ class MixtureOfGaussians(torch.nn.Module):
         super().__init__()
         dims, components = as_count("dims", dims), as_count("components", components)
         check_flags(learned=learned)
+        spread, scale = check_number("spread", spread), check_number("scale", scale)
         if spread < 0:
             raise ValueError(f"spread must be at least 0, got {spread}")
         if not scale > 0:
@@ -203,6 +204,7 @@ class Uniform(torch.nn.Module):
     def __init__(self, dims: int, low: float = -math.pi, high: float = math.pi) -> None:
         super().__init__()
         dims = as_count("dims", dims)
+        low, high = check_number("low", low), check_number("high", high)
         if not low < high:
             raise ValueError(f"high must be above low, got {low} and {high}")
         self.dims, self.low, self.high = dims, low, high

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -378,7 +379,7 @@ def _sizes(inputs: int, outputs: int) -> tuple[int, int]:
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:
-    if spatial_dims not in (1, 2, 3):
+    if not isinstance(spatial_dims, numbers.Integral) or spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
     conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 1]
     return conv(inputs, outputs, kernel, padding=kernel // 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_batched
+from pyflowkern.core.checks import check_batched, check_number
 from pyflowkern.nn._base import Bijection, check_count
 
 __all__ = ["Dequantize", "Logit"]
@@ -36,6 +36,7 @@ class Logit(Bijection):
 
     def __init__(self, alpha: float = 0.0) -> None:
         super().__init__()
+        alpha = check_number("alpha", alpha)
         if not 0 <= alpha < 0.5:
             raise ValueError(f"alpha must be in [0, 0.5), got {alpha}")
         self.alpha = alpha

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_batched
+from pyflowkern.core.checks import check_batched, check_list
 from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
 from pyflowkern.nn._structure import HasPermutations
 from pyflowkern.ops._coupling import structure_device
@@ -112,10 +112,14 @@ class Permutation(HasPermutations, Bijection):
 
     def __init__(self, permutation: int | Sequence[int] | Tensor) -> None:
         super().__init__()
-        if isinstance(permutation, numbers.Integral):
+        if isinstance(permutation, (int, numbers.Integral)):
             permutation = check_count("permutation", int(permutation))
             order = torch.randperm(permutation, device=structure_device())
         else:
+            if not isinstance(permutation, Tensor):
+                check_list("permutation", permutation)
+            elif permutation.is_meta:
+                raise ValueError("permutation must hold numbers, got a tensor on the meta device")
             order = torch.as_tensor(permutation, device=structure_device())
         if (
             order.is_floating_point()

@@ -6,7 +6,10 @@ from fuzz import check, modules, ops
 from fuzz.draw import MODES, Draw
 
 #: What can be fuzzed: ops by name, then layers and flows by name.
-TARGETS = {**{f"ops.{name}": name for name in ops.CALLS}, **modules.TARGETS}
+TARGETS = {
+    **{f"ops.{name}": name for name in ops.CALLS},
+    **{name: name for name in modules.MODULES},
+}
 RULES = ("values", "isolation", "hostile")
 
 
