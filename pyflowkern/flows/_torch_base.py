@@ -58,6 +58,10 @@ class TorchBase(torch.nn.Module):
 
     def __init__(self, distribution: Distribution, dims: int) -> None:
         super().__init__()
+        if getattr(distribution.support, "is_discrete", False):
+            raise ValueError(
+                f"base must be a distribution over real vectors, {type(distribution).__name__} is discrete"
+            )
         batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
         if (batch, event) != ((), (dims,)):
             hint = ""

@@ -240,7 +240,8 @@ class FFJORD(CNF):
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.
         hidden: widths of the hidden layers of a field.
         blocks: fields one after another.
-        **options: of :class:`CNF`.
+        **options: of :class:`CNF`; among them ``eval_divergence``, which decides how the trace is computed in eval
+            mode, where two calls return the same.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
     Generative Models*.

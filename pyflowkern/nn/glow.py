@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.nn.linear import InvertibleLinear
 from pyflowkern.nn.normalization import ActNorm
 
@@ -17,7 +18,7 @@ class GlowStep(Bijection):
 
     :math:`\log\det = |\text{space}|\,(\sum_c \ell_c + \log|\det W|)`.  The parts are
     :class:`ActNorm` (``.actnorm``) and :class:`InvertibleLinear` (``.linear``); only the pass
-    over the data is one.
+    over the data is one.  Parts with hooks, and what stands in the place of one, are called one after the other.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
@@ -49,13 +50,24 @@ class GlowStep(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""
         check_channels("x", x, self.channels)
+        if not self._fused():
+            y, log_det = self.actnorm(x)
+            z, more = self.linear(y)
+            return z, log_det + more
         self.actnorm.initialize(x)
         return ops.glow_step(x, *self.actnorm.scale_and_bias(), *self.linear.kept_matrix())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
+        if not self._fused():
+            y, log_det = self.linear.inverse(z)
+            x, more = self.actnorm.inverse(y)
+            return x, log_det + more
         if self.actnorm.waits(inverse=True):
             self.actnorm.initialize(self.linear.inverse(z)[0], inverse=True)
         matrix = self.linear.kept_matrix(inverse=True)
         return ops.glow_step(z, *self.actnorm.scale_and_bias(), *matrix, inverse=True)
+
+    def _fused(self) -> bool:
+        return may_be_read((self.actnorm, self.linear), ActNorm, InvertibleLinear)

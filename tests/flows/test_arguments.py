@@ -192,3 +192,9 @@ def test_a_network_that_takes_no_context_is_refused_when_the_flow_is_made(build)
     both = partial(nn.MLP, hidden=8, context_features=2)
     flow = build(4, conditioner=both, context_features=2)
     assert flow.log_prob(torch.zeros(3, 4), torch.zeros(2)).isfinite().all()
+
+
+def test_a_discrete_distribution_is_no_base():
+    counts = Independent(torch.distributions.Poisson(torch.ones(2)), 1)
+    with pytest.raises(ValueError, match="base must be a distribution over real vectors"):
+        flows.MAF(2, transforms=1, hidden=8, base=counts)

@@ -229,3 +229,46 @@ def test_flops_of_the_layers_are_counted(name):
         flow.eval().log_prob(x)
     layers = sum(m.weight.numel() for m in flow.modules() if isinstance(m, torch.nn.Linear))
     assert counter.get_total_flops() >= 2 * 10 * layers
+
+
+class CountedLinear(nn.InvertibleLinear):
+    """A replacement with a pass of its own."""
+
+    calls = 0
+
+    def forward(self, x, context=None):
+        self.calls += 1
+        return super().forward(x, context)
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook of all modules", "subclass", "wrapper"])
+def test_parts_of_a_glow_step_are_called_where_anything_hangs_on_them(kind):
+    torch.manual_seed(0)
+    step, x = nn.GlowStep(4), torch.randn(16, 4, 3, 3)
+    step(x)
+    expected, back = step(x), step.inverse(x)
+    seen = []
+    note = lambda module, *_: seen.append(type(module).__name__)  # noqa: E731
+    handle = None
+    if kind == "hook":
+        step.actnorm.register_forward_hook(note)
+        step.linear.register_forward_hook(note)
+    elif kind == "hook of all modules":
+        handle = torch.nn.modules.module.register_module_forward_hook(note)
+    elif kind == "subclass":
+        state = step.linear.state_dict()
+        step.linear = CountedLinear(4)
+        step.linear.load_state_dict(state)
+    else:
+        step.actnorm = nn.Sequential(step.actnorm)
+    try:
+        found = step(x)
+        for ours, plain in ((found, expected), (step.inverse(x), back)):
+            torch.testing.assert_close(ours, plain)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if "hook" in kind:
+        assert {"ActNorm", "InvertibleLinear"} <= set(seen)
+    if kind == "subclass":
+        assert step.linear.calls == 1
