@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pyflowkern.core import activations
 from pyflowkern.core.checks import check_floating
 from pyflowkern.core.dtypes import accumulation_dtype, full_precision
 from pyflowkern.ops._probe import as_probe, expand_probe
-from pyflowkern.ops.field import ACTIVATIONS, activation_and_slope, hutchinson_trace
+from pyflowkern.ops.field import ACTIVATIONS, hutchinson_trace
 from pyflowkern.ops.field_layer import spread
 
 __all__ = [
@@ -195,7 +196,7 @@ def call_layers(
             h = h * spread(gate, h)
         h = h + spread(biases[i], h)
         if i < len(layers) - 1:
-            h = activation_and_slope(h, activation)[0]
+            h = activations.ACTIVATIONS[activation](h)
     return h.to(x.dtype)
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.checks import check_flag, check_floating
 from pyflowkern.nn._base import check_count, check_dtype, check_dtype_of
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.nn._structure import Structure
-from pyflowkern.ops.masked_plan import ACTIVATIONS, MaskedLayer, MaskedPlan
+from pyflowkern.ops.masked_plan import MaskedLayer, MaskedPlan
 
 __all__ = ["MaskedLinear", "MaskedMLP"]
 
@@ -59,7 +60,8 @@ class MaskedMLP(torch.nn.Module):
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         order: the features, first to last; None for 0, 1, 2, ...
         residual: residual blocks :math:`h \leftarrow h + W_2 a(W_1 a(h))` in place of plain layers.
-        activation: relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus.
+        activation: relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus, as the kernel of the inverse
+            computes them: softplus and gelu keep the tails that torch.nn's cut off.
         random_degrees: draw the degrees from torch's generator.
 
     Raises:

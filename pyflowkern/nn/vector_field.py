@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.checks import check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast
 from pyflowkern.nn._base import check_count
@@ -28,7 +29,7 @@ from pyflowkern.nn._fields import (
 )
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.ops._probe import as_probe
-from pyflowkern.ops.field import activation_and_slope, evaluate_field, evaluate_velocity
+from pyflowkern.ops.field import evaluate_field, evaluate_velocity
 from pyflowkern.ops.field_time import at_time
 
 __all__ = ["VectorField", "VectorFieldMLP"]
@@ -190,7 +191,7 @@ class VectorFieldMLP(torch.nn.Module):
             h = F.linear(h, weight)
             h = (layers[2][i] * h if layers[2] else h) + bias
             if i < len(self.hidden):
-                h = activation_and_slope(h, self.activation)[0]
+                h = ACTIVATIONS[self.activation](h)
         return h.to(x.dtype)
 
     def velocity_and_divergence(

@@ -7,37 +7,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pyflowkern.core.activations import activation_and_slope
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.ops._probe import expand_probe
 
 __all__ = [
     "ACTIVATIONS",
-    "activation_and_slope",
     "exact_reference",
     "hutchinson_trace_reference",
     "stacked_reference",
 ]
 
 ACTIVATIONS = ("tanh", "softplus", "silu", "gelu")
-
-
-def activation_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return an activation and its derivative, both differentiable by autograd to any order."""
-    if activation == "tanh":
-        h = torch.tanh(a)
-        return h, 1 - h * h
-    if activation == "softplus":  # torch's own is linear from 20 on
-        return -F.logsigmoid(-a), torch.sigmoid(a)
-    # beyond these bounds derivatives are constant in float64, too; products with a would overflow
-    if activation == "silu":
-        near = a.clamp(-800.0, 800.0)
-        q = torch.sigmoid(near)
-        return F.silu(a), q * (1 + near * torch.sigmoid(-near))
-    near = a.clamp(-40.0, 40.0)
-    cdf = 0.5 * torch.erfc(-near * 0.5**0.5)
-    return a * cdf, cdf + near * torch.exp(-0.5 * near * near) * 0.39894228040143267794
 
 
 def stacked_reference(

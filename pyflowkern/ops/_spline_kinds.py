@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from pyflowkern.core.activations import softplus
 from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["SPLINES", "Pair", "Spline", "rounded_into"]
@@ -129,7 +129,7 @@ def _fixed(
         d = torch.exp(raw / (1 + (raw / clip).abs()))
         least = 0.0, 0.0
     else:
-        d = m.min_derivative + _softplus(raw)
+        d = m.min_derivative + softplus(raw)
         least = m.min_bin_width, m.min_bin_height
     if m.tails == "linear":
         one = torch.ones_like(low)
@@ -148,25 +148,21 @@ def _domain(
 ) -> tuple[Pair, Pair, Tensor]:
     """Return knots and sizes of widths and of heights, and derivatives, over an interval that is learned."""
     where, raw = rest[..., : m.domain_numbers], rest[..., m.domain_numbers :]
-    d = m.min_derivative + _softplus(raw + _softplus_inverse(1 - m.min_derivative))
+    d = m.min_derivative + softplus(raw + _softplus_inverse(1 - m.min_derivative))
     if m.tails == "linear":
-        half = m.bound * _softplus(where + _softplus_inverse(1.0))
+        half = m.bound * softplus(where + _softplus_inverse(1.0))
         ws, hs = (2 * half * _shares(u, m, 0.0) for u in (widths, heights))
         xs, ys = _knots(ws, -half, half), _knots(hs, -half, half)
         end = torch.ones_like(half)
     else:
         ws, hs = (
-            least + _softplus(m.scale * u + _softplus_inverse(2 * m.bound / m.bins - least))
+            least + softplus(m.scale * u + _softplus_inverse(2 * m.bound / m.bins - least))
             for u, least in ((widths, m.min_bin_width), (heights, m.min_bin_height))
         )
         low = where - m.bound  # lowest output, leftmost input
         xs, ys = _knots(ws, low[..., 1:]), _knots(hs, low[..., :1])
         end = hs.sum(-1, keepdim=True) / ws.sum(-1, keepdim=True)
     return (xs, ws), (ys, hs), torch.cat([end, d, end], -1)
-
-
-def _softplus(u: Tensor) -> Tensor:
-    return softplus(u, threshold=40.0)
 
 
 def _softplus_inverse(v: float) -> float:
@@ -233,7 +229,7 @@ def _quadratic(parts: Parts, m: SplineMap) -> Spline:
     """The integral of a density that is linear in each bin; in units of the interval, whose ends both axes share."""
     low, high = _ends(m, parts[0])
     w = _shares(parts[0], m, m.min_bin_width)
-    u = _softplus(parts[1]) + 1e-3
+    u = softplus(parts[1]) + 1e-3
     if m.tails == "linear":  # the density of the ends that is 1 once the whole has area 1
         outer, inner = m.edge * (w[..., :1] * u[..., :1] + w[..., -1:] * u[..., -1:]), w[..., 1:-1]
         area = ((u[..., :-1] + u[..., 1:]) / 2 * inner).sum(-1, keepdim=True)

@@ -33,7 +33,6 @@ from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.ops._field_autograd import FLAT, IN_CACHE, KEEP, NORM, exact_op, field_op, trace_op
 from pyflowkern.ops._field_reference import (
     ACTIVATIONS,
-    activation_and_slope,
     exact_reference,
     hutchinson_trace_reference,
     stacked_reference,
@@ -42,7 +41,6 @@ from pyflowkern.ops._probe import as_probe
 
 __all__ = [
     "ACTIVATIONS",
-    "activation_and_slope",
     "field_divergence",
     "field_divergence_reference",
     "hutchinson_trace",

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
+from pyflowkern.core.activations import activation_and_slope
 from pyflowkern.core.checks import check_batched, check_floating, check_same_device
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, is_batched
-from pyflowkern.ops._field_reference import ACTIVATIONS, activation_and_slope
+from pyflowkern.ops._field_reference import ACTIVATIONS
 
 __all__ = ["field_layer", "field_layer_reference"]
 

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyflowkern.core.activations import softplus
 from pyflowkern.core.checks import check_flag, check_number
 from pyflowkern.core.codes import AffineFlag, ScaleKind, numbered
 
@@ -125,7 +126,7 @@ class ScaleMap:
         if self.kind == "softplus":
             # far left softplus(v) = exp(v), whose logarithm is v even where exp(v) has underflowed
             left = v < -30.0
-            positive = torch.nn.functional.softplus(v, threshold=40.0) + self.eps
+            positive = softplus(v) + self.eps
             log = torch.log(torch.where(left, 1.0, positive).clamp(max=self.max_scale))
             # either side must stay finite where it is not taken: its gradient is 0 times what it has there
             small = v if self.eps == 0 else torch.log(torch.exp(v.clamp(max=0.0)) + self.eps)

@@ -6,6 +6,7 @@ import itertools
 import torch
 from laws import OpCase, Sample, normal
 
+from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.ops import (
     MaskedLayer,
     MaskedPlan,
@@ -15,7 +16,6 @@ from pyflowkern.ops import (
     autoregressive_inverse_reference,
 )
 from pyflowkern.ops._elements import element_map, element_parameters
-from pyflowkern.ops.masked_plan import ACTIVATIONS
 
 MAPS = [
     "affine",

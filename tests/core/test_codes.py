@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from pyflowkern import _C, ops
-from pyflowkern.core import codes
+from pyflowkern.core import activations, codes
 from pyflowkern.ops import (
     field_time,
     linear,
-    masked_plan,
     matrix,
     preprocess,
     runge_kutta,
@@ -65,7 +64,7 @@ def test_sizes_typed_in_both_languages_are_the_same():
         (get_args(spline_map.Tails), codes.SplineTails),
         (get_args(spline_map.Parameterization), codes.SplineParameterization),
         (ACTIVATIONS, codes.FieldActivation),
-        (masked_plan.ACTIVATIONS, codes.MaskedActivation),
+        (activations.ACTIVATIONS, codes.MaskedActivation),
         ([a + b for b in ("", "_raw_first") for a in LAYOUTS], codes.ParamsLayout),
     ],
 )

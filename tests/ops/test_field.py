@@ -7,6 +7,7 @@ import torch
 from cases.field import SHAPES, layers, sample
 from laws import Sample, hold, normal
 
+from pyflowkern.core.activations import activation_and_slope
 from pyflowkern.ops import (
     draw_probe,
     field_divergence,
@@ -16,7 +17,6 @@ from pyflowkern.ops import (
 )
 from pyflowkern.ops.field import (
     ACTIVATIONS,
-    activation_and_slope,
     evaluate_field,
     evaluate_velocity,
 )
