@@ -26,7 +26,7 @@ class Kept(Generic[T]):
     __slots__ = ("_kept",)
 
     def __init__(self) -> None:
-        #: The copies, the result, and whether it was made in inference mode, where alone it can be used then.
+        #: The copies, the result, and whether it was made in inference mode: if so, it is used only there.
         self._kept: tuple[list[Tensor], T, bool] | None = None
 
     def get(self, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
@@ -52,10 +52,10 @@ class Kept(Generic[T]):
 
 
 def may_keep(tensors: Sequence[Tensor]) -> bool:
-    """Whether a result of these tensors may be kept and they may be compared on the host without waiting.
+    """Whether a result of these tensors may be kept, and the tensors compared without waiting for a device.
 
-    So on the CPU, for plain tensors, without gradients, and where nobody (a compiler, a function transform, a dispatch
-    mode) watches the calls.
+    True for plain tensors on the CPU that need no gradient, while no compiler, function transform or dispatch mode
+    sees the calls.
     """
     if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
         return False

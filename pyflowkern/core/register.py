@@ -1,4 +1,4 @@
-"""Define an op: its schema, its fake, its derivatives, and a short eager way to its kernel."""
+"""Define an op: its schema, its fake, its derivatives, and a fast path for eager calls."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def register(
 ) -> Callable[..., Any]:
     """Define ``pyflowkern::<schema>``, its fake and, if given, its derivatives.
 
-    Returns a function that calls the op.  Eagerly it takes a shorter way to the same kernel and the same formula than
-    the dispatcher's autograd key, which is Python in the general case: at batch 64 the call is most of the cost.
+    Returns a function that calls the op.  Eager calls reach the same kernel and the same formula by a shorter path
+    than the dispatcher's autograd key, which is Python in the general case: at batch 64 the call is most of the cost.
 
     Args:
         schema: name, arguments and results, in torch's notation.

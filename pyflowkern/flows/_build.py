@@ -31,8 +31,8 @@ def feature_order(order: str, features: int, layer: int) -> list[int] | None:
 def layer_permutation(features: int, layer: int) -> Tensor:
     """Return a random permutation that depends on the layer alone.
 
-    Masks are structure and not state: a flow made anew must have those of the flow whose weights it
-    is to load.
+    Masks are structure and not state: a new flow must have the same masks as the one whose weights it
+    loads.
     """
     return torch.randperm(features, generator=torch.Generator().manual_seed(layer), device="cpu")
 

@@ -143,9 +143,9 @@ class ContinuousBijection(Bijection):
     def _needs_no_divergence(self, x: Tensor) -> bool:
         """Whether the field's ``forward`` gives the velocity, so that the state can be integrated alone.
 
-        Not by one that is inherited where ``velocity_and_divergence`` is the class's own: that may be another
-        velocity, as it is under autocast, which makes perceptrons coarser alone.  And a norm of the user's may
-        look at the whole state.
+        An inherited ``forward`` does not count where the class has its own ``velocity_and_divergence``: the two
+        velocities may differ.  Under autocast they do, as it lowers the precision of a perceptron's ``forward`` only.
+        And a norm of the user's may look at the whole state.
         """
         places = [vars(self.field), *map(vars, type(self.field).__mro__)]
 

@@ -205,7 +205,7 @@ def _spline_map(
 def _check_together(
     shape: tuple[int, ...], bits: int | None, autoregressive: bool, bounded: bool, coupled: bool
 ) -> None:
-    """Raise ValueError for arguments that exclude each other; ``coupled`` tells of some that are for couplings."""
+    """Raise ValueError for arguments that exclude each other; ``coupled``: some of them are for couplings only."""
     if (autoregressive or bounded) and (len(shape) > 1 or bits is not None):
         raise ValueError(
             "autoregressive layers, angles and tails='none' are for real vectors, "

@@ -76,6 +76,6 @@ class HasPermutations(torch.nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         for name in self.__dict__.get("_permutations", ()):
-            loaded = self._buffers[name]  # int64 in files of before, where it was assigned
+            loaded = self._buffers[name]  # int64 in older files, if it was assigned
             if loaded is not None and loaded.dtype != _SAVED:
                 self._buffers[name] = loaded.to(_SAVED)

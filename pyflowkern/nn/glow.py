@@ -64,7 +64,7 @@ class GlowStep(Bijection):
             y, log_det = self.linear.inverse(z)
             x, more = self.actnorm.inverse(y)
             return x, log_det + more
-        if self.actnorm.waits(inverse=True):
+        if self.actnorm.awaits_first_batch(inverse=True):
             self.actnorm.initialize(self.linear.inverse(z)[0], inverse=True)
         matrix = self.linear.kept_matrix(inverse=True)
         return ops.glow_step(z, *self.actnorm.scale_and_bias(), *matrix, inverse=True)

@@ -86,14 +86,14 @@ class ActNorm(Bijection):
         self.initialize(z, inverse=True)
         return ops.actnorm(z, *self.scale_and_bias(), inverse=True)
 
-    def waits(self, *, inverse: bool = False) -> bool:
+    def awaits_first_batch(self, *, inverse: bool = False) -> bool:
         """Whether the next data in this direction would be the first training data."""
         return not self._started and self.training and (not inverse or torch.is_grad_enabled())
 
     def initialize(self, x: Tensor, *, inverse: bool = False) -> None:
         """Set scale and bias from ``x`` if it is the first training data, on its way in this direction."""
         # tested outside of no_grad: an exported graph with an empty no_grad block cannot be loaded
-        if self.waits(inverse=inverse):
+        if self.awaits_first_batch(inverse=inverse):
             self._start(x, inverse)
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor]:

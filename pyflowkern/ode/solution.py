@@ -137,6 +137,14 @@ class DenseOutput:
         packing: from packed states to the user's.
         begin: time and state before the first step, which there need not be.
         inside: see :class:`Trajectory`; empty where nothing required a gradient.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import ode
+        >>> solution = ode.solve(lambda t, y: -y, torch.ones(3), [0.0, 2.0], dense=True)
+        >>> y = solution.dense(0.5)
+        >>> bool(torch.allclose(y, torch.full((3,), -0.5).exp(), rtol=1e-3))
+        True
     """
 
     method: Tableau

@@ -23,11 +23,11 @@ from pyflowkern.ode.tableaus import Tableau, tableau
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
 
-#: Options of methods with step control, of fixed steps, and of both; those of the other kind are warned of.
+#: Options of methods with step control, of fixed steps, and of both; an option of the other kind gives a warning.
 _ADAPTIVE = ("first_step", "min_step", "max_step", "max_num_steps", "dtype")
 _FIXED = ("grid_constructor", "interp", "perturb")
 _BOTH = ("norm", "step_size", "step_t", "jump_t", "grid_points")
-#: Constants of the step control, which are the same here and not to be changed.
+#: Constants of the step control: the same as torchdiffeq's defaults, and fixed.
 _CONSTANTS = {"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2}
 _SAME_NAME = ("first_step", "min_step", "max_step", "step_size", "interp", "perturb", "norm")
 
@@ -306,14 +306,14 @@ def _add(settings: dict[str, Any], found: Mapping[str, Any]) -> None:
 def _settings_of(
     name: str, options: Mapping[str, Any], method: str | Tableau, func: Any, y0: Any
 ) -> dict[str, Any]:
-    """Return options of torchdiffeq as settings of :func:`solve`; warn of those that it has not.
+    """Return options of torchdiffeq as settings of :func:`solve`; warn of those that it does not have.
 
     Args:
         name: of the argument, for messages.
         options: as the user gave them.
-        method: that they are for.
-        func: field, for a ``grid_constructor``.
-        y0: state, likewise.
+        method: the method that the options are for.
+        func: the field, which a ``grid_constructor`` is called with.
+        y0: the first state, for the same purpose.
     """
     fixed = tableau(method).error is None
     allowed = {*(_FIXED if fixed else _ADAPTIVE), *_BOTH}
@@ -342,7 +342,7 @@ def _settings_of(
 
 
 def _grid_of(constructor: Any, func: Any, y0: Any) -> Callable[[Sequence[float]], list[float]]:
-    """Return a grid constructor of torchdiffeq's, ``(func, y0, t) -> grid``, as a function of the times alone."""
+    """Return torchdiffeq's grid constructor ``(func, y0, t) -> grid`` as a function of the times only."""
     if not callable(constructor):
         raise TypeError(f"grid_constructor must be callable, got {type(constructor).__name__}")
 

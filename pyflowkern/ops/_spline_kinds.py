@@ -57,7 +57,7 @@ def rounded_into(v: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor
     ``clamp`` would halve or cut the derivative at the ends, where nothing but a rounding error is beyond them.
     """
     excess = torch.where(v < low, low - v, torch.where(v > high, high - v, 0.0))
-    return v + excess.detach()  # which forward-mode derivatives heed, too, as they do not no_grad
+    return v + excess.detach()  # detach() also stops forward-mode derivatives; no_grad does not
 
 
 def _shares(raw: Tensor, m: SplineMap, least: float) -> Tensor:

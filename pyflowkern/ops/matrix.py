@@ -90,7 +90,8 @@ def plu_matrix(
         call = _plu_matrix_kernel
     try:
         return call(permutation, lower, upper, log_diag, sign, inverse=inverse)
-    except (RuntimeError, IndexError):  # both paths look at each index anyway: look twice only now
+    except (RuntimeError, IndexError):
+        # both paths look at each index: it is checked a second time only here, to name what is wrong
         _check_permutation(permutation)
         raise
 

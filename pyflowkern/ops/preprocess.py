@@ -228,7 +228,7 @@ def _dequantize(x: Tensor, seed: Tensor, bits: int, alpha: float | None) -> tupl
 
 
 def _edge_steps(bits: int, alpha: float) -> int:
-    """Return how many steps of ``2^-16`` noise before a logit keeps from the edges of a level."""
+    """Return how many noise steps of ``2^-16`` to stay away from a level's edges, if a logit follows."""
     steps = math.ldexp(_EDGE_STEPS, bits - 8) / (1 - 2 * alpha)
     return min(math.ceil(steps), (1 << (_NOISE_BITS - 1)) - 1)
 

@@ -133,9 +133,14 @@ def spline(
     inverse: bool = False,
     elementwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Transform every element by a spline of its own, of any kind, whose raw parameters lie side by side.
+    r"""Transform every element by a spline of its own, of any kind, whose raw parameters lie side by side.
 
-    :class:`SplineMap` says what the kinds are and how raw parameters become bins and derivatives.
+    With the increasing function :math:`f(\cdot; \theta)` of an element's parameters :math:`\theta`,
+
+    .. math:: y_i = f(x_i; \theta_i), \qquad \log\det = \sum_i \log f'(x_i; \theta_i) .
+
+    In each bin :math:`f` is a polynomial of degree 1, 2 or 3, or a quotient of two of degree 2.  :class:`SplineMap`
+    says what the kinds are and how raw parameters become bins and derivatives.
 
     Args:
         x: input ``[N, ...]``.

@@ -83,7 +83,7 @@ class History(Callback):
             self._draw_curve(_flow_module(pl_module))
 
     def _draw_curve(self, module: FlowModule) -> None:
-        """Draw the curve; not again before twenty times as long has passed, for in small runs it is what costs."""
+        """Draw the curve, then wait 20 times as long as that took: in small runs drawing is most of the cost."""
         start = time.monotonic()
         save_curve(self.out / "curve.png", self.rows, module.unit)
         end = time.monotonic()

@@ -29,8 +29,8 @@ CONFIG = TrainConfig(
     ema=0.98,
 )
 ROUNDS = 8  #: evaluations of a demo
-_MEMORY_SECONDS = 20  #: what two processes of their own take to measure their memory, about
-CLOSING = 20.0  #: seconds kept for what follows training, and for being wrong about speed
+_MEMORY_SECONDS = 20  #: about how long two separate processes take to measure the memory
+CLOSING = 20.0  #: seconds left for what follows training, and for a wrong estimate of the speed
 
 
 @dataclass(frozen=True)

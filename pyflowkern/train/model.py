@@ -126,9 +126,9 @@ def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
-    """Return the config with the flow's own numbers, words and flags written out: a default may change later."""
+    """Return the config with the flow's default numbers, strings and flags written out: a default may change later."""
     if (flow := _known_flows().get(config.flow)) is None:
-        return config  # an error of the building
+        return config  # building the flow will report it
     parameters = inspect.signature(flow).parameters.values()
     kept = {
         p.name: p.default
@@ -139,7 +139,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def with_earlier_defaults(config: TrainConfig) -> TrainConfig:
-    """Return a stored run's config with what was a default before runs wrote out theirs."""
+    """Return a stored run's config with the old defaults, for runs that did not write theirs out yet."""
     if config.flow != "NSF" or config.flow_args.keys() & {"bound", "circular"}:
         return config
     return replace(config, flow_args={**config.flow_args, "bound": 3.0})

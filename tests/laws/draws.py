@@ -18,6 +18,10 @@ def unit(*shape, seed=0, dtype=torch.float64):
     return drawn.to(dtype).to(torch.get_default_device())
 
 
+#: Of float64 sums of up to some thousand terms that are added in another order.
+REORDERED = 1e-10
+
+
 class Calls(TorchDispatchMode):
     """The names of the ops that run inside."""
 
@@ -33,12 +37,12 @@ class Calls(TorchDispatchMode):
 
 def check_batched_gradients(y, leaves):
     """Gradients for several cotangents at once are those for one after the other."""
-    ways = normal(4, *y.shape, seed=3).to(y.dtype)
+    cotangents = normal(4, *y.shape, seed=3).to(y.dtype)
     options = {"retain_graph": True, "allow_unused": True}
-    found = torch.autograd.grad(y, leaves, ways, is_grads_batched=True, **options)
-    each = zip(*(torch.autograd.grad(y, leaves, way, **options) for way in ways), strict=True)
+    found = torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True, **options)
+    each = zip(*(torch.autograd.grad(y, leaves, c, **options) for c in cotangents), strict=True)
     for a, b in zip(found, each, strict=True):
         if a is None or b[0] is None:  # of what does not matter: none, or zeros
             assert all(t is None or not t.any() for t in (a, *b))
         else:
-            torch.testing.assert_close(a, torch.stack(b), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(a, torch.stack(b), rtol=REORDERED, atol=REORDERED)

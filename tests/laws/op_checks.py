@@ -11,6 +11,13 @@ from laws.bijections import jacobian_log_det
 from laws.draws import normal
 from laws.ops import Sample, hold, results, run
 
+#: Of the same float64 quantity by two formulas, some hundred operations each: a kernel's and autograd's, or the two
+#: sides of an inner product.  Rounding errors, enlarged by ill-conditioned samples, take some of the 16 digits.
+TWO_FORMULAS = 1e-9
+#: Of float32 results and gradients, in whose sums a compiler changes the order and fuses operations; the absolute bound
+#: is for sums that cancel.
+COMPILED_RTOL, COMPILED_ATOL = 1e-4, 1e-5
+
 
 def check_errors(case, sample, layout=None):
     """Values and gradients are as close to float64 as the case says."""
@@ -59,7 +66,10 @@ def check_log_det_is_that_of_the_jacobian(case):
             if log_det.shape == x.shape and x.dim() > 1:  # a term for each element
                 log_det = log_det.flatten(1).sum(1)
             torch.testing.assert_close(
-                log_det, jacobian_log_det(lambda v, f=function: f(v)[0], x), rtol=1e-9, atol=1e-9
+                log_det,
+                jacobian_log_det(lambda v, f=function: f(v)[0], x),
+                rtol=TWO_FORMULAS,
+                atol=TWO_FORMULAS,
             )
 
 
@@ -243,10 +253,10 @@ def check_function_transforms(case):
             for a, b in zip(again, found, strict=True):
                 torch.testing.assert_close(a, b.detach())
             for a, b in zip(pull(cotangents), gradients, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(a, b, rtol=TWO_FORMULAS, atol=TWO_FORMULAS)
             forward = sum((g * moved[i]).sum() for g, i in zip(cotangents, smooth, strict=True))
             backward = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
-            torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(forward, backward, rtol=TWO_FORMULAS, atol=TWO_FORMULAS)
         many = [torch.stack((t, t.flip(0) if t.dim() else t / 2)) for t in leaves]
         one_by_one = [function(*(t[i] for t in many)) for i in (0, 1)]
         if leaves:
@@ -315,7 +325,9 @@ def check_compiles(case, compiler, samples):
             if f is loss:
                 expected = found
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(
+                a, b, rtol=COMPILED_RTOL, atol=COMPILED_ATOL, equal_nan=True
+            )
 
 
 def check_arguments_are_named(case):

@@ -17,8 +17,8 @@ def results(function, tensors):
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     found = function(*leaves)
     outputs = list(found) if isinstance(found, tuple) else [found]
-    ways = [normal(*y.shape, seed=7).to(y.dtype) for y in outputs]
-    grads = torch.autograd.grad(outputs, leaves, ways, allow_unused=True)
+    cotangents = [normal(*y.shape, seed=7).to(y.dtype) for y in outputs]
+    grads = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
     return [t.detach() for t in (*outputs, *grads) if t is not None]
 
 

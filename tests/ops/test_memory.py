@@ -26,8 +26,8 @@ def results(function, tensors, dtype):
     inputs = [t for t in leaves if t is not None]
     grads = []
     if smooth:
-        ways = [torch.ones_like(y) for y in smooth]
-        grads = list(torch.autograd.grad(smooth, inputs, ways, allow_unused=True))
+        cotangents = [torch.ones_like(y) for y in smooth]
+        grads = list(torch.autograd.grad(smooth, inputs, cotangents, allow_unused=True))
     return outputs, grads
 
 

@@ -53,7 +53,7 @@ class Continuous(torch.autograd.Function):
                 try:
                     first, found = _solve_back(problem, ys, grads, t, params, read)
                     break
-                except _MoreRead as more:  # start again with these, too
+                except _UnexpectedParameters as more:  # start again with these, too
                     read += more.numbers
             grad_t = None
             if t is not None and ctx.needs_input_grad[2]:
@@ -64,7 +64,7 @@ class Continuous(torch.autograd.Function):
         return (None, first + grads[0], grad_t, *totals)
 
 
-class _MoreRead(RuntimeError):
+class _UnexpectedParameters(RuntimeError):
     """The field has read parameters whose gradients are not part of the backward solve's state yet."""
 
     def __init__(self, numbers: list[int]) -> None:
@@ -94,7 +94,7 @@ def _solve_back(
         The gradients of the first state and, concatenated, of the parameters in ``read``.
 
     Raises:
-        _MoreRead: where the field reads further parameters.
+        _UnexpectedParameters: where the field reads further parameters.
     """
     n, shape = ys[0].numel(), ys[0].shape
     wanted = [params[i] for i in read]
@@ -151,7 +151,7 @@ def _augmented(
             slope = problem.field(t, y)
             parameters.look(slope, y, () if y.grad_fn is None else (y.grad_fn,))
             if len(parameters.read) > len(read) and (more := set(parameters.read) - set(read)):
-                raise _MoreRead(sorted(more))
+                raise _UnexpectedParameters(sorted(more))
             found: Sequence[Tensor | None] = [None] * (1 + len(wanted))
             if slope.requires_grad:
                 a = -state[n : 2 * n].view(shape).to(slope.dtype)
@@ -246,7 +246,7 @@ def _augmented_options(
         first_step=first_step,
         callbacks=callbacks,
         backward_callbacks=None,
-        augmented_norm=None,  # the user's knows these parts only; an adjoint of the adjoint has more
+        augmented_norm=None,  # a norm of the user's takes these parts only; an adjoint of the adjoint has more
     )
 
 
