@@ -100,4 +100,17 @@ int __tsan_atomic32_fetch_add(volatile int* p, int value, int order) {
   (void)order;
   return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
 }
+// the switch that fills fresh memory with NaN
+char __tsan_atomic8_exchange(volatile char* p, char value, int order) {
+  (void)order;
+  return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);
+}
+char __tsan_atomic8_load(const volatile char* p, int order) {
+  (void)order;
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+void __tsan_atomic8_store(volatile char* p, char value, int order) {
+  (void)order;
+  __atomic_store_n(p, value, __ATOMIC_SEQ_CST);
+}
 }

@@ -161,7 +161,7 @@ def field_layer():
                     mine = p.clone(memory_format=torch.preserve_format)
                     activate_layer(mine, *given, 2, options["activation"], in_place=True)
                 activate_layer(
-                    mine.requires_grad_() * 1, *given, 2, options["activation"], own=True
+                    mine.requires_grad_() * 1, *given, 2, options["activation"], in_place=True
                 ).square().sum().backward()
 
 

@@ -28,7 +28,10 @@ OPTIONS = {
 }
 #: The command line, slowed down, printing each step.
 SLOW = """
-import sys, time; from pyflowkern.train import FlowModule
+import signal, sys, time; from pyflowkern.train import FlowModule
+# whoever runs the tests in the background may ignore these signals, and the run would then, too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 step = FlowModule.training_step
 def slow(self, batch, index):
     step(self, batch, index)
@@ -166,6 +169,7 @@ def test_training_in_a_thread_needs_no_handlers(config, whole, tmp_path):
 
 def test_ctrl_c_before_training_is_one_line(tmp_path):
     code = "import os, signal; from pyflowkern.train import runner\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "def load(*a, **k): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)\n"
     code += "runner.load = load; import sys; sys.argv[0] = 'pyflowkern'\n"
     code += "from pyflowkern.cli import main; main()"
