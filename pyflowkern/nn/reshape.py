@@ -118,8 +118,8 @@ class Permutation(HasPermutations, Bijection):
         else:
             if not isinstance(permutation, Tensor):
                 check_list("permutation", permutation)
-            elif permutation.is_meta:
-                raise ValueError("permutation must hold numbers, got a tensor on the meta device")
+            elif permutation.is_meta or permutation.layout != torch.strided:
+                raise ValueError("permutation must be a dense tensor that holds numbers")
             order = torch.as_tensor(permutation, device=structure_device())
         if (
             order.is_floating_point()
