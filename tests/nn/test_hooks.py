@@ -246,6 +246,8 @@ def test_parts_of_a_glow_step_are_called_where_anything_hangs_on_them(kind):
     torch.manual_seed(0)
     step, x = nn.GlowStep(4), torch.randn(16, 4, 3, 3)
     step(x)
+    with torch.no_grad():
+        step.linear.log_diag += 0.3  # a rotation's log-det of 0 would be missed by nobody
     expected, back = step(x), step.inverse(x)
     seen = []
     note = lambda module, *_: seen.append(type(module).__name__)  # noqa: E731
