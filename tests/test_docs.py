@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench._overview import describe, entries, headlines
-from bench._summary import summary
 from pyflowkern import ops
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
+from bench._overview import describe, entries, headlines  # noqa: E402
+from bench._summary import summary  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/cpu-amd-epyc"
