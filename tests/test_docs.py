@@ -12,8 +12,8 @@ from PIL import Image
 from pyflowkern import ops
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
-from bench._overview import describe, entries, headlines  # noqa: E402
-from bench._summary import summary  # noqa: E402
+from bench._overview import describe, entries, headlines
+from bench._summary import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/cpu-amd-epyc"
