@@ -14,6 +14,8 @@ ORDER = [
     *[("cli", "_commands"), ("train",), ("flows", "data"), ("nn",), ("ode",), ("ops",), ("core",)],
     ("_library", "_version"),
 ]
+#: Private to the package as a whole, and used throughout it.
+SHARED = ("pyflowkern._library", "pyflowkern._version", "pyflowkern._C")
 #: On CUDA torch's own layers run: the products of a network as wide as a GPU wants are not ours to beat.
 WITHOUT_CUDA = {"relu_network"}
 
@@ -98,6 +100,21 @@ def test_imports_run_one_way():
             assert other is None or other >= own, f"{path.relative_to(ROOT)} imports {module}"
             seen |= {other}
     assert seen >= set(range(len(ORDER)))  # every layer is looked at
+
+
+def test_private_names_stay_in_their_package():
+    """What another package needs is named without an underscore; what all of them need is in core."""
+    for path in tracked("pyflowkern/*.py", "pyflowkern/**/*.py", "bench/*.py", "examples/*.py"):
+        package = ".".join(path.relative_to(ROOT).parts[:-1])
+        for module in imported(path):
+            parts = module.split(".")
+            if parts[0] not in ("pyflowkern", "bench") or module.startswith(SHARED):
+                continue
+            private = next((i for i, part in enumerate(parts) if part.startswith("_")), None)
+            home = ".".join(parts[:private])
+            assert private is None or package == home or package.startswith(f"{home}."), (
+                f"{path.relative_to(ROOT)} imports {module}, private to {home}"
+            )
 
 
 @pytest.mark.parametrize(

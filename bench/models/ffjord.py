@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench._case import Case, Inputs, Lazy, Provider, random_inputs
 from pyflowkern import flows, ops
-from pyflowkern.ops._probe import as_probe, expand_probe
+from pyflowkern.ops.probe import as_probe, expand_probe
 
 DIMS, BATCH, HIDDEN, BLOCKS, TOLERANCE = 6, 1000, (60, 60, 60), 5, 1e-5
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from pyflowkern._library import FLOATS
+from pyflowkern.core.dtypes import autocasts
 
 __all__ = [
     "check_batched",
+    "check_channels",
+    "check_context",
+    "check_count",
     "check_dense",
+    "check_dtype",
+    "check_dtype_of",
     "check_flag",
     "check_floating",
     "check_list",
     "check_number",
     "check_same_device",
     "check_shape",
+    "is_integer",
+    "takes_two",
 ]
 
 
@@ -45,6 +54,25 @@ def check_number(name: str, value: float) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must fit a float, got {value}") from None
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Return a count as an int; raise TypeError unless it is an integer, ValueError below ``least``.
+
+    A symbolic size, as torch.compile has them, stays what it is.
+    """
+    if isinstance(value, torch.SymInt):
+        return value
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def check_list(name: str, values: Sequence[Any]) -> None:
@@ -83,10 +111,49 @@ def check_batched(name: str, t: Tensor, min_dim: int = 2) -> None:
         )
 
 
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """Raise unless ``x`` is a floating tensor ``[N, channels, *space]``."""
+    check_batched(name, x)
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{name} must have {channels} channels on axis 1 ([N, C, *space]), "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
 def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
     """Raise ValueError unless ``t`` has exactly this shape."""
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
+def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
+    """Raise unless the context is ``[N, features]``, or None for a field that takes none."""
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    if context is None and not features:
+        return
+    if context is None or not features or tuple(context.shape) != (x.shape[0], features):
+        want = f"have shape ({x.shape[0]}, {features})" if features else "be None"
+        got = None if context is None else tuple(context.shape)
+        raise ValueError(f"context must {want}, got {got}")
+
+
+def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
+    """Raise TypeError unless ``t`` has the dtype of the parameters, or autocast converts it."""
+    if t.dtype == want or (autocasts(t) and torch.float64 not in (t.dtype, want)):
+        return
+    raise TypeError(
+        f"{name} must have the {whose}'s dtype {want}, got {t.dtype}; "
+        f"convert one of them, as by {whose}.to({name}.dtype)"
+    )
+
+
+def check_dtype_of(name: str, t: Tensor, layer: torch.nn.Module) -> None:
+    """Call :func:`check_dtype` with the dtype of a network's first parameter, if it has one."""
+    known = next(layer.parameters(), None)  # None where the user's own layer has no parameters
+    if known is not None and known.is_floating_point():
+        check_dtype(name, t, known.dtype, "network")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -100,3 +167,16 @@ def check_same_device(**tensors: Tensor | None) -> None:
         elif t.device != device:
             devices = {name: t.device for name, t in tensors.items() if t is not None}
             raise ValueError(f"all tensors must be on one device, got {devices}")
+
+
+def takes_two(function: Callable[..., object]) -> bool:
+    """Whether a function can be called with two arguments; True where its signature is not known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True

@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag
-from pyflowkern.nn._base import check_count
-from pyflowkern.nn._coupling import takes_two
+from pyflowkern.core.checks import check_count, check_flag, is_integer, takes_two
 
 __all__ = [
     "ConditionerFactory",
-    "as_count",
-    "as_counts",
+    "check_counts",
     "check_flags",
     "expand_context",
     "parse_event",
@@ -30,22 +27,9 @@ __all__ = [
 ConditionerFactory = Callable[[int, int], torch.nn.Module]
 
 
-def as_count(name: str, value: int, least: int = 1) -> int:
-    """Return a count as an int; raise TypeError unless it is an integer, ValueError below ``least``.
-
-    NumPy's integers are integers.  A symbolic size, as torch.compile has them, stays what it is.
-    """
-    if isinstance(value, torch.SymInt):
-        return value
-    if _is_integer(value):
-        value = int(value)
-    check_count(name, value, least)
-    return value
-
-
-def as_counts(**counts: int) -> tuple[int, ...]:
+def check_counts(**counts: int) -> tuple[int, ...]:
     """Return counts of at least 1 as ints, in the order in which they are given."""
-    return tuple(as_count(name, value) for name, value in counts.items())
+    return tuple(check_count(name, value) for name, value in counts.items())
 
 
 def check_flags(**flags: bool) -> None:
@@ -57,7 +41,7 @@ def check_flags(**flags: bool) -> None:
 def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """Return ``(D,)`` of a dimension, or the shape as a tuple; raise unless all is positive."""
     event = _as_tuple("event_shape", shape)
-    if not event or not all(_is_integer(size) and size >= 1 for size in event):
+    if not event or not all(is_integer(size) and size >= 1 for size in event):
         raise ValueError(
             "event_shape must be a dimension D, (D,) or (C, *space) of positive ints, "
             f"got {shape!r}"
@@ -89,7 +73,7 @@ def parse_vector(shape: int | Sequence[int]) -> tuple[int, ...]:
 def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """Return the widths of hidden layers; one number stands for two layers."""
     widths = _as_tuple("hidden", hidden)
-    if not widths or not all(_is_integer(width) and width >= 1 for width in widths):
+    if not widths or not all(is_integer(width) and width >= 1 for width in widths):
         raise ValueError(
             f"hidden must be at least 1, or a sequence of such widths, got {hidden!r}"
         )
@@ -98,7 +82,7 @@ def parse_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
 
 def plain_ints(values: Sequence[int]) -> Sequence[int]:
     """Return NumPy's integers of a sequence as ints, and what is no sequence of integers as it is."""
-    if isinstance(values, Iterable) and all(_is_integer(v) for v in values):
+    if isinstance(values, Iterable) and all(is_integer(v) for v in values):
         return tuple(int(v) for v in values)
     return values
 
@@ -152,7 +136,3 @@ def _as_tuple(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
     if not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
     return (value,)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyflowkern import ops
-from pyflowkern.flows._arguments import as_count, check_flags, expand_context, parse_shape
+from pyflowkern.core.checks import check_count, check_dtype
+from pyflowkern.flows._arguments import check_flags, expand_context, parse_shape
 from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows._domain import Domain, PixelDomain, without_density
 from pyflowkern.flows._hints import warn_of_unsuitable
 from pyflowkern.flows._torch_base import as_base
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
-from pyflowkern.nn._base import check_dtype, independent
 
 __all__ = ["Flow"]
 
@@ -86,10 +86,10 @@ class Flow(Bijection):
         check_flags(periodic=periodic)
         if domain is not None and bits is not None:
             raise ValueError(f"domain must be None with bits={bits}, got {domain}")
-        self.context_features = as_count("context_features", context_features, 0)
+        self.context_features = check_count("context_features", context_features, 0)
         self.event_shape = parse_shape(event_shape)
         self.dims = math.prod(self.event_shape)
-        self.preprocess = None if bits is None else Dequantize(as_count("bits", bits), alpha)
+        self.preprocess = None if bits is None else Dequantize(check_count("bits", bits), alpha)
         self._domain = None if domain is None else Domain.between(domain, periodic)
         if self.preprocess is not None:
             self._domain = PixelDomain.of(alpha)
@@ -143,7 +143,7 @@ class Flow(Bijection):
     def support(self) -> constraints.Constraint:
         """Where the data lie, as a constraint of torch over events: the real line or the domain."""
         each = constraints.real if self.domain is None else constraints.interval(*self.domain)
-        return independent(each, len(self.event_shape))
+        return constraints.independent(each, len(self.event_shape))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the log-density of ``x`` in nats, ``[N]``: -inf outside of a bounded domain.
@@ -281,7 +281,7 @@ class Flow(Bijection):
         Raises:
             ValueError: for steps below 2 or different shapes.
         """
-        steps = as_count("steps", steps, 2)
+        steps = check_count("steps", steps, 2)
         self._check_data("x0", x0)
         self._check_data("x1", x1)
         if x0.shape != x1.shape:
@@ -338,7 +338,7 @@ class Flow(Bijection):
             len(self.event_shape),
             1,
             domain=self.support,
-            codomain=independent(latent, 1),
+            codomain=constraints.independent(latent, 1),
             **options,
         )
 
@@ -358,7 +358,7 @@ class Flow(Bijection):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``n`` latents and a context of each."""
-        n = as_count("n", n, 0)
+        n = check_count("n", n, 0)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         context = self._context_of(context, n)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode, ops
-from pyflowkern.core.checks import check_number
+from pyflowkern.core.checks import check_context, check_count, check_number
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
-from pyflowkern.flows._arguments import as_count, check_flags
+from pyflowkern.flows._arguments import check_flags
 from pyflowkern.flows._rescue import Dynamics, check_export, guarded, rows_like, solve_rows
 from pyflowkern.nn import Bijection
-from pyflowkern.nn._fields import check_context
 
 __all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
 
@@ -137,7 +136,7 @@ class ContinuousBijection(Bijection):
         self.log_duration: torch.nn.Parameter | None = None
         if train_time:
             self.log_duration = torch.nn.Parameter(torch.tensor(math.log(duration)))
-        self.probes, self.noise = as_count("probes", probes), noise
+        self.probes, self.noise = check_count("probes", probes), noise
         self.solver = solver
 
     def _needs_no_divergence(self, x: Tensor) -> bool:
@@ -188,7 +187,7 @@ class ContinuousBijection(Bijection):
         Probes and a generator that are given are used in eval mode, too, unless ``divergence`` is exact.
         """
         check_export(self.solver)
-        count = self.probes if probes is None else as_count("probes", probes)
+        count = self.probes if probes is None else check_count("probes", probes)
         how = self._estimator(x, probes is not None or generator is not None)
         options: dict[str, Any] = {"regularizers": regularizers, "method": "exact"}
         if how == "exact":

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyflowkern.nn._base import broadcast_shapes
-
 __all__ = ["FlowDistribution"]
 
 
@@ -129,7 +127,7 @@ class FlowDistribution(Distribution):
         ):
             self._validate_sample(value)
         cut = value.dim() - len(self.event_shape)
-        lead = broadcast_shapes(value.shape[:cut], self.batch_shape)
+        lead = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
         x = value.expand(*lead, *value.shape[cut:]).reshape(lead.numel(), *value.shape[cut:])
         return self.flow.log_prob(x, self._context(lead)).reshape(lead)
 
@@ -143,7 +141,7 @@ class FlowDistribution(Distribution):
 def _check_expands(name: str, shape: torch.Size, wanted: torch.Size) -> None:
     """Raise ValueError unless ``shape`` broadcasts to ``wanted``."""
     try:
-        fits = broadcast_shapes(shape, wanted) == wanted
+        fits = torch.broadcast_shapes(shape, wanted) == wanted
     except RuntimeError:
         fits = False
     if not fits:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.distributions import Distribution
 
-from pyflowkern.flows._arguments import as_count, check_flags, parse_vector, parse_widths
+from pyflowkern.core.checks import check_count
+from pyflowkern.flows._arguments import check_flags, parse_vector, parse_widths
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import feature_order
 from pyflowkern.nn import Bijection, Inverse, MaskedAutoregressive, Sequential
@@ -67,7 +68,7 @@ class MAF(Flow):
     ) -> None:
         shape = parse_vector(event_shape)
         check_flags(residual=residual)
-        context_features = as_count("context_features", context_features, 0)
+        context_features = check_count("context_features", context_features, 0)
         layers = [
             MaskedAutoregressive(
                 shape[0],
@@ -78,7 +79,7 @@ class MAF(Flow):
                 residual=residual,
                 activation=activation,
             )
-            for i in range(as_count("transforms", transforms))
+            for i in range(check_count("transforms", transforms))
         ]
         bijection = Sequential(*(self._directed(layer) for layer in layers))
         super().__init__(bijection, shape, base=base, context_features=context_features)

@@ -18,9 +18,9 @@ from torch.distributions import (
 from torch.distributions import Uniform as TorchUniform
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_batched, check_number
+from pyflowkern.core.checks import check_batched, check_count, check_number
 from pyflowkern.core.dtypes import accumulation_dtype
-from pyflowkern.flows._arguments import as_count, check_flags
+from pyflowkern.flows._arguments import check_flags
 from pyflowkern.flows._domain import rounded_ends
 
 __all__ = ["MixtureOfGaussians", "StandardNormal", "Uniform"]
@@ -48,7 +48,7 @@ class StandardNormal(torch.nn.Module):
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        self.dims = as_count("dims", dims)
+        self.dims = check_count("dims", dims)
         # follows the module's dtype and device, so that samples do; its value is never read
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
@@ -118,7 +118,7 @@ class MixtureOfGaussians(torch.nn.Module):
         learned: bool = True,
     ) -> None:
         super().__init__()
-        dims, components = as_count("dims", dims), as_count("components", components)
+        dims, components = check_count("dims", dims), check_count("components", components)
         check_flags(learned=learned)
         spread, scale = check_number("spread", spread), check_number("scale", scale)
         if spread < 0:
@@ -203,7 +203,7 @@ class Uniform(torch.nn.Module):
 
     def __init__(self, dims: int, low: float = -math.pi, high: float = math.pi) -> None:
         super().__init__()
-        dims = as_count("dims", dims)
+        dims = check_count("dims", dims)
         low, high = check_number("low", low), check_number("high", high)
         if not low < high:
             raise ValueError(f"high must be above low, got {low} and {high}")

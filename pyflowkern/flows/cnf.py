@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyflowkern.core.checks import check_count
 from pyflowkern.core.dtypes import accumulation_dtype
-from pyflowkern.flows._arguments import as_count, as_counts, parse_shape, plain_ints
+from pyflowkern.flows._arguments import check_counts, parse_shape, plain_ints
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import check_space, squeezed
 from pyflowkern.flows._continuous import ContinuousBijection, Integrals, without_log_det
@@ -135,8 +136,8 @@ class CNF(Flow):
     ) -> None:
         shape = parse_shape(event_shape)
         conv = _is_conv(conv, levels, shape)
-        blocks, levels = as_counts(blocks=blocks, levels=1 if levels is None else levels)
-        context_features = as_count("context_features", context_features, 0)
+        blocks, levels = check_counts(blocks=blocks, levels=1 if levels is None else levels)
+        context_features = check_count("context_features", context_features, 0)
         kind = VectorFieldConv if conv else VectorFieldMLP
         own = partial(kind, hidden=plain_ints(hidden), activation=activation, time=time)
         make = _maker(field, partial(own, context_features=context_features))

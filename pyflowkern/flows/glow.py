@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
+from pyflowkern.core.checks import check_count
 from pyflowkern.flows._arguments import (
     ConditionerFactory,
-    as_count,
-    as_counts,
+    check_counts,
     parse_event,
     taking_context,
 )
@@ -88,8 +88,8 @@ class Glow(Flow):
         base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_event(event_shape)
-        levels, steps, hidden = as_counts(levels=levels, steps=steps, hidden=hidden)
-        context_features = as_count("context_features", context_features, 0)
+        levels, steps, hidden = check_counts(levels=levels, steps=steps, hidden=hidden)
+        context_features = check_count("context_features", context_features, 0)
         vector = len(shape) == 1
         options: dict[str, Any] = {"hidden": hidden, "context_features": context_features}
         convolutional = partial(ConvNet, spatial_dims=max(len(shape) - 1, 1), **options)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
+from pyflowkern.core.checks import check_count
 from pyflowkern.flows._arguments import (
     ConditionerFactory,
-    as_count,
-    as_counts,
+    check_counts,
     check_flags,
     parse_event,
     parse_shape,
@@ -149,9 +149,9 @@ class NSF(Flow):
         check_flags(residual=residual, unconditional=unconditional)
         shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         widths = parse_widths(hidden)
-        transforms, levels, steps = as_counts(transforms=transforms, levels=levels, steps=steps)
-        context_features = as_count("context_features", context_features, 0)
-        spline = _spline_map(spline, as_count("bins", bins), bound, tails, circular)
+        transforms, levels, steps = check_counts(transforms=transforms, levels=levels, steps=steps)
+        context_features = check_count("context_features", context_features, 0)
+        spline = _spline_map(spline, check_count("bins", bins), bound, tails, circular)
         domain = spline.interval if spline.tails in ("circular", "none") else None
         mixing = _check_mixing(mixing, domain, autoregressive)
         coupled = unconditional or conditioner is not None

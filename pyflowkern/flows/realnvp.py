@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
+from pyflowkern.core.checks import check_count
 from pyflowkern.flows._arguments import (
     ConditionerFactory,
-    as_count,
-    as_counts,
+    check_counts,
     parse_event,
     taking_context,
 )
@@ -90,11 +90,11 @@ class RealNVP(Flow):
         base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_event(event_shape)
-        levels, steps, hidden = as_counts(levels=levels, steps=steps, hidden=hidden)
-        context_features = as_count("context_features", context_features, 0)
+        levels, steps, hidden = check_counts(levels=levels, steps=steps, hidden=hidden)
+        context_features = check_count("context_features", context_features, 0)
         options: dict[str, Any] = {
             "hidden": hidden,
-            "blocks": as_count("blocks", blocks, 0),
+            "blocks": check_count("blocks", blocks, 0),
             "context_features": context_features,
         }
         vector = len(shape) == 1

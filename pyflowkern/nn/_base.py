@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyflowkern.core.checks import check_batched
-from pyflowkern.core.dtypes import accumulation_dtype, autocasts
+from pyflowkern.core.dtypes import accumulation_dtype
 
 __all__ = [
     "Bijection",
     "BijectionTransform",
     "Sequential",
-    "check_channels",
-    "check_count",
-    "check_dtype",
-    "check_dtype_of",
     "zero_log_det",
 ]
 
@@ -123,8 +117,8 @@ class BijectionTransform(Transform):
         super().__init__(cache_size=cache_size)
         self.bijection, self.context = bijection, context
         self.domain_dim, self.codomain_dim = domain_dim, codomain_dim
-        self.domain = domain or independent(constraints.real, domain_dim)
-        self.codomain = codomain or independent(constraints.real, codomain_dim)
+        self.domain = domain or constraints.independent(constraints.real, domain_dim)
+        self.codomain = codomain or constraints.independent(constraints.real, codomain_dim)
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -191,7 +185,7 @@ class BijectionTransform(Transform):
         lead, event = t.shape[:cut], t.shape[cut:]
         context = self.context
         if context is not None:
-            lead = broadcast_shapes(lead, context.shape[:-1])
+            lead = torch.broadcast_shapes(lead, context.shape[:-1])
             t = t.expand(*lead, *event)
             context = context.expand(*lead, context.shape[-1]).reshape(
                 lead.numel(), context.shape[-1]
@@ -266,53 +260,6 @@ class Sequential(Bijection):
 def zero_log_det(x: Tensor) -> Tensor:
     """Return the log-determinant of a volume-preserving map, ``[N]`` zeros."""
     return x.new_zeros(x.shape[:1], dtype=accumulation_dtype(x.dtype))
-
-
-def check_channels(name: str, x: Tensor, channels: int) -> None:
-    """Raise unless ``x`` is a floating tensor ``[N, channels, *space]``."""
-    check_batched(name, x)
-    if x.shape[1] != channels:
-        raise ValueError(
-            f"{name} must have {channels} channels on axis 1 ([N, C, *space]), "
-            f"got shape {tuple(x.shape)}"
-        )
-
-
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """Return ``value`` as an int; raise unless it is an integer, NumPy's among them, of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    value = int(value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def check_dtype(name: str, t: Tensor, want: torch.dtype, whose: str) -> None:
-    """Raise TypeError unless ``t`` has the dtype of the parameters, or autocast converts it."""
-    if t.dtype == want or (autocasts(t) and torch.float64 not in (t.dtype, want)):
-        return
-    raise TypeError(
-        f"{name} must have the {whose}'s dtype {want}, got {t.dtype}; "
-        f"convert one of them, as by {whose}.to({name}.dtype)"
-    )
-
-
-def check_dtype_of(name: str, t: Tensor, layer: torch.nn.Module) -> None:
-    """Call :func:`check_dtype` with the dtype of a network's first parameter, if it has one."""
-    known = next(layer.parameters(), None)  # None where the user's own layer has no parameters
-    if known is not None and known.is_floating_point():
-        check_dtype(name, t, known.dtype, "network")
-
-
-def independent(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
-    """Return the constraint over events of ``event_dim`` axes."""
-    return constraints.independent(constraint, event_dim)
-
-
-def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
-    """Return what the shapes broadcast to."""
-    return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return]
 
 
 def _replace_event(

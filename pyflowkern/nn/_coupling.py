@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag
-from pyflowkern.nn._base import Bijection, check_count
-from pyflowkern.nn._structure import Structure
+from pyflowkern.core.checks import check_count, check_flag, takes_two
+from pyflowkern.core.structure import Structure, structure_device
+from pyflowkern.nn._base import Bijection
 from pyflowkern.ops import channel_split_sizes, checkerboard_mask
-from pyflowkern.ops._coupling import structure_device
 
 __all__ = [
     "Conditioner",
@@ -21,7 +19,6 @@ __all__ = [
     "channel_mask",
     "check_split",
     "condition",
-    "takes_two",
 ]
 
 #: A module, called as ``g(h)`` or ``g(h, context)``, or a factory ``(in, out) -> module``.
@@ -161,19 +158,6 @@ def condition(conditioner: torch.nn.Module, h: Tensor, context: Tensor | None) -
             "give it a forward(x, context), or use one that is made with context_features, such as nn.MLP"
         ) from error
     return out
-
-
-def takes_two(function: Callable[..., object]) -> bool:
-    """Whether a function can be called with two arguments; True where its signature is not known."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return True
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        return False
-    return True
 
 
 def check_split(split: str | Tensor, channels: int) -> int:

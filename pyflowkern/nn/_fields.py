@@ -2,25 +2,23 @@ r"""What all vector fields share: checks, time and context, products with the Ja
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyflowkern.core import activations
-from pyflowkern.core.checks import check_floating
+from pyflowkern.core.checks import check_floating, is_integer
 from pyflowkern.core.dtypes import accumulation_dtype, full_precision
-from pyflowkern.ops._probe import as_probe, expand_probe
 from pyflowkern.ops.field import ACTIVATIONS, hutchinson_trace
 from pyflowkern.ops.field_layer import spread
+from pyflowkern.ops.probe import as_probe, expand_probe
 
 __all__ = [
     "FieldLinear",
     "add_context",
     "as_time",
     "call_layers",
-    "check_context",
     "check_field",
     "check_states",
     "parameters_of",
@@ -52,7 +50,7 @@ def check_field(
     if not isinstance(hidden, Iterable):
         raise TypeError(f"hidden must be a sequence of ints, got {hidden!r}")
     sizes = [size, *hidden, size]
-    if any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1 for n in sizes):
+    if not all(is_integer(n) and n >= 1 for n in sizes):
         raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -83,18 +81,6 @@ def parameters_of(
     if width != size:
         raise ValueError(f"the last layer must give {size}, got {width}")
     return weights, biases
-
-
-def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
-    """Raise unless the context is ``[N, features]``, or None for a field that takes none."""
-    if context is not None and not isinstance(context, Tensor):
-        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
-    if context is None and not features:
-        return
-    if context is None or not features or tuple(context.shape) != (x.shape[0], features):
-        want = f"have shape ({x.shape[0]}, {features})" if features else "be None"
-        got = None if context is None else tuple(context.shape)
-        raise ValueError(f"context must {want}, got {got}")
 
 
 def add_context(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels, check_count, check_dtype
+from pyflowkern.core.checks import check_channels, check_count, check_dtype
+from pyflowkern.core.structure import Structure
+from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._coupling import condition
-from pyflowkern.nn._structure import Structure
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.masked import MaskedMLP
-from pyflowkern.ops._elements import (
+from pyflowkern.ops.elements import (
     ElementMap,
     apply_elements,
     element_map,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag
-from pyflowkern.nn._base import check_count, check_dtype_of
+from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._relu_network import linear_layers
 from pyflowkern.ops.relu_network import evaluate_network
@@ -379,7 +377,7 @@ def _sizes(inputs: int, outputs: int) -> tuple[int, int]:
 
 
 def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn.Module:
-    if not isinstance(spatial_dims, numbers.Integral) or spatial_dims not in (1, 2, 3):
+    if not is_integer(spatial_dims) or spatial_dims not in (1, 2, 3):
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
     conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 1]
     return conv(inputs, outputs, kernel, padding=kernel // 2)

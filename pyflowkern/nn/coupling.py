@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels, zero_log_det
+from pyflowkern.core.checks import check_channels
+from pyflowkern.nn._base import Bijection, zero_log_det
 from pyflowkern.nn._coupling import (
     Conditioner,
     Coupling,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.nn._base import Bijection, check_channels
+from pyflowkern.core.checks import check_channels
+from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.nn.linear import InvertibleLinear
 from pyflowkern.nn.normalization import ActNorm

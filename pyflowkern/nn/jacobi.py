@@ -11,7 +11,7 @@ from torch import Tensor
 from pyflowkern.core.checks import check_floating
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.core.first_derivative import first_derivative_only
-from pyflowkern.ops._elements import ElementMap, apply_elements, element_map
+from pyflowkern.ops.elements import ElementMap, apply_elements, element_map
 
 __all__ = ["jacobi_inverse"]
 

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_flag
+from pyflowkern.core.checks import check_channels, check_count, check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.core.kept import Kept, may_keep
-from pyflowkern.nn._base import Bijection, check_channels, check_count
-from pyflowkern.nn._structure import HasPermutations
+from pyflowkern.core.structure import HasPermutations
+from pyflowkern.nn._base import Bijection
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 

@@ -10,10 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_flag, check_floating
-from pyflowkern.nn._base import check_count, check_dtype, check_dtype_of
+from pyflowkern.core.checks import (
+    check_count,
+    check_dtype,
+    check_dtype_of,
+    check_flag,
+    check_floating,
+)
+from pyflowkern.core.structure import Structure
 from pyflowkern.nn._hooks import may_be_read
-from pyflowkern.nn._structure import Structure
 from pyflowkern.ops.masked_plan import MaskedLayer, MaskedPlan
 
 __all__ = ["MaskedLinear", "MaskedMLP"]

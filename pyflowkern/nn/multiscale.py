@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.nn._base import (
-    Bijection,
-    BijectionTransform,
-    Sequential,
-    check_count,
-    zero_log_det,
-)
+from pyflowkern.core.checks import check_count
+from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential, zero_log_det
 from pyflowkern.nn.coupling import Split
 
 __all__ = ["MultiScale", "run_through"]

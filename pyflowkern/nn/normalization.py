@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pyflowkern import ops
 from pyflowkern._library import transformed
-from pyflowkern.nn._base import Bijection, check_channels, check_count
+from pyflowkern.core.checks import check_channels, check_count
+from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._ranks import process_groups, write_parameters
 
 __all__ = ["ActNorm"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_batched, check_number
-from pyflowkern.nn._base import Bijection, check_count
+from pyflowkern.core.checks import check_batched, check_count, check_number
+from pyflowkern.nn._base import Bijection
 
 __all__ = ["Dequantize", "Logit"]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_batched, check_list
-from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
-from pyflowkern.nn._structure import HasPermutations
-from pyflowkern.ops._coupling import structure_device
+from pyflowkern.core.checks import (
+    check_batched,
+    check_channels,
+    check_count,
+    check_list,
+    is_integer,
+)
+from pyflowkern.core.structure import HasPermutations, structure_device
+from pyflowkern.nn._base import Bijection, zero_log_det
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]
 
@@ -112,8 +116,8 @@ class Permutation(HasPermutations, Bijection):
 
     def __init__(self, permutation: int | Sequence[int] | Tensor) -> None:
         super().__init__()
-        if isinstance(permutation, (int, numbers.Integral)):
-            permutation = check_count("permutation", int(permutation))
+        if is_integer(permutation):
+            permutation = check_count("permutation", permutation)
             order = torch.randperm(permutation, device=structure_device())
         else:
             if not isinstance(permutation, Tensor):

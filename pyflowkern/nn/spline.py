@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_flag, check_number
-from pyflowkern.nn._base import Bijection, check_channels, check_count, zero_log_det
+from pyflowkern.core.checks import check_channels, check_count, check_flag, check_number
+from pyflowkern.nn._base import Bijection, zero_log_det
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
 from pyflowkern.nn.conditioners import start_at
 from pyflowkern.ops import SplineMap

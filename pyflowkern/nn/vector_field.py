@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_flag
+from pyflowkern.core.checks import check_context, check_count, check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast
-from pyflowkern.nn._base import check_count
 from pyflowkern.nn._fields import (
     FieldLinear,
     add_context,
     as_time,
     call_layers,
-    check_context,
     check_field,
     check_states,
     parameters_of,
@@ -28,9 +26,9 @@ from pyflowkern.nn._fields import (
     work_dtype,
 )
 from pyflowkern.nn._hooks import may_be_read
-from pyflowkern.ops._probe import as_probe
 from pyflowkern.ops.field import evaluate_field, evaluate_velocity
 from pyflowkern.ops.field_time import at_time
+from pyflowkern.ops.probe import as_probe
 
 __all__ = ["VectorField", "VectorFieldMLP"]
 

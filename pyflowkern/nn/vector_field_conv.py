@@ -13,14 +13,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyflowkern._library import transformed
-from pyflowkern.core.checks import check_flag
+from pyflowkern.core.checks import check_context, check_count, check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
-from pyflowkern.nn._base import check_count
 from pyflowkern.nn._fields import (
     add_context,
     as_time,
     call_layers,
-    check_context,
     check_field,
     check_states,
     parameters_of,

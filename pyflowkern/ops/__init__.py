@@ -2,7 +2,6 @@
 
 from pyflowkern import _library
 from pyflowkern.ops import field_time  # noqa: F401  (an op that fields call)
-from pyflowkern.ops._probe import draw_probe, rademacher
 from pyflowkern.ops.actnorm import (
     actnorm,
     actnorm_reference,
@@ -57,6 +56,7 @@ from pyflowkern.ops.preprocess import (
     quantize,
     quantize_reference,
 )
+from pyflowkern.ops.probe import draw_probe, rademacher
 from pyflowkern.ops.relu_network import relu_network, relu_network_reference
 from pyflowkern.ops.runge_kutta import (
     rk_combine,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_flag, check_shape
 from pyflowkern.core.dtypes import accumulation_dtype
+from pyflowkern.core.structure import structure_device
 from pyflowkern.ops.scale_map import ScaleMap
 
 __all__ = [
@@ -34,11 +35,6 @@ def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
     """
     first, last = channels - channels // 2, channels // 2
     return (last, first) if check_flag("swap", swap) else (first, last)
-
-
-def structure_device() -> torch.device | None:
-    """Return None for the default device, or the host where that is meta: a mask needs its values there, too."""
-    return torch.device("cpu") if torch.get_default_device().type == "meta" else None
 
 
 def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:

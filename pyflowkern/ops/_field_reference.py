@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyflowkern.core.activations import activation_and_slope
 from pyflowkern.core.dtypes import accumulation_dtype
-from pyflowkern.ops._probe import expand_probe
+from pyflowkern.ops.probe import expand_probe
 
 __all__ = [
     "ACTIVATIONS",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyflowkern.ops._elements import ElementMap, apply_elements
+from pyflowkern.ops.elements import ElementMap, apply_elements
 
 __all__ = ["Connection", "inverse_by_passes", "layer_values"]
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, StructureHead, StructureLayer
-from pyflowkern.ops._elements import ElementMap, apply_elements
 from pyflowkern.ops._masked_network import Connection, inverse_by_passes, layer_values
+from pyflowkern.ops.elements import ElementMap, apply_elements
 
 __all__ = ["SortedNetwork", "solve"]
 

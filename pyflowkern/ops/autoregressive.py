@@ -24,7 +24,9 @@ from pyflowkern.core.checks import check_floating, check_list, check_same_device
 from pyflowkern.core.codes import MOST_MASKED_LAYERS, StructureHead, StructureLayer
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
-from pyflowkern.ops._elements import (
+from pyflowkern.ops._masked_network import inverse_by_passes
+from pyflowkern.ops._sorted_network import SortedNetwork, solve
+from pyflowkern.ops.elements import (
     ElementCode,
     ElementMap,
     element_code,
@@ -32,8 +34,6 @@ from pyflowkern.ops._elements import (
     element_of_code,
     element_parameters,
 )
-from pyflowkern.ops._masked_network import inverse_by_passes
-from pyflowkern.ops._sorted_network import SortedNetwork, solve
 from pyflowkern.ops.masked_plan import MaskedPlan
 
 __all__ = ["autoregressive_inverse", "autoregressive_inverse_reference"]

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_batched, check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_batched,
+    check_count,
+    check_floating,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.codes import WantedGradient
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
@@ -120,10 +126,7 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
         tensor([8.])
     """
     check_floating("log_prob", log_prob)
-    if isinstance(dims, bool) or not isinstance(dims, (int, torch.SymInt)):
-        raise TypeError(f"dims must be an int, got {type(dims).__name__}")
-    if dims < 1:
-        raise ValueError(f"dims must be at least 1, got {dims}")
+    check_count("dims", dims)
     return bits_per_dim_reference(log_prob, dims)
 
 

@@ -37,7 +37,7 @@ from pyflowkern.ops._field_reference import (
     hutchinson_trace_reference,
     stacked_reference,
 )
-from pyflowkern.ops._probe import as_probe
+from pyflowkern.ops.probe import as_probe
 
 __all__ = [
     "ACTIVATIONS",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_flag
+from pyflowkern.core.checks import check_count, check_flag
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, numbered
 from pyflowkern.core.kept import Kept, may_keep
 from pyflowkern.ops._masked_network import Connection, layer_values
@@ -96,9 +96,7 @@ class MaskedPlan:
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, MaskedLayer):
                 raise TypeError(f"layers[{i}] must be a MaskedLayer, got {type(layer).__name__}")
-        if isinstance(features, bool) or not isinstance(features, int):
-            raise TypeError(f"features must be an int, got {type(features).__name__}")
-        self.features = features
+        self.features = features = check_count("features", features)
         self.sources = [i - 1 if s.source is None else s.source for i, s in enumerate(self.layers)]
         #: Indices of the layers that have a gate.
         self.gated = [i for i, s in enumerate(self.layers) if s.gated]
@@ -234,8 +232,8 @@ class MaskedPlan:
     # --- checks ---------------------------------------------------------------------------------
 
     def _check_shapes(self) -> None:
-        if not self.layers or self.features < 1:
-            raise ValueError("a plan needs at least one layer and one feature")
+        if not self.layers:
+            raise ValueError("layers must hold at least one layer")
         through: dict[int, set[str]] = {}
         for i, layer in enumerate(self.layers):
             units, inputs = layer.mask.shape

@@ -15,7 +15,7 @@ from pyflowkern.ops import (
     autoregressive_inverse,
     autoregressive_inverse_reference,
 )
-from pyflowkern.ops._elements import element_map, element_parameters
+from pyflowkern.ops.elements import element_map, element_parameters
 
 MAPS = [
     "affine",

@@ -15,7 +15,7 @@ from pyflowkern.ops import (
     autoregressive_inverse_reference,
     scale_map,
 )
-from pyflowkern.ops._elements import apply_elements
+from pyflowkern.ops.elements import apply_elements
 
 
 def to(dtype, *groups):

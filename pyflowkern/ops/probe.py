@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_dense
+from pyflowkern.core.checks import check_count, check_dense
 from pyflowkern.core.dtypes import accumulation_dtype, cast
 from pyflowkern.ops._philox import draw_seed, philox_blocks
 
@@ -53,7 +53,7 @@ def draw_probe(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be 'rademacher' or 'gaussian', got {kind!r}")
-    check_probes(probes)
+    check_count("probes", probes)
     if kind == "rademacher":
         return draw_seed(seed, generator, x.device)
     if seed is not None:
@@ -88,20 +88,12 @@ def rademacher(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.
     return (1 - 2 * bits).flatten()[:count].to(dtype).reshape(shape)
 
 
-def check_probes(probes: int) -> None:
-    """Raise unless ``probes`` is a positive int."""
-    if isinstance(probes, bool) or not isinstance(probes, (int, torch.SymInt)):
-        raise TypeError(f"probes must be an int, got {type(probes).__name__}")
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}")
-
-
 def as_probe(probe: Tensor, probes: int, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Return a probe as the op takes it, a seed or ``[K, N or 1, D]``, and ``K``."""
     if not isinstance(probe, Tensor):
         raise TypeError(f"probe must be a torch.Tensor, got {type(probe).__name__}")
     check_dense("probe", probe)
-    check_probes(probes)
+    check_count("probes", probes)
     if probe.dtype == torch.int64:
         if probe.dim():
             raise ValueError(

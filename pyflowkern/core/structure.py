@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyflowkern.core.kept import Kept, may_keep
 
-__all__ = ["HasPermutations", "Structure"]
+__all__ = ["HasPermutations", "Structure", "structure_device"]
 
 #: Dtype of saved permutations: the average of equal floats is exact, that of integers may be rounded down.
 _SAVED = torch.float32
@@ -40,6 +40,11 @@ class Structure:
 
     def __setstate__(self, host: Tensor) -> None:
         self.host, self._on_device = host, {host.device: host}
+
+
+def structure_device() -> torch.device | None:
+    """Return None for the default device, or the host where that is meta: a mask needs its values there, too."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else None
 
 
 class HasPermutations(torch.nn.Module):
