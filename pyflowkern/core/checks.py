@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     return int(value)
 
 
-def check_list(name: str, values: Sequence[Any]) -> None:
+def check_list(name: str, values: object) -> None:
     """Raise TypeError unless ``values`` is a list or the like: a tensor, though it has a length, is not."""
     if type(values) is list:
         return

@@ -129,6 +129,7 @@ def test_an_error_inside_a_network_with_contexts_stays_what_it_is():
         (lambda: nn.InvertibleLinear(2.0), TypeError, "channels must be an int, got float"),
         (lambda: nn.AffineCoupling(4.0, nn.MLP), TypeError, "channels must be an int"),
         (lambda: nn.Permutation(-1), ValueError, "permutation must be at least 1, got -1"),
+        (lambda: nn.Permutation(True), TypeError, "permutation must be a list, got bool"),
         (lambda: nn.Permutation([0.0, 1.0]), ValueError, "permutation must order"),
         (lambda: nn.Reverse(2.0), TypeError, "channels must be an int, got float"),
         (lambda: nn.Reverse(0), ValueError, "channels must be at least 1, got 0"),
