@@ -37,6 +37,7 @@ __all__ = [
     "LIBRARY",
     "kernel_serves",
     "load",
+    "observed",
     "reference_wanted",
     "require_kernels",
     "show_config",
@@ -270,6 +271,16 @@ def transformed() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def observed() -> bool:
+    """Whether a compiler, a function transform or a dispatch mode sees what tensors are asked."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

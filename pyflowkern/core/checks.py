@@ -123,7 +123,7 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
 
 def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
     """Raise ValueError unless ``t`` has exactly this shape."""
-    if tuple(t.shape) != tuple(shape):
+    if t.shape != shape and tuple(t.shape) != tuple(shape):  # a list differs from all shapes
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
 
 

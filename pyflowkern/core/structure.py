@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.core.kept import Kept, may_keep
+from pyflowkern.core.kept import Kept
 
 __all__ = ["HasPermutations", "Structure", "structure_device"]
 
@@ -63,10 +63,8 @@ class HasPermutations(torch.nn.Module):
         """Return a permutation as int64 indices: not to be written to."""
         saved = self._buffers[name]
         assert saved is not None
-        if may_keep((saved,)):
-            kept: Kept[Tensor] = self.__dict__["_permutations"][name]
-            return kept.get((saved,), lambda: saved.round().long())
-        return saved.round().long()
+        kept: Kept[Tensor] = self.__dict__["_permutations"][name]
+        return kept.get((saved,), _as_indices, saved)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = {name: self._buffers[name] for name in self.__dict__.get("_permutations", ())}
@@ -84,3 +82,7 @@ class HasPermutations(torch.nn.Module):
             loaded = self._buffers[name]  # int64 in older files, if it was assigned
             if loaded is not None and loaded.dtype != _SAVED:
                 self._buffers[name] = loaded.to(_SAVED)
+
+
+def _as_indices(saved: Tensor) -> Tensor:
+    return saved.round().long()

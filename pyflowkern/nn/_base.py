@@ -259,7 +259,7 @@ class Sequential(Bijection):
 
 def zero_log_det(x: Tensor) -> Tensor:
     """Return the log-determinant of a volume-preserving map, ``[N]`` zeros."""
-    return x.new_zeros(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+    return x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
 
 
 def _replace_event(

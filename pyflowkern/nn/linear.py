@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pyflowkern import ops
 from pyflowkern.core.checks import check_channels, check_count, check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
-from pyflowkern.core.kept import Kept, may_keep
+from pyflowkern.core.kept import Kept
 from pyflowkern.core.structure import HasPermutations
 from pyflowkern.nn._base import Bijection
 
@@ -122,9 +122,7 @@ class InvertibleLinear(HasPermutations, Bijection):
             return self._compute(inverse)
         found = (*self._parameters.values(), *self._buffers.values())
         made_from = [t for t in found if t is not None]
-        if not may_keep(made_from):
-            return self._compute(inverse)
-        return self._kept[inverse].get(made_from, lambda: self._compute(inverse))
+        return self._kept[inverse].get(made_from, self._compute, inverse)
 
     def _compute(self, inverse: bool) -> _Matrix:
         if self.parameterization == "plu":

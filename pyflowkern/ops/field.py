@@ -120,7 +120,7 @@ def field_divergence(
 
 def evaluate_field(
     x: Tensor,
-    e: Tensor,
+    e: Tensor | None,
     probes: int,
     layers: Field,
     activation: str,
@@ -129,12 +129,14 @@ def evaluate_field(
     per_probe: bool = False,
     regularizers: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Do what :func:`field_divergence` does, with arguments that have been checked."""
+    """Do what :func:`field_divergence` does, with arguments that have been checked; "exact" takes no probe."""
     work = layers[0][0].dtype
-    inputs = (cast(x, work), e, probes, *layers)
     if method == "exact" and not regularizers and _is_shallow(layers):
-        y, divergence = _exact(inputs[0], layers, activation)
+        y, divergence = _exact(cast(x, work), layers, activation)
         return cast(y, x.dtype), divergence
+    if e is None:
+        e = _unit_probes(x, work)
+    inputs = (cast(x, work), e, probes, *layers)
     if _use_reference(inputs[0], e, layers):
         with full_precision(x):
             y, trace, norm = stacked_reference(*inputs, activation, regularizers)
@@ -225,6 +227,8 @@ def field_divergence_reference(
     regularizers = check_flag("regularizers", regularizers)
     work, gates = _check_field(x, weights, biases, gates, activation)
     e, probes = _probe_of(method, probe, probes, x, work)
+    if e is None:
+        e = _unit_probes(x, work)
     layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)
     y, trace, norm = stacked_reference(cast(x, work), e, probes, *layers, activation, regularizers)
     return _results(x, y, trace, norm, method, per_probe, regularizers)
@@ -293,12 +297,12 @@ def _check_parameter(name: str, i: int, values: Tensor, device: torch.device) ->
 
 def _probe_of(
     method: str, probe: Tensor | None, probes: int, x: Tensor, work: torch.dtype
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor | None, int]:
+    """Return a probe as the op takes it, None for "exact", and how many there are."""
     if method == "exact":
         if probe is not None:
             raise ValueError("method='exact' takes no probe")
-        size = x.shape[1]
-        return torch.eye(size, dtype=work, device=x.device).view(size, 1, size), size
+        return None, x.shape[1]
     if method != "hutchinson":
         raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
     if probe is None:
@@ -306,6 +310,11 @@ def _probe_of(
     found = as_probe(probe, probes, x, work)  # which says what a probe must be
     check_same_device(x=x, probe=probe)
     return found
+
+
+def _unit_probes(x: Tensor, work: torch.dtype) -> Tensor:
+    """Return the unit vectors ``[D, 1, D]``: the probes of a trace that is exact."""
+    return torch.eye(x.shape[1], dtype=work, device=x.device)[:, None]
 
 
 def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

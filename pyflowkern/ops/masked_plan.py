@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.nn import functional
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.checks import check_count, check_flag
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, numbered
-from pyflowkern.core.kept import Kept, may_keep
+from pyflowkern.core.kept import Kept
 from pyflowkern.ops._masked_network import Connection, layer_values
 
 __all__ = ["MaskedLayer", "MaskedPlan"]
@@ -150,11 +149,7 @@ class MaskedPlan:
         self, x: Tensor, linear: Callable[[int, Tensor], Tensor], gates: Sequence[Tensor] = ()
     ) -> Tensor:
         """Return the network's output ``[N, D, outputs]``, with ``linear(i, h)`` for the masked product of layer i."""
-        connections = [
-            Connection(source, ACTIVATIONS[s.activation], s.residual, s.gated)
-            for source, s in zip(self.sources, self.layers, strict=True)
-        ]
-        values = layer_values(x, connections, linear, gates)
+        values = layer_values(x, self.indices(x.device).connections, linear, gates)
         return values[-1].view(-1, self.features, self.outputs)
 
     def pack(
@@ -165,22 +160,30 @@ class MaskedPlan:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights in the order of :attr:`rows`, masked entries zero, rows padded to 16 bytes; biases and gates.
 
-        On the CPU packed weights are kept, and used again where no gradient is wanted and the weights are equal to
-        what they were: comparing them is ten times faster than packing.
+        On the CPU packed weights and biases are kept, and used again where no gradient is wanted and they are equal to
+        what they were: comparing them is ten times faster than packing.  What differs between samples is not kept.
         """
         at = self.indices(weights[0].device)
-        offsets = []
+        shared = [None if b is not None and b.dim() > 1 else b for b in biases]
+        made_from = [*weights, *(b for b in shared if b is not None)]
+        packed, offsets = at.packed.get(made_from, self._pack_shared, weights, shared, at)
+        if len(gates) or any(b is not None and b.dim() > 1 for b in biases):
+            offsets = [
+                kept if b is None or b.dim() == 1 else b.index_select(-1, rows)
+                for kept, b, rows in zip(offsets, biases, at.rows, strict=True)
+            ]
+            for i, gate in zip(self.gated, gates, strict=True):
+                offsets.append(gate.index_select(-1, at.rows[i]))
+        return packed, offsets
+
+    def _pack_shared(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], at: _Indices
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        packed, offsets = [], []
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            packed.append(self._pack_weight(i, weight, at))
             b = weight.new_zeros(weight.shape[0]) if bias is None else bias
             offsets.append(b.index_select(-1, at.rows[i]))
-        for i, gate in zip(self.gated, gates, strict=True):
-            offsets.append(gate.index_select(-1, at.rows[i]))
-        if not may_keep(weights):
-            return [self._pack_weight(i, w, at) for i, w in enumerate(weights)], offsets
-        packed = []
-        for i, weight in enumerate(weights):
-            make = partial(self._pack_weight, i, weight.detach(), at)
-            packed.append(at.packed[i].get((weight,), make))
         return packed, offsets
 
     def _pack_weight(self, i: int, weight: Tensor, at: _Indices) -> Tensor:
@@ -275,12 +278,17 @@ class MaskedPlan:
 
 
 class _Indices:
-    """A plan's tensors on one device."""
+    """A plan's tensors on one device, and what no file can hold."""
 
     def __init__(self, plan: MaskedPlan, device: torch.device) -> None:
         self.device = device
-        #: Packed weight of each layer.
-        self.packed: list[Kept[Tensor]] = [Kept() for _ in plan.layers]
+        pairs = zip(plan.sources, plan.layers, strict=True)
+        #: What each layer reads and adds.
+        self.connections = [
+            Connection(i, ACTIVATIONS[s.activation], s.residual, s.gated) for i, s in pairs
+        ]
+        #: The packed weights, and the sorted biases that all samples share.
+        self.packed: Kept[tuple[list[Tensor], list[Tensor]]] = Kept()
         self.order = plan.order.to(device)
         self.inverse_order = torch.argsort(plan.order).to(device)
         self.level = plan.level.to(device)

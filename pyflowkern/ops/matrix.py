@@ -256,12 +256,13 @@ def _check_plu(
         given = getattr(permutation, "dtype", type(permutation).__name__)
         raise TypeError(f"permutation must be an int64 tensor, got {given}")
     check_dense("permutation", permutation)
-    check_shape("permutation", permutation, lower.shape[:1])
+    rows = lower.shape[:1]
+    check_shape("permutation", permutation, rows)
     check_floating("upper", upper)
     check_shape("upper", upper, lower.shape)
     for name, t in (("log_diag", log_diag), ("sign", sign)):
         check_floating(name, t)
-        check_shape(name, t, lower.shape[:1])
+        check_shape(name, t, rows)
     check_same_device(
         permutation=permutation, lower=lower, upper=upper, log_diag=log_diag, sign=sign
     )
