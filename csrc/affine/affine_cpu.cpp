@@ -324,11 +324,9 @@ static void run_affine_cpu(AffineArgs& a, const Tensor& out, Tensor* log_det) {
     }
   });
   if (log_det == nullptr) return;
-  if (dtype == kFloat64) {
-    reduce_chunks(a, static_cast<double*>(log_det->mutable_data_ptr()));
-  } else {
-    reduce_chunks(a, static_cast<float*>(log_det->mutable_data_ptr()));
-  }
+  with_compute_type(dtype, [&](auto type) {
+    reduce_chunks(a, static_cast<decltype(type)*>(log_det->mutable_data_ptr()));
+  });
 }
 
 }  // namespace pfk

@@ -146,6 +146,25 @@ PFK_HD Curve<V> activation_curve(V x) {
   }
 }
 
+// tanh and softplus determine their derivatives: f' and f'' / f' from h = f(x).
+template <class V>
+struct Derivatives {
+  V slope, bend_by_slope;
+};
+constexpr bool follow_from_value(Activation activation) {
+  return activation == Activation::kTanh || activation == Activation::kSoftplus;
+}
+template <Activation kActivation, class V>
+PFK_HD Derivatives<V> derivatives_from_value(V h) {
+  using T = Lane<V>;
+  static_assert(follow_from_value(kActivation));
+  if constexpr (kActivation == Activation::kTanh) {
+    return {(V(T(1)) - h) * (V(T(1)) + h), V(T(-2)) * h};
+  } else {
+    return {-expm1_(-h), exp_(-h)};
+  }
+}
+
 // Calls f with the activation as a constant.
 template <class F>
 PFK_HD void with_activation(Activation activation, F f) {

@@ -48,17 +48,6 @@ inline cudaStream_t current_stream(const Tensor& t) {
 }
 
 // ---- storage ------------------------------------------------------------------------------------
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
 // Calls f with a value of the storage type of `t`.
 template <class F>
 void each_storage(const Tensor& t, F f) {

@@ -29,6 +29,14 @@ struct Rows {  // a row-major matrix
   int64_t stride;
 };
 
+template <class T>
+void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+               int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    memcpy(to + r * to_stride, from + r * from_stride, columns * sizeof(T));
+  }
+}
+
 constexpr int kGemmRows = 6;
 template <class T>
 constexpr int kMostRows = sizeof(Vec<T>) == 64 ? 2 * kGemmRows : kGemmRows;

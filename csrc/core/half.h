@@ -19,18 +19,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type a storage type is computed in.
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
 // Calls f with a value of the storage type that dtype names.
 template <class F>
 static PFK_HD void each_dtype(DType dtype, F f) {

@@ -8,6 +8,7 @@
 // batch. Terms of a block are summed in vectors, the sums of blocks in double.
 #pragma once
 
+#include "core/dtype.h"
 #include "core/math.h"
 
 // Plain data is the same for every SIMD level.
@@ -57,6 +58,13 @@ static inline void finish_rows(const RowPlan& p, const RowSums<T>& s) {
     for (int64_t c = 0; c < p.chunks; ++c) total += s.partial[row * p.chunks + c];
     s.out[row] = static_cast<T>(total);
   }
+}
+static inline void finish_rows(const RowPlan& p, DType dtype, void* out, double* partial,
+                               double constant = 0, const void* add = nullptr) {
+  with_compute_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    finish_rows(p, RowSums<T>{static_cast<T*>(out), partial, constant, static_cast<const T*>(add)});
+  });
 }
 
 }  // namespace pfk

@@ -258,15 +258,7 @@ Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& mean,
   parallel_tasks(plan.tasks, plan.group * plan.chunk, [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(normal_tasks, a, shared.rows, plan, partial.data(), dtype, begin, end);
   });
-  auto finish = [&]<class T>(T* to) {
-    finish_rows(plan, RowSums<T>{to, partial.data(), a.constant - shared.rows.log_std_sum,
-                                 static_cast<const T*>(a.log_det)});
-  };
-  if (dtype == kFloat64) {
-    finish(static_cast<double*>(a.out));
-  } else {
-    finish(static_cast<float*>(a.out));
-  }
+  finish_rows(plan, dtype, a.out, partial.data(), a.constant - shared.rows.log_std_sum, a.log_det);
   return out;
 }
 

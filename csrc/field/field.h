@@ -152,29 +152,44 @@ PFK_BEGIN
 
 // ---- activations --------------------------------------------------------------------------------
 // The activations of fields, as their ops number them.
-template <int kKind>
-constexpr Activation kActivationOf = kKind == kActTanh       ? Activation::kTanh
-                                     : kKind == kActSoftplus ? Activation::kSoftplus
-                                     : kKind == kActSilu     ? Activation::kSilu
-                                                             : Activation::kGelu;
+constexpr Activation activation_of(int kind) {
+  return kind == kActTanh       ? Activation::kTanh
+         : kind == kActSoftplus ? Activation::kSoftplus
+         : kind == kActSilu     ? Activation::kSilu
+                                : Activation::kGelu;
+}
 
 template <int kKind, class V>
 PFK_HD Curve<V> curve_at(V a) {
-  return activation_curve<kActivationOf<kKind>>(a);
+  return activation_curve<activation_of(kKind)>(a);
 }
 
-// Of tanh, from its value f(a).
-template <class V>
-PFK_HD Curve<V> curve_from_value(V h) {
-  using T = Lane<V>;
-  const V slope = (V(T(1)) - h) * (V(T(1)) + h);
-  return {h, slope, V(T(-2)) * h * slope};
+// Calls f with the kind as a constant, on the host or on the device.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+PFK_HD void with_kind(int kind, F f) {
+  switch (kind) {
+    case kActTanh:
+      return f(std::integral_constant<int, kActTanh>{});
+    case kActSoftplus:
+      return f(std::integral_constant<int, kActSoftplus>{});
+    case kActSilu:
+      return f(std::integral_constant<int, kActSilu>{});
+    default:
+      return f(std::integral_constant<int, kActGelu>{});
+  }
 }
 
+// From what is kept of a layer: its product, or, of tanh, its value.
 template <int kKind, class V>
 PFK_HD Curve<V> curve_of_kept(V p, V bias, V gate, bool value_kept) {
   if constexpr (kKind == kActTanh) {
-    if (value_kept) return curve_from_value(p);
+    if (value_kept) {
+      const Derivatives<V> d = derivatives_from_value<Activation::kTanh>(p);
+      return {p, d.slope, d.bend_by_slope * d.slope};
+    }
   }
   return curve_at<kKind>(gate * p + bias);
 }

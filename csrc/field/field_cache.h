@@ -54,14 +54,6 @@ struct Tile {
 };
 
 // ---- moving rows -------------------------------------------------------------------------------
-template <class T>
-void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
-               int64_t columns) {
-  for (int64_t i = 0; i < rows; ++i) {
-    memcpy(to + i * to_stride, from + i * from_stride, columns * sizeof(T));
-  }
-}
-
 // Copies rows into a buffer that layers of other widths use, too, and clears their padding: it may
 // hold a NaN of another sample, and sums of whole vectors read it.
 template <class T>

@@ -201,24 +201,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- launches ----------------------------------------------------------------------------------
-template <class F>
-void each_type(DType dtype, F f) {
-  dtype == kFloat64 ? f(double{}) : f(float{});
-}
-template <class F>
-void each_kind(int activation, F f) {
-  switch (activation) {
-    case kActTanh:
-      return f(std::integral_constant<int, kActTanh>{});
-    case kActSoftplus:
-      return f(std::integral_constant<int, kActSoftplus>{});
-    case kActSilu:
-      return f(std::integral_constant<int, kActSilu>{});
-    default:
-      return f(std::integral_constant<int, kActGelu>{});
-  }
-}
-
 thread_local cudaStream_t stream_of_call = nullptr;  // of the op that runs; Call sets it
 
 struct OnCuda {
@@ -236,14 +218,14 @@ struct OnCuda {
   static void stack(const StackArgs& a, DType dtype) {
     const int64_t size = (1 + a.probes) * a.samples * a.features;
     if (size == 0) return;
-    each_type(dtype, [&](auto type) {
+    with_compute_type(dtype, [&](auto type) {
       PFK_LAUNCH(stack_kernel<decltype(type)>, grid_for(size), kThreads, stream_of_call, a,
                  Divider(a.features), Divider(a.samples));
     });
   }
   static void layer(LayerArgs a, LayerStep step, DType dtype) {
     if (a.samples * a.columns == 0) return;
-    each_type(dtype, [&](auto type) {
+    with_compute_type(dtype, [&](auto type) {
       using T = decltype(type);
       if (a.tangents == nullptr) a.tangents = static_cast<const T*>(a.p) + a.samples * a.stride;
       constexpr int width = 16 / sizeof(T);
@@ -255,7 +237,7 @@ struct OnCuda {
         wide = wide && aligned16(p);
       }
       const int64_t packs = a.samples * a.columns / (wide ? width : 1);
-      each_kind(a.activation, [&](auto kind) {
+      with_kind(a.activation, [&](auto kind) {
         constexpr int k = kind.value;
         const Divider columns(a.columns);
         if (step == kLayerBackward) {
@@ -271,7 +253,7 @@ struct OnCuda {
   }
   static void output(const OutputArgs& a, bool backward, DType dtype) {
     if (a.samples == 0 || (backward && a.features == 0)) return;
-    each_type(dtype, [&](auto type) {
+    with_compute_type(dtype, [&](auto type) {
       using T = decltype(type);
       if (backward) {
         PFK_LAUNCH(output_grad_kernel<T>, grid_for(a.samples * a.features), kThreads,
@@ -284,7 +266,7 @@ struct OnCuda {
   }
   static void row_dot(const RowDotArgs& a, bool backward, DType dtype) {
     if (a.rows == 0 || (backward && a.features == 0)) return;
-    each_type(dtype, [&](auto type) {
+    with_compute_type(dtype, [&](auto type) {
       using T = decltype(type);
       if (backward) {
         PFK_LAUNCH(row_dot_grad_kernel<T>, grid_for(a.rows * a.features), kThreads, stream_of_call,
@@ -307,8 +289,8 @@ struct OnCuda {
 
 void run_forward(Field& f, const Tensor& kept) {
   bool done = false;
-  each_type(dtype_of(f.x),
-            [&](auto type) { done = fused_forward<decltype(type)>(f, stream_of_call); });
+  with_compute_type(dtype_of(f.x),
+                    [&](auto type) { done = fused_forward<decltype(type)>(f, stream_of_call); });
   if (!done) wide_forward<OnCuda>(f, kept);
 }
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {

@@ -196,16 +196,7 @@ __device__ __forceinline__ void activate(const FusedArgs& a, const FusedLayer& y
 template <bool kWide, class T>
 __device__ __forceinline__ void activate_any(const FusedArgs& a, const FusedLayer& y, int64_t first,
                                              T* h) {
-  switch (a.activation) {
-    case kActTanh:
-      return activate<kActTanh, kWide>(a, y, first, h);
-    case kActSoftplus:
-      return activate<kActSoftplus, kWide>(a, y, first, h);
-    case kActSilu:
-      return activate<kActSilu, kWide>(a, y, first, h);
-    default:
-      return activate<kActGelu, kWide>(a, y, first, h);
-  }
+  with_kind(a.activation, [&](auto kind) { activate<kind.value, kWide>(a, y, first, h); });
 }
 
 // ---- the output --------------------------------------------------------------------------------

@@ -36,9 +36,7 @@ template <class T>
 void pack_layer(const FieldArgs& a, const FieldLayer& y) {
   const Packed<T> to(a, y);
   const T* w = typed<T>(y.weight);
-  for (int64_t i = 0; i < y.out; ++i) {
-    memcpy(to.weight + i * y.in_stride, w + i * y.in, y.in * sizeof(T));
-  }
+  copy_rows(w, y.in, to.weight, y.in_stride, y.out, y.in);
   transpose_padded<T>({w, y.in}, y.out, y.in, {to.transposed, y.out_stride});
   if (y.bias && !y.bias_step) memcpy(to.bias, y.bias, y.out * sizeof(T));
   if (y.gate && !y.gate_step) memcpy(to.gate, y.gate, y.out * sizeof(T));

@@ -156,10 +156,9 @@ LayerFunction layer_function_of(bool gated, LayerPass pass) {
 
 template <class T>
 void run_layer(const LayerArgs& a, LayerPass pass, int64_t first, int64_t last) {
-  static constexpr LayerFunction (*table[kActivations])(bool, LayerPass) = {
-      layer_function_of<kActTanh, T>, layer_function_of<kActSoftplus, T>,
-      layer_function_of<kActSilu, T>, layer_function_of<kActGelu, T>};
-  table[a.activation](a.gate != nullptr, pass)(a, first, last);
+  with_kind(a.activation, [&](auto kind) {
+    layer_function_of<kind.value, T>(a.gate != nullptr, pass)(a, first, last);
+  });
 }
 
 // ---- the output --------------------------------------------------------------------------------

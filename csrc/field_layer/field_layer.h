@@ -33,29 +33,17 @@ struct PlanesArgs {
   void* grad_gate;
 };
 
-inline bool follows_from_output(int activation) {
-  return activation == kActTanh || activation == kActSoftplus;
-}
-
 }  // namespace pfk
 
 PFK_BEGIN
 
-// From h = f(a): f, f' and f'' / f'.
-template <int kKind, class V>
-PFK_HD Curve<V> curve_of_output(V h) {
-  using T = Lane<V>;
-  if constexpr (kKind == kActSoftplus) {
-    return {h, -expm1_(-h), exp_(-h)};
-  } else {
-    return {h, (V(T(1)) - h) * (V(T(1)) + h), V(T(-2)) * h};
-  }
-}
-
 template <int kKind, class V>
 PFK_HD LayerVjp<V> layer_vjp(V p, V bias, V gate, bool from_output) {
-  if constexpr (kKind == kActTanh || kKind == kActSoftplus) {
-    if (from_output) return {curve_of_output<kKind>(p), gate};
+  if constexpr (follow_from_value(activation_of(kKind))) {
+    if (from_output) {
+      const Derivatives<V> d = derivatives_from_value<activation_of(kKind)>(p);
+      return {Curve<V>{p, d.slope, d.bend_by_slope}, gate};
+    }
   }
   return {curve_at<kKind>(gate * p + bias), gate};
 }

@@ -114,16 +114,13 @@ void planes_backward(const PlanesArgs& a, int64_t begin, int64_t end) {
 template <class T>
 void planes(const PlanesArgs& a, bool backward, int64_t begin, int64_t end) {
   using Function = void (*)(const PlanesArgs&, int64_t, int64_t);
-  static constexpr Function table[2][2][kActivations] = {
-      {{planes_forward<kActTanh, false, T>, planes_forward<kActSoftplus, false, T>,
-        planes_forward<kActSilu, false, T>, planes_forward<kActGelu, false, T>},
-       {planes_forward<kActTanh, true, T>, planes_forward<kActSoftplus, true, T>,
-        planes_forward<kActSilu, true, T>, planes_forward<kActGelu, true, T>}},
-      {{planes_backward<kActTanh, false, T>, planes_backward<kActSoftplus, false, T>,
-        planes_backward<kActSilu, false, T>, planes_backward<kActGelu, false, T>},
-       {planes_backward<kActTanh, true, T>, planes_backward<kActSoftplus, true, T>,
-        planes_backward<kActSilu, true, T>, planes_backward<kActGelu, true, T>}}};
-  table[backward][a.runs][a.activation](a, begin, end);
+  with_kind(a.activation, [&](auto kind) {
+    constexpr int k = kind.value;
+    static constexpr Function table[2][2] = {
+        {planes_forward<k, false, T>, planes_forward<k, true, T>},
+        {planes_backward<k, false, T>, planes_backward<k, true, T>}};
+    table[backward][a.runs](a, begin, end);
+  });
 }
 
 }  // namespace

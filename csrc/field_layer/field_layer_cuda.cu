@@ -141,20 +141,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // ---- launches ----------------------------------------------------------------------------------
-template <class F>
-void each_kind(int activation, F f) {
-  switch (activation) {
-    case kActTanh:
-      return f(std::integral_constant<int, kActTanh>{});
-    case kActSoftplus:
-      return f(std::integral_constant<int, kActSoftplus>{});
-    case kActSilu:
-      return f(std::integral_constant<int, kActSilu>{});
-    default:
-      return f(std::integral_constant<int, kActGelu>{});
-  }
-}
-
 // Whether rows consist of whole packs, and all tensors are aligned to packs.
 bool in_packs(const PlanesArgs& a, int64_t width) {
   bool packs = a.columns % width == 0;
@@ -193,7 +179,7 @@ struct LayerOnCuda {
   static void run(const Planes& f, bool backward) {
     const DeviceGuard guard(f.p.tensor.get_device_index());
     const cudaStream_t stream = current_stream(f.p.tensor);
-    each_kind(f.args.activation, [&](auto kind) {
+    with_kind(f.args.activation, [&](auto kind) {
       if (in_packs(f.args, 16 / sizeof(T))) {
         launch<T, kind.value, true>(f.args, backward, stream);
       } else {

@@ -146,10 +146,11 @@ std::tuple<Tensor, Tensor> layer_gradients(Planes& f, const Tensor& q, const Ten
   return {f.finish(of_bias, f.bias), f.gated ? f.finish(of_gate, f.gate) : of_gate};
 }
 
-// `kept` is p, or the output if it is enough: without a gate, see follows_from_output().
+// `kept` is p, or the output if it is enough: without a gate, see follow_from_value().
 inline Planes kept_planes(const Tensor& kept, const Tensor& bias, const std::optional<Tensor>& gate,
                           int64_t tangents, int64_t activation) {
-  const bool from_output = !gate.has_value() && follows_from_output(static_cast<int>(activation));
+  const bool from_output =
+      !gate.has_value() && follow_from_value(activation_of(static_cast<int>(activation)));
   return Planes(kept, bias, gate, tangents, activation, from_output);
 }
 

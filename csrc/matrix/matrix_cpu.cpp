@@ -154,7 +154,7 @@ void slogdet_matrices(const SlogdetArgs& args, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const T* from = static_cast<const T*>(args.weight) + m * n * n;
     T* to = static_cast<T*>(args.inverse) + m * n * n;
-    for (int64_t i = 0; i < n; ++i) memcpy(a + i * work.width, from + i * n, n * sizeof(T));
+    copy_rows(from, n, a, work.width, n, n);
     Determinant d{kNaN, kNaN};
     if (all_finite(from, n * n)) d = invert(a, n, work.width, order, factors);
     static_cast<T*>(args.sign)[m] = static_cast<T>(d.sign);

@@ -266,12 +266,6 @@ __global__ void __launch_bounds__(kThreads) solve_kernel(const PluArgs a, T* z, 
 }
 
 // ---- host --------------------------------------------------------------------------------------
-// Calls f with a value of the type of `t`, which is float32 or float64.
-template <class F>
-void by_type(const Tensor& t, F f) {
-  dtype_of(t) == kFloat64 ? f(double{}) : f(float{});
-}
-
 int largest_shared_memory(const Tensor& t) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -290,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> slogdet_inverse_cuda(const Tensor& weight) {
   const int64_t n = t.args.size;
   check_size(n);
   if (t.batch == 0) return {t.sign, t.log_abs_det, t.inverse};
-  by_type(weight, [&](auto type) {
+  with_compute_type(dtype_of(weight), [&](auto type) {
     using T = decltype(type);
     const size_t bytes = n * (n | 1) * sizeof(T);
     const bool fits =
@@ -319,7 +313,7 @@ Tensor plu_cuda(const Tensor& permutation, const Tensor& lower, const Tensor& up
   Tensor out = empty(lower, lower.sizes());
   t.args.out = out.mutable_data_ptr();
   if (a.size == 0) return out;
-  by_type(lower, [&](auto type) {
+  with_compute_type(dtype_of(lower), [&](auto type) {
     using T = decltype(type);
     const cudaStream_t stream = current_stream(lower);
     if (inverse) {
@@ -344,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> plu_grad_cuda(const Tensor& grad, const Tenso
   const std::tuple<Tensor, Tensor, Tensor> grads = plu_grads(t);
   if (a.size == 0) return grads;
   const Tensor scratch = empty(lower, {2 * a.size * a.size});
-  by_type(lower, [&](auto type) {
+  with_compute_type(dtype_of(lower), [&](auto type) {
     using T = decltype(type);
     const cudaStream_t stream = current_stream(lower);
     T *z = static_cast<T*>(scratch.mutable_data_ptr()), *b = z + a.size * a.size;

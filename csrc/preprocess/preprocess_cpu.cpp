@@ -311,13 +311,7 @@ std::tuple<Tensor, Tensor> logit(const Tensor& x, double alpha, bool inverse) {
   parallel_tasks(plan.tasks, task_work(plan), [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(logit_tasks, a, plan, dtype, begin, end);
   });
-  if (dtype == kFloat64) {
-    finish_rows(plan,
-                RowSums<double>{static_cast<double*>(a.log_det), a.partial, a.constant, nullptr});
-  } else {
-    finish_rows(plan,
-                RowSums<float>{static_cast<float*>(a.log_det), a.partial, a.constant, nullptr});
-  }
+  finish_rows(plan, dtype, a.log_det, a.partial, a.constant);
   return {t.out, t.log_det};
 }
 

@@ -78,14 +78,6 @@ void mask_rows(const T* g, const T* input, const T* add, T* to, int64_t rows, in
   });
 }
 
-template <class T>
-void copy_padded(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
-                 int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    memcpy(to + r * to_stride, from + r * from_stride, columns * sizeof(T));
-  }
-}
-
 // to = bias (+ what is there).
 template <class T>
 void bias_rows(const T* bias, int64_t columns, T* to, int64_t stride, int64_t rows, bool add) {
@@ -181,7 +173,7 @@ void network_forward_tile(const NetworkArgs& a, NetworkTile<T>& w, int64_t first
   }
   bias_rows(typed<T>(y.bias), y.out, w.b, y.out_stride, n, false);
   add_product<T>(y, r, y.in_stride, n, w.b);
-  copy_padded(w.b, y.out_stride, typed<T>(a.out) + first * y.out, y.out, n, y.out);
+  copy_rows(w.b, y.out_stride, typed<T>(a.out) + first * y.out, y.out, n, y.out);
 }
 
 // The cotangents of a layer's input, behind its ReLU.
@@ -205,24 +197,21 @@ void network_backward_tile(const NetworkArgs& a, NetworkTile<T>& w, int64_t firs
     if (masked) mask_rows<T>(w.a, input(l), add, grad(to), n, y.in, y.in_stride);
   };
   const NetworkLayer& y = a.layer[last];
-  for (int64_t r = 0; r < n; ++r) {
-    memcpy(grad(last) + r * y.out_stride, typed<T>(a.grad_out) + (first + r) * y.out,
-           y.out * sizeof(T));
-  }
+  copy_rows(typed<T>(a.grad_out) + first * y.out, y.out, grad(last), y.out_stride, n, y.out);
   back(last, last - 1, a.activate_last, nullptr);
   for (int l = last - 1; l > 0; l -= a.residual ? 2 : 1) {
     back(l, l - 1, true, nullptr);
     if (a.residual) back(l - 1, l - 2, true, grad(l));
   }
   const NetworkLayer& y0 = a.layer[0];
-  copy_padded(typed<T>(a.x) + first * y0.in, y0.in, input(0), y0.in_stride, n, y0.in);
+  copy_rows(typed<T>(a.x) + first * y0.in, y0.in, input(0), y0.in_stride, n, y0.in);
   if (a.grad_context) {
-    copy_padded<T>(grad(0), y0.out_stride, typed<T>(a.grad_context) + first * y0.out, y0.out, n,
-                   y0.out);
+    copy_rows<T>(grad(0), y0.out_stride, typed<T>(a.grad_context) + first * y0.out, y0.out, n,
+                 y0.out);
   }
   if (a.grad_x) {
     back_product<T>(y0, grad(0), n, w.a);
-    copy_padded(w.a, y0.in_stride, typed<T>(a.grad_x) + first * y0.in, y0.in, n, y0.in);
+    copy_rows(w.a, y0.in_stride, typed<T>(a.grad_x) + first * y0.in, y0.in, n, y0.in);
   }
 }
 

@@ -231,7 +231,8 @@ PFK_HD void size_gradients(const SplineMap<Lane<V>>& m, Tile& t, const Axis<C, V
             all = grad_all * V(m.scale);
     for (int j = 0; j < bins; ++j) {
       const V g = select(bin > V(T(j)), start, select(bin == V(T(j)), own, all));
-      t.put(a.first + j, g * -expm1_(-t.get(a.first + j)));  // the slope of softplus
+      t.put(a.first + j,
+            g * derivatives_from_value<Activation::kSoftplus>(t.get(a.first + j)).slope);
     }
     return;
   }

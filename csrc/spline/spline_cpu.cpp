@@ -354,12 +354,7 @@ static void run_spline_cpu(SplineArgs& a, const Tensor& out, const std::optional
     PFK_CALL_LEVEL(spline_tasks, a, plan, partial.data(), dtype, begin, end);
   });
   if (a.backward || a.flags & kSplineElementwise) return;
-  if (dtype == kFloat64) {
-    finish_rows(plan,
-                RowSums<double>{static_cast<double*>(a.log_det), partial.data(), 0.0, nullptr});
-  } else {
-    finish_rows(plan, RowSums<float>{static_cast<float*>(a.log_det), partial.data(), 0.0, nullptr});
-  }
+  finish_rows(plan, dtype, a.log_det, partial.data());
 }
 
 }  // namespace pfk

@@ -203,7 +203,7 @@ struct QuadraticGradients {
     mean = mean / b.x.sum;
   }
 
-  // Raw densities: softplus(u) = value - 1e-3, whose slope is 1 - e^-softplus.
+  // Raw densities: a density is softplus(raw) + 1e-3.
   PFK_HD void raw() {
     const int bins = m.bins, first = u.ended() ? 1 : 0;
     const int past = u.ended() || m.tails == kCircular ? bins : bins + 1;
@@ -214,7 +214,8 @@ struct QuadraticGradients {
         d = d + by_end * (j == 1 ? V(m.edge) : half) * width(j - 1);
         d = d + by_end * (j == bins - 1 ? V(m.edge) : half) * width(j);
       }
-      t.put(by_density + j, d * -expm1_(V(T(1e-3)) - u(j)));
+      const V softplus = u(j) - V(T(1e-3));
+      t.put(by_density + j, d * derivatives_from_value<Activation::kSoftplus>(softplus).slope);
     }
     for (int j = first; j < past; ++j) t.put(m.knot + j, t.get(by_density + j));
     for (int j = 0; j < bins; ++j)
