@@ -13,18 +13,17 @@ namespace {
 using Names = std::initializer_list<std::pair<const char*, int>>;
 
 pybind11::dict dict_of(Names names) {
-  pybind11::dict found;
-  for (const auto& [name, value] : names) found[name] = value;
-  return found;
+  pybind11::dict values;
+  for (const auto& [name, value] : names) values[name] = value;
+  return values;
 }
 
 int of(pfk::Activation a) { return static_cast<int>(a); }
 
-// Each enumeration of core/codes.h, under the name that it has in pyflowkern/core/codes.py.
-pybind11::dict codes() {
+// Each of these adds enumerations of core/codes.h, under the names that they have in
+// pyflowkern/core/codes.py.
+void add_affine_codes(pybind11::dict& c) {
   using namespace pfk;
-  using A = Activation;
-  pybind11::dict c;
   c["ScaleKind"] = dict_of({{"EXP", kExp},
                             {"TANH", kTanh},
                             {"ATAN", kAtan},
@@ -43,6 +42,10 @@ pybind11::dict codes() {
                              {"SHIFT_FIRST", kShiftFirst},
                              {"DIVIDE", kDivide},
                              {"FROM_OUTPUT", kFromOutput}});
+}
+
+void add_spline_codes(pybind11::dict& c) {
+  using namespace pfk;
   c["SplineKind"] = dict_of({{"RATIONAL_QUADRATIC", kRational},
                              {"LINEAR", kLinearSpline},
                              {"QUADRATIC", kQuadratic},
@@ -57,6 +60,10 @@ pybind11::dict codes() {
                              {"ELEMENTWISE", kSplineElementwise},
                              {"SWAP", kSplineSwap},
                              {"COUPLING", kSplineCoupling}});
+}
+
+void add_density_and_field_codes(pybind11::dict& c) {
+  using namespace pfk;
   c["WantedGradient"] = dict_of({{"Z", kGradZ}, {"MEAN", kGradMean}, {"LOG_STD", kGradLogStd}});
   c["FieldActivation"] = dict_of(
       {{"TANH", kActTanh}, {"SOFTPLUS", kActSoftplus}, {"SILU", kActSilu}, {"GELU", kActGelu}});
@@ -64,6 +71,11 @@ pybind11::dict codes() {
                             {"IN_CACHE", kFieldInCache},
                             {"NORM", kFieldNorm},
                             {"FLAT", kFieldFlat}});
+}
+
+void add_network_codes(pybind11::dict& c) {
+  using namespace pfk;
+  using A = Activation;
   c["MaskedActivation"] = dict_of({{"IDENTITY", of(A::kIdentity)},
                                    {"RELU", of(A::kRelu)},
                                    {"LEAKY_RELU", of(A::kLeakyRelu)},
@@ -82,6 +94,14 @@ pybind11::dict codes() {
                                  {"FLAGS", kLayerFlags}});
   c["LayerFlag"] = dict_of({{"KEEPS_RAW", kKeepsRaw}, {"GATED", kGated}});
   c["ElementFamily"] = dict_of({{"AFFINE", kAffineElements}, {"SPLINE", kSplineElements}});
+}
+
+pybind11::dict codes() {
+  pybind11::dict c;
+  add_affine_codes(c);
+  add_spline_codes(c);
+  add_density_and_field_codes(c);
+  add_network_codes(c);
   return c;
 }
 

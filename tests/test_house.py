@@ -1,6 +1,7 @@
 """The rules of the house that a script can see."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,14 @@ WITHOUT_CUDA = {"relu_network"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_stem_in_four_places(family):
+def test_one_stem_everywhere(family):
     for path in (
         f"csrc/{family}/{family}.h",
         f"csrc/{family}/{family}_cpu.cpp",
         f"csrc/{family}/{family}_cuda.cu",
         f"pyflowkern/ops/{family}.py",
         f"tests/ops/test_{family}.py",
+        f"tests/cases/{family}.py",
         f"bench/ops/{family}.py",
     ):
         wanted = not (path.endswith(".cu") and family in WITHOUT_CUDA)
@@ -64,6 +66,69 @@ def test_functions_fit_a_screen():
 
 def _start(function):
     return function.body[0].end_lineno if ast.get_docstring(function) else function.lineno - 1
+
+
+#: What is no code: comments, lines of the preprocessor, texts, characters.
+NO_CODE = re.compile(
+    r"//[^\n]*|/\*.*?\*/|^[ \t]*#(?:\\\n|[^\n])*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\])'",
+    re.M | re.S,
+)
+TEMPLATE = re.compile(r"template\s*<.*?>\s+(?=[A-Za-z_])", re.S)
+NO_FUNCTION = ("namespace", "struct", "class", "union", "enum", "extern")
+
+
+def cpp_functions(text):
+    """Yield the head of each function of a C++ file, and its lines from there to the last brace."""
+    code = NO_CODE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    code = re.sub(r"\bPFK_(BEGIN|END)\b", ";", code)  # they open and close namespaces
+    begin, depth, head = 0, 0, None  # begin: of a statement that is in no function
+    for mark in re.finditer("[;{}]", code):
+        if mark[0] == "{":
+            start = TEMPLATE.sub("", code[begin : mark.start()].lstrip())
+            if head is None and ")" in start and not start.startswith(NO_FUNCTION):
+                head, outer = start.split("(")[0], depth
+                begin = mark.start() - len(code[begin : mark.start()].lstrip())
+            depth += 1
+        elif mark[0] == "}":
+            depth -= 1
+            if head is not None and depth == outer:
+                yield head, code.count("\n", begin, mark.start()) + 1
+                head = None
+        if head is None:
+            begin = mark.end()
+
+
+def test_functions_of_cpp_fit_a_screen():
+    """60 lines with the head."""
+    long = {
+        f"{path.relative_to(ROOT)}: {head}": lines
+        for path in tracked("*.cpp", "*.cu", "*.h", "*.cuh")
+        for head, lines in cpp_functions(path.read_text())
+        if lines > 60
+    }
+    assert not long
+
+
+def test_functions_of_cpp_are_found():
+    """Also in types, behind attributes and template parameters, and with braces that do not count."""
+    text = """PFK_BEGIN
+template <class T, class U = Vec<T>>
+struct alignas(sizeof(T)) Pair {
+  Pair() : text("}") {
+    // }
+  }
+  int size = 2;
+};
+int table[] = {1, 2};
+template <bool kOn>
+__global__ void __launch_bounds__(2)
+    kernel(int a) {
+#define OPEN {
+  if (a) { a = '{'; }
+}
+"""
+    heads = [(head.split()[-1], lines) for head, lines in cpp_functions(text)]
+    assert heads == [("Pair", 3), ("__launch_bounds__", 6)]
 
 
 def imported(path):

@@ -131,6 +131,17 @@ static void normal_task(const NormalArgs& a, const SharedRows& s, const RowPlan&
 }
 
 // ---- backward ----------------------------------------------------------------------------------
+// Gives each of the n elements from `begin` on the value of its row.
+template <class T>
+static void spread_rows(const T* of_row, int64_t features, int64_t begin, int64_t n, T* to) {
+  for (int64_t at = 0, row = begin / features; at < n; ++row) {
+    const int64_t m =
+        n - at < features ? n - at : features;  // a row, or the block's part of a long one
+    for (int64_t i = 0; i < m; ++i) to[at + i] = of_row[row];
+    at += m;
+  }
+}
+
 template <bool kLogStd, class S>
 static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const NormalGradPlan& p,
                              int64_t task) {
@@ -161,12 +172,7 @@ static void normal_grad_task(const NormalArgs& a, const SharedRows& s, const Nor
     T* const z = target(a.grad_z, false, begin, z_out);
     T* const mean = target(a.grad_mean, sums_mean, begin, mean_out);
     T* const std = target(a.grad_log_std, sums_std, begin, std_out);
-    for (int64_t at = 0, row = begin / a.features; at < n; ++row) {
-      const int64_t m =
-          n - at < a.features ? n - at : a.features;  // a row, or the block's part of a long one
-      for (int64_t i = 0; i < m; ++i) g[at + i] = grad[row];
-      at += m;
-    }
+    spread_rows(grad, a.features, begin, n, g);
     each_vector<T>(n, [&](int64_t i, auto part) {
       const V scale = inverse_std<kLogStd>(b.std + i, part);
       const V d = normal_distance(load(b.z + i, part), load(b.mean + i, part), scale);
