@@ -2,19 +2,20 @@ r"""What all vector fields share: checks, time and context, products with the Ja
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyflowkern.core import activations
-from pyflowkern.core.checks import check_floating, is_integer
+from pyflowkern.core.checks import check_flag, check_floating, is_integer
 from pyflowkern.core.dtypes import accumulation_dtype, full_precision
 from pyflowkern.ops.field import ACTIVATIONS, hutchinson_trace
 from pyflowkern.ops.field_layer import spread
-from pyflowkern.ops.probe import as_probe, expand_probe
+from pyflowkern.ops.probe import expand_probe, probe_of
 
 __all__ = [
+    "DivergenceField",
     "FieldLinear",
     "add_context",
     "as_time",
@@ -23,12 +24,10 @@ __all__ = [
     "check_states",
     "parameters_of",
     "probes_of",
-    "velocity_and_divergence_of",
     "work_dtype",
 ]
 
 TIMES = ("none", "concat", "concatsquash")
-METHODS = ("hutchinson", "exact")
 
 
 class FieldLinear(torch.nn.Linear):
@@ -105,36 +104,97 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     return t.to(dtype)
 
 
-def velocity_and_divergence_of(
-    field: Callable[[Tensor | float, Tensor, Tensor | None], Tensor],
-    t: Tensor | float,
-    x: Tensor,
-    context: Tensor | None,
-    *,
-    probe: Tensor | None,
-    probes: int,
-    method: str,
-    per_probe: bool,
-    regularizers: bool,
-) -> tuple[Tensor, ...]:
-    """Return the results of :meth:`VectorFieldMLP.velocity_and_divergence`, by reverse-mode products."""
-    check_states(x)
-    e = probes_of(x, probe, probes, method)
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
-        start = x if x.requires_grad else x.detach().requires_grad_()
-        velocity = field(t, start, context)
-        products = [_product(velocity, start, v, recorded) for v in e]
-    pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
-    traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
-    if not recorded:
-        velocity = velocity.detach()
-    exact = method == "exact"
-    divergence = traces.sum(0) if exact else traces if per_probe else traces.mean(0)
-    if not regularizers:
-        return velocity, divergence
-    kinetic = velocity.flatten(1).square().sum(1)
-    return velocity, divergence, kinetic, norms.sum(0) if exact else norms.mean(0)
+class DivergenceField(torch.nn.Module):
+    """A field that knows its divergence: from reverse-mode products, unless a subclass has a fused pass."""
+
+    def velocity_and_divergence(
+        self,
+        t: Tensor | float,
+        x: Tensor,
+        *,
+        probe: Tensor | None = None,
+        probes: int = 1,
+        method: str = "hutchinson",
+        per_probe: bool = False,
+        regularizers: bool = False,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        r"""Return the velocity and :math:`\operatorname{div} f` in one pass.
+
+        Args:
+            t: a float, a scalar tensor or ``[N]``.
+            x: states ``[N, ...]``.
+            probe: ``[N, ...]``, ``[K, N, ...]`` or the seed of signs (:func:`~pyflowkern.ops.draw_probe`);
+                the same over a solve.
+            probes: ``K`` for a seed.
+            method: "hutchinson" or "exact".
+            per_probe: return the estimates ``[K, N]`` in place of their mean.
+            regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
+            context: ``[N, context_features]``.
+
+        Returns:
+            ``(velocity[N, ...], divergence[N])``, and with ``regularizers`` ``kinetic`` and
+            ``frobenius`` ``[N]``.
+
+        Raises:
+            TypeError: for states that are not floating-point, and flags that are no bools.
+            ValueError: for shapes that do not fit, an unknown method, or a probe that is missing
+                or too many.
+        """
+        self._check(x)
+        check_flag("per_probe", per_probe)
+        check_flag("regularizers", regularizers)
+        run = self._fused if self._may_be_read else self._by_products
+        return run(t, x, context, probe, probes, method, per_probe, regularizers)
+
+    @property
+    def _may_be_read(self) -> bool:
+        """Whether :meth:`_fused` gives what calling the layers would."""
+        return False
+
+    def _check(self, x: Tensor) -> None:
+        check_states(x)
+
+    def _fused(
+        self,
+        t: Tensor | float,
+        x: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+        probes: int,
+        method: str,
+        per_probe: bool,
+        regularizers: bool,
+    ) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _by_products(
+        self,
+        t: Tensor | float,
+        x: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+        probes: int,
+        method: str,
+        per_probe: bool,
+        regularizers: bool,
+    ) -> tuple[Tensor, ...]:
+        e = probes_of(x, probe, probes, method)
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            start = x if x.requires_grad else x.detach().requires_grad_()
+            velocity = self(t, start, context)
+            products = [_product(velocity, start, v, recorded) for v in e]
+        pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
+        traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
+        if not recorded:
+            velocity = velocity.detach()
+        exact = method == "exact"
+        divergence = traces.sum(0) if exact else traces if per_probe else traces.mean(0)
+        if not regularizers:
+            return velocity, divergence
+        kinetic = velocity.flatten(1).square().sum(1)
+        return velocity, divergence, kinetic, norms.sum(0) if exact else norms.mean(0)
 
 
 def _product(velocity: Tensor, x: Tensor, e: Tensor, recorded: bool) -> Tensor:
@@ -149,20 +209,13 @@ def _product(velocity: Tensor, x: Tensor, e: Tensor, recorded: bool) -> Tensor:
 
 def probes_of(x: Tensor, probe: Tensor | None, probes: int, method: str) -> Tensor:
     """Return probes ``[K, N, ...]`` for states ``[N, ...]``; those of "exact" are the unit vectors."""
-    if method not in METHODS:
-        raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
     flat = x.flatten(1)
-    if method == "exact":
-        if probe is not None:
-            raise ValueError("method='exact' takes no probe")
-        size = flat.shape[1]
-        unit = torch.eye(size, dtype=x.dtype, device=x.device)
-        return unit.view(size, 1, *x.shape[1:]).expand(size, *x.shape)
-    if probe is None:
-        raise ValueError("method='hutchinson' needs a probe; ops.draw_probe(x) draws one")
     if isinstance(probe, Tensor) and x.dim() > 2 and probe.shape[1 - x.dim() :] == x.shape[1:]:
         probe = probe.flatten(1 - x.dim())
-    e, count = as_probe(probe, probes, flat, flat.dtype)
+    e, count = probe_of(method, probe, probes, flat, flat.dtype)
+    if e is None:
+        unit = torch.eye(count, dtype=x.dtype, device=x.device)
+        return unit.view(count, 1, *x.shape[1:]).expand(count, *x.shape)
     return expand_probe(e, count, flat).view(count, *x.shape)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_context, check_count, check_flag
+from pyflowkern.core.checks import check_context, check_count
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast
 from pyflowkern.nn._fields import (
+    DivergenceField,
     FieldLinear,
     add_context,
     as_time,
@@ -21,19 +21,17 @@ from pyflowkern.nn._fields import (
     check_field,
     check_states,
     parameters_of,
-    probes_of,
-    velocity_and_divergence_of,
     work_dtype,
 )
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.ops.field import evaluate_field, evaluate_velocity
 from pyflowkern.ops.field_time import at_time
-from pyflowkern.ops.probe import as_probe
+from pyflowkern.ops.probe import probe_of
 
 __all__ = ["VectorField", "VectorFieldMLP"]
 
 
-class VectorField(torch.nn.Module):
+class VectorField(DivergenceField):
     r"""Any network :math:`f(t, x)` as a field with a divergence, by reverse-mode products.
 
     The estimate of the divergence is FFJORD's :math:`(e^T J) e`; "exact" takes one product for each
@@ -54,7 +52,7 @@ class VectorField(torch.nn.Module):
     Example:
         >>> import torch
         >>> from pyflowkern import nn
-        >>> class Spiral(torch.nn.Module):
+        >>> class Spiral(DivergenceField):
         ...     def forward(self, t, x):
         ...         return torch.stack((3 * x[:, 0] - x[:, 1], x[:, 0] + 4 * x[:, 1]), 1)
         >>> field = nn.VectorField(Spiral())
@@ -84,26 +82,8 @@ class VectorField(torch.nn.Module):
             )
         return velocity
 
-    def velocity_and_divergence(
-        self,
-        t: Tensor | float,
-        x: Tensor,
-        *,
-        probe: Tensor | None = None,
-        probes: int = 1,
-        method: str = "hutchinson",
-        per_probe: bool = False,
-        regularizers: bool = False,
-        context: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Return the results of :meth:`VectorFieldMLP.velocity_and_divergence`."""
-        options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
-        return velocity_and_divergence_of(
-            self, t, x, context, per_probe=per_probe, regularizers=regularizers, **options
-        )
 
-
-class VectorFieldMLP(torch.nn.Module):
+class VectorFieldMLP(DivergenceField):
     r"""A perceptron :math:`f(t, x)` whose velocity and divergence are one fused pass.
 
     Layers are :math:`h = \sigma(W h + b)`, the last without :math:`\sigma`.  Time enters nowhere
@@ -174,7 +154,7 @@ class VectorFieldMLP(torch.nn.Module):
 
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity ``[N, D]`` at ``t``, a float, a scalar tensor or ``[N]``."""
-        check_states(x, self.dims)
+        self._check(x)
         if not self._may_be_read:
             zeros = [
                 x.new_zeros(n, dtype=work_dtype(x, self.layers)) for n in (*self.hidden, self.dims)
@@ -192,63 +172,19 @@ class VectorFieldMLP(torch.nn.Module):
                 h = ACTIVATIONS[self.activation](h)
         return h.to(x.dtype)
 
-    def velocity_and_divergence(
+    def _fused(
         self,
         t: Tensor | float,
         x: Tensor,
-        *,
-        probe: Tensor | None = None,
-        probes: int = 1,
-        method: str = "hutchinson",
-        per_probe: bool = False,
-        regularizers: bool = False,
-        context: Tensor | None = None,
+        context: Tensor | None,
+        probe: Tensor | None,
+        probes: int,
+        method: str,
+        per_probe: bool,
+        regularizers: bool,
     ) -> tuple[Tensor, ...]:
-        r"""Return the velocity and :math:`\operatorname{div} f` in one pass.
-
-        Args:
-            t: a float, a scalar tensor or ``[N]``.
-            x: states ``[N, D]``.
-            probe: ``[N, D]``, ``[K, N, D]`` or the seed of signs (:func:`~pyflowkern.ops.draw_probe`);
-                the same over a solve.
-            probes: ``K`` for a seed.
-            method: "hutchinson" or "exact".
-            per_probe: return the estimates ``[K, N]`` in place of their mean.
-            regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
-            context: ``[N, context_features]``.
-
-        Returns:
-            ``(velocity[N, D], divergence[N])``, and with ``regularizers`` ``kinetic`` and
-            ``frobenius`` ``[N]``.
-
-        Raises:
-            TypeError: for states that are not floating-point.
-            ValueError: for shapes that do not fit, an unknown method, or a probe that is missing
-                or too many.
-        """
-        check_states(x, self.dims)
-        check_flag("per_probe", per_probe)
-        check_flag("regularizers", regularizers)
-        if not self._may_be_read:
-            options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
-            return velocity_and_divergence_of(
-                self.forward,
-                t,
-                x,
-                context,
-                per_probe=per_probe,
-                regularizers=regularizers,
-                **options,
-            )
         layers = self._at(t, x, context)
-        work = layers[0][0].dtype
-        if method == "exact" and probe is None:
-            e, count = None, self.dims
-        elif method != "hutchinson" or probe is None:
-            probes_of(x, probe, probes, method)  # raises
-            raise AssertionError  # pragma: no cover
-        else:
-            e, count = as_probe(probe, probes, x, work)
+        e, count = probe_of(method, probe, probes, x, layers[0][0].dtype)
         return evaluate_field(
             x,
             e,
@@ -259,6 +195,9 @@ class VectorFieldMLP(torch.nn.Module):
             per_probe=per_probe,
             regularizers=regularizers,
         )
+
+    def _check(self, x: Tensor) -> None:
+        check_states(x, self.dims)
 
     def _at(
         self, t: Tensor | float, x: Tensor, context: Tensor | None

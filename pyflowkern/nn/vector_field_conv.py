@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyflowkern._library import transformed
-from pyflowkern.core.checks import check_context, check_count, check_flag
+from pyflowkern.core.checks import check_context, check_count
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.nn._fields import (
+    DivergenceField,
     add_context,
     as_time,
     call_layers,
@@ -23,7 +23,6 @@ from pyflowkern.nn._fields import (
     check_states,
     parameters_of,
     probes_of,
-    velocity_and_divergence_of,
     work_dtype,
 )
 from pyflowkern.nn._hooks import may_be_read
@@ -37,7 +36,7 @@ SIDE = 3  # of the convolutions' kernels
 MOST = 2**24  # numbers that the widest layer's stack of tangents may have in an exact trace
 
 
-class VectorFieldConv(torch.nn.Module):
+class VectorFieldConv(DivergenceField):
     r"""Convolutions :math:`f(t, x)` on images, whose velocity and divergence are one pass.
 
     Layers are :math:`h = \sigma(W * h + b)`, with kernels of side 3 and zeros around the image, the
@@ -46,6 +45,10 @@ class VectorFieldConv(torch.nn.Module):
     :math:`(W * h + b) \odot \mathrm{sigmoid}(t u + c) + t v`: FFJORD's layers.  Primal and tangents
     go through one convolution a layer, stacked along the batch, and one
     :func:`~pyflowkern.ops.field_layer`; on the CPU channels_last.
+
+    An exact divergence takes a tangent for each of the ``C H W`` dimensions, in chunks such that the
+    widest layer's values for one chunk are at most 2^24 numbers (64 MiB in float32); where there are
+    several chunks, the backward pass computes them again.
 
     Args:
         channels: ``C`` of states ``[N, C, H, W]``.
@@ -111,7 +114,7 @@ class VectorFieldConv(torch.nn.Module):
 
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity ``[N, C, H, W]`` at ``t``, a float, a scalar tensor or ``[N]``."""
-        check_states(x, self.channels, 4)
+        self._check(x)
         if not self._may_be_read:
             work = work_dtype(x, self.layers)
             zeros = [x.new_zeros(n, dtype=work) for n in (*self.hidden, self.channels)]
@@ -120,56 +123,17 @@ class VectorFieldConv(torch.nn.Module):
         h, _ = self._run(t, x, None, context)
         return cast(h, x.dtype)
 
-    def velocity_and_divergence(
+    def _fused(
         self,
         t: Tensor | float,
         x: Tensor,
-        *,
-        probe: Tensor | None = None,
-        probes: int = 1,
-        method: str = "hutchinson",
-        per_probe: bool = False,
-        regularizers: bool = False,
-        context: Tensor | None = None,
+        context: Tensor | None,
+        probe: Tensor | None,
+        probes: int,
+        method: str,
+        per_probe: bool,
+        regularizers: bool,
     ) -> tuple[Tensor, ...]:
-        r"""Return the velocity and :math:`\operatorname{div} f` in one pass.
-
-        Args:
-            t: a float, a scalar tensor or ``[N]``.
-            x: states ``[N, C, H, W]``.
-            probe: ``[N, C, H, W]``, ``[K, N, C, H, W]`` or the seed of signs
-                (:func:`~pyflowkern.ops.draw_probe`); the same over a solve.
-            probes: ``K`` for a seed.
-            method: "hutchinson", or "exact" with a tangent for each of the ``C H W`` dimensions, in
-                chunks such that the widest layer's values for one chunk are at most 2^24 numbers (64
-                MiB in float32); where there are several chunks, the backward pass computes them again.
-            per_probe: return the estimates ``[K, N]`` in place of their mean.
-            regularizers: also return :math:`|f|^2` and :math:`|J e|^2`.
-            context: ``[N, context_features]``.
-
-        Returns:
-            ``(velocity[N, C, H, W], divergence[N])``, and with ``regularizers`` ``kinetic`` and
-            ``frobenius`` ``[N]``.
-
-        Raises:
-            TypeError: for states that are not floating-point.
-            ValueError: for shapes that do not fit, an unknown method, or a probe that is missing
-                or too many.
-        """
-        check_states(x, self.channels, 4)
-        check_flag("per_probe", per_probe)
-        check_flag("regularizers", regularizers)
-        if not self._may_be_read:
-            options: dict[str, Any] = {"probe": probe, "probes": probes, "method": method}
-            return velocity_and_divergence_of(
-                self.forward,
-                t,
-                x,
-                context,
-                per_probe=per_probe,
-                regularizers=regularizers,
-                **options,
-            )
         exact = method == "exact" and probe is None
         if exact:
             velocity, divergence, frobenius = self._exact(t, x, context)
@@ -186,6 +150,9 @@ class VectorFieldConv(torch.nn.Module):
             kinetic,
             frobenius if exact else _mean(frobenius),
         )
+
+    def _check(self, x: Tensor) -> None:
+        check_states(x, self.channels, 4)
 
     def _traces(
         self, t: Tensor | float, x: Tensor, e: Tensor, context: Tensor | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,16 @@ class Stepper:
         """The slopes of the last step, ``[stages, *shape]``; the next step overwrites them."""
         return self.stages.settled()
 
-    def start(self, t: float, y: Tensor, dt: float = 0.0) -> None:
-        """Evaluate the slope at a new state, where a step of length ``dt`` starts."""
+    def start(self, t: float, y: Tensor, dt: float = 0.0, first: Graph | None = None) -> None:
+        """Evaluate the slope at a new state, where a step of length ``dt`` starts.
+
+        ``first`` is this slope, with the state that it was computed from, where it is known already.
+        """
+        if first is not None:
+            self.evaluations += 1
+            self.stages.put(0, first[1].detach())
+            self._last = first
+            return
         if self.graphs is not None:
             self.graphs = []
         time = torch.full((), t, dtype=y.dtype, device=y.device)
@@ -72,11 +82,6 @@ class Stepper:
         if self.graphs is not None:
             self._last = self.graphs[0]
 
-    def set_first(self, graph: Graph) -> None:
-        """Use a first slope that is known already, with the state that it was computed from."""
-        self.stages.put(0, graph[1].detach())
-        self._last = graph
-
     def advance(self) -> None:
         """Accept the last step: its last slope is the next step's first."""
         self.stages.restart()
@@ -85,16 +90,19 @@ class Stepper:
 
     def step(self, t: float, dt: float, y: Tensor) -> Tensor:
         """Return the state after a step, whose first slope :meth:`start` or :meth:`advance` has provided."""
-        method = self.method
         times = stage_times(self.c, t, dt, self.perturb)
         if self.graphs is not None:
             assert self._last is not None
             self.graphs = [self._last]
+        return self._through(times, dt, y)
+
+    def _through(self, times: Sequence[Tensor], dt: float | Tensor, y: Tensor) -> Tensor:
+        """Evaluate all stages but the first at their times; return the state after the step."""
         arg = y
-        for i in range(1, method.stages):
+        for i in range(1, self.method.stages):
             arg = self.stages.moved(y, i, dt)
             self._slope(i, times[i], arg)
-        return arg if method.fsal else self.stages.moved(y, -1, dt)
+        return arg if self.method.fsal else self.stages.moved(y, -1, dt)
 
     def increment(self, t: float, dt: float, y: Tensor, error: bool = False) -> Tensor:
         """Return the change of the state over a step, whose first slope is evaluated, too.

@@ -104,24 +104,12 @@ def _field_backward(
     return (grad_x, None, None, *lists, None, None)
 
 
-def _field_backward_fake(
-    grad_y: Tensor | None,
-    grad_trace: Tensor | None,
-    grad_norm: Tensor | None,
-    x: Tensor,
-    probe: Tensor,
-    probes: int,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    gates: list[Tensor],
-    kept: Tensor,
-    activation: int,
-    flags: int,
+def _gradients_like(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], gates: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    def like(tensors: list[Tensor]) -> list[Tensor]:
-        return [t.new_empty(t.shape) for t in tensors]
-
-    return x.new_empty(x.shape), like(weights), like(biases), like(gates)
+    """Return new tensors for the gradients of a field's arguments."""
+    w, b, g = ([t.new_empty(t.shape) for t in part] for part in (weights, biases, gates))
+    return x.new_empty(x.shape), w, b, g
 
 
 def _field_flops(
@@ -161,7 +149,7 @@ _field_backward_op = register(
     "field_divergence_backward(Tensor? grad_y, Tensor? grad_trace, Tensor? grad_norm, Tensor x, "
     "Tensor probe, SymInt probes, Tensor[] weights, Tensor[] biases, Tensor[] gates, Tensor kept, "
     "int activation, int flags) -> (Tensor, Tensor[], Tensor[], Tensor[])",
-    fake=_field_backward_fake,
+    fake=lambda gy, gt, gn, x, probe, probes, *rest: _gradients_like(x, *rest[:3]),
     flops=_field_backward_flops,
 )
 
@@ -216,13 +204,6 @@ def _exact_backward(
     return grad_x, *grad_lists, None, None
 
 
-def _exact_backward_fake(
-    grad_y: Tensor, grad_trace: Tensor, x: Tensor, *lists: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    weights, biases, gates = ([t.new_empty(t.shape) for t in part] for part in lists[:3])
-    return x.new_empty(x.shape), weights, biases, gates
-
-
 def _exact_flops(x: torch.Size, weights: list[torch.Size], *_: Any) -> int:
     flops = 2 * x[0] * sum(w.numel() for w in weights)
     if len(weights) == 2:
@@ -247,7 +228,7 @@ _exact_backward_op = register(
     "field_exact_backward(Tensor grad_y, Tensor grad_trace, Tensor x, Tensor[] weights, "
     "Tensor[] biases, Tensor[] gates, Tensor kept, int activation, int flags)"
     " -> (Tensor, Tensor[], Tensor[], Tensor[])",
-    fake=_exact_backward_fake,
+    fake=lambda grad_y, grad_trace, x, *rest: _gradients_like(x, *rest[:3]),
     flops=lambda grad_y, grad_trace, x, weights, *_: 2 * _exact_flops(x, weights),
 )
 

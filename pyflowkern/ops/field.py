@@ -37,7 +37,7 @@ from pyflowkern.ops._field_reference import (
     hutchinson_trace_reference,
     stacked_reference,
 )
-from pyflowkern.ops.probe import as_probe
+from pyflowkern.ops.probe import probe_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -110,9 +110,7 @@ def field_divergence(
     """
     per_probe = check_flag("per_probe", per_probe)
     regularizers = check_flag("regularizers", regularizers)
-    work, gates = _check_field(x, weights, biases, gates, activation)
-    e, probes = _probe_of(method, probe, probes, x, work)
-    layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)
+    e, probes, layers = _checked(x, weights, biases, gates, activation, method, probe, probes)
     return evaluate_field(
         x, e, probes, layers, activation, method, per_probe=per_probe, regularizers=regularizers
     )
@@ -225,16 +223,32 @@ def field_divergence_reference(
     """Compute :func:`field_divergence` in plain PyTorch, differentiable to any order."""
     per_probe = check_flag("per_probe", per_probe)
     regularizers = check_flag("regularizers", regularizers)
-    work, gates = _check_field(x, weights, biases, gates, activation)
-    e, probes = _probe_of(method, probe, probes, x, work)
+    e, probes, layers = _checked(x, weights, biases, gates, activation, method, probe, probes)
+    work = layers[0][0].dtype
     if e is None:
         e = _unit_probes(x, work)
-    layers = _cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work)
     y, trace, norm = stacked_reference(cast(x, work), e, probes, *layers, activation, regularizers)
     return _results(x, y, trace, norm, method, per_probe, regularizers)
 
 
 # --- argument checks -----------------------------------------------------------------------------
+
+
+def _checked(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gates: Sequence[Tensor] | None,
+    activation: str,
+    method: str,
+    probe: Tensor | None,
+    probes: int,
+) -> tuple[Tensor | None, int, Field]:
+    """Return the probe, None for "exact", the number of probes, and the layers in the dtype to compute in."""
+    work, gates = _check_field(x, weights, biases, gates, activation)
+    e, probes = probe_of(method, probe, probes, x, work)  # which says what a probe must be
+    check_same_device(x=x, probe=probe)
+    return e, probes, (_cast_all(weights, work), _cast_all(biases, work), _cast_all(gates, work))
 
 
 def _check_field(
@@ -293,23 +307,6 @@ def _check_parameter(name: str, i: int, values: Tensor, device: torch.device) ->
         raise ValueError(
             f"all tensors must be on the device of x, {device}, got {name}[{i}] on {values.device}"
         )
-
-
-def _probe_of(
-    method: str, probe: Tensor | None, probes: int, x: Tensor, work: torch.dtype
-) -> tuple[Tensor | None, int]:
-    """Return a probe as the op takes it, None for "exact", and how many there are."""
-    if method == "exact":
-        if probe is not None:
-            raise ValueError("method='exact' takes no probe")
-        return None, x.shape[1]
-    if method != "hutchinson":
-        raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
-    if probe is None:
-        raise ValueError("method='hutchinson' needs a probe; draw_probe(x) draws one")
-    found = as_probe(probe, probes, x, work)  # which says what a probe must be
-    check_same_device(x=x, probe=probe)
-    return found
 
 
 def _unit_probes(x: Tensor, work: torch.dtype) -> Tensor:

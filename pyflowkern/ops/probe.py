@@ -9,7 +9,7 @@ from pyflowkern.core.checks import check_count, check_dense
 from pyflowkern.core.dtypes import accumulation_dtype, cast
 from pyflowkern.ops._philox import draw_seed, philox_blocks
 
-__all__ = ["as_probe", "draw_probe", "expand_probe", "rademacher"]
+__all__ = ["as_probe", "draw_probe", "expand_probe", "probe_of", "rademacher"]
 
 _MASK = 0xFFFFFFFF
 KINDS = ("rademacher", "gaussian")
@@ -114,6 +114,21 @@ def as_probe(probe: Tensor, probes: int, x: Tensor, dtype: torch.dtype) -> tuple
             f"got {tuple(probe.shape)}"
         )
     return cast(e, dtype), e.shape[0]
+
+
+def probe_of(
+    method: str, probe: Tensor | None, probes: int, x: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, int]:
+    """Return a probe as :func:`as_probe` does, None for "exact", and how many there are."""
+    if method == "exact":
+        if probe is not None:
+            raise ValueError("method='exact' takes no probe")
+        return None, x.shape[1]
+    if method != "hutchinson":
+        raise ValueError(f"method must be 'hutchinson' or 'exact', got {method!r}")
+    if probe is None:
+        raise ValueError("method='hutchinson' needs a probe; ops.draw_probe(x) draws one")
+    return as_probe(probe, probes, x, dtype)
 
 
 def expand_probe(probe: Tensor, probes: int, x: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ from pyflowkern import nn
             ),
             "per_probe",
         ),
+        (
+            lambda: nn.VectorField(nn.VectorFieldMLP(2, (4,))).velocity_and_divergence(
+                0.0, torch.zeros(1, 2), method="exact", regularizers=2
+            ),
+            "regularizers",
+        ),
     ],
 )
 def test_flags_are_true_or_false(build, name):

@@ -98,11 +98,7 @@ def begin(
     stepper: Stepper, norm: ErrorNorm, t: float, sign: float, y: Tensor, first: Graph | None = None
 ) -> float:
     """Evaluate the first slope and return the first step size."""
-    if first is None:
-        stepper.start(t, y)
-    else:
-        stepper.set_first(first)
-        stepper.evaluations += 1
+    stepper.start(t, y, first=first)
     if norm.options.first_step is not None:
         return norm.options.first_step
 

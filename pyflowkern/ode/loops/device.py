@@ -29,12 +29,7 @@ class _Stepper(Stepper):
 
     def step_by(self, t: Tensor, dt: Tensor, y: Tensor) -> Tensor:
         """Return the state after a step, as :meth:`Stepper.step` does."""
-        times = (self.c.nodes * dt + t).to(y.dtype).unbind()
-        arg = y
-        for i in range(1, self.method.stages):
-            arg = self.stages.moved(y, i, dt)
-            self._slope(i, times[i], arg)
-        return arg if self.method.fsal else self.stages.moved(y, -1, dt)
+        return self._through((self.c.nodes * dt + t).to(y.dtype).unbind(), dt, y)
 
     def inside(self, y: Tensor, dt: Tensor, theta: Tensor) -> Tensor:
         """Interpolate at fractions ``theta [m]`` of the last step; return ``[m, *shape]``."""
@@ -164,11 +159,7 @@ def _begin(
     """Evaluate the first slope and choose the first step size."""
     stepper = _Stepper(field, options.method, y0)
     t, sign = times[0], 1.0 if times[-1] >= times[0] else -1.0
-    if first is None:
-        stepper.start(t, y0)
-    else:
-        stepper.set_first(first)
-        stepper.evaluations += 1
+    stepper.start(t, y0, first=first)
     like = torch.zeros((), dtype=torch.float64, device=y0.device)
     norm = ErrorNorm(stepper.stages, options, y0)
 

@@ -150,11 +150,8 @@ def _run(
         out.ys[i] = y0
         i += 1
     for t, dt in steps:
-        if first is not None and done == 0:
-            stepper.set_first(first)
-            stepper.evaluations += 1
-        elif not fresh:
-            stepper.start(t, y, dt)
+        if not fresh:
+            stepper.start(t, y, dt, first if done == 0 else None)
         if callbacks is not None:
             callbacks.started(t, y, dt)
         y1 = stepper.step(t, dt, y)
