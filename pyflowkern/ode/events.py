@@ -20,6 +20,7 @@ from pyflowkern.ode.packing import Field, Packing
 from pyflowkern.ode.solution import Status, Trajectory
 from pyflowkern.ode.solve import solve, warn_unless_ok
 from pyflowkern.ode.steppers import Stepper
+from pyflowkern.ode.times import number
 
 __all__ = ["solve_until"]
 
@@ -79,7 +80,7 @@ def solve_until(
             "method must have step control or come with a step_size, got "
             f"{settings.get('method', 'dopri5')!r}"
         )
-    begin = float(t0.detach())
+    begin = number(t0)
     far = begin - max_time if reverse_time else begin + max_time
 
     def event(t: Tensor, y: Tensor) -> Tensor:

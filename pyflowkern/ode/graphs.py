@@ -14,6 +14,7 @@ from pyflowkern.ode.packing import Packing
 from pyflowkern.ode.solution import Solution, Status
 from pyflowkern.ode.solve import solve
 from pyflowkern.ode.tableaus import Tableau, tableau
+from pyflowkern.ode.times import number
 
 __all__ = ["CapturedSolve", "capture"]
 
@@ -138,7 +139,7 @@ def capture(
     packing = Packing(y0, False)
     if tableau(method).error is not None and step_size is None:
         raise ValueError(f"method {method!r} chooses its steps: a captured solve needs step_size")
-    times = t.detach().tolist() if isinstance(t, Tensor) else [float(v) for v in t]
+    times = t.detach().tolist() if isinstance(t, Tensor) else [number(v) for v in t]
     entries = _entries(y0)
     if any(e.requires_grad for e in entries):
         raise ValueError("y0 must not require a gradient, none passes a captured solve: detach it")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.packing import Field
+from pyflowkern.ode.times import number
 
 __all__ = ["Stretch", "jump_times", "stretches"]
 
@@ -42,7 +43,7 @@ class Stretch:
         found = list(edges.unbind())
         for i, j in enumerate(self.outputs, 1):
             found[i] = t[j]
-        if self.times[0] == float(t[0].detach()):
+        if self.times[0] == number(t[0]):
             found[0] = t[0]
         return torch.stack(found)
 
@@ -52,7 +53,7 @@ def jump_times(jump_t: Tensor | Sequence[float] | None) -> list[float]:
     if jump_t is None:
         return []
     try:
-        found = [float(t) for t in jump_t]
+        found = [number(t) for t in jump_t]
     except TypeError as error:
         raise TypeError(
             f"jump_t must be a tensor or a sequence of numbers, got {jump_t!r}"

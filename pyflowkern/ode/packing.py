@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.ode.times import number
+
 __all__ = ["Field", "Packing", "State", "check_allowed"]
 
 State = Tensor | tuple[Tensor, ...]
@@ -120,10 +122,10 @@ class Packing:
         values = list(value) if several else [value]
         single = [_check_tolerance(name, v) for v in values]
         if not several and single[0]:
-            return float(value)
+            return number(value)
         if several and all(single):
             numbers = zip(self.sizes, values, strict=True)
-            return torch.cat([torch.full((n,), float(v), dtype=self.dtype, device=device)
+            return torch.cat([torch.full((n,), number(v), dtype=self.dtype, device=device)
                               for n, v in numbers])  # fmt: skip
         entries = [
             self._each(name, v, shape, kind, device)
@@ -184,7 +186,7 @@ def _check_tolerance(name: str, value: Any) -> bool:
         if not bool((value >= 0).all()):
             raise ValueError(f"{name} must be at least 0, got {value}")
         return False
-    if not float(value) >= 0:
+    if not number(value) >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
     return True
 

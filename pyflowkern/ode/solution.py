@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyflowkern.ode.packing import Packing
 from pyflowkern.ode.tableaus import Tableau, dense_weights
+from pyflowkern.ode.times import number
 from pyflowkern.ops import rk_combine
 
 __all__ = ["DenseOutput", "Solution", "Stats", "Status", "Trajectory"]
@@ -126,7 +127,8 @@ class DenseOutput:
     """The state at any time within a solve, by the method's interpolation.
 
     While gradients are recorded it has those of the discrete solution with respect to the first state and to what the
-    field depends on, and, where the time is a tensor that requires one, of the field there with respect to the time.
+    field depends on, if the solve recorded them.  With respect to the time, where it is a tensor that requires a
+    gradient, the derivative is the field there.
 
     Args:
         method: tableau with its polynomials.
@@ -136,7 +138,7 @@ class DenseOutput:
         slopes: of the stages of each step.
         packing: from packed states to the user's.
         begin: time and state before the first step, which there need not be.
-        inside: see :class:`Trajectory`; empty where nothing required a gradient.
+        inside: see :class:`Trajectory`; empty for what only ``solve`` itself uses.
 
     Example:
         >>> import torch
@@ -158,7 +160,7 @@ class DenseOutput:
 
     def __call__(self, t: float | Tensor) -> Any:
         """Return the state at ``t``, a number or a 0-d tensor; ValueError outside of what was integrated."""
-        moment, t = t, float(t)
+        moment, t = t, number(t)
         first = last = self.begin[0]
         if self.starts:
             last = self.starts[-1] + self.dt[-1]

@@ -25,7 +25,7 @@ from pyflowkern.ode.parameters import parameters_of
 from pyflowkern.ode.solution import DenseOutput, Inside, Solution, Stats, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
-from pyflowkern.ode.times import output_times
+from pyflowkern.ode.times import joined, number, output_times
 
 __all__ = ["solve", "warn_unless_ok"]
 
@@ -167,6 +167,7 @@ def solve(
         grid=grid, interp=interp, perturb=perturb, backward=backward,
     )  # fmt: skip
     options = _with_callbacks(func, options, packing)
+    t = joined(t)
     times, ts = output_times(t, start, options.per_sample)
     solver = _solve if jump_t is None else _by_stretches(jump_t)
     field = packed_field(func, packing)
@@ -195,8 +196,13 @@ def warn_unless_ok(status: Status | Tensor) -> None:
         return
     else:
         text = status.name
+    advice = ""
+    if Status.dt_underflow.name in text or Status.max_steps.name in text:
+        advice = (
+            "a larger rtol may help, and naming in jump_t the times at which the field jumps; "
+        )
     warnings.warn(
-        f"the ODE solve ended early ({text}): its result is the last finite state; "
+        f"the ODE solve ended early ({text}): its result is the last finite state; {advice}"
         "ode.solve returns the status instead of this warning",
         RuntimeWarning,
         stacklevel=3,
@@ -282,6 +288,9 @@ def _solve(
                 if options.adjoint == "reversible"
                 else run(problem, y0, False)
             )
+        if options.dense:
+            problem = replace(problem, first=None, complete=True)
+            trajectory.inside = [(0, _inside(problem, trajectory, y0.detach(), []))]
         return trajectory.ys, trajectory
     if options.per_sample and time is not None:
         raise ValueError("control='sample' gives no gradient of t: detach it")
@@ -298,7 +307,7 @@ def _inside(problem: Problem, steps: Trajectory, y0: Tensor, found: Sequence[Ten
     """Return a function that gives interpolated states their gradients: those of a solve that ends at their time."""
 
     def give(i: int, t: float | Tensor, state: Tensor) -> Tensor:
-        begin, end = problem.times[0], float(t)
+        begin, end = problem.times[0], number(t)
         theta = (end - steps.t[i]) / steps.dt[i]
         until = Trajectory(
             torch.stack([y0.detach(), state]), t=steps.t[: i + 1], dt=steps.dt[: i + 1],

@@ -10,7 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["output_times"]
+__all__ = ["joined", "number", "output_times"]
+
+
+def number(value: Tensor | float) -> float:
+    """Return a number that may come as a tensor; no gradient passes."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def joined(t: Tensor | Sequence[float]) -> Tensor | Sequence[float]:
+    """Return times as one tensor where one of a sequence requires a gradient, so that it is not lost."""
+    if isinstance(t, (list, tuple)):
+        for v in t:
+            if isinstance(v, Tensor) and v.requires_grad:
+                return torch.stack(
+                    [torch.as_tensor(v, dtype=torch.float64).reshape(()) for v in t]
+                )
+    return t
 
 
 def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> tuple[Any, Tensor]:
@@ -27,7 +43,7 @@ def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> t
         ts = t.detach().to(torch.float64)
     else:
         try:
-            times = [float(v) for v in t]
+            times = [number(v) for v in t]
             ts = torch.tensor(times, dtype=torch.float64)
         except TypeError as error:
             raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error

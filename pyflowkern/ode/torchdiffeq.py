@@ -20,6 +20,7 @@ from pyflowkern.ode.events import solve_until
 from pyflowkern.ode.solution import DenseOutput
 from pyflowkern.ode.solve import solve, warn_unless_ok
 from pyflowkern.ode.tableaus import Tableau, tableau
+from pyflowkern.ode.times import joined, number
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
 
@@ -272,9 +273,7 @@ def odeint_dense(
         settings["method"] = method
     if options is not None:
         _add(settings, _settings_of("options", options, method or "dopri5", func, y0))
-    ends: Any = [float(t0), float(t1)]
-    if any(isinstance(v, Tensor) and v.requires_grad for v in (t0, t1)):
-        ends = torch.stack([torch.as_tensor(v, dtype=torch.float64).reshape(()) for v in (t0, t1)])
+    ends: Any = [t0, t1]  # tensors may carry gradients
     solution = solve(func, y0, ends, dense=True, **settings)
     warn_unless_ok(solution.status)
     assert solution.dense is not None
@@ -289,7 +288,9 @@ def _until(
         raise ValueError(
             f"t must hold two times with event_fn, the start and one for the direction, got {len(t)}"
         )
-    given = t if isinstance(t, Tensor) else torch.tensor([float(v) for v in t]).double()
+    given = joined(t)
+    if not isinstance(given, Tensor):
+        given = torch.tensor([number(v) for v in given], dtype=torch.float64)
     reverse = bool(given[1] < given[0])
     event_t, ys = solve_until(func, y0, given[0], event_fn, reverse_time=reverse, **settings)
     return event_t.to(given.dtype), ys
@@ -320,20 +321,20 @@ def _settings_of(
     found: dict[str, Any] = {}
     for key, value in options.items():
         if not fixed and key in _CONSTANTS:
-            if float(value) != _CONSTANTS[key]:
+            if number(value) != _CONSTANTS[key]:
                 raise ValueError(f"{name}[{key!r}] must be {_CONSTANTS[key]}, got {value}")
         elif key not in allowed:
             _warn_of(name, key, method, allowed)
         elif key in _SAME_NAME:
             one = isinstance(value, Tensor) and value.numel() == 1
-            found[key] = float(value) if one else value
+            found[key] = number(value) if one else value
         elif key == "max_num_steps":
             found["max_steps"] = int(value)
         elif key == "grid_constructor":
             found["grid"] = _grid_of(value, func, y0)
         elif key in ("step_t", "jump_t", "grid_points"):
             if value is not None:
-                found["jump_t"] = [*found.get("jump_t", []), *(float(v) for v in value)]
+                found["jump_t"] = [*found.get("jump_t", []), *(number(v) for v in value)]
         elif not (isinstance(value, torch.dtype) and value.is_floating_point):  # dtype
             raise TypeError(f"{name}['dtype'] must be a floating-point dtype, got {value!r}")
     if found.get("min_step", 0.0) == math.inf or found.get("norm", "") is None:
@@ -348,7 +349,7 @@ def _grid_of(constructor: Any, func: Any, y0: Any) -> Callable[[Sequence[float]]
 
     def grid(times: Sequence[float]) -> list[float]:
         made = constructor(func, y0, torch.tensor(times, dtype=torch.float64))
-        return [float(v) for v in made]
+        return [number(v) for v in made]
 
     return grid
 

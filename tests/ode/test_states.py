@@ -1,6 +1,7 @@
 """Kinds of states (entries without axes, complex numbers), tolerances for each element, and named norms."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -237,3 +238,31 @@ def test_gradients_of_dense_output(adjoint, settings):
         assert by_t.item() == pytest.approx(-3 * value, rel=1e-4)
     with torch.no_grad():
         assert not s.dense(0.5).requires_grad
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_dense_output_has_its_slope_where_nothing_else_requires_a_gradient(recorded):
+    """y = e^-2t, also in a stretch after a jump; a time that requires a gradient is no reason for a warning."""
+    rate = torch.tensor(2.0, dtype=torch.float64, requires_grad=not recorded)
+    y0 = torch.ones(2, dtype=torch.float64)
+    with torch.set_grad_enabled(recorded):
+        s = ode.solve(lambda t, y: -rate * y, y0, [0.0, 1.0], dense=True, jump_t=[0.5])
+    for at in (0.2, 0.7):
+        t = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (slope,) = torch.autograd.grad(s.dense(t).sum(), t)
+        assert slope.item() == pytest.approx(-4 * math.exp(-2 * at), rel=1e-6)
+
+
+def test_times_in_a_list_get_their_gradients():
+    """dy/dt(1) = -e^-1, of an output, of the end of a dense output, and of the start of a search for an event."""
+    one = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(1, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = ode.odeint(lambda t, y: -y, y0, [0.0, one])[-1]
+        dense = ode.odeint_dense(lambda t, y: -y, y0, 0.0, one)(one)
+        t, _ = ode.odeint(lambda t, y: -y, y0, [one, 5.0], event_fn=lambda t, y: y - 0.5)
+        found = [torch.autograd.grad(v.sum(), one)[0].item() for v in (y, dense, t)]
+    assert found == pytest.approx([-math.exp(-1), -math.exp(-1), 1.0], rel=1e-6)

@@ -94,6 +94,38 @@ def test_a_solve_that_fails_after_a_jump():
     assert s.stats.accepted + s.stats.rejected <= 3
 
 
+@pytest.mark.parametrize("jump_t", [None, [0.5]])
+def test_reversible_steps_pass_a_jump_in_single_precision(jump_t):
+    """With a rate of 2 and then of 6, y(1) = y0 e^-4 and dy(1)/da = -2 y0 e^-4; tolerances are the defaults.
+
+    Rounding keeps the two states of a reversible solve apart, and steps must not shrink until they do come closer.
+    """
+    a = torch.ones((), requires_grad=True)
+    y0 = torch.tensor([1.0, 2.0], requires_grad=True)
+    options = {} if jump_t is None else {"jump_t": jump_t}
+    y = odeint(lambda t, y: -2 * a * y * (1 if t < 0.5 else 3), y0, [0.0, 1.0],
+               adjoint="reversible", options=options)  # fmt: skip
+    by_y, by_a = torch.autograd.grad(y[-1].sum(), (y0, a))
+    exact = math.exp(-4)
+    torch.testing.assert_close(y[-1], exact * y0.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_y, torch.full((2,), exact), rtol=1e-4, atol=0)
+    assert by_a.item() == pytest.approx(-4 * 3 * exact, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rtol": 1e-14, "atol": 1e-30}, {"options": {"max_num_steps": 3}}], ids=str
+)
+def test_the_warning_of_a_solve_that_ends_at_a_jump_says_what_helps(settings):
+    """The field jumps back and forth at 0.5: no step across it is short enough."""
+    with pytest.warns(RuntimeWarning, match=r"larger rtol.*jump_t"):
+        odeint(
+            lambda t, y: torch.where(t < 0.5, 1e9, -1e9) * y.abs(),
+            start(2),
+            [0.0, 1.0],
+            **settings,
+        )
+
+
 def test_events_after_a_jump():
     f = Jump()
     t, y = odeint_event(f, start(1), 0.0, event_fn=lambda t, y: y - 1.2, jump_t=[0.5])

@@ -169,9 +169,20 @@ class _AdaptiveSteps:
             error = self.norm(dt, y, y1)  # now, because the step back overwrites the slopes
             z1 = z - stepper.increment(t1, -dt, y1)
             apart = [self.options.norm(self.scaled(d, y, y1)) for d in (y - z, y1 - z1)]
-            ratio = _ratio(*torch.stack([n.double() for n in (error, *apart)]).tolist())
+            error, before, after = torch.stack([n.double() for n in (error, *apart)]).tolist()
+            if after > APART:
+                before = max(before, self._rounded(y, y1))
+            ratio = _ratio(error, before, after)
             if control.decide(ratio if _finite((y1, z1)) else math.nan):
                 return t1, dt, (y1, z1)
+
+    def _rounded(self, y: Tensor, y1: Tensor) -> float:
+        """Return the scaled distance below which rounding keeps the two states from coming closer.
+
+        A step takes off the share ``1 - coupling`` of it, which is lost where it is less than half of the last digit.
+        """
+        digit = torch.finfo(y.dtype).eps / max(1 - self.options.coupling, 0.01)
+        return float(self.options.norm(self.scaled(digit * y1, y, y1)))
 
 
 def _finite(pair: Pair) -> bool:
@@ -181,6 +192,7 @@ def _finite(pair: Pair) -> bool:
 def _ratio(error: float, before: float, after: float) -> float:
     """Return the larger of the scaled error and the scaled distance between the states after the step.
 
-    States that are already further apart than allowed must only come closer, which any step that is short enough does.
+    States that are already further apart than allowed must only come closer, which any step that is short enough does,
+    unless rounding prevents it.
     """
     return max(error, after / max(APART, before))
