@@ -68,7 +68,7 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     """
     if isinstance(value, torch.SymInt):
         return value
-    if not is_integer(value):
+    if type(value) is not int and not is_integer(value):  # the first test is the faster one
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
