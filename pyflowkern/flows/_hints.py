@@ -25,7 +25,7 @@ def warn_of_unsuitable(
         x: the data as they were given.
         outside: which samples ``[N]`` lie outside of the domain.
         domain: of the flow.
-        bijection: of the flow; one with ActNorm finds the scale of the data itself.
+        bijection: of the flow; one with ActNorm finds the scale of the data itself, in training mode.
 
     Returns:
         Whether that is done: not under transforms, where nothing can be looked at.  Data on a GPU are not
@@ -35,6 +35,7 @@ def warn_of_unsuitable(
         return True
     if type(x) is not Tensor or transformed() or not x.numel():
         return False
+    norms = [m for m in bijection.modules() if isinstance(m, ActNorm)]
     if domain is not None and outside is not None:
         count = int(outside.sum())
         if count:
@@ -43,12 +44,24 @@ def warn_of_unsuitable(
                 f"log_prob is -inf; {domain.hint(x)}",
                 stacklevel=4,
             )
-    elif domain is None and not any(isinstance(m, ActNorm) for m in bijection.modules()):
+    elif domain is None and not any(_has_scale(m) for m in norms):
         size = float(x.detach()[:1000].abs().float().nanmedian())
         if size > _LARGE:
+            other = (
+                "call the flow in training mode first, where ActNorm finds their scale"
+                if norms
+                else "begin with nn.ActNorm"
+            )
             warnings.warn(
                 f"the data are of size {size:.3g}, and this flow is made for about unit variance: standardise them "
-                "as (x - mean) / std, or begin with nn.ActNorm",
+                f"as (x - mean) / std, or {other}",
                 stacklevel=4,
             )
     return True
+
+
+def _has_scale(layer: ActNorm) -> bool:
+    """Whether the layer has started, or been given parameters, or starts from the data that it sees now."""
+    return layer.training or bool(
+        (layer.initialized != 0) | layer.log_scale.any() | layer.bias.any()
+    )

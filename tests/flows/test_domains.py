@@ -159,6 +159,20 @@ def test_data_of_another_scale_get_a_hint(build):
         build().log_prob(x / 1e5)
 
 
+def test_data_of_another_scale_get_a_hint_where_actnorm_has_not_started():
+    """In eval mode it has no effect before the first batch in training; the hint comes once."""
+    flow, x = flows.RealNVP(2, steps=1, hidden=8).eval(), 1e5 * torch.randn(20, 2)
+    with pytest.warns(UserWarning, match=r"standardise them .* or call the flow in training mode"):
+        flow.log_prob(x)
+    flow(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.log_prob(x)
+        started = flows.RealNVP(2, steps=1, hidden=8)
+        started(x)
+        started.eval().log_prob(x)
+
+
 def test_no_hint_with_actnorm_or_without_values():
     x = 1e5 * torch.randn(20, 2)
     with warnings.catch_warnings():
