@@ -21,18 +21,40 @@ struct TeamPlan {
   int size;               // threads of a team
 };
 
+// Teams of lanes of a warp, each with a row of so many units.
+inline TeamPlan plan_lanes(int64_t rows, int64_t features, int64_t unit) {
+  TeamPlan p{rows, features, features, 1, 1};
+  while (p.size < 32 && p.size * 4 * unit < features) p.size *= 2;
+  return p;
+}
+
 inline TeamPlan plan_teams(int64_t rows, int64_t features, int64_t unit) {
   constexpr int64_t kLong = 8192, kShort = 2048,
                     kFull = 1024;  // kFull blocks are enough for any GPU
-  TeamPlan p{rows, features, features, 1, 1};
-  if (features > 256 * unit || features > kShort) {
-    p.chunk = rows * (features / kLong) >= kFull ? kLong : kShort;
-    p.chunks = (features + p.chunk - 1) / p.chunk;
-    p.size = kThreads;
-  } else {
-    while (p.size < 32 && p.size * 4 * unit < features) p.size *= 2;
-  }
-  return p;
+  if (features <= 256 * unit && features <= kShort) return plan_lanes(rows, features, unit);
+  const int64_t chunk = rows * (features / kLong) >= kFull ? kLong : kShort;
+  return {rows, features, chunk, (features + chunk - 1) / chunk, kThreads};
+}
+
+// Calls f.template operator()<S, kWide, kBlock>(plan): the storage type of `t` and the shape of a
+// launch as template arguments.  fits(n): whether rows consist of whole, aligned packs of n
+// elements.
+template <class Fits, class F>
+void with_teams(const Tensor& t, int64_t rows, int64_t features, Fits fits, F f) {
+  each_storage(t, [&](auto type) {
+    using S = decltype(type);
+    constexpr int64_t width = 16 / sizeof(S);
+    const bool wide = fits(width);
+    const TeamPlan plan = plan_teams(rows, features, wide ? width : 1);
+    const bool block = plan.size == kThreads;
+    if (wide) {
+      block ? f.template operator()<S, true, true>(plan)
+            : f.template operator()<S, true, false>(plan);
+    } else {
+      block ? f.template operator()<S, false, true>(plan)
+            : f.template operator()<S, false, false>(plan);
+    }
+  });
 }
 
 inline int64_t blocks_of(const TeamPlan& p) {

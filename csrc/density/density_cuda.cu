@@ -195,24 +195,9 @@ bool fits_packs(const NormalArgs& a, int64_t width) {
   return a.features % width == 0;
 }
 
-// The storage type and the shape of a launch as template arguments: f.template operator()<S, kWide,
-// kBlock>(plan).
 template <class F>
 void with_plan(const Tensor& z, const NormalArgs& a, F f) {
-  each_storage(z, [&](auto type) {
-    using S = decltype(type);
-    constexpr int64_t width = 16 / sizeof(S);
-    const bool wide = fits_packs(a, width);
-    const TeamPlan plan = plan_teams(a.rows, a.features, wide ? width : 1);
-    const bool block = plan.size == kThreads;
-    if (wide) {
-      block ? f.template operator()<S, true, true>(plan)
-            : f.template operator()<S, true, false>(plan);
-    } else {
-      block ? f.template operator()<S, false, true>(plan)
-            : f.template operator()<S, false, false>(plan);
-    }
-  });
+  with_teams(z, a.rows, a.features, [&](int64_t width) { return fits_packs(a, width); }, f);
 }
 
 Tensor normal_log_prob_cuda(const Tensor& z, const std::optional<Tensor>& mean,

@@ -210,11 +210,6 @@ struct OnCuda {
     multiply_out(product, a, b);
     out = sum_of(out, product);
   }
-  static TeamPlan teams(int64_t rows, int64_t features) {  // rows are not cut into chunks
-    TeamPlan p{rows, features, features, 1, 1};
-    while (p.size < 32 && p.size * 4 < features) p.size *= 2;
-    return p;
-  }
   static void stack(const StackArgs& a, DType dtype) {
     const int64_t size = (1 + a.probes) * a.samples * a.features;
     if (size == 0) return;
@@ -259,7 +254,7 @@ struct OnCuda {
         PFK_LAUNCH(output_grad_kernel<T>, grid_for(a.samples * a.features), kThreads,
                    stream_of_call, a, Divider(a.features));
       } else {
-        const TeamPlan plan = teams(a.samples, a.features);
+        const TeamPlan plan = plan_lanes(a.samples, a.features, 1);
         PFK_LAUNCH(output_kernel<T>, grid_of(blocks_of(plan)), kThreads, stream_of_call, a, plan);
       }
     });
@@ -273,7 +268,7 @@ struct OnCuda {
                    a, Divider(a.features));
         return;
       }
-      TeamPlan plan = teams(a.rows, a.features);
+      TeamPlan plan = plan_lanes(a.rows, a.features, 1);
       const bool block = a.features > 1024;
       if (block) plan.size = kThreads;
       auto kernel = block ? row_dot_kernel<T, true> : row_dot_kernel<T, false>;

@@ -169,8 +169,7 @@ struct LayerOnCuda {
     } else if (!a.runs) {
       PFK_LAUNCH((planes_grad_kernel<kKind, T, kWide>), grid_for(packs), kThreads, stream, a, d);
     } else {
-      TeamPlan plan{a.rows, a.columns, a.columns, 1, 1};
-      while (plan.size < 32 && plan.size * 4 * width < a.columns) plan.size *= 2;
+      const TeamPlan plan = plan_lanes(a.rows, a.columns, width);
       PFK_LAUNCH((runs_grad_kernel<kKind, T, kWide>), grid_of(blocks_of(plan)), kThreads, stream, a,
                  d, plan);
     }

@@ -232,25 +232,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// The storage type and the shape of a launch as template arguments: f.template operator()<S, kWide,
-// kBlock>(plan).
 template <class F>
 void with_plan(const Tensor& x, const PreprocessTensors& t, F f) {
-  each_storage(x, [&](auto type) {
-    using S = decltype(type);
-    constexpr int64_t width = 16 / sizeof(S);
-    const bool wide = t.features % width == 0 && aligned16(t.args.in) && aligned16(t.args.out) &&
-                      aligned16(t.args.grad_out);
-    const TeamPlan plan = plan_teams(t.rows, t.features, wide ? width : 1);
-    const bool block = plan.size == kThreads;
-    if (wide) {
-      block ? f.template operator()<S, true, true>(plan)
-            : f.template operator()<S, true, false>(plan);
-    } else {
-      block ? f.template operator()<S, false, true>(plan)
-            : f.template operator()<S, false, false>(plan);
-    }
-  });
+  const PreprocessArgs& a = t.args;
+  const bool aligned = aligned16(a.in) && aligned16(a.out) && aligned16(a.grad_out);
+  auto fits = [&](int64_t width) { return aligned && t.features % width == 0; };
+  with_teams(x, t.rows, t.features, fits, f);
 }
 
 std::tuple<Tensor, Tensor> logit_cuda(const Tensor& x, double alpha, bool inverse) {
