@@ -3,6 +3,7 @@ r"""What all vector fields share: checks, time and context, products with the Ja
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from pyflowkern.ops.probe import expand_probe, probe_of
 __all__ = [
     "DivergenceField",
     "FieldLinear",
+    "Wanted",
     "add_context",
     "as_time",
     "call_layers",
@@ -104,6 +106,16 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     return t.to(dtype)
 
 
+class Wanted(NamedTuple):
+    """What is wanted of a divergence: see :meth:`DivergenceField.velocity_and_divergence`."""
+
+    probe: Tensor | None
+    probes: int
+    method: str
+    per_probe: bool
+    regularizers: bool
+
+
 class DivergenceField(torch.nn.Module):
     """A field that knows its divergence: from reverse-mode products, unless a subclass has a fused pass."""
 
@@ -145,7 +157,8 @@ class DivergenceField(torch.nn.Module):
         check_flag("per_probe", per_probe)
         check_flag("regularizers", regularizers)
         run = self._fused if self._may_be_read else self._by_products
-        return run(t, x, context, probe, probes, method, per_probe, regularizers)
+        wanted = Wanted(probe, probes, method, per_probe, regularizers)
+        return run(t, x, context, wanted)
 
     @property
     def _may_be_read(self) -> bool:
@@ -156,29 +169,14 @@ class DivergenceField(torch.nn.Module):
         check_states(x)
 
     def _fused(
-        self,
-        t: Tensor | float,
-        x: Tensor,
-        context: Tensor | None,
-        probe: Tensor | None,
-        probes: int,
-        method: str,
-        per_probe: bool,
-        regularizers: bool,
+        self, t: Tensor | float, x: Tensor, context: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
     def _by_products(
-        self,
-        t: Tensor | float,
-        x: Tensor,
-        context: Tensor | None,
-        probe: Tensor | None,
-        probes: int,
-        method: str,
-        per_probe: bool,
-        regularizers: bool,
+        self, t: Tensor | float, x: Tensor, context: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, ...]:
+        probe, probes, method, per_probe, regularizers = wanted
         e = probes_of(x, probe, probes, method)
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():

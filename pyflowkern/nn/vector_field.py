@@ -15,6 +15,7 @@ from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast
 from pyflowkern.nn._fields import (
     DivergenceField,
     FieldLinear,
+    Wanted,
     add_context,
     as_time,
     call_layers,
@@ -173,16 +174,9 @@ class VectorFieldMLP(DivergenceField):
         return h.to(x.dtype)
 
     def _fused(
-        self,
-        t: Tensor | float,
-        x: Tensor,
-        context: Tensor | None,
-        probe: Tensor | None,
-        probes: int,
-        method: str,
-        per_probe: bool,
-        regularizers: bool,
+        self, t: Tensor | float, x: Tensor, context: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, ...]:
+        probe, probes, method, per_probe, regularizers = wanted
         layers = self._at(t, x, context)
         e, count = probe_of(method, probe, probes, x, layers[0][0].dtype)
         return evaluate_field(

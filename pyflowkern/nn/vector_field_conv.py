@@ -16,6 +16,7 @@ from pyflowkern.core.checks import check_context, check_count
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.nn._fields import (
     DivergenceField,
+    Wanted,
     add_context,
     as_time,
     call_layers,
@@ -124,16 +125,9 @@ class VectorFieldConv(DivergenceField):
         return cast(h, x.dtype)
 
     def _fused(
-        self,
-        t: Tensor | float,
-        x: Tensor,
-        context: Tensor | None,
-        probe: Tensor | None,
-        probes: int,
-        method: str,
-        per_probe: bool,
-        regularizers: bool,
+        self, t: Tensor | float, x: Tensor, context: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, ...]:
+        probe, probes, method, per_probe, regularizers = wanted
         exact = method == "exact" and probe is None
         if exact:
             velocity, divergence, frobenius = self._exact(t, x, context)
@@ -161,8 +155,8 @@ class VectorFieldConv(DivergenceField):
         velocity, product = self._run(t, x, e, context)
         assert product is not None
         e = cast(e, product.dtype).expand_as(product)
-        found = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
-        trace, norm = (part.view(e.shape[:2]) for part in found)
+        pair = hutchinson_trace(e.flatten(0, 1), product.flatten(0, 1), with_norm=True)
+        trace, norm = (part.view(e.shape[:2]) for part in pair)
         return velocity, trace, norm
 
     def _exact(
@@ -183,12 +177,12 @@ class VectorFieldConv(DivergenceField):
             e[:, 0].diagonal(first).fill_(1)
             e = e.view(count, 1, *x.shape[1:]).expand(count, *x.shape)
             if count < size and torch.is_grad_enabled() and not transformed():
-                found = checkpoint(
+                results = checkpoint(
                     self._traces, t, x, e, context, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                found = self._traces(t, x, e, context)
-            velocity, traces, norms = found
+                results = self._traces(t, x, e, context)
+            velocity, traces, norms = results
             divergence, frobenius = divergence + traces.sum(0), frobenius + norms.sum(0)
         return velocity, divergence, frobenius
 
