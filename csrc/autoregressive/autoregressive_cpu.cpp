@@ -138,9 +138,9 @@ template <class T>
 void find_feature(const AutoregressiveArgs& a, const Work<T>& w, int rank, T* params,
                   const ElementMaps<T>& maps) {
   const T* z = static_cast<const T*>(a.z) + w.first * a.features + a.order[rank];
-  T* found = w.row(rank);
-  for (int64_t i = 0; i < w.count; ++i) found[i] = z[i * a.features];
-  for (int64_t i = w.count; i < w.columns; ++i) found[i] = T(0);
+  T* known = w.row(rank);
+  for (int64_t i = 0; i < w.count; ++i) known[i] = z[i * a.features];
+  for (int64_t i = w.count; i < w.columns; ++i) known[i] = T(0);
   if (a.kind >= 0) {
     with_scale_kind(a.kind, [&](auto kind) {
       find_vectors(w, rank, params, [&](Vec<T> v, const ParamRows<T>& tile) {
@@ -165,7 +165,7 @@ void find_feature(const AutoregressiveArgs& a, const Work<T>& w, int rank, T* pa
     });
   }
   T* x = static_cast<T*>(a.x) + w.first * a.features + a.order[rank];
-  for (int64_t i = 0; i < w.count; ++i) x[i * a.features] = found[i];
+  for (int64_t i = 0; i < w.count; ++i) x[i * a.features] = known[i];
 }
 
 template <class T>

@@ -10,9 +10,9 @@ namespace pfk {
 enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclipScale, kAdditive };
 constexpr int kScaleKinds = kAdditive + 1;
 
-// How shifts and raw scales lie in the parameters of a coupling; a second three has the raw scales
-// first.
-enum ParamsLayout : int { kBlocked, kInterleaved, kFeatureMajor, kRawFirst };  // + kRawFirst
+// How shifts and raw scales lie in the parameters of a coupling: shifts first, or, with kRawFirst
+// added, raw scales first.
+enum ParamsLayout : int { kBlocked, kInterleaved, kFeatureMajor, kRawFirst };
 constexpr int kParamsLayouts = 2 * kRawFirst;
 
 enum AffineFlags : int { kInverse = 1, kSwap = 2, kShiftFirst = 4, kDivide = 8, kFromOutput = 16 };

@@ -247,8 +247,7 @@ PFK_HD Vec<T> atan_(Vec<T> x) {
 
 #endif  // !__CUDACC__
 
-// ---- functions of the above, for scalars and Vecs
-// -------------------------------------------------------
+// ---- hyperbolic tangent, for scalars and Vecs --------------------------------------------------
 template <class V>
 struct Tanh {
   V value, slope;  // tanh x and 1 - tanh^2 x

@@ -119,9 +119,9 @@ struct Exact : Field {
   Tensor ones() const {
     int64_t widest = 1;
     for (const FieldLayer& y : layers) widest = widest < y.out ? y.out : widest;
-    Tensor found = empty(x, {widest});
-    torch::stable::fill_(found, 1.0);
-    return found;
+    Tensor row = empty(x, {widest});
+    torch::stable::fill_(row, 1.0);
+    return row;
   }
   Tensor top(const Tensor& s) const { return rows_of(s, 0, n); }
   Tensor below(const Tensor& s) const { return rows_of(s, n, n); }

@@ -134,10 +134,10 @@ __device__ __forceinline__ void multiply(const FusedLayer& y, const T* w, T* h, 
   if (c >= y.out) return;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    Four<T> found;
+    Four<T> product;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) found.lanes[j] = c + j < y.out ? sum[i][j] : T(0);
-    found.store(h + (r + i * step) * row_stride + c);
+    for (int j = 0; j < 4; ++j) product.lanes[j] = c + j < y.out ? sum[i][j] : T(0);
+    product.store(h + (r + i * step) * row_stride + c);
   }
 }
 

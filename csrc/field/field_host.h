@@ -306,7 +306,7 @@ struct OwnGradients {
 // The products of all hidden layers: read where they were kept, computed again where not.
 template <class Device>
 Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
-  Tensors found;
+  Tensors products;
   Tensor h = input;
   for (int l = 0; l < f.args.layers - 1; ++l) {
     const FieldLayer& y = f.layers[l];
@@ -315,9 +315,9 @@ Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
     if (continues(f.args, l)) {
       h = activated<Device>(f, l, p, y.kept < 0 ? kLayerForward : kLayerRestore);
     }
-    found.push_back(p);
+    products.push_back(p);
   }
-  return found;
+  return products;
 }
 
 template <class Device>

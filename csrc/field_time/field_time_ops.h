@@ -35,9 +35,9 @@ struct TimeLayers {
     }
   }
   Tensors like(const Tensors& tensors) const {
-    Tensors found;
-    for (const Tensor& t : tensors) found.push_back(empty(t, t.sizes()));
-    return found;
+    Tensors outputs;
+    for (const Tensor& t : tensors) outputs.push_back(empty(t, t.sizes()));
+    return outputs;
   }
 };
 
@@ -45,14 +45,14 @@ template <class Device>
 std::vector<Tensor> time_forward(const Tensor& time, std::vector<Tensor> biases,
                                  std::vector<Tensor> rows) {
   TimeLayers f(time, biases, rows);
-  std::vector<Tensor> found = f.like(f.biases);
-  for (int l = 0; l < f.args.count; ++l) f.args.layer[l].to_bias = data_of(found[l]);
+  std::vector<Tensor> outputs = f.like(f.biases);
+  for (int l = 0; l < f.args.count; ++l) f.args.layer[l].to_bias = data_of(outputs[l]);
   for (int l = 0; f.args.squash && l < f.args.count; ++l) {
-    found.push_back(empty(time, f.biases[l].sizes()));
-    f.args.layer[l].to_gate = data_of(found.back());
+    outputs.push_back(empty(time, f.biases[l].sizes()));
+    f.args.layer[l].to_gate = data_of(outputs.back());
   }
   Device::run(f.args, time, false);
-  return found;
+  return outputs;
 }
 
 template <class Device>

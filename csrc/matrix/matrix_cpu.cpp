@@ -84,10 +84,10 @@ template <class T>
 T largest_of(const T* column, int64_t k, int64_t n) {
   using V = Vec<T>;
   T lanes[V::kLanes];
-  V found = T(0);
+  V most = T(0);
   int64_t i = k;
-  for (; i + V::kLanes <= n; i += V::kLanes) found = max_(abs_(V::load(column + i)), found);
-  found.store(lanes);
+  for (; i + V::kLanes <= n; i += V::kLanes) most = max_(abs_(V::load(column + i)), most);
+  most.store(lanes);
   T largest = T(0);
   for (const T lane : lanes) largest = max_(lane, largest);
   for (; i < n; ++i) largest = max_(abs_(column[i]), largest);

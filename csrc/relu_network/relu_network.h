@@ -254,8 +254,8 @@ void weight_rows(const NetworkArgs& a, const NetworkLayer& y, int64_t begin, int
     *to_bias = (a.add ? *to_bias : T(0)) + static_cast<T>(bias[i]);
     for (int64_t j = 0; j < y.in; ++j) {
       const int64_t from = i * y.in_stride + j;
-      const T found = one ? part[from] : static_cast<T>(total[from]);
-      to[j] = a.add ? to[j] + found : found;
+      const T value = one ? part[from] : static_cast<T>(total[from]);
+      to[j] = a.add ? to[j] + value : value;
     }
   }
   free(part);

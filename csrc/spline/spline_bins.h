@@ -193,7 +193,7 @@ PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>
   const int bins = C::bins(m);
   Place<V> p{};
   p.bin = V(T(0));
-  Sum before = Sum::zero(), other = before, found = before, other_found = before;
+  Sum before = Sum::zero(), other = before, before_bin = before, other_before_bin = before;
   V size = t.get(in.first), other_size = t.get(out.first);
   p.size[0] = size, p.size[1] = other_size;
   PFK_UNROLL_ON_CPU(8)
@@ -202,18 +202,19 @@ PFK_HD Place<V> find(const SplineMap<Lane<V>>& m, Tile& t, V v, const Axis<C, V>
     size = t.get(in.first + j), other_size = t.get(out.first + j);
     const auto reached = v >= before.value() * in.rate + (in.low + V(T(j) * in.least));
     p.bin = select(reached, V(T(j)), p.bin);
-    found = select_sum(reached, before, found);
-    other_found = select_sum(reached, other, other_found);
+    before_bin = select_sum(reached, before, before_bin);
+    other_before_bin = select_sum(reached, other, other_before_bin);
     p.size[0] = select(reached, size, p.size[0]);
     p.size[1] = select(reached, other_size, p.size[1]);
     picked(reached, j);
   }
   const V next = p.bin + V(T(1));
-  p.before[0] = found.value(), p.before[1] = other_found.value();
-  p.start[0] = start_of(in, p.bin, found, bins);
-  p.start[1] = start_of(out, p.bin, other_found, bins);
-  found.add(p.size[0]), other_found.add(p.size[1]);
-  p.end[0] = start_of(in, next, found, bins), p.end[1] = start_of(out, next, other_found, bins);
+  p.before[0] = before_bin.value(), p.before[1] = other_before_bin.value();
+  p.start[0] = start_of(in, p.bin, before_bin, bins);
+  p.start[1] = start_of(out, p.bin, other_before_bin, bins);
+  before_bin.add(p.size[0]), other_before_bin.add(p.size[1]);
+  p.end[0] = start_of(in, next, before_bin, bins),
+  p.end[1] = start_of(out, next, other_before_bin, bins);
   return p;
 }
 

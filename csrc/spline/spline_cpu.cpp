@@ -310,12 +310,12 @@ void copy_passing(const SplineArgs& a, const Tensor& out, int64_t begin, int64_t
 // Places of the transformed elements, in the order of memory.
 std::vector<int32_t> places_of(const SplineArgs& a, const Tensor& mask) {
   const bool* moved = static_cast<const bool*>(mask.const_data_ptr());
-  std::vector<int32_t> found;
+  std::vector<int32_t> channels;
   for (int64_t i = 0; i < a.x_features; ++i) {
     const int64_t at = a.channels_last ? i % a.channels * a.space + i / a.channels : i;
-    if (moved[at]) found.push_back(static_cast<int32_t>(i));
+    if (moved[at]) channels.push_back(static_cast<int32_t>(i));
   }
-  return found;
+  return channels;
 }
 
 }  // namespace

@@ -15,14 +15,14 @@ namespace {
 // The channels that a mask over channels transforms, in order; -1 where it has fewer than it
 // should.
 __global__ void __launch_bounds__(kThreads)
-    channels_kernel(const bool* mask, int64_t channels, int64_t space, int32_t* found,
+    channels_kernel(const bool* mask, int64_t channels, int64_t space, int32_t* moved_channels,
                     int64_t moved) {
   if (threadIdx.x != 0) return;
   int64_t rank = 0;
   for (int64_t c = 0; c < channels && rank < moved; ++c) {
-    if (mask[c * space]) found[rank++] = static_cast<int32_t>(c);
+    if (mask[c * space]) moved_channels[rank++] = static_cast<int32_t>(c);
   }
-  for (; rank < moved; ++rank) found[rank] = -1;
+  for (; rank < moved; ++rank) moved_channels[rank] = -1;
 }
 
 // Copies elements that are not transformed: rows of `length`, or whole samples.
@@ -132,9 +132,9 @@ void run_spline_cuda(SplineArgs& a, const Tensor& out, const std::optional<Tenso
   if (a.masked && !a.full && a.features > 0) {
     const int64_t count = a.features / a.space;
     channel = empty(out, {count}, ScalarType::Int);
-    int32_t* found = static_cast<int32_t*>(channel.mutable_data_ptr());
-    PFK_LAUNCH(channels_kernel, 1, kThreads, stream, moved, a.channels, a.space, found, count);
-    g.channel = found;
+    int32_t* channels = static_cast<int32_t*>(channel.mutable_data_ptr());
+    PFK_LAUNCH(channels_kernel, 1, kThreads, stream, moved, a.channels, a.space, channels, count);
+    g.channel = channels;
   }
   each_storage(
       out, [&](auto s) { launch<decltype(s)>(a, partial.mutable_data_ptr(), moved, g, stream); });

@@ -19,12 +19,12 @@ inline EvenRows rows_of(const Tensor& t) {
   const auto strides = t.strides();
   const int64_t last = t.dim() - 1;
   int64_t step = sizes[last], reach = 0;
-  bool even = sizes[last] == 1 || strides[last] == 1, found = false;
+  bool even = sizes[last] == 1 || strides[last] == 1, outer_seen = false;
   for (int64_t d = last - 1; d >= 0 && even; --d) {
     if (sizes[d] == 1) continue;
-    if (!found) step = strides[d];
-    even = found ? strides[d] == reach : step >= sizes[last];
-    found = true;
+    if (!outer_seen) step = strides[d];
+    even = outer_seen ? strides[d] == reach : step >= sizes[last];
+    outer_seen = true;
     reach = strides[d] * sizes[d];
   }
   if (even) return {t, step};

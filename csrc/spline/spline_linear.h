@@ -26,7 +26,7 @@ PFK_HD LinearBin<V> linear_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   b.v = v = m.tails == kCircular ? wrap(v, low, high) : v;
   b.width = (high - low) / V(T(m.bins));
   b.bin = V(T(0)), b.size = t.get(0);
-  Sum before = Sum::zero(), found = before;
+  Sum before = Sum::zero(), before_bin = before;
   V size = b.size;
   for (int j = 1; j < m.bins; ++j) {
     before.add(size);
@@ -35,11 +35,11 @@ PFK_HD LinearBin<V> linear_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
                              : low + b.width * V(T(j));
     const auto reached = v >= knot;
     b.bin = select(reached, V(T(j)), b.bin);
-    found = select_sum(reached, before, found);
+    before_bin = select_sum(reached, before, before_bin);
     b.size = select(reached, size, b.size);
   }
-  b.before = found.value();
-  const V start = start_of(b.y, b.bin, found, m.bins), x0 = low + b.bin * b.width;
+  b.before = before_bin.value();
+  const V start = start_of(b.y, b.bin, before_bin, m.bins), x0 = low + b.bin * b.width;
   b.slope = (b.size * b.y.rate + V(b.y.least)) / b.width;
   b.out = m.inverse ? x0 + (v - start) / b.slope : start + (v - x0) * b.slope;
   b.out = max_(min_(b.out, high), low);

@@ -177,7 +177,7 @@ class Flow(Bijection):
         if dtype != torch.float64:
             y, log_det = self.preprocess(x)
             return y.to(dtype), log_det
-        # the op computes in float32; of what it draws, the middle between two neighbours is exact in float64
+        # the op computes in float32: float64 takes the middle between two of the values that it may draw
         bits, pixels = self.preprocess.bits, math.prod(x.shape[1:])
         v, _ = ops.dequantize(x, bits=bits)
         y, log_det = ops.logit(v.double() + 0.5 ** (17 + bits), alpha=self.preprocess.alpha)

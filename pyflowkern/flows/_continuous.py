@@ -22,14 +22,14 @@ from pyflowkern.nn import Bijection
 
 __all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
 
-#: Up to so many dimensions a trace is exact in eval mode, unless the flow says otherwise.
+#: The most dimensions of which the trace is exact in eval mode by default.
 EXACT_UP_TO = 64
 _LOG_DET_WANTED = ContextVar("log_det_wanted", default=True)
 
 
 @contextmanager
 def without_log_det() -> Iterator[None]:
-    """Let inverses inside integrate the state alone, as samples need no more; their log-determinants are NaN."""
+    """Make inverses integrate the state alone, which is all that samples need; log-determinants are NaN."""
     token = _LOG_DET_WANTED.set(False)
     try:
         yield
@@ -162,14 +162,14 @@ class ContinuousBijection(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from data to latent; return ``(z, log_det[N])``."""
-        found = self.integrate(x, context)
-        return found.end, found.log_det.mean(1)
+        result = self.integrate(x, context)
+        return result.end, result.log_det.mean(1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from latent to data; return ``(x, log_det[N])``."""
         log_det = _LOG_DET_WANTED.get() or not self._needs_no_divergence(z)
-        found = self.integrate(z, context, backwards=True, log_det=log_det)
-        return found.end, found.log_det.mean(1)
+        result = self.integrate(z, context, backwards=True, log_det=log_det)
+        return result.end, result.log_det.mean(1)
 
     def integrate(
         self,
@@ -303,7 +303,7 @@ def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _of_state(value: Any) -> Any:
-    """Return a tolerance of the state alone: of those of every entry the first."""
+    """Return the tolerance of the state: the first, if each integrated quantity has its own."""
     return value[0] if isinstance(value, (tuple, list)) else value
 
 
@@ -316,11 +316,11 @@ def _check_solver(settings: Mapping[str, Any]) -> None:
             f"{', '.join(unknown)}: neither an argument of the flow nor a setting of "
             f"pyflowkern.ode.solve, which are {', '.join(sorted(known))}"
         )
-    # how many tolerances a tuple needs, the call decides: with regularizers there is more to integrate
+    # tuples of tolerances are checked by the call: regularizers make the state longer
     rest = {
         k: v for k, v in settings.items() if not isinstance(v, (tuple, list)) and k != "params"
     }
-    with torch.no_grad(), torch.device("cpu"):  # of no length: the settings alone are looked at
+    with torch.no_grad(), torch.device("cpu"):  # a solve of length 0 checks its settings
         ode.solve(lambda t, y: y, (torch.zeros(1, 1),), [0.0, 0.0], **rest)
 
 

@@ -13,7 +13,7 @@ __all__ = ["FlowDistribution"]
 
 
 class DensityModel(Protocol):
-    """What of a :class:`~pyflowkern.flows.Flow` its distribution calls."""
+    """The methods of a :class:`~pyflowkern.flows.Flow` that its distribution calls."""
 
     event_shape: tuple[int, ...]
     context_features: int
@@ -122,7 +122,7 @@ class FlowDistribution(Distribution):
         """Return the log-density of ``[*sample, *batch, *event]``, one number an event."""
         if (
             self._validate_args
-            and value.dtype != torch.uint8  # of which every value is a pixel
+            and value.dtype != torch.uint8  # any byte is a pixel
             and not torch.compiler.is_compiling()
         ):
             self._validate_sample(value)

@@ -98,7 +98,7 @@ class PixelDomain(Domain):
 
     def outside(self, x: Tensor) -> Tensor:
         """Return which elements have no density, the ends among them."""
-        # as near to an end as the rounding of the logit's argument, which must stay positive
+        # the logit's argument must stay positive, also after rounding
         slack = 4 * self.alpha * torch.finfo(x.dtype).eps
         return (x <= self.low + slack) | (1 - x <= self.low + slack)
 

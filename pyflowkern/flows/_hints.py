@@ -1,4 +1,4 @@
-"""What a flow says, once, of data that it is not made for."""
+"""Warnings, each given once, about data that do not suit a flow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyflowkern.nn import ActNorm, Bijection
 
 __all__ = ["warn_of_unsuitable"]
 
-#: Typical size of data from which on networks and splines of unit scale see little of them.
+#: Data of this typical size and above are too large for networks and splines of unit scale.
 _LARGE = 100.0
 
 

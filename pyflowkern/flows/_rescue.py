@@ -18,7 +18,7 @@ __all__ = ["Dynamics", "check_export", "guarded", "rows_like", "solve_rows"]
 
 Dynamics = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
-#: What gives each sample steps of its own, whatever the flow's settings are.
+#: Settings that give each sample steps of its own.
 _STEPS_PER_SAMPLE: dict[str, Any] = {
     "control": "sample",
     "adjoint": "direct",
@@ -58,13 +58,13 @@ def solve_rows(
     if not _is_known(solution.status) or solution.ok:
         return _masked(solution, bad), bad
     if _has_adaptive_steps(settings):
-        found, status = _with_steps_per_sample(solve, solution, bad, settings)
+        result, status = _with_steps_per_sample(solve, solution, bad, settings)
     else:
-        found, status = _stopped_one_by_one(solve, bad)
+        result, status = _stopped_one_by_one(solve, bad)
     failed = (status != 0) & ~bad
     _warn(status[failed], bad.numel())
     bad = bad | failed
-    return _masked(found, bad), bad
+    return _masked(result, bad), bad
 
 
 def _with_steps_per_sample(
@@ -73,35 +73,35 @@ def _with_steps_per_sample(
     bad: Tensor,
     settings: Mapping[str, Any],
 ) -> tuple[ode.Solution, Tensor]:
-    """Give each sample steps of its own; return that solve and the status of each."""
-    found = solution
+    """Give each sample steps of its own; return the solve and the status of each sample."""
+    result = solution
     with torch.no_grad():
         if settings.get("control", "batch") != "sample":
             try:
-                found = solve(bad, **_STEPS_PER_SAMPLE)
+                result = solve(bad, **_STEPS_PER_SAMPLE)
             except (TypeError, ValueError, RuntimeError):
-                # a field of a scalar time alone cannot tell one sample's failure from another's
+                # a field that takes only a scalar time cannot be solved for each sample
                 return solution, _status(solution, bad)
-    status = _status(found, bad)
+    status = _status(result, bad)
     if torch.is_grad_enabled():
-        found = solve(bad | (status != 0), **_STEPS_PER_SAMPLE)
-        status = torch.where(status == 0, _status(found, bad), status)
-    return found, status
+        result = solve(bad | (status != 0), **_STEPS_PER_SAMPLE)
+        status = torch.where(status == 0, _status(result, bad), status)
+    return result, status
 
 
 def _stopped_one_by_one(
     solve: Callable[..., ode.Solution], bad: Tensor
 ) -> tuple[ode.Solution, Tensor]:
-    """Take the fixed steps with those samples stopped that blow up; return that solve and each status."""
+    """Take the fixed steps, stopping the samples that overflow; return the solve and the status of each sample."""
     alive = ~bad
     with torch.no_grad():
-        found = solve(bad, alive=alive)
+        result = solve(bad, alive=alive)
     status = torch.zeros_like(bad, dtype=torch.int8)
     status = status.masked_fill(~alive & ~bad, int(ode.Status.non_finite))
-    if torch.is_grad_enabled() or not found.ok:
-        found = solve(~alive)
-        status = torch.where(status == 0, _status(found, bad), status)
-    return found, status
+    if torch.is_grad_enabled() or not result.ok:
+        result = solve(~alive)
+        status = torch.where(status == 0, _status(result, bad), status)
+    return result, status
 
 
 def _status(solution: ode.Solution, bad: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _status(solution: ode.Solution, bad: Tensor) -> Tensor:
 
 
 def guarded(dynamics: Dynamics, alive: Tensor) -> Dynamics:
-    """Return dynamics that stop a sample, and strike it off ``alive [N]``, before it overflows."""
+    """Return dynamics that stop a sample before it overflows, and set its ``alive [N]`` to False."""
 
     def stopped(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         slopes = dynamics(t, state)
@@ -150,7 +150,7 @@ def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:
 
 
 def check_export(settings: Mapping[str, Any]) -> None:
-    """Raise RuntimeError where torch.export meets adaptive steps: how many there are, only the data know."""
+    """Raise RuntimeError for adaptive steps under torch.export: their number depends on the data."""
     exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exported and _has_adaptive_steps(settings):
         raise RuntimeError(

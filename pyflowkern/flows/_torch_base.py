@@ -1,4 +1,4 @@
-"""Base distributions as flows call them: modules of this package's kind, or torch distributions in such a module."""
+"""Base distributions of flows: modules with ``log_prob`` and ``sample``, or torch distributions wrapped in one."""
 
 from __future__ import annotations
 

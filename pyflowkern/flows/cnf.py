@@ -33,7 +33,7 @@ __all__ = ["CNF", "FFJORD", "ContinuousTerms"]
 
 
 class ContinuousTerms(NamedTuple):
-    r"""What a pass through a continuous flow tells of every sample, each ``[N]``.
+    r"""The results of one pass through a continuous flow for every sample, each ``[N]``.
 
     Attributes:
         log_prob: log-density in nats.
@@ -211,11 +211,11 @@ class CNF(Flow):
         def run(layer: Bijection, x: Tensor) -> tuple[Tensor, Tensor]:
             if not isinstance(layer, ContinuousBijection):
                 return layer(x, context)  # type: ignore[no-any-return]
-            found = layer.integrate(
+            solve = layer.integrate(
                 x, context, probes=probes, regularizers=True, generator=generator
             )
-            solves.append(found)
-            return found.end, found.log_det.mean(1)
+            solves.append(solve)
+            return solve.end, solve.log_det.mean(1)
 
         z, log_det = run_through(self.bijection, x, run)
         log_prob = self.base.log_prob(z.flatten(1)) + log_det  # type: ignore[operator]

@@ -281,7 +281,7 @@ def _couplings(
     alternate = channel_mask(features, interleaved=True)
     layers: list[Bijection] = []
     for i in range(transforms):
-        if mixing == "plu":  # which mixes halves, whose features lie side by side, as well as any
+        if mixing == "plu":  # mixes all features: any split will do, and halves are the fastest
             layers.append(coupling(features, conditioner, swap=i % 2 == 1))
             continue
         mask = alternate ^ (i % 2 == 1)
@@ -314,12 +314,12 @@ def _autoregressive(
 
 
 def _mixed(layers: list[Bijection], features: int, spline: SplineMap, mixing: str) -> Sequential:
-    """Put what mixes features behind each layer, and before each layer of angles a learned shift."""
+    """Put a matrix behind each layer where it mixes features, and a learned shift before each layer of angles."""
     mixed: list[Bijection] = []
     for layer in layers:
         if (
             spline.tails == "circular"
-        ):  # a shift behind the last layer would leave the uniform base as it is
+        ):  # behind the last layer it would not change the uniform base
             mixed.append(CircularShift(features, bound=spline.bound))
         mixed.append(layer)
         if mixing == "plu":

@@ -188,5 +188,5 @@ def check_split(split: str | Tensor, channels: int) -> int:
 def _as_slice(index: list[int]) -> slice | None:
     """Return the slice that takes these positions, if there is one."""
     step = index[1] - index[0] if len(index) > 1 else 1
-    found = slice(index[0], index[-1] + 1, step)
-    return found if list(range(found.start, found.stop, step)) == index else None
+    regular = slice(index[0], index[-1] + 1, step)
+    return regular if list(range(regular.start, regular.stop, step)) == index else None

@@ -174,8 +174,8 @@ class Inverse(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the bijection forward."""
-        found: tuple[Tensor, Tensor] = self.bijection(z, context)
-        return found
+        pair: tuple[Tensor, Tensor] = self.bijection(z, context)
+        return pair
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the event shape of the bijection's inverse."""

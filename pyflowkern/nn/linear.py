@@ -120,8 +120,8 @@ class InvertibleLinear(HasPermutations, Bijection):
         """Return the results of :meth:`matrix`, perhaps kept from an earlier call: do not write to them."""
         if self.training or self._modules:  # a parametrization may depend on anything
             return self._compute(inverse)
-        found = (*self._parameters.values(), *self._buffers.values())
-        made_from = [t for t in found if t is not None]
+        state = (*self._parameters.values(), *self._buffers.values())
+        made_from = [t for t in state if t is not None]
         return self._kept[inverse].get(made_from, self._compute, inverse)
 
     def _compute(self, inverse: bool) -> _Matrix:

@@ -232,10 +232,10 @@ def _widths(hidden: Sequence[int], residual: bool) -> list[int]:
 
 def _order(order: Sequence[int] | Tensor | None, features: int) -> list[int]:
     known = list(range(features)) if order is None else list(order)
-    found = [int(i) for i in known]
-    if found != known or sorted(found) != list(range(features)):
+    ints = [int(i) for i in known]
+    if ints != known or sorted(ints) != list(range(features)):
         raise ValueError(f"order must be a permutation of 0 ... {features - 1}, got {known}")
-    return found
+    return ints
 
 
 def _degrees(units: int, least: int, most: int, random: bool) -> Tensor:

@@ -125,9 +125,9 @@ class ActNorm(Bijection):
         if inverse:  # z e^-l - b is to have mean 0 and variance 1
             log_scale, bias = -log_scale, -bias * torch.exp(log_scale)
         keeps = is_set | (count == 0)
-        found = {"log_scale": log_scale, "bias": bias}
+        values = {"log_scale": log_scale, "bias": bias}
         write_parameters(
-            self, {k: torch.where(keeps, getattr(self, k), v) for k, v in found.items()}
+            self, {k: torch.where(keeps, getattr(self, k), v) for k, v in values.items()}
         )
         self.initialized.logical_or_(count > 0)
         self._started = own and (not looks or bool(self.initialized))
@@ -165,12 +165,12 @@ def _finite_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     finite = x.isfinite().flatten(1).all(1)
     rows = finite.view(-1, *[1] * (x.dim() - 1))
     mean = ops.channel_moments(x.masked_fill(~rows, 0.0))[0]
-    found = finite.sum().to(mean.dtype)
-    factor = x.shape[0] / found
+    count = finite.sum().to(mean.dtype)
+    factor = x.shape[0] / count
     # what is left out is replaced by the mean of the others, which adds nothing to the sum of squares
     fill = (mean * factor).view(-1, *[1] * (x.dim() - 2))
     mean, var = ops.channel_moments(torch.where(rows, x, fill))
-    return mean, var * factor, found * x.shape[2:].numel()
+    return mean, var * factor, count * x.shape[2:].numel()
 
 
 def _over_all_ranks(

@@ -58,10 +58,10 @@ def callbacks_of(
         backward: look for the callbacks of the backward solve, whose names end with ``_adjoint``.
     """
     names = [name + "_adjoint" for name in NAMES] if backward else list(NAMES)
-    found = [getattr(func, name, None) for name in names]
-    if found == [None, None, None]:
+    methods = [getattr(func, name, None) for name in names]
+    if methods == [None, None, None]:
         return None
-    unused = [n for i, n in enumerate(names) if i >= allowed and found[i] is not None]
+    unused = [n for i, n in enumerate(names) if i >= allowed and methods[i] is not None]
     if unused:
         warnings.warn(
             f"this solve does not call {', '.join(unused)}: fixed steps call only {names[0]}, "
@@ -69,7 +69,7 @@ def callbacks_of(
             UserWarning,
             stacklevel=4,
         )
-    begin, accept, reject = (f if i < allowed else None for i, f in enumerate(found))
+    begin, accept, reject = (f if i < allowed else None for i, f in enumerate(methods))
     if begin is accept is reject is None:
         return None
     return Callbacks(begin, accept, reject, unpack)

@@ -87,15 +87,17 @@ def solve_until(
         return event_fn(t, packing.unpack(y))
 
     field = packed_field(func, packing)
-    found = _search(field, event, start, (begin, far), options, jump_times(jump_t))
-    times = torch.stack([t0.reshape(()).double(), torch.tensor(found.time, dtype=torch.float64)])
+    crossing = _search(field, event, start, (begin, far), options, jump_times(jump_t))
+    times = torch.stack(
+        [t0.reshape(()).double(), torch.tensor(crossing.time, dtype=torch.float64)]
+    )
     solved = solve(func, y0, times, jump_t=jump_t, **settings)
-    failed = found.status not in (Status.ok, Status.no_event)
-    warn_unless_ok(found.status if failed else solved.status)
-    if found.status == Status.ok and not found.discontinuous:
+    failed = crossing.status not in (Status.ok, Status.no_event)
+    warn_unless_ok(crossing.status if failed else solved.status)
+    if crossing.status == Status.ok and not crossing.discontinuous:
         return _correct(field, event_fn, times[1], solved.ys, packing)
-    if found.status == Status.no_event:
-        warn_unless_ok(found.status)
+    if crossing.status == Status.no_event:
+        warn_unless_ok(crossing.status)
     return times[1], solved.ys
 
 
@@ -133,7 +135,7 @@ def _search(
         options: settings of the search.
         jumps: times at which the field is discontinuous.
     """
-    found: list[_Event] = []
+    events: list[_Event] = []
 
     def at(t: float, y: Tensor) -> Tensor:
         return event(torch.full((), t, dtype=y.dtype, device=y.device), y)
@@ -167,7 +169,7 @@ def _search(
                 high, after = middle, value
         # a continuous event function changes by rounding only between two adjacent times
         discontinuous = before - after > 1e-3 * max(abs(first), abs(after))
-        found.append(_Event(t + high * dt, Status.ok, discontinuous))
+        events.append(_Event(t + high * dt, Status.ok, discontinuous))
         return True
 
     integrate = integrate_adaptive if options.adaptive else _fixed_steps
@@ -175,8 +177,8 @@ def _search(
     for part in stretches(span, jumps, y0):
         times = (part.times[0], part.times[-1])
         out = integrate(part.field(field) if jumps else field, y, times, options, stop=stop)
-        if found:
-            return found[0]
+        if events:
+            return events[0]
         if out.status != Status.ok:
             assert isinstance(out.status, Status)
             assert out.end is not None

@@ -161,7 +161,7 @@ def capture(
         with _Reads() as reads:
             first()
         replay, solution = _record(first, run, inputs[0].device)
-    return CapturedSolve(inputs, solution, packing, replay, reads.found.values())
+    return CapturedSolve(inputs, solution, packing, replay, reads.tensors.values())
 
 
 class _Reads(TorchDispatchMode):
@@ -169,7 +169,7 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[int, Tensor] = {}
+        self.tensors: dict[int, Tensor] = {}
         self._made: set[int] = set()
 
     def __torch_dispatch__(
@@ -178,7 +178,7 @@ class _Reads(TorchDispatchMode):
         kwargs = kwargs or {}
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor) and t.layout == torch.strided and id(t) not in self._made:
-                self.found[id(t)] = t
+                self.tensors[id(t)] = t
         out = func(*args, **kwargs)
         self._made.update(id(t) for t in tree_leaves(out) if isinstance(t, Tensor))
         return out

@@ -40,12 +40,12 @@ class Stretch:
     def tensor(self, t: Tensor) -> Tensor:
         """Return the times of the stretch as a tensor; those of outputs carry the gradients of ``t``."""
         edges = t.detach().new_tensor(self.times)
-        found = list(edges.unbind())
+        moved = list(edges.unbind())
         for i, j in enumerate(self.outputs, 1):
-            found[i] = t[j]
+            moved[i] = t[j]
         if self.times[0] == number(t[0]):
-            found[0] = t[0]
-        return torch.stack(found)
+            moved[0] = t[0]
+        return torch.stack(moved)
 
 
 def jump_times(jump_t: Tensor | Sequence[float] | None) -> list[float]:
@@ -53,14 +53,14 @@ def jump_times(jump_t: Tensor | Sequence[float] | None) -> list[float]:
     if jump_t is None:
         return []
     try:
-        found = [number(t) for t in jump_t]
+        times = [number(t) for t in jump_t]
     except TypeError as error:
         raise TypeError(
             f"jump_t must be a tensor or a sequence of numbers, got {jump_t!r}"
         ) from error
-    if any(math.isnan(t) for t in found):
-        raise ValueError(f"jump_t must not hold NaN, got {found}")
-    return sorted(set(found))
+    if any(math.isnan(t) for t in times):
+        raise ValueError(f"jump_t must not hold NaN, got {times}")
+    return sorted(set(times))
 
 
 def stretches(times: Sequence[float], jumps: Sequence[float], like: Tensor) -> Iterator[Stretch]:

@@ -83,14 +83,14 @@ class MaxSample:
     def __call__(self, r: Tensor) -> Tensor:
         """Return the norm."""
         parts = r.reshape(-1).split(self.sizes) if len(self.sizes) > 1 else (r,)
-        found = [
+        norms = [
             rms_rows(p.reshape(n, -1)).amax()
             for p, n in zip(parts, self.rows, strict=True)
             if p.numel()
         ]
-        if not found:
+        if not norms:
             return r.new_zeros(())
-        return found[0] if len(found) == 1 else torch.stack(found).amax()
+        return norms[0] if len(norms) == 1 else torch.stack(norms).amax()
 
 
 def largest(r: Tensor) -> Tensor:

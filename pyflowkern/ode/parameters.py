@@ -47,10 +47,10 @@ def parameters_of(
         named = [p for p in given if p.requires_grad]
         return named, len(named)
     read = [leaf_node_variable(node) for node in leaf_nodes(slope)]
-    found = {id(p): p for p in read if p is not None and p is not argument}
-    count = len(found)
-    found.update({id(p): p for p in tensors_in(func) if id(p) not in found})
-    return list(found.values()), count
+    tensors = {id(p): p for p in read if p is not None and p is not argument}
+    count = len(tensors)
+    tensors.update({id(p): p for p in tensors_in(func) if id(p) not in tensors})
+    return list(tensors.values()), count
 
 
 # --- graphs --------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def tensors_in(func: Any) -> list[Tensor]:
     The search goes through modules, closures, bound methods, ``functools.partial``, attributes, containers, and the
     globals that a function's code names; breadth first, at most :data:`LIMIT` objects.
     """
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     seen: dict[int, Any] = {}
     todo: deque[Any] = deque([func])
     if not isinstance(func, (torch.nn.Module, *_FUNCTIONS)):
@@ -117,10 +117,10 @@ def tensors_in(func: Any) -> list[Tensor]:
         seen[id(thing)] = thing
         if isinstance(thing, Tensor):
             if thing.requires_grad and thing.is_leaf:
-                found.append(thing)
+                tensors.append(thing)
         else:
             todo.extend(_parts(thing))
-    return found
+    return tensors
 
 
 def _parts(thing: Any) -> Iterable[Any]:

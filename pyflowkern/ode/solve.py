@@ -214,14 +214,14 @@ def _with_callbacks(func: Any, options: Options, packing: Packing) -> Options:
     allowed = 3 if options.adaptive else 1
     if options.per_sample or options.on_device or options.adjoint == "reversible":
         allowed = 0
-    found = callbacks_of(func, packing.unpack, allowed)
+    callbacks = callbacks_of(func, packing.unpack, allowed)
     back = None
     if options.adjoint == "continuous":
         solver = options.backward or options
         back = callbacks_of(func, packing.unpack, 3 if solver.adaptive else 1, backward=True)
-    if found is None and back is None:
+    if callbacks is None and back is None:
         return options
-    options = replace(options, callbacks=found, backward_callbacks=back)
+    options = replace(options, callbacks=callbacks, backward_callbacks=back)
     if options.backward is not None:
         options = replace(options, backward=replace(options.backward, backward_callbacks=back))
     return options
@@ -238,7 +238,7 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
             raise ValueError("jump_t goes with control='batch' or 'device': one time for all")
         params = None if params is None else list(params)
         out = Trajectory(y0.new_empty(0), stats=Stats(0, 0, 0))
-        found, y, left = [y0], y0, options.max_steps
+        states, y, left = [y0], y0, options.max_steps
         for part in stretches(times, jumps, y0):
             # with compat="torchdiffeq" the last step passes the end; it must not pass a jump
             may_pass_end = options.torchdiffeq and part.times[-1] == times[-1]
@@ -248,7 +248,7 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
             else:
                 moments = part.times
             ys, steps = _solve(func, part.field(field), y, part.times, moments, limited, params)
-            found += list(ys[1 : 1 + len(part.outputs)].unbind())
+            states += list(ys[1 : 1 + len(part.outputs)].unbind())
             y = ys[-1]
             out.extend(steps)
             left = options.max_steps - out.stats.accepted - out.stats.rejected
@@ -256,8 +256,8 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
                 out.status = Status.max_steps
             if out.status != Status.ok:
                 break
-        found += [y] * (len(times) - len(found))
-        return torch.stack(found), out
+        states += [y] * (len(times) - len(states))
+        return torch.stack(states), out
 
     return solver
 
@@ -278,10 +278,10 @@ def _solve(
     time = t if isinstance(t, Tensor) and t.requires_grad else None
     context, given = autocast_like_now(y0.device), params is not None
     problem = Problem(field, times, options, None, context, given, 0)
-    found: list[Tensor] = []
+    wanted: list[Tensor] = []
     if torch.is_grad_enabled():
-        problem.first, found, problem.read = _first_slope(func, field, y0, times, options, params)
-    if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or found)):
+        problem.first, wanted, problem.read = _first_slope(func, field, y0, times, options, params)
+    if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or wanted)):
         with torch.no_grad():
             trajectory = (
                 reversible.integrate(field, y0, times, options)[0]
@@ -294,16 +294,16 @@ def _solve(
         return trajectory.ys, trajectory
     if options.per_sample and time is not None:
         raise ValueError("control='sample' gives no gradient of t: detach it")
-    ys = _ADJOINTS[options.adjoint].apply(problem, y0, time, *found)
+    ys = _ADJOINTS[options.adjoint].apply(problem, y0, time, *wanted)
     assert problem.result is not None
     trajectory, problem.result = problem.result, None
     if options.dense:
         problem = replace(problem, recorded=None)
-        trajectory.inside = [(0, _inside(problem, trajectory, y0, found))]
+        trajectory.inside = [(0, _inside(problem, trajectory, y0, wanted))]
     return ys, trajectory
 
 
-def _inside(problem: Problem, steps: Trajectory, y0: Tensor, found: Sequence[Tensor]) -> Inside:
+def _inside(problem: Problem, steps: Trajectory, y0: Tensor, wanted: Sequence[Tensor]) -> Inside:
     """Return a function that gives interpolated states their gradients: those of a solve that ends at their time."""
 
     def give(i: int, t: float | Tensor, state: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ def _inside(problem: Problem, steps: Trajectory, y0: Tensor, found: Sequence[Ten
             times = torch.stack([t.detach().new_tensor(begin), t.reshape(())])
         options = replace(problem.options, dense=False, interp="cubic", checkpoint=True)
         one = replace(problem, times=[begin, end], options=options, recorded=until)
-        ys: Tensor = Direct.apply(one, y0, times, *found)  # type: ignore[no-untyped-call]
+        ys: Tensor = Direct.apply(one, y0, times, *wanted)  # type: ignore[no-untyped-call]
         return ys[-1]
 
     return give
@@ -354,7 +354,7 @@ def _first_slope(
         if options.perturb:
             start = torch.nextafter(start, torch.full_like(start, times[-1]))
     slope = field(start, leaf)
-    found, read = parameters_of(func, slope, params, leaf)
+    wanted, read = parameters_of(func, slope, params, leaf)
     if options.per_sample or options.adjoint == "reversible":
-        return None, found, read
-    return (leaf, slope if not options.checkpoint else slope.detach()), found, read
+        return None, wanted, read
+    return (leaf, slope if not options.checkpoint else slope.detach()), wanted, read

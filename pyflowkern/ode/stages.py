@@ -114,12 +114,12 @@ class Stages:
         """Return the error norm, :func:`pyflowkern.ops.rk_error`, by the kernel."""
         fresh, self._fresh = self._fresh, None
         args = (y, y1, weights, *_split(dt), *allowed)
-        found: Tensor
+        norm: Tensor
         if fresh is not None:
-            found = _OPS.rk_last.default(self.buffer, fresh, self._row, *args)
+            norm = _OPS.rk_last.default(self.buffer, fresh, self._row, *args)
         else:
-            found = _OPS.rk_error.default(y, y1, self.buffer, *args[2:])
-        return found
+            norm = _OPS.rk_error.default(y, y1, self.buffer, *args[2:])
+        return norm
 
     def _sum(self, y: Tensor, weights: Tensor, dt: Step) -> Tensor:
         fresh, self._fresh = self._fresh, None

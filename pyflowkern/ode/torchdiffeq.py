@@ -234,8 +234,8 @@ def odeint_event(
     start = start.reshape(())
     towards = start.detach() - 1.0 if reverse_time else start.detach() + 1.0
     t = torch.stack([start, towards])
-    found: tuple[Tensor, Any] = odeint_interface(func, y0, t, event_fn=event_fn, **settings)
-    return found
+    result: tuple[Tensor, Any] = odeint_interface(func, y0, t, event_fn=event_fn, **settings)
+    return result
 
 
 def odeint_dense(
@@ -296,12 +296,12 @@ def _until(
     return event_t.to(given.dtype), ys
 
 
-def _add(settings: dict[str, Any], found: Mapping[str, Any]) -> None:
+def _add(settings: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Add what came as options to settings; raise for what is there already."""
-    twice = sorted(settings.keys() & found.keys())
+    twice = sorted(settings.keys() & more.keys())
     if twice:
         raise ValueError(f"{', '.join(twice)} must be given once, by name or in options")
-    settings.update(found)
+    settings.update(more)
 
 
 def _settings_of(
@@ -318,7 +318,7 @@ def _settings_of(
     """
     fixed = tableau(method).error is None
     allowed = {*(_FIXED if fixed else _ADAPTIVE), *_BOTH}
-    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for key, value in options.items():
         if not fixed and key in _CONSTANTS:
             if number(value) != _CONSTANTS[key]:
@@ -327,19 +327,19 @@ def _settings_of(
             _warn_of(name, key, method, allowed)
         elif key in _SAME_NAME:
             one = isinstance(value, Tensor) and value.numel() == 1
-            found[key] = number(value) if one else value
+            known[key] = number(value) if one else value
         elif key == "max_num_steps":
-            found["max_steps"] = int(value)
+            known["max_steps"] = int(value)
         elif key == "grid_constructor":
-            found["grid"] = _grid_of(value, func, y0)
+            known["grid"] = _grid_of(value, func, y0)
         elif key in ("step_t", "jump_t", "grid_points"):
             if value is not None:
-                found["jump_t"] = [*found.get("jump_t", []), *(number(v) for v in value)]
+                known["jump_t"] = [*known.get("jump_t", []), *(number(v) for v in value)]
         elif not (isinstance(value, torch.dtype) and value.is_floating_point):  # dtype
             raise TypeError(f"{name}['dtype'] must be a floating-point dtype, got {value!r}")
-    if found.get("min_step", 0.0) == math.inf or found.get("norm", "") is None:
+    if known.get("min_step", 0.0) == math.inf or known.get("norm", "") is None:
         raise ValueError(f"{name} holds a min_step that is not finite, or a norm that is None")
-    return {k: v for k, v in found.items() if not (k in ("step_size", "first_step") and v is None)}
+    return {k: v for k, v in known.items() if not (k in ("step_size", "first_step") and v is None)}
 
 
 def _grid_of(constructor: Any, func: Any, y0: Any) -> Callable[[Sequence[float]], list[float]]:

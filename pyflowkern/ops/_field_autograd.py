@@ -241,8 +241,8 @@ def _trace_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _trace_backward(
     ctx: Any, grad_trace: Tensor | None, grad_norm: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    found: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, *ctx.saved_tensors)
-    return found
+    grads: tuple[Tensor, Tensor] = _trace_backward_op(grad_trace, grad_norm, *ctx.saved_tensors)
+    return grads
 
 
 trace_op = register(

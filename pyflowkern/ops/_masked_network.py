@@ -42,15 +42,15 @@ def layer_values(
         residual: ``(i, values)``, the values that layer ``i`` adds in the order of its own units.
     """
     left = iter(gates)
-    found: list[Tensor] = []
+    values: list[Tensor] = []
     for i, layer in enumerate(connections):
-        value = linear(i, layer.activation(x if layer.source < 0 else found[layer.source]))
+        value = linear(i, layer.activation(x if layer.source < 0 else values[layer.source]))
         if layer.gated:
             value = value * next(left)
         if layer.residual is not None:
-            value = value + residual(i, found[layer.residual])
-        found.append(value)
-    return found
+            value = value + residual(i, values[layer.residual])
+        values.append(value)
+    return values
 
 
 def inverse_by_passes(
@@ -71,6 +71,6 @@ def inverse_by_passes(
     """
     x = torch.zeros_like(z)
     for t in range(levels):
-        found, _ = apply_elements(z, network(x), transform, inverse=True, reference=True)
-        x = torch.where(level == t, found, x)
+        inverted, _ = apply_elements(z, network(x), transform, inverse=True, reference=True)
+        x = torch.where(level == t, inverted, x)
     return x, -apply_elements(x, network(x), transform, reference=True)[1]

@@ -152,10 +152,10 @@ def evaluate_velocity(x: Tensor, layers: Field, activation: str) -> Tensor:
     if _use_reference(x, none, layers):
         return stacked_reference(x, none, 0, *layers, activation, False)[0]
     kind = ACTIVATIONS.index(activation)
-    found: tuple[Tensor, ...] = field_op(
+    outputs: tuple[Tensor, ...] = field_op(
         x, none, 0, *map(list, layers), kind, _flags(x, layers, False)
     )
-    return found[0]
+    return outputs[0]
 
 
 def hutchinson_trace(
@@ -337,8 +337,8 @@ def _exact(x: Tensor, layers: Field, activation: str) -> tuple[Tensor, Tensor]:
         with full_precision(x):
             return exact_reference(x, *layers, activation)
     kind, flags = ACTIVATIONS.index(activation), _flags(x, layers, False)
-    found: tuple[Tensor, ...] = exact_op(x, *map(list, layers), kind, flags)
-    return found[0], found[1]
+    outputs: tuple[Tensor, ...] = exact_op(x, *map(list, layers), kind, flags)
+    return outputs[0], outputs[1]
 
 
 def _flags(x: Tensor, layers: Field, with_norm: bool) -> int:

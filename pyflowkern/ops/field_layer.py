@@ -74,14 +74,14 @@ def field_layer(
     """
     _check(p, bias, gate, tangents, activation)
     work = accumulation_dtype(p.dtype)
-    found = activate_layer(
+    out = activate_layer(
         cast(p, work),
         cast(bias, work),
         None if gate is None else cast(gate, work),
         tangents,
         activation,
     )
-    return cast(found, p.dtype)
+    return cast(out, p.dtype)
 
 
 def activate_layer(
@@ -240,10 +240,10 @@ def _backward(ctx: Any, grad: Tensor, in_place: bool = False) -> tuple[Any, ...]
     tangents, activation = ctx.tangents, ctx.activation
     if not torch.is_grad_enabled():
         if in_place and grad.stride() == kept.stride() and not is_batched(grad):
-            found = grad, *_backward_op_in_place(grad, kept, bias, gate, tangents, activation)
+            grads = grad, *_backward_op_in_place(grad, kept, bias, gate, tangents, activation)
         else:
-            found = _backward_op(grad, kept, bias, gate, tangents, activation)
-        return found[0], found[1], None if gate is None else found[2], None, None
+            grads = _backward_op(grad, kept, bias, gate, tangents, activation)
+        return grads[0], grads[1], None if gate is None else grads[2], None, None
     if _from_output(gate, activation):
         grad_p, primal = _vjp_of_output(kept, grad, tangents, activation)
         return grad_p, _reduced(primal, bias), None, None, None

@@ -45,11 +45,11 @@ def at_time(time: Tensor, biases: Sequence[Tensor], rows: Sequence[Tensor]) -> P
         return at_time_reference(time, biases, rows)
     count, parameters = len(biases), (*biases, *rows)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(time, *parameters):
-        found = list(_AtTime.apply(time, *parameters))  # type: ignore[no-untyped-call]
+        outputs = list(_AtTime.apply(time, *parameters))  # type: ignore[no-untyped-call]
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            found = _op(time, list(biases), list(rows))
-    return found[:count], found[count:]
+            outputs = _op(time, list(biases), list(rows))
+    return outputs[:count], outputs[count:]
 
 
 def at_time_reference(time: Tensor, biases: Sequence[Tensor], rows: Sequence[Tensor]) -> Pair:

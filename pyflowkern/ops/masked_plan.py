@@ -220,17 +220,17 @@ class MaskedPlan:
         for s, source in zip(self.layers, self.sources, strict=True):
             if source >= 0 and s.activation != "identity":
                 seen_through[source] = codes[s.activation]
-        found = [self.features, self.outputs, self.levels, self.widest]
+        numbers = [self.features, self.outputs, self.levels, self.widest]
         for i, s in enumerate(self.layers):
             residual = -1 if s.residual is None else s.residual
-            found += [
+            numbers += [
                 self.sources[i],
                 int(s.activation != "identity"),
                 residual,
                 seen_through[i],
                 _KEEPS_RAW * (i in raw) + _GATED * s.gated,
             ]
-        return found
+        return numbers
 
     # --- checks ---------------------------------------------------------------------------------
 
@@ -265,16 +265,16 @@ class MaskedPlan:
 
     def _reach(self) -> list[Tensor]:
         """Return, for each layer, which inputs each unit depends on ``[units, D]``."""
-        found: list[Tensor] = []
+        reach: list[Tensor] = []
         # a plan is made on the host, whatever torch's default dtype and device are
         inputs = torch.eye(self.features, dtype=torch.float32, device="cpu")
         for layer, source in zip(self.layers, self.sources, strict=True):
-            below = inputs if source < 0 else found[source].float()
+            below = inputs if source < 0 else reach[source].float()
             seen = layer.mask.float() @ below > 0
             if layer.residual is not None:
-                seen |= found[layer.residual]
-            found.append(seen)
-        return found
+                seen |= reach[layer.residual]
+            reach.append(seen)
+        return reach
 
 
 class _Indices:

@@ -226,10 +226,10 @@ def _check(
 
 
 def _check_sizes(sizes: Sequence[int] | None, most: int) -> list[int]:
-    found = [] if sizes is None else [int(n) for n in sizes]
-    if any(n < 0 for n in found) or sum(found) > most:
-        raise ValueError(f"sizes must be at least 0, at most {most} together, got {found}")
-    return found
+    counts = [] if sizes is None else [int(n) for n in sizes]
+    if any(n < 0 for n in counts) or sum(counts) > most:
+        raise ValueError(f"sizes must be at least 0, at most {most} together, got {counts}")
+    return counts
 
 
 def _rows(step: float | Tensor) -> bool:

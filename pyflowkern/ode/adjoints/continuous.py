@@ -51,7 +51,7 @@ class Continuous(torch.autograd.Function):
         with problem.context():
             while True:
                 try:
-                    first, found = _solve_back(problem, ys, grads, t, params, read)
+                    first, sums = _solve_back(problem, ys, grads, t, params, read)
                     break
                 except _UnexpectedParameters as more:  # start again with these, too
                     read += more.numbers
@@ -59,7 +59,7 @@ class Continuous(torch.autograd.Function):
             if t is not None and ctx.needs_input_grad[2]:
                 given = t if torch.is_grad_enabled() else None
                 grad_t = time_gradients(problem, ys, grads, first, given).to(t.dtype)
-        for i, part in zip(read, found.split([_numbers(params[i]) for i in read]), strict=True):
+        for i, part in zip(read, sums.split([_numbers(params[i]) for i in read]), strict=True):
             totals[i] = _shaped(part, params[i])
         return (None, first + grads[0], grad_t, *totals)
 
@@ -152,17 +152,17 @@ def _augmented(
             parameters.look(slope, y, () if y.grad_fn is None else (y.grad_fn,))
             if len(parameters.read) > len(read) and (more := set(parameters.read) - set(read)):
                 raise _UnexpectedParameters(sorted(more))
-            found: Sequence[Tensor | None] = [None] * (1 + len(wanted))
+            grads: Sequence[Tensor | None] = [None] * (1 + len(wanted))
             if slope.requires_grad:
                 a = -state[n : 2 * n].view(shape).to(slope.dtype)
-                found = vector_jacobian(slope, (y, *wanted), a, recorded)
+                grads = vector_jacobian(slope, (y, *wanted), a, recorded)
         if recorded:
-            pairs = zip(found, [n, *sizes], strict=True)
+            pairs = zip(grads, [n, *sizes], strict=True)
             parts = [state.new_zeros(m) if g is None else _flat(g).to(state) for g, m in pairs]
             return torch.cat([slope.reshape(-1), *parts])
         out = state.new_zeros(state.shape)
         out[:n] = slope.detach().reshape(-1)
-        for part, g in zip(out[n:].split([n, *sizes]), found, strict=True):
+        for part, g in zip(out[n:].split([n, *sizes]), grads, strict=True):
             if g is not None:
                 part.copy_(_flat(g))
         return out

@@ -26,10 +26,10 @@ def vector_jacobian(
         cotangent: of ``value``, with its shape and dtype.
         create_graph: whether the result is recorded, too.
     """
-    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+    products: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
         (value,), (cotangent,), True, create_graph, inputs, True, accumulate_grad=False
     )
-    return found
+    return products
 
 
 class Parameters:

@@ -92,16 +92,16 @@ def time_gradients(
         first: the cotangent of the first state through the later outputs.
         given: the user's tensor of times, where the gradients are to be differentiated again.
     """
-    found = []
+    by_time = []
     constant = torch.tensor(problem.times, dtype=ys.dtype, device=ys.device)
     moments = constant if given is None else given.to(constant)
     for i, (t, reached) in enumerate(zip(problem.times, problem.reached(), strict=True)):
         if t != reached:
-            found.append(ys.new_zeros(()))
+            by_time.append(ys.new_zeros(()))
             continue
         slope = problem.field(moments[i], ys[i])
-        found.append(((grads[i] if i > 0 else -first) * slope).sum())
-    return torch.stack(found)
+        by_time.append(((grads[i] if i > 0 else -first) * slope).sum())
+    return torch.stack(by_time)
 
 
 class Gate(torch.autograd.Function):
@@ -150,12 +150,14 @@ def gradients_of_replay(
             ys[1:], (start, *parameters.wanted()), grads[1:], create_graph=True, allow_unused=True
         )
         first = torch.zeros_like(y0) if first is None else first
-        found: list[Tensor | None] = [first + grads[0], None, *[None] * len(params)]
+        results: list[Tensor | None] = [first + grads[0], None, *[None] * len(params)]
         if t is not None and t.requires_grad:
-            found[1] = time_gradients(problem, ys, grads, first).to(t.dtype)
+            results[1] = time_gradients(problem, ys, grads, first).to(t.dtype)
         for i, g in zip(parameters.read, others, strict=True):
-            found[2 + i] = g
+            results[2 + i] = g
     is_open[0] = True
     if t is None or not t.requires_grad:
-        return found
-    return [g if g is None else first_derivative_only(g, (t,), _NO_SECOND_BY_TIME) for g in found]
+        return results
+    return [
+        g if g is None else first_derivative_only(g, (t,), _NO_SECOND_BY_TIME) for g in results
+    ]

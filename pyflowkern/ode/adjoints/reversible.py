@@ -82,11 +82,11 @@ class Reversible(torch.autograd.Function):
 def _pairs(problem: Problem, tape: Tape, y: Tensor) -> list[Pair]:
     """Repeat the accepted steps and return the pair at the start of each."""
     stepper, pair = Stepper(problem.field, problem.options.method, y), (y, y)
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     for t, t1, dt in zip(tape.t, tape.t1, tape.dt, strict=True):
-        found.append(pair)
+        pairs.append(pair)
         pair = forward_step(stepper, problem.options.coupling, t, t1, dt, pair)
-    return found
+    return pairs
 
 
 def _pull(

@@ -57,7 +57,7 @@ def step_pullback(
         interior: fractions of the step at which it is interpolated, and the cotangents of the results.
     """
     needed = method.needed
-    found = cotangent.new_empty((needed, cotangent.numel()))
+    cotangents = cotangent.new_empty((needed, cotangent.numel()))
     flat = cotangent.reshape(-1)
     extra = [
         ([w * dt for w in dense_weights(method, theta)], g.reshape(-1)) for theta, g in interior
@@ -70,13 +70,13 @@ def step_pullback(
     for i in reversed(range(needed)):
         weight = method.b[i] * dt
         if i + 1 < needed:
-            k_bar = torch.addmv(flat, found[i + 1 :].t(), c.columns[i], beta=weight, alpha=dt)
+            k_bar = torch.addmv(flat, cotangents[i + 1 :].t(), c.columns[i], beta=weight, alpha=dt)
         else:
             k_bar = flat * weight
         if extra:
             k_bar = k_bar + _weighted(extra, i)
-        found[i] = _through(*graphs[i], k_bar, gradients)
-    total = found.sum(0)
+        cotangents[i] = _through(*graphs[i], k_bar, gradients)
+    total = cotangents.sum(0)
     return (total if end is None else total + end).view(cotangent.shape)
 
 
@@ -87,8 +87,8 @@ def _weighted(extra: Sequence[tuple[list[float], Tensor]], i: int) -> Tensor:
 
 def _through(argument: Tensor, slope: Tensor, k_bar: Tensor, gradients: Gradients) -> Tensor:
     """Return the cotangent of a stage's argument, flat, from that of its slope."""
-    found = gradients.pull(slope, argument, k_bar)
-    return torch.zeros_like(k_bar) if found is None else found.reshape(-1)
+    pulled = gradients.pull(slope, argument, k_bar)
+    return torch.zeros_like(k_bar) if pulled is None else pulled.reshape(-1)
 
 
 def differentiable_step(

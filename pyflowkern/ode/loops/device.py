@@ -37,8 +37,8 @@ class _Stepper(Stepper):
         degrees = range(1, self.c.dense.shape[1] + 1)
         powers = torch.stack([theta**d for d in degrees]).to(y.dtype)
         weights = (self.c.dense @ powers).t() * dt.to(y.dtype)
-        found = y.reshape(1, -1) + weights @ self.slopes.view(self.method.stages, -1)
-        return found.view(-1, *y.shape)
+        states = y.reshape(1, -1) + weights @ self.slopes.view(self.method.stages, -1)
+        return states.view(-1, *y.shape)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class _Solve:
     control: StepControl
     norm: ErrorNorm
     inner: Tensor  # times of the outputs between the first time and the last, [m]
-    found: Tensor  # the states there, [m, *shape]
+    states: Tensor  # at these times, [m, *shape]
     end: float
     y: Tensor
     done: Tensor
@@ -103,7 +103,7 @@ class _Solve:
         lead = (-1, *[1] * y1.dim())
         inside = self.stepper.inside(self.y, dt, theta)
         value = torch.where((self.inner == t1).view(lead), y1, inside)
-        self.found = torch.where(now.view(lead), value, self.found)
+        self.states = torch.where(now.view(lead), value, self.states)
 
 
 @torch.no_grad()
@@ -130,16 +130,16 @@ def integrate(
     s = _begin(field, y0, times, [times[i] for i in between], options, first)
     keep, kept = record or options.dense, list[_Round]()
     while s.control.rounds % options.check_every != 0 or s.look()[0]:
-        found = s.round(keep)
-        if found is None:
+        taken = s.round(keep)
+        if taken is None:
             break
         if keep:
-            kept.append(found)
+            kept.append(taken)
     _, out.status, accepted, steps = s.look()
     if between:
         sign = 1.0 if times[-1] >= times[0] else -1.0
         reached = (sign * (s.control.t - s.inner) >= 0).view(-1, *[1] * y0.dim())
-        out.ys[between[0] : between[-1] + 1] = torch.where(reached, s.found, s.y)
+        out.ys[between[0] : between[-1] + 1] = torch.where(reached, s.states, s.y)
     out.ys[ends[0] :] = s.y
     out.stats = Stats(accepted, steps - accepted, s.stepper.evaluations)
     out.end = None if out.status == Status.ok else float(s.control.t)
@@ -180,7 +180,7 @@ def _begin(
         control=StepControl(options, like + t, times[-1], h),
         norm=norm,
         inner=torch.tensor(between, dtype=torch.float64, device=y0.device),
-        found=y0.expand(len(between), *y0.shape),
+        states=y0.expand(len(between), *y0.shape),
         end=times[-1],
         y=y0,
         done=like.to(torch.bool),

@@ -81,10 +81,10 @@ def integrate(
                 tape.output[-1] = tape.output[-1] or i
             i += 1
             continue
-        found = steps.take(t, times[i], pair)
-        if found is None:
+        taken = steps.take(t, times[i], pair)
+        if taken is None:
             break
-        t1, dt, pair = found
+        t1, dt, pair = taken
         tape.add(t, t1, dt)
         t = t1
     y, z = pair
