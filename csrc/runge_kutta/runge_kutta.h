@@ -51,7 +51,8 @@ PFK_BEGIN
 
 template <class V>
 PFK_HD V runge_kutta_ratio(V change, V y, V y1, V rtol, V atol) {
-  return change / (atol + rtol * max_(abs_(y1), abs_(y))) + (y1 - y1);
+  // y - y is 0, or NaN where the maximum or an infinite scale would hide a bad state
+  return change / (atol + rtol * max_(abs_(y1), abs_(y))) + (y1 - y1) + (y - y);
 }
 
 // The largest norm of segments so far, given one more; NaN stays NaN.

@@ -26,6 +26,7 @@ inline RungeKuttaTensors runge_kutta_tensors(const Tensor& y, const Tensor& slop
   RungeKuttaTensors t{dense(y), {}, dense(slopes), {}, {}, dtype_of(y) == kFloat64, {}};
   RungeKuttaArgs& a = t.args;
   const int64_t total = t.y.numel(), size = t.wide ? 8 : 4, stages = slopes.size(0);
+  STD_TORCH_CHECK(t.wide || dtype_of(y) == kFloat32, "runge_kutta: y in float32 or float64");
   STD_TORCH_CHECK(slopes.scalar_type() == y.scalar_type() && slopes.numel() == stages * total &&
                       weights.numel() <= stages && weights.scalar_type() == ScalarType::Double,
                   "runge_kutta: slopes must be [stages, *y.shape] in the dtype of y");
@@ -37,20 +38,25 @@ inline RungeKuttaTensors runge_kutta_tensors(const Tensor& y, const Tensor& slop
     a.steps = static_cast<const double*>(t.steps.const_data_ptr());
     a.each_row = t.steps.dim() == 1;
     if (a.each_row) a.rows = t.steps.numel();
+    STD_TORCH_CHECK(!a.each_row || (y.dim() > 0 && a.rows == y.size(0)),
+                    "runge_kutta: steps must be one for each row of y");
   }
   a.features = a.rows > 0 ? total / a.rows : 0;
   const char* rows = static_cast<const char*>(t.slopes.const_data_ptr());
-  STD_TORCH_CHECK(fresh == nullptr || (fresh->row >= 0 && fresh->row < stages),
-                  "runge_kutta: row must be from 0 to ", stages - 1);
+  if (fresh != nullptr) {
+    STD_TORCH_CHECK(fresh->row >= 0 && fresh->row < stages, "runge_kutta: row must be from 0 to ",
+                    stages - 1);
+    // of a buffer that is not contiguous the kernel would read a copy, without the fresh slope
+    STD_TORCH_CHECK(slopes.is_contiguous(), "runge_kutta: slopes must be contiguous");
+    STD_TORCH_CHECK(fresh->slope.numel() == total && fresh->slope.is_cuda() == y.is_cuda(),
+                    "runge_kutta: a fresh slope must be like y");
+  }
   int64_t kept = -1;
   if (fresh != nullptr && fresh->slope.scalar_type() != y.scalar_type()) {
     Tensor row = torch::stable::select(slopes, 0, fresh->row);
     torch::stable::copy_(row, fresh->slope);
   } else if (fresh != nullptr) {
     kept = fresh->row;
-    STD_TORCH_CHECK(slopes.is_contiguous() && fresh->slope.numel() == total &&
-                        fresh->slope.is_cuda() == y.is_cuda(),
-                    "runge_kutta: a fresh slope must be like y, and have a contiguous row");
     t.fresh = dense(fresh->slope);
     a.fresh = t.fresh.const_data_ptr();
     a.kept = static_cast<char*>(slopes.mutable_data_ptr()) + kept * total * size;

@@ -27,6 +27,7 @@ __all__ = [
     "check_number",
     "check_same_device",
     "check_shape",
+    "check_sizes",
     "is_integer",
     "takes_two",
 ]
@@ -81,6 +82,12 @@ def check_list(name: str, values: object) -> None:
         return
     if isinstance(values, (Tensor, str, dict)) or not hasattr(values, "__getitem__"):
         raise TypeError(f"{name} must be a list, got {type(values).__name__}")
+
+
+def check_sizes(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as a tuple of ints from 0 on; raise TypeError or ValueError unless it is one."""
+    check_list(name, shape)
+    return tuple(check_count(f"{name}[{i}]", size, 0) for i, size in enumerate(shape))
 
 
 def check_floating(name: str, t: Tensor) -> None:

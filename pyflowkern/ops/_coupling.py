@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag, check_shape
+from pyflowkern.core.checks import check_count, check_flag, check_shape, check_sizes
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.core.structure import structure_device
 from pyflowkern.ops.scale_map import ScaleMap
@@ -28,11 +28,17 @@ LAYOUTS = ("blocked", "interleaved", "feature_major")
 def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
     """Return how many channels pass and how many are transformed by a ``"channel"`` split.
 
+    Raises:
+        TypeError: for channels that are no int, and ``swap`` that is no bool.
+        ValueError: for a negative number of channels.
+
     Example:
         >>> from pyflowkern.ops import channel_split_sizes
         >>> channel_split_sizes(5), channel_split_sizes(5, swap=True)
         ((3, 2), (2, 3))
     """
+    if type(channels) is not int or channels < 0:
+        channels = check_count("channels", channels, 0)
     first, last = channels - channels // 2, channels // 2
     return (last, first) if check_flag("swap", swap) else (first, last)
 
@@ -41,15 +47,17 @@ def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None 
     """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number.
 
     Raises:
-        ValueError: for a shape without space.
+        TypeError: for a shape that is no sequence of ints.
+        ValueError: for a shape without space, and for negative sizes.
 
     Example:
         >>> from pyflowkern.ops import checkerboard_mask
         >>> checkerboard_mask((1, 2, 2)).int().tolist()
         [[[0, 1], [1, 0]]]
     """
+    event_shape = check_sizes("event_shape", event_shape)
     if len(event_shape) < 2:
-        raise ValueError(f"a checkerboard needs [C, *space], got event shape {tuple(event_shape)}")
+        raise ValueError(f"a checkerboard needs [C, *space], got event_shape {event_shape}")
     device = structure_device() if device is None else device
     space = event_shape[1:]
     parity = torch.zeros(space, dtype=torch.int64, device=device)

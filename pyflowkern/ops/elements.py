@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyflowkern.core.codes import ElementFamily
 from pyflowkern.ops.affine import affine_coupling, affine_coupling_reference
-from pyflowkern.ops.scale_map import ScaleMap, scale_map, scale_map_of
+from pyflowkern.ops.scale_map import PRESETS, ScaleMap, scale_map, scale_map_of
 from pyflowkern.ops.spline import spline, spline_reference
 from pyflowkern.ops.spline_map import SplineMap, spline_map_of
 
@@ -44,7 +44,14 @@ def element_map(transform: str | ElementMap) -> ElementMap:
     """Return the map of a name: ``"affine"`` is the scale map softclip, whose ``|log s|`` stays below 6.9."""
     if isinstance(transform, SplineMap):
         return transform
-    return scale_map("softclip" if transform == "affine" else transform)
+    if isinstance(transform, str) and transform == "affine":
+        return PRESETS["softclip"]
+    if not isinstance(transform, ScaleMap) and transform not in [*PRESETS]:
+        raise ValueError(
+            "transform must be a SplineMap, a ScaleMap, or one of affine, "
+            f"{', '.join(PRESETS)}, got {transform!r}"
+        )
+    return scale_map(transform)
 
 
 def element_parameters(transform: ElementMap) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern._library import kernel_serves
+from pyflowkern._library import FLOATS, kernel_serves
 from pyflowkern.core.checks import (
     check_flag,
     check_floating,
@@ -301,7 +301,11 @@ def _check_units(
 
 
 def _check_parameter(name: str, i: int, values: Tensor, device: torch.device) -> None:
-    if not isinstance(values, Tensor) or not values.is_floating_point():
+    if (
+        not isinstance(values, Tensor)
+        or values.dtype not in FLOATS
+        or values.layout != torch.strided
+    ):
         check_floating(f"{name}[{i}]", values)
     if values.device != device:
         raise ValueError(

@@ -35,8 +35,8 @@ class MaskedLayer:
         gated: whether there is a gate ``g``, which is given with weight and bias; else it is 1.
 
     Raises:
-        TypeError: for a mask that is no tensor.
-        ValueError: for a mask that is not a matrix, or an unknown activation.
+        TypeError: for a mask that is no tensor, and layers that are no ints.
+        ValueError: for a mask that is not a matrix, an unknown activation, or layers before the input.
 
     Example:
         >>> import torch
@@ -62,6 +62,9 @@ class MaskedLayer:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
             )
+        for name, index, least in (("source", self.source, -1), ("residual", self.residual, 0)):
+            if index is not None:
+                check_count(name, index, least)
         object.__setattr__(self, "gated", check_flag("gated", self.gated))
         object.__setattr__(self, "mask", self.mask.detach().bool().cpu().clone())
 

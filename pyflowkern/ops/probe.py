@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count, check_dense
+from pyflowkern.core.checks import check_count, check_dense, check_floating, check_sizes
 from pyflowkern.core.dtypes import accumulation_dtype, cast
 from pyflowkern.ops._philox import draw_seed, philox_blocks
 
@@ -38,6 +38,7 @@ def draw_probe(
         ``[K, N, D]``.
 
     Raises:
+        TypeError: for states that are no floating-point tensor, or a seed that is no int.
         ValueError: for another kind, probes below 1, or a seed of Gaussian probes.
 
     Source: Hutchinson 1990, *A stochastic estimator of the trace of the influence matrix*.
@@ -53,6 +54,7 @@ def draw_probe(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be 'rademacher' or 'gaussian', got {kind!r}")
+    check_floating("x", x)
     check_count("probes", probes)
     if kind == "rademacher":
         return draw_seed(seed, generator, x.device)
@@ -70,7 +72,11 @@ def rademacher(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.
     Args:
         seed: int64 scalar, as :func:`draw_probe` returns it.
         shape: of the result.
-        dtype: of the result.
+        dtype: of the result, a floating-point one.
+
+    Raises:
+        TypeError: for a seed that is no int64 tensor, a shape that is none, and a dtype of integers.
+        ValueError: for a seed with axes, and negative sizes.
 
     Example:
         >>> import torch
@@ -78,8 +84,14 @@ def rademacher(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.
         >>> rademacher(torch.tensor(3), (4,)).tolist()
         [-1.0, -1.0, 1.0, 1.0]
     """
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 tensor, got {getattr(seed, 'dtype', type(seed))}")
+    if seed.dim():
+        raise ValueError(f"seed must have no axes, got shape {tuple(seed.shape)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
     count = 1
-    for size in shape:
+    for size in check_sizes("shape", shape):
         count *= size
     block = torch.arange((count + 127) // 128, dtype=torch.int64, device=seed.device)
     zero = torch.zeros_like(block)

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_flag, check_floating, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_flag,
+    check_floating,
+    check_list,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.dtypes import full_precision
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
@@ -148,6 +154,8 @@ def _check(
     check_floating("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, in], got {tuple(x.shape)}")
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        check_list(name, tensors)
     count = len(weights)
     if count < 2 or len(biases) != count:
         raise ValueError(

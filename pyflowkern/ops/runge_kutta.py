@@ -8,7 +8,7 @@ With slopes :math:`k_i`, weights :math:`w_i` and :math:`e_i` of a tableau and a 
     r = \frac{h \sum_i e_i k_i}{\text{atol} + \text{rtol} \max(|y|, |y_1|)},
 
 each in one pass that reads every slope once.  Inside a solver the slope that came last is put into its row of the
-buffer by the pass that needs it first (the ops ``rk_stage`` and ``rk_last``, which check nothing).
+buffer by the pass that needs it first (the ops ``rk_stage`` and ``rk_last``).
 
 The combination is linear, :math:`\bar y = g`, :math:`\bar k_i = h w_i g`, :math:`\bar h = \sum g \cdot \sum_i w_i k_i`;
 the norm decides about step sizes and has no gradient.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import check_floating, check_list, check_number, check_same_device
+from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
 
@@ -99,7 +100,7 @@ def rk_error(
 
     Args:
         y: state at the start of the step.
-        y1: state at its end; where it is not finite the norm is NaN.
+        y1: state at its end; where one of the two is not finite the norm is NaN.
         slopes: ``[stages, *y.shape]``, as in :func:`rk_combine`.
         weights: of the error: those of the step less those of the embedded method.
         step: signed length; with ``[N]`` every row of ``y`` has a norm of its own.
@@ -152,7 +153,7 @@ def rk_combine_reference(
     y: Tensor, slopes: Tensor, weights: Sequence[float], step: float | Tensor
 ) -> Tensor:
     """Compute :func:`rk_combine` in plain PyTorch, differentiable to any order."""
-    return y + _change(y, slopes, weights, step)
+    return (y + _change(y, slopes, weights, step)).to(y.dtype)
 
 
 def rk_error_reference(
@@ -167,8 +168,9 @@ def rk_error_reference(
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Compute :func:`rk_error` in plain PyTorch."""
+    y, y1 = (t.to(accumulation_dtype(t.dtype)) for t in (y, y1))
     scale = atol + rtol * torch.maximum(y.abs(), y1.abs())
-    r = (_change(y, slopes, weights, step) / scale + (y1 - y1)).double()
+    r = (_change(y, slopes, weights, step) / scale + (y1 - y1) + (y - y)).double()
     rows = _rows(step)
     lead = len(r) if rows else 1
     r = r.reshape(lead, r.numel() // max(lead, 1))
@@ -181,7 +183,9 @@ def rk_error_reference(
 def _change(
     like: Tensor, slopes: Tensor, weights: Tensor | Sequence[float], step: float | Tensor
 ) -> Tensor:
-    """Return ``h sum_i w_i k_i``; a slope whose weight is zero is not read, whatever it holds."""
+    """Return ``h sum_i w_i k_i``, of halves in float32; a slope of weight zero is not read."""
+    work = accumulation_dtype(like.dtype)
+    like, slopes = like.to(work), slopes.to(work)
     w = weights if isinstance(weights, Tensor) else _host(weights)
     w = w.to(like).view(-1, *[1] * like.dim())
     total = torch.where(w == 0, 0.0, w * slopes[: len(w)]).sum(0)

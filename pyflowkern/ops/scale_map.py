@@ -151,7 +151,7 @@ def scale_map_of(code: int, numbers: list[float], flags: int) -> ScaleMap:
     )
 
 
-_PRESETS = {
+PRESETS = {
     "exp": ScaleMap("exp"),
     "tanh": ScaleMap("tanh"),
     "atan": ScaleMap("atan"),
@@ -175,8 +175,8 @@ def scale_map(spec: str | ScaleMap) -> ScaleMap:
     """
     if isinstance(spec, ScaleMap):
         return spec
-    if spec not in _PRESETS:
+    if not isinstance(spec, str) or spec not in PRESETS:
         raise ValueError(
-            f"scale_map must be a ScaleMap or one of {', '.join(_PRESETS)}, got {spec!r}"
+            f"scale_map must be a ScaleMap or one of {', '.join(PRESETS)}, got {spec!r}"
         )
-    return _PRESETS[spec]
+    return PRESETS[spec]

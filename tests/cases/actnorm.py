@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from laws import OpCase, Sample, normal
+from laws import EMPTY, OpCase, Sample, normal
 
 from pyflowkern.ops import actnorm, actnorm_reference, channel_moments, channel_moments_reference
 
@@ -11,6 +11,7 @@ SHAPES = [
     *[(3, 1), (64, 10), (127, 3), (2, 129), (1, 1000), (2, 3, 7), (7, 6, 8, 8), (3, 5, 3, 3)],
     *[(65, 63), (65, 65)],  # the last that repeat their constants, and those that do not
     *[(70, 331), (2, 97, 3, 3), (0, 4, 2, 2)],
+    *EMPTY,
 ]
 
 
@@ -35,7 +36,7 @@ def small(dtype):
 
 
 def moments(dtype):
-    for shape in SHAPES[:-1]:
+    for shape in SHAPES:
         yield Sample({}, x=normal(*shape, dtype=dtype) + 3)
 
 
@@ -59,5 +60,6 @@ CASES = [
         reason="merged sums round the mean and the variance a few times (2 seen)",
         large=lambda: [Sample({}, x=normal(*s).float()) for s in ((64, 8, 32, 32), (20_000, 10))],
         rows={},
+        whole="moments are those of the whole batch",
     ),
 ]

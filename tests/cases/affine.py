@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from laws import OpCase, Sample, normal
+from laws import EMPTY, OpCase, Sample, few_elements, normal
 
 from pyflowkern.ops import (
     ScaleMap,
@@ -56,6 +56,9 @@ def coupling_samples(dtype):
             yield coupling((2, 5, 3, 7), dtype, smap, inverse=inverse, save=save)
     for shape, layout in itertools.product(SHAPES, ("blocked", "interleaved")):
         yield coupling(shape, dtype, layout=layout)
+    for i, (shape, mask, swap) in enumerate(few_elements()):
+        for layout, inverse in ((PARAMS[i % 6], i % 2 == 0), (PARAMS[-1 - i % 6], i % 2 == 1)):
+            yield coupling(shape, dtype, "tanh", layout, mask, swap=swap, inverse=inverse)
     if dtype in (torch.float16, torch.bfloat16):
         return
     for layout, split, swap, smap in itertools.product(
@@ -82,10 +85,10 @@ def coupling_small(dtype):
         yield coupling((3, 4, 3), dtype, layout=layout)
 
 
-def affine_sample(dtype, raw=(3, 5), shift=(3, 5), smap="exp", n=4, **options):
+def affine_sample(dtype, raw=(3, 5), shift=(3, 5), smap="exp", n=4, event=(3, 5), **options):
     """Arguments of affine; parameters of no batch axis are those of all samples."""
     tensors = {
-        "x": normal(n, 3, 5, dtype=dtype),
+        "x": normal(n, *event, dtype=dtype),
         "raw_scale": None if raw is None else normal(n, *raw, seed=1, dtype=dtype),
         "shift": normal(n, *shift, seed=2, dtype=dtype),
     }
@@ -96,6 +99,9 @@ def affine_samples(dtype):
     for smap, inverse in itertools.product(MAPS, (False, True)):
         raw = None if smap == "additive" else (3, 5)
         yield affine_sample(dtype, raw, smap=smap, inverse=inverse)
+    for (n, *event), smap in itertools.product(EMPTY, ("exp", "softplus", "additive")):
+        raw = None if smap == "additive" else event
+        yield affine_sample(dtype, raw, event, smap, n, event, inverse=smap == "exp")
     yield affine_sample(dtype, (3, 1), (1, 5))
     sample = affine_sample(dtype)
     for raw, shift in (((3, 1), (5,)), ((), (1,))):

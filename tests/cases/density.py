@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from laws import OpCase, Sample, normal
+from laws import EMPTY, OpCase, Sample, normal
 
 from pyflowkern.ops import (
     bits_per_dim,
@@ -23,6 +23,7 @@ SHAPES = [
     (5, 3, 9, 7),
     (2, 4100),
     (6,),
+    *EMPTY,
 ]
 
 
@@ -78,6 +79,7 @@ CASES = [
         lambda dtype: [Sample({"log_prob": normal(5, dtype=dtype)}, dims=3)],
         floor=1,
         reason="one product, the same as the reference's",
+        large=lambda: [Sample({"log_prob": normal(300_000, dtype=torch.float32)}, dims=3072)],
         rows={"log_prob": 0},
     ),
 ]

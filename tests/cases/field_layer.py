@@ -12,7 +12,7 @@ from pyflowkern.ops.field_layer import activate_layer
 #: [N, C, *space] with tails of every kind; planes and channels beyond a block of sums.
 SHAPES = [(5, 3), (3, 17, 1, 1), (3, 5, 7), (2, 32, 8, 8), (2, 3, 4, 5), (1, 2, 3, 2, 4)]
 LARGE = [(70, 1030), (2, 3, 40, 41), (2, 70, 9, 12), (129, 2, 3)]
-EMPTY = [(0, 3), (0, 3, 4, 4), (2, 3, 0)]
+EMPTY = [(0, 3), (2, 0), (0, 3, 4, 4), (2, 3, 0)]
 
 
 def kinds(shape):
@@ -72,8 +72,8 @@ def own_samples(dtype):
 COMMON = {
     "floor": 4,
     "reason": "gradients of parameters are sums over samples and pixels in another order (2 seen)",
-    "rows": {},  # of a stack of tangents; tests/ops/test_field_layer.py has these laws
-    "dtypes": (torch.float32, torch.float64, torch.bfloat16),
+    "rows": {"p": 0, "bias": 0, "gate": 0},
+    "copies": lambda sample: 1 + sample.fixed["tangents"],
     "large": lambda: [
         sample((40, 16, 12, 12), (16,), (16,), 1, torch.float32, last) for last in (False, True)
     ],

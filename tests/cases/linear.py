@@ -4,7 +4,7 @@ import functools
 import itertools
 
 import torch
-from laws import OpCase, Sample, normal
+from laws import EMPTY, OpCase, Sample, normal
 
 from pyflowkern.ops import (
     glow_step,
@@ -17,13 +17,14 @@ SHAPES = [
     *[(1, 1), (3, 3), (129, 2), (5, 127), (2, 129), (1000, 10), (0, 4)],  # vectors, C > 128 too
     *[(2, 1, 127), (3, 12, 1), (2, 7, 129), (3, 48, 9, 3), (2, 128, 3, 3), (2, 4, 3, 2, 5)],
     *[(0, 6, 4, 4), (2, 6, 0), (3, 17, 6, 7)],
+    *EMPTY,
 ]
 
 
 @functools.cache
 def matrix(c, inverse, device):
     """A matrix (or its inverse) whose singular values lie around one, and its log-determinant."""
-    weight = torch.eye(c).double() + 0.4 / c**0.5 * normal(c, c, seed=1)
+    weight = torch.eye(c).double() + 0.4 / max(c, 1) ** 0.5 * normal(c, c, seed=1)
     return torch.linalg.inv(weight) if inverse else weight, torch.linalg.slogdet(weight)[1]
 
 

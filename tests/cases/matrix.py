@@ -14,7 +14,7 @@ from pyflowkern.ops import (
     slogdet_inverse_reference,
 )
 
-SIZES = [1, 2, 3, 7, 10, 48, 127, 128, 129]  # the last is the reference's
+SIZES = [0, 1, 2, 3, 7, 10, 48, 127, 128, 129]  # the last is the reference's
 
 
 def rotations(*shape, seed=0):
@@ -30,7 +30,7 @@ def conditioned(batch, c, condition, seed=0):
 
 def weights(dtype):
     for c in SIZES:
-        for batch in ((), (0,), (5,), (2, 3)) if c < 10 else ((3,),):
+        for batch in ((), (0,), (5,), (2, 3), (2, 0)) if c < 10 else ((3,),):
             for condition in (10.0, 1e3)[
                 : 1 if dtype == torch.float16 else 2
             ]:  # its gradient: 1e6
@@ -60,7 +60,7 @@ def plu(sizes, dtype):
 
 
 def reflections(dtype):
-    for k, c in ((1, 1), (0, 3), (2, 5), (7, 3), (48, 48), (129, 129)):
+    for k, c in ((1, 1), (0, 3), (2, 0), (2, 5), (7, 3), (48, 48), (129, 129)):
         vectors = normal(k, c, dtype=dtype, seed=k)
         if k > 1:
             vectors[1] = 0.0
@@ -90,6 +90,8 @@ CASES = [
         reason="sums of 128 products in another order (2 seen)",
         large=lambda: [factors(128, torch.float32, inverse=i) for i in (False, True)],
         rows={},
+        whole="one matrix",
+        spreads=False,  # of its triangles one is read
     ),
     OpCase(
         householder_matrix,
@@ -98,6 +100,8 @@ CASES = [
         lambda dtype: [Sample({"vectors": normal(3, 4, dtype=dtype)})],
         floor=2,
         reason="the reference itself, against its own run in float64 (1 seen)",
+        large=lambda: [Sample({"vectors": normal(200, 200).float()})],
         rows={},
+        whole="one matrix",
     ),
 ]

@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from laws import OpCase, Sample, unit
+from laws import EMPTY, OpCase, Sample, unit
 
 from pyflowkern.ops import (
     dequantize,
@@ -31,6 +31,8 @@ def logits(shape, dtype, inverse, alpha=0.05):
 def logit_samples(dtype):
     for size, inverse, alpha in itertools.product(SIZES, (False, True), (0.0, 0.05)):
         yield logits((4, size), dtype, inverse, alpha)
+    for shape, inverse in itertools.product(EMPTY, (False, True)):
+        yield logits(shape, dtype, inverse)
     for inverse in (False, True):
         sample = logits((4, 3, 11, 5), dtype, inverse)
         yield sample
@@ -63,20 +65,21 @@ CASES = [
     OpCase(
         dequantize,
         dequantize_reference,
-        lambda dtype: dequantized([(5, n) for n in SIZES]),
+        lambda dtype: dequantized([*((5, n) for n in SIZES), *EMPTY]),
         lambda dtype: dequantized([(3, 4), (3, 2, 2, 3)]),
         floor=4,
         reason="as logit: the noise is exact (2 seen)",
         large=lambda: dequantized([(7, 3, 45, 41)]),
-        rows={},  # the noise of a sample is that of its place
+        placed="the noise of a sample is that of its place",
         dtypes=(torch.float32,),
     ),
     OpCase(
         quantize,
         quantize_reference,
         lambda dtype: [
-            Sample({}, y=logits((5, n), dtype, a is not None).tensors["x"], alpha=a)
-            for n, a in itertools.product(SIZES, (None, 0.05))
+            Sample({}, y=logits(shape, dtype, a is not None).tensors["x"], alpha=a)
+            for shape in (*((5, n) for n in SIZES), *EMPTY)
+            for a in (None, 0.05)
         ],
         lambda dtype: [Sample({}, y=unit(3, 4, dtype=dtype), alpha=a) for a in (None, 0.05)],
         floor=0,

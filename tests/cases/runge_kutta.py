@@ -4,12 +4,13 @@ import functools
 
 import torch
 from laws import OpCase, Sample, normal
+from laws.ops import STATES
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.ops import rk_combine, rk_combine_reference, rk_error, rk_error_reference
 
 SHAPES = [(1,), (7,), (3, 5), (512, 2), (2, 3, 129), (1030,), (70_000,), (5, 2000)]
-EMPTY = [(0,), (0, 3), (3, 0)]
+EMPTY = [(0,), (0, 3), (3, 0), (0, 0)]
 WEIGHTS = (0.2, 0.0, -1.5, 0.75, 0.0)  # one stage more is there, and not to be read
 ALLOWED = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -63,7 +64,7 @@ def stage(y, slopes, slope, weights, step, row):
     value = torch.ops.pyflowkern.rk_stage.default(
         kept, slope.detach(), row, y.detach(), *_rest(weights, step)
     )
-    return value, kept
+    return value, kept.movedim(1, 0)  # samples first
 
 
 def last(y, y1, slopes, slope, weights, step, row, rtol, atol):
@@ -74,7 +75,7 @@ def last(y, y1, slopes, slope, weights, step, row, rtol, atol):
     value = torch.ops.pyflowkern.rk_last.default(
         kept, slope.detach(), row, y, y1, *_rest(weights, step), rtol, atol, []
     )
-    return value, kept
+    return value, kept.movedim(1, 0)
 
 
 def _rest(weights, step):
@@ -91,15 +92,16 @@ def _with_row(slopes, slope, row):
 def stage_reference(y, slopes, slope, weights, step, row):
     kept = _with_row(slopes, slope, row)
     step = step if isinstance(step, float) else step.detach()
-    return rk_combine_reference(y.detach(), kept, weights, step), kept
+    return rk_combine_reference(y.detach(), kept, weights, step), kept.movedim(1, 0)
 
 
 def last_reference(y, y1, slopes, slope, weights, step, row, rtol, atol):
     kept = _with_row(slopes, slope, row)
-    return rk_error_reference(y, y1, kept, weights, step, rtol=rtol, atol=atol), kept
+    norm = rk_error_reference(y, y1, kept, weights, step, rtol=rtol, atol=atol)
+    return norm, kept.movedim(1, 0)
 
 
-COMMON = {"floor": 4, "dtypes": (torch.float32, torch.float64)}
+COMMON = {"floor": 4}
 REASON = "five terms, the step and the sum are rounded, and terms may cancel (1.5 seen)"
 SMALL = [(3, 2), (3, 2, 2)]
 CASES = [
@@ -122,7 +124,7 @@ CASES = [
         functools.partial(every, errors, SHAPES + EMPTY),
         functools.partial(every, errors, SMALL),
         reason=REASON,
-        rows={},
+        rows={"step": 0, "y": 0, "y1": 0, "slopes": 1},
         large=lambda: [errors((150_001,), torch.float32, 0.3), errors((40, 5001), torch.float32)],
         **COMMON,
     ),
@@ -132,7 +134,9 @@ CASES = [
         functools.partial(staged, combined, SHAPES),
         functools.partial(staged, combined, SMALL),
         reason=REASON,
-        rows={},
+        rows={"y": 0, "slopes": 1, "slope": 0, "step": 0},
+        large=lambda: staged(combined, [(40, 5001)], torch.float32),
+        dtypes=STATES,
         **COMMON,
     ),
     OpCase(
@@ -141,7 +145,9 @@ CASES = [
         functools.partial(staged, errors, SHAPES),
         functools.partial(staged, errors, SMALL),
         reason=REASON,
-        rows={},
+        rows={"step": 0, "y": 0, "y1": 0, "slopes": 1, "slope": 0},
+        large=lambda: staged(errors, [(40, 5001)], torch.float32),
+        dtypes=STATES,
         **COMMON,
     ),
 ]

@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from laws import OpCase, Sample, normal
+from laws import EMPTY, OpCase, Sample, few_elements, normal
 
 from pyflowkern.ops import (
     SplineMap,
@@ -55,7 +55,7 @@ def many_bins(bins):
     ]
 
 
-SHAPES = [(1,), (5,), (3, 129), (127, 3), (2, 1000), (1, 2100), (2, 3, 4, 5), (0, 4), (3, 0)]
+SHAPES = [(1,), (5,), (3, 129), (127, 3), (2, 1000), (1, 2100), (2, 3, 4, 5)]
 
 
 def samples(dtype):
@@ -64,6 +64,10 @@ def samples(dtype):
         yield sample(smap, 3, 4, 2, dtype=dtype, inverse=inverse, elementwise=True)
     for shape in SHAPES:
         yield sample(SplineMap(bins=8), *shape, dtype=dtype)
+    for shape, kind, inverse in itertools.product(EMPTY, KINDS, (False, True)):
+        yield sample(SplineMap(kind, bins=3), *shape, dtype=dtype, inverse=inverse)
+        if inverse:
+            yield sample(SplineMap(kind, bins=3), *shape, dtype=dtype, elementwise=True)
     if dtype in (torch.float32, torch.float64):
         for bins, inverse in itertools.product((2, 3, 8, 16, 64), (False, True)):
             for smap in many_bins(bins):
@@ -83,7 +87,7 @@ def of_parts(smap, *shape, dtype=torch.float64, **options):
 
 
 def parts_samples(dtype):
-    for shape, inverse in itertools.product(SHAPES, (False, True)):
+    for shape, inverse in itertools.product(SHAPES + EMPTY, (False, True)):
         yield of_parts(SplineMap(bins=8), *shape, dtype=dtype, inverse=inverse)
 
 
@@ -123,6 +127,8 @@ def coupling_samples(dtype):
     for shape in ((0, 4), (1, 2), (129, 3), (64, 10), (2, 7, 11), (2, 3, 40, 40)):
         for split, swap in itertools.product(("channel", "channels"), (False, True)):
             yield coupling(split, shape, swap, dtype)
+    for (shape, mask, swap), inverse in itertools.product(few_elements(), (False, True)):
+        yield coupling(mask, shape, swap, dtype, SplineMap(bins=3), inverse=inverse)
     for kind in KINDS:
         yield coupling("channel", (3, 4, 3, 5), False, dtype, SplineMap(kind, bins=5))
 

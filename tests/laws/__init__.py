@@ -10,10 +10,11 @@ from laws.bijections import (
     jacobian_log_det,
     randomize,
 )
-from laws.draws import Calls, check_batched_gradients, normal, unit
+from laws.draws import EMPTY, Calls, check_batched_gradients, few_elements, normal, unit
 from laws.ops import OpCase, Sample, hold, law, run
 
 __all__ = [
+    "EMPTY",
     "EPS64",
     "Calls",
     "OpCase",
@@ -24,6 +25,7 @@ __all__ = [
     "check_inverse",
     "check_log_det",
     "check_samples_are_independent",
+    "few_elements",
     "hold",
     "jacobian_log_det",
     "law",

@@ -1,7 +1,12 @@
 """Inputs of tests, and what watches them."""
 
+import itertools
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Shapes without elements: no samples, no features, no pixels.
+EMPTY = [(0, 3), (3, 0), (0, 0), (2, 3, 0), (2, 0, 3), (0, 2, 3, 3), (2, 3, 2, 0), (2, 0, 2, 2)]
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -16,6 +21,19 @@ def unit(*shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.to(dtype).to(torch.get_default_device())
+
+
+def few_elements():
+    """Yield shapes, masks and whether to swap them, that couple nothing, everything, or one element."""
+    for shape in ((4, 3), (4, 3, 5), (2, 3, 2, 2)):
+        for event, swap in itertools.product((shape[1:], shape[1:2]), (False, True)):
+            nothing = torch.zeros(event, dtype=torch.bool)
+            one = nothing.clone()
+            one.view(-1)[0] = True
+            yield from ((shape, mask, swap) for mask in (nothing, ~nothing, one))
+    for shape, swap in itertools.product(((2, 2, 0), (0, 2), (0, 3, 2, 2), (2, 3, 0, 2)), (0, 1)):
+        yield shape, "channel", bool(swap)
+        yield (3, 2, 1, 1), "checkerboard", bool(swap)
 
 
 #: Of float64 sums of up to some thousand terms that are added in another order.

@@ -49,23 +49,6 @@ class Sample:
         moved = pytree.tree_map_only(torch.Tensor, move, self.tensors)
         return Sample(moved, **self.fixed)
 
-    def rows(self, axes, index):
-        """Return the sample of some of the batch; ``axes`` says where arguments have it, the first for certain."""
-        given = {**self.tensors, **self.fixed}
-        name = next(iter(axes))
-        count = given[name].shape[axes[name]]
-
-        def pick(key, value):
-            axis = axes.get(key)
-            if axis is None or not isinstance(value, torch.Tensor):
-                return value
-            if value.dim() <= axis or value.shape[axis] != count:  # one for all
-                return value
-            return value.movedim(axis, 0)[index].movedim(0, axis)
-
-        picked = {k: pick(k, v) for k, v in given.items()}
-        return Sample({k: picked[k] for k in self.tensors}, **{k: picked[k] for k in self.fixed})
-
     def __str__(self):
         def show(t):
             if isinstance(t, torch.Tensor):
@@ -73,6 +56,31 @@ class Sample:
             return [show(v) for v in t] if isinstance(t, list | tuple) else str(t)
 
         return ", ".join(f"{k}={show(v)}" for k, v in {**self.tensors, **self.fixed}.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Where a tensor has its ``n`` samples: once on an axis, or ``copies`` times, of as many batches end to end."""
+
+    n: int
+    copies: int = 1
+
+    def view(self, t, axis=0):
+        """Return the tensor with its samples first, none if it has none."""
+        if t.dim() <= axis or t.shape[axis] not in (self.n, self.copies * self.n):
+            return None
+        if t.shape[axis] != self.n:
+            return t.unflatten(axis, (self.copies, self.n)).movedim(axis + 1, 0)
+        return t.movedim(axis, 0)
+
+    def part(self, t, index, axis=0):
+        """Return the tensor of some of the samples."""
+        found = self.view(t, axis)
+        if found is None:
+            return t
+        if t.shape[axis] != self.n:
+            return found[index].movedim(0, axis + 1).flatten(axis, axis + 1)
+        return found[index].movedim(0, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +95,17 @@ class OpCase:
         floor: how many roundings of the largest entry an error may exceed twice plain PyTorch's.
         reason: why so many.
         large: arguments of float32 that several threads share; none where threads have no part.
-        rows: the arguments that hold a sample a row, and on which axis.
+        rows: the arguments that hold a sample a row, also in lists, and on which axis; the first one does, or none.
+        whole: why there are no samples, where there are none.
+        copies: of a sample of arguments, how many batches stand end to end on the first axis.
+        placed: why a result depends on the place of its sample in the batch, where it does.
         dtypes: those it takes.
         log_det: whether the second result is the log-determinant of the first's Jacobian by the first argument.
         conditioned: how many draws of arguments off by a rounding count as plain PyTorch's error, where that matters.
         reentrant: whether the gradient that comes in is left as it is.
         torch_sums: arguments whose gradients are products of torch's, which it may sum otherwise with other threads.
         shares: whether samples of a batch may be rounded otherwise than alone, and why.
+        spreads: whether the first row of an argument may stand for all its rows.
     """
 
     op: Callable
@@ -106,14 +118,46 @@ class OpCase:
     rows: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"x": 0})
     dtypes: tuple[torch.dtype, ...] = FLOATS
     log_det: bool = False
+    whole: str = ""
+    copies: Callable[[Sample], int] = lambda sample: 1
+    placed: str = ""
     shares: str = ""
+    spreads: bool = True
     conditioned: int = 0
     reentrant: bool = True
     torch_sums: tuple[str, ...] = ()
     name: str = ""
 
+    def __post_init__(self):
+        assert bool(self.rows) != bool(self.whole), "name the rows, or say why there are none"
+
     def __str__(self):
         return self.name or self.op.__name__
+
+    def batch(self, sample):
+        """Return where tensors have their samples, none if this sample of arguments has none."""
+        name, axis = next(iter(self.rows.items()), ("", 0))
+        first = {**sample.tensors, **sample.fixed}.get(name)
+        if not isinstance(first, torch.Tensor) or first.dim() <= axis:
+            return None
+        copies = self.copies(sample)
+        return Batch(first.shape[axis] // copies, copies)
+
+    def part(self, sample, index):
+        """Return the arguments of some of the batch."""
+        batch = self.batch(sample)
+
+        def of(arguments):
+            return {
+                key: pytree.tree_map_only(
+                    torch.Tensor, lambda t, a=self.rows[key]: batch.part(t, index, a), value
+                )
+                if key in self.rows
+                else value
+                for key, value in arguments.items()
+            }
+
+        return Sample(of(sample.tensors), **of(sample.fixed))
 
 
 def results(found):
@@ -124,7 +168,7 @@ def results(found):
 def run(function, sample, layout=None, cotangents=None, around=contextlib.nullcontext):
     """Return results and the gradients of all tensors, for cotangents that are drawn unless given.
 
-    ``layout`` changes each tensor to one of the same values before the function sees it, ``around`` is about the call.
+    ``layout`` changes each tensor and cotangent to one of the same values, ``around`` is about the call.
     """
     leaves, spec = pytree.tree_flatten(sample.tensors)
     leaves = [
@@ -149,9 +193,10 @@ def run(function, sample, layout=None, cotangents=None, around=contextlib.nullco
         gradients = torch.autograd.grad(
             [t for _, t in smooth],
             wanted,
-            [
-                cotangents[i].to(t.dtype, copy=True) for i, t in smooth
-            ],  # some ops write over theirs
+            [  # some ops write over theirs
+                (layout or torch.Tensor.contiguous)(cotangents[i].to(t.dtype, copy=True))
+                for i, t in smooth
+            ],
             allow_unused=True,
             materialize_grads=True,
         )

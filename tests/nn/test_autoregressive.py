@@ -186,7 +186,7 @@ def test_bad_calls():
         nn.MaskedAutoregressive(3, (4,), context_features=K)(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="3 features and 2 outputs"):
         nn.MaskedAutoregressive(3, conditioner=nn.MaskedMLP(3, 1))
-    with pytest.raises(ValueError, match="scale_map must be"):
+    with pytest.raises(ValueError, match="transform must be"):
         nn.MaskedAutoregressive(3, transform="cosine")
 
 

@@ -1,16 +1,19 @@
 """Wrong arguments of the ops are refused by name: what was wanted, what was given."""
 
-import inspect
 import math
 from functools import partial
 
 import numpy
 import pytest
 import torch
+from cases import CASES
+from laws import Sample
+from laws.op_arguments import flags_of, outcome
 
 from pyflowkern import ops, use_reference
 
 X, BYTES = torch.randn(4, 6), torch.zeros(2, 3, dtype=torch.uint8)
+SEED = torch.tensor(3)
 EYE, ZEROS = torch.eye(3), torch.zeros(3)
 
 
@@ -36,6 +39,25 @@ def plu(*permutation):
             ValueError,
             r"x must hold values below 2\^bits = 32, got 40",
         ),
+        (lambda: ops.scale_map([]), ValueError, r"scale_map must be .*got \[\]"),
+        (lambda: ops.channel_split_sizes("4"), TypeError, "channels must be an int, got str"),
+        (lambda: ops.channel_split_sizes(-3), ValueError, "channels must be at least 0"),
+        (lambda: ops.checkerboard_mask("x"), TypeError, "event_shape must be a list, got str"),
+        (lambda: ops.checkerboard_mask(3), TypeError, "event_shape must be a list, got int"),
+        (lambda: ops.checkerboard_mask((3,)), ValueError, r"\[C, \*space\], got event_shape"),
+        (lambda: ops.checkerboard_mask((3, 2.5)), TypeError, r"event_shape\[1\] must be an int"),
+        (lambda: ops.rademacher(3, (2,)), TypeError, "seed must be an int64 tensor, got .*int"),
+        (lambda: ops.rademacher(torch.ones(()), (2,)), TypeError, "seed must .*float32"),
+        (lambda: ops.rademacher(torch.arange(2), (2,)), ValueError, "seed must have no axes"),
+        (lambda: ops.rademacher(SEED, 2), TypeError, "shape must be a list, got int"),
+        (lambda: ops.rademacher(SEED, (-1,)), ValueError, r"shape\[0\] must be at least 0"),
+        (lambda: ops.rademacher(SEED, (1,), torch.int64), TypeError, "dtype must be a floating"),
+        (lambda: ops.draw_probe("x"), TypeError, "x must be a torch.Tensor, got str"),
+        (lambda: ops.draw_probe(X, probes=0), ValueError, "probes must be at least 1"),
+        (lambda: ops.draw_probe(X, seed="1"), TypeError, "seed must be an int or None, got str"),
+        (lambda: ops.MaskedLayer(EYE, source="x"), TypeError, "source must be an int, got str"),
+        (lambda: ops.MaskedLayer(EYE, residual=0.5), TypeError, "residual must be an int"),
+        (lambda: ops.MaskedLayer(EYE, source=-2), ValueError, "source must be at least -1"),
     ],
 )
 def test_ops(call, error, message, reference):
@@ -60,51 +82,21 @@ def test_scale_maps(options, error, message):
         ops.ScaleMap("softplus", **options)
 
 
-SMAP = ops.SplineMap(bins=3)
-PARAMS, COUPLED = torch.zeros(4, 6, SMAP.params), torch.zeros(4, 3 * SMAP.params)
-PARTS = torch.zeros(4, 6, 3), torch.zeros(4, 6, 3), torch.zeros(4, 6, 2)
-NETWORK = [torch.ones(5, 6), torch.ones(6, 5)], [torch.zeros(5), torch.zeros(6)]
-PLU = torch.arange(3), EYE, EYE, ZEROS, torch.ones(3)
-SIX, EYE6, ZERO = torch.zeros(6), torch.eye(6), torch.tensor(0.0)
-SEED = torch.tensor(3)
+def calls():
+    """Yield each flag of a public function and of its reference: its name, and a call that takes it."""
+    for case in CASES:
+        if str(case) in ops.__all__:
+            sample = next(iter(case.small(torch.float32)))
+            for name in {str(case), f"{case}_reference"} & {*ops.__all__}:
+                call = partial(getattr(ops, name), **sample.tensors, **sample.fixed)
+                yield from ((name, flag, call) for flag in flags_of(getattr(ops, name)))
+    yield "channel_split_sizes", "swap", partial(ops.channel_split_sizes, 4)
+    yield "ScaleMap", "shift_first", partial(ops.ScaleMap, "exp")
+    yield "ScaleMap", "divide", partial(ops.ScaleMap, "exp")
+    yield "MaskedLayer", "gated", partial(ops.MaskedLayer, torch.ones(3, 3).tril(-1))
 
 
-def _cases(name, flags, call):
-    """Return the cases of a function and its reference: name, flag, and a call that takes the flag."""
-    functions = {n: getattr(ops, n) for n in (name, name + "_reference") if hasattr(ops, n)}
-    return [(n, flag, partial(call, f)) for n, f in functions.items() for flag in flags]
-
-
-RESIDUAL = {"residual": True}
-FLAGS = [
-    *_cases("affine", ["inverse"], lambda f, **o: f(X, X, X, **o)),
-    *_cases("affine_coupling", ["inverse", "swap"], lambda f, **o: f(X, X, **o)),
-    *_cases("spline", ["inverse", "elementwise"], lambda f, **o: f(X, PARAMS, SMAP, **o)),
-    *_cases(
-        "rational_quadratic_spline", ["inverse", "elementwise"], lambda f, **o: f(X, *PARTS, **o)
-    ),
-    *_cases("spline_coupling", ["inverse", "swap"], lambda f, **o: f(X, COUPLED, SMAP, **o)),
-    *_cases("actnorm", ["inverse"], lambda f, **o: f(X, SIX, SIX, **o)),
-    *_cases("invertible_linear", ["inverse"], lambda f, **o: f(X, EYE6, ZERO, **o)),
-    *_cases("glow_step", ["inverse"], lambda f, **o: f(X, SIX, SIX, EYE6, ZERO, **o)),
-    *_cases("plu_matrix", ["inverse"], lambda f, **o: f(*PLU, **o)),
-    *_cases("logit", ["inverse"], lambda f, **o: f(X.sigmoid(), **o)),
-    *_cases(
-        "relu_network",
-        ["residual", "activate_last"],
-        lambda f, **o: f(X, *NETWORK, **(RESIDUAL | o)),
-    ),
-    *_cases(
-        "field_divergence",
-        ["per_probe", "regularizers"],
-        lambda f, **o: f(X, *NETWORK, probe=SEED, probes=2, **o),
-    ),
-    ("hutchinson_trace", "with_norm", partial(ops.hutchinson_trace, X, X)),
-    ("channel_split_sizes", "swap", partial(ops.channel_split_sizes, 4)),
-    ("ScaleMap", "shift_first", partial(ops.ScaleMap, "exp")),
-    ("ScaleMap", "divide", partial(ops.ScaleMap, "exp")),
-    ("MaskedLayer", "gated", partial(ops.MaskedLayer, torch.ones(3, 3).tril(-1))),
-]
+FLAGS = sorted(calls(), key=lambda flag: flag[:2])
 flags = pytest.mark.parametrize(
     ("flag", "call"), [pytest.param(flag, call, id=f"{name}-{flag}") for name, flag, call in FLAGS]
 )
@@ -120,16 +112,16 @@ def test_a_flag_is_true_or_false(flag, call):
 
 @flags
 def test_a_flag_may_be_numpys(flag, call):
-    ours, theirs = call(**{flag: True}), call(**{flag: numpy.bool_(True)})
-    if isinstance(ours, torch.Tensor | tuple):
-        torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+    for value in (True, False):
+        ours, theirs = (
+            outcome(call, Sample({}, **{flag: v})) for v in (value, numpy.bool_(value))
+        )
+        if isinstance(ours, list):
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert theirs == ours  # of two flags that go together
 
 
 def test_every_flag_of_a_public_function_is_tested():
-    public = {
-        (name, parameter.name)
-        for name in ops.__all__
-        for parameter in inspect.signature(getattr(ops, name)).parameters.values()
-        if parameter.annotation == "bool"
-    }
-    assert public == {(name, flag) for name, flag, _ in FLAGS}
+    public = {(name, flag) for name in ops.__all__ for flag in flags_of(getattr(ops, name))}
+    assert public == {flag[:2] for flag in FLAGS}

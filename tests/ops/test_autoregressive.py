@@ -39,19 +39,6 @@ def test_a_gate_multiplies_product_and_bias_and_spares_the_residual(backend):
     torch.testing.assert_close(found, (x, -log_det))
 
 
-def test_a_bad_gate_stays_in_its_sample(backend):
-    plan, w, b = made(5, (20,), 2, residual=1)
-    plan, gates = gated(plan, 4)
-    w, b, gates, (z,) = to(torch.float32, w, b, gates, [normal(4, 5)])
-    good = autoregressive_inverse(z, w, b, plan, gates=gates)
-    gates[0][2] = torch.nan
-    found = autoregressive_inverse(z, w, b, plan, gates=gates)
-    others = [0, 1, 3]
-    for a, c in zip(found, good, strict=True):
-        assert torch.equal(a[others], c[others])
-    assert found[1][2].isnan()
-
-
 def test_agrees_with_passes_at_the_size_of_miniboone():
     plan, w, b = made(43, (512, 512), 2)
     w, b, (z,) = to(torch.float32, w, b, [normal(100, 43)])
@@ -106,20 +93,6 @@ def test_undoes_the_density_direction(backend):
     again, other = apply_elements(x, plan.parameters(x, w, b), scale_map("exp"))
     torch.testing.assert_close(again, z)
     torch.testing.assert_close(other, -log_det)
-
-
-def test_half_inputs_are_computed_in_float32(backend):
-    plan, w, b = made(5, (9,), 2)
-    z = normal(3, 5)
-    for dtype in (torch.bfloat16, torch.float16):
-        w16, b16, (z16,) = to(dtype, w, b, [z])
-        x, log_det = autoregressive_inverse(z16, w16, b16, plan)
-        assert (x.dtype, log_det.dtype) == (dtype, torch.float32)
-        exact, _ = autoregressive_inverse_reference(
-            z16.double(), *to(torch.float64, w16, b16), plan
-        )
-        # one rounding on the way out for the kernels; the reference rounds every layer
-        torch.testing.assert_close(x.double(), exact, atol=0.1, rtol=0.1)
 
 
 def test_masked_weights_are_not_read(backend):

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from cases.field_layer import sample
-from laws import run
 
 from pyflowkern import _library
 from pyflowkern.ops import field_layer, field_layer_reference
@@ -96,19 +95,6 @@ def test_what_is_kept_for_the_backward_pass(activation, gate, kept):
 
 
 # --- laws ----------------------------------------------------------------------------------------
-
-
-def test_a_bad_sample_stays_alone(backend):
-    for channels_last in (False, True):
-        given = sample((5, 3, 4, 5), (3,), (5, 3), 1, torch.float64, channels_last)
-        good, _, _ = run(field_layer, given)
-        given.tensors["p"][2, 1, 3, 2] = torch.nan
-        bad, _, _ = run(field_layer, given)
-        others = torch.tensor([0, 1, 3, 4, 5, 6, 8, 9])
-        for a, b in zip(good[:2], bad[:2], strict=True):
-            assert torch.equal(a[others], b[others])
-            assert b[2].isnan().any()
-        assert torch.equal(good[3][[0, 1, 3, 4]], bad[3][[0, 1, 3, 4]])
 
 
 # --- wrong arguments -----------------------------------------------------------------------------

@@ -20,20 +20,6 @@ def test_without_gradients_it_is_the_same(backend):
         assert torch.equal(a, b)
 
 
-def test_a_result_that_nothing_comes_from(backend):
-    """Gates of the last layer alone are used: the others have no gradient to pass on."""
-    time, biases, times = arguments(3, torch.float64)
-    leaves = [t.requires_grad_() for t in (time, *biases, *times)]
-    grads = [
-        torch.autograd.grad(
-            function(time, biases, times)[1][-1].sum(), leaves, materialize_grads=True
-        )
-        for function in (at_time, at_time_reference)
-    ]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_an_infinite_time_closes_and_opens_gates(backend):
     """Whole vectors of a kernel reach beyond the last of 17 numbers."""
     given = sample(3, torch.float64, (17,))

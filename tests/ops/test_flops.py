@@ -10,12 +10,16 @@ from laws import normal
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import pyflowkern
-from pyflowkern import flows, nn, ops
-from pyflowkern._library import OPS, kernel_serves
+from pyflowkern import _library, flows, nn, ops
+from pyflowkern._library import OPS
 
-needs_kernels = pytest.mark.skipif(
-    not kernel_serves("linear_mix", torch.zeros(1)), reason="no kernels: references alone"
-)
+
+@pytest.fixture
+def kernels():
+    _library.require_kernels("cpu")
+
+
+needs_kernels = pytest.mark.usefixtures("kernels")
 #: Ops that multiply no matrices.  A factorization and a triangular system count nothing in torch either.
 NO_PRODUCTS = {
     *("actnorm", "actnorm_backward", "channel_moments"),

@@ -2,12 +2,13 @@
 
 import pytest
 from cases import CASES
+from laws import op_arguments as arguments
 from laws import op_checks as laws
 
-import pyflowkern
-from pyflowkern import _library
+from pyflowkern import _library, ops
 
 batched = pytest.mark.parametrize("case", [c for c in CASES if c.rows], ids=str)
+public = pytest.mark.parametrize("case", [c for c in CASES if str(c) in ops.__all__], ids=str)
 each = pytest.mark.parametrize("case", CASES, ids=str)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 #: What does not depend on how a kernel computes runs on the kernels of this processor; what also tells of the reference
@@ -26,6 +27,11 @@ def test_values_and_gradients_against_float64(backend, case):
 @each
 def test_derivatives_against_differences(backend, case):
     laws.check_second_derivatives(case)
+
+
+@each
+def test_gradients_of_parts(backend, case):
+    laws.check_gradients_of_parts(case)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.log_det], ids=str)
@@ -97,19 +103,32 @@ def test_inductor_finds_the_strides_that_it_was_told(backend, case):
     laws.check_compiles(case, "inductor", samples=1)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if str(c) in pyflowkern.ops.__all__], ids=str)
-@kernels
+@public
+@both
 def test_wrong_arguments_are_named(backend, case):
-    laws.check_arguments_are_named(case)
+    arguments.check_arguments_are_named(case)
+    arguments.check_other_dtypes_are_named(case)
+
+
+@public
+@kernels
+def test_dtypes_may_be_mixed(backend, case):
+    arguments.check_mixed_dtypes(case)
 
 
 # --- every op has a case -------------------------------------------------------------------------
 
 
-def test_every_reference_has_a_case():
-    ops = pyflowkern.ops
-    wanted = {n.removesuffix("_reference") for n in ops.__all__ if n.endswith("_reference")}
-    assert wanted <= {case.op.__name__ for case in CASES}
+#: Public names that are no ops on tensors: tests/ops/test_arguments.py calls them with wrong arguments.
+HELPERS = {
+    *("MaskedLayer", "MaskedPlan", "ScaleMap", "SplineMap", "scale_map"),
+    *("channel_split_sizes", "checkerboard_mask", "draw_probe", "rademacher"),
+}
+
+
+def test_every_public_op_has_a_case():
+    wanted = {n for n in ops.__all__ if not n.endswith("_reference")}
+    assert wanted == {str(case) for case in CASES} & wanted | HELPERS
 
 
 @kernels

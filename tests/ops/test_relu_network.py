@@ -6,7 +6,6 @@ from cases.relu_network import FORMS, sample
 from laws import check_batched_gradients, hold, normal
 from torch.utils._pytree import tree_leaves
 
-import pyflowkern
 from pyflowkern.ops import relu_network, relu_network_reference
 
 
@@ -31,13 +30,6 @@ def test_a_graph_exported_without_gradients_still_has_them():
     (found,) = torch.autograd.grad(exported(x).sum(), x)
     (want,) = torch.autograd.grad(module(x).sum(), x)
     torch.testing.assert_close(found, want)
-
-
-def test_the_reference_can_be_asked_for():
-    args = sample("plain", 5)
-    with pyflowkern.use_reference():
-        expected = relu_network(**args.tensors, **args.fixed)
-    assert torch.equal(expected, relu_network_reference(**args.tensors, **args.fixed))
 
 
 @pytest.mark.parametrize(

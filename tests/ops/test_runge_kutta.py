@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases.runge_kutta import ALLOWED, WEIGHTS, make, steps
+from laws import normal
 
 from pyflowkern.ops import (
     rk_combine,
@@ -108,10 +109,29 @@ def test_many_stages(backend):
     assert rk_error(y, y1, slopes, weights, 0.1, **ALLOWED) > 0
 
 
-# --- inside a solver -----------------------------------------------------------------------------
-
-
-# --- gradients, torch's own checks ---------------------------------------------------------------
+@pytest.mark.parametrize("backend", ["cpu", "cuda_on_host"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"slopes": torch.zeros(2, 4, 6).mT}, "slopes must be contiguous"),
+        ({"slopes": torch.zeros(2, 4, 6).mT, "slope": normal(6, 4)}, "slopes must be contiguous"),
+        ({"slope": torch.zeros(5)}, "fresh slope must be like y"),
+        ({"slope": normal(5)}, "fresh slope must be like y"),
+        ({"row": 2}, "row must be from 0 to 1"),
+        ({"steps": torch.ones(5, dtype=torch.float64)}, "one for each row of y"),
+        ({"y": torch.zeros(6, 4).half()}, "float32 or float64"),
+    ],
+)
+def test_ops_of_a_solver_refuse_what_they_would_read_wrong(backend, change, words):
+    """A buffer that is not contiguous was copied before the slope was put into it, and the copy was read."""
+    y, slopes = torch.zeros(6, 4), torch.zeros(2, 6, 4)
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    given = {"slopes": slopes, "slope": y, "row": 1, "y": y, "weights": weights, "step": 0.1}
+    given |= {"steps": None} | change
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pyflowkern.rk_stage(**given)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.pyflowkern.rk_last(**given, y1=y, rtol=1.0, atol=1.0, sizes=[])
 
 
 def test_the_norm_has_no_gradient(backend):

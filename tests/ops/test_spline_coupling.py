@@ -87,17 +87,6 @@ def test_memory_kept_is_that_of_the_inputs():
     assert sum(kept.values()) == x.nbytes + p.nbytes
 
 
-def test_autocast_keeps_a_float32_log_det(backend):
-    x, p = coupling("channel", (4, 6), False, torch.float32).tensors.values()
-    with torch.autocast(backend.type, torch.bfloat16):
-        y, log_det = spline_coupling(x, p.bfloat16(), SMAP)
-    assert y.dtype == log_det.dtype == torch.float32
-    y, log_det = spline_coupling(x.bfloat16(), p.bfloat16(), SMAP)
-    assert (y.dtype, log_det.dtype) == (torch.bfloat16, torch.float32)
-    y, log_det = spline(x.bfloat16(), p.view(4, 3, -1).repeat(1, 2, 1), SMAP)
-    assert (y.dtype, log_det.dtype) == (torch.bfloat16, torch.float32)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
