@@ -15,13 +15,13 @@ STATES = (torch.float32, torch.float64)
 
 @dataclasses.dataclass
 class Sample:
-    """Arguments of an op by name: those that are differentiated, and the rest."""
+    """Arguments of an op by name: those that are differentiated, and the rest; and what plain PyTorch made of them."""
 
     tensors: dict
     fixed: dict
 
     def __init__(self, tensors, **fixed):
-        self.tensors, self.fixed = dict(tensors), fixed
+        self.tensors, self.fixed, self.known = dict(tensors), fixed, {}
 
     def map(self, change):
         """Return the sample with every tensor changed."""
@@ -83,6 +83,9 @@ class Batch:
         return found[index].movedim(0, axis)
 
 
+DRAWN: dict[tuple, list[Sample]] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class OpCase:
     """What the laws need to know of an op.
@@ -133,6 +136,13 @@ class OpCase:
 
     def __str__(self):
         return self.name or self.op.__name__
+
+    def drawn(self, which, dtype):
+        """Return the arguments of "samples" or "small", the same for every backend: plain PyTorch runs on them once."""
+        key = str(self), which, dtype, torch.get_default_device()
+        if key not in DRAWN:
+            DRAWN[key] = [*getattr(self, which)(dtype)]
+        return DRAWN[key]
 
     def batch(self, sample):
         """Return where tensors have their samples, none if this sample of arguments has none."""
@@ -214,25 +224,18 @@ def hold(op, reference, sample, floor=4.0, layout=None, conditioned=0):
     such arguments count as well.
     """
     ours, count, cotangents = run(op, sample, layout)
-    wide = sample.double()
-    exact, _, _ = run(reference, wide, cotangents=cotangents)
+    key = *cotangents, conditioned
+    if key not in sample.known:
+        sample.known[key] = _by_plain_pytorch(reference, sample, cotangents, conditioned)
+    plain, exact, dtypes = sample.known[key]
     given = [
         t
         for t in pytree.tree_leaves((sample.tensors, sample.fixed))
         if isinstance(t, torch.Tensor)
     ]
-    double = all(t.dtype == torch.float64 for t in given if t.is_floating_point())
+    double = _is_double(sample)
     if not double:
-        plain, _, _ = run(reference, sample, cotangents=cotangents)
-        assert [t.dtype for t in ours] == [t.dtype for t in plain]
-    else:
-        moved = Sample(cotangents).moved(2.0**-52).tensors
-        plain, _, _ = run(reference, wide.moved(2.0**-52), cotangents=moved)
-    eps = 2.0**-52 if double else 2.0**-23  # half is computed in float32
-    for draw in range(conditioned):
-        moved, _, _ = run(reference, wide.moved(eps, 100 + draw), cotangents=cotangents)
-        for i, c in enumerate(exact):
-            plain[i] = max(plain[i], moved[i], key=lambda t, c=c: _largest(t.double() - c))
+        assert [t.dtype for t in ours] == dtypes
     most = max([t.numel() for t in (*ours[:count], *given)])
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         assert a.shape == c.shape, f"result {i} has shape {a.shape}, not {c.shape} ({sample})"
@@ -255,6 +258,29 @@ def hold(op, reference, sample, floor=4.0, layout=None, conditioned=0):
             f"result {i}: error {worst:.3g}, allowed {allowed:.3g}; that is "
             f"{(worst - allowed) / (eps * size or 1):.3g} roundings more ({sample})"
         )
+
+
+def _is_double(sample):
+    floats = [t for t in results((sample.tensors, sample.fixed)) if t.is_floating_point()]
+    return all(t.dtype == torch.float64 for t in floats)
+
+
+def _by_plain_pytorch(reference, sample, cotangents, conditioned):
+    """Return its results at the dtype of the sample, with the largest errors that count; those in float64; dtypes."""
+    wide, double = sample.double(), _is_double(sample)
+    exact, _, _ = run(reference, wide, cotangents=cotangents)
+    if double:
+        moved = Sample(cotangents).moved(2.0**-52).tensors
+        plain, _, _ = run(reference, wide.moved(2.0**-52), cotangents=moved)
+    else:
+        plain, _, _ = run(reference, sample, cotangents=cotangents)
+    dtypes = [t.dtype for t in plain]
+    eps = 2.0**-52 if double else 2.0**-23  # half is computed in float32
+    for draw in range(conditioned):
+        moved, _, _ = run(reference, wide.moved(eps, 100 + draw), cotangents=cotangents)
+        for i, c in enumerate(exact):
+            plain[i] = max(plain[i], moved[i], key=lambda t, c=c: _largest(t.double() - c))
+    return plain, exact, dtypes
 
 
 def _largest(t):

@@ -35,7 +35,7 @@ def test_inverse_undoes_forward(backend):
     assert torch.equal(minus, -log_det)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] > 0], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if all(s)], ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_moments_at_any_mean(backend, shape, mean):
     """In float32 the sum of squares of data near 1e4 has no digit of a variance of 1 left: Chan's merging has all."""

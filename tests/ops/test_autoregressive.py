@@ -149,7 +149,7 @@ def test_plans_can_be_copied():
             ValueError,
             "returns 2 numbers a feature, the transform takes 1",
         ),
-        ({"transform": "cosine"}, ValueError, "scale_map must be"),
+        ({"transform": "cosine"}, ValueError, "transform must be"),
         ({"gates": []}, ValueError, "1 gated layers, got 0 gates"),
         ({"gates": [torch.zeros(3, 6)]}, ValueError, r"gates\[0\] must have shape \(2, 6\)"),
         ({"gates": [torch.ones(6, dtype=torch.bool)]}, TypeError, r"gates\[0\] must be a float"),

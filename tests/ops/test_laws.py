@@ -20,7 +20,7 @@ both = pytest.mark.parametrize("backend", ["reference", "cpu", CUDA], indirect=T
 @each
 def test_values_and_gradients_against_float64(backend, case):
     for dtype in case.dtypes:
-        for sample in case.samples(dtype):
+        for sample in case.drawn("samples", dtype):
             laws.check_errors(case, sample)
 
 
