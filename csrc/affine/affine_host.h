@@ -111,7 +111,7 @@ inline AffineTensors elementwise_tensors(const Tensor& x, const std::optional<Te
   set_map(t.args, kind, numbers, flags);
   STD_TORCH_CHECK(raw || kind == kAdditive, "a scale map of kind ", kind, " needs raw_scale");
   t.args.in = c.tensor.const_data_ptr();
-  t.args.raw = raw ? t.raw.const_data_ptr() : nullptr;
+  t.args.raw = raw ? address_of(t.raw) : nullptr;
   t.args.shift = t.shift.const_data_ptr();
   return t;
 }
@@ -133,7 +133,7 @@ inline AffineTensors coupling_tensors(const Tensor& x, const Tensor& params,
                           a.kind, a.flags);
   a.in = c.tensor.const_data_ptr();
   a.shift = a.raw = t.shift.const_data_ptr();  // one tensor; the geometry says where both start
-  a.mask = mask ? static_cast<const uint8_t*>(t.mask->const_data_ptr()) : nullptr;
+  a.mask = mask ? static_cast<const uint8_t*>(address_of(*t.mask)) : nullptr;
   return t;
 }
 

@@ -44,7 +44,7 @@ inline void place_layers(AutoregressiveTensors& t, const std::vector<int64_t>& s
     layer.bias_row = t.biases[j].dim() == 2 ? layer.units : 0;
     if (s[kLayerFlags] & kGated) {
       const Tensor& gate = t.biases[gates++];
-      layer.gate = gate.const_data_ptr();
+      layer.gate = address_of(gate);
       layer.gate_row = gate.dim() == 2 ? layer.units : 0;
     }
     layer.counts = counts(j + 1);

@@ -174,6 +174,13 @@ inline void check_gradient(const Tensor& grad, int64_t count, const Tensor& like
                   "a gradient must fit its result in size and dtype");
 }
 inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
+// Where the numbers of a tensor lie that may be missing: null stands for that alone, not for a
+// tensor without numbers, which torch may give no address.
+inline const void* address_of(const Tensor& t) {
+  alignas(16) static const char nothing[16] = {};
+  const void* address = t.const_data_ptr();
+  return address == nullptr ? nothing : address;
+}
 
 // The step between rows of n numbers in a copy for core/gemm.h: whole vectors, but no multiple of
 // 256 bytes, with which the numbers of a column would compete for few places in L1.

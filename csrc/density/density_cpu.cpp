@@ -254,7 +254,7 @@ Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& mean,
   NormalTensors t = normal_tensors(z, mean, log_std);
   Tensor out = empty_per_sample(z, t.args.rows);
   const Tensor add = log_det ? torch::stable::contiguous(*log_det) : Tensor();
-  t.args.log_det = log_det ? add.const_data_ptr() : nullptr;
+  t.args.log_det = log_det ? address_of(add) : nullptr;
   t.args.out = out.mutable_data_ptr();
   const NormalArgs& a = t.args;
   const DType dtype = dtype_of(z);

@@ -214,7 +214,7 @@ Tensor normal_log_prob_cuda(const Tensor& z, const std::optional<Tensor>& mean,
     const Tensor partial = chunk_sums(z, plan);
     const TeamSums<T> sums{static_cast<T*>(out.mutable_data_ptr()),
                            static_cast<double*>(partial.mutable_data_ptr()), a.constant,
-                           log_det ? static_cast<const T*>(add.const_data_ptr()) : nullptr};
+                           log_det ? static_cast<const T*>(address_of(add)) : nullptr};
     auto kernel = normal_kernel<S, kWide, kBlock>;
     PFK_LAUNCH(kernel, grid_of(blocks_of(plan)), kThreads, current_stream(z), a, plan, sums);
     launch_sum_chunks(plan, sums, current_stream(z));

@@ -11,7 +11,7 @@ namespace pfk {
 struct Parameter {
   ParameterKind kind = kNone;
   Tensor tensor;
-  const void* data() const { return kind == kNone ? nullptr : tensor.const_data_ptr(); }
+  const void* data() const { return kind == kNone ? nullptr : address_of(tensor); }
 };
 
 inline Parameter parameter_of(const std::optional<Tensor>& p, const Canonical& z) {

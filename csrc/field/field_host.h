@@ -38,7 +38,7 @@ inline Tensor sum_rows(const Tensor& t) {
   return torch::stable::sum(t, Sizes(&rows, 1));
 }
 inline const void* data_of(const std::optional<Tensor>& t) {
-  return t.has_value() ? t->const_data_ptr() : nullptr;
+  return t.has_value() ? address_of(*t) : nullptr;
 }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(dense(*t)) : t;
@@ -155,7 +155,7 @@ struct Field {
     y.bias = biases[l].const_data_ptr();
     y.bias_step = biases[l].dim() == 2 ? y.out : 0;
     if (!g.empty()) {
-      y.gate = gates[l].const_data_ptr();
+      y.gate = address_of(gates[l]);
       y.gate_step = gates[l].dim() == 2 ? y.out : 0;
     }
     y.value_kept = !last && args.activation == kActTanh && y.gate == nullptr;

@@ -61,7 +61,7 @@ struct Planes {
     a.group = a.unit < kGroup ? a.unit : kGroup;
     a.p = p.tensor.const_data_ptr();
     a.bias = bias.const_data_ptr();
-    a.gate = gated ? gate.const_data_ptr() : nullptr;
+    a.gate = gated ? address_of(gate) : nullptr;
   }
 
   Tensor top(const Tensor& stack) const {

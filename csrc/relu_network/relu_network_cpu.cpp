@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> relu_network(const Tensor& x, const std::optional<Ten
                     "pyflowkern::relu_network: a context of another size or dtype");
     own.push_back(dense(*context));
   }
-  n.args.context = context ? own.back().const_data_ptr() : nullptr;
+  n.args.context = context ? address_of(own.back()) : nullptr;
   Tensor out = empty(n.x, {n.args.samples, n.layers.back().out});
   Tensor kept = empty(n.x, {keep ? n.args.samples * n.kept_size : 0});
   if (keep) n.set_kept(kept);
