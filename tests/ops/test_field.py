@@ -12,7 +12,6 @@ from pyflowkern.ops import (
     draw_probe,
     field_divergence,
     field_divergence_reference,
-    hutchinson_trace,
     rademacher,
 )
 from pyflowkern.ops.field import (
@@ -218,7 +217,6 @@ def test_wrong_arguments():
     w, b, _ = parts
     e = normal(4, 3)
     for error, message, call in (
-        (TypeError, "x must be", lambda: field_divergence([1.0], w, b, probe=e)),
         (ValueError, "x must have shape", lambda: field_divergence(x[0], w, b, probe=e)),
         (ValueError, "activation", lambda: field_divergence(x, w, b, probe=e, activation="relu")),
         (ValueError, "method", lambda: field_divergence(x, w, b, probe=e, method="xtrace")),
@@ -229,12 +227,7 @@ def test_wrong_arguments():
         (ValueError, "no axes", lambda: field_divergence(x, w, b, probe=e.long())),
         (ValueError, "probes", lambda: field_divergence(x, w, b, probe=torch.tensor(1), probes=0)),
         (ValueError, "one entry a layer", lambda: field_divergence(x, w, b[:1], probe=e)),
-        (TypeError, r"weights\[0\]", lambda: field_divergence(x, [[1.0]], b[:1], probe=e)),
-        (TypeError, r"biases\[1\]", lambda: field_divergence(x, w, [b[0], b[1].int()], probe=e)),
         (ValueError, r"weights\[1\]", lambda: field_divergence(x, [w[0], w[0]], b, probe=e)),
-        (ValueError, r"biases\[0\]", lambda: field_divergence(x, w, b[::-1], probe=e)),
-        (ValueError, "je must have", lambda: hutchinson_trace(e, e[:2])),
-        (TypeError, "e must be", lambda: hutchinson_trace(e.int(), e)),
         (ValueError, "kind", lambda: draw_probe(x, kind="uniform")),
         (ValueError, "seed is for", lambda: draw_probe(x, kind="gaussian", seed=1)),
     ):

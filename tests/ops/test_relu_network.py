@@ -35,28 +35,16 @@ def test_a_graph_exported_without_gradients_still_has_them():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda a: a.__setitem__("x", a["x"].int()), TypeError, "x must be a floating-point"),
         (lambda a: a.__setitem__("x", a["x"][0]), ValueError, r"x must have shape \[N, in\]"),
-        (lambda a: a["weights"].pop(), ValueError, "one entry for each"),
         (
             lambda a: a["weights"].__setitem__(1, a["weights"][1].t()),
             ValueError,
             r"weights\[1\] must have shape",
         ),
         (
-            lambda a: a["biases"].__setitem__(0, a["biases"][0][:2]),
-            ValueError,
-            r"biases\[0\] must have shape",
-        ),
-        (
             lambda a: a["biases"].__setitem__(2, a["biases"][2].float()),
             TypeError,
             r"biases\[2\] must have the",
-        ),
-        (
-            lambda a: a.__setitem__("context", a["context"][:2]),
-            ValueError,
-            "context must have shape",
         ),
         (
             lambda a: a.__setitem__("context", a["context"].float()),
