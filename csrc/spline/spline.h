@@ -110,6 +110,28 @@ struct SplineConfig {
 };
 using AnySpline = SplineConfig<0, -1, -1>;
 
+// ---- tiny bins ---------------------------------------------------------------------------------
+// Without a least size (any_slope) bins may underflow.  A size is then the least number, and a
+// slope stays where twice its reciprocal, and sums of a few, are finite: log-slopes end at about
+// +-85 in float32.
+template <class T>
+PFK_HD constexpr T least_number() {
+  return sizeof(T) == 4 ? T(1.17549435e-38f) : T(2.2250738585072014e-308);
+}
+template <class V>
+PFK_HD V size_of_bin(const SplineMap<Lane<V>>& m, V size) {
+  using T = Lane<V>;
+  if (!m.any_slope) return size;
+  return max_(size, V(least_number<T>()));
+}
+template <class V>
+PFK_HD V slope_of_bin(const SplineMap<Lane<V>>& m, V slope) {
+  using T = Lane<V>;
+  if (!m.any_slope) return slope;
+  const T most = sizeof(T) == 4 ? T(1e37f) : T(1e307);
+  return max_(min_(slope, V(most)), V(T(1) / most));
+}
+
 // ---- tails -------------------------------------------------------------------------------------
 template <class V>
 struct Ends {

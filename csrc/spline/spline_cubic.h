@@ -57,7 +57,7 @@ PFK_HD V cubic_slope(V xi, V s, V d0, V d1) {
   using T = Lane<V>;
   const V zeta = V(T(1)) - xi;
   const V f = d0 * zeta * zeta + V(T(2)) * (V(T(3)) * s - d0 - d1) * xi * zeta + d1 * xi * xi;
-  return max_(f, V(sizeof(T) == 4 ? T(1.17549435e-38f) : T(2.2250738585072014e-308)));
+  return max_(f, V(least_number<T>()));
 }
 
 // Newton's steps within a bracket; every third step halves it, so that a fixed number is enough.
@@ -97,12 +97,12 @@ PFK_HD CubicBin<V> cubic_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
                            b.after[i] = select(reached, t.get(i * bins + next), b.after[i]);
                          }
                        });
-  auto size = [](const Axis<C, V>& a, V e) { return e * a.rate + V(a.least); };
+  auto size = [&](const Axis<C, V>& a, V e) { return size_of_bin(m, e * a.rate + V(a.least)); };
   b.w = size(b.x, b.place.size_of(m.inverse)), b.h = size(b.y, b.place.size_of(!m.inverse)),
-  b.s = b.h / b.w;
+  b.s = slope_of_bin(m, b.h / b.w);
   b.w_before = size(b.x, b.before[0]), b.w_after = size(b.x, b.after[0]);
-  b.s_before = size(b.y, b.before[1]) / b.w_before;
-  b.s_after = size(b.y, b.after[1]) / b.w_after;
+  b.s_before = slope_of_bin(m, size(b.y, b.before[1]) / b.w_before);
+  b.s_after = slope_of_bin(m, size(b.y, b.after[1]) / b.w_after);
   b.left = steffen(b.s_before, b.s, b.w_before, b.w);
   b.right = steffen(b.s, b.s_after, b.w, b.w_after);
   b.share0 = sigmoid_(t.get(2 * bins)), b.share1 = sigmoid_(t.get(2 * bins + 1));
@@ -112,7 +112,7 @@ PFK_HD CubicBin<V> cubic_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   b.ends = ends_of(v, V(m.low), V(m.high));
   const V from = v - b.place.start[0], zero = T(0), one = T(1);
   if (m.inverse) {
-    b.xi = cubic_root(max_(min_(from, b.h), zero) / b.w, b.s, b.d0, b.d1);
+    b.xi = cubic_root(max_(min_(from / b.h, one), zero) * b.s, b.s, b.d0, b.d1);
     b.out = b.place.start[1] + b.w * b.xi;
   } else {
     b.xi = max_(min_(from / b.w, one), zero);

@@ -40,8 +40,10 @@ PFK_HD LinearBin<V> linear_bin(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   }
   b.before = before_bin.value();
   const V start = start_of(b.y, b.bin, before_bin, m.bins), x0 = low + b.bin * b.width;
-  b.slope = (b.size * b.y.rate + V(b.y.least)) / b.width;
-  b.out = m.inverse ? x0 + (v - start) / b.slope : start + (v - x0) * b.slope;
+  b.slope = slope_of_bin(m, (b.size * b.y.rate + V(b.y.least)) / b.width);
+  // a flat bin must not leave its own width
+  const V from = max_(min_((v - start) / b.slope, b.width), V(T(0)));
+  b.out = m.inverse ? x0 + from : start + (v - x0) * b.slope;
   b.out = max_(min_(b.out, high), low);
   b.ends = ends_of(v, low, high);
   return b;

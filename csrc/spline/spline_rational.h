@@ -76,8 +76,8 @@ PFK_HD RationalBin<C, V> rational_bin(const SplineMap<Lane<V>>& m, Tile& t, V v)
     b.d0 = select(first, end, b.d0), b.d1 = select(last, end, b.d1);
     b.slope0 = select(first, V(T(0)), b.slope0), b.slope1 = select(last, V(T(0)), b.slope1);
   }
-  b.size_in = b.place.size[0] * b.in.rate + V(b.in.least);
-  b.size_out = b.place.size[1] * b.out.rate + V(b.out.least);
+  b.size_in = size_of_bin(m, b.place.size[0] * b.in.rate + V(b.in.least));
+  b.size_out = size_of_bin(m, b.place.size[1] * b.out.rate + V(b.out.least));
   b.start_in = b.place.start[0], b.start_out = b.place.start[1];
   b.end_in = b.place.end[0], b.end_out = b.place.end[1];
   b.ends = ends_of(v, b.in.low, b.in.high);
@@ -115,11 +115,12 @@ PFK_HD V from_nearer_end(const RationalBin<C, V>& b, V up, V down) {
 }
 
 template <class C, class V>
-PFK_HD RationalPoint<V> rational_forward(const RationalBin<C, V>& b) {
+PFK_HD RationalPoint<V> rational_forward(const SplineMap<Lane<V>>& map,
+                                         const RationalBin<C, V>& b) {
   using T = Lane<V>;
   RationalPoint<V> p = rational_point(b);
   const V xi = p.xi, zeta = p.zeta;
-  p.s = b.size_out * p.s;
+  p.s = slope_of_bin(map, b.size_out * p.s);
   const V up = xi * (p.s * xi + b.d0 * zeta), down = zeta * (p.s * zeta + b.d1 * xi);
   const V below = V(T(1)) / (p.s * (xi * xi + zeta * zeta) + (b.d0 + b.d1) * (xi * zeta));
   p.out = from_nearer_end(b, up * below, down * below);
@@ -127,15 +128,22 @@ PFK_HD RationalPoint<V> rational_forward(const RationalBin<C, V>& b) {
 }
 
 template <class C, class V>
-PFK_HD RationalPoint<V> rational_inverse(const RationalBin<C, V>& b) {
+PFK_HD RationalPoint<V> rational_inverse(const SplineMap<Lane<V>>& map,
+                                         const RationalBin<C, V>& b) {
   using T = Lane<V>;
   const RationalPoint<V> at = rational_point(b);  // on the axis of y
-  const V s = b.size_in / b.size_out, eta = at.xi, rest = at.zeta;
-  const V m = b.d0 * rest - b.d1 * eta, twice = s + s;
+  const V s = slope_of_bin(map, b.size_in / b.size_out), eta = at.xi, rest = at.zeta;
+  V m = b.d0 * rest - b.d1 * eta, twice = s + s;
+  if (map.any_slope) {  // the root depends on their ratio; their squares may leave the range
+    const V larger = V(T(1)) / max_(abs_(m), twice);
+    m = m * larger, twice = twice * larger;
+  }
   const V r = sqrt_(m * m + twice * twice * (eta * rest));
   const auto right = m < T(0);
   const V near = twice * select(right, rest, eta);
-  const V root = clamp_unit(near / (abs_(m) + r + near)), other = V(T(1)) - root;
+  // all terms are 0 where a derivative of 0 ends the bin
+  const V root = clamp_unit(near / (abs_(m) + r + near + V(least_number<T>()))),
+          other = V(T(1)) - root;
   const V xi = select(right, other, root), zeta = select(right, root, other);
   return {xi, zeta, s, from_nearer_end(b, xi, zeta)};
 }
@@ -145,7 +153,7 @@ template <class C, class V, class Tile>
 PFK_HD SplineValue<V> rational_apply(const SplineMap<Lane<V>>& m, Tile& t, V v) {
   using T = Lane<V>;
   const RationalBin<C, V> b = rational_bin<C, V>(m, t, v);
-  const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
+  const RationalPoint<V> p = m.inverse ? rational_inverse(m, b) : rational_forward(m, b);
   const V prod = p.xi * p.zeta;
   const V ratio = p.s / (p.s * (p.xi * p.xi + p.zeta * p.zeta) + (b.d0 + b.d1) * prod);
   const V above = b.d1 * p.xi * p.xi + (p.s + p.s) * prod + b.d0 * p.zeta * p.zeta;
@@ -206,7 +214,7 @@ PFK_HD SplineGrad<V> rational_grad(const RationalPoint<V>& p, const RationalTerm
 template <class C, class V>
 PFK_HD SplineGrad<V> bin_grad(const SplineMap<Lane<V>>& m, const RationalBin<C, V>& b, V grad_out,
                               V grad_log) {
-  const RationalPoint<V> p = m.inverse ? rational_inverse(b) : rational_forward(b);
+  const RationalPoint<V> p = m.inverse ? rational_inverse(m, b) : rational_forward(m, b);
   const V w = m.inverse ? b.size_out : b.size_in, h = m.inverse ? b.size_in : b.size_out;
   const RationalTerms<V> r = rational_terms(p, b.d0, b.d1);
   const V slope = r.by_xi * h / w, log_by_x = r.log_by_xi / w;

@@ -56,8 +56,11 @@ def rounded_into(v: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor
 
     ``clamp`` would halve or cut the derivative at the ends, where nothing but a rounding error is beyond them.
     """
-    excess = torch.where(v < low, low - v, torch.where(v > high, high - v, 0.0))
-    return v + excess.detach()  # detach() also stops forward-mode derivatives; no_grad does not
+    bounded = torch.where(v < low, low, torch.where(v > high, high, v)).detach()
+    finite = torch.where(v.isinf(), 0.0, v)
+    return bounded + (
+        finite - finite.detach()
+    )  # detach() also stops forward-mode derivatives; no_grad does not
 
 
 def _shares(raw: Tensor, m: SplineMap, least: float) -> Tensor:
@@ -89,6 +92,17 @@ def _place(v: Tensor, start: Tensor, end: Tensor, size: Tensor) -> Pair:
     return torch.where(near, from_start, 1 - from_end), torch.where(near, 1 - from_start, from_end)
 
 
+def _size(size: Tensor) -> Tensor:
+    """Return sizes that underflow made 0 as the least number."""
+    return size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def _slope(slope: Tensor) -> Tensor:
+    """Keep slopes where twice their reciprocal, and sums of a few, are finite."""
+    most = 1e37 if slope.dtype == torch.float32 else 1e307
+    return slope.clamp(1 / most, most)
+
+
 def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(-1, index).squeeze(-1)
 
@@ -109,10 +123,11 @@ def _rational_quadratic(parts: Parts, m: SplineMap) -> Spline:
     def within(v: Tensor, inverse: bool) -> Pair:
         k = _bin(v, ys if inverse else xs)
         x0, x1, y0, y1, d0, d1 = (_take(t, k + i) for t in (xs, ys, d) for i in (0, 1))
-        w, h = _take(ws, k), _take(hs, k)
+        w, h = _size(_take(ws, k)), _size(_take(hs, k))
+        s = _slope(h / w)
         if inverse:
-            return _rational_inverse(*_place(v, y0, y1, h), x0, x1, w, h / w, d0, d1)
-        return _rational_forward(*_place(v, x0, x1, w), y0, y1, h, h / w, d0, d1)
+            return _rational_inverse(*_place(v, y0, y1, h), x0, x1, w, s, d0, d1)
+        return _rational_forward(*_place(v, x0, x1, w), y0, y1, h, s, d0, d1)
 
     end_slopes = (d[..., 0], d[..., -1]) if m.tails == "affine" else None
     return Spline(xs[..., 0], xs[..., -1], ys[..., 0], ys[..., -1], end_slopes, within)
@@ -181,12 +196,14 @@ def _rational_inverse(
     eta: Tensor, rest: Tensor, x0: Tensor, x1: Tensor, w: Tensor, s: Tensor, d0: Tensor, d1: Tensor
 ) -> Pair:
     m = d0 * rest - d1 * eta
-    r = torch.sqrt(m * m + 4 * s * s * eta * rest)
     left = m >= 0  # the end that the root is computed from
-    near = 2 * s * torch.where(left, eta, rest)
-    root = near / (
-        torch.where(left, m, -m) + r + near
-    )  # abs() has no derivative at 0, this one has
+    # the root depends on the ratio of m and s alone, and their squares may leave the range of the dtype
+    larger = torch.maximum(m.abs(), 2 * s).detach()
+    m, twice = m / larger, 2 * s / larger
+    r = torch.sqrt(m * m + twice * twice * eta * rest)
+    near = twice * torch.where(left, eta, rest)
+    # abs() has no derivative at 0, this one has; all terms are 0 where a derivative of 0 ends the bin
+    root = near / (torch.where(left, m, -m) + r + near + torch.finfo(m.dtype).tiny)
     xi, zeta = torch.where(left, root, 1 - root), torch.where(left, 1 - root, root)
     return _from_nearer_end(x0, x1, w, xi, zeta), _log_slope(xi, zeta, s, d0, d1)
 
@@ -211,12 +228,14 @@ def _linear(parts: Parts, m: SplineMap) -> Spline:
     share = _shares(heights, m, m.min_bin_height)
     ys = _knots((high - low) * share, low, high)
     xs = low + (high - low) * torch.arange(m.bins + 1, device=low.device, dtype=low.dtype) / m.bins
-    slope = m.bins * share
+    slope = _slope(m.bins * share)
 
     def within(v: Tensor, inverse: bool) -> Pair:
         k = _bin(v, ys if inverse else xs)
-        x0, y0, s = _take(xs, k), _take(ys, k), _take(slope, k)
-        return x0 + (v - y0) / s if inverse else y0 + (v - x0) * s, torch.log(s)
+        x0, x1, y0, s = _take(xs, k), _take(xs, k + 1), _take(ys, k), _take(slope, k)
+        if inverse:  # a flat bin must not leave its own width
+            return rounded_into(x0 + (v - y0) / s, x0, x1), torch.log(s)
+        return y0 + (v - x0) * s, torch.log(s)
 
     end_slopes = (slope[..., 0], slope[..., -1]) if m.tails == "affine" else None
     return Spline(low[..., 0], high[..., 0], low[..., 0], high[..., 0], end_slopes, within)
@@ -271,11 +290,11 @@ def _cubic(parts: Parts, m: SplineMap) -> Spline:
     widths, heights, ends = parts
     low, high = _ends(m, widths)
     w, h = (
-        (high - low) * _shares(u, m, least)
+        _size((high - low) * _shares(u, m, least))
         for u, least in ((widths, m.min_bin_width), (heights, m.min_bin_height))
     )
     xs, ys = _knots(w, low, high), _knots(h, low, high)
-    s = h / w
+    s = _slope(h / w)
     before, after = s[..., :-1], s[..., 1:]
     mean = (w[..., 1:] * before + w[..., :-1] * after) / (w[..., 1:] + w[..., :-1])
     twice = 2 * torch.where(before < after, before, after)
@@ -285,12 +304,12 @@ def _cubic(parts: Parts, m: SplineMap) -> Spline:
 
     def within(v: Tensor, inverse: bool) -> Pair:
         k = _bin(v, ys if inverse else xs)
-        x0, y0, w0, s0, d0, d1 = (_take(t, k) for t in (xs, ys, w, s, d, d[..., 1:]))
+        x0, y0, w0, h0, s0, d0, d1 = (_take(t, k) for t in (xs, ys, w, h, s, d, d[..., 1:]))
         if not inverse:
             part = rounded_into((v - x0) / w0, 0.0, 1.0)
             value, slope = _cubic_value(part, s0, d0, d1)
             return y0 + w0 * value, _log_positive(slope)
-        rise = s0 * rounded_into((v - y0) / (s0 * w0), 0.0, 1.0)
+        rise = s0 * rounded_into((v - y0) / h0, 0.0, 1.0)
         with torch.no_grad():
             part = _cubic_root(*(t.detach() for t in (rise, s0, d0, d1)))
         # the root has its value; its first and second derivatives are those of two of Newton's steps, which would

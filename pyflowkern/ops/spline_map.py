@@ -64,8 +64,9 @@ class SplineMap:
       width, raw numbers of some tens make bins so small that log-dets and gradients overflow.
 
     Without a least width and height (0, or ``domain``) float32 cannot tell the edges of such bins apart: at raw numbers
-    of about 20 log-derivatives stay finite, but a few values of the inverse and many gradients are NaN or far off,
-    by kernel and by reference alike. Keep the least sizes, or use float64.
+    of about 20 values and log-derivatives stay finite and splines monotone (log-slopes end at 85), but the inverse
+    need not come back to where it was, and many gradients are NaN or far off, by kernel and by reference alike. Keep
+    the least sizes, or use float64.
 
     On the last axis of packed parameters lie the widths, the heights, then the derivatives, each from the left; under
     ``domain`` the numbers of the interval come before the derivatives: lowest output and leftmost input (affine tails),
