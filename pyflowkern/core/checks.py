@@ -135,9 +135,9 @@ def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
 
 
 def check_context(context: Tensor | None, features: int, x: Tensor) -> None:
-    """Raise unless the context is ``[N, features]``, or None for a field that takes none."""
-    if context is not None and not isinstance(context, Tensor):
-        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
+    """Raise unless the context is a floating tensor ``[N, features]``, or None for a field that takes none."""
+    if context is not None:
+        check_floating("context", context)
     if context is None and not features:
         return
     if context is None or not features or tuple(context.shape) != (x.shape[0], features):

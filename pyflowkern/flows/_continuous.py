@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode, ops
-from pyflowkern.core.checks import check_context, check_count, check_number
+from pyflowkern.core.checks import check_batched, check_context, check_count, check_number
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.flows._arguments import check_flags
-from pyflowkern.flows._rescue import Dynamics, check_export, guarded, rows_like, solve_rows
+from pyflowkern.flows._rescue import (
+    Dynamics,
+    check_export,
+    guarded,
+    outside_graphs,
+    rows_like,
+    solve_rows,
+)
 from pyflowkern.nn import Bijection
 
 __all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
@@ -35,6 +42,11 @@ def without_log_det() -> Iterator[None]:
         yield
     finally:
         _LOG_DET_WANTED.reset(token)
+
+
+@outside_graphs  # type: ignore[untyped-decorator]
+def _log_det_is_wanted() -> bool:
+    return _LOG_DET_WANTED.get()
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,7 @@ class ContinuousBijection(Bijection):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from latent to data; return ``(x, log_det[N])``."""
-        log_det = _LOG_DET_WANTED.get() or not self._needs_no_divergence(z)
+        log_det = _log_det_is_wanted() or not self._needs_no_divergence(z)
         result = self.integrate(z, context, backwards=True, log_det=log_det)
         return result.end, result.log_det.mean(1)
 
@@ -186,6 +198,7 @@ class ContinuousBijection(Bijection):
 
         Probes and a generator that are given are used in eval mode, too, unless ``divergence`` is exact.
         """
+        check_batched("z" if backwards else "x", x)
         check_export(self.solver)
         count = self.probes if probes is None else check_count("probes", probes)
         how = self._estimator(x, probes is not None or generator is not None)
@@ -278,6 +291,7 @@ class ContinuousBijection(Bijection):
         self, x: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
         """Return the states ``[T, N, ...]`` at monotone times, the first being that of ``x``."""
+        check_batched("x", x)
         check_export(self.solver)
         settings: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} | self.solver
         context = self._context_of(x, context)

@@ -14,7 +14,7 @@ from pyflowkern import ode
 from pyflowkern.ode.options import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
 
-__all__ = ["Dynamics", "check_export", "guarded", "rows_like", "solve_rows"]
+__all__ = ["Dynamics", "check_export", "guarded", "outside_graphs", "rows_like", "solve_rows"]
 
 Dynamics = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -31,10 +31,14 @@ _STEPS_PER_SAMPLE: dict[str, Any] = {
 }
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator]
+#: Runs a function as it is under torch.compile, and says why where only a whole graph is wanted.
+outside_graphs = torch.compiler.disable(
     reason="the ODE of a continuous flow is solved step by step, which no graph holds: compile without "
     "fullgraph=True, or export with strict=False and fixed steps (method='rk4', step_size=0.1)"
 )
+
+
+@outside_graphs  # type: ignore[untyped-decorator]
 def solve_rows(
     solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:
@@ -134,11 +138,11 @@ def _masked(solution: ode.Solution, bad: Tensor) -> list[Tensor]:
 
 
 def _is_known(status: ode.Status | Tensor) -> bool:
-    """Whether a status can be looked at: not while a graph is exported or captured."""
+    """Whether a status can be looked at: not while a graph is exported or captured, nor on the meta device."""
     if not isinstance(status, Tensor):
         return True
     captured = status.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (captured or torch.compiler.is_exporting())
+    return not (captured or status.is_meta or torch.compiler.is_exporting())
 
 
 def _has_adaptive_steps(settings: Mapping[str, Any]) -> bool:

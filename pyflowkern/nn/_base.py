@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyflowkern.core.checks import check_batched
 from pyflowkern.core.dtypes import accumulation_dtype
 
 __all__ = [
@@ -225,7 +226,7 @@ class Sequential(Bijection):
         for layer in self.layers:
             x, log_det = layer(x, context)
             total = log_det if total is None else total + log_det
-        return x, zero_log_det(x) if total is None else total
+        return x, _none("x", x) if total is None else total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the inverses in reverse order."""
@@ -233,7 +234,7 @@ class Sequential(Bijection):
         for layer in reversed(list(self)):
             z, log_det = layer.inverse(z, context)
             total = log_det if total is None else total + log_det
-        return z, zero_log_det(z) if total is None else total
+        return z, _none("z", z) if total is None else total
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the event shape after the last layer."""
@@ -255,6 +256,12 @@ class Sequential(Bijection):
 
     def __getitem__(self, index: int) -> Bijection:
         return self.layers[index]  # type: ignore[return-value]
+
+
+def _none(name: str, x: Tensor) -> Tensor:
+    """Return the log-determinant of no layers."""
+    check_batched(name, x)
+    return zero_log_det(x)
 
 
 def zero_log_det(x: Tensor) -> Tensor:

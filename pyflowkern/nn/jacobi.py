@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from pyflowkern._library import transformed
 from pyflowkern.core.checks import check_floating
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.core.first_derivative import first_derivative_only
@@ -18,6 +19,11 @@ __all__ = ["jacobi_inverse"]
 _FIRST_DERIVATIVES = (
     "jacobi_inverse has only first derivatives: "
     "differentiate the forward direction twice, or use a MaskedMLP"
+)
+
+_NO_TRANSFORMS = (
+    "jacobi_inverse has no gradients inside transforms of torch.func: use torch.autograd.grad, a MaskedMLP, or "
+    "torch.no_grad() inside of the transform"
 )
 
 Network = Callable[[Tensor], Tensor]
@@ -86,6 +92,7 @@ def jacobi_inverse(
 
     Raises:
         TypeError: for a ``z`` that is no floating-point tensor.
+        RuntimeError: for gradients inside a transform of ``torch.func``, which only works under ``no_grad``.
         ValueError: for one of another shape, a negative tolerance, or ``max_steps`` below 1.
 
     Source: Song, Meng, Liao and Ermon, "Accelerating feedforward computation via parallel nonlinear
@@ -118,9 +125,11 @@ def jacobi_inverse(
     with torch.no_grad():
         x = _iterate(step, z, tolerance, steps)
     if torch.is_grad_enabled():
+        if transformed():
+            raise RuntimeError(_NO_TRANSFORMS)
         # its value is zero up to rounding; it carries the gradients to z and to the parameters
         residual = z - apply_elements(x, network(x), tau)[0]
-        x = _Implicit.apply(residual, x, network, tau, tolerance, steps)  # type: ignore[no-untyped-call]
+        x = _with_gradients(residual, x, network, tau, tolerance, steps)
     back, log_det = apply_elements(x, network(x), tau)
     if return_residual:
         return x, -log_det, _residual(z.detach(), back.detach())
@@ -132,6 +141,14 @@ def _residual(z: Tensor, back: Tensor) -> Tensor:
     work = accumulation_dtype(z.dtype)
     z, back = z.to(work), back.to(work)
     return ((z - back).abs() / (1 + z.abs())).amax(1)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="gradients of jacobi_inverse come from a further iteration, which no graph holds: compile without "
+    "fullgraph=True or under torch.no_grad(), or use a MaskedMLP"
+)
+def _with_gradients(residual: Tensor, x: Tensor, *plan: Any) -> Tensor:
+    return _Implicit.apply(residual, x, *plan)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Implicit(torch.autograd.Function):
@@ -182,6 +199,7 @@ def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, tolerance: float, step
         moves |= torch.isfinite(x) & ~torch.isfinite(new)
         x = torch.where(moving, new, x)
         moving = moving & moves.any(1, keepdim=True)
-        if k % 4 == 3 and not moving.any():  # not each step: it waits for the GPU
+        # not each step: it waits for the GPU; and a graph or a transform of torch.func holds no number to look at
+        if k % 4 == 3 and not (torch.compiler.is_compiling() or transformed() or moving.any()):
             break
     return x

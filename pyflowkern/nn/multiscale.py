@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count
+from pyflowkern.core.checks import check_count, check_floating
 from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential, zero_log_det
 from pyflowkern.nn.coupling import Split
 
@@ -98,6 +98,7 @@ class MultiScale(Bijection):
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """Return the latents ``[N, C, *space]`` of each level, finest first."""
+        check_floating("z", z)
         sizes = [math.prod(shape) for shape in self.latent_shapes]
         if z.dim() != 2 or z.shape[1] != sum(sizes):
             raise ValueError(f"z must have shape [N, {sum(sizes)}], got {tuple(z.shape)}")

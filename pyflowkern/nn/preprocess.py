@@ -91,7 +91,7 @@ class Dequantize(Logit):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map uint8 pixels, or points of ``[0, 1]``, to the real line."""
-        if x.is_floating_point():
+        if not isinstance(x, Tensor) or x.is_floating_point():
             return super().forward(x, context)
         return ops.dequantize(x, bits=self.bits, alpha=self.alpha)
 

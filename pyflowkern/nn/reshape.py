@@ -77,7 +77,7 @@ class Squeeze(Bijection):
         channels, *space = shape
         if not space or any(size % self.factor for size in space):
             raise ValueError(
-                f"Squeeze needs events [C, *space] with space divisible by {self.factor}, "
+                f"x must have events [C, *space] with space divisible by {self.factor} for Squeeze, "
                 f"got {shape}"
             )
         return (channels * self.factor ** len(space), *(size // self.factor for size in space))
@@ -88,7 +88,7 @@ class Squeeze(Bijection):
         block = self.factor ** len(space)
         if not space or channels % block:
             raise ValueError(
-                f"the inverse of Squeeze needs events [C, *space] with C divisible by {block}, "
+                f"z must have events [C, *space] with C divisible by {block} for the inverse of Squeeze, "
                 f"got {shape}"
             )
         return (channels // block, *(size * self.factor for size in space))

@@ -111,7 +111,8 @@ def integrate(
     out = _run(field, y0, times, planned, options, record, first, checked=False)
     out.end = None
     captured = y0.is_cuda and torch.cuda.is_current_stream_capturing()
-    if captured or torch.compiler.is_exporting():  # a graph holds no decisions of the host
+    # a graph holds no decisions of the host, and meta tensors no numbers
+    if captured or y0.is_meta or torch.compiler.is_exporting():
         finite = torch.isfinite(out.ys[-1]).all()
         out.status = torch.where(finite, int(Status.ok), int(Status.non_finite)).to(torch.int8)
         return out
