@@ -218,11 +218,6 @@ def test_a_bad_sample_stays_alone():
         assert found[2].isnan()
 
 
-def test_empty_batch():
-    flow = small(method="rk4", step_size=0.5)
-    assert flow.log_prob(torch.zeros(0, 2).double()).shape == (0,)
-
-
 @pytest.mark.parametrize("data", ["rings", "digits"])
 def test_the_example_runs(data, tmp_path):
     path = Path(__file__).resolve().parents[2] / "examples" / "ffjord.py"

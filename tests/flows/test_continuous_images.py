@@ -3,10 +3,8 @@
 import pytest
 import torch
 from laws import (
-    check_copies,
     check_gradients,
     check_inverse,
-    check_samples_are_independent,
     jacobian_log_det,
     normal,
 )
@@ -90,18 +88,6 @@ def test_points_of_the_unit_interval_have_a_density():
     y, before = flow.preprocess(x)
     z, log_det = flow.bijection(y)
     torch.testing.assert_close(flow(x), (z, before + log_det))
-
-
-def test_a_bad_image_stays_alone():
-    flow = small(**COARSE)
-    check_samples_are_independent(flow, normal(3, 1, 4, 4))
-
-
-def test_copies():
-    def build():
-        return flows.FFJORD((1, 4, 4), hidden=(4,), levels=2, divergence="exact", **COARSE)
-
-    check_copies(build(), build(), normal(2, 1, 4, 4, dtype=torch.float32))
 
 
 def test_learns_stripes():

@@ -195,17 +195,6 @@ def test_points_outside_leave_the_parameters_gradients_finite(options):
     torch.testing.assert_close(found, [p.grad for p in flow.parameters()])
 
 
-@pytest.mark.filterwarnings("ignore:values of .* lie outside")
-@bounded
-def test_a_bounded_domain_compiles(options):
-    flow, x, context = bounded_flow(options)
-    x[3], x[4, 0] = flow.domain[0] - 1, math.nan
-    log_prob = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        log_prob(x, context), flow.log_prob(x, context), equal_nan=True, rtol=1e-10, atol=1e-10
-    )
-
-
 @bounded
 def test_torch_knows_the_bounded_domain(options):
     flow, x, context = bounded_flow(options)
@@ -255,35 +244,6 @@ def test_a_circular_flow_learns_two_directions():
         optimizer.step()
     entropy = math.log(2 * math.pi * math.e * 0.3**2)
     assert loss < entropy + 0.15  # nats above the entropy of the data; the uniform density has 3.7
-
-
-# --- functorch, compile ---
-
-
-@pytest.mark.parametrize(
-    "build", [BUILDS["MAF"], BUILDS["NSF"], partial(flows.NSF, circular=True, **SMALL)]
-)
-def test_vmap_of_jacrev_gives_the_log_det(build):
-    flow = randomize(build(3)).double().eval()
-    x = normal(5, 3)
-    jacobians = torch.func.vmap(torch.func.jacrev(lambda v: flow(v[None])[0][0]))(x)
-    torch.testing.assert_close(torch.linalg.slogdet(jacobians).logabsdet, flow(x)[1])
-
-
-@pytest.mark.parametrize("name", BUILDS)
-@pytest.mark.slow
-def test_it_trains_in_one_graph(name):
-    torch.manual_seed(0)
-    flow = randomize(BUILDS[name](3, context_features=2))
-    x, context = normal(16, 3, dtype=torch.float32), normal(16, 2, dtype=torch.float32)
-    log_prob = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(log_prob(x, context), flow.log_prob(x, context))
-    log_prob(x, context).sum().backward()
-    found = [p.grad for p in flow.parameters()]
-    flow.zero_grad()
-    flow.log_prob(x, context).sum().backward()
-    for (parameter, p), grad in zip(flow.named_parameters(), found, strict=True):
-        torch.testing.assert_close(grad, p.grad, atol=1e-3, rtol=1e-3, msg=parameter)
 
 
 # --- errors ---

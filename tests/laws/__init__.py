@@ -6,17 +6,18 @@ from laws.bijections import (
     check_gradients,
     check_inverse,
     check_log_det,
-    check_samples_are_independent,
     jacobian_log_det,
-    randomize,
 )
 from laws.draws import EMPTY, Calls, check_batched_gradients, few_elements, normal, unit
+from laws.modules import ODE, ModuleCase, randomize
 from laws.ops import OpCase, Sample, hold, law, run
 
 __all__ = [
     "EMPTY",
     "EPS64",
+    "ODE",
     "Calls",
+    "ModuleCase",
     "OpCase",
     "Sample",
     "check_batched_gradients",
@@ -24,7 +25,6 @@ __all__ = [
     "check_gradients",
     "check_inverse",
     "check_log_det",
-    "check_samples_are_independent",
     "few_elements",
     "hold",
     "jacobian_log_det",
