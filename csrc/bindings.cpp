@@ -96,12 +96,18 @@ void add_network_codes(pybind11::dict& c) {
   c["ElementFamily"] = dict_of({{"AFFINE", kAffineElements}, {"SPLINE", kSplineElements}});
 }
 
+void add_transport_codes(pybind11::dict& c) {
+  using namespace pfk;
+  c["SinkhornSchedule"] = dict_of({{"ALTERNATING", kAlternating}, {"SYMMETRIC", kSymmetric}});
+}
+
 pybind11::dict codes() {
   pybind11::dict c;
   add_affine_codes(c);
   add_spline_codes(c);
   add_density_and_field_codes(c);
   add_network_codes(c);
+  add_transport_codes(c);
   return c;
 }
 

@@ -77,4 +77,8 @@ constexpr int kAllLayerFlags = 2 * kGated - 1;
 enum ElementFamily : int { kAffineElements, kSplineElements };
 constexpr int kElementFamilies = kSplineElements + 1;
 
+// ---- transport ----------------------------------------------------------------------------------
+enum SinkhornSchedule : int { kAlternating, kSymmetric };
+constexpr int kSinkhornSchedules = kSymmetric + 1;
+
 }  // namespace pfk

@@ -20,6 +20,7 @@ __all__ = [
     "MaskedActivation",
     "ParamsLayout",
     "ScaleKind",
+    "SinkhornSchedule",
     "SplineFlag",
     "SplineKind",
     "SplineParameterization",
@@ -193,3 +194,13 @@ class ElementFamily(IntEnum):
 
     AFFINE = 0
     SPLINE = 1
+
+
+# --- transport ------------------------------------------------------------------------------------
+
+
+class SinkhornSchedule(IntEnum):
+    """The order in which an iteration updates the two potentials."""
+
+    ALTERNATING = 0
+    SYMMETRIC = 1

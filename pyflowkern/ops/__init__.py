@@ -74,11 +74,21 @@ from pyflowkern.ops.spline import (
     spline_reference,
 )
 from pyflowkern.ops.spline_map import SplineMap
+from pyflowkern.ops.transport import (
+    Sinkhorn,
+    plan_draw,
+    plan_draw_reference,
+    plan_product,
+    plan_product_reference,
+    sinkhorn,
+    sinkhorn_reference,
+)
 
 __all__ = [
     "MaskedLayer",
     "MaskedPlan",
     "ScaleMap",
+    "Sinkhorn",
     "SplineMap",
     "actnorm",
     "actnorm_reference",
@@ -113,6 +123,10 @@ __all__ = [
     "logit_reference",
     "normal_log_prob",
     "normal_log_prob_reference",
+    "plan_draw",
+    "plan_draw_reference",
+    "plan_product",
+    "plan_product_reference",
     "plu_matrix",
     "plu_matrix_reference",
     "quantize",
@@ -127,6 +141,8 @@ __all__ = [
     "rk_error",
     "rk_error_reference",
     "scale_map",
+    "sinkhorn",
+    "sinkhorn_reference",
     "slogdet_inverse",
     "slogdet_inverse_reference",
     "spline",

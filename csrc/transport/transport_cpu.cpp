@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entropic optimal transport on the CPU: the loop of Sinkhorn's iteration over the passes of
+// transport_tiles.h.
+//
+// Problems of a batch run in parallel, each on one thread; a single problem runs its blocks of rows
+// in parallel.  Blocks do not depend on the number of threads, nor do the bits of any result.
+#include "transport/transport_tiles.h"
+
+#include "core/half.h"
+#include "core/simd.h"
+
+PFK_DECLARE_LEVELS(int64_t transport_panel(DType);
+                   void transport_pack(const MatmulArgs&, DType, int64_t, int64_t);
+                   void transport_softmin(const SoftminArgs&, DType, int64_t, int64_t);
+                   void transport_product(const PlanProductArgs&, DType, int64_t, int64_t);
+                   void transport_draw(const PlanDrawArgs&, DType, int64_t, int64_t))
+
+PFK_BEGIN
+
+int64_t transport_panel(DType dtype) { return dtype == kFloat64 ? kPanel<double> : kPanel<float>; }
+
+void transport_pack(const MatmulArgs& m, DType dtype, int64_t begin, int64_t end) {
+  dtype == kFloat64 ? matmul_pack<double>(m, begin, end) : matmul_pack<float>(m, begin, end);
+}
+
+void transport_softmin(const SoftminArgs& a, DType dtype, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    dtype == kFloat64 ? softmin_block<double>(a, block) : softmin_block<float>(a, block);
+  }
+}
+
+void transport_product(const PlanProductArgs& a, DType dtype, int64_t begin, int64_t end) {
+  dtype == kFloat64 ? product_blocks<double>(a, begin, end) : product_blocks<float>(a, begin, end);
+}
+
+void transport_draw(const PlanDrawArgs& a, DType dtype, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    dtype == kFloat64 ? draw_block<double>(a, block) : draw_block<float>(a, block);
+  }
+}
+
+PFK_END
+
+#if PFK_SIMD_LEVEL == 0
+#include "transport/transport_solve.h"
+
+namespace pfk {
+namespace {
+
+// Runs f over blocks of rows on all threads, or on this one where problems have the threads.
+template <class F>
+void each_block(bool parallel, int64_t blocks, int64_t work, const F& f) {
+  parallel ? parallel_tasks(blocks, work, f) : f(0, blocks);
+}
+
+struct OnCpu {
+  bool parallel;
+
+  void pack(const MatmulArgs& m, DType dtype) const {
+    const int64_t panel = PFK_CALL_LEVEL(transport_panel, dtype);
+    each_block(
+        parallel, (m.columns + panel - 1) / panel, panel * m.depth,
+        [&](int64_t begin, int64_t end) { PFK_CALL_LEVEL(transport_pack, m, dtype, begin, end); });
+  }
+  int64_t padded(int64_t columns, DType dtype) const {
+    const int64_t panel = PFK_CALL_LEVEL(transport_panel, dtype);
+    return (columns + panel - 1) / panel * panel;
+  }
+  template <class Args, class F>
+  void rows(const Args& a, int64_t cost, const F& f) const {
+    each_block(parallel, (a.scores.rows + a.task - 1) / a.task, a.task * a.scores.columns * cost,
+               f);
+  }
+  void softmin(const SoftminArgs& a, DType dtype) const {
+    rows(a, 1, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(transport_softmin, a, dtype, begin, end);
+    });
+  }
+  void product(const PlanProductArgs& a, DType dtype) const {
+    rows(a, 1, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(transport_product, a, dtype, begin, end);
+    });
+  }
+  void draw(const PlanDrawArgs& a, DType dtype) const {
+    rows(a, 1,
+         [&](int64_t begin, int64_t end) { PFK_CALL_LEVEL(transport_draw, a, dtype, begin, end); });
+  }
+};
+
+// Calls f(problem, how it runs): one problem after the other on all threads, or many at once.
+template <class F>
+void each_problem(int64_t problems, int64_t work, const F& f) {
+  constexpr int64_t kAlone = int64_t{1} << 21;  // pairs of a problem that are worth all threads
+  if (problems == 1 || work >= kAlone) {
+    for (int64_t p = 0; p < problems; ++p) f(p, OnCpu{true});
+    return;
+  }
+  parallel_tasks(problems, work, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) f(p, OnCpu{false});
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(const Tensor& x, const Tensor& y,
+                                                            const Tensor& a, const Tensor& b,
+                                                            double epsilon, double scale,
+                                                            int64_t iterations, double tolerance,
+                                                            int64_t schedule, double scaling,
+                                                            double penalty_x, double penalty_y) {
+  const TransportTensors t(x, y, a, b);
+  const SinkhornOptions o{epsilon,
+                          scale,
+                          iterations,
+                          tolerance,
+                          scaling,
+                          {penalty_x, penalty_y},
+                          checked_kind("schedule", schedule, kSinkhornSchedules) == kSymmetric};
+  const SinkhornResults r(t);
+  each_problem(t.problems, t.n * t.m, [&](int64_t p, OnCpu run) {
+    t.wide ? solve_problem<double>(t, r, o, p, run) : solve_problem<float>(t, r, o, p, run);
+  });
+  return {r.cost, r.potential[0], r.potential[1], r.error, r.iterations};
+}
+
+Tensor plan_product(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                    const Tensor& f, const Tensor& g, const Tensor& matrix, double epsilon,
+                    double scale) {
+  const TransportTensors t(x, y, a, b);
+  const PlanTensors plan(t, f, g);
+  const Tensor right = dense(matrix);
+  STD_TORCH_CHECK(right.dim() == 3 && right.sizes()[0] == t.problems && right.sizes()[1] == t.m,
+                  "plan_product: matrix must have shape [problems, columns, width]");
+  const int64_t width = right.sizes()[2];
+  Tensor out = empty(x, {t.problems, t.n, width});
+  each_problem(t.problems, t.n * t.m, [&](int64_t p, OnCpu run) {
+    t.wide ? multiply_plan<double>(t, plan, right, out, epsilon, scale, p, run)
+           : multiply_plan<float>(t, plan, right, out, epsilon, scale, p, run);
+  });
+  return out;
+}
+
+Tensor plan_draw(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b,
+                 const Tensor& f, const Tensor& g, const Tensor& uniforms, double epsilon,
+                 double scale) {
+  const TransportTensors t(x, y, a, b);
+  const PlanTensors plan(t, f, g);
+  const Tensor u = dense(uniforms);
+  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Double && u.numel() == t.problems * t.n,
+                  "plan_draw: uniforms must be a float64 number for each row");
+  Tensor out = empty(x, {t.problems, t.n}, ScalarType::Long);
+  each_problem(t.problems, t.n * t.m, [&](int64_t p, OnCpu run) {
+    t.wide ? draw_from_plan<double>(t, plan, u, out, epsilon, scale, p, run)
+           : draw_from_plan<float>(t, plan, u, out, epsilon, scale, p, run);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace pfk
+
+STABLE_TORCH_LIBRARY_IMPL(pyflowkern, CPU, m) {
+  m.impl("sinkhorn", TORCH_BOX(&pfk::sinkhorn));
+  m.impl("plan_product", TORCH_BOX(&pfk::plan_product));
+  m.impl("plan_draw", TORCH_BOX(&pfk::plan_draw));
+}
+#endif

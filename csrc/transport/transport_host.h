@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entropic optimal transport on the host: tensors, the iteration, and what goes in and out of its
+// coordinates.  `run` executes the passes (transport_cpu.cpp).
+//
+// Each cloud is centred by its own mean.  With d the difference of the means, |x - y|^2 = |x' - y'
+// + d|^2 differs from |x' - y'|^2 by terms of x' and of y' alone, which belong to the potentials:
+//   f_i = f'_i + 2 scale <d, x'_i> + scale |d|^2 / 2,  g_j = g'_j - 2 scale <d, y'_j> + the same.
+// A translation therefore costs no digits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/codes.h"
+#include "core/host.h"
+#include "transport/transport.h"
+
+namespace pfk {
+
+struct SinkhornOptions {
+  double epsilon, scale;
+  int64_t iterations;
+  double tolerance;
+  double scaling;     // the ratio of one epsilon to the last, 0: no scaling
+  double penalty[2];  // of each marginal, 0 where it holds exactly
+  bool symmetric;
+};
+
+// Clouds [problems, n, d] and [problems, m, d] with masses [problems, n] and [problems, m].
+struct TransportTensors {
+  Tensor points[2], mass[2];
+  int64_t problems, n, m, depth;
+  bool wide;
+
+  TransportTensors(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b)
+      : points{dense(x), dense(y)}, mass{dense(a), dense(b)} {
+    STD_TORCH_CHECK(x.dim() == 3 && y.dim() == 3 && x.sizes()[0] == y.sizes()[0] &&
+                        x.sizes()[2] == y.sizes()[2],
+                    "clouds must have shapes [problems, n, d] and [problems, m, d]");
+    problems = x.sizes()[0], n = x.sizes()[1], m = y.sizes()[1], depth = x.sizes()[2];
+    wide = dtype_of(x) == kFloat64;
+    STD_TORCH_CHECK(dtype_of(x) == dtype_of(y) && (wide || dtype_of(x) == kFloat32),
+                    "clouds must be float32 or float64, both the same");
+    for (int side = 0; side < 2; ++side) {
+      STD_TORCH_CHECK(mass[side].scalar_type() == ScalarType::Double &&
+                          mass[side].numel() == problems * count(side),
+                      "masses must be float64, one for each point");
+    }
+  }
+  int64_t count(int side) const { return side == 0 ? n : m; }
+  DType dtype() const { return wide ? kFloat64 : kFloat32; }
+};
+
+struct SinkhornResults {
+  Tensor cost, potential[2], error, iterations;
+
+  explicit SinkhornResults(const TransportTensors& t)
+      : cost(empty(t.points[0], {t.problems}, ScalarType::Double)),
+        potential{empty(t.points[0], {t.problems, t.n}, ScalarType::Double),
+                  empty(t.points[0], {t.problems, t.m}, ScalarType::Double)},
+        error(empty(t.points[0], {t.problems}, ScalarType::Double)),
+        iterations(empty(t.points[0], {t.problems}, ScalarType::Long)) {}
+};
+
+// The potentials of a plan, [problems, n] and [problems, m], float64.
+struct PlanTensors {
+  Tensor potential[2];
+  PlanTensors(const TransportTensors& t, const Tensor& f, const Tensor& g)
+      : potential{dense(f), dense(g)} {
+    for (int side = 0; side < 2; ++side) {
+      STD_TORCH_CHECK(potential[side].scalar_type() == ScalarType::Double &&
+                          potential[side].numel() == t.problems * t.count(side),
+                      "potentials must be float64, one for each point");
+    }
+  }
+};
+
+// One cloud of a problem, centred, in the two forms in which passes read it.
+template <class T>
+struct CloudCopy {
+  int64_t count;
+  const double* mass;
+  std::vector<double> mean, origin;  // origin: what centring took from the potential
+  std::vector<double> potential, next, shift, squares, log_mass;
+  std::vector<T> points, packed, weights;
+};
+
+// A problem while it is solved or its plan is read.
+template <class T, class Run>
+struct Problem {
+  static constexpr DType kDtype = sizeof(T) == 8 ? kFloat64 : kFloat32;
+  const Run& run;
+  const int64_t depth;
+  const double scale;
+  const bool direct;
+  double offset = 0, extent = 0;  // scale |d|^2, the square of the bounding box's diagonal
+  CloudCopy<T> cloud[2];
+  std::vector<double> errors;
+
+  Problem(const TransportTensors& t, int64_t p, double scale_, const Run& run_)
+      : run(run_), depth(t.depth), scale(scale_), direct(t.depth <= kDirectDepth) {
+    for (int side = 0; side < 2; ++side) {
+      CloudCopy<T>& c = cloud[side];
+      c.count = t.count(side);
+      c.mass = static_cast<const double*>(data_of(t.mass[side])) + p * c.count;
+      centre(c, static_cast<const T*>(data_of(t.points[side])) + p * c.count * depth);
+    }
+    measure_box();
+    std::vector<double> apart(depth);
+    for (int64_t k = 0; k < depth; ++k) {
+      apart[k] = cloud[0].mean[k] - cloud[1].mean[k];
+      offset += scale * apart[k] * apart[k];
+    }
+    for (int side = 0; side < 2; ++side) {
+      CloudCopy<T>& c = cloud[side];
+      for (int64_t i = 0; i < c.count; ++i) {
+        double sum = 0;
+        for (int64_t k = 0; k < depth; ++k) sum += apart[k] * c.points[i * depth + k];
+        c.origin[i] = (side == 0 ? 2 : -2) * scale * sum + offset / 2;
+      }
+    }
+  }
+
+  void centre(CloudCopy<T>& c, const T* from) {
+    c.mean.assign(depth, 0.0);
+    double total = 0;
+    for (int64_t i = 0; i < c.count; ++i) {
+      total += c.mass[i];
+      for (int64_t k = 0; k < depth; ++k) c.mean[k] += c.mass[i] * from[i * depth + k];
+    }
+    for (int64_t k = 0; k < depth; ++k) c.mean[k] /= total;
+    c.points.resize(c.count * depth);
+    c.log_mass.resize(c.count);
+    c.origin.resize(c.count);
+    c.shift.assign(c.count, NAN);
+    c.potential.resize(c.count);
+    c.next.resize(c.count);
+    if (!direct) c.squares.resize(c.count);
+    for (int64_t i = 0; i < c.count; ++i) {
+      double square = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        const T v = static_cast<T>(from[i * depth + k] - c.mean[k]);
+        c.points[i * depth + k] = v;
+        square += static_cast<double>(v) * v;
+      }
+      if (!direct) c.squares[i] = scale * square;
+      c.log_mass[i] = std::log2(c.mass[i]);
+    }
+    const int64_t padded = run.padded(c.count, kDtype);
+    c.packed.assign(padded * depth, T(0));
+    c.weights.assign(padded, T(-1e30));
+    MatmulArgs m{};
+    m.columns = c.count, m.depth = depth;
+    m.b = c.points.data(), m.b_step = 1, m.b_column = depth;
+    m.packed = c.packed.data();
+    run.pack(m, kDtype);
+  }
+
+  void measure_box() {  // in the coordinates of the tensors
+    for (int64_t k = 0; k < depth; ++k) {
+      double low = INFINITY, high = -INFINITY;
+      for (const CloudCopy<T>& c : cloud) {
+        for (int64_t i = 0; i < c.count; ++i) {
+          const double v = c.points[i * depth + k] + c.mean[k];
+          low = std::min(low, v), high = std::max(high, v);
+        }
+      }
+      extent += (high - low) * (high - low);
+    }
+  }
+
+  // Potentials in the coordinates of the tensors, written and read.
+  void set(int side, const double* from) {
+    CloudCopy<T>& c = cloud[side];
+    for (int64_t i = 0; i < c.count; ++i) c.potential[i] = (from ? from[i] : 0) - c.origin[i];
+  }
+  void get(int side, double* to) const {
+    const CloudCopy<T>& c = cloud[side];
+    for (int64_t i = 0; i < c.count; ++i) to[i] = c.potential[i] + c.origin[i];
+  }
+
+  // Rows of `side`, whose columns are the other cloud with its present potentials.
+  ScoreArgs scores(int side, double epsilon) {
+    CloudCopy<T>& c = cloud[1 - side];
+    const double unit = epsilon * kLog2;
+    for (int64_t j = 0; j < c.count; ++j) {
+      const double reduced = c.potential[j] - (direct ? 0 : c.squares[j]);
+      c.weights[j] = static_cast<T>(std::max(c.log_mass[j] + reduced / unit, -1e30));
+    }
+    return {cloud[side].count,
+            c.count,
+            depth,
+            cloud[side].points.data(),
+            c.packed.data(),
+            c.weights.data(),
+            (direct ? -1 : 2) * scale / unit,
+            direct};
+  }
+
+  // log2 of what stands before the sum over columns in a row of the plan, for h.
+  void row_shifts(int side, double epsilon, bool with_mass) {
+    CloudCopy<T>& c = cloud[side];
+    for (int64_t i = 0; i < c.count; ++i) {
+      const double reduced = c.potential[i] - (direct ? 0 : c.squares[i]);
+      c.shift[i] = -reduced / (epsilon * kLog2) - (with_mass ? c.log_mass[i] : 0);
+    }
+  }
+
+  // Half an iteration, into `next`; returns the error of the marginal before it.
+  double half(int side, double epsilon, double penalty, double blend) {
+    CloudCopy<T>& c = cloud[side];
+    SoftminArgs a{};
+    a.scores = scores(side, epsilon);
+    a.task = matmul_task(c.count);
+    errors.assign((c.count + a.task - 1) / a.task, 0.0);
+    a.shift = c.shift.data();
+    a.squares = direct ? nullptr : c.squares.data();
+    a.unit = epsilon * kLog2, a.epsilon = epsilon;
+    a.penalty = penalty, a.damp = penalty > 0 ? penalty / (penalty + epsilon) : 1;
+    a.origin = penalty > 0 ? c.origin.data() : nullptr;
+    a.blend = blend;
+    a.potential = c.potential.data(), a.result = c.next.data();
+    a.mass = c.mass, a.errors = errors.data();
+    run.softmin(a, kDtype);
+    double error = 0;
+    for (double e : errors) error += e;
+    return error;
+  }
+  void accept(int side) { cloud[side].potential.swap(cloud[side].next); }
+};
+
+}  // namespace pfk

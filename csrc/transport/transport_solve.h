@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ops do with a problem: Sinkhorn's iteration, a product with its plan, draws from it.
+//
+// Alternating: g from f, then f from the new g; the marginal of y tells the error.  Symmetric
+// (Feydy et al. 2019): both from the old ones, of which they move half way; the first step is
+// whole, and so is a last one.  With scaling, epsilon begins at the square of the diameter and
+// shrinks by one ratio until it is the one asked for.
+#pragma once
+
+#include "core/matmul.h"
+#include "transport/transport_host.h"
+
+namespace pfk {
+
+// Epsilons above the last one, from the largest.
+inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double extent) {
+  constexpr int kMostLevels = 1000;
+  std::vector<double> levels;
+  if (!(o.scaling > 0) || !(extent > o.epsilon)) return levels;
+  for (double e = extent; e > o.epsilon && levels.size() < kMostLevels; e *= o.scaling)
+    levels.push_back(e);
+  return levels;
+}
+
+template <class T, class Run>
+struct Iteration {
+  Problem<T, Run>& problem;
+  const SinkhornOptions& o;
+  int64_t done = 0;
+  double error = INFINITY;
+
+  // After NaN nothing does; with a tolerance of 0 all iterations run.
+  bool goes_on(double tolerance) const {
+    return tolerance > 0 ? error > tolerance : error == error;
+  }
+
+  void alternating(double epsilon, int64_t most, double tolerance) {
+    for (int64_t i = 0; i < most && done < o.iterations; ++i, ++done) {
+      error = problem.half(1, epsilon, o.penalty[1], 1);
+      if (!goes_on(tolerance)) return;
+      problem.accept(1);
+      problem.half(0, epsilon, o.penalty[0], 1);
+      problem.accept(0);
+    }
+  }
+
+  void both(double epsilon, double blend) {
+    const double of_x = problem.half(0, epsilon, o.penalty[0], blend);
+    const double of_y = problem.half(1, epsilon, o.penalty[1], blend);
+    error = of_x > of_y || of_x != of_x ? of_x : of_y;
+  }
+  void symmetric(double epsilon, int64_t most, double tolerance) {
+    for (int64_t i = 0; i < most && done < o.iterations; ++i, ++done) {
+      both(epsilon, 0.5);
+      if (!goes_on(tolerance)) return;
+      problem.accept(0), problem.accept(1);
+    }
+  }
+
+  void run() {
+    constexpr int64_t kLevelIterations = 8;
+    constexpr double kLevelTolerance =
+        0.1;  // of larger epsilons, whose potentials only begin others
+    const std::vector<double> levels = larger_epsilons(o, problem.extent);
+    if (o.symmetric) {
+      both(levels.empty() ? o.epsilon : levels[0], 1);
+      problem.accept(0), problem.accept(1);
+    }
+    for (double e : levels) {
+      o.symmetric ? symmetric(e, 1, 0) : alternating(e, kLevelIterations, kLevelTolerance);
+    }
+    const int64_t rest = o.iterations - done;
+    o.symmetric ? symmetric(o.epsilon, rest, o.tolerance)
+                : alternating(o.epsilon, rest, o.tolerance);
+    if (o.symmetric) {
+      both(o.epsilon, 1);
+      problem.accept(0), problem.accept(1);
+    }
+    if (o.symmetric || done == o.iterations) error = problem.half(1, o.epsilon, o.penalty[1], 1);
+  }
+};
+
+// The dual objective in double.  The sum of the plan follows from the potentials of x, whose last
+// update was whole.
+template <class T, class Run>
+double dual_cost(const Problem<T, Run>& problem, const SinkhornOptions& o) {
+  double value = 0, total[2] = {0, 0}, plan = 0;
+  for (int side = 0; side < 2; ++side) {
+    const CloudCopy<T>& c = problem.cloud[side];
+    const double penalty = o.penalty[side];
+    const bool held = !(penalty > 0);
+    for (int64_t i = 0; i < c.count; ++i) {
+      // where the marginal holds, the origins sum to the offset: the clouds are centred
+      const double f = c.potential[i] + (held ? 0 : c.origin[i]);
+      value += c.mass[i] * (held ? f : -penalty * std::expm1(-f / penalty));
+      if (side == 0) plan += c.mass[i] * (held ? 1 : std::exp(-f / penalty));
+      total[side] += c.mass[i];
+    }
+    if (held) value += total[side] * problem.offset / 2;
+  }
+  return value - o.epsilon * (plan - total[0] * total[1]);
+}
+
+template <class T, class Run>
+void solve_problem(const TransportTensors& t, const SinkhornResults& r, const SinkhornOptions& o,
+                   int64_t p, const Run& run) {
+  Problem<T, Run> problem(t, p, o.scale, run);
+  problem.set(0, nullptr), problem.set(1, nullptr);
+  Iteration<T, Run> iteration{problem, o};
+  iteration.run();
+  static_cast<double*>(data_of(r.cost))[p] = dual_cost(problem, o);
+  static_cast<double*>(data_of(r.error))[p] = iteration.error;
+  static_cast<int64_t*>(data_of(r.iterations))[p] = iteration.done;
+  for (int side = 0; side < 2; ++side) {
+    problem.get(side, static_cast<double*>(data_of(r.potential[side])) + p * t.count(side));
+  }
+}
+
+// A problem whose potentials are given.
+template <class T, class Run>
+struct GivenPlan : Problem<T, Run> {
+  GivenPlan(const TransportTensors& t, const PlanTensors& plan, int64_t p, double scale,
+            const Run& run)
+      : Problem<T, Run>(t, p, scale, run) {
+    for (int side = 0; side < 2; ++side) {
+      this->set(side,
+                static_cast<const double*>(data_of(plan.potential[side])) + p * t.count(side));
+    }
+  }
+};
+
+template <class T, class Run>
+void multiply_plan(const TransportTensors& t, const PlanTensors& plan, const Tensor& matrix,
+                   const Tensor& out, double epsilon, double scale, int64_t p, const Run& run) {
+  GivenPlan<T, Run> problem(t, plan, p, scale, run);
+  problem.row_shifts(0, epsilon, true);
+  PlanProductArgs a{};
+  a.scores = problem.scores(0, epsilon);
+  a.task = matmul_task(t.n);
+  a.shift = problem.cloud[0].shift.data();
+  a.width = matrix.sizes()[2];
+  std::vector<T> packed(run.padded(a.width, problem.kDtype) * t.m);
+  MatmulArgs m{};
+  m.columns = a.width, m.depth = t.m;
+  m.b = static_cast<const T*>(data_of(matrix)) + p * t.m * a.width;
+  m.b_step = a.width, m.b_column = 1;
+  m.packed = packed.data();
+  run.pack(m, problem.kDtype);
+  a.matrix = packed.data();
+  a.out = static_cast<T*>(data_of(out)) + p * t.n * a.width;
+  run.product(a, problem.kDtype);
+}
+
+template <class T, class Run>
+void draw_from_plan(const TransportTensors& t, const PlanTensors& plan, const Tensor& uniforms,
+                    const Tensor& out, double epsilon, double scale, int64_t p, const Run& run) {
+  GivenPlan<T, Run> problem(t, plan, p, scale, run);
+  problem.row_shifts(0, epsilon, false);
+  PlanDrawArgs a{};
+  a.scores = problem.scores(0, epsilon);
+  a.task = matmul_task(t.n);
+  a.shift = problem.cloud[0].shift.data();
+  a.uniforms = static_cast<const double*>(data_of(uniforms)) + p * t.n;
+  a.out = static_cast<int64_t*>(data_of(out)) + p * t.n;
+  run.draw(a, problem.kDtype);
+}
+
+}  // namespace pfk

@@ -1,0 +1,216 @@
+"""Entropic optimal transport in plain PyTorch, with dense matrices: the reference, and gradients that both share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyflowkern.core.codes import SinkhornSchedule
+
+__all__ = ["gradient_of_mass", "gradient_of_points", "plan_draw", "plan_product", "sinkhorn"]
+
+#: Of an epsilon above the last one: most iterations, and the error at which the next one begins.
+LEVEL_ITERATIONS, LEVEL_TOLERANCE = 8, 0.1
+
+
+def costs(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """Return ``scale |x_i - y_j|^2``, by differences: no digits are lost."""
+    return scale * (x.double()[..., :, None, :] - y.double()[..., None, :, :]).square().sum(-1)
+
+
+def sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: float,
+    scale: float,
+    iterations: int,
+    tolerance: float,
+    schedule: int,
+    scaling: float,
+    penalty_x: float,
+    penalty_y: float,
+) -> tuple[Tensor, ...]:
+    """Solve each problem of the batch, one after the other."""
+    solved = [
+        _Problem(x[p], y[p], a[p], b[p], scale, (penalty_x, penalty_y)).solve(
+            epsilon, iterations, tolerance, schedule == SinkhornSchedule.SYMMETRIC, scaling
+        )
+        for p in range(x.shape[0])
+    ]
+    if not solved:
+        return a.new_zeros(0), a.clone(), b.clone(), a.new_zeros(0), a.new_zeros(0).long()
+    return tuple(torch.stack(parts) for parts in zip(*solved, strict=True))
+
+
+class _Problem:
+    """A problem, its potentials and the count of its iterations."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        penalties: tuple[float, float],
+    ) -> None:
+        self.x, self.y = x, y
+        self.cost = costs(x, y, scale)
+        self.mass = (a, b)
+        self.log_mass = (a.log(), b.log())
+        self.penalties = penalties
+        self.potential = [torch.zeros_like(a), torch.zeros_like(b)]
+        self.done = 0
+        self.error = torch.full_like(a[0], math.inf)
+
+    def soft_minimum(self, side: int, epsilon: float) -> Tensor:
+        other = 1 - side
+        scores = self.log_mass[other] + self.potential[other] / epsilon
+        cost = self.cost if side == 0 else self.cost.mT
+        return -epsilon * torch.logsumexp(scores - cost / epsilon, -1)
+
+    def half(self, side: int, epsilon: float, blend: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the next potential and the error of the marginal with the present one."""
+        old, penalty = self.potential[side], self.penalties[side]
+        soft = self.soft_minimum(side, epsilon)
+        new = soft * (penalty / (penalty + epsilon)) if penalty > 0 else soft
+        wanted = torch.exp(-old / penalty) if penalty > 0 else 1.0
+        error = (self.mass[side] * (torch.exp((old - soft) / epsilon) - wanted).abs()).sum()
+        return old + blend * (new - old), error
+
+    def alternating(self, epsilon: float, most: int, tolerance: float) -> None:
+        for _ in range(most):
+            new, self.error = self.half(1, epsilon)
+            if tolerance > 0 and not float(self.error) > tolerance:
+                return
+            self.potential[1] = new
+            self.potential[0], _ = self.half(0, epsilon)
+            self.done += 1
+
+    def both(self, epsilon: float, blend: float) -> list[Tensor]:
+        (f, of_x), (g, of_y) = self.half(0, epsilon, blend), self.half(1, epsilon, blend)
+        self.error = torch.maximum(of_x, of_y)
+        return [f, g]
+
+    def symmetric(self, epsilon: float, most: int, tolerance: float) -> None:
+        for _ in range(most):
+            new = self.both(epsilon, 0.5)
+            if tolerance > 0 and not float(self.error) > tolerance:
+                return
+            self.potential = new
+            self.done += 1
+
+    def larger_epsilons(self, epsilon: float, scaling: float) -> list[float]:
+        if not scaling > 0:
+            return []
+        points = torch.cat([self.x, self.y]).double()
+        extent = float((points.amax(0) - points.amin(0)).square().sum())
+        levels = []
+        while extent > epsilon and len(levels) < 1000:
+            levels.append(extent)
+            extent *= scaling
+        return levels
+
+    def solve(
+        self, epsilon: float, iterations: int, tolerance: float, symmetric: bool, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        levels = self.larger_epsilons(epsilon, scaling)
+        if symmetric:
+            self.potential = self.both(levels[0] if levels else epsilon, 1.0)
+        step = self.symmetric if symmetric else self.alternating
+        for level in levels:
+            most = min(1 if symmetric else LEVEL_ITERATIONS, iterations - self.done)
+            step(level, most, 0.0 if symmetric else LEVEL_TOLERANCE)
+        step(epsilon, iterations - self.done, tolerance)
+        if symmetric:
+            self.potential = self.both(epsilon, 1.0)
+        if symmetric or self.done == iterations:
+            self.error = self.half(1, epsilon)[1]
+        count = torch.tensor(self.done, device=self.x.device)
+        return self.value(epsilon), *self.potential, self.error, count
+
+    def value(self, epsilon: float) -> Tensor:
+        """Return the dual objective."""
+        total = [mass.sum() for mass in self.mass]
+        value = epsilon * total[0] * total[1]
+        for side, penalty in enumerate(self.penalties):
+            f, mass = self.potential[side], self.mass[side]
+            value = (
+                value + (mass * (-penalty * torch.expm1(-f / penalty) if penalty > 0 else f)).sum()
+            )
+        f, penalty = self.potential[0], self.penalties[0]
+        plan = (self.mass[0] * torch.exp(-f / penalty)).sum() if penalty > 0 else total[0]
+        return value - epsilon * plan
+
+
+def _log_plan(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: float, scale: float) -> Tensor:
+    return (f[:, :, None] + g[:, None, :] - costs(x, y, scale)) / epsilon
+
+
+def plan_product(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    matrix: Tensor,
+    epsilon: float,
+    scale: float,
+) -> Tensor:
+    """Multiply the dense plan by a matrix."""
+    plan = a[:, :, None] * b[:, None, :] * torch.exp(_log_plan(x, y, f, g, epsilon, scale))
+    return (plan @ matrix.double()).to(x.dtype)
+
+
+def plan_draw(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    uniforms: Tensor,
+    epsilon: float,
+    scale: float,
+) -> Tensor:
+    """Draw a column of each row by its distribution function."""
+    log_plan = _log_plan(x, y, f, g, epsilon, scale) + b.log()[:, None, :]
+    sums = torch.softmax(log_plan, -1).cumsum(-1)
+    wanted = uniforms[..., None] * sums[..., -1:]
+    return torch.searchsorted(sums, wanted, right=True)[..., 0].clamp(max=y.shape[1] - 1)
+
+
+# --- gradients of the cost by the envelope theorem ------------------------------------------------
+
+
+def gradient_of_points(
+    product: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    epsilon: float,
+    scale: float,
+) -> Tensor:
+    r"""Return :math:`\sum_j P_{ij}\, 2 s (x_i - y_j)`; one product with the plan gives both sums over ``j``."""
+    centre = y.mean(1, keepdim=True)
+    ones = torch.ones_like(y[..., :1])
+    sums = product(x, y, a, b, f, g, torch.cat([y - centre, ones], -1), epsilon, scale)
+    return 2 * scale * (sums[..., -1:] * (x - centre) - sums[..., :-1])
+
+
+def gradient_of_mass(potential: Tensor, other: Tensor, epsilon: float, penalty: float) -> Tensor:
+    """Return the derivative of the cost by the masses whose potential is given."""
+    total = other.sum(-1, keepdim=True)
+    if penalty > 0:
+        decay = torch.expm1(-potential / penalty)
+        return -(penalty + epsilon) * decay + epsilon * (total - 1)
+    return potential + epsilon * (total - 1)

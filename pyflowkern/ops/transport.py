@@ -1,0 +1,421 @@
+r"""Entropic optimal transport between two clouds of points, without the matrix of their costs.
+
+.. math:: \min_P \sum_{ij} P_{ij} C_{ij} + \varepsilon\, \mathrm{KL}(P \,|\, a \otimes b), \qquad
+          C_{ij} = s\,|x_i - y_j|^2,
+
+over plans with marginals ``a`` and ``b``.  The solution is
+:math:`P_{ij} = a_i b_j \exp((f_i + g_j - C_{ij}) / \varepsilon)`, whose potentials Sinkhorn's iteration finds:
+
+.. math:: f_i = -\varepsilon \log \sum_j b_j e^{(g_j - C_{ij}) / \varepsilon}, \qquad
+          g_j = -\varepsilon \log \sum_i a_i e^{(f_i - C_{ij}) / \varepsilon}.
+
+A marginal may be penalized in place of held, by :math:`\rho\,\mathrm{KL}`; its potential is then damped by
+:math:`\rho / (\rho + \varepsilon)`.  Kernels make the numbers of the plan tile by tile, several at a time, and use them
+at once: memory grows with the points, not with their pairs.
+
+Sources: Cuturi 2013 (the iteration); Chizat, Peyre, Schmitzer and Vialard 2018 (penalized marginals); Feydy, Sejourne,
+Vialard, Amari, Trouve and Peyre 2019 (the symmetric schedule, gradients by the envelope theorem).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import kernel_serves
+from pyflowkern.core.checks import check_floating, check_number, check_same_device, check_shape
+from pyflowkern.core.codes import SinkhornSchedule, numbered
+from pyflowkern.core.register import register
+from pyflowkern.ops import _transport_reference as plain
+
+__all__ = [
+    "Sinkhorn",
+    "plan_draw",
+    "plan_draw_reference",
+    "plan_product",
+    "plan_product_reference",
+    "sinkhorn",
+    "sinkhorn_reference",
+]
+
+_SCHEDULES = numbered(SinkhornSchedule)
+
+
+class Sinkhorn(NamedTuple):
+    """What :func:`sinkhorn` returns; all tensors are float64 but ``iterations``.
+
+    Attributes:
+        cost: ``[B]``, the value of the objective, differentiable.
+        f: ``[B, n]``, the potential of ``x``.
+        g: ``[B, m]``, the potential of ``y``.
+        error: ``[B]``, the sum of the differences between a marginal and what it should be; NaN after NaN.
+        iterations: ``[B]``, how many ran, int64.
+    """
+
+    cost: Tensor
+    f: Tensor
+    g: Tensor
+    error: Tensor
+    iterations: Tensor
+
+
+def sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    epsilon: float,
+    scale: float = 1.0,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-6,
+    schedule: str = "alternating",
+    epsilon_scaling: float | None = None,
+    penalty_x: float | None = None,
+    penalty_y: float | None = None,
+) -> Sinkhorn:
+    r"""Solve a batch of entropic transport problems with costs :math:`s\,|x_i - y_j|^2`.
+
+    The gradients of ``cost`` follow from the envelope theorem, :math:`\bar x_i = \sum_j P_{ij}\, 2 s (x_i - y_j)` and
+    :math:`\bar a_i = f_i` (plus a constant): right where the iteration has converged.  Potentials have none.
+
+    Args:
+        x: ``[B, n, d]``, float32 or float64; ``y``: ``[B, m, d]``, of the same dtype.
+        a: ``[B, n]``, the masses of the points of ``x``; ``b``: ``[B, m]``.  Points of no mass are allowed.
+        epsilon: the weight of the entropy, in units of the cost.
+        scale: ``s``.
+        max_iterations: most iterations, those of larger epsilons among them.
+        tolerance: the error of the marginals, in units of mass, at which a problem is solved; 0 runs all iterations.
+        schedule: "alternating" (``g``, then ``f``) or "symmetric" (both half way; then both once more, wholly).
+        epsilon_scaling: begin with an epsilon of the squared diameter, and multiply it by this until it is ``epsilon``.
+        penalty_x: the weight :math:`\rho` of the penalty on the marginal of ``x``; None holds it.  ``penalty_y``
+            likewise.
+
+    Raises:
+        TypeError: for tensors that are not float32 or float64.
+        ValueError: for shapes that do not fit, no points, and numbers that are out of range.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import sinkhorn
+        >>> x, half = torch.tensor([[[0.0], [1.0]]]), torch.full((1, 2), 0.5)
+        >>> out = sinkhorn(x, x + 2, half, half, epsilon=0.01)
+        >>> round(float(out.cost), 3), float(out.error) < 1e-6
+        (4.007, True)
+    """
+    _check_clouds(x, y, a, b)
+    options = _options(
+        epsilon, scale, max_iterations, tolerance, schedule, epsilon_scaling, penalty_x, penalty_y
+    )
+    masses = (a.double(), b.double())
+    if not kernel_serves("sinkhorn", x, y, *masses):
+        out = plain.sinkhorn(x, y, *masses, *options)
+    else:
+        out = _sinkhorn(x, y, *masses, *options)
+    return Sinkhorn(out[0], *(t.detach() for t in out[1:]))
+
+
+def plan_product(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    matrix: Tensor,
+    *,
+    epsilon: float,
+    scale: float = 1.0,
+) -> Tensor:
+    r"""Return :math:`P M` for the plan of given potentials, ``[B, n, k]``.
+
+    Swap ``x`` and ``y``, ``a`` and ``b``, ``f`` and ``g`` for the transposed plan.  The result is differentiable in
+    ``matrix``; the plan counts as a constant.
+
+    Args:
+        x, y, a, b, epsilon, scale: as in :func:`sinkhorn`.
+        f: ``[B, n]``, float64, as :func:`sinkhorn` returns it; ``g``: ``[B, m]``.
+        matrix: ``[B, m, k]``, of the dtype of ``x``.
+
+    Raises:
+        TypeError: for tensors that are not float32 or float64, or of other dtypes than ``x``.
+        ValueError: for shapes that do not fit, and numbers that are out of range.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import plan_product, sinkhorn
+        >>> x, half = torch.tensor([[[0.0], [1.0]]]), torch.full((1, 2), 0.5)
+        >>> out = sinkhorn(x, x + 2, half, half, epsilon=0.01)
+        >>> rows = plan_product(x, x + 2, half, half, out.f, out.g, torch.ones(1, 2, 1), epsilon=0.01)
+        >>> [round(v, 4) for v in rows.flatten().tolist()]
+        [0.5, 0.5]
+    """
+    numbers = _check_plan(x, y, a, b, f, g, epsilon, scale)
+    check_floating("matrix", matrix)
+    if matrix.dtype != x.dtype:
+        raise TypeError(f"matrix must have the dtype of x, {x.dtype}, got {matrix.dtype}")
+    if matrix.dim() != 3 or matrix.shape[:2] != y.shape[:2]:
+        raise ValueError(
+            f"matrix must have shape ({y.shape[0]}, {y.shape[1]}, k), got {tuple(matrix.shape)}"
+        )
+    plan = [t.detach() for t in (x, y, a.double(), b.double(), f, g)]
+    if not kernel_serves("plan_product", *plan, matrix):
+        return plain.plan_product(*plan, matrix, *numbers)
+    out: Tensor = _plan_product(*plan, matrix, *numbers)
+    return out
+
+
+def plan_draw(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    uniforms: Tensor,
+    *,
+    epsilon: float,
+    scale: float = 1.0,
+) -> Tensor:
+    r"""Draw a column ``j`` for each row ``i`` with probability :math:`P_{ij} / \sum_j P_{ij}`.
+
+    By the inverse of the row's distribution function: the column is the first whose sum over columns up to it exceeds
+    ``uniforms`` times the row's sum.
+
+    Args:
+        x, y, a, b, f, g, epsilon, scale: as in :func:`plan_product`.  Rows may repeat points of ``x``.
+        uniforms: ``[B, n]``, float64, numbers in ``[0, 1)``.
+
+    Returns:
+        ``[B, n]``, int64.
+
+    Raises:
+        TypeError, ValueError: as :func:`plan_product`.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import plan_draw, sinkhorn
+        >>> x, half = torch.tensor([[[0.0], [1.0]]]), torch.full((1, 2), 0.5)
+        >>> out = sinkhorn(x, x + 2, half, half, epsilon=0.01)
+        >>> u = torch.full((1, 2), 0.5, dtype=torch.float64)
+        >>> plan_draw(x, x + 2, half, half, out.f, out.g, u, epsilon=0.01).tolist()
+        [[0, 1]]
+    """
+    numbers = _check_plan(x, y, a, b, f, g, epsilon, scale)
+    check_shape("uniforms", uniforms, x.shape[:2])
+    if uniforms.dtype != torch.float64:
+        raise TypeError(f"uniforms must be float64, got {uniforms.dtype}")
+    plan = [t.detach() for t in (x, y, a.double(), b.double(), f, g)]
+    if not kernel_serves("plan_draw", *plan, uniforms):
+        return plain.plan_draw(*plan, uniforms, *numbers)
+    out: Tensor = _plan_draw(*plan, uniforms, *numbers)
+    return out
+
+
+def sinkhorn_reference(x: Tensor, y: Tensor, a: Tensor, b: Tensor, **options: Any) -> Sinkhorn:
+    """Compute :func:`sinkhorn` in plain PyTorch with dense matrices, differentiable through every iteration."""
+    defaults: dict[str, Any] = {
+        "scale": 1.0,
+        "max_iterations": 1000,
+        "tolerance": 1e-6,
+        "schedule": "alternating",
+        "epsilon_scaling": None,
+        "penalty_x": None,
+        "penalty_y": None,
+    }
+    out = plain.sinkhorn(x, y, a.double(), b.double(), *_options(**defaults | options))
+    return Sinkhorn(out[0], *(t.detach() for t in out[1:]))
+
+
+def plan_product_reference(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    matrix: Tensor,
+    *,
+    epsilon: float,
+    scale: float = 1.0,
+) -> Tensor:
+    """Compute :func:`plan_product` in plain PyTorch, with a dense plan."""
+    plan = [t.detach() for t in (x, y, a, b, f, g)]
+    return plain.plan_product(*plan, matrix, epsilon, scale)
+
+
+def plan_draw_reference(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    uniforms: Tensor,
+    *,
+    epsilon: float,
+    scale: float = 1.0,
+) -> Tensor:
+    """Compute :func:`plan_draw` in plain PyTorch, with a dense plan."""
+    return plain.plan_draw(x, y, a, b, f, g, uniforms, epsilon, scale)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _check_clouds(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
+    for name, t in (("x", x), ("y", y)):
+        check_floating(name, t)
+        if t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {t.dtype}")
+        if t.dim() != 3:
+            raise ValueError(f"{name} must have shape [B, points, d], got {tuple(t.shape)}")
+        if t.shape[1] == 0 or t.shape[2] == 0:
+            raise ValueError(
+                f"{name} must have a point and a coordinate at least, got shape {tuple(t.shape)}"
+            )
+    if x.dtype != y.dtype:
+        raise TypeError(f"x and y must have one dtype, got {x.dtype} and {y.dtype}")
+    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
+        raise ValueError(
+            "x and y must have the same batch and the same coordinates, "
+            f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    for name, t, points in (("a", a, x), ("b", b, y)):
+        check_floating(name, t)
+        check_shape(name, t, points.shape[:2])
+    check_same_device(x=x, y=y, a=a, b=b)
+
+
+def _check_plan(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float, scale: float
+) -> tuple[float, float]:
+    _check_clouds(x, y, a, b)
+    for name, t, points in (("f", f, x), ("g", g, y)):
+        check_floating(name, t)
+        check_shape(name, t, points.shape[:2])
+        if t.dtype != torch.float64:
+            raise TypeError(f"{name} must be float64, as sinkhorn returns it, got {t.dtype}")
+    return _positive("epsilon", epsilon), _positive("scale", scale)
+
+
+def _options(
+    epsilon: float,
+    scale: float,
+    max_iterations: int,
+    tolerance: float,
+    schedule: str,
+    epsilon_scaling: float | None,
+    penalty_x: float | None,
+    penalty_y: float | None,
+) -> tuple[float, float, int, float, int, float, float, float]:
+    if isinstance(max_iterations, bool) or int(max_iterations) != max_iterations:
+        raise TypeError(f"max_iterations must be an integer, got {max_iterations!r}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be positive, got {max_iterations}")
+    tolerance = check_number("tolerance", tolerance)
+    if not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance must be zero or positive, got {tolerance}")
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}")
+    ratio = 0.0
+    if epsilon_scaling is not None:
+        ratio = check_number("epsilon_scaling", epsilon_scaling)
+        if not 0 < ratio < 1:
+            raise ValueError(f"epsilon_scaling must be between 0 and 1, got {ratio}")
+    penalties = [
+        0.0 if value is None else _positive(name, value)
+        for name, value in (("penalty_x", penalty_x), ("penalty_y", penalty_y))
+    ]
+    return (
+        _positive("epsilon", epsilon),
+        _positive("scale", scale),
+        int(max_iterations),
+        tolerance,
+        _SCHEDULES[schedule],
+        ratio,
+        penalties[0],
+        penalties[1],
+    )
+
+
+def _positive(name: str, value: float) -> float:
+    number = check_number(name, value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+    return number
+
+
+# --- schema, fake, autograd -----------------------------------------------------------------------
+
+
+def _fake(x: Tensor, y: Tensor, a: Tensor, b: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    problems = a.new_empty(a.shape[0])
+    count = a.new_empty(a.shape[0], dtype=torch.int64)
+    f, g = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
+    return problems, f, g, torch.empty_like(problems), count
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:3])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+    x, y, a, b, f, g = ctx.saved_tensors
+    epsilon, scale = ctx.options[:2]
+    penalty_x, penalty_y = ctx.options[6:8]
+    grads: list[Tensor | None] = []
+    for side in ((x, y, a, b, f, g), (y, x, b, a, g, f)):
+        grads.append(
+            plain.gradient_of_points(_product, *side, epsilon, scale)
+            * grad[:, None, None].to(x.dtype)
+        )
+    for potential, other, penalty in ((f, b, penalty_x), (g, a, penalty_y)):
+        grads.append(plain.gradient_of_mass(potential, other, epsilon, penalty) * grad[:, None])
+    wanted = ctx.needs_input_grad
+    return (*(t if w else None for t, w in zip(grads, wanted, strict=False)), *[None] * 8)
+
+
+def _product(*inputs: Any) -> Tensor:
+    out: Tensor = torch.ops.pyflowkern.plan_product.default(*inputs)
+    return out
+
+
+_sinkhorn = register(
+    "sinkhorn(Tensor x, Tensor y, Tensor a, Tensor b, float epsilon, float scale, int iterations, float tolerance,"
+    " int schedule, float scaling, float penalty_x, float penalty_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_keep,
+    backward=_backward,
+    reference=lambda *inputs: plain.sinkhorn(*inputs)[:1],
+    inputs=lambda ctx: (*ctx.saved_tensors[:4], *ctx.options),
+)
+
+
+def _keep_plan(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.numbers = inputs[7:]
+
+
+def _backward_of_product(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, y, a, b, f, g, _ = ctx.saved_tensors
+    return (*[None] * 6, _product(y, x, b, a, g, f, grad.contiguous(), *ctx.numbers), None, None)
+
+
+_plan_product = register(
+    "plan_product(Tensor x, Tensor y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor matrix, float epsilon,"
+    " float scale) -> Tensor",
+    fake=lambda x, y, a, b, f, g, matrix, *_: x.new_empty(*x.shape[:2], matrix.shape[2]),
+    setup_context=_keep_plan,
+    backward=_backward_of_product,
+    reference=plain.plan_product,
+    inputs=lambda ctx: (*ctx.saved_tensors, *ctx.numbers),
+)
+_plan_draw = register(
+    "plan_draw(Tensor x, Tensor y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor uniforms, float epsilon,"
+    " float scale) -> Tensor",
+    fake=lambda x, *_: x.new_empty(*x.shape[:2], dtype=torch.int64),
+)
