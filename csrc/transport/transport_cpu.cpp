@@ -107,13 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn(const Tensor& x, con
                                                             int64_t schedule, double scaling,
                                                             double penalty_x, double penalty_y) {
   const TransportTensors t(x, y, a, b);
-  const SinkhornOptions o{epsilon,
-                          scale,
-                          iterations,
-                          tolerance,
-                          scaling,
-                          {penalty_x, penalty_y},
-                          checked_kind("schedule", schedule, kSinkhornSchedules) == kSymmetric};
+  const SinkhornOptions o = sinkhorn_options(epsilon, scale, iterations, tolerance, schedule,
+                                             scaling, penalty_x, penalty_y);
   const SinkhornResults r(t);
   each_problem(t.problems, t.n * t.m, [&](int64_t p, OnCpu run) {
     t.wide ? solve_problem<double>(t, r, o, p, run) : solve_problem<float>(t, r, o, p, run);
@@ -126,9 +121,7 @@ Tensor plan_product(const Tensor& x, const Tensor& y, const Tensor& a, const Ten
                     double scale) {
   const TransportTensors t(x, y, a, b);
   const PlanTensors plan(t, f, g);
-  const Tensor right = dense(matrix);
-  STD_TORCH_CHECK(right.dim() == 3 && right.sizes()[0] == t.problems && right.sizes()[1] == t.m,
-                  "plan_product: matrix must have shape [problems, columns, width]");
+  const Tensor right = plan_matrix(t, matrix);
   const int64_t width = right.sizes()[2];
   Tensor out = empty(x, {t.problems, t.n, width});
   each_problem(t.problems, t.n * t.m, [&](int64_t p, OnCpu run) {
@@ -143,9 +136,7 @@ Tensor plan_draw(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor
                  double scale) {
   const TransportTensors t(x, y, a, b);
   const PlanTensors plan(t, f, g);
-  const Tensor u = dense(uniforms);
-  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Double && u.numel() == t.problems * t.n,
-                  "plan_draw: uniforms must be a float64 number for each row");
+  const Tensor u = plan_uniforms(t, uniforms);
   Tensor out = empty(x, {t.problems, t.n}, ScalarType::Long);
   each_problem(t.problems, t.n * t.m, [&](int64_t p, OnCpu run) {
     t.wide ? draw_from_plan<double>(t, plan, u, out, epsilon, scale, p, run)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entropic optimal transport on the host: tensors, the iteration, and what goes in and out of its
-// coordinates.  `run` executes the passes (transport_cpu.cpp).
+// A problem of entropic optimal transport on the CPU: its points in the coordinates of the
+// computation, and half an iteration.  `run` executes the passes (transport_cpu.cpp).
 //
 // Each cloud is centred by its own mean.  With d the difference of the means, |x - y|^2 = |x' - y'
 // + d|^2 differs from |x' - y'|^2 by terms of x' and of y' alone, which belong to the potentials:
@@ -11,69 +11,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/codes.h"
-#include "core/host.h"
-#include "transport/transport.h"
+#include "core/matmul.h"
+#include "transport/transport_tensors.h"
 
 namespace pfk {
-
-struct SinkhornOptions {
-  double epsilon, scale;
-  int64_t iterations;
-  double tolerance;
-  double scaling;     // the ratio of one epsilon to the last, 0: no scaling
-  double penalty[2];  // of each marginal, 0 where it holds exactly
-  bool symmetric;
-};
-
-// Clouds [problems, n, d] and [problems, m, d] with masses [problems, n] and [problems, m].
-struct TransportTensors {
-  Tensor points[2], mass[2];
-  int64_t problems, n, m, depth;
-  bool wide;
-
-  TransportTensors(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b)
-      : points{dense(x), dense(y)}, mass{dense(a), dense(b)} {
-    STD_TORCH_CHECK(x.dim() == 3 && y.dim() == 3 && x.sizes()[0] == y.sizes()[0] &&
-                        x.sizes()[2] == y.sizes()[2],
-                    "clouds must have shapes [problems, n, d] and [problems, m, d]");
-    problems = x.sizes()[0], n = x.sizes()[1], m = y.sizes()[1], depth = x.sizes()[2];
-    wide = dtype_of(x) == kFloat64;
-    STD_TORCH_CHECK(dtype_of(x) == dtype_of(y) && (wide || dtype_of(x) == kFloat32),
-                    "clouds must be float32 or float64, both the same");
-    for (int side = 0; side < 2; ++side) {
-      STD_TORCH_CHECK(mass[side].scalar_type() == ScalarType::Double &&
-                          mass[side].numel() == problems * count(side),
-                      "masses must be float64, one for each point");
-    }
-  }
-  int64_t count(int side) const { return side == 0 ? n : m; }
-  DType dtype() const { return wide ? kFloat64 : kFloat32; }
-};
-
-struct SinkhornResults {
-  Tensor cost, potential[2], error, iterations;
-
-  explicit SinkhornResults(const TransportTensors& t)
-      : cost(empty(t.points[0], {t.problems}, ScalarType::Double)),
-        potential{empty(t.points[0], {t.problems, t.n}, ScalarType::Double),
-                  empty(t.points[0], {t.problems, t.m}, ScalarType::Double)},
-        error(empty(t.points[0], {t.problems}, ScalarType::Double)),
-        iterations(empty(t.points[0], {t.problems}, ScalarType::Long)) {}
-};
-
-// The potentials of a plan, [problems, n] and [problems, m], float64.
-struct PlanTensors {
-  Tensor potential[2];
-  PlanTensors(const TransportTensors& t, const Tensor& f, const Tensor& g)
-      : potential{dense(f), dense(g)} {
-    for (int side = 0; side < 2; ++side) {
-      STD_TORCH_CHECK(potential[side].scalar_type() == ScalarType::Double &&
-                          potential[side].numel() == t.problems * t.count(side),
-                      "potentials must be float64, one for each point");
-    }
-  }
-};
 
 // One cloud of a problem, centred, in the two forms in which passes read it.
 template <class T>

@@ -7,18 +7,17 @@
 // shrinks by one ratio until it is the one asked for.
 #pragma once
 
-#include "core/matmul.h"
 #include "transport/transport_host.h"
 
 namespace pfk {
 
-// Epsilons above the last one, from the largest.
+// Epsilons above the last one, from the largest, as many as iterations may reach.
 inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double extent) {
-  constexpr int kMostLevels = 1000;
   std::vector<double> levels;
-  if (!(o.scaling > 0) || !(extent > o.epsilon)) return levels;
-  for (double e = extent; e > o.epsilon && levels.size() < kMostLevels; e *= o.scaling)
+  for (double e = extent; o.scaling > 0 && e > o.epsilon; e *= o.scaling) {
+    if (static_cast<int64_t>(levels.size()) == o.iterations) break;
     levels.push_back(e);
+  }
   return levels;
 }
 
@@ -29,18 +28,31 @@ struct Iteration {
   int64_t done = 0;
   double error = INFINITY;
 
-  // After NaN nothing does; with a tolerance of 0 all iterations run.
+  // With a tolerance of 0 all iterations run; after NaN none does.
   bool goes_on(double tolerance) const {
     return tolerance > 0 ? error > tolerance : error == error;
   }
 
-  void alternating(double epsilon, int64_t most, double tolerance) {
-    for (int64_t i = 0; i < most && done < o.iterations; ++i, ++done) {
+  void step(double epsilon) {
+    problem.accept(1);
+    problem.half(0, epsilon, o.penalty[0], 1);
+    problem.accept(0);
+    ++done;
+  }
+  // The error belongs to the potentials before the step, which is not taken if they are the result.
+  void alternating() {
+    while (done < o.iterations) {
+      error = problem.half(1, o.epsilon, o.penalty[1], 1);
+      if (!goes_on(o.tolerance)) return;
+      step(o.epsilon);
+    }
+  }
+  // A larger epsilon, whose potentials only begin those of the next one.
+  void alternating_level(double epsilon) {
+    for (int i = 0; i < kLevelIterations && done < o.iterations; ++i) {
       error = problem.half(1, epsilon, o.penalty[1], 1);
-      if (!goes_on(tolerance)) return;
-      problem.accept(1);
-      problem.half(0, epsilon, o.penalty[0], 1);
-      problem.accept(0);
+      step(epsilon);
+      if (!(error > kLevelTolerance)) return;
     }
   }
 
@@ -49,33 +61,24 @@ struct Iteration {
     const double of_y = problem.half(1, epsilon, o.penalty[1], blend);
     error = of_x > of_y || of_x != of_x ? of_x : of_y;
   }
-  void symmetric(double epsilon, int64_t most, double tolerance) {
+  void symmetric(double epsilon, int64_t most) {
     for (int64_t i = 0; i < most && done < o.iterations; ++i, ++done) {
       both(epsilon, 0.5);
-      if (!goes_on(tolerance)) return;
+      if (epsilon == o.epsilon && !goes_on(o.tolerance)) return;
       problem.accept(0), problem.accept(1);
     }
   }
+  void whole_step(double epsilon) {
+    both(epsilon, 1);
+    problem.accept(0), problem.accept(1);
+  }
 
   void run() {
-    constexpr int64_t kLevelIterations = 8;
-    constexpr double kLevelTolerance =
-        0.1;  // of larger epsilons, whose potentials only begin others
     const std::vector<double> levels = larger_epsilons(o, problem.extent);
-    if (o.symmetric) {
-      both(levels.empty() ? o.epsilon : levels[0], 1);
-      problem.accept(0), problem.accept(1);
-    }
-    for (double e : levels) {
-      o.symmetric ? symmetric(e, 1, 0) : alternating(e, kLevelIterations, kLevelTolerance);
-    }
-    const int64_t rest = o.iterations - done;
-    o.symmetric ? symmetric(o.epsilon, rest, o.tolerance)
-                : alternating(o.epsilon, rest, o.tolerance);
-    if (o.symmetric) {
-      both(o.epsilon, 1);
-      problem.accept(0), problem.accept(1);
-    }
+    if (o.symmetric) whole_step(levels.empty() ? o.epsilon : levels[0]);
+    for (double e : levels) o.symmetric ? symmetric(e, 1) : alternating_level(e);
+    o.symmetric ? symmetric(o.epsilon, o.iterations) : alternating();
+    if (o.symmetric) whole_step(o.epsilon);
     if (o.symmetric || done == o.iterations) error = problem.half(1, o.epsilon, o.penalty[1], 1);
   }
 };

@@ -83,14 +83,25 @@ class _Problem:
         error = (self.mass[side] * (torch.exp((old - soft) / epsilon) - wanted).abs()).sum()
         return old + blend * (new - old), error
 
+    def take(self, g: Tensor, epsilon: float) -> None:
+        """Accept the next ``g`` and find the ``f`` that belongs to it."""
+        self.potential[1] = g
+        self.potential[0], _ = self.half(0, epsilon)
+        self.done += 1
+
     def alternating(self, epsilon: float, most: int, tolerance: float) -> None:
         for _ in range(most):
-            new, self.error = self.half(1, epsilon)
+            g, self.error = self.half(1, epsilon)
             if tolerance > 0 and not float(self.error) > tolerance:
                 return
-            self.potential[1] = new
-            self.potential[0], _ = self.half(0, epsilon)
-            self.done += 1
+            self.take(g, epsilon)
+
+    def alternating_level(self, epsilon: float, most: int) -> None:
+        for _ in range(most):
+            g, self.error = self.half(1, epsilon)
+            self.take(g, epsilon)
+            if not float(self.error) > LEVEL_TOLERANCE:
+                return
 
     def both(self, epsilon: float, blend: float) -> list[Tensor]:
         (f, of_x), (g, of_y) = self.half(0, epsilon, blend), self.half(1, epsilon, blend)
@@ -105,13 +116,13 @@ class _Problem:
             self.potential = new
             self.done += 1
 
-    def larger_epsilons(self, epsilon: float, scaling: float) -> list[float]:
+    def larger_epsilons(self, epsilon: float, scaling: float, most: int) -> list[float]:
         if not scaling > 0:
             return []
         points = torch.cat([self.x, self.y]).double()
         extent = float((points.amax(0) - points.amin(0)).square().sum())
         levels = []
-        while extent > epsilon and len(levels) < 1000:
+        while extent > epsilon and len(levels) < most:
             levels.append(extent)
             extent *= scaling
         return levels
@@ -119,14 +130,18 @@ class _Problem:
     def solve(
         self, epsilon: float, iterations: int, tolerance: float, symmetric: bool, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        levels = self.larger_epsilons(epsilon, scaling)
+        levels = self.larger_epsilons(epsilon, scaling, iterations)
         if symmetric:
             self.potential = self.both(levels[0] if levels else epsilon, 1.0)
-        step = self.symmetric if symmetric else self.alternating
         for level in levels:
-            most = min(1 if symmetric else LEVEL_ITERATIONS, iterations - self.done)
-            step(level, most, 0.0 if symmetric else LEVEL_TOLERANCE)
-        step(epsilon, iterations - self.done, tolerance)
+            rest = iterations - self.done
+            if symmetric:
+                self.symmetric(level, min(1, rest), 0.0)
+            else:
+                self.alternating_level(level, min(LEVEL_ITERATIONS, rest))
+        (self.symmetric if symmetric else self.alternating)(
+            epsilon, iterations - self.done, tolerance
+        )
         if symmetric:
             self.potential = self.both(epsilon, 1.0)
         if symmetric or self.done == iterations:
