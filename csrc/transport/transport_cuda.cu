@@ -158,6 +158,7 @@ struct DevicePlan : DeviceTransport {
     if (t.problems == 0) return;
     begin(static_cast<const double*>(plan.potential[0].const_data_ptr()),
           static_cast<const double*>(plan.potential[1].const_data_ptr()));
+    PFK_LAUNCH(balance_kernel, grid_of(t.problems), kThreads, stream, d);
     weights(1, false);
   }
 };

@@ -4,8 +4,9 @@
 //
 // Each cloud is centred by its own mean.  With d the difference of the means, |x - y|^2 = |x' - y'
 // + d|^2 differs from |x' - y'|^2 by terms of x' and of y' alone, which belong to the potentials:
-//   f_i = f'_i + 2 scale <d, x'_i> + scale |d|^2 / 2,  g_j = g'_j - 2 scale <d, y'_j> + the same.
-// A translation therefore costs no digits.
+//   f_i = f'_i + 2 scale <d, x'_i> + part of scale |d|^2,  g_j = g'_j - 2 scale <d, y'_j> + the rest.
+// A translation therefore costs no digits.  From potentials of zero the alternating schedule makes
+// the first of x keep them, and g what |d|^2 adds; the symmetric one shares it between both.
 #pragma once
 
 #include <algorithm>
@@ -34,11 +35,12 @@ struct Problem {
   const int64_t depth;
   const double scale;
   const bool direct;
-  double offset = 0, extent = 0;  // scale |d|^2, the square of the bounding box's diagonal
+  double extent = 0;       // the square of the bounding box's diagonal
+  double offset[2] = {0, 0};  // what the difference of the means adds to the potentials of a side
   CloudCopy<T> cloud[2];
   std::vector<double> errors;
 
-  Problem(const TransportTensors& t, int64_t p, double scale_, const Run& run_)
+  Problem(const TransportTensors& t, int64_t p, double scale_, bool symmetric, const Run& run_)
       : run(run_), depth(t.depth), scale(scale_), direct(t.depth <= kDirectDepth) {
     for (int side = 0; side < 2; ++side) {
       CloudCopy<T>& c = cloud[side];
@@ -50,14 +52,15 @@ struct Problem {
     std::vector<double> apart(depth);
     for (int64_t k = 0; k < depth; ++k) {
       apart[k] = cloud[0].mean[k] - cloud[1].mean[k];
-      offset += scale * apart[k] * apart[k];
+      offset[1] += scale * apart[k] * apart[k];
     }
+    if (symmetric) offset[0] = offset[1] /= 2;
     for (int side = 0; side < 2; ++side) {
       CloudCopy<T>& c = cloud[side];
       for (int64_t i = 0; i < c.count; ++i) {
         double sum = 0;
         for (int64_t k = 0; k < depth; ++k) sum += apart[k] * c.points[i * depth + k];
-        c.origin[i] = (side == 0 ? 2 : -2) * scale * sum + offset / 2;
+        c.origin[i] = (side == 0 ? 2 : -2) * scale * sum + offset[side];
       }
     }
   }

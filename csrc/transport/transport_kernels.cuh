@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   c.squares[at] = d.direct ? 0 : d.scale * square;
   c.log_mass[at] = ::log2(c.mass[at]);
-  c.origin[at] = d.scale * ((side == 0 ? 2 : -2) * along + offset / 2);
+  const double share = d.o.symmetric ? 0.5 : side;  // see transport_host.h
+  c.origin[at] = d.scale * ((side == 0 ? 2 : -2) * along + share * offset);
   c.potential[at] = (potential ? potential[at] : 0) - c.origin[at];
 }
 

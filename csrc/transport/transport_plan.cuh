@@ -7,6 +7,19 @@
 PFK_BEGIN
 namespace {
 
+// A plan does not change if a number goes from f to g: a block makes those of a problem as small as
+// it can make them.
+__global__ void __launch_bounds__(kThreads) balance_kernel(const DeviceProblems d) {
+  __shared__ double scratch[kThreads];
+  const int64_t p = blockIdx.x;
+  const DeviceCloud &x = d.cloud[0], &y = d.cloud[1];
+  double *f = x.potential + p * x.count, *g = y.potential + p * y.count, sum = 0;
+  for (int64_t i = threadIdx.x; i < x.count; i += kThreads) sum += f[i];
+  const double mean = block_join(sum, scratch, Plus()) / x.count;
+  for (int64_t i = threadIdx.x; i < x.count; i += kThreads) f[i] -= mean;
+  for (int64_t j = threadIdx.x; j < y.count; j += kThreads) g[j] += mean;
+}
+
 template <class T>
 struct PlanMatrix {
   const T* matrix;  // [problems, columns, width]

@@ -93,13 +93,13 @@ double dual_cost(const Problem<T, Run>& problem, const SinkhornOptions& o) {
     const double penalty = o.penalty[side];
     const bool held = !(penalty > 0);
     for (int64_t i = 0; i < c.count; ++i) {
-      // where the marginal holds, the origins sum to the offset: the clouds are centred
+      // where the marginal holds, the rest of the origins sums to zero: the clouds are centred
       const double f = c.potential[i] + (held ? 0 : c.origin[i]);
       value += c.mass[i] * (held ? f : -penalty * std::expm1(-f / penalty));
       if (side == 0) plan += c.mass[i] * (held ? 1 : std::exp(-f / penalty));
       total[side] += c.mass[i];
     }
-    if (held) value += total[side] * problem.offset / 2;
+    if (held) value += total[side] * problem.offset[side];
   }
   return value - o.epsilon * (plan - total[0] * total[1]);
 }
@@ -107,7 +107,7 @@ double dual_cost(const Problem<T, Run>& problem, const SinkhornOptions& o) {
 template <class T, class Run>
 void solve_problem(const TransportTensors& t, const SinkhornResults& r, const SinkhornOptions& o,
                    int64_t p, const Run& run) {
-  Problem<T, Run> problem(t, p, o.scale, run);
+  Problem<T, Run> problem(t, p, o.scale, o.symmetric, run);
   problem.set(0, nullptr), problem.set(1, nullptr);
   Iteration<T, Run> iteration{problem, o};
   iteration.run();
@@ -119,16 +119,20 @@ void solve_problem(const TransportTensors& t, const SinkhornResults& r, const Si
   }
 }
 
-// A problem whose potentials are given.
+// A problem whose potentials are given.  A plan does not change if a number goes from f to g: they
+// are made as small as it can make them.
 template <class T, class Run>
 struct GivenPlan : Problem<T, Run> {
   GivenPlan(const TransportTensors& t, const PlanTensors& plan, int64_t p, double scale,
             const Run& run)
-      : Problem<T, Run>(t, p, scale, run) {
+      : Problem<T, Run>(t, p, scale, false, run) {
     for (int side = 0; side < 2; ++side) {
-      this->set(side,
-                static_cast<const double*>(data_of(plan.potential[side])) + p * t.count(side));
+      this->set(side, static_cast<const double*>(data_of(plan.potential[side])) + p * t.count(side));
     }
+    double mean = 0;
+    for (double f : this->cloud[0].potential) mean += f / t.n;
+    for (double& f : this->cloud[0].potential) f -= mean;
+    for (double& g : this->cloud[1].potential) g += mean;
   }
 };
 

@@ -146,6 +146,9 @@ class _Problem:
             self.potential = self.both(epsilon, 1.0)
         if symmetric or self.done == iterations:
             self.error = self.half(1, epsilon)[1]
+        # where NaN ended the iteration, the potentials are not those of any plan
+        bad = torch.where(self.error.isnan(), self.error, torch.zeros_like(self.error))
+        self.potential = [f + bad for f in self.potential]
         count = torch.tensor(self.done, device=self.x.device)
         return self.value(epsilon), *self.potential, self.error, count
 

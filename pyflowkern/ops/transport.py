@@ -204,6 +204,7 @@ def plan_draw(
         [[0, 1]]
     """
     numbers = _check_plan(x, y, a, b, f, g, epsilon, scale)
+    check_floating("uniforms", uniforms)
     check_shape("uniforms", uniforms, x.shape[:2])
     if uniforms.dtype != torch.float64:
         raise TypeError(f"uniforms must be float64, got {uniforms.dtype}")
