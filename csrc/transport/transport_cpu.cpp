@@ -11,6 +11,7 @@
 
 PFK_DECLARE_LEVELS(int64_t transport_panel(DType);
                    void transport_pack(const MatmulArgs&, DType, int64_t, int64_t);
+                   void transport_keep(const ScoreArgs&, int64_t, void*, DType, int64_t, int64_t);
                    void transport_softmin(const SoftminArgs&, DType, int64_t, int64_t);
                    void transport_product(const PlanProductArgs&, DType, int64_t, int64_t);
                    void transport_draw(const PlanDrawArgs&, DType, int64_t, int64_t))
@@ -21,6 +22,14 @@ int64_t transport_panel(DType dtype) { return dtype == kFloat64 ? kPanel<double>
 
 void transport_pack(const MatmulArgs& m, DType dtype, int64_t begin, int64_t end) {
   dtype == kFloat64 ? matmul_pack<double>(m, begin, end) : matmul_pack<float>(m, begin, end);
+}
+
+void transport_keep(const ScoreArgs& s, int64_t task, void* to, DType dtype, int64_t begin,
+                    int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    dtype == kFloat64 ? keep_block(s, task, block, static_cast<double*>(to))
+                      : keep_block(s, task, block, static_cast<float*>(to));
+  }
 }
 
 void transport_softmin(const SoftminArgs& a, DType dtype, int64_t begin, int64_t end) {
@@ -70,6 +79,13 @@ struct OnCpu {
   void rows(const Args& a, int64_t cost, const F& f) const {
     each_block(parallel, (a.scores.rows + a.task - 1) / a.task, a.task * a.scores.columns * cost,
                f);
+  }
+  void keep(const ScoreArgs& s, void* to, DType dtype) const {
+    const int64_t task = matmul_task(s.rows);
+    each_block(parallel, (s.rows + task - 1) / task, task * s.columns,
+               [&](int64_t begin, int64_t end) {
+                 PFK_CALL_LEVEL(transport_keep, s, task, to, dtype, begin, end);
+               });
   }
   void softmin(const SoftminArgs& a, DType dtype) const {
     rows(a, 1, [&](int64_t begin, int64_t end) {

@@ -198,8 +198,7 @@ Tensor plan_draw_cuda(const Tensor& x, const Tensor& y, const Tensor& a, const T
   DevicePlan run(t, f, g, epsilon, scale);
   run.each_type([&](auto type) {
     PFK_LAUNCH(draw_kernel<decltype(type)>, grid_of(t.problems * t.n), kThreads, run.stream, run.d,
-               static_cast<const double*>(u.const_data_ptr()),
-               static_cast<int64_t*>(data_of(out)));
+               static_cast<const double*>(u.const_data_ptr()), static_cast<int64_t*>(data_of(out)));
   });
   return out;
 }

@@ -4,7 +4,8 @@
 //
 // Each cloud is centred by its own mean.  With d the difference of the means, |x - y|^2 = |x' - y'
 // + d|^2 differs from |x' - y'|^2 by terms of x' and of y' alone, which belong to the potentials:
-//   f_i = f'_i + 2 scale <d, x'_i> + part of scale |d|^2,  g_j = g'_j - 2 scale <d, y'_j> + the rest.
+//   f_i = f'_i + 2 scale <d, x'_i> + part of scale |d|^2,  g_j = g'_j - 2 scale <d, y'_j> + the
+//   rest.
 // A translation therefore costs no digits.  From potentials of zero the alternating schedule makes
 // the first of x keep them, and g what |d|^2 adds; the symmetric one shares it between both.
 #pragma once
@@ -25,6 +26,7 @@ struct CloudCopy {
   std::vector<double> mean, origin;  // origin: what centring took from the potential
   std::vector<double> potential, next, shift, squares, log_mass;
   std::vector<T> points, packed, weights;
+  std::vector<T> kept;  // products with the other cloud, a row for each point of this one
 };
 
 // A problem while it is solved or its plan is read.
@@ -35,7 +37,7 @@ struct Problem {
   const int64_t depth;
   const double scale;
   const bool direct;
-  double extent = 0;       // the square of the bounding box's diagonal
+  double extent = 0;          // the square of the bounding box's diagonal
   double offset[2] = {0, 0};  // what the difference of the means adds to the potentials of a side
   CloudCopy<T> cloud[2];
   std::vector<double> errors;
@@ -131,6 +133,7 @@ struct Problem {
       const double reduced = c.potential[j] - (direct ? 0 : c.squares[j]);
       c.weights[j] = static_cast<T>(std::max(c.log_mass[j] + reduced / unit, -1e30));
     }
+    const std::vector<T>& kept = cloud[side].kept;
     return {cloud[side].count,
             c.count,
             depth,
@@ -138,7 +141,20 @@ struct Problem {
             c.packed.data(),
             c.weights.data(),
             (direct ? -1 : 2) * scale / unit,
-            direct};
+            direct,
+            kept.empty() ? nullptr : kept.data(),
+            run.padded(c.count, kDtype)};
+  }
+
+  // Keeps the products of a small problem, which every iteration needs.
+  void keep_products() {
+    for (int side = 0; side < 2; ++side) {
+      const int64_t size = cloud[side].count * run.padded(cloud[1 - side].count, kDtype);
+      if (direct || size * static_cast<int64_t>(sizeof(T)) > kKeptBytes) continue;
+      const ScoreArgs s = scores(side, 1);
+      cloud[side].kept.resize(size);
+      run.keep(s, cloud[side].kept.data(), kDtype);
+    }
   }
 
   // log2 of what stands before the sum over columns in a row of the plan, for h.

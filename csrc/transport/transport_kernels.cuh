@@ -28,11 +28,11 @@ struct ProblemState {
 struct DeviceCloud {
   int64_t count;
   const void* given;   // [problems, count, depth], as the other points
-  const double *mass;  // [problems, count], as all that follow
+  const double* mass;  // [problems, count], as all that follow
   void *points, *weights;
-  double *mean;  // [problems, depth]
+  double* mean;  // [problems, depth]
   double *squares, *log_mass, *origin, *potential, *next;
-  double *errors;  // [problems, blocks]
+  double* errors;  // [problems, blocks]
   int64_t blocks;
 };
 
@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kThreads)
   typed<T>(c.weights)[at] = static_cast<T>(w < -1e30 ? -1e30 : w);
 }
 
-// r_ij of 4 x 4 pairs for the threads of a block; rows and columns beyond the clouds count as zeros.
+// r_ij of 4 x 4 pairs for the threads of a block; rows and columns beyond the clouds count as
+// zeros.
 template <class T, bool kDirect>
 struct PairTile {
   T x[kDepthChunk][kTileStride], y[kDepthChunk][kTileStride];
@@ -304,8 +305,7 @@ __device__ inline double error_of(const DeviceCloud& c, int64_t p, double* scrat
   return block_join(sum, scratch, Plus());
 }
 
-__global__ void __launch_bounds__(kThreads)
-    check_kernel(const DeviceProblems d, int kind) {
+__global__ void __launch_bounds__(kThreads) check_kernel(const DeviceProblems d, int kind) {
   __shared__ double scratch[kThreads];
   const int64_t p = blockIdx.x;
   ProblemState& s = d.state[p];
@@ -329,8 +329,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // After an iteration with a larger epsilon: the next one, by a thread a problem.  `last` leaves no
 // larger one.
-__global__ void __launch_bounds__(kThreads)
-    epsilon_kernel(const DeviceProblems d, bool last) {
+__global__ void __launch_bounds__(kThreads) epsilon_kernel(const DeviceProblems d, bool last) {
   const int64_t p = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (p >= d.problems) return;
   ProblemState& s = d.state[p];
@@ -347,7 +346,7 @@ __global__ void __launch_bounds__(kThreads)
     cost_kernel(const DeviceProblems d, double* cost, double* error, int64_t* iterations) {
   __shared__ double scratch[kThreads];
   const int64_t p = blockIdx.x;
-  double value = 0, total[2], plan = 0;
+  double value = 0, totals = 1, plan = 0;  // totals: the product of both
   for (int side = 0; side < 2; ++side) {
     const DeviceCloud& c = d.cloud[side];
     const double penalty = d.o.penalty[side];
@@ -360,12 +359,12 @@ __global__ void __launch_bounds__(kThreads)
       mass += c.mass[at];
     }
     value += block_join(sum, scratch, Plus());
-    total[side] = block_join(mass, scratch, Plus());
-    if (side == 0) plan = block_join(decayed, scratch, Plus());
-    else __syncthreads();
+    totals *= block_join(mass, scratch, Plus());
+    decayed = block_join(decayed, scratch, Plus());
+    if (side == 0) plan = decayed;
   }
   if (threadIdx.x != 0) return;
-  cost[p] = value - d.o.epsilon * (plan - total[0] * total[1]);
+  cost[p] = value - d.o.epsilon * (plan - totals);
   error[p] = d.state[p].error;
   iterations[p] = d.state[p].done;
 }

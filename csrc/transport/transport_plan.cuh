@@ -22,14 +22,46 @@ __global__ void __launch_bounds__(kThreads) balance_kernel(const DeviceProblems 
 
 template <class T>
 struct PlanMatrix {
-  const T* matrix;  // [problems, columns, width]
-  T* out;           // [problems, rows, width]
+  const T* matrix;       // [problems, columns, width]
+  T* out;                // [problems, rows, width]
   int64_t width, parts;  // parts of 64 columns of the matrix, a block each
 };
 
 // What is added to the scores of a row, such that the power of two is an entry of the plan.
 __device__ inline double row_weight(const DeviceCloud& c, int64_t at, double epsilon) {
   return c.log_mass[at] + (c.potential[at] - c.squares[at]) / (epsilon * kLog2);
+}
+
+// sum += a tile of the plan times `left` rows of the matrix, which pass through `step` a few at a
+// time.
+template <class T>
+__device__ void multiply_tile(const T (&plan)[kTile][kTile + 1],
+                              T (&step)[kDepthChunk][kTileStride], const T* matrix, int64_t left,
+                              int64_t wide, int64_t stride, double (&sum)[kPart][kPart]) {
+  const int row = threadIdx.x / kSide * kPart, column = threadIdx.x % kSide * kPart;
+  T product[kPart][kPart] = {};
+  for (int k = 0; k < kTile; k += kDepthChunk) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kDepthChunk * kTile; i += kThreads) {
+      const int at = k + i / kTile, c = i % kTile;
+      step[i / kTile][c] = at < left && c < wide ? matrix[at * stride + c] : T(0);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < kDepthChunk; ++s) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+#pragma unroll
+        for (int c = 0; c < kPart; ++c) product[i][c] += plan[row + i][k + s] * step[s][column + c];
+      }
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) {
+#pragma unroll
+    for (int c = 0; c < kPart; ++c) sum[i][c] += static_cast<double>(product[i][c]);
+  }
 }
 
 // 64 rows of the product with 64 columns of the matrix, by a block.  A tile of the plan goes to
@@ -68,31 +100,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kPart; ++i)
         plan[row + i][column + c] = exp2_((w + above[i]) + kappa * r[i][c]);
     }
-    T product[kPart][kPart] = {};
-    for (int k = 0; k < kTile; k += kDepthChunk) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kDepthChunk * kTile; i += kThreads) {
-        const int step = i / kTile, c = i % kTile;
-        const bool mine = j + k + step < columns.count && part * kTile + c < m.width;
-        tile.x[step][c] = mine ? matrix[(j + k + step) * m.width + c] : T(0);
-      }
-      __syncthreads();
-#pragma unroll
-      for (int step = 0; step < kDepthChunk; ++step) {
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-#pragma unroll
-          for (int c = 0; c < kPart; ++c)
-            product[i][c] += plan[row + i][k + step] * tile.x[step][column + c];
-        }
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) {
-#pragma unroll
-      for (int c = 0; c < kPart; ++c) sum[i][c] += static_cast<double>(product[i][c]);
-    }
+    multiply_tile(plan, tile.x, matrix + j * m.width, columns.count - j, m.width - part * kTile,
+                  m.width, sum);
   }
   for (int i = 0; i < kPart; ++i) {
     if (first + row + i >= rows.count) continue;
@@ -134,7 +143,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   const double largest = block_join(static_cast<double>(mine.largest), scratch,
                                     [](double a, double b) { return a < b ? b : a; });
-  const double share = mine.sum * static_cast<double>(exp2_(mine.largest - static_cast<T>(largest)));
+  const double share =
+      mine.sum * static_cast<double>(exp2_(mine.largest - static_cast<T>(largest)));
   const double wanted = uniforms[at] * block_join(share, scratch, Plus());
   double before = 0;  // the sum of the chunks so far
   int64_t found = 0;

@@ -109,6 +109,7 @@ void solve_problem(const TransportTensors& t, const SinkhornResults& r, const Si
                    int64_t p, const Run& run) {
   Problem<T, Run> problem(t, p, o.scale, o.symmetric, run);
   problem.set(0, nullptr), problem.set(1, nullptr);
+  problem.keep_products();
   Iteration<T, Run> iteration{problem, o};
   iteration.run();
   static_cast<double*>(data_of(r.cost))[p] = dual_cost(problem, o);
@@ -127,7 +128,8 @@ struct GivenPlan : Problem<T, Run> {
             const Run& run)
       : Problem<T, Run>(t, p, scale, false, run) {
     for (int side = 0; side < 2; ++side) {
-      this->set(side, static_cast<const double*>(data_of(plan.potential[side])) + p * t.count(side));
+      this->set(side,
+                static_cast<const double*>(data_of(plan.potential[side])) + p * t.count(side));
     }
     double mean = 0;
     for (double f : this->cloud[0].potential) mean += f / t.n;

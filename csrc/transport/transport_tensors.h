@@ -25,7 +25,7 @@ inline SinkhornOptions sinkhorn_options(double epsilon, double scale, int64_t it
                                         double tolerance, int64_t schedule, double scaling,
                                         double penalty_x, double penalty_y) {
   const int kind = checked_kind("schedule", schedule, kSinkhornSchedules);
-  return {epsilon, scale, iterations, tolerance, scaling, {penalty_x, penalty_y},
+  return {epsilon,           scale, iterations, tolerance, scaling, {penalty_x, penalty_y},
           kind == kSymmetric};
 }
 

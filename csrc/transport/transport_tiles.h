@@ -152,6 +152,10 @@ int64_t whole_panels(int64_t columns) {
 // Calls f(first column, columns, tile) for the tiles of a block of rows, padded to whole panels.
 template <class T, class F>
 void each_tile(const ScoreArgs& s, int64_t first, int64_t rows, F f) {
+  if (s.kept) {
+    T* kept = const_cast<T*>(typed<T>(s.kept)) + first * s.kept_row;  // f only reads what is kept
+    return f(0, whole_panels<T>(s.columns), Rows<T>{kept, s.kept_row});
+  }
   alignas(64) T memory[kTransportRows * kTileColumns<T>];
   const Rows<T> tile{memory, kTileColumns<T>};
   for (int64_t j = 0; j < s.columns; j += kTileColumns<T>) {
@@ -160,6 +164,14 @@ void each_tile(const ScoreArgs& s, int64_t first, int64_t rows, F f) {
     fill_tile<T>(s, first, rows, j, width, tile);
     f(j, width, tile);
   }
+}
+
+// Makes the products of a block of rows that are kept.
+template <class T>
+void keep_block(const ScoreArgs& s, int64_t task, int64_t block, T* to) {
+  const int64_t first = block * task, left = s.rows - first;
+  fill_tile<T>(s, first, left < task ? left : task, 0, whole_panels<T>(s.columns),
+               Rows<T>{to + first * s.kept_row, s.kept_row});
 }
 
 // Calls f(score, lane's column) for a row of a tile.
@@ -328,8 +340,10 @@ void draw_block(const PlanDrawArgs& a, int64_t block) {
     const int64_t count = most < kTileColumns<T> ? most : kTileColumns<T>;
     const int64_t width = whole_panels<T>(count);
     fill_tile<T>(s, first + r, 1, column, width, Rows<T>{terms, kTileColumns<T>});
-    each_score(s, terms, column, width, shift[r],
-               [&](Vec<T> t, int64_t j) { exp2_of_score(t).store(terms + j); });
+    each_score(s, terms, column, width, shift[r], [&](Vec<T> t, int64_t j) {
+      const Mask<T> counts = t > T(1 - Float<T>::kBias);  // a column without mass is never drawn
+      select(counts, exp2_of_score(t), Vec<T>(T(0))).store(terms + j);
+    });
     int64_t j = 0, last = 0;  // last: with a term that counts, should rounding leave something over
     for (; j < count && !(rest < terms[j]); ++j) {
       if (terms[j] > terms[last]) last = j;

@@ -121,7 +121,7 @@ class _Problem:
             return []
         points = torch.cat([self.x, self.y]).double()
         extent = float((points.amax(0) - points.amin(0)).square().sum())
-        levels = []
+        levels: list[float] = []
         while extent > epsilon and len(levels) < most:
             levels.append(extent)
             extent *= scaling
@@ -150,7 +150,7 @@ class _Problem:
         bad = torch.where(self.error.isnan(), self.error, torch.zeros_like(self.error))
         self.potential = [f + bad for f in self.potential]
         count = torch.tensor(self.done, device=self.x.device)
-        return self.value(epsilon), *self.potential, self.error, count
+        return self.value(epsilon), self.potential[0], self.potential[1], self.error, count
 
     def value(self, epsilon: float) -> Tensor:
         """Return the dual objective."""

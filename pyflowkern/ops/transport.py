@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_floating, check_number, check_same_device, check_shape
-from pyflowkern.core.codes import SinkhornSchedule, numbered
+from pyflowkern.core.checks import check_floating, check_shape
 from pyflowkern.core.register import register
 from pyflowkern.ops import _transport_reference as plain
+from pyflowkern.ops._transport_arguments import check_clouds, check_plan, constants, options_of
 
 __all__ = [
     "Sinkhorn",
@@ -40,8 +40,6 @@ __all__ = [
     "sinkhorn_reference",
 ]
 
-_SCHEDULES = numbered(SinkhornSchedule)
-
 
 class Sinkhorn(NamedTuple):
     """What :func:`sinkhorn` returns; all tensors are float64 but ``iterations``.
@@ -52,6 +50,13 @@ class Sinkhorn(NamedTuple):
         g: ``[B, m]``, the potential of ``y``.
         error: ``[B]``, the sum of the differences between a marginal and what it should be; NaN after NaN.
         iterations: ``[B]``, how many ran, int64.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern.ops import sinkhorn
+        >>> x, half = torch.tensor([[[0.0], [1.0]]]), torch.full((1, 2), 0.5)
+        >>> sinkhorn(x, x, half, half, epsilon=1.0).f.shape
+        torch.Size([1, 2])
     """
 
     cost: Tensor
@@ -82,16 +87,18 @@ def sinkhorn(
     :math:`\bar a_i = f_i` (plus a constant): right where the iteration has converged.  Potentials have none.
 
     Args:
-        x: ``[B, n, d]``, float32 or float64; ``y``: ``[B, m, d]``, of the same dtype.
-        a: ``[B, n]``, the masses of the points of ``x``; ``b``: ``[B, m]``.  Points of no mass are allowed.
+        x: ``[B, n, d]``, float32 or float64.
+        y: ``[B, m, d]``, of the same dtype.
+        a: ``[B, n]``, the masses of the points of ``x``.  Points of no mass are allowed.
+        b: ``[B, m]``, those of ``y``.
         epsilon: the weight of the entropy, in units of the cost.
         scale: ``s``.
         max_iterations: most iterations, those of larger epsilons among them.
         tolerance: the error of the marginals, in units of mass, at which a problem is solved; 0 runs all iterations.
         schedule: "alternating" (``g``, then ``f``) or "symmetric" (both half way; then both once more, wholly).
         epsilon_scaling: begin with an epsilon of the squared diameter, and multiply it by this until it is ``epsilon``.
-        penalty_x: the weight :math:`\rho` of the penalty on the marginal of ``x``; None holds it.  ``penalty_y``
-            likewise.
+        penalty_x: the weight :math:`\rho` of the penalty on the marginal of ``x``; None holds it.
+        penalty_y: likewise for ``y``.
 
     Raises:
         TypeError: for tensors that are not float32 or float64.
@@ -101,19 +108,19 @@ def sinkhorn(
         >>> import torch
         >>> from pyflowkern.ops import sinkhorn
         >>> x, half = torch.tensor([[[0.0], [1.0]]]), torch.full((1, 2), 0.5)
-        >>> out = sinkhorn(x, x + 2, half, half, epsilon=0.01)
+        >>> out = sinkhorn(x, x + 2, half, half, epsilon=0.5)
         >>> round(float(out.cost), 3), float(out.error) < 1e-6
-        (4.007, True)
+        (4.283, True)
     """
-    _check_clouds(x, y, a, b)
-    options = _options(
+    check_clouds(x, y, a, b)
+    options = options_of(
         epsilon, scale, max_iterations, tolerance, schedule, epsilon_scaling, penalty_x, penalty_y
     )
-    masses = (a.double(), b.double())
-    if not kernel_serves("sinkhorn", x, y, *masses):
-        out = plain.sinkhorn(x, y, *masses, *options)
+    a, b = a.double(), b.double()
+    if kernel_serves("sinkhorn", x, y, a, b):
+        out = _sinkhorn(x, y, a, b, *options)
     else:
-        out = _sinkhorn(x, y, *masses, *options)
+        out = plain.sinkhorn(x, y, a, b, *options)
     return Sinkhorn(out[0], *(t.detach() for t in out[1:]))
 
 
@@ -135,9 +142,15 @@ def plan_product(
     ``matrix``; the plan counts as a constant.
 
     Args:
-        x, y, a, b, epsilon, scale: as in :func:`sinkhorn`.
-        f: ``[B, n]``, float64, as :func:`sinkhorn` returns it; ``g``: ``[B, m]``.
+        x: as in :func:`sinkhorn`, as the next three.
+        y: the other cloud.
+        a: the masses of ``x``.
+        b: the masses of ``y``.
+        f: ``[B, n]``, float64, as :func:`sinkhorn` returns it.
+        g: ``[B, m]``, likewise.
         matrix: ``[B, m, k]``, of the dtype of ``x``.
+        epsilon: as in :func:`sinkhorn`.
+        scale: as in :func:`sinkhorn`.
 
     Raises:
         TypeError: for tensors that are not float32 or float64, or of other dtypes than ``x``.
@@ -152,7 +165,7 @@ def plan_product(
         >>> [round(v, 4) for v in rows.flatten().tolist()]
         [0.5, 0.5]
     """
-    numbers = _check_plan(x, y, a, b, f, g, epsilon, scale)
+    epsilon, scale = check_plan(x, y, a, b, f, g, epsilon, scale)
     check_floating("matrix", matrix)
     if matrix.dtype != x.dtype:
         raise TypeError(f"matrix must have the dtype of x, {x.dtype}, got {matrix.dtype}")
@@ -160,10 +173,10 @@ def plan_product(
         raise ValueError(
             f"matrix must have shape ({y.shape[0]}, {y.shape[1]}, k), got {tuple(matrix.shape)}"
         )
-    plan = [t.detach() for t in (x, y, a.double(), b.double(), f, g)]
+    plan = constants(x, y, a, b, f, g)
     if not kernel_serves("plan_product", *plan, matrix):
-        return plain.plan_product(*plan, matrix, *numbers)
-    out: Tensor = _plan_product(*plan, matrix, *numbers)
+        return plain.plan_product(*plan, matrix, epsilon, scale)
+    out: Tensor = _plan_product(*plan, matrix, epsilon, scale)
     return out
 
 
@@ -185,8 +198,15 @@ def plan_draw(
     ``uniforms`` times the row's sum.
 
     Args:
-        x, y, a, b, f, g, epsilon, scale: as in :func:`plan_product`.  Rows may repeat points of ``x``.
+        x: as in :func:`plan_product`, as the next five.  Rows may repeat points of ``x``.
+        y: the other cloud.
+        a: the masses of ``x``.
+        b: the masses of ``y``.
+        f: the potential of ``x``.
+        g: the potential of ``y``.
         uniforms: ``[B, n]``, float64, numbers in ``[0, 1)``.
+        epsilon: as in :func:`sinkhorn`.
+        scale: as in :func:`sinkhorn`.
 
     Returns:
         ``[B, n]``, int64.
@@ -203,15 +223,15 @@ def plan_draw(
         >>> plan_draw(x, x + 2, half, half, out.f, out.g, u, epsilon=0.01).tolist()
         [[0, 1]]
     """
-    numbers = _check_plan(x, y, a, b, f, g, epsilon, scale)
+    epsilon, scale = check_plan(x, y, a, b, f, g, epsilon, scale)
     check_floating("uniforms", uniforms)
     check_shape("uniforms", uniforms, x.shape[:2])
     if uniforms.dtype != torch.float64:
         raise TypeError(f"uniforms must be float64, got {uniforms.dtype}")
-    plan = [t.detach() for t in (x, y, a.double(), b.double(), f, g)]
+    plan = constants(x, y, a, b, f, g)
     if not kernel_serves("plan_draw", *plan, uniforms):
-        return plain.plan_draw(*plan, uniforms, *numbers)
-    out: Tensor = _plan_draw(*plan, uniforms, *numbers)
+        return plain.plan_draw(*plan, uniforms, epsilon, scale)
+    out: Tensor = _plan_draw(*plan, uniforms, epsilon, scale)
     return out
 
 
@@ -226,7 +246,7 @@ def sinkhorn_reference(x: Tensor, y: Tensor, a: Tensor, b: Tensor, **options: An
         "penalty_x": None,
         "penalty_y": None,
     }
-    out = plain.sinkhorn(x, y, a.double(), b.double(), *_options(**defaults | options))
+    out = plain.sinkhorn(x, y, a.double(), b.double(), *options_of(**defaults | options))
     return Sinkhorn(out[0], *(t.detach() for t in out[1:]))
 
 
@@ -243,8 +263,7 @@ def plan_product_reference(
     scale: float = 1.0,
 ) -> Tensor:
     """Compute :func:`plan_product` in plain PyTorch, with a dense plan."""
-    plan = [t.detach() for t in (x, y, a, b, f, g)]
-    return plain.plan_product(*plan, matrix, epsilon, scale)
+    return plain.plan_product(*constants(x, y, a, b, f, g), matrix, epsilon, scale)
 
 
 def plan_draw_reference(
@@ -261,92 +280,6 @@ def plan_draw_reference(
 ) -> Tensor:
     """Compute :func:`plan_draw` in plain PyTorch, with a dense plan."""
     return plain.plan_draw(x, y, a, b, f, g, uniforms, epsilon, scale)
-
-
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def _check_clouds(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
-    for name, t in (("x", x), ("y", y)):
-        check_floating(name, t)
-        if t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, got {t.dtype}")
-        if t.dim() != 3:
-            raise ValueError(f"{name} must have shape [B, points, d], got {tuple(t.shape)}")
-        if t.shape[1] == 0 or t.shape[2] == 0:
-            raise ValueError(
-                f"{name} must have a point and a coordinate at least, got shape {tuple(t.shape)}"
-            )
-    if x.dtype != y.dtype:
-        raise TypeError(f"x and y must have one dtype, got {x.dtype} and {y.dtype}")
-    if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
-        raise ValueError(
-            "x and y must have the same batch and the same coordinates, "
-            f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    for name, t, points in (("a", a, x), ("b", b, y)):
-        check_floating(name, t)
-        check_shape(name, t, points.shape[:2])
-    check_same_device(x=x, y=y, a=a, b=b)
-
-
-def _check_plan(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float, scale: float
-) -> tuple[float, float]:
-    _check_clouds(x, y, a, b)
-    for name, t, points in (("f", f, x), ("g", g, y)):
-        check_floating(name, t)
-        check_shape(name, t, points.shape[:2])
-        if t.dtype != torch.float64:
-            raise TypeError(f"{name} must be float64, as sinkhorn returns it, got {t.dtype}")
-    return _positive("epsilon", epsilon), _positive("scale", scale)
-
-
-def _options(
-    epsilon: float,
-    scale: float,
-    max_iterations: int,
-    tolerance: float,
-    schedule: str,
-    epsilon_scaling: float | None,
-    penalty_x: float | None,
-    penalty_y: float | None,
-) -> tuple[float, float, int, float, int, float, float, float]:
-    if isinstance(max_iterations, bool) or int(max_iterations) != max_iterations:
-        raise TypeError(f"max_iterations must be an integer, got {max_iterations!r}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be positive, got {max_iterations}")
-    tolerance = check_number("tolerance", tolerance)
-    if not 0 <= tolerance < float("inf"):
-        raise ValueError(f"tolerance must be zero or positive, got {tolerance}")
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}")
-    ratio = 0.0
-    if epsilon_scaling is not None:
-        ratio = check_number("epsilon_scaling", epsilon_scaling)
-        if not 0 < ratio < 1:
-            raise ValueError(f"epsilon_scaling must be between 0 and 1, got {ratio}")
-    penalties = [
-        0.0 if value is None else _positive(name, value)
-        for name, value in (("penalty_x", penalty_x), ("penalty_y", penalty_y))
-    ]
-    return (
-        _positive("epsilon", epsilon),
-        _positive("scale", scale),
-        int(max_iterations),
-        tolerance,
-        _SCHEDULES[schedule],
-        ratio,
-        penalties[0],
-        penalties[1],
-    )
-
-
-def _positive(name: str, value: float) -> float:
-    number = check_number(name, value)
-    if not 0 < number < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {number}")
-    return number
 
 
 # --- schema, fake, autograd -----------------------------------------------------------------------

@@ -33,7 +33,14 @@ def sinkhorn_reference(x, y, a, b, **options):
 
 #: So many iterations that the gradient of all of them, which the reference takes, is that of the solution.
 SOLVED = {"epsilon": 1.0, "max_iterations": 30, "tolerance": 0.0}
-SIZES = [(2, 5, 7, 1), (2, 37, 20, 2), (3, 8, 100, 3), (1, 33, 9, 4), (2, 17, 40, 5), (1, 30, 70, 33)]
+SIZES = [
+    (2, 5, 7, 1),
+    (2, 37, 20, 2),
+    (3, 8, 100, 3),
+    (1, 33, 9, 4),
+    (2, 17, 40, 5),
+    (1, 30, 70, 33),
+]
 
 
 def problems(dtype):

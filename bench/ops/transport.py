@@ -1,0 +1,158 @@
+"""Entropic optimal transport: Sinkhorn's iteration, and products with its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench._case import Case, Inputs, Lazy, Outputs, Provider, nbytes
+from pyflowkern import ops
+
+EPSILON = 0.05  # times the number of coordinates
+
+
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def dense_sinkhorn(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int
+) -> Outputs:
+    """Iterate with the matrix of costs in memory, as it is written in a few lines of PyTorch."""
+    cost = (
+        (x[:, :, None] - y[:, None]).square().sum(-1)
+        if x.shape[-1] < 8
+        else torch.cdist(x, y).square()
+    )
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    f = torch.zeros_like(a)
+    for _ in range(iterations):
+        g = -epsilon * torch.logsumexp(a.log()[:, :, None] + (f[:, :, None] - cost) / epsilon, 1)
+        f = -epsilon * torch.logsumexp(b.log()[:, None] + (g[:, None] - cost) / epsilon, 2)
+    return f, g
+
+
+def pot_sinkhorn(inputs: Inputs, epsilon: float, iterations: int) -> Provider:
+    """Python Optimal Transport, in the logarithmic domain, on the tensors' own backend."""
+    import ot
+
+    def run(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        options = {
+            "method": "sinkhorn_log",
+            "numItermax": iterations,
+            "stopThr": 0.0,
+            "warn": False,
+        }
+        plan: Tensor = ot.sinkhorn(
+            a[0], b[0], torch.cdist(x[0], y[0]).double() ** 2, epsilon, **options
+        )
+        return plan
+
+    return run
+
+
+def one_by_one(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int
+) -> Outputs:
+    """A call for each problem of the batch."""
+    found = [
+        ours(*(t[i : i + 1] for t in (x, y, a, b)), epsilon=epsilon, iterations=iterations)
+        for i in range(x.shape[0])
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def ours(x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int) -> Outputs:
+    out = ops.sinkhorn(x, y, a, b, epsilon=epsilon, max_iterations=iterations, tolerance=0.0)
+    return out.f.to(x.dtype), out.g.to(x.dtype)
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def _bytes(inputs: Inputs, outputs: Outputs) -> int:
+    return nbytes(*inputs.values(), *outputs)
+
+
+def clouds(problems: int, n: int, m: int, d: int) -> Any:
+    """Return a ``make_inputs`` of two normal clouds with equal masses."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Inputs:
+        def points(count: int) -> Tensor:
+            drawn = torch.randn(problems, count, d, generator=generator, device=device)
+            return drawn.to(dtype)
+
+        def mass(count: int) -> Tensor:
+            return torch.full((problems, count), 1 / count, device=device, dtype=torch.float64)
+
+        return {"x": points(n), "y": points(m), "a": mass(n), "b": mass(m)}
+
+    return make
+
+
+def sinkhorn(
+    name: str,
+    size: Sequence[int],
+    iterations: int = 100,
+    peers: bool = True,
+    dense: bool = True,
+    **case: Any,
+) -> Case:
+    """Return a case of ``[problems, n, m, d]``; its flops are those of the products alone."""
+    problems, n, m, d = size
+    options = {"epsilon": EPSILON * d, "iterations": iterations}
+    run = {
+        name: lambda f=f, **inputs: f(**inputs, **options) for name, f in {"ours": ours}.items()
+    }
+    providers: dict[str, Any] = {
+        "eager": lambda **inputs: dense_sinkhorn(**inputs, **options),
+        "ours": run["ours"],
+    }
+    if not dense:
+        providers["eager"] = run["ours"]
+    if problems > 1:
+        providers["a call a problem"] = lambda **inputs: one_by_one(**inputs, **options)
+    elif peers:
+        providers["POT"] = Lazy(lambda inputs: pot_sinkhorn(inputs, **options), comparable=False)
+    return Case(
+        name=name,
+        make_inputs=clouds(*size),
+        providers=providers,
+        passes=("forward",),
+        forward_bytes=_bytes,
+        flops=lambda _: 2.0 * iterations * problems * n * m * 2 * d,
+        constants=("x", "y", "a", "b"),
+        compiles=dense and iterations <= 100,
+        **case,
+    )
+
+
+CASES = [
+    sinkhorn(
+        "1000 x 1000, d=2, 100 iterations",
+        (1, 1000, 1000, 2),
+        targets={
+            "forward vs eager": 10.0,
+            "forward vs compile": 4.0,
+            "forward vs POT": 25.0,
+        },
+    ),
+    sinkhorn(
+        "1000 x 1000, d=64, 100 iterations", (1, 1000, 1000, 64), targets={"forward vs floor": 2.0}
+    ),
+    sinkhorn(
+        "512 problems 64 x 64, d=2, 100 iterations",
+        (512, 64, 64, 2),
+        targets={"forward vs a call a problem": 10.0},
+    ),
+    sinkhorn(
+        "50000 x 50000, d=2, 1 iteration",
+        (1, 50000, 50000, 2),
+        1,
+        dense=False,
+        peers=False,
+        extra=True,
+    ),
+]
