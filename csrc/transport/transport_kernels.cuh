@@ -241,7 +241,8 @@ __device__ inline double finish_row(const DeviceProblems& d, int side, int64_t a
   const double damp = penalty > 0 ? penalty / (penalty + epsilon) : 1;
   c.next[at] = old + blend * (damp * (soft + origin) - origin - old);
   const double wanted = penalty > 0 ? ::exp(-(old + origin) / penalty) : 1;
-  return c.mass[at] * ::fabs(::exp((old - soft) / epsilon) - wanted);
+  const double ratio = ::fabs(::exp((old - soft) / epsilon) - wanted);
+  return c.mass[at] == 0 ? 0 : c.mass[at] * ratio;  // without mass it may be infinite
 }
 
 // Half an iteration: the next potentials of one side.

@@ -267,7 +267,10 @@ void softmin_block(const SoftminArgs& a, int64_t block) {
     const Vec<double> d = exp_(Vec<double>::load(ratio + r)) - exp_(Vec<double>::load(wanted + r));
     abs_(d).store(ratio + r);
   }
-  for (int64_t r = 0; r < rows; ++r) error += a.mass[first + r] * ratio[r];
+  for (int64_t r = 0; r < rows; ++r) {
+    const double mass = a.mass[first + r];  // without mass the ratio may be infinite
+    error += mass == 0 ? 0 : mass * ratio[r];
+  }
   a.errors[block] = error;
 }
 

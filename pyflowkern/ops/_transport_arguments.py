@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_floating, check_number, check_same_device, check_shape
+from pyflowkern.core.checks import (
+    check_count,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.codes import SinkhornSchedule, numbered
 
 __all__ = ["check_clouds", "check_plan", "constants", "options_of"]
@@ -70,10 +76,9 @@ def options_of(
     penalty_y: float | None,
 ) -> tuple[float, float, int, float, int, float, float, float]:
     """Return the numbers of the op ``sinkhorn``, checked."""
-    if isinstance(max_iterations, bool) or int(max_iterations) != max_iterations:
-        raise TypeError(f"max_iterations must be an integer, got {max_iterations!r}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be positive, got {max_iterations}")
+    max_iterations = check_count("max_iterations", max_iterations)
+    if max_iterations >= 2**63:
+        raise ValueError(f"max_iterations must be below 2^63, got {max_iterations}")
     tolerance = check_number("tolerance", tolerance)
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance must be zero or positive, got {tolerance}")
@@ -91,7 +96,7 @@ def options_of(
     return (
         _positive("epsilon", epsilon),
         _positive("scale", scale),
-        int(max_iterations),
+        max_iterations,
         tolerance,
         _SCHEDULES[schedule],
         ratio,

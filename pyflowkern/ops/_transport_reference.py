@@ -42,8 +42,9 @@ def sinkhorn(
         )
         for p in range(x.shape[0])
     ]
-    if not solved:
-        return a.new_zeros(0), a.clone(), b.clone(), a.new_zeros(0), a.new_zeros(0).long()
+    if not solved:  # the cost is part of the graph all the same
+        cost = sum(t.double().flatten(1).sum(1) for t in (x, y, a, b))
+        return torch.as_tensor(cost), a.clone(), b.clone(), a.new_zeros(0), a.new_zeros(0).long()
     return tuple(torch.stack(parts) for parts in zip(*solved, strict=True))
 
 
@@ -80,7 +81,11 @@ class _Problem:
         soft = self.soft_minimum(side, epsilon)
         new = soft * (penalty / (penalty + epsilon)) if penalty > 0 else soft
         wanted = torch.exp(-old / penalty) if penalty > 0 else 1.0
-        error = (self.mass[side] * (torch.exp((old - soft) / epsilon) - wanted).abs()).sum()
+        ratio = (
+            torch.exp((old - soft) / epsilon) - wanted
+        ).abs()  # infinite, perhaps, without mass
+        mass = self.mass[side]
+        error = torch.where(mass == 0, torch.zeros_like(mass), mass * ratio).sum()
         return old + blend * (new - old), error
 
     def take(self, g: Tensor, epsilon: float) -> None:

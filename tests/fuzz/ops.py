@@ -2,20 +2,12 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 
+from fuzz.call import Call
+from fuzz.transport import plan_draw, plan_product, sinkhorn
 from pyflowkern import nn, ops
-
-
-@dataclass
-class Call:
-    """A function, its arguments, and the names of those that have the batch as their first axis."""
-
-    function: object
-    arguments: dict
-    batched: tuple = ()
 
 
 def scale_map(draw):
@@ -347,7 +339,8 @@ CALLS = {
     for f in (
         actnorm, affine, affine_coupling, autoregressive_inverse, bits_per_dim, channel_moments,
         dequantize, field_divergence, field_layer, glow_step, householder_matrix, hutchinson_trace,
-        invertible_linear, logit, normal_log_prob, plu_matrix, quantize, rational_quadratic_spline,
-        relu_network, rk_combine, rk_error, slogdet_inverse, spline, spline_coupling,
+        invertible_linear, logit, normal_log_prob, plan_draw, plan_product, plu_matrix, quantize,
+        rational_quadratic_spline, relu_network, rk_combine, rk_error, sinkhorn, slogdet_inverse,
+        spline, spline_coupling,
     )
 }  # fmt: skip
