@@ -119,7 +119,13 @@ struct DeviceTransport {
     begin(nullptr, nullptr);
     d.o.symmetric ? symmetric() : alternating();
     next_epsilon(true);
-    weights(0, false);
+    if (!d.o.symmetric && d.o.scaling > 0) {  // see finish() in transport_solve.h
+      weights(1, false);
+      softmin(0, 1);
+      weights(0, true);
+    } else {
+      weights(0, false);
+    }
     softmin(1, 1, d.o.symmetric);
     check(kOnlyError);
   }

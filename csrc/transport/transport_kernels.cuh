@@ -336,7 +336,11 @@ __global__ void __launch_bounds__(kThreads) epsilon_kernel(const DeviceProblems 
   ProblemState& s = d.state[p];
   if (last) s.epsilon = d.o.epsilon;
   if (s.solved || !(s.epsilon > d.o.epsilon)) return;
-  if (!d.o.symmetric && s.level < kLevelIterations && s.error > kLevelTolerance) return;
+  if (d.o.symmetric) {
+    if (s.epsilon == s.extent && s.level < 2) return;  // as in transport_solve.h
+  } else if (s.level < kLevelIterations && s.error > kLevelTolerance) {
+    return;
+  }
   s.epsilon = max(s.epsilon * d.o.scaling, d.o.epsilon);
   s.level = 0;
 }

@@ -17,6 +17,8 @@ inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double exte
   for (double e = extent; o.scaling > 0 && e > o.epsilon; e *= o.scaling) {
     if (static_cast<int64_t>(levels.size()) == o.iterations) break;
     levels.push_back(e);
+    // so begins the schedule of Feydy et al.
+    if (o.symmetric && levels.size() == 1 && o.iterations > 1) levels.push_back(e);
   }
   return levels;
 }
@@ -73,12 +75,20 @@ struct Iteration {
     problem.accept(0), problem.accept(1);
   }
 
+  // Where the iterations ran out among the larger epsilons, f at least is one of the last.
+  void finish() {
+    problem.half(0, o.epsilon, o.penalty[0], 1);
+    problem.accept(0);
+  }
+
   void run() {
     const std::vector<double> levels = larger_epsilons(o, problem.extent);
     if (o.symmetric) whole_step(levels.empty() ? o.epsilon : levels[0]);
     for (double e : levels) o.symmetric ? symmetric(e, 1) : alternating_level(e);
+    const bool reached = levels.empty() || done < o.iterations;
     o.symmetric ? symmetric(o.epsilon, o.iterations) : alternating();
     if (o.symmetric) whole_step(o.epsilon);
+    if (!o.symmetric && !reached) finish();
     if (o.symmetric || done == o.iterations) error = problem.half(1, o.epsilon, o.penalty[1], 1);
   }
 };

@@ -121,7 +121,9 @@ class _Problem:
             self.potential = new
             self.done += 1
 
-    def larger_epsilons(self, epsilon: float, scaling: float, most: int) -> list[float]:
+    def larger_epsilons(
+        self, epsilon: float, scaling: float, most: int, symmetric: bool
+    ) -> list[float]:
         if not scaling > 0:
             return []
         points = torch.cat([self.x, self.y]).double()
@@ -130,12 +132,14 @@ class _Problem:
         while extent > epsilon and len(levels) < most:
             levels.append(extent)
             extent *= scaling
+        if symmetric:  # so begins the schedule of Feydy et al.
+            levels = (levels[:1] + levels)[:most]
         return levels
 
     def solve(
         self, epsilon: float, iterations: int, tolerance: float, symmetric: bool, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        levels = self.larger_epsilons(epsilon, scaling, iterations)
+        levels = self.larger_epsilons(epsilon, scaling, iterations, symmetric)
         if symmetric:
             self.potential = self.both(levels[0] if levels else epsilon, 1.0)
         for level in levels:
@@ -144,11 +148,14 @@ class _Problem:
                 self.symmetric(level, min(1, rest), 0.0)
             else:
                 self.alternating_level(level, min(LEVEL_ITERATIONS, rest))
+        reached = not levels or self.done < iterations
         (self.symmetric if symmetric else self.alternating)(
             epsilon, iterations - self.done, tolerance
         )
         if symmetric:
             self.potential = self.both(epsilon, 1.0)
+        elif not reached:  # f at least is one of the last epsilon
+            self.potential[0], _ = self.half(0, epsilon)
         if symmetric or self.done == iterations:
             self.error = self.half(1, epsilon)[1]
         # where NaN ended the iteration, the potentials are not those of any plan
