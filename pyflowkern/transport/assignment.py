@@ -1,0 +1,91 @@
+"""Exact transport of small clouds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyflowkern.core.checks import check_floating
+from pyflowkern.transport._arguments import parse_clouds
+
+__all__ = ["assign", "assignment", "exact_plan"]
+
+#: Unequal clouds are repeated until they are equal: up to so many points.
+MOST_REPEATED = 4096
+
+
+def assignment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return the pairs of smallest total squared distance; each point is in one pair at most.
+
+    SciPy solves it on the host in float64, in :math:`O(n^3)`: for some thousand points.
+
+    Args:
+        x: ``[n, d]`` or ``[B, n, d]``.
+        y: ``[m, d]`` or ``[B, m, d]``.
+
+    Returns:
+        ``i`` (rising) and ``j``, int64, ``[min(n, m)]`` or ``[B, min(n, m)]``, on the device of ``x``.
+
+    Raises:
+        ImportError: without SciPy.
+        TypeError, ValueError: as :func:`sinkhorn`.
+
+    Source: Kuhn (1955); Crouse (2016) for the algorithm.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import transport
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> i, j = transport.assignment(x, x.flip(0) + 5)
+        >>> i.tolist(), j.tolist()
+        ([0, 1, 2], [2, 1, 0])
+    """
+    clouds = parse_clouds(x, y, None, None, balanced=True)
+    found = [
+        assign(squared_distances(one, other))
+        for one, other in zip(clouds.x, clouds.y, strict=True)
+    ]
+    least = min(clouds.x.shape[1], clouds.y.shape[1])
+    if not found:
+        empty = x.new_zeros(0, least, dtype=torch.int64)
+        return empty, empty.clone()
+    i, j = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return (i, j) if clouds.batched else (i[0], j[0])
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the squared distances of two clouds ``[n, d]`` and ``[m, d]`` in float64."""
+    return torch.cdist(
+        x.detach().double(), y.detach().double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+
+
+def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pairs of smallest total cost, of a matrix ``[n, m]``."""
+    check_floating("cost", cost)
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError(
+            'exact transport needs SciPy (pip install scipy); method="sinkhorn" does without'
+        ) from error
+    i, j = linear_sum_assignment(cost.detach().double().cpu().numpy())
+    return tuple(torch.as_tensor(t, dtype=torch.int64, device=cost.device) for t in (i, j))  # type: ignore[return-value]
+
+
+def exact_plan(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cells of equal mass that make an optimal plan of uniform masses, of a matrix ``[n, m]``.
+
+    Equal counts have a permutation; others are repeated until they are equal.
+    """
+    n, m = cost.shape
+    k = math.lcm(n, m)
+    if n != m and k > MOST_REPEATED:
+        raise ValueError(
+            f"x0 and x1 must have equal counts, or counts with a common multiple up to {MOST_REPEATED}, "
+            f"for an exact plan, got {n} and {m}"
+        )
+    i, j = assign(cost.repeat_interleave(k // n, 0).repeat_interleave(k // m, 1))
+    return i // (k // n), j // (k // m)

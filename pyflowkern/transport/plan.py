@@ -1,0 +1,257 @@
+"""The plan of a solved problem: products, sums and draws, without its matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.core.checks import check_flag, check_floating
+from pyflowkern.nn._base import check_count
+from pyflowkern.transport._arguments import check_generator
+
+__all__ = ["Plan", "draw_from_sums"]
+
+#: Draws without replacement give up after this many for each cell that is wanted, and some more.
+MOST_DRAWS, SOME_MORE = 100, 10_000
+
+
+class Plan:
+    r"""The plan :math:`P_{ij} = a_i b_j \exp((f_i + g_j - C_{ij}) / \varepsilon)` as a linear map.
+
+    Kept are the points and the potentials, :math:`O((n + m) d)` numbers; whatever is asked for is computed tile by
+    tile.  Made by :func:`sinkhorn`, as :attr:`Solution.plan`.
+
+    Args:
+        x: points ``[B, n, d]``; ``y``: ``[B, m, d]``.
+        a: masses ``[B, n]``, float64; ``b``: ``[B, m]``.
+        f: potential of ``x`` ``[B, n]``, float64; ``g``: of ``y``, ``[B, m]``.
+        epsilon: the weight of the entropy.
+        scale: the cost is ``scale`` times the squared distance.
+        batched: whether results have the axis of problems.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import transport
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> plan = transport.sinkhorn(x, x + 2, epsilon=0.1).plan
+        >>> [round(v, 3) for v in (plan @ torch.ones(2)).tolist()], plan.T.shape
+        ([0.5, 0.5], (2, 2))
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        f: Tensor,
+        g: Tensor,
+        *,
+        epsilon: float,
+        scale: float = 1.0,
+        batched: bool = False,
+    ) -> None:
+        self.x, self.y, self.a, self.b, self.f, self.g = (t.detach() for t in (x, y, a, b, f, g))
+        self.epsilon, self.scale, self.batched = epsilon, scale, batched
+        self._sums: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(n, m)``, or ``(B, n, m)``."""
+        size = (self.x.shape[0], self.x.shape[1], self.y.shape[1])
+        return size if self.batched else size[1:]
+
+    @property
+    def T(self) -> Plan:
+        """The transposed plan, from ``y`` to ``x``."""
+        return self._like(self.y, self.x, self.b, self.a, self.g, self.f)
+
+    def __matmul__(self, matrix: Tensor) -> Tensor:
+        """Multiply by ``[m, k]`` or ``[m]``, after the axis of problems if there is one; differentiable in it.
+
+        Raises:
+            TypeError: for another dtype than that of the points.
+            ValueError: for a shape that does not fit.
+        """
+        check_floating("matrix", matrix)
+        given = matrix if self.batched else matrix[None]
+        vector = given.dim() == 2
+        if vector:
+            given = given[..., None]
+        if given.dim() != 3 or given.shape[:2] != self.y.shape[:2]:
+            raise ValueError(
+                f"matrix must have shape {self.shape[:-2] + self.shape[-1:]} or one axis more, "
+                f"got {tuple(matrix.shape)}"
+            )
+        out = self._product(given)
+        out = out[..., 0] if vector else out
+        return out if self.batched else out[0]
+
+    def row_sums(self) -> Tensor:
+        """Return the mass that leaves each point of ``x``, ``[n]``; it is computed once."""
+        if self._sums is None:
+            self._sums = self._product(torch.ones_like(self.y[..., :1]))[..., 0]
+        return self._sums if self.batched else self._sums[0]
+
+    def column_sums(self) -> Tensor:
+        """Return the mass that reaches each point of ``y``, ``[m]``."""
+        return self.T.row_sums()
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix ``[n, m]``, of the dtype of the points; for small problems."""
+        x, y = self.x.double(), self.y.double()
+        cost = self.scale * (x[:, :, None] - y[:, None]).square().sum(-1)
+        score = (self.f[:, :, None] + self.g[:, None] - cost) / self.epsilon
+        out = (self.a[:, :, None] * self.b[:, None] * score.exp()).to(self.x.dtype)
+        return out if self.batched else out[0]
+
+    def conditional_mean(self, values: Tensor | None = None) -> Tensor:
+        r"""Return :math:`\sum_j P_{ij} v_j / \sum_j P_{ij}`, ``[n, k]``.
+
+        The values ``v`` ``[m, k]`` are the points ``y`` if None.  A point of ``x``
+        without mass has a mean as well: masses ``a`` cancel.
+        """
+        given = self.y if values is None else (values if self.batched else values[None])
+        if given.dim() != 3 or given.shape[:2] != self.y.shape[:2]:
+            raise ValueError(
+                f"values must have shape {self.shape[:-2] + self.shape[-1:]} and one axis more, "
+                f"got {tuple(given.shape if self.batched else given.shape[1:])}"
+            )
+        rows = self._like(self.x, self.y, torch.ones_like(self.a), self.b, self.f, self.g)
+        centre = given.detach().mean(1, keepdim=True)
+        sums = rows._product(torch.cat([given - centre, torch.ones_like(given[..., :1])], -1))
+        out = sums[..., :-1] / sums[..., -1:] + centre
+        return out if self.batched else out[0]
+
+    def transport_cost(self) -> Tensor:
+        r"""Return :math:`\langle P, C \rangle`, the cost without the entropy, in float64; not differentiable."""
+        x, y = self.x.double(), self.y.double()
+        wide = self._like(x, y, self.a, self.b, self.f, self.g)
+        centre = y.mean(1, keepdim=True)
+        x, y = x - centre, y - centre
+        squares = y.square().sum(-1, keepdim=True)
+        sums = wide._product(torch.cat([y, squares, torch.ones_like(squares)], -1))
+        cross = 2 * (x * sums[..., :-2]).sum(-1)
+        each = x.square().sum(-1) * sums[..., -1] - cross + sums[..., -2]
+        total = self.scale * each.sum(-1)
+        return total if self.batched else total[0]
+
+    def pairs(
+        self,
+        n: int | None = None,
+        *,
+        replace: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        r"""Draw cells ``(i, j)`` of the plan.
+
+        Without ``n`` each row is there once, with a column of probability :math:`P_{ij} / \sum_j P_{ij}`.  With
+        ``n``, cells have probability :math:`P_{ij} / \sum P`: a row is drawn by the sums of rows, then a column of
+        it.  With ``replace=False`` the cells differ, as if each was taken out once drawn; repeated draws are thrown
+        away, which is the same.
+
+        Args:
+            n: how many cells.
+            replace: whether a cell may come again.
+            generator: the source of random numbers, on the device of the points.
+
+        Returns:
+            ``i`` and ``j``, int64, ``[n]``, or ``[B, n]`` for a batch of problems.
+
+        Raises:
+            TypeError: for an ``n`` that is no int, a ``replace`` that is no bool, or a wrong generator.
+            ValueError: for an ``n`` below 1, a plan without mass, and for ``replace=False`` where fewer than ``n``
+                cells carry (enough) mass.
+
+        Example:
+            >>> import torch
+            >>> from pyflowkern import transport
+            >>> x = torch.tensor([[0.0], [1.0]])
+            >>> i, j = transport.sinkhorn(x, x.flip(0), epsilon=0.01).pairs()
+            >>> i.tolist(), j.tolist()
+            ([0, 1], [1, 0])
+        """
+        check_generator(generator)
+        check_flag("replace", replace)
+        if n is None:
+            rows = torch.arange(self.x.shape[1], device=self.x.device)
+            rows = rows.expand(self.x.shape[0], -1).contiguous()
+            out = rows, self._columns(rows, generator)
+        else:
+            n = check_count("n", n)
+            self.row_sums()  # here, so that those of each problem are parts of it
+            out = self._cells(n, generator) if replace else self._distinct(n, generator)
+        return out if self.batched else (out[0][0], out[1][0])
+
+    # --- what the rest is made of -----------------------------------------------------------------
+
+    def _like(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Plan:
+        return Plan(x, y, a, b, f, g, epsilon=self.epsilon, scale=self.scale, batched=self.batched)
+
+    def _product(self, matrix: Tensor) -> Tensor:
+        plan = (self.x, self.y, self.a, self.b, self.f, self.g)
+        return ops.plan_product(*plan, matrix, epsilon=self.epsilon, scale=self.scale)
+
+    def _columns(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        uniforms = torch.rand(
+            rows.shape, dtype=torch.float64, device=rows.device, generator=generator
+        )
+        x = self.x.gather(1, rows[..., None].expand(-1, -1, self.x.shape[2]))
+        a, f = self.a.gather(1, rows), self.f.gather(1, rows)
+        plan = (x, self.y, a, self.b, f, self.g)
+        return ops.plan_draw(*plan, uniforms, epsilon=self.epsilon, scale=self.scale)
+
+    def _cells(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        assert self._sums is not None
+        rows = draw_from_sums(self._sums, n, generator)
+        return rows, self._columns(rows, generator)
+
+    def _distinct(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        found = [self._distinct_of(p, n, generator) for p in range(self.x.shape[0])]
+        cells = torch.stack(found) if found else self.f.new_zeros(0, n, dtype=torch.int64)
+        columns = self.y.shape[1]
+        return cells // columns, cells % columns
+
+    def _distinct_of(self, p: int, n: int, generator: torch.Generator | None) -> Tensor:
+        one = self._like(*(t[p : p + 1] for t in (self.x, self.y, self.a, self.b, self.f, self.g)))
+        assert self._sums is not None
+        one._sums = self._sums[p : p + 1]
+        columns = self.y.shape[1]
+        most = int((one._sums > 0).sum()) * int((one.b > 0).sum())
+        if n > most:
+            raise ValueError(f"n must be at most {most}, the cells of the plan with mass, got {n}")
+        found, drawn, batch = one.f.new_zeros(0, dtype=torch.int64), 0, n
+        while len(found) < n:
+            if drawn > MOST_DRAWS * n + SOME_MORE:
+                raise ValueError(
+                    f"n must be fewer distinct cells: {drawn} draws found only {len(found)} of {n}, "
+                    "as hardly any others carry mass; take replace=True or a larger epsilon"
+                )
+            i, j = one._cells(batch, generator)
+            found = _first_of_each(torch.cat([found, i[0] * columns + j[0]]))
+            drawn += batch
+            batch = min(2 * batch, n + SOME_MORE)
+        return found[:n]
+
+
+def _first_of_each(values: Tensor) -> Tensor:
+    """Return the values without repeats, in the order in which they first come."""
+    order = values.argsort(stable=True)
+    ordered = values[order]
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return values[order[first].sort().values]
+
+
+def draw_from_sums(sums: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw ``n`` indices of the last axis with probabilities in proportion to ``sums`` ``[B, k]``, ``[B, n]``."""
+    upto = sums.double().cumsum(-1)
+    total = upto[..., -1:]
+    if not bool(((total > 0) & total.isfinite()).all()):
+        raise ValueError("the plan must carry mass that is finite, got one of none, or of NaN")
+    shape = (*sums.shape[:-1], n)
+    uniforms = torch.rand(shape, dtype=torch.float64, device=sums.device, generator=generator)
+    # below the total also where the product is rounded up: the index is then one that has mass
+    wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(upto, wanted, right=True)

@@ -1,0 +1,339 @@
+"""Pairs of samples of two batches by optimal transport."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pyflowkern.core.checks import check_flag, check_floating
+from pyflowkern.nn._base import check_count
+from pyflowkern.transport._arguments import check_generator, check_pair, positive
+from pyflowkern.transport.assignment import exact_plan, squared_distances
+from pyflowkern.transport.plan import draw_from_sums
+from pyflowkern.transport.solution import Solution
+from pyflowkern.transport.solver import sinkhorn
+
+__all__ = ["OTPlanSampler", "PairedBatches", "wasserstein"]
+
+METHODS = ("exact", "sinkhorn", "unbalanced")
+
+
+class OTPlanSampler:
+    r"""Draws pairs from a plan of optimal transport between two batches, on their device.
+
+    The cost is the squared distance of flattened samples, and all samples of a batch have the same mass.
+
+    Args:
+        method: "exact" (by SciPy, on the host; some thousand samples), "sinkhorn" (entropic), or "unbalanced"
+            (entropic, with marginals that are penalized).
+        reg: the weight of the entropy, in units of the cost.
+        reg_m: the weight of the penalty on the marginals; of "unbalanced" alone.
+        normalize_cost: divide the cost by its largest value, so that ``reg`` does not depend on the scale of the data.
+        max_iterations: most iterations of a plan that is not exact.
+        tolerance: the error of its marginals, in units of mass, at which it is solved.
+
+    Raises:
+        ValueError: for another method, or weights that are not positive.
+
+    Source: Tong et al. (2024), minibatch optimal transport; Pooladian et al. (2023).
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import transport
+        >>> x0 = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> sampler = transport.OTPlanSampler("exact")
+        >>> pairs = sampler.sample_plan(x0, x0.flip(0) + 5, replace=False)
+        >>> (pairs[1] - pairs[0]).flatten().tolist()
+        [5.0, 5.0, 5.0]
+    """
+
+    def __init__(
+        self,
+        method: str = "exact",
+        reg: float = 0.05,
+        reg_m: float = 1.0,
+        normalize_cost: bool = False,
+        *,
+        max_iterations: int = 1000,
+        tolerance: float = 1e-3,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        self.method = method
+        self.reg, self.reg_m = positive("reg", reg), positive("reg_m", reg_m)
+        self.normalize_cost = check_flag("normalize_cost", normalize_cost)
+        self.max_iterations, self.tolerance = max_iterations, tolerance
+
+    def solve(self, x0: Tensor, x1: Tensor) -> Solution:
+        """Return the entropic plan as a :class:`Solution`, of ``x0`` ``[n, *shape]`` and ``x1`` ``[m, *shape]``.
+
+        Raises:
+            ValueError: for an exact plan, which has no potentials here.
+        """
+        if self.method == "exact":
+            raise ValueError('method must be "sinkhorn" or "unbalanced" for a solution')
+        x0, x1 = _flat(x0, x1)
+        scale = largest_cost(x0, x1) if self.normalize_cost else 1.0
+        return sinkhorn(
+            x0,
+            x1,
+            epsilon=self.reg * scale,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+            unbalanced=self.reg_m * scale if self.method == "unbalanced" else None,
+        )
+
+    def get_map(self, x0: Tensor, x1: Tensor) -> Tensor:
+        """Return the whole plan ``[n, m]``, of the dtype of ``x0``; for small batches."""
+        if self.method != "exact":
+            return self.solve(x0, x1).plan.dense()
+        flat0, flat1 = _flat(x0, x1)
+        i, j = exact_plan(squared_distances(flat0, flat1))
+        out = x0.new_zeros(len(x0), len(x1))
+        return out.index_put_((i, j), out.new_tensor(1 / len(i)), accumulate=True)
+
+    def sample_map(
+        self,
+        pi: Tensor,
+        batch_size: int,
+        replace: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``batch_size`` cells of a plan ``pi`` ``[n, m]`` in proportion to their mass.
+
+        Args:
+            pi: the plan.
+            batch_size: how many cells.
+            replace: whether a cell may come again.
+            generator: the source of random numbers.
+
+        Returns:
+            ``i`` and ``j``, int64, ``[batch_size]``.
+
+        Raises:
+            ValueError: for a plan of another shape or without mass, or where fewer cells have mass than are wanted.
+        """
+        check_floating("pi", pi)
+        batch_size = check_count("batch_size", batch_size)
+        check_flag("replace", replace)
+        check_generator(generator)
+        if pi.dim() != 2 or not pi.numel():
+            raise ValueError(f"pi must have shape [n, m], got {tuple(pi.shape)}")
+        mass = pi.detach().double().flatten()
+        if replace:
+            cells = draw_from_sums(mass[None], batch_size, generator)[0]
+        else:
+            if not int((mass > 0).sum()) >= batch_size:
+                raise ValueError(
+                    f"batch_size must be at most the number of cells of pi with mass, got {batch_size}"
+                )
+            # waiting times with rates of the masses: the first that end are draws without replacement
+            waits = mass.new_empty(mass.shape).exponential_(generator=generator) / mass
+            cells = waits.topk(batch_size, largest=False).indices
+        return cells // pi.shape[1], cells % pi.shape[1]
+
+    def pairs(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        replace: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the indices of as many pairs as ``x0`` has samples.
+
+        With ``replace`` they are independent draws from the plan.  Without, every sample of ``x0`` is there once, in
+        its order, and its partner is drawn given it; the pairs of an exact plan of equal counts are a permutation.
+        """
+        check_flag("replace", replace)
+        check_generator(generator)
+        if self.method != "exact":
+            return self.solve(x0, x1).pairs(len(x0) if replace else None, generator=generator)
+        flat0, flat1 = _flat(x0, x1)
+        i, j = exact_plan(squared_distances(flat0, flat1))
+        if replace:
+            k = torch.randint(len(i), (len(x0),), device=i.device, generator=generator)
+        else:  # the cells are ordered by row, each of which has as many
+            each = len(i) // len(x0)
+            k = torch.arange(0, len(i), each, device=i.device)
+            k = k + torch.randint(each, k.shape, device=i.device, generator=generator)
+        return i[k], j[k]
+
+    def sample_plan(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        replace: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return as many pairs of samples as ``x0`` has, ``[n, *shape]`` twice: see :meth:`pairs`.
+
+        Args:
+            x0: ``[n, *shape]``.
+            x1: ``[m, *shape]``.
+            replace: whether a sample of ``x0`` may come again.
+            generator: the source of random numbers, on the device of the samples.
+        """
+        i, j = self.pairs(x0, x1, replace, generator=generator)
+        return x0[i], x1[j]
+
+    def sample_plan_with_labels(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        y0: Tensor | None = None,
+        y1: Tensor | None = None,
+        replace: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return pairs of samples and what belongs to them, ``y0`` ``[n, ...]`` and ``y1`` ``[m, ...]``."""
+        i, j = self.pairs(x0, x1, replace, generator=generator)
+        return x0[i], x1[j], None if y0 is None else y0[i], None if y1 is None else y1[j]
+
+    def sample_trajectory(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return paths through snapshots ``[n, times, *shape]``: each point's next is drawn from the plan to there."""
+        check_floating("x", x)
+        if x.dim() < 3:
+            raise ValueError(f"x must have shape [n, times, *shape], got {tuple(x.shape)}")
+        index = torch.arange(len(x), device=x.device)
+        path = [x[:, 0]]
+        for k in range(1, x.shape[1]):
+            _, j = self.pairs(x[:, k - 1], x[:, k], False, generator=generator)
+            index = j[index]
+            path.append(x[index, k])
+        return torch.stack(path, 1)
+
+
+class PairedBatches:
+    r"""Minibatches of pairs, from one plan for many of them.
+
+    Plans of more samples than a minibatch has come closer to the true transport, and so straighten paths more
+    (Klein et al., 2025).  ``plan_size`` samples are drawn from each side, one plan is solved, every sample of the
+    source gets a partner, and ``plan_size // batch_size`` minibatches are handed out.  Then a new plan begins.
+
+    Use them with a matcher that pairs no more: ``ConditionalFlowMatcher``, or ``SchrodingerBridge...`` with
+    ``ot_method=None``.
+
+    Args:
+        source: all samples ``[N, *shape]``, from which ``plan_size`` different ones are drawn, or a function that is
+            given a count and returns so many.
+        target: likewise.
+        plan_size: samples of a plan.
+        batch_size: pairs of a minibatch; divides ``plan_size``.
+        sampler: how pairs are drawn; entropic, with ``reg=0.05`` of the largest cost, if None.
+        generator: the source of random numbers.
+
+    Raises:
+        TypeError: for a source that is neither a tensor nor a function.
+        ValueError: for sizes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import transport
+        >>> pairs = transport.PairedBatches(lambda n: torch.randn(n, 2), torch.randn(1000, 2) + 3,
+        ...                                 plan_size=512, batch_size=128)
+        >>> x0, x1 = next(iter(pairs))
+        >>> tuple(x0.shape), tuple(x1.shape)
+        ((128, 2), (128, 2))
+    """
+
+    def __init__(
+        self,
+        source: Tensor | Callable[[int], Tensor],
+        target: Tensor | Callable[[int], Tensor],
+        *,
+        plan_size: int = 16_384,
+        batch_size: int = 512,
+        sampler: OTPlanSampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.plan_size = check_count("plan_size", plan_size)
+        self.batch_size = check_count("batch_size", batch_size)
+        if plan_size % batch_size:
+            raise ValueError(f"batch_size must divide plan_size, got {batch_size} and {plan_size}")
+        check_generator(generator)
+        self.sampler = sampler or OTPlanSampler("sinkhorn", 0.005, normalize_cost=True)
+        self.generator = generator
+        for name, side in (("source", source), ("target", target)):
+            if not isinstance(side, Tensor) and not callable(side):
+                raise TypeError(
+                    f"{name} must be a tensor or a function, got {type(side).__name__}"
+                )
+            if isinstance(side, Tensor) and len(side) < plan_size:
+                raise ValueError(
+                    f"{name} must have at least plan_size = {plan_size} samples, got {len(side)}"
+                )
+        self.source, self.target = source, target
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(x0, x1)`` of ``batch_size`` pairs, without end."""
+        while True:
+            x0, x1 = self._draw(self.source), self._draw(self.target)
+            x0, x1 = self.sampler.sample_plan(x0, x1, False, generator=self.generator)
+            order = torch.randperm(len(x0), device=x0.device, generator=self.generator)
+            for part in order.split(self.batch_size):
+                yield x0[part], x1[part]
+
+    def _draw(self, side: Tensor | Callable[[int], Tensor]) -> Tensor:
+        if not isinstance(side, Tensor):
+            return side(self.plan_size)
+        order = torch.randperm(len(side), device=side.device, generator=self.generator)
+        return side[order[: self.plan_size]]
+
+
+def wasserstein(
+    x0: Tensor,
+    x1: Tensor,
+    method: str | None = None,
+    reg: float = 0.05,
+    power: int = 2,
+) -> float:
+    r"""Return the Wasserstein distance :math:`(\sum_{ij} P_{ij} |x_i - y_j|^p)^{1/p}` of two batches.
+
+    Args:
+        x0: ``[n, *shape]``.
+        x1: ``[m, *shape]``.
+        method: "exact", also if None, or "sinkhorn": the plan is then the entropic one, the sum without its entropy.
+        reg: the weight of the entropy.
+        power: ``p``, 1 or 2; of "sinkhorn" 2 alone.
+
+    Raises:
+        ValueError: for another method or power.
+
+    Example:
+        >>> import torch
+        >>> from pyflowkern import transport
+        >>> x = torch.randn(50, 2)
+        >>> round(transport.wasserstein(x, x + torch.tensor([3.0, 4.0])), 4)
+        5.0
+    """
+    method = "exact" if method is None else method
+    if method not in ("exact", "sinkhorn"):
+        raise ValueError(f"method must be 'exact' or 'sinkhorn', got {method!r}")
+    if power not in (1, 2) or (power == 1 and method == "sinkhorn"):
+        raise ValueError(f"power must be 2, or 1 if exact, got {power!r}")
+    if method == "sinkhorn":
+        cost = OTPlanSampler("sinkhorn", reg).solve(x0, x1).plan.transport_cost()
+        return float(cost.clamp(min=0).sqrt())
+    costs = squared_distances(*_flat(x0, x1))
+    costs = costs if power == 2 else costs.sqrt()
+    mean = float(costs[exact_plan(costs)].mean())
+    return mean if power == 1 else math.sqrt(mean)
+
+
+def largest_cost(x0: Tensor, x1: Tensor) -> float:
+    """Return the largest squared distance between two clouds, some rows at a time; waits for the device."""
+    rows = max(1, 4_000_000 // len(x1))
+    parts = [squared_distances(part, x1).max() for part in x0.split(rows)]
+    return float(torch.stack(parts).max()) or 1.0
+
+
+def _flat(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    check_pair(x0, x1)
+    return x0.detach().flatten(1), x1.detach().flatten(1)
