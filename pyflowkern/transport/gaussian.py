@@ -19,8 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_floating, check_number
-from pyflowkern.nn._base import check_count
+from pyflowkern.core.checks import check_count, check_floating, check_number
 from pyflowkern.transport._arguments import check_generator, positive
 
 __all__ = ["GaussianBridge", "GaussianPath", "gaussian_bridge", "independent_gaussian_path"]
@@ -173,9 +172,9 @@ class GaussianPath:
 
     def _solved(self, t: float | Tensor, x: Tensor) -> Tensor:
         cov, centred = self.marginal(t)[1], self._centred(t, x)
-        if cov.dim() == 2:
-            return torch.linalg.solve(cov, centred.mT).mT
-        return torch.linalg.solve(cov, centred[..., None])[..., 0]
+        columns = centred.mT if cov.dim() == 2 else centred[..., None]
+        solved: Tensor = torch.linalg.solve(cov, columns)
+        return solved.mT if cov.dim() == 2 else solved[..., 0]
 
     def _field(self, t: float | Tensor, x: Tensor, gain: Tensor) -> Tensor:
         solved = self._solved(t, x)

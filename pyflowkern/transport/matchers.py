@@ -247,7 +247,7 @@ class SinkhornOptimalTransportConditionalFlowMatcher(_Coupled):
         sigma: float = 0.0,
         reg: float = 0.05,
         *,
-        normalize_cost: bool = False,
+        normalize_cost: bool | str = False,
         replace: bool = True,
     ) -> None:
         sampler = OTPlanSampler("sinkhorn", reg, normalize_cost=normalize_cost)
@@ -271,8 +271,8 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
         >>> import torch
         >>> from pyflowkern import transport
         >>> matcher = transport.TargetConditionalFlowMatcher(sigma=0.1)
-        >>> matcher.compute_sigma_t(1.0)
-        0.1
+        >>> matcher.compute_sigma_t(0.0)
+        1.0
     """
 
     def compute_mu_t(self, x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:

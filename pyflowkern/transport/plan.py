@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_flag, check_floating
-from pyflowkern.nn._base import check_count
+from pyflowkern.core.checks import check_count, check_flag, check_floating
 from pyflowkern.transport._arguments import check_generator
 
 __all__ = ["Plan", "draw_from_sums"]

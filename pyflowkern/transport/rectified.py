@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode
-from pyflowkern.core.checks import check_floating
-from pyflowkern.nn._base import check_count
+from pyflowkern.core.checks import check_count, check_floating
 from pyflowkern.ode.solve import warn_unless_ok
 from pyflowkern.transport.matchers import ConditionalFlowMatcher
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag, check_floating
-from pyflowkern.nn._base import check_count
+from pyflowkern.core.checks import check_count, check_flag, check_floating
 from pyflowkern.transport._arguments import check_generator, check_pair, positive
 from pyflowkern.transport.assignment import exact_plan, squared_distances
 from pyflowkern.transport.plan import draw_from_sums
@@ -31,7 +30,9 @@ class OTPlanSampler:
             (entropic, with marginals that are penalized).
         reg: the weight of the entropy, in units of the cost.
         reg_m: the weight of the penalty on the marginals; of "unbalanced" alone.
-        normalize_cost: divide the cost by its largest value, so that ``reg`` does not depend on the scale of the data.
+        normalize_cost: whether ``reg`` and ``reg_m`` are in units of the largest cost, so that they do not depend on the
+            scale of the data; or "spread": in units of the mean cost of centred batches, which does not depend on their
+            distance either, and is cheap.
         max_iterations: most iterations of a plan that is not exact.
         tolerance: the error of its marginals, in units of mass, at which it is solved.
 
@@ -55,7 +56,7 @@ class OTPlanSampler:
         method: str = "exact",
         reg: float = 0.05,
         reg_m: float = 1.0,
-        normalize_cost: bool = False,
+        normalize_cost: bool | str = False,
         *,
         max_iterations: int = 1000,
         tolerance: float = 1e-3,
@@ -64,7 +65,14 @@ class OTPlanSampler:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
         self.method = method
         self.reg, self.reg_m = positive("reg", reg), positive("reg_m", reg_m)
-        self.normalize_cost = check_flag("normalize_cost", normalize_cost)
+        if isinstance(normalize_cost, str):
+            if normalize_cost != "spread":
+                raise ValueError(
+                    f"normalize_cost must be True, False or 'spread', got {normalize_cost!r}"
+                )
+        else:
+            check_flag("normalize_cost", normalize_cost)
+        self.normalize_cost = normalize_cost
         self.max_iterations, self.tolerance = max_iterations, tolerance
 
     def solve(self, x0: Tensor, x1: Tensor) -> Solution:
@@ -76,7 +84,10 @@ class OTPlanSampler:
         if self.method == "exact":
             raise ValueError('method must be "sinkhorn" or "unbalanced" for a solution')
         x0, x1 = _flat(x0, x1)
-        scale = largest_cost(x0, x1) if self.normalize_cost else 1.0
+        if self.normalize_cost == "spread":
+            scale = _spread(x0, x1)
+        else:
+            scale = _largest_cost(x0, x1) if self.normalize_cost else 1.0
         return sinkhorn(
             x0,
             x1,
@@ -226,7 +237,7 @@ class PairedBatches:
         target: likewise.
         plan_size: samples of a plan.
         batch_size: pairs of a minibatch; divides ``plan_size``.
-        sampler: how pairs are drawn; entropic, with ``reg=0.05`` of the largest cost, if None.
+        sampler: how pairs are drawn; entropic, with ``reg=0.01`` of the spread, if None.
         generator: the source of random numbers.
 
     Raises:
@@ -258,7 +269,7 @@ class PairedBatches:
         if plan_size % batch_size:
             raise ValueError(f"batch_size must divide plan_size, got {batch_size} and {plan_size}")
         check_generator(generator)
-        self.sampler = sampler or OTPlanSampler("sinkhorn", 0.005, normalize_cost=True)
+        self.sampler = sampler or OTPlanSampler("sinkhorn", 0.01, normalize_cost="spread")
         self.generator = generator
         for name, side in (("source", source), ("target", target)):
             if not isinstance(side, Tensor) and not callable(side):
@@ -327,11 +338,17 @@ def wasserstein(
     return mean if power == 1 else math.sqrt(mean)
 
 
-def largest_cost(x0: Tensor, x1: Tensor) -> float:
+def _largest_cost(x0: Tensor, x1: Tensor) -> float:
     """Return the largest squared distance between two clouds, some rows at a time; waits for the device."""
     rows = max(1, 4_000_000 // len(x1))
     parts = [squared_distances(part, x1).max() for part in x0.split(rows)]
     return float(torch.stack(parts).max()) or 1.0
+
+
+def _spread(x0: Tensor, x1: Tensor) -> float:
+    """Return the mean squared distance of two clouds, each centred by its mean; waits for the device."""
+    parts = [(x - x.mean(0)).double().square().sum(1).mean() for x in (x0, x1)]
+    return float(parts[0] + parts[1]) or 1.0
 
 
 def _flat(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ class Status(IntEnum):
 
     * ``converged``: the error of the marginals is within the tolerance.
     * ``not_converged``: it took as many iterations as it was allowed; :attr:`Solution.error` says how far it came.
-    * ``non_finite``: the error is NaN or infinite.
+    * ``non_finite``: the cost or the error is NaN, or the cost infinite.
 
     Example:
         >>> import torch
@@ -65,7 +65,7 @@ class Solution:
     @property
     def status(self) -> Status | tuple[Status, ...]:
         """How it ended, one for each problem of a batch; reading it waits for the device."""
-        bad = ~self.error.isfinite()
+        bad = self.error.isnan() | ~self.cost.isfinite()
         codes = torch.where(bad, Status.non_finite, (self.error > self.tolerance).long())
         if self.plan.batched:
             return tuple(Status(code) for code in codes.tolist())
