@@ -30,9 +30,9 @@ class OTPlanSampler:
             (entropic, with marginals that are penalized).
         reg: the weight of the entropy, in units of the cost.
         reg_m: the weight of the penalty on the marginals; of "unbalanced" alone.
-        normalize_cost: whether ``reg`` and ``reg_m`` are in units of the largest cost, so that they do not depend on the
-            scale of the data; or "spread": in units of the mean cost of centred batches, which does not depend on their
-            distance either, and is cheap.
+        normalize_cost: whether ``reg`` and ``reg_m`` are in units of the largest cost, so that they do not depend on
+            the scale of the data; or "spread": in units of the mean cost of centred batches, which does not depend on
+            their distance either, and is cheap.
         max_iterations: most iterations of a plan that is not exact.
         tolerance: the error of its marginals, in units of mass, at which it is solved.
 
