@@ -34,7 +34,8 @@ class OTPlanSampler:
             the scale of the data; or "spread": in units of the mean cost of centred batches, which does not depend on
             their distance either, and is cheap.
         max_iterations: most iterations of a plan that is not exact.
-        tolerance: the error of its marginals, in units of mass, at which it is solved.
+        tolerance: the error of its marginals at which it is solved.  A hundredth of the mass is less than what draws
+            with replacement differ by.
 
     Raises:
         ValueError: for another method, or weights that are not positive.
@@ -59,7 +60,7 @@ class OTPlanSampler:
         normalize_cost: bool | str = False,
         *,
         max_iterations: int = 1000,
-        tolerance: float = 1e-3,
+        tolerance: float = 1e-2,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")

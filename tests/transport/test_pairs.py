@@ -17,10 +17,11 @@ def seeded(seed=0):
 
 
 def solution(n=6, m=5, epsilon=0.5, **options):
-    x = torch.randn(n, 2, generator=seeded(1))
-    y = torch.randn(m, 2, generator=seeded(2))
-    a = torch.rand(n, generator=seeded(3)) + 0.1
-    return transport.sinkhorn(x, y, a=a / a.sum(), epsilon=epsilon, tolerance=1e-6, **options)
+    numbers = [(11 * k**2 % 17) / 8 - 1 for k in range(2 * n + 2 * m)]
+    points = torch.tensor(numbers).reshape(n + m, 2)
+    a = torch.arange(1.0, n + 1)
+    options = {"epsilon": epsilon, "tolerance": 1e-6, **options}
+    return transport.sinkhorn(points[:n], points[n:], a=a / a.sum(), **options)
 
 
 def same_distribution(cells, probabilities):
