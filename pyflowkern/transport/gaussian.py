@@ -168,7 +168,10 @@ class GaussianPath:
 
     def _centred(self, t: float | Tensor, x: Tensor) -> Tensor:
         self._check_points(x)
-        return x.double() - self.marginal(t)[0]
+        mean = self.marginal(t)[0]
+        if mean.dim() == 2 and len(mean) != len(x):
+            raise ValueError(f"t must be a number or have shape [{len(x)}], got [{len(mean)}]")
+        return x.double() - mean
 
     def _solved(self, t: float | Tensor, x: Tensor) -> Tensor:
         cov, centred = self.marginal(t)[1], self._centred(t, x)

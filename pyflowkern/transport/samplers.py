@@ -286,15 +286,18 @@ class PairedBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(x0, x1)`` of ``batch_size`` pairs, without end."""
         while True:
-            x0, x1 = self._draw(self.source), self._draw(self.target)
+            x0, x1 = self._draw("source", self.source), self._draw("target", self.target)
             x0, x1 = self.sampler.sample_plan(x0, x1, False, generator=self.generator)
             order = torch.randperm(len(x0), device=x0.device, generator=self.generator)
             for part in order.split(self.batch_size):
                 yield x0[part], x1[part]
 
-    def _draw(self, side: Tensor | Callable[[int], Tensor]) -> Tensor:
+    def _draw(self, name: str, side: Tensor | Callable[[int], Tensor]) -> Tensor:
         if not isinstance(side, Tensor):
-            return side(self.plan_size)
+            samples = side(self.plan_size)
+            if not isinstance(samples, Tensor) or len(samples) != self.plan_size:
+                raise ValueError(f"{name} must return a tensor of {self.plan_size} samples")
+            return samples
         order = torch.randperm(len(side), device=side.device, generator=self.generator)
         return side[order[: self.plan_size]]
 
@@ -353,5 +356,14 @@ def _spread(x0: Tensor, x1: Tensor) -> float:
 
 
 def _flat(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return checked samples as clouds, of float32 or float64."""
     check_pair(x0, x1)
-    return x0.detach().flatten(1), x1.detach().flatten(1)
+    for name, x in (("x0", x0), ("x1", x1)):
+        if not x.numel():
+            raise ValueError(f"{name} must have a sample at least, got shape {tuple(x.shape)}")
+    finite = torch.stack([x.detach().isfinite().all() for x in (x0, x1)]).tolist()
+    for name, fine in zip(("x0", "x1"), finite, strict=True):
+        if not fine:
+            raise ValueError(f"{name} must be finite, got NaN or inf")
+    wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    return x0.detach().flatten(1).to(wide), x1.detach().flatten(1).to(wide)

@@ -340,6 +340,8 @@ def test_wrong_arguments():
     bridge = transport.gaussian_bridge(m, one, m, one, sigma=1.0)
     with pytest.raises(ValueError, match="t must be between"):
         bridge.drift(1.5, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="t must be a number or have shape"):
+        bridge.drift(torch.zeros(3), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="x must have shape"):
         bridge.score(0.5, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="steps must be"):

@@ -246,11 +246,24 @@ def test_wrong_arguments_of_samplers():
     ):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             transport.OTPlanSampler(**options)
-    sampler = transport.OTPlanSampler()
-    with pytest.raises(ValueError, match="x0 and x1 must have samples of one shape"):
-        sampler.sample_plan(torch.zeros(3, 2), torch.zeros(3, 3))
-    with pytest.raises(ValueError, match="x1 must have shape"):
-        sampler.sample_plan(torch.zeros(3, 2), torch.zeros(3))
+    x = torch.zeros(3, 2)
+    for sampler in (transport.OTPlanSampler(), transport.OTPlanSampler("sinkhorn")):
+        for pair, match in (
+            ((x, torch.zeros(3, 3)), "x0 and x1 must have samples of one shape"),
+            ((x, torch.zeros(3)), "x1 must have shape"),
+            ((x[:0], x), "x0 must have a sample"),
+            ((x, x / 0), "x1 must be finite"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                sampler.sample_plan(*pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F64])
+def test_samples_keep_their_dtype(dtype):
+    x = torch.randn(6, 2).to(dtype)
+    for method in ("exact", "sinkhorn"):
+        one, other = transport.OTPlanSampler(method).sample_plan(x, x + 1)
+        assert one.dtype == other.dtype == dtype
 
 
 # --- one plan for many minibatches ----------------------------------------------------------------
@@ -283,3 +296,6 @@ def test_wrong_arguments_of_paired_batches():
     ):
         with pytest.raises(error, match=match):
             transport.PairedBatches(*sides, **{"batch_size": 4, **options})
+    short = transport.PairedBatches(lambda n: x[:3], x, plan_size=8, batch_size=4)
+    with pytest.raises(ValueError, match="source must return a tensor of 8"):
+        next(iter(short))
