@@ -12,6 +12,14 @@ from pyflowkern.transport.plan import draw_from_sums
 F64 = torch.float64
 
 
+#: The host-run CUDA sources are held to the laws of their ops; here they would take minutes.
+on_backends = pytest.mark.parametrize(
+    "backend",
+    ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
+    indirect=True,
+)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -44,6 +52,7 @@ def test_the_test_of_distributions_sees_a_difference():
     assert not same_distribution(cells, torch.tensor([0.47, 0.33, 0.2]))
 
 
+@on_backends
 def test_pairs_have_the_distribution_of_the_plan(backend):
     found = solution()
     i, j = found.pairs(20_000, generator=torch.Generator(backend).manual_seed(0))

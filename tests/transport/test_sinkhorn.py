@@ -12,6 +12,14 @@ F64 = torch.float64
 EXACT = {"tolerance": 1e-13, "max_iterations": 100_000}
 
 
+#: The host-run CUDA sources are held to the laws of their ops; here they would take minutes.
+on_backends = pytest.mark.parametrize(
+    "backend",
+    ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
+    indirect=True,
+)
+
+
 def problem():
     """Return a problem of fixed numbers, which the recorded results are of."""
     x = torch.sin(1.3 * torch.arange(10, dtype=F64).reshape(5, 2))
@@ -68,6 +76,7 @@ def test_divergence_is_the_one_that_geomloss_finds():
 
 @pytest.mark.parametrize("schedule", ["alternating", "symmetric"])
 @pytest.mark.parametrize("rho", [None, 0.7])
+@on_backends
 def test_potentials_and_plan_are_those_of_the_dense_iteration(backend, schedule, rho):
     x, y, a, b = problem()
     f, g, plan = dense_solution(x, y, a, b, 0.3, rho or math.inf)
@@ -90,6 +99,7 @@ def test_one_penalty_leaves_the_other_marginal_held():
 # --- the plan -------------------------------------------------------------------------------------
 
 
+@on_backends
 def test_the_plan_as_a_linear_map(backend):
     x, y, a, b = problem()
     plan = transport.sinkhorn(x, y, a=a, b=b, epsilon=0.3, **EXACT).plan
