@@ -14,17 +14,22 @@ from pyflowkern.core.checks import (
 )
 from pyflowkern.core.codes import SinkhornSchedule, numbered
 
-__all__ = ["check_clouds", "check_plan", "constants", "options_of"]
+__all__ = ["check_clouds", "check_plan", "check_state", "constants", "options_of"]
 
 _SCHEDULES = numbered(SinkhornSchedule)
+
+
+def check_state(name: str, t: Tensor) -> None:
+    """Raise TypeError unless a tensor is float32 or float64: half types are too coarse for potentials."""
+    check_floating(name, t)
+    if t.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {t.dtype}")
 
 
 def check_clouds(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
     """Raise unless clouds and masses fit each other."""
     for name, t in (("x", x), ("y", y)):
-        check_floating(name, t)
-        if t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, got {t.dtype}")
+        check_state(name, t)
         if t.dim() != 3:
             raise ValueError(f"{name} must have shape [B, points, d], got {tuple(t.shape)}")
         if t.shape[1] == 0 or t.shape[2] == 0:
@@ -54,6 +59,7 @@ def check_plan(
         check_shape(name, t, points.shape[:2])
         if t.dtype != torch.float64:
             raise TypeError(f"{name} must be float64, as sinkhorn returns it, got {t.dtype}")
+    check_same_device(x=x, f=f, g=g)
     return _positive("epsilon", epsilon), _positive("scale", scale)
 
 

@@ -25,10 +25,16 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import check_floating, check_shape
+from pyflowkern.core.checks import check_floating, check_same_device, check_shape
 from pyflowkern.core.register import register
 from pyflowkern.ops import _transport_reference as plain
-from pyflowkern.ops._transport_arguments import check_clouds, check_plan, constants, options_of
+from pyflowkern.ops._transport_arguments import (
+    check_clouds,
+    check_plan,
+    check_state,
+    constants,
+    options_of,
+)
 
 __all__ = [
     "Sinkhorn",
@@ -165,8 +171,9 @@ def plan_product(
         >>> [round(v, 4) for v in rows.flatten().tolist()]
         [0.5, 0.5]
     """
+    check_state("matrix", matrix)
     epsilon, scale = check_plan(x, y, a, b, f, g, epsilon, scale)
-    check_floating("matrix", matrix)
+    check_same_device(x=x, matrix=matrix)
     if matrix.dtype != x.dtype:
         raise TypeError(f"matrix must have the dtype of x, {x.dtype}, got {matrix.dtype}")
     if matrix.dim() != 3 or matrix.shape[:2] != y.shape[:2]:
@@ -225,6 +232,7 @@ def plan_draw(
     """
     epsilon, scale = check_plan(x, y, a, b, f, g, epsilon, scale)
     check_floating("uniforms", uniforms)
+    check_same_device(x=x, uniforms=uniforms)
     check_shape("uniforms", uniforms, x.shape[:2])
     if uniforms.dtype != torch.float64:
         raise TypeError(f"uniforms must be float64, got {uniforms.dtype}")
