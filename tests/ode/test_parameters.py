@@ -228,3 +228,32 @@ def test_an_event_of_a_field_that_differentiates():
     t.backward()
     assert t.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
     assert w.grad.item() == pytest.approx(-math.log(2) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
+def test_weights_that_functional_call_takes_back_are_an_error(adjoint_settings):
+    """The backward pass evaluates the field when the module has its own weights again."""
+
+    class Solve(nn.Module):
+        def __init__(self, field):
+            super().__init__()
+            self.field = field
+
+        def forward(self, y, inside):
+            params = tuple(self.field.parameters())
+            end = ode.odeint(
+                lambda t, y: self.field(y), y, [0.0, 1.0], params=params, **adjoint_settings
+            )[-1]
+            if inside:
+                end.sum().backward()
+            return end
+
+    solve = Solve(nn.Linear(2, 2).double())
+    own = {name: p.detach().clone().requires_grad_() for name, p in solve.named_parameters()}
+    start = torch.ones(3, 2).double()
+    end = torch.func.functional_call(solve, own, (start, False))
+    if adjoint_settings.get("checkpoint", True):
+        with pytest.raises(RuntimeError, match="other tensors in the backward pass"):
+            end.sum().backward()
+    torch.func.functional_call(solve, own, (start, True))
+    assert all(p.grad is not None and p.grad.any() for p in own.values())

@@ -37,7 +37,7 @@ class Parameters:
 
     Args:
         tensors: the tensors that may be read.
-        complete: whether they are the user's own list, which is trusted.  Otherwise the graph of every evaluation is
+        complete: whether they are the user's own list, which is trusted as long as the field still reads it.  Otherwise the graph of every evaluation is
             searched, and reading any other tensor is an error, since its gradient would be lost in silence.
     """
 
@@ -47,6 +47,7 @@ class Parameters:
         self._numbers = {} if complete else {leaf_node(p): i for i, p in enumerate(tensors)}
         self._read_nodes: set[object] = set()
         self._wanted = list(tensors) if complete else []
+        self._compared = False
 
     def look(self, value: Tensor, argument: Tensor, stop: Collection[object] = ()) -> None:
         """Add to ``read`` the tensors that a recorded value depends on.
@@ -60,6 +61,9 @@ class Parameters:
             RuntimeError: where the value depends on a tensor that is not among :attr:`tensors`.
         """
         if self.complete:
+            if not self._compared:
+                self._compared = True
+                self._compare(value, argument)
             return
         known = self._read_nodes
         for node in leaf_nodes(value, known.union(stop) if stop else known):
@@ -75,6 +79,20 @@ class Parameters:
                 known.add(node)
                 self.read.append(number)
                 self._wanted.append(self.tensors[number])
+
+    def _compare(self, value: Tensor, argument: Tensor) -> None:
+        """Raise RuntimeError where a field has other tensors in place of some on the user's list.
+
+        ``torch.func.functional_call`` puts a module's own tensors back before a backward pass evaluates it again.
+        """
+        leaves = [n for n in leaf_nodes(value, set()) if hasattr(n, "variable")]
+        listed = {leaf_node(p) for p in self.tensors if p.is_leaf and p.requires_grad}
+        others = [n for n in leaves if n not in listed and n.variable is not argument]
+        if others and not listed <= set(leaves):
+            raise RuntimeError(
+                "func reads other tensors in the backward pass than it was given for the solve, so that their gradients "
+                "would be lost: call backward() inside of the module that torch.func.functional_call runs"
+            )
 
     def wanted(self) -> list[Tensor]:
         """Return the tensors that were read: a list that :meth:`look` adds to."""
