@@ -1,6 +1,7 @@
 """Transport between two distributions: Sinkhorn without the matrix, flow matching, Gaussian bridges in closed form."""
 
 from pyflowkern.transport.assignment import assignment
+from pyflowkern.transport.bridge import SchrodingerBridge
 from pyflowkern.transport.gaussian import (
     GaussianBridge,
     GaussianPath,
@@ -30,6 +31,7 @@ __all__ = [
     "PairedBatches",
     "Plan",
     "RectifiedFlow",
+    "SchrodingerBridge",
     "SchrodingerBridgeConditionalFlowMatcher",
     "SinkhornOptimalTransportConditionalFlowMatcher",
     "Solution",
