@@ -1,0 +1,441 @@
+"""Learned bridges against Gaussian ones in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from pyflowkern import nn, transport
+
+F64 = torch.float64
+METHODS = ("sf2m", "dsbm_imf", "dsbm_ipf", "dsb")
+ONE = torch.eye(2, dtype=F64)
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Field(torch.nn.Module):
+    """A function of time and points as a network; its scalar is a parameter, for a dtype."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.unused = torch.nn.Parameter(torch.zeros((), dtype=F64))
+
+    def forward(self, t, x):
+        return self.function(t.flatten() if t.dim() else t, x)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def oracle(sigma=1.0):
+    return transport.gaussian_bridge(-ONE[0] / 10, ONE, ONE[0] / 10, ONE, sigma=sigma)
+
+
+def with_fields(method, first, second, **options):
+    fields = iter((Field(first), Field(second)))
+    return transport.SchrodingerBridge(2, method=method, network=lambda d: next(fields), **options)
+
+
+def exact(method, path, **options):
+    """Return a bridge whose networks are those of a Gaussian path."""
+    if method == "sf2m":
+        pair = path.probability_flow, lambda t, x: path.sigma**2 / 2 * path.score(t, x)
+    else:
+        pair = path.drift, path.backward_drift
+    return with_fields(method, *pair, sigma=path.sigma, **options)
+
+
+def normal(n, mean, cov, seed):
+    noise = torch.randn(n, 2, generator=generator(seed), dtype=F64)
+    return mean + noise @ torch.linalg.cholesky(cov).mT
+
+
+# --- what is computed from the networks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drifts_velocity_and_score_are_those_of_the_networks(method):
+    path = oracle(0.7)
+    bridge, x = exact(method, path), torch.randn(5, 2, generator=generator(), dtype=F64)
+    for t in (0.25, torch.rand(5, generator=generator(), dtype=F64)):
+        for found, wanted in (
+            (bridge.drift(t, x), path.drift(t, x)),
+            (bridge.drift(t, x, backward=True), path.backward_drift(t, x)),
+            (bridge.velocity(t, x), path.probability_flow(t, x)),
+            (bridge.score(t, x), path.score(t, x)),
+        ):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # t is float64 alone
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("heun", [False, True])
+def test_paths_of_the_exact_drift_have_the_law_of_the_bridge(method, backward, heun):
+    path, n = oracle(), 40_000
+    start = normal(n, *path.marginal(float(backward)), seed=1)
+    run = exact(method, path).sample(
+        start, 50, backward=backward, heun=heun, generator=generator(2)
+    )
+    assert run.shape == (51, n, 2)
+    assert torch.equal(run[0], start)
+    bias = 0.002 if heun else 0.015  # Euler's steps of 1/50 are off by about 0.4 of a step
+    for k in (25, 50):
+        mean, cov = path.marginal(1 - k / 50 if backward else k / 50)
+        assert float((run[k].mean(0) - mean).abs().max()) < 4.5 / n**0.5 + bias
+        assert float((run[k].T.cov() - cov).abs().max()) < 4.5 * 2**0.5 * 1.3 / n**0.5 + bias
+    joint = torch.cat([run[0], run[-1]], 1).T.cov()[:2, 2:]
+    assert float((joint - GOLDEN * ONE).abs().max()) < 4.5 * 1.2 / n**0.5 + bias
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_density_along_the_exact_flow_is_the_marginal(method):
+    path = transport.gaussian_bridge(
+        torch.zeros(2), torch.tensor([[1.0, 0.3], [0.3, 0.5]]), torch.ones(2), 2 * ONE, sigma=0.8
+    )
+    bridge, x = exact(method, path), normal(6, path.mean1, path.cov1, 3)
+    for base in (lambda x: path.log_prob(0.0, x), _Normal(path)):
+        found = bridge.log_prob(x, base, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, path.log_prob(1.0, x), rtol=1e-6, atol=1e-6)
+    there = bridge.flow_map(x, rtol=1e-9, atol=1e-9)
+    back = bridge.flow_map(there, backward=True, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
+
+
+class _Normal:
+    def __init__(self, path):
+        self.path = path
+
+    def log_prob(self, x):
+        return self.path.log_prob(0.0, x)
+
+
+def test_beyond_64_dimensions_the_trace_is_estimated_with_a_fixed_probe():
+    bridge = transport.SchrodingerBridge(65, hidden=(8,))
+    x, base = torch.randn(3, 65, generator=generator()), _Standard()
+    assert torch.equal(bridge.log_prob(x, base), bridge.log_prob(x, base))
+    # networks begin at zero: the flow stands still, whatever the probe
+    torch.testing.assert_close(bridge.log_prob(x, base), base.log_prob(x))
+    exact_trace = bridge.log_prob(x, base, divergence="exact")
+    torch.testing.assert_close(exact_trace, base.log_prob(x))
+
+
+class _Standard:
+    def log_prob(self, x):
+        return -x.square().sum(1) / 2
+
+
+# --- what the losses ask for ----------------------------------------------------------------------
+
+
+def test_the_loss_for_given_draws():
+    """On one bridge, with the formulas of Brownian bridges: (x1 - x) / (1 - t), (x - x0) / t and their mean."""
+    sigma, (start, end) = 0.6, (1.0, 3.0)
+    x0, x1 = (torch.randn(7, 2, generator=generator(s), dtype=F64) for s in (1, 2))
+    zero = torch.zeros_like
+    for method in ("sf2m", "dsbm_imf"):
+        bridge = with_fields(
+            method,
+            lambda t, x: zero(x),
+            lambda t, x: zero(x),
+            sigma=sigma,
+            plan="given",
+            times=(start, end),
+        )
+        terms = bridge._regressions([x0, x1], generator(5))
+        for term in terms:
+            t, x = term.t[:, None], term.x
+            forward, backward = (x1 - x) / (end - t), (x - x0) / (t - start)
+            wanted = {
+                "velocity": (forward + backward) / 2,
+                "score": (forward - backward) / 2,  # sigma^2 / 2 times the score
+                "backward": backward,
+            }[term.network]
+            torch.testing.assert_close(term.target / term.scale, wanted, rtol=1e-5, atol=1e-5)
+        loss = sum((term.weight * term.target.square()).mean() for term in terms)
+        torch.testing.assert_close(bridge.loss(x0, x1, generator=generator(5)), loss)
+
+
+def affine(term, t, window=0.04):
+    """Return offset and matrix of the affine function that minimises the loss of a term near a time."""
+    near = (term.t - t).abs() < window
+    x, target = term.x[near], (term.target / term.scale)[near]
+    late = (term.t[near] - t)[:, None]
+    rows = [torch.ones_like(late), x]
+    if float(late.abs().max()) > 1e-6:  # else all are at this time
+        rows += [late, late * x]
+    rows = torch.cat(rows, 1)
+    solved = torch.linalg.lstsq(rows, target).solution
+    residual = (target - rows @ solved).std(0).max()
+    error = residual * torch.linalg.inv(rows.T @ rows).diagonal()[:3].max().sqrt()
+    return solved[0], solved[1:3].T, float(error)
+
+
+def same_field(term, t, field, extra=0.0):
+    offset, matrix, error = affine(term, t)
+    points = torch.cat([torch.zeros(1, 2, dtype=F64), ONE])
+    wanted = field(t, points)
+    assert float((offset - wanted[0]).abs().max()) < 5 * error + extra
+    assert float((matrix.T - (wanted[1:] - wanted[0])).abs().max()) < 7 * error + extra
+
+
+def test_the_minimisers_are_the_fields_of_the_bridge():
+    """Pairs of the exact coupling: affine regressions find velocity, score and both drifts."""
+    path = transport.gaussian_bridge(
+        torch.zeros(2), torch.tensor([[1.0, 0.3], [0.3, 0.5]]), torch.ones(2), 2 * ONE, sigma=0.8
+    )
+    pairs = path.sample(200_000, 1, generator=generator(4))
+    sf2m = exact("sf2m", path, plan="given")._regressions(list(pairs), generator(5))
+    imf = exact("dsbm_imf", path, plan="given")
+    (backward,) = imf._regressions(list(pairs), generator(6))
+    imf.next_iteration()
+    (forward,) = imf._bridges("forward", 0, *pairs, generator(7))
+    for t in (0.2, 0.5, 0.8):
+        same_field(sf2m[0], t, path.probability_flow)
+        same_field(sf2m[1], t, lambda t, x: 0.32 * path.score(t, x))
+        same_field(backward, t, path.backward_drift)
+        same_field(forward, t, path.drift)
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 2])
+def test_the_minimisers_of_mean_matching(iteration):
+    """A linear-Gaussian chain: the mean of the reversed step from a point is that of a regression of Gaussians."""
+    n, steps, sigma = 40_000, 10, 1.0
+    path = oracle(sigma)
+    bridge = exact("dsb", path, steps=steps).eval()
+    for _ in range(iteration):
+        bridge.next_iteration()
+    ends = [normal(n, *path.marginal(t), seed=8) for t in (0.0, 1.0)]
+    (term,) = bridge._regressions(ends, generator(9))
+    forward = iteration % 2 == 1
+    assert term.network == ("forward" if forward else "backward")
+    drift = path.backward_drift if forward else path.drift
+    sign, (mean, cov) = (-1 if forward else 1), path.marginal(1.0 if forward else 0.0)
+    for k in range(steps):
+        t = (steps - k) / steps if forward else k / steps
+        after = (steps - k - 1) / steps if forward else (k + 1) / steps
+        offset, matrix = torch.zeros(2, dtype=F64), 0 * ONE
+        if iteration:
+            at = drift(t, torch.cat([torch.zeros(1, 2, dtype=F64), ONE]))
+            offset, matrix = at[0], (at[1:] - at[0]).T
+        step = ONE + sign * matrix / steps
+        mean, cov = (
+            step @ mean + sign * offset / steps,
+            step @ cov @ step.T + sigma**2 / steps * ONE,
+        )
+        if k not in (0, 4, 9):
+            continue
+        found = affine(term, after, 1e-6)
+        gain = torch.linalg.inv(cov) * sigma**2 * sign
+        wanted = matrix + gain
+        assert float((found[1] - wanted).abs().max()) < 6 * found[2]
+        assert float((found[0] - (offset - gain @ mean)).abs().max()) < 6 * found[2]
+
+
+# --- iterations in the Gaussian family ----------------------------------------------------------------
+
+
+def kl(joint, other):
+    """Return KL between centred Gaussians."""
+    solved = torch.linalg.solve(other, joint)
+    return float(solved.trace() - len(joint) - torch.logdet(solved)) / 2
+
+
+def joint_of(a, b, c):
+    return torch.cat([torch.cat([a, c], 1), torch.cat([c.mT, b], 1)])
+
+
+def test_an_iteration_of_markovian_fitting_comes_closer():
+    """Independent ends, their Markovian projection, and the coupling of its paths, by a linear ODE."""
+    path = oracle()
+    wanted = joint_of(ONE, ONE, GOLDEN * ONE)
+    before = kl(joint_of(ONE, ONE, 0 * ONE), wanted)
+    independent = transport.GaussianPath(
+        path.mean0, ONE, path.mean1, ONE, torch.zeros_like(ONE), 1.0
+    )
+    n = 40_000
+    ends = [normal(n, *path.marginal(t), seed=s) for s, t in ((10, 0.0), (11, 1.0))]
+    bridge = exact("dsbm_imf", independent, steps=100).eval()
+    (term,) = bridge._regressions(ends, generator(12))
+    same_field(term, 0.4, independent.backward_drift)
+    bridge.next_iteration()  # the forward drift is now trained on pairs of the backward process
+    x0, x1, _ = bridge._draw(0, ends, 1, generator(13))
+    # the forward drift is -(1 - t) (x - m) / (1 - t + t^2), whose integral from 0 to 1 is this
+    c = math.exp(-math.pi / math.sqrt(27))
+    found = torch.cat([x0, x1], 1).T.cov()
+    assert float((found - joint_of(ONE, ONE, c * ONE)).abs().max()) < 0.03
+    after = kl(joint_of(ONE, ONE, c * ONE), wanted)
+    assert after < 0.2 * before
+    assert kl(found, wanted) < 0.3 * before
+
+
+def test_an_iteration_of_proportional_fitting_comes_closer():
+    """Brownian motion, then its reversal from the other end."""
+    path = oracle()
+    reference = transport.GaussianPath(path.mean0, ONE, path.mean0, 2 * ONE, ONE, 1.0)
+    wanted = joint_of(ONE, ONE, GOLDEN * ONE)
+    n = 40_000
+    ends = [normal(n, *path.marginal(t), seed=s) for s, t in ((14, 0.0), (15, 1.0))]
+    bridge = exact("dsbm_ipf", reference, steps=100).eval()
+    (term,) = bridge._regressions(ends, generator(16))
+    same_field(term, 0.4, reference.backward_drift)
+    bridge.next_iteration()
+    x0, x1, _ = bridge._draw(0, ends, 1, generator(17))
+    # x0 given x1 is that of Brownian motion: mean (x1 + m0) / 2, variance 1/2
+    found = torch.cat([x0, x1], 1).T.cov()
+    exact_joint = joint_of(0.75 * ONE, ONE, ONE / 2)
+    assert float((found - exact_joint).abs().max()) < 0.03
+    assert kl(exact_joint, wanted) < 0.5 * kl(joint_of(ONE, 2 * ONE, ONE), wanted)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def small(method, **options):
+    torch.manual_seed(0)
+    given = {"hidden": (16,), "steps": 5, "iteration_calls": 4, "refresh_every": 2, "pool": 50}
+    return transport.SchrodingerBridge(2, method=method, **(given | options))
+
+
+def clouds(n=32, count=2):
+    return [torch.randn(n, 2, generator=generator(s)) + s for s in range(count)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.5, 2.0)])
+def test_every_method_trains(method, times):
+    bridge = small(method, times=times)
+    optimizer = torch.optim.Adam(bridge.parameters(), 1e-2)
+    seen = set()
+    for step in range(13):
+        optimizer.zero_grad()
+        loss = bridge.loss(clouds(count=len(times)), generator=generator(step))
+        loss.backward()
+        gradients = {n: p.grad for n, p in bridge.named_parameters() if p.grad is not None}
+        assert bool(loss.isfinite())
+        assert gradients
+        assert all(bool(g.isfinite().all()) for g in gradients.values())
+        trained = {n.split(".")[1] for n in gradients}
+        assert trained == ({"0", "1"} if method == "sf2m" else {"01"[bridge.iteration % 2 == 0]})
+        seen.add(bridge.iteration)
+        optimizer.step()
+    assert seen == ({0} if method == "sf2m" else {0, 1, 2, 3})
+    path = bridge.sample(clouds()[0], 7, generator=generator(1))
+    assert path.shape == (8, 32, 2)
+    assert bool(path.isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bridge_goes_on_from_its_state(method):
+    def run(bridge, steps):
+        optimizer = torch.optim.SGD(bridge.parameters(), 1e-2)
+        for step in steps:
+            optimizer.zero_grad()
+            loss = bridge.loss(*clouds(), generator=generator(step))
+            loss.backward()
+            optimizer.step()
+        return loss
+
+    whole, half, other = small(method), small(method), small(method, activation="silu")
+    wanted = run(whole, range(10))
+    run(half, range(7))
+    other.load_state_dict(half.state_dict())
+    assert torch.equal(run(other, range(7, 10)), wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_eval_mode_a_loss_changes_nothing(method):
+    bridge = small(method)
+    for step in range(6):
+        bridge.loss(*clouds(), generator=generator(step))
+    before = {k: v.clone() for k, v in bridge.state_dict().items()}
+    first, second = (bridge.eval().loss(*clouds(), generator=generator(9)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(v, before[k]) for k, v in bridge.state_dict().items())
+
+
+@pytest.mark.parametrize("plan", ["sinkhorn", "exact", "unbalanced", "independent", "given"])
+def test_every_plan_gives_pairs(plan):
+    x0 = torch.tensor([[0.0, 0.0], [5.0, 0.0]])
+    bridge = small("sf2m", plan=plan, sigma=0.3)
+    pairs = bridge._first(0, [x0, x0 + 1], generator())
+    assert all(t.shape == (2, 2) for t in pairs)
+    if plan in ("sinkhorn", "exact", "unbalanced", "given"):  # the far ends are e^-100 apart
+        assert torch.equal(pairs[1] - pairs[0], torch.ones(2, 2))
+
+
+def test_an_unbalanced_plan_draws_what_has_no_partner_rarely():
+    """A point far from all others loses its mass rather than being carried there."""
+    x0 = torch.cat([torch.zeros(50, 2), torch.full((50, 2), 20.0)])
+    bridge = small("sf2m", plan="unbalanced", sigma=0.5)
+    start, _ = bridge._first(0, [x0, torch.zeros(100, 2)], generator())
+    assert float((start[:, 0] > 10).float().mean()) < 0.02
+
+
+def test_images_and_networks_of_the_users():
+    image = transport.SchrodingerBridge((1, 4, 4), hidden=(4,))
+    x = torch.randn(3, 1, 4, 4)
+    image.loss(x, x.flip(0)).backward()
+    assert image.sample(x, 2).shape == (3, 3, 1, 4, 4)
+    made = []
+
+    def network(size):
+        made.append(nn.VectorFieldMLP(size, (4,), time="concat"))
+        return made[-1]
+
+    bridge = transport.SchrodingerBridge(2, network=network)
+    assert list(bridge.networks) == made
+
+
+def test_float64():
+    bridge = small("dsbm_imf").double()
+    for step in range(5):
+        assert bridge.loss(*(c.double() for c in clouds()), generator=generator(step)).dtype == F64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"method": "ipf"}, "method must be one of sf2m"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"times": (0.0,)}, "times must be two or more"),
+        ({"times": (0.0, 0.0)}, "times must be two or more"),
+        ({"plan": "best"}, "plan must be one of"),
+        ({"method": "dsb", "plan": "exact"}, "plan must be None for 'dsb'"),
+        ({"reg_m": -1.0}, "reg_m must be positive"),
+        ({"iteration_calls": 0}, "iteration_calls must be at least 1"),
+        ({"refresh_every": 0}, "refresh_every must be at least 1"),
+        ({"method": "dsb", "pool": 0}, "pool must be at least 1"),
+        ({"activation": "relu"}, "activation must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        transport.SchrodingerBridge(2, **options)
+
+
+def test_wrong_samples_are_named():
+    bridge, (x0, x1) = small("dsbm_imf"), clouds()
+    for call, kind, message in (
+        (lambda: bridge.loss(x0), ValueError, "x1 must be given"),
+        (lambda: bridge.loss([x0, x1], x1), ValueError, "x1 must be None"),
+        (lambda: bridge.loss([x0, x1, x1]), ValueError, "each of the 2 times, got 3"),
+        (lambda: bridge.loss(x0[:0], x1), ValueError, "x0 must have a sample"),
+        (lambda: bridge.loss(x0, x1[:, :1]), ValueError, "x1 must have shape .N, 2."),
+        (lambda: bridge.loss(x0, x1.double()), TypeError, "x1 must have the bridge's dtype"),
+        (lambda: bridge.loss(x0, x1, generator=3), TypeError, "generator must be"),
+        (lambda: bridge.sample(x0, 0), ValueError, "steps must be at least 1"),
+        (lambda: bridge.sample(x0, backward=1), TypeError, "backward must be True or False"),
+        (lambda: bridge.drift(torch.zeros(3), x0), ValueError, "t must be"),
+        (lambda: bridge.log_prob(x0, 3.0), TypeError, "base must be"),
+        (lambda: bridge.log_prob(x0, _Standard(), divergence="no"), ValueError, "divergence must"),
+        (lambda: small("sf2m").next_iteration(), ValueError, "has no iterations"),
+        (lambda: transport.SchrodingerBridge((2, 2)), ValueError, "event_shape must be D or"),
+        (lambda: transport.SchrodingerBridge(0), ValueError, "event_shape must be"),
+        (lambda: transport.SchrodingerBridge(2, network=3), TypeError, "network must make"),
+        (lambda: small("sf2m", plan="given").loss(x0, x1[:3]), ValueError, "as many samples"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
