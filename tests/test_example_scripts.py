@@ -137,3 +137,11 @@ def test_digits_are_scored(script, tmp_path, flow):
 def test_the_affine_flow_changes_the_density_by_the_trace(quick):
     # 15 steps of rk4 in float32: T |A| h^4 |A|^4 / 120 is 2e-5 of the states, log-dets are off by rounding
     assert quick("affine_cnf") < 1e-4
+
+
+def test_bridges_between_gaussians(quick):
+    found = quick("gaussian_bridge")[5]
+    assert found["exact"][0]["kl_end"] < 0.005
+    for method in ("sf2m", "dsbm_imf", "dsbm_ipf", "dsb"):
+        assert abs(found[method][0]["covariance"] - 0.618) < 0.1
+        assert found[method][0]["kl_end"] < 0.15  # Brownian motion, where all begin, has 0.87
