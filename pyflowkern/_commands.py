@@ -74,8 +74,15 @@ def train(
     flow: Annotated[
         str | None,
         typer.Option(
-            help="Which flow: Glow, RealNVP, NSF, CNF or FFJORD; for rows also MAF or IAF.  [default: Glow]"
+            help="Which flow: Glow, RealNVP, NSF, CNF or FFJORD; for rows also MAF or IAF; or SchrodingerBridge "
+            "from --data0 to --data1.  [default: Glow]"
         ),
+    ] = None,
+    data0: Annotated[
+        str | None, typer.Option(help="Of a bridge: a .csv or .npy file of rows where it begins.")
+    ] = None,
+    data1: Annotated[
+        str | None, typer.Option(help="Of a bridge: a file of rows where it ends.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -115,11 +122,12 @@ def train(
 
     \b
     Example  pyflowkern train --data table.csv --flow NSF --steps 2000 --out out/table
+    Bridge   pyflowkern train --flow SchrodingerBridge --data0 a.csv --data1 b.csv --out out/bridge
     Resume   pyflowkern train --resume out/table
 
     \b
     Options of the YAML file and of --set, with their defaults:
-      data: photos, flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
+      data: photos, data0: '', data1: '', flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
       flow_args: {}          arguments of the flow, such as levels, steps, transforms, hidden
       size: 32               side of the images, for photos and folders
       warmup: 50             steps of linear warm-up; a cosine follows
@@ -141,7 +149,8 @@ def train(
     from pyflowkern.train.runner import resume_config
     from pyflowkern.train.runner import train as run
 
-    flags = {"data": data, "flow": flow, "steps": steps, "batch_size": batch_size, "lr": lr}
+    flags: dict[str, Any] = {"data": data, "data0": data0, "data1": data1, "flow": flow}
+    flags |= {"steps": steps, "batch_size": batch_size, "lr": lr}
     options: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if out is not None:
         options["out"] = str(out)
@@ -198,15 +207,27 @@ def sample(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same samples.")
     ] = 0,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a bridge: a file of rows where paths begin.  [default: rows of the table at that end]"
+        ),
+    ] = None,
+    backward: Annotated[
+        bool,
+        typer.Option("--backward", help="Of a bridge: run from the second table to the first."),
+    ] = False,
 ) -> None:
     """Draw samples from a trained flow, in the units of the data it was trained on.
+
+    Samples of a bridge are where paths end that begin at rows of the first table.
 
     \b
     Example  pyflowkern sample out/demo --out samples.png --temperature 0.8
     """  # noqa: D301
     from pyflowkern.train.inference import save_samples
 
-    save_samples(run, out, n, temperature=temperature, seed=seed)
+    save_samples(run, out, n, temperature=temperature, seed=seed, start=start, backward=backward)
     typer.echo(f"{out}: {n} samples")
 
 

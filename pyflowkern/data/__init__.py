@@ -9,14 +9,17 @@ from torch import Tensor
 from pyflowkern.data.batches import Batches, step_seed
 from pyflowkern.data.dataset import DataError, DataSet, split_rows
 from pyflowkern.data.files import image_set, read_array, read_folder, read_table, vector_set
+from pyflowkern.data.pairs import PairSet, pair_set
 from pyflowkern.data.photos import load_photos
 
 __all__ = [
     "Batches",
     "DataError",
     "DataSet",
+    "PairSet",
     "image_set",
     "load",
+    "load_pairs",
     "read",
     "step_seed",
     "vector_set",
@@ -60,6 +63,22 @@ def load(source: str | Path, *, size: int = 32, seed: int = 0) -> DataSet:
     if rows.dim() == 4:
         return image_set(path, rows, seed)
     return vector_set(path, rows, columns, seed)
+
+
+def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairSet:
+    """Load two ``.csv`` or ``.npy`` files of rows with the same columns.
+
+    Args:
+        first: A path.
+        second: A path.
+        seed: Decides the split of each into training and held-out rows.
+
+    Raises:
+        DataError: One line that names the file and the row at fault.
+    """
+    paths = Path(first), Path(second)
+    tables = [read(path) for path in paths]
+    return pair_set(paths, (tables[0][0], tables[1][0]), tables[0][1], seed)
 
 
 def read(source: str | Path, *, size: int = 32) -> tuple[Tensor, list[str]]:

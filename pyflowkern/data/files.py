@@ -15,7 +15,7 @@ from torch import Tensor
 from pyflowkern.data.dataset import DataError, DataSet, split_rows
 from pyflowkern.data.photos import read_image
 
-__all__ = ["image_set", "read_array", "read_folder", "read_table", "vector_set"]
+__all__ = ["image_set", "moments_of", "read_array", "read_folder", "read_table", "vector_set"]
 
 IMAGE_SUFFIXES = {
     ".png",
@@ -95,25 +95,24 @@ def vector_set(path: Path, rows: Tensor, columns: list[str], seed: int) -> DataS
     if len(rows) < 2:
         raise DataError(f"{path}: needs 2 rows at least, has {len(rows)}")
     train, held_out = split_rows(len(rows), seed)
-    mean, std = rows[train].double().mean(0), rows[train].double().std(0, correction=0)
+    mean, std = moments_of(str(path), rows[train])
+    return DataSet(str(path), rows[train], rows[held_out], mean=mean, std=std, columns=columns)
+
+
+def moments_of(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column; raise DataError for one that has no density."""
+    mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
     smallest = torch.finfo(torch.float32).tiny
     for column, (centre, spread) in enumerate(zip(mean.tolist(), std.tolist(), strict=True), 1):
         if spread == 0 or spread <= 1e-7 * abs(centre):
             raise DataError(
-                f"{path}, column {column}: constant, so it has no density; leave it out"
+                f"{name}, column {column}: constant, so it has no density; leave it out"
             )
         if spread < smallest:
             raise DataError(
-                f"{path}, column {column}: its spread of {spread:.2g} is too small for float32; scale it up"
+                f"{name}, column {column}: its spread of {spread:.2g} is too small for float32; scale it up"
             )
-    return DataSet(
-        str(path),
-        rows[train],
-        rows[held_out],
-        mean=mean.float(),
-        std=std.float(),
-        columns=columns,
-    )
+    return mean.float(), std.float()
 
 
 def image_set(path: Path, images: Tensor, seed: int) -> DataSet:

@@ -177,7 +177,7 @@ class SampleGrid(Callback):
         module = _flow_module(pl_module)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(module.config.seed)
-            images = module.evaluated.eval().sample(64).cpu()
+            images = module.evaluated.eval().sample(64).cpu()  # type: ignore[operator]
         save_grid(self.out / "samples.png", images, module.data.levels)
         if isinstance(trainer.logger, TensorBoardLogger):
             grid = image_grid(images, module.data.levels)

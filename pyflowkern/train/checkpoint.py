@@ -13,8 +13,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from pyflowkern.train.config import ConfigError, TrainConfig
+from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.files import write_atomic
-from pyflowkern.train.model import DataFlow, build, with_earlier_defaults
+from pyflowkern.train.model import build, with_earlier_defaults
 
 if TYPE_CHECKING:
     from pyflowkern.train.module import FlowModule
@@ -63,7 +64,7 @@ class CheckpointIO(TorchCheckpointIO):
 class Trained:
     """A trained flow with its averaged weights, the config of its run and the facts about its data."""
 
-    model: DataFlow
+    model: DataModel
     config: TrainConfig
     facts: dict[str, Any]
     unit: str

@@ -61,7 +61,9 @@ class TrainConfig:
 
     data: str = "photos"
     size: int = 32  #: side of patches or images, for photos and folders
-    flow: str = "Glow"  #: a class of pyflowkern.flows
+    data0: str = ""  #: of a bridge, in place of data: where it begins
+    data1: str = ""  #: and where it ends
+    flow: str = "Glow"  #: a class of pyflowkern.flows, or SchrodingerBridge
     flow_args: dict[str, Any] = field(default_factory=dict)
     out: str = "out/train"
     steps: int = 2000

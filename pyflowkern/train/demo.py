@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def _planned(config: TrainConfig, comparison: Comparison, seconds: float) -> Tra
 @torch.no_grad()
 def round_trip_error(run: Run, rows: int = 64) -> float:
     """Return the largest ``|inverse(forward(x)) - x|`` over held-out images, as pixels in ``[0, 1]``."""
-    model = run.module.evaluated.eval()
+    model: Any = run.module.evaluated.eval()
     levels = 2 ** (run.module.data.bits or 8)
     x = (run.module.data.validation[:rows].float() + 0.5) / levels
     return float((model.inverse(model(x)[0])[0] - x).abs().max())

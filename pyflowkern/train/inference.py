@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.data import DataError, load, read
+from pyflowkern.train.bridges import DataBridge, load_data, start_rows
 from pyflowkern.train.checkpoint import Trained, load_trained
 from pyflowkern.train.config import ConfigError
 from pyflowkern.train.files import write_atomic
@@ -26,14 +27,26 @@ __all__ = ["evaluate_checkpoint", "save_samples"]
 
 #: Values that are drawn at a time; the flow needs some hundred times as many numbers meanwhile.
 _AT_ONCE = 2**20
+#: Steps of a bridge's path.
+BRIDGE_STEPS = 100
 #: Bytes that a value takes until it is in a file: the sample, and what is made of it.
 _BYTES = {".png": 16, ".npy": 8, ".csv": 64}
 
 
 def save_samples(
-    checkpoint: Path, out: Path, n: int, *, temperature: float = 1.0, seed: int = 0
+    checkpoint: Path,
+    out: Path,
+    n: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    start: str | None = None,
+    backward: bool = False,
 ) -> None:
     """Draw ``n`` samples and write them as ``.png`` (images), ``.csv`` (vectors) or ``.npy`` (either).
+
+    Samples of a bridge are the ends of paths that begin at rows of ``start``, by default of the table at that end;
+    ``backward`` paths run from the second table to the first.
 
     Raises:
         ConfigError: one line, for a checkpoint, a file name, a number or a temperature that cannot be used.
@@ -42,6 +55,11 @@ def save_samples(
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be a number from 0 on, got {temperature}")
     trained = load_trained(checkpoint)
+    bridge = isinstance(trained.model, DataBridge)
+    if bridge and temperature != 1:
+        raise ConfigError(f"temperature must be 1 for a bridge, got {temperature}")
+    if not bridge and (start is not None or backward):
+        raise ConfigError(f"start and backward are for bridges, {checkpoint} is a flow")
     suffix = out.suffix.lower()
     suffixes = (".png", ".npy") if trained.facts["bits"] is not None else (".csv", ".npy")
     if suffix not in suffixes:
@@ -49,7 +67,11 @@ def save_samples(
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder, wants a file")
     _check_memory(n, n * math.prod(trained.facts["shape"]) * _BYTES[suffix])
-    samples = _draw(trained, n, temperature, seed)
+    samples = (
+        _ends(trained, n, seed, start, backward)
+        if bridge
+        else _draw(trained, n, temperature, seed)
+    )
     if suffix == ".png":
         save_grid(out, samples, trained.facts["levels"], columns=math.ceil(math.sqrt(n)))
     elif suffix == ".npy":
@@ -76,7 +98,18 @@ def _draw(trained: Trained, n: int, temperature: float, seed: int) -> Tensor:
     threads = trained.config.threads
     with torch.random.fork_rng(), limited_threads(trained.model, part, shape, threads):
         torch.manual_seed(seed)
-        return torch.cat([trained.model.sample(size, temperature=temperature) for size in sizes])
+        sample: Any = trained.model.sample
+        return torch.cat([sample(size, temperature=temperature) for size in sizes])
+
+
+def _ends(trained: Trained, n: int, seed: int, start: str | None, backward: bool) -> Tensor:
+    model, config = trained.model, trained.config
+    assert isinstance(model, DataBridge)
+    rows = start_rows(config, n, seed, start=start, backward=backward)
+    _check_kind(trained.facts, start or "the table", tuple(rows.shape[1:]), None)
+    with torch.random.fork_rng(), limited_threads(model, n, tuple(rows.shape[1:]), config.threads):
+        torch.manual_seed(seed)
+        return model.ends(rows, steps=BRIDGE_STEPS, backward=backward)
 
 
 def _array(samples: Tensor) -> memoryview:
@@ -117,8 +150,10 @@ def evaluate_checkpoint(
 def _rows(trained: Trained, source: str | None) -> Tensor:
     """Return the held-out rows of the run's own data or of a named set, else every row of a file."""
     config, facts = trained.config, trained.facts
+    if isinstance(trained.model, DataBridge) and source is not None:
+        raise ConfigError("a bridge is scored on its own held-out rows, without data")
     if source in (None, config.data, "photos", "digits"):
-        data = load(source or config.data, size=config.size, seed=config.seed)
+        data = load(source, size=config.size, seed=config.seed) if source else load_data(config)
         _check_kind(facts, data.name, data.shape, data.bits)
         if data.name == facts["name"] and data.fingerprint() != facts["fingerprint"]:
             raise DataError(

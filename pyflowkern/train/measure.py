@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ __all__ = ["peak_memory", "step_seconds"]
 def _stepper(config: TrainConfig, data: DataSet) -> Callable[[int], None]:
     """Return a function that takes one training step."""
     torch.manual_seed(config.seed)
-    model = build(config, data).train()
+    model: Any = build(config, data).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batches = Batches(data, config.batch_size, config.seed)
 

@@ -1,22 +1,31 @@
-"""A flow built for a data set, and the same flow in the units of its data."""
+"""A flow built for a data set, and the scores of its rows."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyflowkern import flows, ode
+from pyflowkern import flows, ode, transport
 from pyflowkern.data import DataSet
 from pyflowkern.flows import Flow
+from pyflowkern.train.bridges import BRIDGE, DataBridge
 from pyflowkern.train.config import ConfigError, TrainConfig
+from pyflowkern.train.data_model import DataFlow, DataModel
 
-__all__ = ["DataFlow", "build", "score", "with_defaults", "with_earlier_defaults"]
+__all__ = [
+    "BRIDGE",
+    "DataFlow",
+    "DataModel",
+    "build",
+    "score",
+    "with_defaults",
+    "with_earlier_defaults",
+]
 
 
 #: Arguments of flows that a run does not offer: its data decides bits, it has no context, and modules are no text.
@@ -29,58 +38,12 @@ NOT_OPTIONS = (
     "field",
     "params",
     "norm",
+    "network",
+    "times",
 )
 
 
-class DataFlow(nn.Module):
-    """A flow whose densities and samples are in the units of the data.
-
-    Vectors are standardised on the way in; ``log_prob`` counts that step's log-determinant.  Images pass as they are,
-    for an image flow dequantises inside.
-    """
-
-    mean: Tensor | None
-    std: Tensor | None
-
-    def __init__(self, flow: Flow, mean: Tensor | None = None, std: Tensor | None = None) -> None:
-        super().__init__()
-        self.flow = flow
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def _standardise(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        if self.mean is None or self.std is None:
-            return x, 0.0
-        return (x - self.mean) / self.std, -self.std.log().sum()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map data to latent; returns ``z`` and ``log_det``."""
-        x, log_det = self._standardise(x)
-        z, inner = self.flow(x)
-        return z, inner + log_det
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Map latent to data; returns ``x`` and ``log_det``."""
-        x, inner = self.flow.inverse(z)
-        if self.mean is None or self.std is None:
-            return x, inner
-        return x * self.std + self.mean, inner + self.std.log().sum()
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return the log-density of each row, in nats and data units."""
-        x, log_det = self._standardise(x)
-        return self.flow.log_prob(x) + log_det
-
-    def sample(self, n: int, *, temperature: float = 1.0) -> Tensor:
-        """Draw ``n`` rows in data units, integers for an image flow."""
-        if self.mean is None or self.std is None:
-            return self.flow.sample(
-                n, temperature=temperature, quantized=self.flow.preprocess is not None
-            )
-        return self.flow.sample(n, temperature=temperature) * self.std + self.mean
-
-
-def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
+def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataModel:
     """Build the configured flow for a data set, or for the facts about one that a checkpoint stores."""
     facts = data if isinstance(data, dict) else data_facts(data)
     known = _known_flows()
@@ -101,6 +64,8 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataFlow:
         raise ConfigError(  # the last three: more weights than memory
             f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
         ) from None
+    if isinstance(flow, transport.SchrodingerBridge):
+        return DataBridge(flow, facts["mean"], facts["std"])
     if flow.domain is not None and flow.preprocess is None:
         raise ConfigError(
             f"a run standardises its columns, which leaves no values between {flow.domain[0]:.4g} and "
@@ -146,11 +111,12 @@ def with_earlier_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def _known_flows() -> dict[str, Any]:
-    return {
+    found = {
         n: c
         for n, c in vars(flows).items()
         if inspect.isclass(c) and issubclass(c, Flow) and c is not Flow
     }
+    return found | {BRIDGE: transport.SchrodingerBridge}
 
 
 def _takes_bits(flow: type[Flow]) -> bool:
@@ -163,7 +129,7 @@ def _options(flow: type[Flow]) -> dict[str, Any]:
     taken: dict[str, Any] = {}
     sources: list[Callable[..., Any]] = [
         c for c in flow.__mro__ if issubclass(c, Flow) and c is not Flow
-    ]
+    ] or [flow]
     for source in (*sources, ode.solve):
         parameters = inspect.signature(source).parameters.values()
         for p in parameters:
@@ -189,8 +155,8 @@ def data_facts(data: DataSet) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def score(model: DataFlow, rows: Tensor, *, seed: int = 0, batch_size: int = 128) -> Tensor:
-    """Return each row's score: bits/dim for integer images, negative log-density in nats for vectors.
+def score(model: DataModel, rows: Tensor, *, seed: int = 0, batch_size: int = 128) -> Tensor:
+    """Return the scores of a model in eval mode, those of parts of the rows one after another.
 
     Dequantisation noise comes from ``seed``, so two models are scored under the same noise.
     """
@@ -198,6 +164,6 @@ def score(model: DataFlow, rows: Tensor, *, seed: int = 0, batch_size: int = 128
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        nll = -torch.cat([model.log_prob(part) for part in rows.split(batch_size)])
+        scores = torch.cat([model.scores(part) for part in rows.split(batch_size)])
     model.train(was_training)
-    return nll if model.mean is not None else nll / (rows[0].numel() * math.log(2))
+    return scores

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyflowkern.data import Batches, DataSet, step_seed
+from pyflowkern.train.bridges import BRIDGE
 from pyflowkern.train.config import TrainConfig
-from pyflowkern.train.model import DataFlow, data_facts
+from pyflowkern.train.data_model import DataModel
+from pyflowkern.train.model import data_facts
 
 __all__ = ["FlowModule", "MovingAverage", "TrainingDiverged", "learning_rate", "seed_generators"]
 
@@ -113,7 +115,7 @@ class FlowModule(LightningModule):
     bit for bit.
     """
 
-    def __init__(self, config: TrainConfig, data: DataSet, model: DataFlow) -> None:
+    def __init__(self, config: TrainConfig, data: DataSet, model: DataModel) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config, self.data, self.model = config, data, model
@@ -125,6 +127,8 @@ class FlowModule(LightningModule):
         self._round: list[Tensor] = []
         self.facts = data_facts(data)
         self.unit = "bits/dim" if data.is_image else "nats"
+        if config.flow == BRIDGE:
+            self.unit = "squared distance"
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return the batches up to the next evaluation; the trainer asks anew after each."""
@@ -143,10 +147,9 @@ class FlowModule(LightningModule):
             self.model.parameters(), lr=self.config.lr, weight_decay=decay, fused=True
         )
 
-    def scores(self, model: DataFlow, rows: Tensor) -> Tensor:
-        """Return each row's bits/dim for images, nats for vectors."""
-        nll = -model.log_prob(rows)
-        return nll / (rows[0].numel() * math.log(2)) if self.data.is_image else nll
+    def scores(self, model: DataModel, rows: Tensor) -> Tensor:
+        """Return the scores of a batch."""
+        return model.scores(rows)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Take one step, or skip it if its loss or gradient is not finite."""
@@ -189,7 +192,7 @@ class FlowModule(LightningModule):
             )
 
     @property
-    def evaluated(self) -> DataFlow:
+    def evaluated(self) -> DataModel:
         """The weights that are evaluated and sampled with: the moving average once there is one."""
         started = int(self.averaged.n_averaged) > 0
         chosen: Any = self.averaged.module if started else self.model

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from pyflowkern.data import DataSet, load
+from pyflowkern.data import DataSet
+from pyflowkern.train.bridges import load_data
 from pyflowkern.train.callbacks import (
     Bar,
     EventLog,
@@ -72,7 +73,7 @@ def train(
 
     Args:
         config: The options of the run.
-        data: The data; loaded from ``config.data`` when not given.
+        data: The data; loaded from ``config.data``, or ``data0`` and ``data1``, when not given.
         resume: Go on from ``last.ckpt`` in ``config.out``, or from ``best.ckpt`` if that is gone; from the start if
             the run ended before its first checkpoint.
         overwrite: Allow ``config.out`` to hold another run already, whose files are removed.
@@ -93,7 +94,7 @@ def train(
         raise ConfigError(
             f"{out}: holds a run already; resume it, overwrite it or name another folder"
         )
-    data = data or load(config.data, size=config.size, seed=config.seed)
+    data = data or load_data(config)
     checkpoint = _checkpoint_of(out) if resume else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
