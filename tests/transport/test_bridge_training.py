@@ -1,0 +1,164 @@
+"""Training of learned bridges, their states, and wrong arguments."""
+
+import pytest
+import torch
+
+from pyflowkern import nn, transport
+
+METHODS = ("sf2m", "dsbm_imf", "dsbm_ipf", "dsb")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small(method, **options):
+    torch.manual_seed(0)
+    given = {"hidden": (16,), "steps": 5, "iteration_calls": 4, "refresh_every": 2, "pool": 50}
+    return transport.SchrodingerBridge(2, method=method, **(given | options))
+
+
+def clouds(n=32, count=2):
+    return [torch.randn(n, 2, generator=generator(s)) + s for s in range(count)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.5, 2.0)])
+def test_every_method_trains(method, times):
+    bridge = small(method, times=times)
+    optimizer = torch.optim.Adam(bridge.parameters(), 1e-2)
+    seen = set()
+    for step in range(13):
+        optimizer.zero_grad()
+        loss = bridge.loss(clouds(count=len(times)), generator=generator(step))
+        loss.backward()
+        gradients = {n: p.grad for n, p in bridge.named_parameters() if p.grad is not None}
+        assert bool(loss.isfinite())
+        assert gradients
+        assert all(bool(g.isfinite().all()) for g in gradients.values())
+        trained = {n.split(".")[1] for n in gradients}
+        assert trained == ({"0", "1"} if method == "sf2m" else {"01"[bridge.iteration % 2 == 0]})
+        seen.add(bridge.iteration)
+        optimizer.step()
+    assert seen == ({0} if method == "sf2m" else {0, 1, 2, 3})
+    path = bridge.sample(clouds()[0], 7, generator=generator(1))
+    assert path.shape == (8, 32, 2)
+    assert bool(path.isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bridge_goes_on_from_its_state(method):
+    def run(bridge, steps):
+        optimizer = torch.optim.SGD(bridge.parameters(), 1e-2)
+        for step in steps:
+            optimizer.zero_grad()
+            loss = bridge.loss(*clouds(), generator=generator(step))
+            loss.backward()
+            optimizer.step()
+        return loss
+
+    whole, half, other = small(method), small(method), small(method, activation="silu")
+    wanted = run(whole, range(10))
+    run(half, range(7))
+    other.load_state_dict(half.state_dict())
+    assert torch.equal(run(other, range(7, 10)), wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_eval_mode_a_loss_changes_nothing(method):
+    bridge = small(method)
+    for step in range(6):
+        bridge.loss(*clouds(), generator=generator(step))
+    before = {k: v.clone() for k, v in bridge.state_dict().items()}
+    first, second = (bridge.eval().loss(*clouds(), generator=generator(9)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(v, before[k]) for k, v in bridge.state_dict().items())
+
+
+@pytest.mark.parametrize("plan", ["sinkhorn", "exact", "unbalanced", "independent", "given"])
+def test_every_plan_gives_pairs(plan):
+    x0 = torch.tensor([[0.0, 0.0], [5.0, 0.0]])
+    bridge = small("sf2m", plan=plan, sigma=0.3)
+    pairs = bridge._first(0, [x0, x0 + 1], generator())
+    assert all(t.shape == (2, 2) for t in pairs)
+    if plan in ("sinkhorn", "exact", "unbalanced", "given"):  # the far ends are e^-100 apart
+        assert torch.equal(pairs[1] - pairs[0], torch.ones(2, 2))
+
+
+def test_an_unbalanced_plan_draws_what_has_no_partner_rarely():
+    """A point far from all others loses its mass rather than being carried there."""
+    x0 = torch.cat([torch.zeros(50, 2), torch.full((50, 2), 20.0)])
+    bridge = small("sf2m", plan="unbalanced", sigma=0.5)
+    start, _ = bridge._first(0, [x0, torch.zeros(100, 2)], generator())
+    assert float((start[:, 0] > 10).float().mean()) < 0.02
+
+
+def test_images_and_networks_of_the_users():
+    image = transport.SchrodingerBridge((1, 4, 4), hidden=(4,))
+    x = torch.randn(3, 1, 4, 4)
+    image.loss(x, x.flip(0)).backward()
+    assert image.sample(x, 2).shape == (3, 3, 1, 4, 4)
+    made = []
+
+    def network(size):
+        made.append(nn.VectorFieldMLP(size, (4,), time="concat"))
+        return made[-1]
+
+    bridge = transport.SchrodingerBridge(2, network=network)
+    assert list(bridge.networks) == made
+
+
+def test_float64():
+    bridge = small("dsbm_imf").double()
+    for step in range(5):
+        assert (
+            bridge.loss(*(c.double() for c in clouds()), generator=generator(step)).dtype
+            == torch.float64
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"method": "ipf"}, "method must be one of sf2m"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"times": (0.0,)}, "times must be two or more"),
+        ({"times": (0.0, 0.0)}, "times must be two or more"),
+        ({"plan": "best"}, "plan must be one of"),
+        ({"method": "dsb", "plan": "exact"}, "plan must be None for 'dsb'"),
+        ({"reg_m": -1.0}, "reg_m must be positive"),
+        ({"iteration_calls": 0}, "iteration_calls must be at least 1"),
+        ({"refresh_every": 0}, "refresh_every must be at least 1"),
+        ({"method": "dsb", "pool": 0}, "pool must be at least 1"),
+        ({"activation": "relu"}, "activation must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        transport.SchrodingerBridge(2, **options)
+
+
+def test_wrong_samples_are_named():
+    bridge, (x0, x1) = small("dsbm_imf"), clouds()
+    for call, kind, message in (
+        (lambda: bridge.loss(x0), ValueError, "x1 must be given"),
+        (lambda: bridge.loss([x0, x1], x1), ValueError, "x1 must be None"),
+        (lambda: bridge.loss([x0, x1, x1]), ValueError, "each of the 2 times, got 3"),
+        (lambda: bridge.loss(x0[:0], x1), ValueError, "x0 must have a sample"),
+        (lambda: bridge.loss(x0, x1[:, :1]), ValueError, "x1 must have shape .N, 2."),
+        (lambda: bridge.loss(x0, x1.double()), TypeError, "x1 must have the bridge's dtype"),
+        (lambda: bridge.loss(x0, x1, generator=3), TypeError, "generator must be"),
+        (lambda: bridge.sample(x0, 0), ValueError, "steps must be at least 1"),
+        (lambda: bridge.sample(x0, backward=1), TypeError, "backward must be True or False"),
+        (lambda: bridge.drift(torch.zeros(3), x0), ValueError, "t must be"),
+        (lambda: bridge.log_prob(x0, 3.0), TypeError, "base must be"),
+        (lambda: bridge.log_prob(x0, torch.sum, divergence="no"), ValueError, "divergence must"),
+        (lambda: small("sf2m").next_iteration(), ValueError, "has no iterations"),
+        (lambda: transport.SchrodingerBridge((2, 2)), ValueError, "event_shape must be D or"),
+        (lambda: transport.SchrodingerBridge(0), ValueError, "event_shape must be"),
+        (lambda: transport.SchrodingerBridge(2, network=3), TypeError, "network must make"),
+        (lambda: small("sf2m", plan="given").loss(x0, x1[:3]), ValueError, "as many samples"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
