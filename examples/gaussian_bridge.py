@@ -1,13 +1,16 @@
 """Schrödinger bridges between two Gaussians, learned from samples and compared with the closed form.
 
     python examples/gaussian_bridge.py                        # some minutes; writes gaussian_bridge.png
-    python examples/gaussian_bridge.py --dims 5 20 50 --seeds 5 --steps 40000   # the table, some hours
+    python examples/gaussian_bridge.py --dims 5 20 50 --seeds 5  # the table, two hours on one core
 
 The ends are N(-0.1, I) and N(0.1, I) with volatility 1, of which 10,000 points each are given (De Bortoli et al. 2021,
 Shi et al. 2023).  Between them all is Gaussian: paths that begin at time 1 and run backward must reach mean -0.1,
 variance 1 and a covariance of both ends of (sqrt(5) - 1) / 2 = 0.618034 in every dimension.  KL compares the Gaussian
 that fits 50,000 forward paths with the closed form: at time 1, and on average over all times of the sampler.  The row
 "exact" has the drift of the closed form and the same sampler: what is left there is due to steps and samples.
+
+The plan of "sf2m" is that of the given points: in 50 dimensions 10,000 of them have no near partners, and its
+covariance is 0.47 only.  The process that is learned from it comes closer, as after an iteration of Markovian fitting.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def batches_of(method: str, x0: Tensor, x1: Tensor, size: int) -> Callable[[], t
     if method != "sf2m":
         return lambda: tuple(x[torch.randint(len(x), (size,))] for x in (x0, x1))
     plan = transport.sinkhorn(x0, x1, epsilon=2.0, tolerance=1e-2).plan
-    i, j = plan.pairs(20 * len(x0))
+    i, j = plan.pairs(4 * len(x0))
 
     def pairs() -> tuple[Tensor, ...]:
         k = torch.randint(len(i), (size,))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyflowkern.cli import main
 from pyflowkern.data import DataError, load_pairs
 from pyflowkern.train import TrainConfig, train
 from pyflowkern.train.checkpoint import load_checkpoint, load_trained
@@ -139,3 +140,24 @@ def test_tables_must_fit_each_other(tmp_path):
     np.save(wide, np.zeros((1, 2)))
     with pytest.raises(DataError, match="2 rows at least"):
         load_pairs(a, wide)
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    a, b = tables(tmp_path)
+    for words in (
+        f"train --flow SchrodingerBridge --data0 {a} --data1 {b} --steps 4 --set every=2 --set hidden=[8] "
+        f"--set method=dsb --set pool=64 --set sigma=0.5 --out {tmp_path}/run",
+        f"sample {tmp_path}/run --out {tmp_path}/ends.csv -n 7 --backward --start {b}",
+        f"evaluate {tmp_path}/run",
+    ):
+        monkeypatch.setattr("sys.argv", ["pyflowkern", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, capsys.readouterr().err
+    assert "squared distance, mean over 1 rows" in capsys.readouterr().out
+    assert len((tmp_path / "ends.csv").read_text().splitlines()) == 8
+    monkeypatch.setattr("sys.argv", ["pyflowkern", "train", "--data0", str(a)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "data0 and data1 are for SchrodingerBridge" in capsys.readouterr().err
