@@ -133,10 +133,11 @@ class SchrodingerBridge(BridgeFields):
         calls = iteration_calls
         self.iteration_calls = None if calls is None else check_count("iteration_calls", calls)
         self.refresh_every = check_count("refresh_every", refresh_every)
+        pool = check_count("pool", pool)
         # the iteration, its calls of the loss, and the rows that were written to the pool in it
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))
         if method != "sf2m":
-            shape = (len(self.times) - 1, check_count("pool", pool))
+            shape = (len(self.times) - 1, pool)
             self.register_buffer("pool_from", torch.zeros(*shape, *self.event_shape))
             self.register_buffer("pool_to", torch.zeros(*shape, *self.event_shape))
             self.register_buffer("pool_times", torch.zeros(shape))

@@ -233,6 +233,18 @@ def test_the_minimisers_of_mean_matching(iteration):
         assert float((found[0] - (offset - gain @ mean)).abs().max()) < 6 * found[2]
 
 
+@pytest.mark.parametrize("end", [1.0, 3.0])
+def test_pairs_of_the_plan_have_the_coupling_of_the_bridge(end):
+    """Over a time h the volatility is sigma sqrt(h), and epsilon 2 sigma^2 h."""
+    path = oracle(0.7 * end**0.5)
+    bridge = transport.SchrodingerBridge(2, sigma=0.7, times=(0.0, end), hidden=(4,))
+    ends = [normal(4000, *path.marginal(t), seed=s) for s, t in ((20, 0.0), (21, 1.0))]
+    x0, x1 = bridge._first(0, ends, generator(22))
+    found = torch.cat([x0, x1], 1).T.cov()[:2, 2:]
+    # the coupling is 0.78 or 0.52; with half of epsilon 0.88 or 0.70, with twice 0.63 or 0.31
+    assert float((found - path.coupling_covariance).abs().max()) < 0.08
+
+
 # --- iterations in the Gaussian family ----------------------------------------------------------------
 
 

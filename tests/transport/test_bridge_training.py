@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyflowkern import nn, transport
+from pyflowkern.transport._bridge_steps import mean_matching
 
 METHODS = ("sf2m", "dsbm_imf", "dsbm_ipf", "dsb")
 
@@ -62,6 +63,44 @@ def test_a_bridge_goes_on_from_its_state(method):
     run(half, range(7))
     other.load_state_dict(half.state_dict())
     assert torch.equal(run(other, range(7, 10)), wanted)
+
+
+@pytest.mark.parametrize("method", ["dsbm_imf", "dsb"])
+def test_an_iteration_begins_with_paths_of_its_own(method):
+    bridge, written = small(method, pool=500), []
+    for step in range(9):
+        bridge.loss(*clouds(), generator=generator(step))
+        written.append((bridge.iteration, int(bridge.progress[2])))
+    each = 32 * 5 if method == "dsb" else 32  # rows of a simulation, every second call
+    first = [each, each, 2 * each, 2 * each]
+    begin = [0] * 4 if method == "dsbm_imf" else first
+    wanted = [*of_iteration(0, begin), *of_iteration(1, first), (2, each)]
+    assert written == wanted
+
+
+def of_iteration(iteration, counts):
+    return [(iteration, n) for n in counts]
+
+
+def test_proportional_fitting_begins_with_brownian_motion():
+    x = torch.randn(20_000, 2, generator=generator())
+    bridge = small("dsbm_ipf", sigma=0.5, times=(1.0, 4.0))
+    x0, x1 = bridge._first(0, [x, x], generator(1))
+    assert torch.equal(x0, x)
+    torch.testing.assert_close((x1 - x0).T.cov(), 0.75 * torch.eye(2), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("times", [[0.0, 0.5, 2.0], [2.0, 0.5, 0.0]])
+def test_mean_matching_for_given_draws(times):
+    """The drift of a step's beginning at its end, and the noise of the step, with the sign of its direction."""
+    sigma, x = 0.7, torch.randn(4, 2, generator=generator(), dtype=torch.float64)
+    at, points, targets = mean_matching(lambda t, x: (t + 1) * x, x, times, sigma, generator(1))
+    for k, after in enumerate(times[1:]):
+        dt, part = after - times[k], slice(4 * k, 4 * k + 4)
+        noise = points[part] - x - dt * (times[k] + 1) * x
+        x = points[part]
+        assert (at[part] == after).all()
+        torch.testing.assert_close(targets[part], (times[k] + 1) * x + noise / dt)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -130,7 +169,7 @@ def test_float64():
         ({"reg_m": -1.0}, "reg_m must be positive"),
         ({"iteration_calls": 0}, "iteration_calls must be at least 1"),
         ({"refresh_every": 0}, "refresh_every must be at least 1"),
-        ({"method": "dsb", "pool": 0}, "pool must be at least 1"),
+        ({"pool": 0}, "pool must be at least 1"),
         ({"activation": "relu"}, "activation must be one of"),
     ],
 )
