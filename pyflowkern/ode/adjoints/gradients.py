@@ -37,8 +37,9 @@ class Parameters:
 
     Args:
         tensors: the tensors that may be read.
-        complete: whether they are the user's own list, which is trusted as long as the field still reads it.  Otherwise the graph of every evaluation is
-            searched, and reading any other tensor is an error, since its gradient would be lost in silence.
+        complete: whether they are the user's own list, which is trusted as long as the field still reads it.
+            Otherwise the graph of every evaluation is searched, and reading any other tensor is an error, since its
+            gradient would be lost in silence.
     """
 
     def __init__(self, tensors: Sequence[Tensor], complete: bool) -> None:
@@ -90,7 +91,7 @@ class Parameters:
         others = [n for n in leaves if n not in listed and n.variable is not argument]
         if others and not listed <= set(leaves):
             raise RuntimeError(
-                "func reads other tensors in the backward pass than it was given for the solve, so that their gradients "
+                "func reads other tensors in the backward pass than it was given for the solve, so that gradients "
                 "would be lost: call backward() inside of the module that torch.func.functional_call runs"
             )
 
