@@ -168,7 +168,7 @@ class MaskedPlan:
         """
         at = self.indices(weights[0].device)
         shared = [None if b is not None and b.dim() > 1 else b for b in biases]
-        made_from = [*weights, *(b for b in shared if b is not None)]
+        made_from = [*weights, *(at.missing if b is None else b for b in shared)]
         packed, offsets = at.packed.get(made_from, self._pack_shared, weights, shared, at)
         if len(gates) or any(b is not None and b.dim() > 1 for b in biases):
             offsets = [
@@ -292,6 +292,8 @@ class _Indices:
         ]
         #: The packed weights, and the sorted biases that all samples share.
         self.packed: Kept[tuple[list[Tensor], list[Tensor]]] = Kept()
+        #: Stands for a bias that is missing where tensors are compared: no bias has its shape.
+        self.missing = torch.zeros((), device="cpu")
         self.order = plan.order.to(device)
         self.inverse_order = torch.argsort(plan.order).to(device)
         self.level = plan.level.to(device)

@@ -257,3 +257,21 @@ def test_weights_that_functional_call_takes_back_are_an_error(adjoint_settings):
             end.sum().backward()
     torch.func.functional_call(solve, own, (start, True))
     assert all(p.grad is not None and p.grad.any() for p in own.values())
+
+
+@pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
+def test_a_list_may_leave_out_what_the_field_reads_at_other_times(adjoint_settings):
+    """The evaluations that the backward pass begins with read the second layer alone."""
+    layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]).double()
+
+    def end(params):
+        layers.zero_grad()
+        y = torch.ones(1, 2).double()
+        ys = ode.odeint(
+            lambda t, y: layers[int(t > 0.5)](y), y, [0.0, 1.0], params=params, **adjoint_settings
+        )
+        ys[-1].sum().backward()
+        return [p.grad for p in layers[0].parameters()]
+
+    some = end(tuple(layers[0].parameters()))
+    torch.testing.assert_close(some, end(tuple(layers.parameters())))

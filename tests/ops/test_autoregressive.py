@@ -115,6 +115,22 @@ def test_a_changed_weight_is_seen():
     )
 
 
+def test_biases_of_other_layers_are_seen():
+    """A bias that is missing, or of every sample, is not taken for that of another layer."""
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    first = torch.tensor([True, False]).expand(4, 2)
+    plan = MaskedPlan(
+        [MaskedLayer(first), MaskedLayer(mask & torch.tensor([[0], [0], [1], [1]]).bool())], 2
+    )
+    weights, bias = [normal(4, 2), normal(4, 4, seed=1)], normal(4, seed=2)
+    z, own = normal(3, 2, seed=3), normal(3, 4, seed=4)
+    for biases in ([bias, None], [None, bias], [bias, own], [own, bias]):
+        torch.testing.assert_close(
+            autoregressive_inverse(z, weights, biases, plan),
+            autoregressive_inverse_reference(z, weights, biases, plan),
+        )
+
+
 def test_plans_can_be_copied():
     plan, w, b = made(4, (8,), 2)
     z = normal(3, 4)

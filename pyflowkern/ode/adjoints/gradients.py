@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.ode.parameters import leaf_node, leaf_nodes
+from pyflowkern.ode.packing import Field
+from pyflowkern.ode.parameters import leaf_node, leaf_nodes, tensors_in
 
 __all__ = ["Gradients", "Parameters", "vector_jacobian"]
 
@@ -37,13 +38,14 @@ class Parameters:
 
     Args:
         tensors: the tensors that may be read.
-        complete: whether they are the user's own list, which is trusted as long as the field still reads it.
-            Otherwise the graph of every evaluation is searched, and reading any other tensor is an error, since its
-            gradient would be lost in silence.
+        complete: whether they are the user's own list, which is trusted as long as the field still reads it.  Otherwise
+            the graph of every evaluation is searched, and reading any other tensor is an error, since its gradient
+            would be lost in silence.
+        field: whose evaluations are looked at.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], complete: bool) -> None:
-        self.tensors, self.complete = tensors, complete
+    def __init__(self, tensors: Sequence[Tensor], complete: bool, field: Field) -> None:
+        self.tensors, self.complete, self.field = tensors, complete, field
         self.read = list(range(len(tensors))) if complete else []
         self._numbers = {} if complete else {leaf_node(p): i for i, p in enumerate(tensors)}
         self._read_nodes: set[object] = set()
@@ -86,13 +88,16 @@ class Parameters:
 
         ``torch.func.functional_call`` puts a module's own tensors back before a backward pass evaluates it again.
         """
-        leaves = [n for n in leaf_nodes(value, set()) if hasattr(n, "variable")]
+        read = {n for n in leaf_nodes(value) if hasattr(n, "variable")}
         listed = {leaf_node(p) for p in self.tensors if p.is_leaf and p.requires_grad}
-        others = [n for n in leaves if n not in listed and n.variable is not argument]
-        if others and not listed <= set(leaves):
+        unread = listed - read
+        if not unread or all(n in listed or n.variable is argument for n in read):
+            return
+        # what the field still holds it may read at other times, and its list may leave out others on purpose
+        if not unread <= {leaf_node(p) for p in tensors_in(self.field)}:
             raise RuntimeError(
-                "func reads other tensors in the backward pass than it was given for the solve, so that gradients "
-                "would be lost: call backward() inside of the module that torch.func.functional_call runs"
+                "func reads other tensors in the backward pass than in the solve, so that gradients would be lost: "
+                "call backward() inside of the module that torch.func.functional_call runs"
             )
 
     def wanted(self) -> list[Tensor]:
@@ -103,8 +108,8 @@ class Parameters:
 class Gradients(Parameters):
     """Parameters with one gradient for each, summed over evaluations; None where there is none yet."""
 
-    def __init__(self, tensors: Sequence[Tensor], complete: bool) -> None:
-        super().__init__(tensors, complete)
+    def __init__(self, tensors: Sequence[Tensor], complete: bool, field: Field) -> None:
+        super().__init__(tensors, complete, field)
         self.totals: list[Tensor | None] = [None] * len(tensors)
 
     def pull(self, value: Tensor, argument: Tensor, cotangent: Tensor) -> Tensor | None:

@@ -143,7 +143,7 @@ def gradients_of_replay(
         params: the tensors that the field may read.
         grads: cotangents of the outputs.
     """
-    is_open, parameters = [False], Parameters(params, problem.complete)
+    is_open, parameters = [False], Parameters(params, problem.complete, problem.field)
     with torch.enable_grad(), problem.context():
         start = Gate.apply(y0, is_open) if y0.requires_grad else y0.detach().requires_grad_()  # type: ignore[no-untyped-call]
         ys = replay(start)
