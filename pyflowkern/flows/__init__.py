@@ -6,6 +6,7 @@ from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows.autoregressive import IAF, MAF
 from pyflowkern.flows.bases import MixtureOfGaussians, StandardNormal, Uniform
 from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousTerms
+from pyflowkern.flows.flow_matching import FlowMatching
 from pyflowkern.flows.glow import Glow
 from pyflowkern.flows.nsf import NSF
 from pyflowkern.flows.realnvp import RealNVP
@@ -20,6 +21,7 @@ __all__ = [
     "ContinuousTerms",
     "Flow",
     "FlowDistribution",
+    "FlowMatching",
     "Glow",
     "MixtureOfGaussians",
     "RealNVP",

@@ -56,6 +56,10 @@ MODULES = {
         {"event_shape": 3, "hidden": (8,), "method": "rk4", "step_size": 0.5},
         (3,),
     ),
+    "flows.FlowMatching": lambda: (
+        {"event_shape": 3, "hidden": (8,), "method": "rk4", "step_size": 0.5},
+        (3,),
+    ),
     "flows.ContinuousBijection": lambda: (
         {"field": nn.VectorFieldMLP(3, (8,)), "method": "rk4", "step_size": 0.5},
         (3,),
