@@ -74,8 +74,8 @@ def train(
     flow: Annotated[
         str | None,
         typer.Option(
-            help="Which flow: Glow, RealNVP, NSF, CNF or FFJORD; for rows also MAF or IAF; or SchrodingerBridge "
-            "from --data0 to --data1.  [default: Glow]"
+            help="Which flow: Glow, RealNVP, NSF, CNF, FFJORD or FlowMatching; for rows also MAF or IAF; or "
+            "SchrodingerBridge from --data0 to --data1.  [default: Glow]"
         ),
     ] = None,
     data0: Annotated[

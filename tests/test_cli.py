@@ -315,7 +315,11 @@ TRAIN = {
     "fraction": (["ema: 1.5"], [], "ema must lie in [0, 1], got 1.5"),
     "seed": (["seed: 9223372036854775808"], [], "seed must be below 2^63"),
     "precision": (["precision: fp8"], [], "precision must be 32-true or bf16-mixed, got 'fp8'"),
-    "flow": (["flow: Glove"], [], "unknown flow 'Glove'; known are CNF, FFJORD, Glow, IAF, MAF"),
+    "flow": (
+        ["flow: Glove"],
+        [],
+        "unknown flow 'Glove'; known are CNF, FFJORD, FlowMatching, Glow, IAF, MAF",
+    ),
     "flow_args": (["flow_args: 3"], ["--set", "hidden=4"], "flow_args must be a mapping"),
     "argument": ([], ["--set", "width=4"], "Glow takes no argument 'width'; it takes levels"),
     "hidden": ([], ["--set", "hidden=wide"], "hidden of Glow must be a whole number, got 'wide'"),

@@ -137,7 +137,8 @@ class FlowMatching(CNF):
             )
         else:
             s, xs, us = matcher.sample_location_and_conditional_flow(x0, x1, generator=generator)
-        return (self._velocity(s, xs, context) - us).square().mean()
+        error: Tensor = self._velocity(s, xs, context) - us
+        return error.square().mean()
 
 
 def _matcher(coupling: object) -> ConditionalFlowMatcher:

@@ -34,6 +34,10 @@ class DataModel(nn.Module):
         """Return what training makes small, and evaluations compare, of a batch."""
         raise NotImplementedError
 
+    def loss(self, rows: Tensor) -> Tensor | None:
+        """Return the loss of a model that is not trained by its scores, else None."""
+        return None
+
 
 class DataFlow(DataModel):
     """A flow whose densities and samples are in the units of the data.
@@ -69,6 +73,11 @@ class DataFlow(DataModel):
         """Return each row's bits/dim for images, nats for vectors."""
         nll = -self.log_prob(rows)
         return nll if self.mean is not None else nll / (rows[0].numel() * math.log(2))
+
+    def loss(self, rows: Tensor) -> Tensor | None:
+        """Return the loss that a flow such as :class:`~pyflowkern.flows.FlowMatching` brings along."""
+        own = getattr(self.flow, "loss", None)
+        return None if own is None else own(self.standardised(rows))
 
     def sample(self, n: int, *, temperature: float = 1.0) -> Tensor:
         """Draw ``n`` rows in data units, integers for an image flow."""

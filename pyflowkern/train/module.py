@@ -158,8 +158,10 @@ class FlowModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         optimizer.zero_grad()
-        scores = self.scores(self.model, batch).mean()
-        loss = scores if self.data.is_image else scores / batch[0].numel()
+        loss = scores = self.model.loss(batch)
+        if loss is None or scores is None:
+            scores = self.scores(self.model, batch).mean()
+            loss = scores if self.data.is_image else scores / batch[0].numel()
         self.manual_backward(loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
         self.step += 1

@@ -130,3 +130,20 @@ def test_training_brings_the_loss_down_to_that_of_the_exact_velocity() -> None:
 def test_wrong_arguments_are_named(make, error, name) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=name):
         make()
+
+
+def test_the_loss_compiles_to_one_graph() -> None:
+    flow = flows.FlowMatching(2, hidden=(8,))
+    x1, x0 = torch.randn(16, 2), torch.randn(16, 2)
+    graphs: list[object] = []
+
+    def backend(graph, inputs):  # type: ignore[no-untyped-def]
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(flow.loss, fullgraph=True, backend=backend)
+    torch.manual_seed(0)
+    got = compiled(x1, x0=x0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, flow.loss(x1, x0=x0))
+    assert len(graphs) == 1

@@ -63,6 +63,7 @@ def test_warm_up_decay_and_clipping_reach_the_optimizer(tmp_path, steps_taken):
 SMALL = {
     "CNF": {"hidden": [8], "method": "rk4", "step_size": 0.5},
     "FFJORD": {"hidden": [8], "method": "rk4", "step_size": 0.5},
+    "FlowMatching": {"hidden": [8], "method": "rk4", "step_size": 0.5},
     "MAF": {"transforms": 1},
     "IAF": {"transforms": 1},
 }

@@ -115,6 +115,25 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, at):
     assert_same_run(finished.out, tmp_path)
 
 
+def test_resume_is_exact_for_a_flow_with_its_own_loss(tmp_path, monkeypatch):
+    solver = {"hidden": [8], "method": "rk4", "step_size": 0.5}
+    chosen = {"flow": "FlowMatching", "flow_args": solver, "steps": 4, "every": 2}
+    whole = train(config(tmp_path / "whole", **chosen))
+    step = FlowModule.training_step
+
+    def die(self, batch, index):
+        if self.step == 3:
+            raise Killed
+        step(self, batch, index)
+
+    monkeypatch.setattr(FlowModule, "training_step", die)
+    with pytest.raises(Killed):
+        train(config(tmp_path / "cut", **chosen))
+    monkeypatch.undo()
+    train(config(tmp_path / "cut", **chosen), resume=True)
+    assert_same_run(whole.out, tmp_path / "cut")
+
+
 def test_resume_after_kill_9_is_exact(finished, tmp_path):
     code = (
         "import time, torch; from pyflowkern.train import FlowModule, TrainConfig, train\n"
