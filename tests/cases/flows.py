@@ -61,6 +61,7 @@ FLOWS = [
         (1, 4, 2),
     ),
     ode("CNF", lambda: CNF(3, (6, 5)), (3,)),
+    ode("FlowMatching", lambda: flows.FlowMatching(3, (6, 5), **FIXED), (3,)),
     ode("FFJORD", lambda: FFJORD(3, (6,), blocks=2), (3,)),
     ode("FFJORD image", lambda: FFJORD((1, 2, 2), (4,), levels=2), (1, 2, 2)),
 ]
