@@ -1,4 +1,4 @@
-"""What a time makes of a field's layers, against plain PyTorch."""
+"""Biases and gates of a field's layers at given times, against plain PyTorch."""
 
 import pytest
 import torch
