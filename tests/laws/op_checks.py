@@ -328,22 +328,28 @@ def _kind(value):
     return type(value)
 
 
-def recorded(case):
+def recorded(case, dtype=torch.float32):
     """Return the calls of registered ops that a case comes to, one of each kind."""
     with Recorded() as seen:
-        for sample in case.small(torch.float32):
+        for sample in case.small(dtype):
             run(case.op, sample)
     return list(seen.calls.values())
 
 
 def check_registration(case):
-    """``torch.library.opcheck`` of every op that runs, with gradients where it has a formula."""
+    """``torch.library.opcheck`` of every op that runs, with gradients where it has a formula.
+
+    Of other dtypes only the shapes, strides and dtypes that a compiler is told can be wrong.
+    """
     for func, args in recorded(case):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Autograd"):
             args = pytree.tree_map_only(
                 torch.Tensor, lambda t: t.requires_grad_(t.is_floating_point()), args
             )
         torch.library.opcheck(func, args)
+    for dtype in {torch.bfloat16, torch.float64} & {*case.dtypes}:
+        for func, args in recorded(case, dtype):
+            torch.library.opcheck(func, args, test_utils="test_faketensor")
 
 
 def check_compiles(case, compiler, samples):
