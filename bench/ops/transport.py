@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,21 +35,17 @@ def dense_sinkhorn(
     return f, g
 
 
-def pot_sinkhorn(inputs: Inputs, epsilon: float, iterations: int) -> Provider:
-    """Python Optimal Transport, in the logarithmic domain, on the tensors' own backend."""
+def pot_sinkhorn(inputs: Inputs, epsilon: float, iterations: int, numpy: bool) -> Provider:
+    """Python Optimal Transport in the logarithmic domain, on arrays in float64 or on the tensors in float32."""
     import ot
 
-    def run(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        options = {
-            "method": "sinkhorn_log",
-            "numItermax": iterations,
-            "stopThr": 0.0,
-            "warn": False,
-        }
-        plan: Tensor = ot.sinkhorn(
-            a[0], b[0], torch.cdist(x[0], y[0]).double() ** 2, epsilon, **options
-        )
-        return plan
+    def run(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Any:
+        cost = torch.cdist(x[0], y[0]).square()
+        given: Any = (a[0].to(x.dtype), b[0].to(x.dtype), cost)
+        if numpy:
+            given = (t.double().numpy() for t in given)
+        options = {"numItermax": iterations, "stopThr": 0.0, "warn": False}
+        return ot.sinkhorn(*given, epsilon, method="sinkhorn_log", **options)
 
     return run
 
@@ -103,19 +100,14 @@ def sinkhorn(
     """Return a case of ``[problems, n, m, d]``; its flops are those of the products alone."""
     problems, n, m, d = size
     options = {"epsilon": EPSILON * d, "iterations": iterations}
-    run = {
-        name: lambda f=f, **inputs: f(**inputs, **options) for name, f in {"ours": ours}.items()
-    }
-    providers: dict[str, Any] = {
-        "eager": lambda **inputs: dense_sinkhorn(**inputs, **options),
-        "ours": run["ours"],
-    }
-    if not dense:
-        providers["eager"] = run["ours"]
+    providers: dict[str, Any] = {"ours": partial(ours, **options)}
+    providers["eager"] = partial(dense_sinkhorn, **options) if dense else providers["ours"]
     if problems > 1:
-        providers["a call a problem"] = lambda **inputs: one_by_one(**inputs, **options)
+        providers["a call a problem"] = partial(one_by_one, **options)
     elif peers:
-        providers["POT"] = Lazy(lambda inputs: pot_sinkhorn(inputs, **options), comparable=False)
+        for peer, numpy in (("POT", True), ("POT on tensors", False)):
+            build = partial(pot_sinkhorn, **options, numpy=numpy)
+            providers[peer] = Lazy(build, comparable=False)
     return Case(
         name=name,
         make_inputs=clouds(*size),
