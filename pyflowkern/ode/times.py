@@ -23,9 +23,8 @@ def joined(t: Tensor | Sequence[float]) -> Tensor | Sequence[float]:
     if isinstance(t, (list, tuple)):
         for v in t:
             if isinstance(v, Tensor) and v.requires_grad:
-                return torch.stack(
-                    [torch.as_tensor(v, dtype=torch.float64).reshape(()) for v in t]
-                )
+                numbers = (torch.as_tensor(w, dtype=torch.float64, device=v.device) for w in t)
+                return torch.stack([w.reshape(()) for w in numbers])
     return t
 
 
