@@ -27,7 +27,10 @@ ROOT = Path(__file__).parent.parent
 EXERCISE = ["tests/cuda_on_host/exercise.py", "cuda"]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: The tests that need a GPU; other folders need packages that this machine may lack.
-TESTS = ("tests/core", "tests/ops", "tests/ode", "tests/test_gpu.py")
+TESTS = (
+    *("tests/core", "tests/ops", "tests/ode", "tests/transport", "tests/test_gpu.py"),
+    *("tests/nn/test_laws.py", "tests/flows/test_laws.py"),
+)
 #: Modules that the stages import, and the packages that have them.
 PACKAGES = {
     "scikit_build_core": "scikit-build-core",

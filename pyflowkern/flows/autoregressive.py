@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch.distributions import Distribution
 
+from pyflowkern import ops
 from pyflowkern.core.checks import check_count
 from pyflowkern.flows._arguments import check_flags, parse_vector, parse_widths
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import feature_order
 from pyflowkern.nn import Bijection, Inverse, MaskedAutoregressive, Sequential
-from pyflowkern.ops import ScaleMap
 
 __all__ = ["IAF", "MAF"]
 
@@ -63,17 +63,18 @@ class MAF(Flow):
         order: str = "reverse",
         residual: bool = False,
         activation: str = "relu",
-        scale_map: str | ScaleMap = "softclip",
+        scale_map: str | ops.ScaleMap = "softclip",
         base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_vector(event_shape)
         check_flags(residual=residual)
         context_features = check_count("context_features", context_features, 0)
+        transform = ops.scale_map(scale_map)
         layers = [
             MaskedAutoregressive(
                 shape[0],
                 parse_widths(hidden),
-                transform=scale_map,
+                transform=transform,
                 context_features=context_features,
                 order=feature_order(order, shape[0], i),
                 residual=residual,

@@ -355,6 +355,7 @@ _plan_product = register(
     backward=_backward_of_product,
     reference=plain.plan_product,
     inputs=lambda ctx: (*ctx.saved_tensors, *ctx.numbers),
+    flops=lambda x, y, a, b, f, g, matrix, *_: 2 * x[0] * x[1] * y[1] * matrix[2],
 )
 _plan_draw = register(
     "plan_draw(Tensor x, Tensor y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor uniforms, float epsilon,"

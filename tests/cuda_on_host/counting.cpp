@@ -100,6 +100,16 @@ int __tsan_atomic32_fetch_add(volatile int* p, int value, int order) {
   (void)order;
   return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
 }
+// atomicMin and atomicMax in shared memory
+int __tsan_atomic32_load(const volatile int* p, int order) {
+  (void)order;
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+int __tsan_atomic32_compare_exchange_strong(volatile int* p, int* expected, int value, int order,
+                                            int failed) {
+  (void)order, (void)failed;
+  return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
 // the switch that fills fresh memory with NaN
 char __tsan_atomic8_exchange(volatile char* p, char value, int order) {
   (void)order;

@@ -30,6 +30,7 @@ NO_PRODUCTS = {
     *("hutchinson_trace", "hutchinson_trace_backward"),
     *("normal_log_prob", "normal_log_prob_backward"),
     *("rk_combine", "rk_error", "rk_last", "rk_stage"),
+    *("sinkhorn", "plan_draw"),  # squared distances and sums of powers
     "slogdet_inverse",
     *("spline", "spline_backward"),
 }
