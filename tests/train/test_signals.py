@@ -171,7 +171,7 @@ def test_ctrl_c_before_training_is_one_line(tmp_path):
     code = "import os, signal; from pyflowkern.train import runner\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "def load(*a, **k): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)\n"
-    code += "runner.load = load; import sys; sys.argv[0] = 'pyflowkern'\n"
+    code += "runner.load_data = load; import sys; sys.argv[0] = 'pyflowkern'\n"
     code += "from pyflowkern.cli import main; main()"
     command = [
         sys.executable,
