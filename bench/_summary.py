@@ -31,9 +31,6 @@ HEADLINES = (
     ("spline", "rq 4096x32 K=8", "inverse"),
     ("field", "field 1000x6 60x3", "forward+backward"),
     ("field", "exact 1000x6 64x2", "forward+backward"),
-    ("transport", "1000 x 1000, d=2", "forward"),
-    ("transport", "1000 x 1000, d=64", "forward"),
-    ("transport", "512 problems", "forward"),
     ("glow", "training step", "call"),
     ("glow", "log_prob", "call"),
     ("glow", "sample", "call"),
@@ -51,7 +48,6 @@ PEERS = (
     ("ffjord", "training step D=6", "call", ("eager", "checkpointed")),
     ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
     ("ode", "dopri5 of 1000000", "call", ("eager",)),
-    ("transport", "1000 x 1000, d=2", "forward", ("POT", "POT on tensors")),
 )
 #: Families whose "eager" is another library, and providers whose names need an explanation.
 EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
