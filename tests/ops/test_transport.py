@@ -85,6 +85,20 @@ def test_what_does_not_converge_says_so(backend):
     assert out.cost.isfinite().all()
 
 
+@pytest.mark.parametrize("schedule", ["alternating", "symmetric"])
+@pytest.mark.parametrize(("iterations", "ratio"), [(3, 0.4), (40, 0.4), (60, 0.002)])
+def test_larger_epsilons_are_those_of_the_reference(backend, schedule, iterations, ratio):
+    """Which there are, and how many iterations each has, stands in C++, in CUDA and in Python."""
+    given = clouds(2, 12, 17, 2, torch.float64, scale=1.0)
+    options = {"epsilon": 1e-4 if ratio < 0.1 else 0.05, "epsilon_scaling": ratio}
+    options |= {"tolerance": 1e-2, "schedule": schedule}
+    found = ops.sinkhorn(**given, **options, max_iterations=iterations)
+    expected = ops.sinkhorn_reference(**given, **options, max_iterations=iterations)
+    assert torch.equal(found.iterations, expected.iterations)
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=FLOAT64, atol=FLOAT64)
+
+
 @pytest.mark.parametrize("d", [2, 7])
 def test_a_translation_adds_its_square_and_costs_no_digits(backend, d):
     given = clouds(1, 30, 40, d, torch.float32, apart=0.0)
