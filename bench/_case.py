@@ -207,9 +207,15 @@ def disagreement(case: Case, provider: Provider, eager: Provider, pass_: str, s:
     """
     rtol = 1e-3 if pass_ == "call" else TOLERANCE[case.dtype]
     want = _results(eager, pass_, s if pass_ == "call" else _in_float64(case, s))
-    wrong = _difference(_results(provider, pass_, s), want, rtol)
+    got = _results(provider, pass_, s)
+    wrong = _difference(got, want, rtol)
     if wrong and _is_random(eager, pass_, s, rtol):
         return ""
+    if wrong and pass_ != "call":
+        # inverses of steep functions: eager itself rounds more than that in this type
+        own = zip(_results(eager, pass_, s), want, strict=True)
+        errors = [_relative_error(a, b) for a, b in own if a is not None and b is not None]
+        wrong = _difference(got, want, max(rtol, min(2 * max(errors), 1e-2)))
     return wrong
 
 
@@ -233,10 +239,23 @@ def _difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None], rto
             continue
         if a.shape != b.shape:
             return f"result {i} has shape {tuple(a.shape)}, eager {tuple(b.shape)}"
-        error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+        error = _relative_error(a, b)
         if not error <= rtol:
             return f"result {i} differs by {error:.1e}"
     return ""
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    """Return ``||got - want|| / ||want||`` without the largest thousandth of the errors.
+
+    Gradients of log-derivatives jump at the knots of a spline: a point that rounding puts into the next bin has
+    another gradient, in float32 of eager PyTorch as well.
+    """
+    errors = (got - want).abs().flatten()
+    if not errors.isfinite().all():
+        return math.nan
+    kept = errors.numel() - errors.numel() // 1000
+    return float(errors.sort().values[:kept].norm() / want.norm().clamp_min(1e-30))
 
 
 def _is_random(provider: Provider, pass_: str, s: InputSet, rtol: float) -> bool:
