@@ -93,7 +93,7 @@ def test_autocast(backend, case):
 @every_flow
 @kernels
 def test_compiles_into_one_graph(backend, case):
-    laws.check_compiles(case, "aot_eager")
+    laws.check_compiles(case, "eager")
 
 
 @pytest.mark.slow
