@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_flag, check_floating
 from pyflowkern.transport._arguments import check_generator, check_pair, positive
-from pyflowkern.transport.assignment import exact_plan, squared_distances
+from pyflowkern.transport.assignment import exact_plan, reduced_costs, squared_distances
 from pyflowkern.transport.plan import draw_from_sums
 from pyflowkern.transport.solution import Solution
 from pyflowkern.transport.solver import sinkhorn
@@ -103,7 +103,7 @@ class OTPlanSampler:
         if self.method != "exact":
             return self.solve(x0, x1).plan.dense()
         flat0, flat1 = _flat(x0, x1)
-        i, j = exact_plan(squared_distances(flat0, flat1))
+        i, j = exact_plan(reduced_costs(flat0, flat1))
         out = x0.new_zeros(len(x0), len(x1))
         return out.index_put_((i, j), out.new_tensor(1 / len(i)), accumulate=True)
 
@@ -166,7 +166,7 @@ class OTPlanSampler:
         if self.method != "exact":
             return self.solve(x0, x1).pairs(len(x0) if replace else None, generator=generator)
         flat0, flat1 = _flat(x0, x1)
-        i, j = exact_plan(squared_distances(flat0, flat1))
+        i, j = exact_plan(reduced_costs(flat0, flat1))
         if replace:
             k = torch.randint(len(i), (len(x0),), device=i.device, generator=generator)
         else:  # the cells are ordered by row, each of which has as many
@@ -336,9 +336,11 @@ def wasserstein(
     if method == "sinkhorn":
         cost = OTPlanSampler("sinkhorn", reg).solve(x0, x1).plan.transport_cost()
         return float(cost.clamp(min=0).sqrt())
-    costs = squared_distances(*_flat(x0, x1))
-    costs = costs if power == 2 else costs.sqrt()
-    mean = float(costs[exact_plan(costs)].mean())
+    x0, x1 = _flat(x0, x1)
+    costs = reduced_costs(x0, x1) if power == 2 else squared_distances(x0, x1).sqrt()
+    i, j = exact_plan(costs)
+    moved = (x0[i].double() - x1[j].double()).norm(dim=1).pow(power)
+    mean = float(moved.mean())
     return mean if power == 1 else math.sqrt(mean)
 
 

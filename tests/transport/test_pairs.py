@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import chi2
 
 from pyflowkern import transport
@@ -149,6 +150,30 @@ def test_assignment_of_unequal_clouds_and_of_batches():
         assert torch.equal(one[0], i[k])
         assert torch.equal(one[1], j[k])
         assert len(set(j[k].tolist())) == 5
+
+
+@pytest.mark.parametrize("counts", [(150, 150), (150, 300), (300, 150)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_potentials_change_no_pair(counts, scale):
+    x, y = (scale * (torch.randn(n, 3) + k) for k, n in enumerate(counts))
+    costs = torch.cdist(x.double(), y.double()).square()
+    i, j = linear_sum_assignment(costs.numpy())
+    best = float(costs[i, j].mean())
+    ours = transport.assignment(x, y)
+    assert float(costs[ours].mean()) == pytest.approx(best, rel=1e-9)
+    each = torch.arange(300) // (300 // counts[0]), torch.arange(300) // (300 // counts[1])
+    repeated = costs[each[0]][:, each[1]]
+    best = float(repeated[linear_sum_assignment(repeated.numpy())].mean())
+    assert transport.wasserstein(x, y) ** 2 == pytest.approx(best, rel=1e-9)
+    plan = transport.OTPlanSampler("exact").get_map(x, y).double()
+    assert float((plan * costs).sum()) == pytest.approx(best, rel=1e-6)
+
+
+def test_pairs_of_points_that_are_all_equal():
+    x = torch.zeros(200, 2)
+    i, j = transport.assignment(x, x + 1)
+    assert sorted(j.tolist()) == i.tolist() == list(range(200))
+    assert transport.wasserstein(x, x + 1) == pytest.approx(2**0.5)
 
 
 def test_assignment_without_scipy(monkeypatch):
