@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyflowkern.transport.matchers import SchrodingerBridgeConditionalFlowMatcher
 
-__all__ = ["Drift", "Regression", "euler_maruyama", "matched", "mean_matching"]
+__all__ = ["Drift", "Regression", "euler_maruyama", "matched", "mean_matching", "regression_loss"]
 
 #: A drift or a velocity, of a time and of points ``[N, *shape]``.
 Drift = Callable[[Tensor | float, Tensor], Tensor]
@@ -37,9 +37,18 @@ class Regression(NamedTuple):
     weight: Tensor | float = 1.0
     scale: Tensor | float = 1.0
 
-    def loss(self, network: Drift) -> Tensor:
-        """Return the weighted mean squared error."""
-        return (self.weight * (self.scale * network(self.t, self.x) - self.target).square()).mean()
+    def loss(self, output: Tensor) -> Tensor:
+        """Return the weighted mean squared error of what the network gave at ``(t, x)``."""
+        return (self.weight * (self.scale * output - self.target).square()).mean()
+
+
+def regression_loss(network: Drift, terms: list[Regression]) -> Tensor:
+    """Return the sum of the losses of a network's regressions, for which it is called once."""
+    if len(terms) == 1:
+        return terms[0].loss(network(terms[0].t, terms[0].x))
+    outputs = network(torch.cat([term.t for term in terms]), torch.cat([term.x for term in terms]))
+    parts = outputs.split([len(term.x) for term in terms])
+    return torch.stack([term.loss(y) for term, y in zip(terms, parts, strict=True)]).sum()
 
 
 def euler_maruyama(

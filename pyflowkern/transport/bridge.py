@@ -18,6 +18,7 @@ from pyflowkern.transport._bridge_steps import (
     euler_maruyama,
     matched,
     mean_matching,
+    regression_loss,
 )
 from pyflowkern.transport.samplers import OTPlanSampler
 
@@ -183,8 +184,12 @@ class SchrodingerBridge(BridgeFields):
         terms = self._regressions(clouds, generator)
         names = ("velocity", "score") if self.method == "sf2m" else ("forward", "backward")
         networks = dict(zip(names, self.networks, strict=True))
-        total = sum(term.loss(networks[term.network]) for term in terms)
-        return total / (len(self.times) - 1)  # type: ignore[return-value]
+        total = [
+            regression_loss(network, mine)
+            for name, network in networks.items()
+            if (mine := [term for term in terms if term.network == name])
+        ]
+        return torch.stack(total).sum() / (len(self.times) - 1)
 
     def _clouds(self, x0: Tensor | Sequence[Tensor], x1: Tensor | None) -> list[Tensor]:
         """Return checked samples for each time."""

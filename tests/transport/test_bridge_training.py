@@ -201,3 +201,23 @@ def test_wrong_samples_are_named():
     ):
         with pytest.raises(kind, match=message):
             call()
+
+
+@pytest.mark.parametrize("method", ["sf2m", "dsbm_imf", "dsb"])
+def test_snapshots_of_unequal_counts_are_one_call_of_each_network(method):
+    """The loss is the mean over intervals, of each of which it is the mean over its own samples."""
+    bridge = small(method, times=(0.0, 1.0, 3.0), steps=4).double()
+    for parameter in bridge.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(2)
+    clouds = [torch.randn(n, 2, dtype=torch.float64) for n in (5, 9, 3)]
+    terms = bridge.eval()._regressions(clouds, generator)
+    names = ("velocity", "score") if method == "sf2m" else ("forward", "backward")
+    alone = [t.loss(bridge.networks[names.index(t.network)](t.t, t.x)) for t in terms]
+    calls = [[], []]
+    for network, seen in zip(bridge.networks, calls, strict=True):
+        network.register_forward_hook(lambda module, args, out, seen=seen: seen.append(len(out)))
+    loss = bridge.loss(clouds, generator=generator.manual_seed(2))
+    torch.testing.assert_close(loss, sum(alone) / 2)
+    rows = sum(len(t.t) for t in terms if t.network == terms[0].network)
+    assert calls == ([[rows], [rows]] if method == "sf2m" else [[], [rows]])
