@@ -53,6 +53,20 @@ struct SoftminArgs {
   double* errors;           // [tasks]: sum of |marginal - what it should be| over the rows
 };
 
+// Iterations of a small problem, whose Gibbs kernel K_ij = 2^t_ij is kept (without masses).  The
+// potentials move by factors: f_i by epsilon log u_i, g_j by epsilon log v_j.
+struct GibbsArgs {
+  ScoreArgs scores;     // rows are x
+  int64_t task, row;    // rows of a task; numbers of a padded row of K
+  const double* shift;  // h_i
+  void* kernel;         // [rows, row]
+  const double* mass;   // a_i
+  const void* columns;  // [row]: b_j v_j, padded with zeros, or null where u is given
+  double* factors;      // [rows]: u_i = 1 / sum_j K_ij b_j v_j
+  void* sums;           // [tasks, row]: sum_i a_i u_i K_ij over the rows of a task
+  int squarings;        // for a smaller epsilon, with v_j in `columns`
+};
+
 struct PlanProductArgs {
   ScoreArgs scores;
   int64_t task;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Entropic optimal transport on the CPU: the loop of Sinkhorn's iteration over the passes of
-// transport_tiles.h.
+// transport_tiles.h and transport_gibbs.h.
 //
 // Problems of a batch run in parallel, each on one thread; a single problem runs its blocks of rows
 // in parallel.  Blocks do not depend on the number of threads, nor do the bits of any result.
-#include "transport/transport_tiles.h"
+#include "transport/transport_gibbs.h"
 
 #include "core/half.h"
 #include "core/simd.h"
@@ -13,6 +13,9 @@ PFK_DECLARE_LEVELS(int64_t transport_panel(DType);
                    void transport_pack(const MatmulArgs&, DType, int64_t, int64_t);
                    void transport_keep(const ScoreArgs&, int64_t, void*, DType, int64_t, int64_t);
                    void transport_softmin(const SoftminArgs&, DType, int64_t, int64_t);
+                   void transport_gibbs(const GibbsArgs&, DType, int64_t, int64_t);
+                   void transport_power(const GibbsArgs&, DType, int64_t, int64_t);
+                   void transport_pass(const GibbsArgs&, DType, int64_t, int64_t);
                    void transport_product(const PlanProductArgs&, DType, int64_t, int64_t);
                    void transport_draw(const PlanDrawArgs&, DType, int64_t, int64_t))
 
@@ -35,6 +38,24 @@ void transport_keep(const ScoreArgs& s, int64_t task, void* to, DType dtype, int
 void transport_softmin(const SoftminArgs& a, DType dtype, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     dtype == kFloat64 ? softmin_block<double>(a, block) : softmin_block<float>(a, block);
+  }
+}
+
+void transport_gibbs(const GibbsArgs& a, DType dtype, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    dtype == kFloat64 ? gibbs_block<double>(a, block) : gibbs_block<float>(a, block);
+  }
+}
+
+void transport_power(const GibbsArgs& a, DType dtype, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    dtype == kFloat64 ? gibbs_power_block<double>(a, block) : gibbs_power_block<float>(a, block);
+  }
+}
+
+void transport_pass(const GibbsArgs& a, DType dtype, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    dtype == kFloat64 ? gibbs_pass_block<double>(a, block) : gibbs_pass_block<float>(a, block);
   }
 }
 
@@ -76,9 +97,8 @@ struct OnCpu {
     return (columns + panel - 1) / panel * panel;
   }
   template <class Args, class F>
-  void rows(const Args& a, int64_t cost, const F& f) const {
-    each_block(parallel, (a.scores.rows + a.task - 1) / a.task, a.task * a.scores.columns * cost,
-               f);
+  void rows(const Args& a, const F& f) const {
+    each_block(parallel, (a.scores.rows + a.task - 1) / a.task, a.task * a.scores.columns, f);
   }
   void keep(const ScoreArgs& s, void* to, DType dtype) const {
     const int64_t task = matmul_task(s.rows);
@@ -88,17 +108,31 @@ struct OnCpu {
                });
   }
   void softmin(const SoftminArgs& a, DType dtype) const {
-    rows(a, 1, [&](int64_t begin, int64_t end) {
+    rows(a, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(transport_softmin, a, dtype, begin, end);
     });
   }
+  void gibbs(const GibbsArgs& a, DType dtype) const {
+    rows(a, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(transport_gibbs, a, dtype, begin, end);
+    });
+  }
+  void power(const GibbsArgs& a, DType dtype) const {
+    rows(a, [&](int64_t begin, int64_t end) {
+      PFK_CALL_LEVEL(transport_power, a, dtype, begin, end);
+    });
+  }
+  void pass(const GibbsArgs& a, DType dtype) const {
+    rows(a,
+         [&](int64_t begin, int64_t end) { PFK_CALL_LEVEL(transport_pass, a, dtype, begin, end); });
+  }
   void product(const PlanProductArgs& a, DType dtype) const {
-    rows(a, 1, [&](int64_t begin, int64_t end) {
+    rows(a, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(transport_product, a, dtype, begin, end);
     });
   }
   void draw(const PlanDrawArgs& a, DType dtype) const {
-    rows(a, 1,
+    rows(a,
          [&](int64_t begin, int64_t end) { PFK_CALL_LEVEL(transport_draw, a, dtype, begin, end); });
   }
 };

@@ -126,12 +126,13 @@ struct Problem {
   }
 
   // Rows of `side`, whose columns are the other cloud with its present potentials.
-  ScoreArgs scores(int side, double epsilon) {
+  ScoreArgs scores(int side, double epsilon, bool with_mass = true) {
     CloudCopy<T>& c = cloud[1 - side];
     const double unit = epsilon * kLog2;
     for (int64_t j = 0; j < c.count; ++j) {
       const double reduced = c.potential[j] - (direct ? 0 : c.squares[j]);
-      c.weights[j] = static_cast<T>(std::max(c.log_mass[j] + reduced / unit, -1e30));
+      const double log_mass = with_mass ? c.log_mass[j] : 0;
+      c.weights[j] = static_cast<T>(std::max(log_mass + reduced / unit, -1e30));
     }
     const std::vector<T>& kept = cloud[side].kept;
     return {cloud[side].count,
@@ -146,9 +147,10 @@ struct Problem {
             run.padded(c.count, kDtype)};
   }
 
-  // Keeps the products of a small problem, which every iteration needs.
-  void keep_products() {
-    for (int side = 0; side < 2; ++side) {
+  // Keeps the products of a small problem, which every iteration needs, in the order of the rows of
+  // x alone or of both clouds.
+  void keep_products(int sides) {
+    for (int side = 0; side < sides; ++side) {
       const int64_t size = cloud[side].count * run.padded(cloud[1 - side].count, kDtype);
       if (direct || size * static_cast<int64_t>(sizeof(T)) > kKeptBytes) continue;
       const ScoreArgs s = scores(side, 1);
@@ -157,13 +159,20 @@ struct Problem {
     }
   }
 
-  // log2 of what stands before the sum over columns in a row of the plan, for h.
-  void row_shifts(int side, double epsilon, bool with_mass) {
-    CloudCopy<T>& c = cloud[side];
+  // What a pass over the rows of x needs: scores, and shifts with which powers of two are entries
+  // of the plan, with masses of rows and of columns or without.
+  template <class Args>
+  Args rows_of_plan(double epsilon, bool row_mass, bool column_mass) {
+    CloudCopy<T>& c = cloud[0];
     for (int64_t i = 0; i < c.count; ++i) {
       const double reduced = c.potential[i] - (direct ? 0 : c.squares[i]);
-      c.shift[i] = -reduced / (epsilon * kLog2) - (with_mass ? c.log_mass[i] : 0);
+      c.shift[i] = -reduced / (epsilon * kLog2) - (row_mass ? c.log_mass[i] : 0);
     }
+    Args a{};
+    a.scores = scores(0, epsilon, column_mass);
+    a.task = matmul_task(c.count);
+    a.shift = c.shift.data();
+    return a;
   }
 
   // Half an iteration, into `next`; returns the error of the marginal before it.

@@ -4,8 +4,11 @@
 // Alternating: g from f, then f from the new g; the marginal of y tells the error.  Symmetric
 // (Feydy et al. 2019): both from the old ones, of which they move half way; the first step is
 // whole, and so is a last one.  With scaling, epsilon begins at the square of the diameter and
-// shrinks by one ratio until it is the one asked for.
+// shrinks by one ratio until it is the one asked for.  Small problems alternate with their Gibbs
+// kernel in memory, which gives the same numbers.
 #pragma once
+
+#include <memory>
 
 #include "transport/transport_host.h"
 
@@ -23,10 +26,123 @@ inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double exte
   return levels;
 }
 
+// The kept Gibbs kernel of a small problem whose marginals both hold: iterations multiply by it,
+// and the potentials move by factors u and v.  These must stay near 1, so that no number of the
+// kernel that was rounded to zero matters (Schmitzer 2019); else the kernel is made anew from the
+// moved potentials.
+template <class T, class Run>
+class GibbsKernel {
+  Problem<T, Run>& problem;
+  static constexpr int kMostSquarings = 12;
+  const bool fits;
+  const double last;
+  int squared = 0;
+  GibbsArgs args{};
+  std::unique_ptr<T[]> kernel;  // without a pass that sets it to zero
+  std::vector<T> columns, sums;
+  std::vector<double> u, next_u, v, next_v;
+
+  static bool near_one(const std::vector<double>& factors) {
+    for (double f : factors) {
+      if (!(f > 0x1p-30 && f < 0x1p30)) return false;
+    }
+    return true;
+  }
+
+  // The sums of the columns give the error with v, and the next v; false if that is far from 1.
+  bool pass() {
+    problem.run.pass(args, problem.kDtype);
+    next_v.assign(v.size(), 0.0);
+    for (const T* part = sums.data(); part < sums.data() + sums.size(); part += args.row) {
+      for (size_t j = 0; j < v.size(); ++j) next_v[j] += part[j];
+    }
+    error = 0;
+    for (size_t j = 0; j < v.size(); ++j) {
+      error += problem.cloud[1].mass[j] * std::abs(v[j] * next_v[j] - 1);
+      next_v[j] = 1 / next_v[j];
+    }
+    return near_one(next_v);
+  }
+
+  void make() {
+    const int64_t rows = problem.cloud[0].count;
+    args = problem.template rows_of_plan<GibbsArgs>(epsilon, false, false);
+    args.row = args.scores.kept_row, args.mass = problem.cloud[0].mass;
+    if (!kernel) kernel.reset(new T[rows * args.row]);
+    columns.assign(args.row, T(0));
+    sums.resize((rows + args.task - 1) / args.task * args.row), next_u.resize(rows);
+    args.kernel = kernel.get(), args.sums = sums.data();
+    problem.run.gibbs(args, problem.kDtype);
+  }
+
+  // How often the kernel must be squared for a smaller epsilon, 0 if it must be made anew: its
+  // errors double each time, which only larger epsilons than the last one may have.
+  int squarings_to(double with) const {
+    int found = 0;
+    if (active && with > last) {
+      for (double e = epsilon; e > with; e /= 2) ++found;
+      if (std::ldexp(with, found) != epsilon || squared + found > kMostSquarings) found = 0;
+    }
+    return found;
+  }
+
+ public:
+  bool active = false;
+  double epsilon = 0, error = 0;
+
+  static bool serves(const Problem<T, Run>& problem, const SinkhornOptions& o) {
+    const int64_t row = problem.run.padded(problem.cloud[1].count, problem.kDtype);
+    return !o.symmetric && !(o.penalty[0] > 0) && !(o.penalty[1] > 0) &&
+           problem.cloud[0].count * row * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
+  }
+  GibbsKernel(Problem<T, Run>& problem_, const SinkhornOptions& o)
+      : problem(problem_), fits(serves(problem_, o)), last(o.epsilon) {}
+
+  // Takes the present potentials, and half an iteration of y; false if they are no good start.
+  bool begin(double with) {
+    if (!fits) return false;
+    const int squarings = squarings_to(with);
+    end();
+    epsilon = with;
+    if (squarings > 0) {
+      for (size_t j = 0; j < v.size(); ++j) columns[j] = static_cast<T>(v[j]);
+      args.columns = columns.data(), args.factors = u.data(), args.squarings = squarings;
+      problem.run.power(args, problem.kDtype);
+    } else {
+      make();
+    }
+    squared = squarings > 0 ? squared + squarings : 0;
+    u.assign(problem.cloud[0].count, 1.0), v.assign(problem.cloud[1].count, 1.0);
+    args.columns = nullptr, args.factors = u.data();
+    return active = pass();
+  }
+
+  // An iteration, and half of the next one; false if the potentials of x could not be moved.
+  bool step() {
+    v.swap(next_v);
+    for (size_t j = 0; j < v.size(); ++j)
+      columns[j] = static_cast<T>(problem.cloud[1].mass[j] * v[j]);
+    args.columns = columns.data(), args.factors = next_u.data();
+    const bool goes_on = pass(), moved = near_one(next_u);
+    if (moved) u.swap(next_u);
+    if (!moved || !goes_on) end();
+    return moved;
+  }
+
+  // Writes the potentials where the problem has them.
+  void end() {
+    if (!active) return;
+    active = false;
+    for (size_t i = 0; i < u.size(); ++i) problem.cloud[0].potential[i] += epsilon * std::log(u[i]);
+    for (size_t j = 0; j < v.size(); ++j) problem.cloud[1].potential[j] += epsilon * std::log(v[j]);
+  }
+};
+
 template <class T, class Run>
 struct Iteration {
   Problem<T, Run>& problem;
   const SinkhornOptions& o;
+  GibbsKernel<T, Run> gibbs{problem, o};
   int64_t done = 0;
   double error = INFINITY;
 
@@ -35,16 +151,27 @@ struct Iteration {
     return tolerance > 0 ? error > tolerance : error == error;
   }
 
+  // Half an iteration of y; returns the error before it.
+  double look(double epsilon) {
+    if (gibbs.active && gibbs.epsilon == epsilon) return gibbs.error;
+    if (gibbs.begin(epsilon)) return gibbs.error;
+    return problem.half(1, epsilon, o.penalty[1], 1);
+  }
+  // Accepts it, and takes half an iteration of x.
   void step(double epsilon) {
-    problem.accept(1);
+    ++done;
+    if (!gibbs.active) {
+      problem.accept(1);
+    } else if (gibbs.step()) {
+      return;
+    }
     problem.half(0, epsilon, o.penalty[0], 1);
     problem.accept(0);
-    ++done;
   }
   // The error belongs to the potentials before the step, which is not taken if they are the result.
   void alternating() {
     while (done < o.iterations) {
-      error = problem.half(1, o.epsilon, o.penalty[1], 1);
+      error = look(o.epsilon);
       if (!goes_on(o.tolerance)) return;
       step(o.epsilon);
     }
@@ -52,7 +179,7 @@ struct Iteration {
   // A larger epsilon, whose potentials only begin those of the next one.
   void alternating_level(double epsilon) {
     for (int i = 0; i < kLevelIterations && done < o.iterations; ++i) {
-      error = problem.half(1, epsilon, o.penalty[1], 1);
+      error = look(epsilon);
       step(epsilon);
       if (!(error > kLevelTolerance)) return;
     }
@@ -77,6 +204,7 @@ struct Iteration {
 
   // Where the iterations ran out among the larger epsilons, f at least is one of the last.
   void finish() {
+    gibbs.end();
     problem.half(0, o.epsilon, o.penalty[0], 1);
     problem.accept(0);
   }
@@ -89,7 +217,8 @@ struct Iteration {
     o.symmetric ? symmetric(o.epsilon, o.iterations) : alternating();
     if (o.symmetric) whole_step(o.epsilon);
     if (!o.symmetric && !reached) finish();
-    if (o.symmetric || done == o.iterations) error = problem.half(1, o.epsilon, o.penalty[1], 1);
+    if (o.symmetric || done == o.iterations) error = look(o.epsilon);
+    gibbs.end();
   }
 };
 
@@ -119,7 +248,7 @@ void solve_problem(const TransportTensors& t, const SinkhornResults& r, const Si
                    int64_t p, const Run& run) {
   Problem<T, Run> problem(t, p, o.scale, o.symmetric, run);
   problem.set(0, nullptr), problem.set(1, nullptr);
-  problem.keep_products();
+  problem.keep_products(GibbsKernel<T, Run>::serves(problem, o) ? 1 : 2);
   Iteration<T, Run> iteration{problem, o};
   iteration.run();
   static_cast<double*>(data_of(r.cost))[p] = dual_cost(problem, o);
@@ -152,11 +281,7 @@ template <class T, class Run>
 void multiply_plan(const TransportTensors& t, const PlanTensors& plan, const Tensor& matrix,
                    const Tensor& out, double epsilon, double scale, int64_t p, const Run& run) {
   GivenPlan<T, Run> problem(t, plan, p, scale, run);
-  problem.row_shifts(0, epsilon, true);
-  PlanProductArgs a{};
-  a.scores = problem.scores(0, epsilon);
-  a.task = matmul_task(t.n);
-  a.shift = problem.cloud[0].shift.data();
+  auto a = problem.template rows_of_plan<PlanProductArgs>(epsilon, true, true);
   a.width = matrix.sizes()[2];
   std::vector<T> packed(run.padded(a.width, problem.kDtype) * t.m);
   MatmulArgs m{};
@@ -174,11 +299,7 @@ template <class T, class Run>
 void draw_from_plan(const TransportTensors& t, const PlanTensors& plan, const Tensor& uniforms,
                     const Tensor& out, double epsilon, double scale, int64_t p, const Run& run) {
   GivenPlan<T, Run> problem(t, plan, p, scale, run);
-  problem.row_shifts(0, epsilon, false);
-  PlanDrawArgs a{};
-  a.scores = problem.scores(0, epsilon);
-  a.task = matmul_task(t.n);
-  a.shift = problem.cloud[0].shift.data();
+  auto a = problem.template rows_of_plan<PlanDrawArgs>(epsilon, false, true);
   a.uniforms = static_cast<const double*>(data_of(uniforms)) + p * t.n;
   a.out = static_cast<int64_t*>(data_of(out)) + p * t.n;
   run.draw(a, problem.kDtype);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from pyflowkern.transport import (
 
 __all__ = ["FlowMatching"]
 
-_COUPLINGS = {
+_COUPLINGS: dict[str, Callable[[], ConditionalFlowMatcher]] = {
     "independent": ConditionalFlowMatcher,
     "ot": ExactOptimalTransportConditionalFlowMatcher,
-    "sinkhorn": SinkhornOptimalTransportConditionalFlowMatcher,
+    "sinkhorn": partial(
+        SinkhornOptimalTransportConditionalFlowMatcher, reg=0.01, normalize_cost="spread"
+    ),
 }
 
 
@@ -40,7 +43,8 @@ class FlowMatching(CNF):
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.
         hidden: widths of the field's hidden layers.
         coupling: how a batch is paired: "independent", "ot" (the exact plan of the batch), "sinkhorn" (an
-            entropic plan), or a matcher of :mod:`pyflowkern.transport`.  Contexts go where their data go.
+            entropic plan, whose epsilon is a hundredth of the mean cost of centred batches: close to exact, and many
+            times as fast), or a matcher of :mod:`pyflowkern.transport`.  Contexts go where their data go.
         **options: of :class:`CNF`, among them ``conv``, ``field``, ``context_features``, ``base`` and the
             settings of the solver.  ``duration`` is 1, and there is one block and one level.
 

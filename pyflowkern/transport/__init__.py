@@ -1,6 +1,7 @@
 """Transport between two distributions: Sinkhorn without the matrix, flow matching, Gaussian bridges in closed form."""
 
 from pyflowkern.transport.assignment import assignment
+from pyflowkern.transport.batches import PairedBatches
 from pyflowkern.transport.bridge import SchrodingerBridge
 from pyflowkern.transport.gaussian import (
     GaussianBridge,
@@ -18,7 +19,7 @@ from pyflowkern.transport.matchers import (
 )
 from pyflowkern.transport.plan import Plan
 from pyflowkern.transport.rectified import RectifiedFlow
-from pyflowkern.transport.samplers import OTPlanSampler, PairedBatches, wasserstein
+from pyflowkern.transport.samplers import OTPlanSampler, wasserstein
 from pyflowkern.transport.solution import Solution, Status
 from pyflowkern.transport.solver import sinkhorn, sinkhorn_divergence
 

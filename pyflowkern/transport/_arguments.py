@@ -14,6 +14,7 @@ __all__ = [
     "Clouds",
     "check_generator",
     "check_pair",
+    "clouds_of_equal_masses",
     "parse_clouds",
     "parse_penalties",
     "positive",
@@ -80,6 +81,13 @@ def parse_clouds(
     check_same_device(x=x, y=y, a=clouds.a, b=clouds.b)
     _check_numbers(clouds, balanced)
     return clouds
+
+
+def clouds_of_equal_masses(x: Tensor, y: Tensor) -> Clouds:
+    """Return two clouds ``[n, d]`` and ``[m, d]`` of one dtype and device as a problem, unchecked."""
+    return Clouds(
+        x[None], y[None], _masses("a", None, x[None]), _masses("b", None, y[None]), False
+    )
 
 
 def _masses(name: str, masses: Tensor | None, points: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_flag, check_floating
 from pyflowkern.transport._arguments import check_generator
 
-__all__ = ["Plan", "draw_from_sums"]
+__all__ = ["Plan", "draw"]
 
 #: Draws without replacement give up after this many for each cell that is wanted, and some more.
 MOST_DRAWS, SOME_MORE = 100, 10_000
@@ -174,14 +174,23 @@ class Plan:
         check_generator(generator)
         check_flag("replace", replace)
         if n is None:
-            rows = torch.arange(self.x.shape[1], device=self.x.device)
-            rows = rows.expand(self.x.shape[0], -1).contiguous()
-            out = rows, self._columns(rows, generator)
-        else:
-            n = check_count("n", n)
-            self.row_sums()  # here, so that those of each problem are parts of it
-            out = self._cells(n, generator) if replace else self._distinct(n, generator)
+            return self.partners(uniforms=self._uniforms(self.x.shape[1], generator))
+        n = check_count("n", n)
+        self.row_sums()  # here, so that those of each problem are parts of it
+        out = self._cells(n, generator) if replace else self._distinct(n, generator)
         return out if self.batched else (out[0][0], out[1][0])
+
+    def partners(self, rows: Tensor | None = None, *, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows and a column for each, chosen by uniform random numbers, as :meth:`pairs` does.
+
+        Args:
+            rows: indices of rows, int64, ``[k]`` or ``[B, k]``; each row once if None.
+            uniforms: float64 numbers in [0, 1), a number for each row.
+        """
+        if self.batched:
+            return self._partners(rows, uniforms)
+        i, j = self._partners(None if rows is None else rows[None], uniforms[None])
+        return i[0], j[0]
 
     # --- what the rest is made of -----------------------------------------------------------------
 
@@ -192,19 +201,27 @@ class Plan:
         plan = (self.x, self.y, self.a, self.b, self.f, self.g)
         return ops.plan_product(*plan, matrix, epsilon=self.epsilon, scale=self.scale)
 
-    def _columns(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        uniforms = torch.rand(
-            rows.shape, dtype=torch.float64, device=rows.device, generator=generator
-        )
-        x = self.x.gather(1, rows[..., None].expand(-1, -1, self.x.shape[2]))
-        a, f = self.a.gather(1, rows), self.f.gather(1, rows)
+    def _partners(self, rows: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        x, a, f = self.x, self.a, self.f
+        if rows is None:
+            rows = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        else:
+            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+            a, f = a.gather(1, rows), f.gather(1, rows)
         plan = (x, self.y, a, self.b, f, self.g)
-        return ops.plan_draw(*plan, uniforms, epsilon=self.epsilon, scale=self.scale)
+        return rows, ops.plan_draw(*plan, uniforms, epsilon=self.epsilon, scale=self.scale)
+
+    def _uniforms(self, n: int, generator: torch.Generator | None) -> Tensor:
+        shape = (self.x.shape[0], n) if self.batched else (n,)
+        return torch.rand(shape, dtype=torch.float64, device=self.x.device, generator=generator)
 
     def _cells(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         assert self._sums is not None
-        rows = draw_from_sums(self._sums, n, generator)
-        return rows, self._columns(rows, generator)
+        shape = (2, *self._sums.shape[:-1], n)
+        of_rows, of_columns = torch.rand(
+            shape, dtype=torch.float64, device=self.x.device, generator=generator
+        )
+        return self._partners(draw(self._sums, of_rows), of_columns)
 
     def _distinct(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         found = [self._distinct_of(p, n, generator) for p in range(self.x.shape[0])]
@@ -243,14 +260,12 @@ def _first_of_each(values: Tensor) -> Tensor:
     return values[order[first].sort().values]
 
 
-def draw_from_sums(sums: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """Draw ``n`` indices of the last axis with probabilities in proportion to ``sums`` ``[B, k]``, ``[B, n]``."""
+def draw(sums: Tensor, uniforms: Tensor) -> Tensor:
+    """Return an index of the last axis of ``sums`` ``[*, k]`` for each of ``uniforms`` ``[*, n]``, in proportion."""
     upto = sums.double().cumsum(-1)
     total = upto[..., -1:]
     if not bool(((total > 0) & total.isfinite()).all()):
         raise ValueError("the plan must carry mass that is finite, got one of none, or of NaN")
-    shape = (*sums.shape[:-1], n)
-    uniforms = torch.rand(shape, dtype=torch.float64, device=sums.device, generator=generator)
     # below the total also where the product is rounded up: the index is then one that has mass
     wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(upto, wanted, right=True)

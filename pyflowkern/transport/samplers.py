@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_flag, check_floating
-from pyflowkern.transport._arguments import check_generator, check_pair, positive
+from pyflowkern.transport._arguments import (
+    check_generator,
+    check_pair,
+    clouds_of_equal_masses,
+    positive,
+)
 from pyflowkern.transport.assignment import exact_plan, reduced_costs, squared_distances
-from pyflowkern.transport.plan import draw_from_sums
+from pyflowkern.transport.plan import draw
 from pyflowkern.transport.solution import Solution
-from pyflowkern.transport.solver import sinkhorn
+from pyflowkern.transport.solver import solve_clouds
 
-__all__ = ["OTPlanSampler", "PairedBatches", "wasserstein"]
+__all__ = ["OTPlanSampler", "wasserstein"]
 
 METHODS = ("exact", "sinkhorn", "unbalanced")
 
@@ -85,24 +90,30 @@ class OTPlanSampler:
         if self.method == "exact":
             raise ValueError('method must be "sinkhorn" or "unbalanced" for a solution')
         x0, x1 = _flat(x0, x1)
-        if self.normalize_cost == "spread":
-            scale = _spread(x0, x1)
-        else:
-            scale = _largest_cost(x0, x1) if self.normalize_cost else 1.0
-        return sinkhorn(
-            x0,
-            x1,
-            epsilon=self.reg * scale,
+        unit = 1.0
+        if self.normalize_cost:
+            unit = (_spread if self.normalize_cost == "spread" else _largest_cost)(x0, x1)
+            if not math.isfinite(unit):
+                _refuse(x0, x1)
+        penalty = self.reg_m * unit if self.method == "unbalanced" else None
+        solution = solve_clouds(
+            clouds_of_equal_masses(x0, x1),
+            epsilon=self.reg * unit,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
-            unbalanced=self.reg_m * scale if self.method == "unbalanced" else None,
+            epsilon_scaling=0.5,
+            penalty_x=penalty,
+            penalty_y=penalty,
         )
+        if not math.isfinite(solution.error):  # one look, which waits for the device, tells all
+            _refuse(x0, x1)
+        return solution
 
     def get_map(self, x0: Tensor, x1: Tensor) -> Tensor:
         """Return the whole plan ``[n, m]``, of the dtype of ``x0``; for small batches."""
         if self.method != "exact":
             return self.solve(x0, x1).plan.dense()
-        flat0, flat1 = _flat(x0, x1)
+        flat0, flat1 = _flat(x0, x1, finite=True)
         i, j = exact_plan(reduced_costs(flat0, flat1))
         out = x0.new_zeros(len(x0), len(x1))
         return out.index_put_((i, j), out.new_tensor(1 / len(i)), accumulate=True)
@@ -137,7 +148,9 @@ class OTPlanSampler:
             raise ValueError(f"pi must have shape [n, m], got {tuple(pi.shape)}")
         mass = pi.detach().double().flatten()
         if replace:
-            cells = draw_from_sums(mass[None], batch_size, generator)[0]
+            shape = (batch_size,)
+            uniforms = torch.rand(shape, dtype=mass.dtype, device=mass.device, generator=generator)
+            cells = draw(mass, uniforms)
         else:
             if not int((mass > 0).sum()) >= batch_size:
                 raise ValueError(
@@ -161,19 +174,34 @@ class OTPlanSampler:
         With ``replace`` they are independent draws from the plan.  Without, every sample of ``x0`` is there once, in
         its order, and its partner is drawn given it; the pairs of an exact plan of equal counts are a permutation.
         """
+        return self.pairs_of(x0, x1, self.uniforms(x0, replace, generator=generator))
+
+    def uniforms(
+        self, x0: Tensor, replace: bool = True, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the random numbers that :meth:`pairs` takes, ``[2, n]`` float64, or ``[1, n]`` without ``replace``."""
         check_flag("replace", replace)
         check_generator(generator)
-        if self.method != "exact":
-            return self.solve(x0, x1).pairs(len(x0) if replace else None, generator=generator)
-        flat0, flat1 = _flat(x0, x1)
-        i, j = exact_plan(reduced_costs(flat0, flat1))
-        if replace:
-            k = torch.randint(len(i), (len(x0),), device=i.device, generator=generator)
-        else:  # the cells are ordered by row, each of which has as many
-            each = len(i) // len(x0)
-            k = torch.arange(0, len(i), each, device=i.device)
-            k = k + torch.randint(each, k.shape, device=i.device, generator=generator)
-        return i[k], j[k]
+        shape = (1 + replace, len(x0))
+        return torch.rand(shape, dtype=torch.float64, device=x0.device, generator=generator)
+
+    def pairs_of(self, x0: Tensor, x1: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pairs that random numbers of :meth:`uniforms` choose: no others are drawn."""
+        if self.method == "exact":
+            flat0, flat1 = _flat(x0, x1, finite=True)
+            i, j = exact_plan(reduced_costs(flat0, flat1))
+            if len(uniforms) == 2:
+                k = _index(uniforms[0], len(i))
+            else:  # the cells are ordered by row, each of which has as many
+                each = len(i) // len(x0)
+                k = torch.arange(0, len(i), each, device=i.device) + _index(uniforms[0], each)
+            return i[k], j[k]
+        plan, rows = self.solve(x0, x1).plan, None
+        if len(uniforms) == 2:
+            # each sample's mass leaves it, but where that is only a penalty
+            balanced = self.method == "sinkhorn"
+            rows = _index(uniforms[0], len(x0)) if balanced else draw(plan.row_sums(), uniforms[0])
+        return plan.partners(rows, uniforms=uniforms[-1])
 
     def sample_plan(
         self,
@@ -222,86 +250,6 @@ class OTPlanSampler:
         return torch.stack(path, 1)
 
 
-class PairedBatches:
-    r"""Minibatches of pairs, from one plan for many of them.
-
-    Plans of more samples than a minibatch has come closer to the true transport, and so straighten paths more
-    (Klein et al., 2025).  ``plan_size`` samples are drawn from each side, one plan is solved, every sample of the
-    source gets a partner, and ``plan_size // batch_size`` minibatches are handed out.  Then a new plan begins.
-
-    Use them with a matcher that pairs no more: ``ConditionalFlowMatcher``, or ``SchrodingerBridge...`` with
-    ``ot_method=None``.
-
-    Args:
-        source: all samples ``[N, *shape]``, from which ``plan_size`` different ones are drawn, or a function that is
-            given a count and returns so many.
-        target: likewise.
-        plan_size: samples of a plan.
-        batch_size: pairs of a minibatch; divides ``plan_size``.
-        sampler: how pairs are drawn; entropic, with ``reg=0.01`` of the spread, if None.
-        generator: the source of random numbers.
-
-    Raises:
-        TypeError: for a source that is neither a tensor nor a function.
-        ValueError: for sizes that do not fit.
-
-    Example:
-        >>> import torch
-        >>> from pyflowkern import transport
-        >>> pairs = transport.PairedBatches(lambda n: torch.randn(n, 2), torch.randn(1000, 2) + 3,
-        ...                                 plan_size=512, batch_size=128)
-        >>> x0, x1 = next(iter(pairs))
-        >>> tuple(x0.shape), tuple(x1.shape)
-        ((128, 2), (128, 2))
-    """
-
-    def __init__(
-        self,
-        source: Tensor | Callable[[int], Tensor],
-        target: Tensor | Callable[[int], Tensor],
-        *,
-        plan_size: int = 16_384,
-        batch_size: int = 512,
-        sampler: OTPlanSampler | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.plan_size = check_count("plan_size", plan_size)
-        self.batch_size = check_count("batch_size", batch_size)
-        if plan_size % batch_size:
-            raise ValueError(f"batch_size must divide plan_size, got {batch_size} and {plan_size}")
-        check_generator(generator)
-        self.sampler = sampler or OTPlanSampler("sinkhorn", 0.01, normalize_cost="spread")
-        self.generator = generator
-        for name, side in (("source", source), ("target", target)):
-            if not isinstance(side, Tensor) and not callable(side):
-                raise TypeError(
-                    f"{name} must be a tensor or a function, got {type(side).__name__}"
-                )
-            if isinstance(side, Tensor) and len(side) < plan_size:
-                raise ValueError(
-                    f"{name} must have at least plan_size = {plan_size} samples, got {len(side)}"
-                )
-        self.source, self.target = source, target
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(x0, x1)`` of ``batch_size`` pairs, without end."""
-        while True:
-            x0, x1 = self._draw("source", self.source), self._draw("target", self.target)
-            x0, x1 = self.sampler.sample_plan(x0, x1, False, generator=self.generator)
-            order = torch.randperm(len(x0), device=x0.device, generator=self.generator)
-            for part in order.split(self.batch_size):
-                yield x0[part], x1[part]
-
-    def _draw(self, name: str, side: Tensor | Callable[[int], Tensor]) -> Tensor:
-        if not isinstance(side, Tensor):
-            samples = side(self.plan_size)
-            if not isinstance(samples, Tensor) or len(samples) != self.plan_size:
-                raise ValueError(f"{name} must return a tensor of {self.plan_size} samples")
-            return samples
-        order = torch.randperm(len(side), device=side.device, generator=self.generator)
-        return side[order[: self.plan_size]]
-
-
 def wasserstein(
     x0: Tensor,
     x1: Tensor,
@@ -336,7 +284,7 @@ def wasserstein(
     if method == "sinkhorn":
         cost = OTPlanSampler("sinkhorn", reg).solve(x0, x1).plan.transport_cost()
         return float(cost.clamp(min=0).sqrt())
-    x0, x1 = _flat(x0, x1)
+    x0, x1 = _flat(x0, x1, finite=True)
     costs = reduced_costs(x0, x1) if power == 2 else squared_distances(x0, x1).sqrt()
     i, j = exact_plan(costs)
     moved = (x0[i].double() - x1[j].double()).norm(dim=1).pow(power)
@@ -353,19 +301,30 @@ def _largest_cost(x0: Tensor, x1: Tensor) -> float:
 
 def _spread(x0: Tensor, x1: Tensor) -> float:
     """Return the mean squared distance of two clouds, each centred by its mean; waits for the device."""
-    parts = [(x - x.mean(0)).double().square().sum(1).mean() for x in (x0, x1)]
+    parts = [x.var(0, correction=0).sum(dtype=torch.float64) for x in (x0, x1)]
     return float(parts[0] + parts[1]) or 1.0
 
 
-def _flat(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return checked samples as clouds, of float32 or float64."""
+def _index(uniforms: Tensor, count: int) -> Tensor:
+    """Return indices below ``count``, all equally likely, of uniform random numbers."""
+    return (uniforms * count).long().clamp_(max=count - 1)
+
+
+def _flat(x0: Tensor, x1: Tensor, *, finite: bool = False) -> tuple[Tensor, Tensor]:
+    """Return checked samples as clouds, of float32 or float64; looking whether they are ``finite`` takes a while."""
     check_pair(x0, x1)
     for name, x in (("x0", x0), ("x1", x1)):
         if not x.numel():
             raise ValueError(f"{name} must have a sample at least, got shape {tuple(x.shape)}")
-    finite = torch.stack([x.detach().isfinite().all() for x in (x0, x1)]).tolist()
-    for name, fine in zip(("x0", "x1"), finite, strict=True):
-        if not fine:
-            raise ValueError(f"{name} must be finite, got NaN or inf")
+    if finite and not bool(x0.detach().isfinite().all() & x1.detach().isfinite().all()):
+        _refuse(x0, x1)
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
     return x0.detach().flatten(1).to(wide), x1.detach().flatten(1).to(wide)
+
+
+def _refuse(x0: Tensor, x1: Tensor) -> NoReturn:
+    """Raise the error of samples whose plan is not finite."""
+    for name, x in (("x0", x0), ("x1", x1)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or inf")
+    raise ValueError("the plan must carry mass that is finite, got NaN: x0 and x1 are too large")

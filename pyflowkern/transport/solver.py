@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pyflowkern import ops
@@ -9,7 +11,7 @@ from pyflowkern.transport._arguments import Clouds, parse_clouds, parse_penaltie
 from pyflowkern.transport.plan import Plan
 from pyflowkern.transport.solution import Solution
 
-__all__ = ["COSTS", "sinkhorn", "sinkhorn_divergence"]
+__all__ = ["COSTS", "sinkhorn", "sinkhorn_divergence", "solve_clouds"]
 
 #: What the squared distance is multiplied by.
 COSTS = {"sqeuclidean": 1.0, "half_sqeuclidean": 0.5}
@@ -80,9 +82,8 @@ def sinkhorn(
     """
     epsilon, scale = positive("epsilon", epsilon), _scale_of(cost)
     penalties = parse_penalties(unbalanced)
-    clouds = parse_clouds(x, y, a, b, balanced=penalties == (None, None))
-    out = ops.sinkhorn(
-        *clouds[:4],
+    return solve_clouds(
+        parse_clouds(x, y, a, b, balanced=penalties == (None, None)),
         epsilon=epsilon,
         scale=scale,
         max_iterations=max_iterations,
@@ -92,8 +93,15 @@ def sinkhorn(
         penalty_x=penalties[0],
         penalty_y=penalties[1],
     )
+
+
+def solve_clouds(
+    clouds: Clouds, *, epsilon: float, scale: float = 1.0, tolerance: float, **options: Any
+) -> Solution:
+    """Solve problems of checked clouds; the options are those of :func:`pyflowkern.ops.sinkhorn`."""
+    out = ops.sinkhorn(*clouds[:4], epsilon=epsilon, scale=scale, tolerance=tolerance, **options)
     plan = Plan(*clouds[:4], out.f, out.g, epsilon=epsilon, scale=scale, batched=clouds.batched)
-    return Solution(out.cost.to(x.dtype), plan, out.error, out.iterations, float(tolerance))
+    return Solution(out.cost.to(clouds.x.dtype), plan, out.error, out.iterations, float(tolerance))
 
 
 def sinkhorn_divergence(

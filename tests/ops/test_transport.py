@@ -198,10 +198,44 @@ def test_the_ends_of_the_uniform_numbers_draw_columns_with_mass(backend, uniform
     assert (drawn < 699).all()
 
 
-def test_kept_products_give_what_tiles_give():
-    """Beyond a size the products of the points are made anew in each iteration."""
-    given = clouds(1, 1200, 900, 6, torch.float32)
-    options = {"epsilon": 0.5, "max_iterations": 3, "tolerance": 0.0}
+on_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+
+
+def apart(n, m, d, between):
+    """Two groups of points in each cloud, far from each other, with unequal masses: potentials become large."""
+    given = clouds(1, n, m, d, torch.float64, apart=0.1)
+    for name in ("x", "y"):
+        given[name][:, : n // 3] += between
+    return given
+
+
+@on_cpu
+@pytest.mark.parametrize("d", [2, 7])
+@pytest.mark.parametrize("scaling", [None, 0.5, 0.25, 0.4])
+@pytest.mark.parametrize(
+    ("epsilon", "between"), [(0.05, 0.0), (1e-3, 0.0), (0.02, 6.0), (1e-3, 6.0)]
+)
+def test_iterations_of_a_kept_kernel_are_those_of_logarithms(
+    backend, d, scaling, epsilon, between
+):
+    """Also where the factors leave the range in which the kernel may be kept, and for points far away without mass."""
+    given = apart(24, 31, d, between)
+    given["x"][0, -1] = 1e3
+    given["a"][0, -1] = 0.0
+    options = {"epsilon": epsilon, "epsilon_scaling": scaling, "tolerance": 1e-4}
+    found = ops.sinkhorn(**given, **options, max_iterations=80)
+    expected = ops.sinkhorn_reference(**given, **options, max_iterations=80)
+    assert torch.equal(found.iterations, expected.iterations)
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@on_cpu
+@pytest.mark.parametrize("d", [2, 6])
+def test_a_kept_kernel_gives_what_tiles_give(backend, d):
+    """Beyond a size powers of two, and products of the points, are made anew in each iteration."""
+    given = clouds(1, 1000, 900, d, torch.float32)
+    options = {"epsilon": 0.5, "max_iterations": 10, "tolerance": 0.0}
     kept = ops.sinkhorn(**given, **options)
     twice = {
         "x": torch.cat((given["x"], given["x"]), 1),
@@ -209,6 +243,7 @@ def test_kept_products_give_what_tiles_give():
     }
     made = ops.sinkhorn(**given | twice, **options)
     torch.testing.assert_close(made.cost, kept.cost, rtol=1e-6, atol=0)
+    torch.testing.assert_close(made.f[:, :1000], kept.f, rtol=1e-5, atol=1e-5)
 
 
 def test_memory_grows_with_the_points():

@@ -1,6 +1,8 @@
 """Pairs drawn from plans: their distribution, draws without replacement, samplers and batches of pairs."""
 
 import math
+import os
+import threading
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import chi2
 
 from pyflowkern import transport
-from pyflowkern.transport.plan import draw_from_sums
+from pyflowkern.transport._ahead import Ahead
+from pyflowkern.transport.plan import draw
 
 F64 = torch.float64
 
@@ -131,11 +134,11 @@ def test_wrong_arguments_of_pairs():
 
 def test_rows_of_no_mass_are_never_drawn_and_a_plan_of_none_is_an_error():
     sums = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
-    rows = draw_from_sums(sums, 10_000, seeded())[0]
+    rows = draw(sums, torch.rand(1, 10_000, dtype=F64, generator=seeded()))[0]
     assert set(rows.tolist()) == {1, 3}
     for bad in (torch.zeros(1, 3), torch.tensor([[1.0, math.nan]])):
         with pytest.raises(ValueError, match="mass"):
-            draw_from_sums(bad, 3, None)
+            draw(bad, torch.rand(1, 3, dtype=F64))
 
 
 # --- exact assignment -----------------------------------------------------------------------------
@@ -319,6 +322,60 @@ def test_minibatches_are_the_pairs_of_one_plan():
     again, _ = next(stream)  # of a new plan
     assert again.shape == (64, 2)
     assert not bool((again[:, None] == x0).all(-1).any())
+
+
+def batches(**options):
+    pairs = transport.PairedBatches(
+        lambda n: torch.randn(n, 2, generator=options["generator"]),
+        torch.randn(300, 2, generator=seeded()),
+        plan_size=64,
+        batch_size=32,
+        **options,
+    )
+    return [next(stream) for stream in [iter(pairs)] for _ in range(5)]
+
+
+def test_a_thread_that_works_ahead_changes_no_number():
+    one, other = (batches(generator=seeded(), ahead=ahead) for ahead in (True, False))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
+    x = torch.randn(64, 2)
+    sizes = iter((1.0, float("nan")))
+    pairs = transport.PairedBatches(lambda n: x * next(sizes), x, plan_size=64, batch_size=32)
+    stream = iter(pairs)
+    next(stream)
+    next(stream)
+    with pytest.raises(ValueError, match="x0 must be finite"):
+        next(stream)
+
+
+def test_the_thread_ends_with_its_iterator_and_keeps_the_others_as_they_are():
+    threads = torch.get_num_threads()
+    before = set(threading.enumerate())
+    x = torch.randn(64, 2)
+    stream = iter(transport.PairedBatches(x, x, plan_size=64, batch_size=32))
+    next(stream)
+    mine = set(threading.enumerate()) - before
+    assert len(mine) == 1
+    assert torch.get_num_threads() == threads
+    stream.close()
+    for thread in mine:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def test_a_forked_process_calls_at_once():
+    work = Ahead(lambda x: x + 1, threaded=True)
+    work.start(1)
+    assert work.result() == 2
+    if (child := os.fork()) == 0:
+        os._exit(work.result())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    work.close()
 
 
 def test_wrong_arguments_of_paired_batches():

@@ -1,0 +1,178 @@
+"""Flow matching: a training step with its optimizer, by how a batch is paired, and a plan of many samples.
+
+"ours" pairs each batch by an entropic plan with ``epsilon`` of a hundredth of the batches' spread; "ahead" takes the
+same pairs from ``PairedBatches``, whose thread solves a plan while the step before runs; "exact" is our step with the
+exact plan by SciPy.  "independent" is our step without transport, "eager" the same by the references in plain PyTorch.
+"torchcfm" is the step as one writes it with that library: torch's layers, and POT's exact plan on the CPU;
+"torchcfm independent" is that step without a plan.  Pairs are drawn at random: gradients are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyflowkern
+from bench._case import Case, Inputs, Lazy, Provider, random_inputs
+from pyflowkern import flows, transport
+
+__all__ = ["CASES"]
+
+BATCH, HIDDEN = 512, (64, 64, 64)
+
+
+# --- training steps ------------------------------------------------------------------------------
+
+
+def step(loss: Callable[[Tensor], Tensor], model: nn.Module) -> Provider:
+    """Return a training step by Adam; its result is the loss."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def run(x1: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        value = loss(x1)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return value.detach()
+
+    return run
+
+
+def flow(coupling: str, inputs: Inputs) -> flows.FlowMatching:
+    x1 = inputs["x1"]
+    torch.manual_seed(0)
+    return flows.FlowMatching(x1.shape[1], hidden=HIDDEN, coupling=coupling).to(x1.device)
+
+
+def ours(coupling: str, inputs: Inputs) -> Provider:
+    model = flow(coupling, inputs)
+    return step(model.loss, model)
+
+
+def reference(inputs: Inputs) -> Provider:
+    run = ours("independent", inputs)
+
+    def plain(x1: Tensor) -> Any:
+        with pyflowkern.use_reference():
+            return run(x1)
+
+    return plain
+
+
+def ahead(inputs: Inputs) -> Provider:
+    """Return a step that takes its batches from an iterator, as a loop over them does."""
+    model, x1 = flow("independent", inputs), inputs["x1"]
+    latest = [x1]
+    pairs = transport.PairedBatches(
+        lambda n: torch.randn(n, x1.shape[1], device=x1.device),
+        lambda n: latest[0],
+        plan_size=BATCH,
+        batch_size=BATCH,
+    )
+    stream: Iterator[tuple[Tensor, Tensor]] = iter(pairs)
+
+    def loss(x1: Tensor) -> Tensor:
+        latest[0] = x1
+        x0, x1 = next(stream)
+        return model.loss(x1, x0=x0)
+
+    return step(loss, model)
+
+
+def torchcfm(exact: bool, inputs: Inputs) -> Provider:
+    """Return a step as it is written with torchcfm; pairs are drawn from POT's exact plan if ``exact``."""
+    import ot
+
+    d, device = inputs["x1"].shape[1], inputs["x1"].device
+    widths = (d + 1, *HIDDEN)
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, HIDDEN, strict=False):
+        layers += [nn.Linear(a, b), nn.SELU()]
+    model = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], d)).to(device)
+    masses = ot.unif(BATCH)
+
+    def loss(x1: Tensor) -> Tensor:
+        x0 = torch.randn_like(x1)
+        if exact:
+            cost = torch.cdist(x0, x1).square().cpu().numpy()
+            plan = torch.as_tensor(ot.emd(masses, masses, cost)).flatten()
+            cells = torch.multinomial(plan, BATCH, replacement=True)
+            x0, x1 = x0[(cells // BATCH).to(device)], x1[(cells % BATCH).to(device)]
+        t = torch.rand(BATCH, 1, device=device)
+        xt = (1 - t) * x0 + t * x1
+        error: Tensor = model(torch.cat([xt, t], 1)) - (x1 - x0)
+        return error.square().mean()
+
+    return step(loss, model)
+
+
+def training(d: int) -> Case:
+    """Return a training step in ``d`` dimensions; with transport it is to take 1.15 times as long at most."""
+    return Case(
+        name=f"training step d={d} batch {BATCH}",
+        make_inputs=random_inputs(x1=(BATCH, d)),
+        providers={
+            "eager": Lazy(reference),
+            "ours": Lazy(partial(ours, "sinkhorn"), comparable=False),
+            "ahead": Lazy(ahead, comparable=False),
+            "independent": Lazy(partial(ours, "independent"), comparable=False),
+            "exact": Lazy(partial(ours, "ot"), comparable=False),
+            "torchcfm": Lazy(partial(torchcfm, True), comparable=False),
+            "torchcfm independent": Lazy(partial(torchcfm, False), comparable=False),
+        },
+        passes=("call",),
+        constants=("x1",),
+        compiles=False,
+        targets={"call vs independent": 1 / 1.15},
+    )
+
+
+# --- a plan of many samples ----------------------------------------------------------------------
+
+
+def entropic_plan(x0: Tensor, x1: Tensor) -> Tensor:
+    """Solve a plan to the tolerance of the samplers."""
+    sampler = transport.OTPlanSampler("sinkhorn", 0.01, normalize_cost="spread")
+    return sampler.solve(x0, x1).error
+
+
+def pot_plan(iterations: int) -> Callable[[Inputs], Provider]:
+    """Return so many of POT's iterations in the logarithmic domain, in float32, with the same epsilon."""
+
+    def build(_: Inputs) -> Provider:
+        import ot
+
+        def run(x0: Tensor, x1: Tensor) -> Any:
+            epsilon = 0.01 * float(x0.var(0).sum() + x1.var(0).sum())
+            mass = x0.new_full((len(x0),), 1 / len(x0))
+            cost = torch.cdist(x0, x1).square()
+            options = {"numItermax": iterations, "stopThr": 0.0, "warn": False}
+            return ot.sinkhorn(mass, mass, cost, epsilon, method="sinkhorn_log", **options)
+
+        return run
+
+    return build
+
+
+def plan(n: int, d: int, iterations: int) -> Case:
+    """Return the case of a plan of ``n`` samples: of POT a few iterations alone, as a whole plan takes minutes."""
+    return Case(
+        name=f"plan of {n} samples, d={d}",
+        make_inputs=random_inputs(x0=(n, d), x1=(n, d)),
+        providers={
+            "eager": entropic_plan,
+            "ours": entropic_plan,
+            f"POT, {iterations} iterations": Lazy(pot_plan(iterations), comparable=False),
+        },
+        passes=("call",),
+        constants=("x0", "x1"),
+        compiles=False,
+        extra=True,
+    )
+
+
+CASES = [*(training(d) for d in (2, 10, 50)), *(plan(16_384, d, 10) for d in (2, 50))]
