@@ -27,6 +27,7 @@ from pyflowkern.nn import (
     Squeeze,
     VectorFieldConv,
     VectorFieldMLP,
+    VectorFieldUNet,
 )
 from pyflowkern.nn.multiscale import run_through
 
@@ -65,15 +66,16 @@ class CNF(Flow):
 
     Args:
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.
-        hidden: widths of the field's hidden layers.
-        activation: of the field: "tanh", "softplus", "silu" or "gelu".
-        time: how time enters the field: "none", "concat" or "concatsquash".
+        hidden: widths of the field's hidden layers, or of the levels of a U-Net.
+        activation: of the field: "tanh", "softplus", "silu" or "gelu"; None for "tanh", of a U-Net "silu".
+        time: how time enters the field: "none", "concat" or "concatsquash"; a U-Net has its own way.
         blocks: fields one after another, each over ``[0, T]``; of images before and after each
             squeeze.
         levels: of images ``(C, H, W)``: each level but the last ends with a squeeze, and half of
             its channels become latents; ``2 ** (levels - 1)`` must divide both sizes.
         conv: convolutional fields on images (:class:`~pyflowkern.nn.VectorFieldConv`), by default
-            if ``levels`` is given; else events are flattened.
+            if ``levels`` is given; "unet" for U-Nets (:class:`~pyflowkern.nn.VectorFieldUNet`); else events
+            are flattened.
         field: makes the field of a block from ``D``, or from its channels with ``conv``, in place
             of the perceptron or the convolutions.  Samples need the velocity alone: its ``forward``
             gives it, unless its class overrides ``velocity_and_divergence`` alone.
@@ -117,11 +119,11 @@ class CNF(Flow):
         event_shape: int | Sequence[int],
         hidden: Sequence[int] = (64, 64, 64),
         *,
-        activation: str = "tanh",
+        activation: str | None = None,
         time: str = "concat",
         blocks: int = 1,
         levels: int | None = None,
-        conv: bool | None = None,
+        conv: bool | str | None = None,
         field: Callable[[int], torch.nn.Module] | None = None,
         duration: float = 1.0,
         train_time: bool = False,
@@ -136,11 +138,10 @@ class CNF(Flow):
         **solver: Any,
     ) -> None:
         shape = parse_shape(event_shape)
-        conv = _is_conv(conv, levels, shape)
+        kind = _kind_of_field(conv, levels, shape)
         blocks, levels = check_counts(blocks=blocks, levels=1 if levels is None else levels)
         context_features = check_count("context_features", context_features, 0)
-        kind = VectorFieldConv if conv else VectorFieldMLP
-        own = partial(kind, hidden=plain_ints(hidden), activation=activation, time=time)
+        own = _own_maker(kind, plain_ints(hidden), activation, time)
         make = _maker(field, partial(own, context_features=context_features))
 
         def block(size: int) -> ContinuousBijection:
@@ -158,7 +159,7 @@ class CNF(Flow):
         def stack(size: int) -> list[Bijection]:
             return [block(size) for _ in range(blocks)]
 
-        if conv:
+        if kind is not VectorFieldMLP:
             bijection: Bijection = _image_levels(shape, levels, stack)
         else:
             flat = [_Flatten(shape)] if len(shape) > 1 else []
@@ -276,18 +277,32 @@ class FFJORD(CNF):
         )
 
 
-def _is_conv(conv: bool | None, levels: int | None, shape: tuple[int, ...]) -> bool:
-    """Return whether fields are convolutional; raise where the arguments contradict each other."""
-    if conv is not None and not isinstance(conv, bool):
-        raise TypeError(f"conv must be True, False or None, got {type(conv).__name__}")
-    wanted = levels is not None if conv is None else conv
-    if levels is not None and not wanted:
+def _kind_of_field(
+    conv: bool | str | None, levels: int | None, shape: tuple[int, ...]
+) -> type[VectorFieldMLP | VectorFieldConv | VectorFieldUNet]:
+    """Return the class of the fields; raise where the arguments contradict each other."""
+    if conv is not None and not isinstance(conv, (bool, str)):
+        raise TypeError(f"conv must be True, False, 'unet' or None, got {type(conv).__name__}")
+    if isinstance(conv, str) and conv != "unet":
+        raise ValueError(f"conv must be True, False, 'unet' or None, got {conv!r}")
+    if levels is not None and conv is False:
         raise ValueError(f"conv=False goes without levels, got levels={levels}")
-    if wanted and len(shape) != 3:
+    if not conv and levels is None:
+        return VectorFieldMLP
+    if len(shape) != 3:
         raise ValueError(
             f"event_shape must be (C, H, W) for convolutional fields and levels, got {shape}"
         )
-    return wanted
+    return VectorFieldUNet if conv == "unet" else VectorFieldConv
+
+
+def _own_maker(
+    kind: type[torch.nn.Module], widths: Sequence[int], activation: str | None, time: str
+) -> Callable[..., Any]:
+    """Return what makes a field of a class."""
+    if kind is VectorFieldUNet:
+        return partial(kind, widths=widths, activation=activation or "silu")
+    return partial(kind, hidden=widths, activation=activation or "tanh", time=time)
 
 
 def _maker(field: Callable[[int], Any] | None, own: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -28,6 +28,7 @@ from pyflowkern.nn.reshape import Permutation, Reverse, Squeeze
 from pyflowkern.nn.spline import CircularShift, SplineCoupling
 from pyflowkern.nn.vector_field import VectorField, VectorFieldMLP
 from pyflowkern.nn.vector_field_conv import VectorFieldConv
+from pyflowkern.nn.vector_field_unet import VectorFieldUNet
 
 __all__ = [
     "MLP",
@@ -60,6 +61,7 @@ __all__ = [
     "VectorField",
     "VectorFieldConv",
     "VectorFieldMLP",
+    "VectorFieldUNet",
     "channel_mask",
     "checkerboard_mask",
     "jacobi_inverse",

@@ -210,6 +210,11 @@ CONTINUOUS = [
         lambda: continuous(nn.VectorFieldConv(2, (4,), context_features=K)),
         (2, 2, 2),
     ),
+    ode(
+        "continuous image of a U-Net",
+        lambda: continuous(nn.VectorFieldUNet(1, (4, 4), context_features=K), duration=0.1),
+        (1, 2, 3),
+    ),
     ode("continuous of any network", lambda: continuous(nn.VectorField(Damped())), (3,)),
 ]
 

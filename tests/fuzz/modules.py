@@ -52,6 +52,7 @@ MODULES = {
     "nn.VectorField": lambda: ({"net": nn.MLP(3, 2)}, None),
     "nn.VectorFieldConv": lambda: ({"channels": 2, "hidden": (4,)}, None),
     "nn.VectorFieldMLP": lambda: ({"dims": 3, "hidden": (8,)}, None),
+    "nn.VectorFieldUNet": lambda: ({"channels": 2, "widths": (4, 4)}, None),
     "flows.CNF": lambda: (
         {"event_shape": 3, "hidden": (8,), "method": "rk4", "step_size": 0.5},
         (3,),

@@ -73,6 +73,9 @@ NETWORKS = {
 FIELDS = {
     "VectorFieldMLP": lambda: nn.VectorFieldMLP(TWO, np.array([3]), context_features=TWO),
     "VectorFieldConv": lambda: nn.VectorFieldConv(TWO, (TWO,), context_features=TWO),
+    "VectorFieldUNet": lambda: nn.VectorFieldUNet(
+        TWO, np.array([2, 4]), blocks=np.int64(1), context_features=TWO
+    ),
     "VectorField": lambda: nn.VectorField(torch.nn.Identity(), context_features=TWO),
 }
 

@@ -6,7 +6,7 @@ from laws import check_batched_gradients, check_gradients, normal
 from torch.nn import functional as F
 
 from pyflowkern import nn, ops
-from pyflowkern.nn import vector_field_conv
+from pyflowkern.nn import _stacked
 
 TIMES = ("none", "concat", "concatsquash")
 
@@ -62,8 +62,8 @@ def test_exact_is_the_trace_of_the_jacobian(time):
 def test_exact_in_chunks(time, most, monkeypatch):
     """One tangent at a time, or several with a remainder: same values and first and second derivatives."""
     field, found = make(time, context=3), []
-    for size in (vector_field_conv.MOST, most):
-        monkeypatch.setattr(vector_field_conv, "MOST", size)
+    for size in (_stacked.MOST, most):
+        monkeypatch.setattr(_stacked, "MOST", size)
         x, c = states().requires_grad_(), normal(3, 3, seed=2).requires_grad_()
         outputs = field.velocity_and_divergence(
             0.4, x, context=c, method="exact", regularizers=True
@@ -87,7 +87,7 @@ def test_exact_takes_bounded_memory():
     field._run = lambda t, x, e, c: seen.append(e.shape[0]) or hooks[0](t, x, e, c)
     field.velocity_and_divergence(0.0, x, method="exact")
     assert sum(seen) == 3072
-    assert (1 + max(seen)) * 4 * 16 * 1024 <= vector_field_conv.MOST
+    assert (1 + max(seen)) * 4 * 16 * 1024 <= _stacked.MOST
 
 
 def test_probes_are_seeds_or_tensors_and_average():
