@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_count
+from pyflowkern.flows._distribution import FlowDistribution
+from pyflowkern.flows._guidance import (
+    GuidedVelocity,
+    check_dropout,
+    check_guidance,
+    check_labels,
+    weights_of,
+)
 from pyflowkern.flows.cnf import CNF
-from pyflowkern.nn import MultiScale
+from pyflowkern.nn import BijectionTransform, MultiScale, VectorField
 from pyflowkern.transport import (
     ConditionalFlowMatcher,
     ExactOptimalTransportConditionalFlowMatcher,
@@ -39,21 +49,37 @@ class FlowMatching(CNF):
     The time :math:`s` of paths runs from base to data, that of the field from data to base, as in every
     continuous flow here: :math:`v(s, x) = -f(1 - s, x)`.
 
+    Classes and contexts may be left out in training now and then, so that one field learns the conditional velocity
+    and the unconditional one.  Samples may then be guided, as by a classifier but without one:
+
+    .. math:: v_w(s, x, c) = v(s, x, \varnothing) + w\,\bigl(v(s, x, c) - v(s, x, \varnothing)\bigr)
+
+    with the weight ``w`` of ``guidance``: 1 for the condition as it is, 0 for none, more than 1 for samples that are
+    more typical of it and less varied.  Ho and Salimans write :math:`1 + w` for this ``w``.
+
     Args:
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.
         hidden: widths of the field's hidden layers.
         coupling: how a batch is paired: "independent", "ot" (the exact plan of the batch), "sinkhorn" (an
             entropic plan, whose epsilon is a hundredth of the mean cost of centred batches: close to exact, and many
             times as fast), or a matcher of :mod:`pyflowkern.transport`.  Contexts go where their data go.
+        classes: how many classes the data have; 0 for none.  Contexts are then labels ``[N]`` of int64 from 0 on,
+            which the field sees as one-hot vectors, or such weights ``[N, context_features]`` themselves; with
+            dropout one more weight, the last, stands for no class.
+        context_dropout: the probability with which a training step leaves out the context of a sample; without
+            classes a learned vector then stands for it.  By default 0.1 with classes, else 0.  Where it is
+            positive, no context at all means the unconditional density and samples.
         **options: of :class:`CNF`, among them ``conv``, ``field``, ``context_features``, ``base`` and the
             settings of the solver.  ``duration`` is 1, and there is one block and one level.
 
     Raises:
         TypeError: for a coupling that is neither a name nor a matcher, and for settings that are unknown or fixed.
-        ValueError: for an unknown coupling, and as :class:`CNF`.
+        ValueError: for an unknown coupling, classes together with ``context_features``, a dropout out of range or
+            without a context, and as :class:`CNF`.
 
     Source: Lipman et al. 2023, *Flow Matching for Generative Modeling*; Tong et al. 2024, *Improving and
-    generalizing flow-based generative models with minibatch optimal transport*.
+    generalizing flow-based generative models with minibatch optimal transport*; Ho and Salimans 2022,
+    *Classifier-free diffusion guidance*; Zheng et al. 2023, *Guided flows for generative modeling and decision making*.
 
     Example:
         >>> import torch
@@ -62,7 +88,14 @@ class FlowMatching(CNF):
         >>> flow.loss(torch.randn(32, 2)).backward()
         >>> tuple(flow.sample(5).shape), tuple(flow.eval().log_prob(torch.randn(4, 2)).shape)
         ((5, 2), (4,))
+        >>> flow = flows.FlowMatching(2, hidden=(16, 16), classes=3)
+        >>> labels = torch.tensor([0, 1, 2, 2])
+        >>> flow.loss(torch.randn(4, 2), labels).backward()
+        >>> tuple(flow.sample(4, labels, guidance=2.0).shape)
+        (4, 2)
     """
+
+    null_context: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -70,14 +103,112 @@ class FlowMatching(CNF):
         hidden: Sequence[int] = (64, 64, 64),
         *,
         coupling: str | ConditionalFlowMatcher = "independent",
+        classes: int = 0,
+        context_dropout: float | None = None,
+        context_features: int = 0,
         **options: Any,
     ) -> None:
         fixed = sorted({"blocks", "levels", "duration", "train_time"} & options.keys())
         if fixed:
             raise TypeError(f"{', '.join(fixed)}: fixed in FlowMatching, not to be given")
         matcher = _matcher(coupling)
-        super().__init__(event_shape, hidden, **options)
-        self.coupling = matcher
+        classes = check_count("classes", classes, 0)
+        features = check_count("context_features", context_features, 0)
+        if classes and features:
+            raise ValueError(f"context_features must be 0 with classes={classes}, got {features}")
+        dropout = check_dropout(context_dropout, classes, features)
+        if classes:
+            features = classes + (dropout > 0)
+        super().__init__(event_shape, hidden, context_features=features, **options)
+        self.coupling, self.classes, self.context_dropout = matcher, classes, dropout
+        learned = dropout > 0 and not classes
+        self.null_context = torch.nn.Parameter(torch.zeros(features)) if learned else None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        quantized: bool = False,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Draw ``n`` samples, without gradient.
+
+        Args:
+            n: how many.
+            context: labels ``[n]`` of a flow with classes, or one label ``[]`` or ``[1]`` for all; else as in
+                :meth:`Flow.sample`.
+            temperature: factor on the latents.
+            generator: source of randomness.
+            quantized: return uint8 pixels (flows with ``bits``).
+            guidance: the weight ``w`` of the condition, see :class:`FlowMatching`.
+
+        Returns:
+            ``[n, *event_shape]``.
+
+        Raises:
+            ValueError: for labels out of range, a guidance other than 1 in a flow without ``context_dropout``, and
+                as :meth:`Flow.sample`.
+            TypeError: for labels of another dtype than int64, and as :meth:`Flow.sample`.
+        """
+        return super(FlowMatching, self.guided(guidance)).sample(
+            n, context, temperature=temperature, generator=generator, quantized=quantized
+        )
+
+    def guided(self, weight: float) -> FlowMatching:
+        """Return this flow, to the same weights, with the guided velocity: for its samples and their densities.
+
+        Args:
+            weight: as ``guidance`` in :meth:`sample`.
+
+        Raises:
+            TypeError: for a weight that is no number.
+            ValueError: for one that is not finite, or not 1 in a flow without ``context_dropout``.
+        """
+        if (weight := check_guidance(weight, self.context_dropout)) == 1:
+            return self
+        field: Any = next(self.blocks()).field
+        velocity = GuidedVelocity(field, self._null(), weight)
+        guided = VectorField(velocity, context_features=self.context_features)
+        # a copy that shares all weights, and has another field in place of this one
+        parts = (*self.parameters(), self.base, self.coupling)
+        shared: dict[int, Any] = {id(part): part for part in parts}
+        return copy.deepcopy(self, shared | {id(field): guided})
+
+    def distribution(
+        self, context: Tensor | None = None, *, validate_args: bool | None = None
+    ) -> FlowDistribution:
+        """Return a distribution as :meth:`Flow.distribution` does; labels ``[*batch]`` give the batch shape."""
+        return super().distribution(self._encoded(context), validate_args=validate_args)
+
+    def transform(self, context: Tensor | None = None, **options: Any) -> BijectionTransform:
+        """Return the flow as a torch Transform, as :meth:`Flow.transform` does."""
+        return super().transform(self._encoded(context), **options)
+
+    def _encoded(self, context: Tensor | None) -> Tensor | None:
+        """Return labels of any shape as weights; what is none stays as it is."""
+        if not self.classes or not isinstance(context, Tensor) or context.is_floating_point():
+            return context
+        return weights_of(context, self.classes, self.context_features, self._anchor.dtype)
+
+    def _null(self) -> Tensor:
+        """Return what stands for no context, ``[K]``."""
+        if self.null_context is not None:
+            return self.null_context
+        null = self._anchor.new_zeros(self.context_features)
+        null[-1] = 1
+        return null
+
+    def _context_of(self, context: Tensor | None, n: int) -> Tensor | None:
+        if context is None and self.context_dropout:
+            context = self._null()
+        elif self.classes and isinstance(context, Tensor):
+            check_labels(context, n, self.context_features)
+            context = self._encoded(context)
+        return super()._context_of(context, n)
 
     def velocity(self, s: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the velocity from base to data at points ``x``, shaped like ``x``.
@@ -114,16 +245,18 @@ class FlowMatching(CNF):
 
         Args:
             x1: data ``[N, *event_shape]``; with ``bits`` also uint8.
-            context: as in :meth:`forward`.
+            context: labels ``[N]`` of a flow with classes, else as in :meth:`forward`.  In training mode
+                ``context_dropout`` of them are left out.
             x0: samples of the base, shaped like ``x1``; drawn if None.
-            generator: source of ``x0``, of pairs, times and noise, in this order.
+            generator: source of ``x0``, of pairs, times, noise and of what is left out, in this order.
 
         Raises:
             TypeError: for another dtype.
             ValueError: for another shape, or a context that does not fit.
         """
         self._check_data("x1", x1)
-        context = self._context_of(context, x1.shape[0])
+        check = super()._context_of if context is None else self._context_of
+        context = check(context, x1.shape[0])  # training is never without a context by default
         if self.preprocess is not None:
             x1, _ = self._from_pixels(x1)
         if x0 is None:
@@ -141,6 +274,9 @@ class FlowMatching(CNF):
             )
         else:
             s, xs, us = matcher.sample_location_and_conditional_flow(x0, x1, generator=generator)
+        if context is not None and self.training and self.context_dropout:
+            draw = torch.rand(len(x1), 1, device=x1.device, generator=generator)
+            context = torch.where(draw < self.context_dropout, self._null(), context)
         error: Tensor = self._velocity(s, xs, context) - us
         return error.square().mean()
 

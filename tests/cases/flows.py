@@ -13,7 +13,8 @@ MAF = partial(flows.MAF, transforms=2, hidden=(8, 8), context_features=K)
 IAF = partial(flows.IAF, transforms=2, hidden=(8, 8), context_features=K)
 NSF = partial(flows.NSF, transforms=2, steps=1, hidden=(4, 4), bins=4, context_features=K)
 #: Fixed steps, so that samples do not share them, and the exact trace, which the Jacobian has, too.
-FIXED = {"divergence": "exact", "method": "rk4", "step_size": 0.25, "context_features": K}
+SOLVER = {"divergence": "exact", "method": "rk4", "step_size": 0.25}
+FIXED = SOLVER | {"context_features": K}
 CNF, FFJORD = partial(flows.CNF, **FIXED), partial(flows.FFJORD, **FIXED)
 
 case = partial(ModuleCase, atol=1e-8)  # of up to ten layers, one after another
@@ -62,6 +63,11 @@ FLOWS = [
     ),
     ode("CNF", lambda: CNF(3, (6, 5)), (3,)),
     ode("FlowMatching", lambda: flows.FlowMatching(3, (6, 5), **FIXED), (3,)),
+    ode(
+        "FlowMatching of classes",
+        lambda: flows.FlowMatching(3, (6, 5), classes=K, context_dropout=0.0, **SOLVER),
+        (3,),
+    ),
     ode("FFJORD", lambda: FFJORD(3, (6,), blocks=2), (3,)),
     ode("FFJORD image", lambda: FFJORD((1, 2, 2), (4,), levels=2), (1, 2, 2)),
 ]

@@ -147,3 +147,76 @@ def test_the_loss_compiles_to_one_graph() -> None:
     torch.manual_seed(0)
     torch.testing.assert_close(got, flow.loss(x1, x0=x0))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_standard_error_is_that_of_the_estimator(noise: str) -> None:
+    """Of a field with Jacobian A: 2 (|S|^2 - sum S_ii^2) for signs and 2 |S|^2 for normal probes, S = (A + A^T) / 2."""
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 6, dtype=torch.float64)
+
+    class Linear(torch.nn.Module):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return x @ matrix.T
+
+    settings = {"noise": noise, "method": "rk4", "step_size": 0.5}
+    flow = flows.FlowMatching(6, field=lambda _: nn.VectorField(Linear()), **settings).double()
+    x = 0.1 * torch.randn(400, 6, dtype=torch.float64)
+    symmetric = (matrix + matrix.T) / 2
+    variance = 2 * symmetric.square().sum()
+    if noise == "rademacher":
+        variance -= 2 * symmetric.diagonal().square().sum()
+    exact = flow.eval().log_prob(x)
+    torch.testing.assert_close(flow.terms(x).log_prob, exact)
+    assert not flow.terms(x).standard_error.any()
+    for probes in (4, 64):
+        draw = torch.Generator().manual_seed(probes)
+        terms = flow.terms(x, probes=probes, generator=draw)
+        found = terms.standard_error.square().mean() * probes
+        torch.testing.assert_close(found, variance, rtol=0.1, atol=0.0)
+        error = terms.log_prob - exact
+        # the mean of 400 samples, each with this variance
+        torch.testing.assert_close(error.square().mean() * probes, variance, rtol=0.35, atol=0.0)
+        assert error.mean().abs() < 5 * (variance / probes / 400) ** 0.5
+
+
+def test_images_with_a_u_net() -> None:
+    """Bright squares at one of two places: the loss falls, samples are such images, errors shrink."""
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(1)
+
+    def images(n: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(2, (n,), generator=draw)
+        x = 0.1 * torch.randn(n, 1, 6, 5, generator=draw)
+        x[labels == 0, :, 1:3, 1:3] += 1.5
+        x[labels == 1, :, 3:5, 2:4] += 1.5
+        return x, labels
+
+    solver = {"method": "midpoint", "step_size": 0.25}
+    flow = flows.FlowMatching((1, 6, 5), (8, 12), conv="unet", classes=2, **solver)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = flow.loss(*images(64))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1
+    assert sum(losses[-20:]) / 20 < 0.35 * losses[0]
+    labels = torch.tensor([0, 1]).repeat(20)
+    x = flow.eval().sample(40, labels, guidance=1.5, generator=draw)
+    assert x.shape == (40, 1, 6, 5)
+    first, second = x[:, 0, 1:3, 1:3].mean((1, 2)), x[:, 0, 3:5, 2:4].mean((1, 2))
+    assert ((first > second) == (labels == 0)).float().mean() > 0.9
+    x, labels = images(12)
+    exact = flow.log_prob(x, labels)  # 30 dimensions: the exact trace
+    swapped = flow.log_prob(x, 1 - labels)
+    assert exact.isfinite().all()
+    assert ((exact > swapped).float().mean()) > 0.9
+    errors = []
+    for probes in (4, 36):
+        terms = flow.terms(x, labels, probes=probes, generator=draw)
+        assert ((terms.log_prob - exact).abs() < 6 * terms.standard_error).float().mean() > 0.9
+        errors.append(terms.standard_error.mean())
+    assert 0.2 < errors[1] / errors[0] < 0.5  # a third
