@@ -32,6 +32,11 @@ class DataBridge(DataModel):
         super().__init__(mean, std)
         self.flow = bridge
 
+    @property
+    def unit(self) -> str:
+        """The divergence's."""
+        return "squared distance"
+
     def scores(self, rows: Tensor) -> Tensor:
         """Return the loss of pairs ``[N, 2, D]`` in training, else how far both ends are missed, ``[1]``.
 

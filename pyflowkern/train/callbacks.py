@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pyflowkern.data import step_seed
 from pyflowkern.train.files import write_atomic
-from pyflowkern.train.model import score
+from pyflowkern.train.model import held_out
 from pyflowkern.train.module import FlowModule, learning_rate, seed_generators
 from pyflowkern.train.plots import image_grid, save_curve, save_grid
 from pyflowkern.train.signals import StopSignals, TrainingInterrupted
@@ -49,9 +49,9 @@ class History(Callback):
             rows = module.batches.batch(0).to(module.device)
             seed_generators(step_seed(seed, 0), module.device)
             with torch.no_grad():
-                train = float(module.scores(module.model, rows).mean())
-            held_out = score(module.model, module.data.validation.to(module.device), seed=seed)
-            self._append(module, train, float(held_out.mean()))
+                train = float(module.model.objective(rows)[1])
+            rows = module.data.validation.to(module.device)
+            self._append(module, train, held_out(module.model, rows, seed=seed))
         self._start = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -64,9 +64,9 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row."""
         module = _flow_module(pl_module)
-        held_out = float(trainer.callback_metrics["held_out"])
-        self._append(module, module.take_round_mean(), held_out)
-        _log(trainer, "held_out", held_out, module.step)
+        latest = float(trainer.callback_metrics["held_out"])
+        self._append(module, module.take_round_mean(), latest)
+        _log(trainer, "held_out", latest, module.step)
         limit = module.config.minutes * 60
         if limit and self.rows[-1]["seconds"] >= limit:
             trainer.should_stop = True

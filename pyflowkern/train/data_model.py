@@ -30,13 +30,31 @@ class DataModel(nn.Module):
         """Return standardised rows in the units of the data."""
         return x if self.mean is None or self.std is None else x * self.std + self.mean
 
+    @property
+    def unit(self) -> str:
+        """What scores are measured in."""
+        raise NotImplementedError
+
+    @property
+    def curve_unit(self) -> str:
+        """What a run's curve shows: scores, or the loss of a model that is not trained by them."""
+        return self.unit
+
     def scores(self, rows: Tensor) -> Tensor:
-        """Return what training makes small, and evaluations compare, of a batch."""
+        """Return how well the model describes each row; lower is better."""
         raise NotImplementedError
 
     def loss(self, rows: Tensor) -> Tensor | None:
         """Return the loss of a model that is not trained by its scores, else None."""
         return None
+
+    def objective(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a training step makes small, and what the run's curve shows of it: two scalars."""
+        own = self.loss(rows)
+        if own is not None:
+            return own, own
+        score = self.scores(rows).mean()
+        return score if self.mean is None else score / rows[0].numel(), score
 
 
 class DataFlow(DataModel):
@@ -68,6 +86,16 @@ class DataFlow(DataModel):
         """Return the log-density of each row, in nats and data units."""
         x, log_det = self._standardise(x)
         return self.flow.log_prob(x) + log_det
+
+    @property
+    def unit(self) -> str:
+        """Bits/dim for images, nats for vectors."""
+        return "bits/dim" if self.mean is None else "nats"
+
+    @property
+    def curve_unit(self) -> str:
+        """The loss of a flow that brings one along: its likelihood takes a solve, and is for evaluations."""
+        return "loss" if hasattr(self.flow, "loss") else self.unit
 
     def scores(self, rows: Tensor) -> Tensor:
         """Return each row's bits/dim for images, nats for vectors."""

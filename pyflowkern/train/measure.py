@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pyflowkern._library import use_reference
-from pyflowkern.data import Batches, DataSet, load
+from pyflowkern.data import Batches, DataSet
+from pyflowkern.train.bridges import load_data
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.model import build
 
@@ -26,13 +26,13 @@ __all__ = ["peak_memory", "step_seconds"]
 def _stepper(config: TrainConfig, data: DataSet) -> Callable[[int], None]:
     """Return a function that takes one training step."""
     torch.manual_seed(config.seed)
-    model: Any = build(config, data).train()
+    model = build(config, data).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batches = Batches(data, config.batch_size, config.seed)
 
     def step(number: int) -> None:
         optimizer.zero_grad()
-        (-model.log_prob(batches.batch(number)).mean() / data.validation[0].numel()).backward()
+        model.objective(batches.batch(number))[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
 
@@ -89,7 +89,7 @@ def _forget_peak() -> None:
 def _main() -> None:
     request = json.loads(sys.argv[1])
     config = TrainConfig.create(request["config"])
-    step = _stepper(config, load(config.data, size=config.size, seed=config.seed))
+    step = _stepper(config, load_data(config))
     _forget_peak()
     before = _peak()
     with use_reference(request["reference"]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "DataFlow",
     "DataModel",
     "build",
+    "held_out",
     "score",
     "with_defaults",
     "with_earlier_defaults",
@@ -40,6 +42,8 @@ NOT_OPTIONS = (
     "norm",
     "network",
     "times",
+    "classes",
+    "context_dropout",
 )
 
 
@@ -160,10 +164,26 @@ def score(model: DataModel, rows: Tensor, *, seed: int = 0, batch_size: int = 12
 
     Dequantisation noise comes from ``seed``, so two models are scored under the same noise.
     """
+    with _evaluation(model, seed):
+        return torch.cat([model.scores(part) for part in rows.split(batch_size)])
+
+
+@torch.no_grad()
+def held_out(model: DataModel, rows: Tensor, *, seed: int = 0, batch_size: int = 128) -> float:
+    """Return what a run's curve shows of rows that are held out: the mean score, or loss, in eval mode."""
+    with _evaluation(model, seed):
+        parts = [(len(part), model.objective(part)[1]) for part in rows.split(batch_size)]
+    return sum(n * float(shown) for n, shown in parts) / len(rows)
+
+
+@contextmanager
+def _evaluation(model: DataModel, seed: int) -> Iterator[None]:
+    """Run the block in eval mode, with random numbers that follow from the seed."""
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        scores = torch.cat([model.scores(part) for part in rows.split(batch_size)])
-    model.train(was_training)
-    return scores
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.train(was_training)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyflowkern.data import Batches, DataSet, step_seed
-from pyflowkern.train.bridges import BRIDGE
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.model import data_facts
@@ -126,9 +125,7 @@ class FlowModule(LightningModule):
         self.bad_in_a_row = 0
         self._round: list[Tensor] = []
         self.facts = data_facts(data)
-        self.unit = "bits/dim" if data.is_image else "nats"
-        if config.flow == BRIDGE:
-            self.unit = "squared distance"
+        self.unit = model.curve_unit
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return the batches up to the next evaluation; the trainer asks anew after each."""
@@ -147,10 +144,6 @@ class FlowModule(LightningModule):
             self.model.parameters(), lr=self.config.lr, weight_decay=decay, fused=True
         )
 
-    def scores(self, model: DataModel, rows: Tensor) -> Tensor:
-        """Return the scores of a batch."""
-        return model.scores(rows)
-
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """Take one step, or skip it if its loss or gradient is not finite."""
         seed_generators(step_seed(self.config.seed, self.step), self.device)
@@ -158,10 +151,7 @@ class FlowModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         optimizer.zero_grad()
-        loss = scores = self.model.loss(batch)
-        if loss is None or scores is None:
-            scores = self.scores(self.model, batch).mean()
-            loss = scores if self.data.is_image else scores / batch[0].numel()
+        loss, shown = self.model.objective(batch)
         self.manual_backward(loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
         self.step += 1
@@ -171,7 +161,7 @@ class FlowModule(LightningModule):
         self.bad_in_a_row = 0
         optimizer.step()
         self.averaged.update()
-        self._round.append(scores.detach())
+        self._round.append(shown.detach())
 
     @property
     def latest_score(self) -> Tensor | None:
@@ -206,8 +196,8 @@ class FlowModule(LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Score held-out rows with the averaged weights."""
-        scores = self.scores(self.evaluated, batch)
-        self.log("held_out", scores.mean(), prog_bar=True, batch_size=len(batch))
+        _, shown = self.evaluated.objective(batch)
+        self.log("held_out", shown, prog_bar=True, batch_size=len(batch))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the flow and where the run stands; Lightning's own counters are not needed."""
@@ -215,7 +205,7 @@ class FlowModule(LightningModule):
         checkpoint["pyflowkern"] = {
             "config": self.config.to_dict(),
             "data": self.facts,
-            "unit": self.unit,
+            "unit": self.model.unit,
             "progress": [self.step, self.skipped, self.bad_in_a_row],
             "scores": [float(score) for score in self._round],  # since the last evaluation
         }

@@ -1,6 +1,7 @@
 """The trainer: exact resume, EMA, non-finite steps, stopping, the files of a run."""
 
 import csv
+import itertools
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ from pyflowkern.data import DataSet
 from pyflowkern.train import FlowModule, TrainConfig, TrainingDiverged, train
 from pyflowkern.train.checkpoint import load_checkpoint, load_trained
 from pyflowkern.train.config import ConfigError
+from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.model import build, score
 from pyflowkern.train.module import MovingAverage
 
@@ -170,17 +172,17 @@ def test_resume_refuses_other_data(finished, tmp_path):
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path, monkeypatch):
-    scores = FlowModule.scores
-    seen = []
+    objective = DataModel.objective
+    seen, steps = [], itertools.count()
 
-    def some_bad(self, model, rows):
-        result = scores(self, model, rows)
-        if model.training and self.step in (2, 3) and torch.is_grad_enabled():
-            seen.append({n: p.clone() for n, p in self.model.named_parameters()})
-            return result * math.nan
-        return result
+    def some_bad(self, rows):
+        loss, shown = objective(self, rows)
+        if torch.is_grad_enabled() and next(steps) in (2, 3):
+            seen.append({n: p.clone() for n, p in self.named_parameters()})
+            return loss * math.nan, shown
+        return loss, shown
 
-    monkeypatch.setattr(FlowModule, "scores", some_bad)
+    monkeypatch.setattr(DataModel, "objective", some_bad)
     run = train(config(tmp_path))
     assert run.history[-1]["skipped"] == 2
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0]), "a step was taken"
@@ -190,10 +192,13 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path, monkeypatch):
 
 
 def test_training_stops_when_nothing_is_finite_any_more(tmp_path, monkeypatch):
-    scores = FlowModule.scores
-    monkeypatch.setattr(
-        FlowModule, "scores", lambda self, m, rows: scores(self, m, rows) / (self.step < 5)
-    )
+    objective, steps = DataModel.objective, itertools.count()
+
+    def bad_from_some_step_on(self, rows):
+        loss, shown = objective(self, rows)
+        return (loss / (next(steps) < 5) if torch.is_grad_enabled() else loss), shown
+
+    monkeypatch.setattr(DataModel, "objective", bad_from_some_step_on)
     with pytest.raises(TrainingDiverged, match=r"stopped at step 8: .* in 3 steps in a row"):
         train(config(tmp_path, max_bad_steps=3))
     assert load_checkpoint(tmp_path)["pyflowkern"]["progress"] == [4, 0, 0]  # the last good state
