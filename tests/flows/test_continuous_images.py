@@ -117,7 +117,7 @@ def test_wrong_arguments():
         (ValueError, "levels", lambda: flows.FFJORD((1, 4, 4), levels=0)),
         (TypeError, "levels", lambda: flows.FFJORD((1, 4, 4), levels=1.5)),
         (ValueError, "conv=False", lambda: flows.FFJORD((1, 4, 4), levels=2, conv=False)),
-        (TypeError, "conv must be", lambda: flows.FFJORD((1, 4, 4), conv="yes")),
+        (ValueError, "conv must be", lambda: flows.FFJORD((1, 4, 4), conv="yes")),
     ):
         with pytest.raises(error, match=message):
             call()
