@@ -59,7 +59,7 @@ class FlowMatching(CNF):
 
     Args:
         event_shape: a dimension ``D``, or a shape ``(C, *space)``.
-        hidden: widths of the field's hidden layers.
+        hidden: widths of the field's hidden layers, or of the levels of a U-Net (``conv="unet"``).
         coupling: how a batch is paired: "independent", "ot" (the exact plan of the batch), "sinkhorn" (an
             entropic plan, whose epsilon is a hundredth of the mean cost of centred batches: close to exact, and many
             times as fast), or a matcher of :mod:`pyflowkern.transport`.  Contexts go where their data go.

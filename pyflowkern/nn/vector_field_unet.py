@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyflowkern._library import transformed
 from pyflowkern.core.activations import ACTIVATIONS as FUNCTIONS
 from pyflowkern.core.checks import check_context, check_count
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
@@ -21,7 +20,7 @@ from pyflowkern.ops.field_layer import activate_layer, spread
 
 __all__ = ["VectorFieldUNet"]
 
-GROUPS = 8  # of channels that are normalized together, at most
+GROUPS = 8  # of channels, at most; each is normalized together
 FREQUENCIES = 16  # of the sines and cosines of the time, from 1 to FASTEST
 FASTEST = 64.0
 
@@ -35,14 +34,15 @@ class VectorFieldUNet(StackedField):
     .. math:: h \leftarrow S h + W_2 * \sigma(g_2\, n(W_1 * \sigma(g_1\, n(h) + b_1)) + b_2),
 
     with 3x3 convolutions ``W``, a 1x1 convolution ``S`` where the channels change, and ``n`` that brings groups of
-    at most 8 of the sample's channels to mean 0 and variance 1.  On the way up, blocks also take what their level had
-    on the way down.  Scales and shifts :math:`g = 1 + A_g e`, :math:`b = A_b e` of each channel are linear in an
-    embedding of time and context, :math:`e = \sigma(P(\cos \omega t, \sin \omega t) + C\,\text{context})`, with a
-    perceptron ``P`` and frequencies from 1 to 64.  The last convolution starts at zero, and so does the field.
+    a sample's channels, 8 of them at most, to mean 0 and variance 1.  On the way up, blocks also take what their
+    level had on the way down.  Scales and shifts :math:`g = 1 + A_g e`, :math:`b = A_b e` of each channel are linear
+    in an embedding of time and context, :math:`e = \sigma(P(\cos \omega t, \sin \omega t) + C\,\text{context})`, with
+    a perceptron ``P`` and frequencies from 1 to 64.  The last convolution starts at zero, and so does the field.
 
-    Primal and tangents go through each convolution together, stacked along the batch; on the CPU channels_last.
-    Exact divergences are computed as by :class:`VectorFieldConv`, and so are fields whose layers have hooks or were
-    replaced.  Under autocast the velocity alone is computed in half precision, velocity and divergence are not.
+    Primal and tangents go through each convolution together, stacked along the batch.  They stay in the layout of the
+    states: with normalizations between the convolutions, channels_last was slower on the CPU.  Exact divergences, and
+    fields whose layers have hooks or were replaced, are treated as by :class:`VectorFieldConv`.  Under autocast the
+    velocity alone is computed in half precision, velocity and divergence are not.
 
     Args:
         channels: ``C`` of states ``[N, C, H, W]``.
@@ -181,8 +181,6 @@ class _Pass:
         net, given = self.net, x[: self.samples]
         self.terms = self._scales_and_shifts(as_time(t, given), given, context)
         h = cast(x, self.work)
-        if h.device.type == "cpu" and self.work == torch.float32 and not transformed():
-            h = h.to(memory_format=torch.channels_last)  # as in VectorFieldConv
         h = self.call(net.first, h)
         skips: list[Tensor] = []
         for i, level in enumerate(net.down):

@@ -1,10 +1,13 @@
 """Models that bring a loss along are trained, shown and timed by it."""
 
+import pytest
 import torch
 
+from pyflowkern import nn
 from pyflowkern.data import DataSet, PairSet
 from pyflowkern.flows import ContinuousBijection
 from pyflowkern.train import TrainConfig, measure, train
+from pyflowkern.train.config import ConfigError
 from pyflowkern.train.inference import evaluate_checkpoint
 
 
@@ -48,3 +51,18 @@ def test_the_timed_step_is_the_training_step(tmp_path):
     ):
         chosen = config(tmp_path, flow=flow, flow_args=args)
         assert min(measure.step_seconds(chosen, rows, blocks=1)) > 0
+
+
+def test_a_u_net_is_trained_on_images_by_its_name(tmp_path):
+    chosen = {"hidden": [4, 4], "conv": "unet", "method": "midpoint", "step_size": 0.5}
+    run = train(config(tmp_path, data="digits", flow="FlowMatching", flow_args=chosen, every=4))
+    assert isinstance(next(run.module.model.flow.blocks()).field, nn.VectorFieldUNet)
+    assert run.history[-1]["held_out"] < run.history[0]["held_out"]
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_a_run_has_no_labels(tmp_path):
+    for name in ("classes", "context_dropout"):
+        chosen = config(tmp_path, data="digits", flow="FlowMatching", flow_args={name: 1})
+        with pytest.raises(ConfigError, match=f"FlowMatching takes no argument '{name}'"):
+            train(chosen)
