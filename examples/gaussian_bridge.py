@@ -1,7 +1,7 @@
 """Schrödinger bridges between two Gaussians, learned from samples and compared with the closed form.
 
     python examples/gaussian_bridge.py                        # some minutes; writes gaussian_bridge.png
-    python examples/gaussian_bridge.py --dims 5 20 50 --seeds 5  # the table, two hours on one core
+    python examples/gaussian_bridge.py --dims 5 20 50 --seeds 5  # the table, an hour on one core
 
 The ends are N(-0.1, I) and N(0.1, I) with volatility 1, of which 10,000 points each are given (De Bortoli et al. 2021,
 Shi et al. 2023).  Between them all is Gaussian: paths that begin at time 1 and run backward must reach mean -0.1,
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, list[dict[str
     parser.add_argument("--points", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args(argv)
     if args.quick:
