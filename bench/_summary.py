@@ -31,9 +31,6 @@ HEADLINES = (
     ("spline", "rq 4096x32 K=8", "inverse"),
     ("field", "field 1000x6 60x3", "forward+backward"),
     ("field", "exact 1000x6 64x2", "forward+backward"),
-    ("transport", "1000 x 1000, d=2", "forward"),
-    ("transport", "1000 x 1000, d=64", "forward"),
-    ("transport", "512 problems", "forward"),
     ("glow", "training step", "call"),
     ("glow", "log_prob", "call"),
     ("glow", "sample", "call"),
@@ -49,20 +46,12 @@ PEERS = (
     ("nsf", "training step D=20 batch 4096", "call", ("nflows",)),
     ("nsf", "training step D=6 batch 512", "call", ("nflows",)),
     ("ffjord", "training step D=6", "call", ("eager", "checkpointed")),
-    ("transport", "1000 x 1000, d=2", "forward", ("POT", "POT on tensors")),
-    ("flow_matching", "training step d=2 ", "call", ("torchcfm", "independent")),
-    ("flow_matching", "training step d=50 ", "call", ("torchcfm", "independent")),
     ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
     ("ode", "dopri5 of 1000000", "call", ("eager",)),
 )
 #: Families whose "eager" is another library, and providers whose names need an explanation.
 EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
-EXPLAINED = {
-    "our solver": "our solver with torch's layers",
-    "checkpointed": "ours, checkpointed",
-    "independent": "ours without transport",
-    "torchcfm": "torch's layers and POT's plan",
-}
+EXPLAINED = {"our solver": "our solver with torch's layers", "checkpointed": "ours, checkpointed"}
 LARGE = 20.0  # ratios to the floor above this say nothing: most of the time is the overhead of the call
 
 
