@@ -152,6 +152,12 @@ CASES = [
         half=False,
     ),
     TrafficCase(
+        "euler_maruyama",
+        _normal(IMAGE, IMAGE),
+        lambda x, u: ops.euler_maruyama(x, u, 0.1, 1.0, seed=1),
+        half=False,
+    ),
+    TrafficCase(
         "rk_combine",
         _normal(IMAGE, (IMAGE[0], *IMAGE)),
         lambda y, slopes: ops.rk_combine(y, slopes, [0.1] * IMAGE[0], 0.3),

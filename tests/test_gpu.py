@@ -76,6 +76,7 @@ CALLS = {
         ops.rk_combine(x[0], x, (0.5, 0.0, 0.25), 0.1),
         ops.rk_error(x[0], x[1], x, (1.0, -1.0), 0.1, rtol=0.1, atol=0.1),
     ),
+    "diffusion": lambda x: (ops.euler_maruyama(x, x, 0.1, 1.0, other=x, index=3, seed=1),),
 }
 every_family = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 

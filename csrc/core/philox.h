@@ -107,35 +107,47 @@ PFK_HD PhiloxBlock<W> philox(PhiloxBlock<W> c, const PhiloxKeys<W>& k) {
   return c;
 }
 
-// Block `index` of the stream.
-PFK_HD PhiloxBlock<uint32_t> philox_block(uint64_t index, uint64_t seed) {
-  const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
-  return philox<uint32_t>({{low, high, 0, 0}}, philox_keys<uint32_t>(seed));
+// Block `index` of a stream of the seed.
+PFK_HD PhiloxBlock<uint32_t> philox_block(uint64_t index, uint64_t seed, uint64_t stream = 0) {
+  const auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
+  return philox<uint32_t>({{low(index), low(index >> 32), low(stream), low(stream >> 32)}},
+                          philox_keys<uint32_t>(seed));
 }
 
 #if !defined(__CUDACC__)
+constexpr int kPhiloxBlocks = Words::kVectors * Words::kLanes;  // that are made at once
+
+// As many blocks, from `first` on.
+PFK_HD PhiloxBlock<Words> philox_vectors(uint64_t first, const PhiloxKeys<Words>& keys,
+                                         uint64_t stream) {
+  Words::Raw lane;
+  for (int j = 0; j < Words::kLanes; ++j) lane[j] = j;
+  PhiloxBlock<Words> b;
+  for (int k = 0; k < Words::kVectors; ++k) {
+    b.word[0].v[k] = lane + (first + k * Words::kLanes);
+    b.word[1].v[k] = b.word[0].v[k] >> 32;
+  }
+  b.word[2] = Words(stream);
+  b.word[3] = Words(stream >> 32);
+  return philox(b, keys);
+}
+
+// The words a and b of 32 bits side by side in lanes of 64.
+PFK_HD Words::Raw beside(Words::Raw a, Words::Raw b) { return (a & 0xffffffffu) | (b << 32); }
+
 // Blocks first .. first + count - 1, as 16-bit words in order: eight a block.  Writes whole
 // vectors, up to philox_padding() words more.
-constexpr int philox_padding() { return (Words::kVectors * Words::kLanes - 1) * kPhiloxHalves; }
+constexpr int philox_padding() { return (kPhiloxBlocks - 1) * kPhiloxHalves; }
 
 static inline void philox_fill(uint64_t first, int64_t count, uint64_t seed, uint16_t* out) {
   using Raw = Words::Raw;
   constexpr int w = Words::kLanes;
   const PhiloxKeys<Words> keys = philox_keys<Words>(seed);
-  Raw lane;
-  for (int j = 0; j < w; ++j) lane[j] = j;
-  for (int64_t i = 0; i < count; i += Words::kVectors * w) {
-    PhiloxBlock<Words> b;
+  for (int64_t i = 0; i < count; i += kPhiloxBlocks) {
+    const PhiloxBlock<Words> b = philox_vectors(first + i, keys, 0);
     for (int k = 0; k < Words::kVectors; ++k) {
-      b.word[0].v[k] = lane + (first + i + k * w);
-      b.word[1].v[k] = b.word[0].v[k] >> 32;
-    }
-    b.word[2] = b.word[3] = Words(0);
-    b = philox(b, keys);
-    for (int k = 0; k < Words::kVectors; ++k) {
-      // words 0 and 1, and 2 and 3, side by side; then block by block
-      const Raw a = (b.word[0].v[k] & 0xffffffffu) | (b.word[1].v[k] << 32);
-      const Raw c = (b.word[2].v[k] & 0xffffffffu) | (b.word[3].v[k] << 32);
+      const Raw a = beside(b.word[0].v[k], b.word[1].v[k]);  // then block by block
+      const Raw c = beside(b.word[2].v[k], b.word[3].v[k]);
 #if PFK_SIMD_LEVEL == 2
       const Raw r[2] = {__builtin_shuffle(a, c, Raw{0, 8, 1, 9, 2, 10, 3, 11}),
                         __builtin_shuffle(a, c, Raw{4, 12, 5, 13, 6, 14, 7, 15})};

@@ -36,31 +36,6 @@ struct PreprocessArgs {
 
 PFK_BEGIN
 
-// ---- logarithm of positive normal numbers ------------------------------------------------------
-
-// The two sides of a sigmoid are such numbers nearly always.  Without the special cases and the
-// division of log_ a vector of 8 takes 12 cycles on Zen 3 in place of 20.  For other numbers the
-// result means nothing.
-template <class V>
-PFK_HD V log_normal(V x) {
-#if !defined(__CUDACC__)
-  if constexpr (sizeof(V) == sizeof(Vec<float>) && sizeof(Lane<V>) == 4 && sizeof(V) > 4) {
-    // x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2 / 2 + f^3 r(f); relative
-    // error 3.4e-9
-    using F = Float<float>;
-    const typename V::RawInt i = bits(x), offset = i - bits(V(0.70710678118654752440f));
-    const typename V::RawInt e = offset >> F::kMantissa;
-    const V f = from_bits<float>(i - (e << F::kMantissa)) - V(1.0f), square = f * f;
-    const V r =
-        polynomial(f, {0.333333313f, -0.24999997f, 0.200007156f, -0.166678026f, 0.142490581f,
-                       -0.124256872f, 0.116854198f, -0.114797339f, 0.0697161183f});
-    const V k = __builtin_convertvector(e, typename V::Raw);
-    return k * V(F::kLn2Hi) + (f + (f * square * r + k * V(F::kLn2Lo) - square * V(0.5f)));
-  }
-#endif
-  return log_(x);
-}
-
 // ---- the logit ---------------------------------------------------------------------------------
 template <class T>
 struct LogitMap {

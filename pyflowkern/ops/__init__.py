@@ -26,6 +26,12 @@ from pyflowkern.ops.density import (
     normal_log_prob,
     normal_log_prob_reference,
 )
+from pyflowkern.ops.diffusion import (
+    add_noise,
+    add_noise_reference,
+    euler_maruyama,
+    euler_maruyama_reference,
+)
 from pyflowkern.ops.field import (
     field_divergence,
     field_divergence_reference,
@@ -92,6 +98,8 @@ __all__ = [
     "SplineMap",
     "actnorm",
     "actnorm_reference",
+    "add_noise",
+    "add_noise_reference",
     "affine",
     "affine_coupling",
     "affine_coupling_reference",
@@ -107,6 +115,8 @@ __all__ = [
     "dequantize",
     "dequantize_reference",
     "draw_probe",
+    "euler_maruyama",
+    "euler_maruyama_reference",
     "field_divergence",
     "field_divergence_reference",
     "field_layer",

@@ -33,7 +33,7 @@ from pyflowkern._library import kernel_serves, transformed
 from pyflowkern.core.checks import check_batched, check_dense, check_flag, check_floating
 from pyflowkern.core.dtypes import accumulation_dtype, empty_canonical, sum_per_sample
 from pyflowkern.core.register import register
-from pyflowkern.ops._philox import draw_seed, philox_uint16
+from pyflowkern.ops.philox import draw_seed, philox_uint16
 
 __all__ = [
     "dequantize",

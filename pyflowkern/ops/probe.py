@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_dense, check_floating, check_sizes
 from pyflowkern.core.dtypes import accumulation_dtype, cast
-from pyflowkern.ops._philox import draw_seed, philox_blocks
+from pyflowkern.ops.philox import draw_seed, philox_blocks
 
 __all__ = ["as_probe", "draw_probe", "expand_probe", "probe_of", "rademacher"]
 

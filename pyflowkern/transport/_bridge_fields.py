@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,8 +23,9 @@ from pyflowkern.core.checks import (
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.nn import VectorField, VectorFieldConv, VectorFieldMLP
 from pyflowkern.ode.solve import warn_unless_ok
+from pyflowkern.ops.philox import draw_seed
 from pyflowkern.transport._arguments import check_generator, positive
-from pyflowkern.transport._bridge_steps import euler_maruyama
+from pyflowkern.transport._bridge_steps import walk
 
 __all__ = ["BridgeFields", "Density"]
 
@@ -108,18 +110,20 @@ class BridgeFields(nn.Module):
             TypeError: for another dtype than that of the networks.
             ValueError: for another shape.
         """
+        self._check("x", x)
         return self._mixed("backward" if check_flag("backward", backward) else "forward", t, x)
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return the velocity of the ODE with the same marginals, :math:`u - \tfrac12 \sigma^2 \nabla \log p_t`."""
+        self._check("x", x)
         return self._mixed("velocity", t, x)
 
     def score(self, t: Tensor | float, x: Tensor) -> Tensor:
         r"""Return :math:`\nabla \log p_t(x)`, ``[N, *shape]``."""
+        self._check("x", x)
         return self._mixed("score", t, x) / self.sigma**2
 
     def _mixed(self, kind: str, t: Tensor | float, x: Tensor) -> Tensor:
-        self._check("x", x)
         parts = [
             net(t, x) if weight == 1 else weight * net(t, x)
             for net, weight in zip(self.networks, self._mixes[kind], strict=True)
@@ -155,7 +159,8 @@ class BridgeFields(nn.Module):
             steps: how many, of equal length.
             backward: the direction.
             heun: take the mean of the drifts at both ends of a step, which has weak order 2 at twice the cost.
-            generator: the source of random numbers, on the device of ``x0``.
+            generator: the source of the seed of all random numbers, on any device.  They depend on it and on their
+                place alone: see :func:`pyflowkern.ops.euler_maruyama`.
 
         Returns:
             ``[steps + 1, N, *shape]``, in the order of the run: ``x0`` is first.
@@ -170,15 +175,14 @@ class BridgeFields(nn.Module):
         check_flag("backward", backward)
         check_generator(generator)
         ends = self.times[:: -1 if backward else 1]
-        path = euler_maruyama(
-            lambda t, x: self.drift(t, x, backward=backward),
-            x0,
-            equal_times(ends[0], ends[-1], steps),
-            self.sigma,
-            heun=heun,
-            generator=generator,
-        )
-        return torch.stack([x0, *(x for x, _ in path)])
+        times = equal_times(ends[0], ends[-1], steps)
+        drift = partial(self._mixed, "backward" if backward else "forward")
+        seed = draw_seed(None, generator, x0.device)
+        path = x0.new_empty(steps + 1, *x0.shape)  # a list of points would take as much again
+        path[0] = x0
+        for k, x in enumerate(walk(drift, x0, times, self.sigma, seed, heun=heun)):
+            path[k + 1] = x
+        return path
 
     def flow_map(self, x: Tensor, *, backward: bool = False, **solver: Any) -> Tensor:
         """Return where the probability flow takes points ``[N, *shape]`` between the first and the last time.

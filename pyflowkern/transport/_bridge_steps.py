@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyflowkern import ops
+from pyflowkern.core.dtypes import cast
 from pyflowkern.transport.matchers import SchrodingerBridgeConditionalFlowMatcher
 
-__all__ = ["Drift", "Regression", "euler_maruyama", "matched", "mean_matching", "regression_loss"]
+__all__ = ["Drift", "Regression", "matched", "mean_matching", "regression_loss", "walk"]
 
 #: A drift or a velocity, of a time and of points ``[N, *shape]``.
 Drift = Callable[[Tensor | float, Tensor], Tensor]
@@ -51,29 +54,22 @@ def regression_loss(network: Drift, terms: list[Regression]) -> Tensor:
     return torch.stack([term.loss(y) for term, y in zip(terms, parts, strict=True)]).sum()
 
 
-def euler_maruyama(
-    drift: Drift,
-    x: Tensor,
-    times: list[float],
-    sigma: float,
-    *,
-    heun: bool = False,
-    generator: torch.Generator | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    r"""Yield the points after each step of :math:`dX = u\,dt + \sigma\,dW`, and the noise of that step.
+def walk(
+    drift: Drift, x: Tensor, times: list[float], sigma: float, seed: Tensor, *, heun: bool = False
+) -> Iterator[Tensor]:
+    r"""Yield the points after each step of :math:`dX = u\,dt + \sigma\,dW`.
 
     Falling times run the process backward.  Heun's method takes the mean of the drifts at both ends of a step.
     """
-    for t, after in itertools.pairwise(times):
-        dt = after - t
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        moved = torch.add(x, noise, alpha=sigma * math.sqrt(abs(dt)))
-        slope = drift(t, x)
-        ahead = torch.add(moved, slope, alpha=dt)
+    for k, (t, after) in enumerate(itertools.pairwise(times)):
+        # autocast may have made the drift a half
+        slope, step = cast(drift(t, x), x.dtype), partial(ops.euler_maruyama, index=k, seed=seed)
+        ahead = step(x, slope, after - t, sigma)
         if heun:
-            ahead = torch.add(moved, slope + drift(after, ahead), alpha=dt / 2)
+            other = cast(drift(after, ahead), x.dtype)
+            ahead = step(x, slope, after - t, sigma, other=other)
         x = ahead
-        yield x, noise
+        yield x
 
 
 def matched(
@@ -119,11 +115,7 @@ def matched(
 
 @torch.no_grad()
 def mean_matching(
-    drift: Drift,
-    x: Tensor,
-    times: list[float],
-    sigma: float,
-    generator: torch.Generator | None,
+    drift: Drift, x: Tensor, times: list[float], sigma: float, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Run a drift, and return what the drift of the reversed process should be at each point of the paths.
 
@@ -134,11 +126,11 @@ def mean_matching(
         Times ``[steps * N]``, points and targets ``[steps * N, *shape]``.
     """
     points, targets = [], []
-    walk = euler_maruyama(drift, x, times, sigma, generator=generator)
-    for k, (ahead, noise) in enumerate(walk):
+    for k, ahead in enumerate(walk(drift, x, times, sigma, seed)):
         dt = times[k + 1] - times[k]
         size = math.copysign(sigma / math.sqrt(abs(dt)), dt)
         points.append(ahead)
-        targets.append(torch.add(drift(times[k], ahead), noise, alpha=size))
+        slope = cast(drift(times[k], ahead), x.dtype)
+        targets.append(ops.add_noise(slope, size, index=k, seed=seed))
     at = x.new_tensor(times[1:]).repeat_interleave(len(x))
     return at, torch.cat(points), torch.cat(targets)

@@ -11,7 +11,14 @@ from pyflowkern.core.checks import check_floating
 from pyflowkern.transport._arguments import parse_clouds
 from pyflowkern.transport.solver import sinkhorn
 
-__all__ = ["assign", "assignment", "exact_plan", "reduced_costs", "squared_distances"]
+__all__ = [
+    "assign",
+    "assignment",
+    "exact_plan",
+    "partial_plan",
+    "reduced_costs",
+    "squared_distances",
+]
 
 #: Unequal clouds are repeated until they are equal: up to so many points.
 MOST_REPEATED = 4096
@@ -103,6 +110,30 @@ def exact_plan(cost: Tensor) -> tuple[Tensor, Tensor]:
 
     Equal counts have a permutation; others are repeated until they are equal.
     """
+    cost, rows, columns = _repeated(cost)
+    i, j = assign(cost)
+    return i // rows, j // columns
+
+
+def partial_plan(cost: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Return cells of equal mass that make the cheapest plan of a part of the mass, in (0, 1], rounded to whole cells.
+
+    What is left out of ``k`` repeated points is assigned to as many that cost nothing (Chapel, Alaya and Gasso 2020).
+    Vertices of this problem are assignments, so that nothing is lost by asking for whole cells.
+    """
+    cost, rows, columns = _repeated(cost)
+    k = len(cost)
+    left = k - max(1, round(mass * k))
+    padded = cost.new_zeros(k + left, k + left)
+    padded[:k, :k] = cost
+    padded[k:, k:] = math.inf
+    i, j = assign(padded)
+    real = (i < k) & (j < k)
+    return i[real] // rows, j[real] // columns
+
+
+def _repeated(cost: Tensor) -> tuple[Tensor, int, int]:
+    """Return the costs of clouds that are repeated until they have equal counts, and how often each is."""
     n, m = cost.shape
     k = math.lcm(n, m)
     if n != m and k > MOST_REPEATED:
@@ -110,5 +141,5 @@ def exact_plan(cost: Tensor) -> tuple[Tensor, Tensor]:
             f"x0 and x1 must have equal counts, or counts with a common multiple up to {MOST_REPEATED}, "
             f"for an exact plan, got {n} and {m}"
         )
-    i, j = assign(cost.repeat_interleave(k // n, 0).repeat_interleave(k // m, 1))
-    return i // (k // n), j // (k // m)
+    rows, columns = k // n, k // m
+    return cost.repeat_interleave(rows, 0).repeat_interleave(columns, 1), rows, columns

@@ -9,16 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_same_device
+from pyflowkern.ops.philox import draw_seed
 from pyflowkern.transport._arguments import check_generator, check_pair, positive
 from pyflowkern.transport._bridge_fields import BridgeFields, equal_times
 from pyflowkern.transport._bridge_steps import (
     Drift,
     Regression,
-    euler_maruyama,
     matched,
     mean_matching,
     regression_loss,
+    walk,
 )
 from pyflowkern.transport.samplers import OTPlanSampler
 
@@ -65,7 +67,7 @@ class SchrodingerBridge(BridgeFields):
             "exact", "unbalanced", "independent" (default of the second), or "given": row by row, as
             :class:`PairedBatches` draws them from a larger plan.
         reg_m: the penalty of "unbalanced" on marginals.  Pairs are then drawn in proportion to the mass that the plan
-            has for them: samples from which nothing grows are drawn rarely.
+            has for them: samples from which nothing grows are drawn rarely; see :meth:`growth`.
         iteration_calls: calls of :meth:`loss` in an iteration; None moves on by :meth:`next_iteration` alone.
         refresh_every: calls between two simulations, each of as many paths as the batch has samples.
         pool: how many simulated pairs are kept for each interval, or steps of paths for "dsb".
@@ -191,6 +193,29 @@ class SchrodingerBridge(BridgeFields):
         ]
         return torch.stack(total).sum() / (len(self.times) - 1)
 
+    def growth(self, x0: Tensor, x1: Tensor, interval: int = 0) -> Tensor:
+        """Return what part of the mass of each of ``x0`` goes on to ``x1`` by the unbalanced plan, ``[N]``.
+
+        Below 1 samples die, above 1 they multiply; the loss draws pairs in proportion to it.
+
+        Args:
+            x0: samples at the beginning of an interval, ``[N, *shape]``.
+            x1: samples at its end, ``[M, *shape]``.
+            interval: which, from 0.
+
+        Raises:
+            ValueError: for another plan than "unbalanced", other shapes, or an interval that is not there.
+        """
+        if self.plan != "unbalanced":
+            raise ValueError(f"plan must be 'unbalanced' for growth, got {self.plan!r}")
+        last = len(self.times) - 2
+        if check_count("interval", interval, 0) > last:
+            raise ValueError(f"interval must be at most {last}, got {interval}")
+        self._check("x0", x0)
+        self._check("x1", x1)
+        h = self.times[interval + 1] - self.times[interval]
+        return self._sampler(h).solve(x0, x1).plan.growth()
+
     def _clouds(self, x0: Tensor | Sequence[Tensor], x1: Tensor | None) -> list[Tensor]:
         """Return checked samples for each time."""
         if isinstance(x0, Tensor):
@@ -281,8 +306,7 @@ class SchrodingerBridge(BridgeFields):
         x0, x1 = clouds[i], clouds[i + 1]
         h = self.times[i + 1] - self.times[i]
         if self.plan is None:
-            noise = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
-            return x0, x0 + self.sigma * h**0.5 * noise
+            return x0, ops.add_noise(x0, self.sigma * h**0.5, generator=generator)
         if self.plan == "given":
             check_pair(x0, x1)
             if len(x0) != len(x1):
@@ -292,8 +316,12 @@ class SchrodingerBridge(BridgeFields):
             return x0, x1
         if self.plan == "independent":
             return x0, _some(x1, len(x0), generator)
-        sampler = OTPlanSampler(self.plan, 2 * self.sigma**2 * h, self.reg_m)
-        return sampler.sample_plan(x0, x1, generator=generator)
+        return self._sampler(h).sample_plan(x0, x1, generator=generator)
+
+    def _sampler(self, h: float) -> OTPlanSampler:
+        """Return what pairs the ends of an interval of this length."""
+        assert self.plan is not None
+        return OTPlanSampler(self.plan, 2 * self.sigma**2 * h, self.reg_m)
 
     # --- simulated paths --------------------------------------------------------------------------
 
@@ -305,17 +333,14 @@ class SchrodingerBridge(BridgeFields):
         start, end = self.times[i], self.times[i + 1]
         backward = iteration % 2 == 1  # the forward drift is trained on paths of the backward one
         x = clouds[i + 1] if backward else clouds[i]
-        times = (
-            equal_times(end, start, self.steps)
-            if backward
-            else equal_times(start, end, self.steps)
-        )
-        drift: Drift = partial(self.drift, backward=backward) if iteration else _no_drift
+        times = equal_times(*((end, start) if backward else (start, end)), self.steps)
+        kind = "backward" if backward else "forward"
+        drift: Drift = partial(self._mixed, kind) if iteration else _no_drift
+        seed = draw_seed(None, generator, x.device)
         if self.method == "dsb":
-            at, points, targets = mean_matching(drift, x, times, self.sigma, generator)
+            at, points, targets = mean_matching(drift, x, times, self.sigma, seed)
             return points, targets, at
-        walk = euler_maruyama(drift, x, times, self.sigma, generator=generator)
-        ((y, _),) = deque(walk, maxlen=1)
+        (y,) = deque(walk(drift, x, times, self.sigma, seed), maxlen=1)
         pair = (y, x) if backward else (x, y)
         return *pair, x.new_zeros(len(x))
 

@@ -97,6 +97,15 @@ class Plan:
         """Return the mass that reaches each point of ``y``, ``[m]``."""
         return self.T.row_sums()
 
+    def growth(self) -> Tensor:
+        r"""Return what part of its mass each point of ``x`` sends out, :math:`\sum_j P_{ij} / a_i`, ``[n]``.
+
+        It is 1 where marginals are held.  An unbalanced plan loses mass where it is below 1, and makes some where it
+        is above.  A point without mass has a value, too: the one that a little of it would have.
+        """
+        rows = self._like(self.x, self.y, torch.ones_like(self.a), self.b, self.f, self.g)
+        return rows.row_sums()
+
     def dense(self) -> Tensor:
         """Return the whole matrix ``[n, m]``, of the dtype of the points; for small problems."""
         x, y = self.x.double(), self.y.double()

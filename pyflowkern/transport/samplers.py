@@ -15,14 +15,20 @@ from pyflowkern.transport._arguments import (
     clouds_of_equal_masses,
     positive,
 )
-from pyflowkern.transport.assignment import exact_plan, reduced_costs, squared_distances
+from pyflowkern.transport.assignment import (
+    exact_plan,
+    partial_plan,
+    reduced_costs,
+    squared_distances,
+)
 from pyflowkern.transport.plan import draw
 from pyflowkern.transport.solution import Solution
 from pyflowkern.transport.solver import solve_clouds
 
 __all__ = ["OTPlanSampler", "wasserstein"]
 
-METHODS = ("exact", "sinkhorn", "unbalanced")
+METHODS = ("exact", "sinkhorn", "unbalanced", "partial")
+EXACT = ("exact", "partial")
 
 
 class OTPlanSampler:
@@ -31,21 +37,25 @@ class OTPlanSampler:
     The cost is the squared distance of flattened samples, and all samples of a batch have the same mass.
 
     Args:
-        method: "exact" (by SciPy, on the host; some thousand samples), "sinkhorn" (entropic), or "unbalanced"
-            (entropic, with marginals that are penalized).
+        method: "exact" (by SciPy, on the host; some thousand samples), "sinkhorn" (entropic), "unbalanced"
+            (entropic, with marginals that are penalized), or "partial" (exact, of a part of the mass: the pairs that
+            cost least, while outliers have no partner).
         reg: the weight of the entropy, in units of the cost.
         reg_m: the weight of the penalty on the marginals; of "unbalanced" alone.
         normalize_cost: whether ``reg`` and ``reg_m`` are in units of the largest cost, so that they do not depend on
             the scale of the data; or "spread": in units of the mean cost of centred batches, which does not depend on
             their distance either, and is cheap.
+        mass: the part that "partial" carries, in (0, 1], rounded to whole pairs; all of it if not given.
         max_iterations: most iterations of a plan that is not exact.
         tolerance: the error of its marginals at which it is solved.  A hundredth of the mass is less than what draws
             with replacement differ by.
 
     Raises:
-        ValueError: for another method, or weights that are not positive.
+        ValueError: for another method, weights that are not positive, and a mass beyond its range or of another
+            method than "partial".
 
-    Source: Tong et al. (2024), minibatch optimal transport; Pooladian et al. (2023).
+    Source: Tong et al. (2024), minibatch optimal transport; Pooladian et al. (2023); Chapel, Alaya and Gasso (2020)
+    for "partial".
 
     Example:
         >>> import torch
@@ -64,12 +74,17 @@ class OTPlanSampler:
         reg_m: float = 1.0,
         normalize_cost: bool | str = False,
         *,
+        mass: float = 1.0,
         max_iterations: int = 1000,
         tolerance: float = 1e-2,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        self.method = method
+        self.method, self.mass = method, positive("mass", mass)
+        if self.mass > 1 or (method != "partial" and self.mass != 1):
+            raise ValueError(
+                f'mass must be at most 1, and below it with "partial" alone, got {mass} with {method!r}'
+            )
         self.reg, self.reg_m = positive("reg", reg), positive("reg_m", reg_m)
         if isinstance(normalize_cost, str):
             if normalize_cost != "spread":
@@ -85,9 +100,9 @@ class OTPlanSampler:
         """Return the entropic plan as a :class:`Solution`, of ``x0`` ``[n, *shape]`` and ``x1`` ``[m, *shape]``.
 
         Raises:
-            ValueError: for an exact plan, which has no potentials here.
+            ValueError: for an exact or partial plan, which has no potentials here.
         """
-        if self.method == "exact":
+        if self.method in EXACT:
             raise ValueError('method must be "sinkhorn" or "unbalanced" for a solution')
         x0, x1 = _flat(x0, x1)
         unit = 1.0
@@ -111,12 +126,19 @@ class OTPlanSampler:
 
     def get_map(self, x0: Tensor, x1: Tensor) -> Tensor:
         """Return the whole plan ``[n, m]``, of the dtype of ``x0``; for small batches."""
-        if self.method != "exact":
+        if self.method not in EXACT:
             return self.solve(x0, x1).plan.dense()
-        flat0, flat1 = _flat(x0, x1, finite=True)
-        i, j = exact_plan(reduced_costs(flat0, flat1))
+        i, j = self._cells(x0, x1)
         out = x0.new_zeros(len(x0), len(x1))
-        return out.index_put_((i, j), out.new_tensor(1 / len(i)), accumulate=True)
+        each = 1 / math.lcm(len(x0), len(x1))
+        return out.index_put_((i, j), out.new_tensor(each), accumulate=True)
+
+    def _cells(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cells of equal mass of an exact plan, of all or of a part of the mass."""
+        clouds = _flat(x0, x1, finite=True)
+        if self.mass == 1:
+            return exact_plan(reduced_costs(*clouds))
+        return partial_plan(squared_distances(*clouds), self.mass)
 
     def sample_map(
         self,
@@ -173,6 +195,9 @@ class OTPlanSampler:
 
         With ``replace`` they are independent draws from the plan.  Without, every sample of ``x0`` is there once, in
         its order, and its partner is drawn given it; the pairs of an exact plan of equal counts are a permutation.
+
+        Raises:
+            ValueError: without ``replace`` for a plan of a part of the mass, where some samples have no partner.
         """
         return self.pairs_of(x0, x1, self.uniforms(x0, replace, generator=generator))
 
@@ -182,14 +207,17 @@ class OTPlanSampler:
         """Return the random numbers that :meth:`pairs` takes, ``[2, n]`` float64, or ``[1, n]`` without ``replace``."""
         check_flag("replace", replace)
         check_generator(generator)
+        if self.mass < 1 and not replace:
+            raise ValueError(
+                "replace must be True for a plan of a part of the mass: samples may have no partner"
+            )
         shape = (1 + replace, len(x0))
         return torch.rand(shape, dtype=torch.float64, device=x0.device, generator=generator)
 
     def pairs_of(self, x0: Tensor, x1: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pairs that random numbers of :meth:`uniforms` choose: no others are drawn."""
-        if self.method == "exact":
-            flat0, flat1 = _flat(x0, x1, finite=True)
-            i, j = exact_plan(reduced_costs(flat0, flat1))
+        if self.method in EXACT:
+            i, j = self._cells(x0, x1)
             if len(uniforms) == 2:
                 k = _index(uniforms[0], len(i))
             else:  # the cells are ordered by row, each of which has as many

@@ -190,6 +190,23 @@ def preprocess():
             check(ops.logit, ops.logit_reference, z, alpha=0.05, inverse=True)
 
 
+def diffusion():
+    for shape in [*VECTORS, (2, 4100), (1, 1023)]:
+        for dtype in (torch.float32, torch.float64):
+            for x in layouts(shape, dtype):
+                options = {"index": 2, "seed": 7}
+                drifts = [torch.randn(shape).to(dtype) for _ in range(2)]
+                step, plain = ops.euler_maruyama, ops.euler_maruyama_reference
+                check(step, plain, x, drifts[0], -0.3, 0.7, **options)
+                check(
+                    lambda *t, f=step: f(*t[:2], 0.3, 0.7, other=t[2], index=2, seed=7),
+                    lambda *t, f=plain: f(*t[:2], 0.3, 0.7, other=t[2], index=2, seed=7),
+                    x,
+                    *drifts,
+                )
+                check(ops.add_noise, ops.add_noise_reference, x, 1.5, **options)
+
+
 def runge_kutta():
     weights, allowed = (0.5, 0.0, -0.25), {"rtol": 0.1, "atol": 0.1}
     for shape in [*VECTORS, (2, 4100), (3, 8192)]:
@@ -237,6 +254,7 @@ if __name__ == "__main__":
         affine,
         autoregressive,
         density,
+        diffusion,
         field,
         field_layer,
         linear,

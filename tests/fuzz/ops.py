@@ -328,6 +328,21 @@ def rk_combine(draw):
     return Call(ops.rk_combine, given | {"step": draw.number(-1, 1)}, ("y",))
 
 
+def euler_maruyama(draw):
+    shape, drifts = (draw.size(), draw.size(1), *draw.space()[:1]), draw.choice((1, 2))
+    given = {name: draw.tensor(*shape) for name in ("x", "drift", "other")[: 1 + drifts]}
+    batched = tuple(given)
+    given |= {"step": draw.number(-1, 1), "sigma": draw.choice((0.0, draw.number(0, 2)))}
+    given |= {"index": draw.size(), "seed": draw.size()}
+    return Call(ops.euler_maruyama, given, batched)
+
+
+def add_noise(draw):
+    x = draw.tensor(draw.size(), draw.size(1), *draw.space()[:1])
+    given = {"x": x, "scale": draw.number(-2, 2), "index": draw.size(), "seed": draw.size()}
+    return Call(ops.add_noise, given, ("x",))
+
+
 def rk_error(draw):
     given = rk_combine(draw).arguments
     given["y1"] = given["y"] + 0.1
@@ -337,10 +352,10 @@ def rk_error(draw):
 CALLS = {
     f.__name__: f
     for f in (
-        actnorm, affine, affine_coupling, autoregressive_inverse, bits_per_dim, channel_moments,
-        dequantize, field_divergence, field_layer, glow_step, householder_matrix, hutchinson_trace,
-        invertible_linear, logit, normal_log_prob, plan_draw, plan_product, plu_matrix, quantize,
-        rational_quadratic_spline, relu_network, rk_combine, rk_error, sinkhorn, slogdet_inverse,
-        spline, spline_coupling,
+        actnorm, add_noise, affine, affine_coupling, autoregressive_inverse, bits_per_dim,
+        channel_moments, dequantize, euler_maruyama, field_divergence, field_layer, glow_step,
+        householder_matrix, hutchinson_trace, invertible_linear, logit, normal_log_prob, plan_draw,
+        plan_product, plu_matrix, quantize, rational_quadratic_spline, relu_network, rk_combine,
+        rk_error, sinkhorn, slogdet_inverse, spline, spline_coupling,
     )
 }  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from cases.preprocess import bytes_like
 from laws import unit
 
-from pyflowkern.ops import _philox, dequantize, logit, preprocess, quantize
+from pyflowkern.ops import dequantize, logit, philox, preprocess, quantize
 
 G = torch.Generator()
 
@@ -35,7 +35,7 @@ def layouts(x):
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    assert _philox.philox_blocks(torch.tensor(key), torch.tensor(counter)).tolist() == words
+    assert philox.philox_blocks(torch.tensor(key), torch.tensor(counter)).tolist() == words
 
 
 # --- dequantize and quantize ---------------------------------------------------------------------
@@ -45,7 +45,7 @@ def test_philox_known_answers(counter, key, words):
 def test_noise_is_philox_of_the_index(backend, seed):
     x = torch.zeros(3, 1001, dtype=torch.uint8)
     y, log_det = dequantize(x, seed=seed)
-    noise = _philox.philox_uint16(torch.tensor(seed), x.numel()).view(x.shape)
+    noise = philox.philox_uint16(torch.tensor(seed), x.numel()).view(x.shape)
     assert torch.equal(y, (noise.double() / 2**24).float())
     torch.testing.assert_close(log_det, torch.full((3,), -1001 * 8 * math.log(2)))
 

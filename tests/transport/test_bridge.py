@@ -1,5 +1,6 @@
 """Learned bridges against Gaussian ones in closed form."""
 
+import itertools
 import math
 
 import pytest
@@ -243,6 +244,81 @@ def test_pairs_of_the_plan_have_the_coupling_of_the_bridge(end):
     found = torch.cat([x0, x1], 1).T.cov()[:2, 2:]
     # the coupling is 0.78 or 0.52; with half of epsilon 0.88 or 0.70, with twice 0.63 or 0.31
     assert float((found - path.coupling_covariance).abs().max()) < 0.08
+
+
+# --- several snapshots ----------------------------------------------------------------------------------
+
+
+class Chain:
+    """Gaussian bridges between three snapshots, one after the other, at times 0, 0.5 and 2."""
+
+    times, sigma = (0.0, 0.5, 2.0), 0.8
+
+    def __init__(self):
+        skew = torch.tensor([[1.0, 0.3], [0.3, 0.5]], dtype=F64)
+        ends = (0 * ONE[0], skew), (ONE.sum(0), 2 * ONE), (ONE[0] - 1, ONE / 2)
+        self.lengths = [b - a for a, b in itertools.pairwise(self.times)]
+        self.paths = [
+            transport.gaussian_bridge(*first, *second, sigma=self.sigma * h**0.5)
+            for (first, second), h in zip(itertools.pairwise(ends), self.lengths, strict=True)
+        ]
+
+    def field(self, name):
+        """Return a field of the whole time; at a snapshot a process run backward enters the earlier interval."""
+
+        def at(t, x):
+            middle, now = self.times[1], float(torch.as_tensor(t).flatten()[0])
+            i = int(now > middle or (now == middle and name != "backward_drift"))
+            h, path = self.lengths[i], self.paths[i]
+            return getattr(path, name)((t - self.times[i]) / h, x) / h
+
+        return at
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_trajectories_pass_through_every_snapshot(backward):
+    chain, n = Chain(), 20_000
+    bridge = with_fields(
+        "dsbm_imf",
+        chain.field("drift"),
+        chain.field("backward_drift"),
+        sigma=chain.sigma,
+        times=chain.times,
+    )
+    marginals = [chain.paths[0].marginal(0.0), *(p.marginal(1.0) for p in chain.paths)]
+    marginals = marginals[::-1] if backward else marginals
+    start = normal(n, *marginals[0], seed=1)
+    run = bridge.sample(start, 200, backward=backward, heun=True, generator=generator(2))
+    for k, (mean, cov) in zip((0, 150, 200) if backward else (0, 50, 200), marginals, strict=True):
+        size = float(cov.diagonal().max())
+        assert float((run[k].mean(0) - mean).abs().max()) < 4.5 * size**0.5 / n**0.5 + 0.015
+        assert float((run[k].T.cov() - cov).abs().max()) < 4.5 * 2**0.5 * size / n**0.5 + 0.03
+
+
+def test_the_minimisers_between_snapshots_are_those_of_each_interval():
+    chain, n = Chain(), 60_000
+    first = chain.paths[0].sample(n, 1, generator=generator(4))
+    # the second pair begins where the first ends, and goes on by the conditional law of its coupling
+    path = chain.paths[1]
+    gain = torch.linalg.solve(path.cov0, path.coupling_covariance)
+    rest = path.cov1 - gain.mT @ path.coupling_covariance
+    noise = torch.randn(n, 2, generator=generator(5), dtype=F64)
+    last = path.mean1 + (first[1] - path.mean0) @ gain + noise @ torch.linalg.cholesky(rest).mT
+    zero = torch.zeros_like
+    bridge = with_fields(
+        "sf2m",
+        lambda t, x: zero(x),
+        lambda t, x: zero(x),
+        sigma=chain.sigma,
+        plan="given",
+        times=chain.times,
+    )
+    terms = bridge._regressions([*first, last], generator(6))
+    assert [term.network for term in terms] == ["velocity", "score"] * 2
+    for (velocity, score), t in zip((terms[:2], terms[2:]), (0.2, 1.4), strict=True):
+        same_field(velocity, t, chain.field("probability_flow"), 0.02)
+        assert float((velocity.t - t).abs().max()) < 1.0  # times of the interval alone
+        assert torch.equal(velocity.t, score.t)
 
 
 # --- iterations in the Gaussian family ----------------------------------------------------------------

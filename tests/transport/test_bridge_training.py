@@ -1,5 +1,7 @@
 """Training of learned bridges, their states, and wrong arguments."""
 
+import math
+
 import pytest
 import torch
 
@@ -94,7 +96,7 @@ def test_proportional_fitting_begins_with_brownian_motion():
 def test_mean_matching_for_given_draws(times):
     """The drift of a step's beginning at its end, and the noise of the step, with the sign of its direction."""
     sigma, x = 0.7, torch.randn(4, 2, generator=generator(), dtype=torch.float64)
-    at, points, targets = mean_matching(lambda t, x: (t + 1) * x, x, times, sigma, generator(1))
+    at, points, targets = mean_matching(lambda t, x: (t + 1) * x, x, times, sigma, torch.tensor(1))
     for k, after in enumerate(times[1:]):
         dt, part = after - times[k], slice(4 * k, 4 * k + 4)
         noise = points[part] - x - dt * (times[k] + 1) * x
@@ -130,6 +132,54 @@ def test_an_unbalanced_plan_draws_what_has_no_partner_rarely():
     bridge = small("sf2m", plan="unbalanced", sigma=0.5)
     start, _ = bridge._first(0, [x0, torch.zeros(100, 2)], generator())
     assert float((start[:, 0] > 10).float().mean()) < 0.02
+
+
+def test_growth_is_that_of_the_unbalanced_plan():
+    """Of two groups far apart, halves of the samples, one grows to three quarters and the other shrinks."""
+    zero, far = torch.zeros(20, 2), torch.full((20, 2), 20.0)
+    x0 = torch.cat([zero, far])
+    x1 = torch.cat([zero, zero[:10], far[:10]])  # 3/4 and 1/4
+    bridge = small("sf2m", plan="unbalanced", sigma=0.5, reg_m=1.0, times=(0.0, 1.0, 3.0))
+    growth = bridge.growth(x0, x1)
+    assert growth.shape == (40,)
+    # min over s of rho KL(s | 1/2) + rho KL(s | 3/4) + epsilon KL(s | 3/8) for a group: s by its derivative
+    for interval, group, reached in ((0, slice(0, 20), 0.75), (0, slice(20, 40), 0.25)):
+        epsilon = 2 * 0.5**2
+        log_s = (math.log(0.5) + math.log(reached) + epsilon * math.log(0.5 * reached)) / (
+            2 + epsilon
+        )
+        wanted = math.exp(log_s) / 0.5
+        found = bridge.growth(x0, x1, interval)[group]
+        torch.testing.assert_close(found, torch.full_like(found, wanted), rtol=0.02, atol=0)
+    assert not torch.allclose(bridge.growth(x0, x1, 1), growth, rtol=0.01)  # of a longer time
+    pairs = bridge._first(0, [x0, x1], generator())
+    share = float((pairs[0][:, 0] > 10).float().mean())
+    assert 0.1 < share < 0.6  # of 40 draws
+    for call, match in (
+        (lambda: small("sf2m").growth(x0, x1), "plan must be 'unbalanced'"),
+        (lambda: bridge.growth(x0, x1, 2), "interval must be at most 1"),
+        (lambda: bridge.growth(x0, x1[:, :1]), "x1 must have shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_paths_are_those_of_the_seed_for_every_number_of_threads():
+    """And a path is that of its place: other paths beside it change nothing."""
+    bridge, x = small("sf2m"), torch.randn(3000, 2, generator=generator())
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(bridge.sample(x, 4, heun=True, generator=generator(5)))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        torch.testing.assert_close(run, runs[0], rtol=1e-5, atol=1e-5)
+    few = bridge.sample(x[:7], 4, heun=True, generator=generator(5))
+    torch.testing.assert_close(few, runs[0][:, :7], rtol=1e-5, atol=1e-5)
+    other = bridge.sample(x[:7], 4, heun=True, generator=generator(6))
+    assert not torch.allclose(few, other, atol=0.1)
 
 
 def test_images_and_networks_of_the_users():
