@@ -48,30 +48,90 @@ def dense_solution(x, y, a, b, epsilon, rho=math.inf):
 # --- parity ---------------------------------------------------------------------------------------
 
 
-def test_plan_is_the_one_that_pot_finds():
-    """ot.sinkhorn and ot.unbalanced.sinkhorn_knopp_unbalanced of POT 0.9.7, reg=0.1, stopThr=1e-15."""
+def numbers(*lines):
+    return torch.tensor([float(v) for line in lines for v in line.split()], dtype=F64)
+
+
+#: Columns of plans of POT 0.9.7 with reg=0.1 and stopThr=1e-15: ot.sinkhorn, and ot.unbalanced.sinkhorn_unbalanced with
+#: reg_m=0.5, (0.5, 2) and (inf, 0.5).
+POT_PLANS = {
+    (None, 0): """9.9966230313683013e-02 1.5003376968595364e-01 3.7355835301643223e-13
+                  1.4999999999998934e-01 1.3669158117563820e-24""",
+    (None, 3): """3.3769686316769110e-05 2.1242279694896915e-03 1.9784199117734450e-01
+                  1.0392021683560318e-14 1.1166839500256165e-08""",
+    (0.5, 0): """1.4785141193386869e-04 1.9865813601673740e-11 2.0001369937511355e-19
+                 1.4212612239554853e-01 3.2447953934898720e-30""",
+    ((0.5, 2.0), 3): """5.5576091203449647e-02 1.4976693039956750e-06 1.2141148320127726e-01
+                        1.3786174842329221e-09 3.8231432099459871e-08""",
+    ((None, 0.5), 1): """1.8846005956278224e-09 2.9970381172063953e-01 9.8860016364940420e-10
+                         5.0764471119271422e-08 1.4151582224921895e-11""",
+}
+
+
+@pytest.mark.parametrize(("unbalanced", "column"), POT_PLANS)
+def test_plans_are_those_that_pot_finds(unbalanced, column):
     x, y, a, b = problem()
-    plan = transport.sinkhorn(x, y, a=a, b=b, epsilon=0.1, **EXACT).plan.dense()
-    columns = {
-        0: [9.99662303e-02, 1.50033770e-01, 3.73558353e-13, 1.50000000e-01, 1.36691581e-24],
-        3: [3.37696863e-05, 2.12422797e-03, 1.97841991e-01, 1.03920217e-14, 1.11668395e-08],
-    }
-    for j, wanted in columns.items():  # printed with nine digits
-        torch.testing.assert_close(plan[:, j], torch.tensor(wanted, dtype=F64), rtol=1e-8, atol=0)
-
-    plan = transport.sinkhorn(x, y, a=a, b=b, epsilon=0.1, unbalanced=0.5, **EXACT).plan.dense()
-    wanted = [1.47851412e-04, 1.98658136e-11, 2.00013699e-19, 1.42126122e-01, 3.24479539e-30]
-    torch.testing.assert_close(plan[:, 0], torch.tensor(wanted, dtype=F64), rtol=1e-8, atol=0)
+    found = transport.sinkhorn(x, y, a=a, b=b, epsilon=0.1, unbalanced=unbalanced, **EXACT)
+    wanted = numbers(POT_PLANS[unbalanced, column])
+    torch.testing.assert_close(found.plan.dense()[:, column], wanted, rtol=1e-9, atol=0)
 
 
-def test_divergence_is_the_one_that_geomloss_finds():
-    """Its loop of 0.3.1 with 5000 iterations at one epsilon, balanced and with reach."""
+def test_potentials_are_those_that_pot_finds():
+    """Those of method="sinkhorn_log" are log(a) + f / reg and log(b) + g / reg, up to a constant."""
     x, y, a, b = problem()
-    options = {"epsilon": 0.1, "cost": "half_sqeuclidean", **EXACT}
-    balanced = transport.sinkhorn_divergence(x, y, a=a, b=b, **options)
-    unbalanced = transport.sinkhorn_divergence(x, y, a=a, b=2 * b, unbalanced=0.5, **options)
-    assert float(balanced) == pytest.approx(0.3874230077046964, abs=1e-12)
-    assert float(unbalanced) == pytest.approx(0.33717111926348753, abs=1e-12)
+    log_u = numbers(
+        "-3.7758048079976887 14.226733861254813 4.540066166821604",
+        "-13.194319721254795 0.11769061830957561",
+    )
+    log_v = numbers("15.872898447715999 -14.851239154348518 -1.42418813156192 -2.3478100228030216")
+    found = transport.sinkhorn(x, y, a=a, b=b, epsilon=0.1, **EXACT)
+    u, v = found.f / 0.1 + a.log(), found.g / 0.1 + b.log()
+    shift = log_u[0] - u[0]
+    torch.testing.assert_close(u + shift, log_u, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(v - shift, log_v, rtol=1e-9, atol=1e-9)
+
+
+#: Of geomloss 0.3.1 (SamplesLoss, p=2, blur=sqrt(0.1), tensorized), without reach and with reach=sqrt(0.5), there with
+#: twice the masses b: its divergence, its cost and its potentials after 20,000 iterations at the last epsilon in place
+#: of its own schedule, and its divergence by that schedule with scaling 0.9, 0.95, 0.99 and 0.999.
+GEOMLOSS = {
+    None: (
+        0.3874230077046964,
+        0.5282059244153732,
+        """-0.05077911210985752 0.761710388270695 0.3680553598580785 -0.5408029742205515 0.18262231196969922
+           0.8612169624355005 -0.5574095874979861 -0.0582669946740853 -0.023206062539916514""",
+        "0.37387723412934937 0.37633114310007887 0.3843703340207123 0.3874117385641128",
+    ),
+    0.5: (
+        0.33717111926348753,
+        0.4648139862274381,
+        """0.030273120536464637 0.19462059910896942 0.02660777368316953 -0.2488650293825105 -0.1591002822170602
+           0.5497102631830882 0.0080389185792817 0.24597073455436655 0.24039566176041505""",
+        "0.3346964833602524 0.3362394717509507 0.3371401671853752 0.33717365954370265",
+    ),
+}
+
+
+@pytest.mark.parametrize("rho", GEOMLOSS)
+def test_divergence_cost_and_potentials_are_those_that_geomloss_finds(rho):
+    x, y, a, b = problem()
+    b = b if rho is None else 2 * b
+    divergence, cost, potentials, by_schedule = GEOMLOSS[rho]
+    options = {"epsilon": 0.1, "cost": "half_sqeuclidean", "unbalanced": rho, **EXACT}
+    found = transport.sinkhorn(x, y, a=a, b=b, **options)
+    ours = float(transport.sinkhorn_divergence(x, y, a=a, b=b, **options))
+    assert ours == pytest.approx(divergence, abs=1e-12)
+    # of its cost it leaves out a constant of the masses, which is 0 where they are 1
+    left_out = 0.1 * (a.sum() * b.sum() - (a.sum() + b.sum()) / 2)
+    assert float(found.cost - left_out) == pytest.approx(cost, rel=1e-9)
+    f, g = numbers(potentials).split([5, 4])
+    shift = f[0] - found.f[0] if rho is None else 0.0
+    torch.testing.assert_close(found.f + shift, f, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.g - shift, g, rtol=0, atol=1e-9)
+    # its schedule stops at the last epsilon, converged or not: the slower it goes, the closer it comes
+    errors = (numbers(by_schedule) - ours).abs().tolist()
+    assert all(late < early for early, late in itertools.pairwise(errors))
+    assert errors[-1] < 2e-5
 
 
 @pytest.mark.parametrize("schedule", ["alternating", "symmetric"])
