@@ -211,8 +211,8 @@ class SchrodingerBridge(BridgeFields):
         last = len(self.times) - 2
         if check_count("interval", interval, 0) > last:
             raise ValueError(f"interval must be at most {last}, got {interval}")
-        self._check("x0", x0)
-        self._check("x1", x1)
+        for name, x in (("x0", x0), ("x1", x1)):
+            self._check(name, x)
         h = self.times[interval + 1] - self.times[interval]
         return self._sampler(h).solve(x0, x1).plan.growth()
 
@@ -330,12 +330,12 @@ class SchrodingerBridge(BridgeFields):
         self, i: int, clouds: list[Tensor], iteration: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows for the pool of an interval: pairs of ends, or points, targets and times of steps."""
-        start, end = self.times[i], self.times[i + 1]
         backward = iteration % 2 == 1  # the forward drift is trained on paths of the backward one
-        x = clouds[i + 1] if backward else clouds[i]
-        times = equal_times(*((end, start) if backward else (start, end)), self.steps)
-        kind = "backward" if backward else "forward"
-        drift: Drift = partial(self._mixed, kind) if iteration else _no_drift
+        first, last = (i + 1, i) if backward else (i, i + 1)
+        x, times = clouds[first], equal_times(self.times[first], self.times[last], self.steps)
+        drift: Drift = lambda t, x: torch.zeros_like(x)  # noqa: E731
+        if iteration:
+            drift = partial(self._mixed, "backward" if backward else "forward")
         seed = draw_seed(None, generator, x.device)
         if self.method == "dsb":
             at, points, targets = mean_matching(drift, x, times, self.sigma, seed)
@@ -390,10 +390,6 @@ def _plan(method: str, plan: str | None) -> str | None:
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
     return plan
-
-
-def _no_drift(t: Tensor | float, x: Tensor) -> Tensor:
-    return torch.zeros_like(x)
 
 
 def _some(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
