@@ -32,8 +32,14 @@ static Vec<T> probe(int function, Vec<T> x) {
       return softplus_(x);
     case 9:
       return floor_(x);
-    default:
+    case 10:
       return sqrt_(x);
+    case 11:
+      return log_normal(x);
+    case 12:
+      return sincos_small(x).sin;
+    default:
+      return sincos_small(x).cos;
   }
 }
 
