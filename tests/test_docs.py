@@ -118,3 +118,10 @@ def test_tables_of_speed_are_those_of_the_committed_results():
 def test_picture_shows_the_committed_results():
     with Image.open(RESULTS / "overview.png") as picture:
         assert picture.info["Description"] == describe(entries(RESULTS))
+
+
+@pytest.mark.parametrize("name", ["single_cells", "digits_bridge"])
+def test_tables_of_examples_are_those_of_the_committed_results(name):
+    written = between("guide.md", f"python examples/{name}.py")
+    assert written.strip() == (RESULTS / f"{name}.md").read_text().strip()
+    assert (RESULTS / f"{name}.png").stat().st_size < 150_000
