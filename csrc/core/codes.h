@@ -78,7 +78,7 @@ enum ElementFamily : int { kAffineElements, kSplineElements };
 constexpr int kElementFamilies = kSplineElements + 1;
 
 // ---- transport ----------------------------------------------------------------------------------
-enum SinkhornSchedule : int { kAlternating, kSymmetric };
-constexpr int kSinkhornSchedules = kSymmetric + 1;
+enum SinkhornSchedule : int { kAlternating, kSymmetric, kAccelerated };
+constexpr int kSinkhornSchedules = kAccelerated + 1;
 
 }  // namespace pfk

@@ -15,6 +15,7 @@ PFK_DECLARE_LEVELS(int64_t transport_panel(DType);
                    void transport_softmin(const SoftminArgs&, DType, int64_t, int64_t);
                    void transport_gibbs(const GibbsArgs&, DType, int64_t, int64_t);
                    void transport_power(const GibbsArgs&, DType, int64_t, int64_t);
+                   void transport_log(double*, int64_t); void transport_exp(double*, int64_t);
                    void transport_pass(const GibbsArgs&, DType, int64_t, int64_t);
                    void transport_product(const PlanProductArgs&, DType, int64_t, int64_t);
                    void transport_draw(const PlanDrawArgs&, DType, int64_t, int64_t))
@@ -51,6 +52,13 @@ void transport_power(const GibbsArgs& a, DType dtype, int64_t begin, int64_t end
   for (int64_t block = begin; block < end; ++block) {
     dtype == kFloat64 ? gibbs_power_block<double>(a, block) : gibbs_power_block<float>(a, block);
   }
+}
+
+void transport_log(double* x, int64_t n) {
+  each_number(x, n, [](Vec<double> v) { return log_(v); });
+}
+void transport_exp(double* x, int64_t n) {
+  each_number(x, n, [](Vec<double> v) { return exp_(v); });
 }
 
 void transport_pass(const GibbsArgs& a, DType dtype, int64_t begin, int64_t end) {
@@ -121,6 +129,12 @@ struct OnCpu {
     rows(a, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(transport_power, a, dtype, begin, end);
     });
+  }
+  void log(std::vector<double>& x) const {
+    PFK_CALL_LEVEL(transport_log, x.data(), static_cast<int64_t>(x.size()));
+  }
+  void exp(std::vector<double>& x) const {
+    PFK_CALL_LEVEL(transport_exp, x.data(), static_cast<int64_t>(x.size()));
   }
   void pass(const GibbsArgs& a, DType dtype) const {
     rows(a,

@@ -35,6 +35,7 @@ struct DeviceTransport {
       c.mean = doubles(t.problems * t.depth);
       c.squares = doubles(all), c.log_mass = doubles(all), c.origin = doubles(all);
       c.potential = doubles(all), c.next = doubles(all);
+      if (o.accelerated && side == 1) c.last = doubles(all), c.step = doubles(all);
       c.blocks = (c.count + kTile - 1) / kTile;
       c.errors = doubles(t.problems * c.blocks);
     }
@@ -92,6 +93,7 @@ struct DeviceTransport {
     for (int64_t i = 0; i < d.o.iterations; ++i) {
       softmin(1, 1);
       check(kCheckOne);
+      if (d.o.accelerated) PFK_LAUNCH(prolong_kernel, grid_of(t.problems), kThreads, stream, d);
       weights(1, true);
       softmin(0, 1);
       next_epsilon(false);
@@ -159,7 +161,7 @@ struct DevicePlan : DeviceTransport {
   PlanTensors plan;
   DevicePlan(const TransportTensors& t_, const Tensor& f, const Tensor& g, double epsilon,
              double scale)
-      : DeviceTransport(t_, SinkhornOptions{epsilon, scale, 0, 0, 0, {0, 0}, false}),
+      : DeviceTransport(t_, SinkhornOptions{epsilon, scale, 0, 0, 0, {0, 0}, false, false}),
         plan(t_, f, g) {
     if (t.problems == 0) return;
     begin(static_cast<const double*>(plan.potential[0].const_data_ptr()),

@@ -48,6 +48,18 @@ void gibbs_power_block(const GibbsArgs& a, int64_t block) {
   }
 }
 
+// x[i] = f(x[i]) for n numbers.
+template <class F>
+void each_number(double* x, int64_t n, F f) {
+  constexpr int64_t w = Vec<double>::kLanes;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) f(Vec<double>::load(x + i)).store(x + i);
+  alignas(64) double rest[w] = {};
+  for (int64_t k = i; k < n; ++k) rest[k - i] = x[k];
+  f(Vec<double>::load(rest)).store(rest);
+  for (int64_t k = i; k < n; ++k) x[k] = rest[k - i];
+}
+
 // R rows: their factors, unless these are given, and their part of the sums of the columns.
 template <class T, int R>
 PFK_HD void gibbs_rows(const GibbsArgs& a, int64_t first, T* sums) {

@@ -19,7 +19,7 @@ static_assert(kSide * kSide == kThreads);
 
 // What is known of a problem while it is solved, in the memory of the device.
 struct ProblemState {
-  double epsilon, extent, error;
+  double epsilon, extent, error, last_error;
   int64_t done, level;  // iterations; iterations with this epsilon
   int solved;           // nothing changes any more
 };
@@ -32,7 +32,8 @@ struct DeviceCloud {
   void *points, *weights;
   double* mean;  // [problems, depth]
   double *squares, *log_mass, *origin, *potential, *next;
-  double* errors;  // [problems, blocks]
+  double *last, *step;  // of y, if accelerated: the potentials and the step of the last iteration
+  double* errors;       // [problems, blocks]
   int64_t blocks;
 };
 
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) state_kernel(const DeviceProblems d)
     extent += (high - low) * (high - low);
   }
   if (threadIdx.x == 0)
-    d.state[p] = {extent > d.o.epsilon ? extent : d.o.epsilon, extent, INFINITY, 0, 0, 0};
+    d.state[p] = {extent > d.o.epsilon ? extent : d.o.epsilon, extent, INFINITY, 0, 0, 0, 0};
 }
 
 // Centred points and what is known of each, by a thread a point.
@@ -326,6 +327,37 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const DeviceProblems d,
   } else {
     ++s.done, ++s.level;
   }
+}
+
+// Prolongs the step of y, by a block a problem: see Prolonging in transport_solve.h.
+__global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems d) {
+  __shared__ double scratch[kThreads];
+  const int64_t p = blockIdx.x;
+  ProblemState& s = d.state[p];
+  if (s.solved) return;
+  const DeviceCloud& c = d.cloud[1];
+  const int64_t begin = p * c.count;
+  double length = 0;
+  if (s.level > 1 && s.error <= s.last_error) {
+    double product = 0, square = 0;
+    for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
+      const int64_t at = begin + i;
+      const double step = c.next[at] - c.potential[at], change = step - c.step[at];
+      product += c.mass[at] * step * change, square += c.mass[at] * change * change;
+    }
+    product = block_join(product, scratch, Plus());
+    square = block_join(square, scratch, Plus());
+    length = -product / square;
+    length = length > 0 ? min(length, kLongestStep) : 0;
+  }
+  for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
+    const int64_t at = begin + i;
+    const double next = c.next[at], before = c.last[at];
+    c.last[at] = next, c.step[at] = next - c.potential[at];
+    if (length > 0) c.next[at] = next + length * (next - before);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) s.last_error = s.error;
 }
 
 // After an iteration with a larger epsilon: the next one, by a thread a problem.  `last` leaves no

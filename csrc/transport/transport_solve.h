@@ -5,7 +5,8 @@
 // (Feydy et al. 2019): both from the old ones, of which they move half way; the first step is
 // whole, and so is a last one.  With scaling, epsilon begins at the square of the diameter and
 // shrinks by one ratio until it is the one asked for.  Small problems alternate with their Gibbs
-// kernel in memory, which gives the same numbers.
+// kernel in memory, which gives the same numbers.  Accelerated: alternating, with steps of g
+// prolonged (Anderson 1965, with a memory of one step).
 #pragma once
 
 #include <memory>
@@ -26,6 +27,35 @@ inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double exte
   return levels;
 }
 
+// Moves the next potentials along the line to the ones before them, to where the steps of both
+// would vanish, unless the error has grown.
+struct Prolonging {
+  std::vector<double> next, step;  // of the iteration before
+  double error = 0;
+  bool known = false;
+
+  void apply(const double* mass, const std::vector<double>& now, std::vector<double>& to,
+             double with_error) {
+    double length = 0;
+    if (known && with_error <= error) {
+      double product = 0, square = 0;
+      for (size_t j = 0; j < to.size(); ++j) {
+        const double change = to[j] - now[j] - step[j];
+        product += mass[j] * (to[j] - now[j]) * change, square += mass[j] * change * change;
+      }
+      length = std::min(-product / square, kLongestStep);
+      if (!(length > 0)) length = 0;
+    }
+    next.resize(to.size()), step.resize(to.size());
+    for (size_t j = 0; j < to.size(); ++j) {
+      const double before = known ? next[j] : 0;
+      next[j] = to[j], step[j] = to[j] - now[j];
+      if (length > 0) to[j] += length * (to[j] - before);
+    }
+    known = true, error = with_error;
+  }
+};
+
 // The kept Gibbs kernel of a small problem whose marginals both hold: iterations multiply by it,
 // and the potentials move by factors u and v.  These must stay near 1, so that no number of the
 // kernel that was rounded to zero matters (Schmitzer 2019); else the kernel is made anew from the
@@ -40,7 +70,7 @@ class GibbsKernel {
   GibbsArgs args{};
   std::unique_ptr<T[]> kernel;  // without a pass that sets it to zero
   std::vector<T> columns, sums;
-  std::vector<double> u, next_u, v, next_v;
+  std::vector<double> u, next_u, v, next_v, log_v, next_log_v, now;
 
   static bool near_one(const std::vector<double>& factors) {
     for (double f : factors) {
@@ -73,6 +103,29 @@ class GibbsKernel {
     sums.resize((rows + args.task - 1) / args.task * args.row), next_u.resize(rows);
     args.kernel = kernel.get(), args.sums = sums.data();
     problem.run.gibbs(args, problem.kDtype);
+  }
+
+  // Prolongs the step of v; false where v is too far from 1 then, and written to the potentials.
+  bool prolong(Prolonging& prolonging) {
+    const CloudCopy<T>& c = problem.cloud[1];
+    now.resize(v.size()), next_log_v = next_v;
+    problem.run.log(next_log_v);
+    for (size_t j = 0; j < v.size(); ++j) {
+      now[j] = c.potential[j] + epsilon * log_v[j];
+      next_log_v[j] = c.potential[j] + epsilon * next_log_v[j];
+    }
+    prolonging.apply(c.mass, now, next_log_v, error);
+    now.swap(next_log_v);
+    for (size_t j = 0; j < v.size(); ++j) next_log_v[j] = (now[j] - c.potential[j]) / epsilon;
+    next_v = next_log_v;
+    problem.run.exp(next_v);
+    if (near_one(next_v)) {
+      log_v.swap(next_log_v);
+      return true;
+    }
+    end();
+    problem.cloud[1].potential = now;
+    return false;
   }
 
   // How often the kernel must be squared for a smaller epsilon, 0 if it must be made anew: its
@@ -113,12 +166,14 @@ class GibbsKernel {
     }
     squared = squarings > 0 ? squared + squarings : 0;
     u.assign(problem.cloud[0].count, 1.0), v.assign(problem.cloud[1].count, 1.0);
+    log_v.assign(v.size(), 0.0);
     args.columns = nullptr, args.factors = u.data();
     return active = pass();
   }
 
   // An iteration, and half of the next one; false if the potentials of x could not be moved.
-  bool step() {
+  bool step(Prolonging* prolonging) {
+    if (prolonging && !prolong(*prolonging)) return false;
     v.swap(next_v);
     for (size_t j = 0; j < v.size(); ++j)
       columns[j] = static_cast<T>(problem.cloud[1].mass[j] * v[j]);
@@ -143,6 +198,7 @@ struct Iteration {
   Problem<T, Run>& problem;
   const SinkhornOptions& o;
   GibbsKernel<T, Run> gibbs{problem, o};
+  Prolonging prolonging{};
   int64_t done = 0;
   double error = INFINITY;
 
@@ -160,16 +216,19 @@ struct Iteration {
   // Accepts it, and takes half an iteration of x.
   void step(double epsilon) {
     ++done;
-    if (!gibbs.active) {
+    if (gibbs.active) {
+      if (gibbs.step(o.accelerated ? &prolonging : nullptr)) return;
+    } else {
+      CloudCopy<T>& c = problem.cloud[1];
+      if (o.accelerated) prolonging.apply(c.mass, c.potential, c.next, error);
       problem.accept(1);
-    } else if (gibbs.step()) {
-      return;
     }
     problem.half(0, epsilon, o.penalty[0], 1);
     problem.accept(0);
   }
   // The error belongs to the potentials before the step, which is not taken if they are the result.
   void alternating() {
+    prolonging.known = false;
     while (done < o.iterations) {
       error = look(o.epsilon);
       if (!goes_on(o.tolerance)) return;
@@ -178,6 +237,7 @@ struct Iteration {
   }
   // A larger epsilon, whose potentials only begin those of the next one.
   void alternating_level(double epsilon) {
+    prolonging.known = false;
     for (int i = 0; i < kLevelIterations && done < o.iterations; ++i) {
       error = look(epsilon);
       step(epsilon);

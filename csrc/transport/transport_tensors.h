@@ -11,6 +11,7 @@ namespace pfk {
 // Of a larger epsilon: most iterations, and the error at which the next one begins.
 constexpr int kLevelIterations = 8;
 constexpr double kLevelTolerance = 0.1;
+constexpr double kLongestStep = 30;  // how many of its own lengths a step is prolonged by at most
 
 struct SinkhornOptions {
   double epsilon, scale;
@@ -18,15 +19,21 @@ struct SinkhornOptions {
   double tolerance;
   double scaling;     // the ratio of one epsilon to the last, 0: no scaling
   double penalty[2];  // of each marginal, 0 where it holds exactly
-  bool symmetric;
+  bool symmetric, accelerated;
 };
 
 inline SinkhornOptions sinkhorn_options(double epsilon, double scale, int64_t iterations,
                                         double tolerance, int64_t schedule, double scaling,
                                         double penalty_x, double penalty_y) {
   const int kind = checked_kind("schedule", schedule, kSinkhornSchedules);
-  return {epsilon,           scale, iterations, tolerance, scaling, {penalty_x, penalty_y},
-          kind == kSymmetric};
+  return {epsilon,
+          scale,
+          iterations,
+          tolerance,
+          scaling,
+          {penalty_x, penalty_y},
+          kind == kSymmetric,
+          kind == kAccelerated};
 }
 
 // Clouds [problems, n, d] and [problems, m, d] with masses [problems, n] and [problems, m].

@@ -204,3 +204,4 @@ class SinkhornSchedule(IntEnum):
 
     ALTERNATING = 0
     SYMMETRIC = 1
+    ACCELERATED = 2

@@ -14,6 +14,8 @@ __all__ = ["gradient_of_mass", "gradient_of_points", "plan_draw", "plan_product"
 
 #: Of an epsilon above the last one: most iterations, and the error at which the next one begins.
 LEVEL_ITERATIONS, LEVEL_TOLERANCE = 8, 0.1
+#: How many of its own lengths a step is prolonged by at most.
+LONGEST_STEP = 30.0
 
 
 def costs(x: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -38,7 +40,7 @@ def sinkhorn(
     """Solve each problem of the batch, one after the other."""
     solved = [
         _Problem(x[p], y[p], a[p], b[p], scale, (penalty_x, penalty_y)).solve(
-            epsilon, iterations, tolerance, schedule == SinkhornSchedule.SYMMETRIC, scaling
+            epsilon, iterations, tolerance, SinkhornSchedule(schedule), scaling
         )
         for p in range(x.shape[0])
     ]
@@ -68,6 +70,7 @@ class _Problem:
         self.potential = [torch.zeros_like(a), torch.zeros_like(b)]
         self.done = 0
         self.error = torch.full_like(a[0], math.inf)
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def soft_minimum(self, side: int, epsilon: float) -> Tensor:
         other = 1 - side
@@ -88,23 +91,41 @@ class _Problem:
         error = torch.where(mass == 0, torch.zeros_like(mass), mass * ratio).sum()
         return old + blend * (new - old), error
 
-    def take(self, g: Tensor, epsilon: float) -> None:
+    def prolonged(self, g: Tensor) -> Tensor:
+        """Return the next ``g`` moved along the line to the one before it, to where the steps of both would vanish.
+
+        That is Anderson's acceleration with a memory of one step, unless the error has grown.
+        """
+        step, last = g - self.potential[1], self.last
+        self.last = (g, step, self.error)
+        if last is None or not bool(self.error <= last[2]):
+            return g
+        with torch.no_grad():
+            change = step - last[1]
+            mass = self.mass[1]
+            slope = (mass * step * change).sum() / (mass * change * change).sum()
+            length = (-slope).clamp(0.0, LONGEST_STEP).nan_to_num(0.0)
+        return g + length * (g - last[0])
+
+    def take(self, g: Tensor, epsilon: float, accelerated: bool) -> None:
         """Accept the next ``g`` and find the ``f`` that belongs to it."""
-        self.potential[1] = g
+        self.potential[1] = self.prolonged(g) if accelerated else g
         self.potential[0], _ = self.half(0, epsilon)
         self.done += 1
 
-    def alternating(self, epsilon: float, most: int, tolerance: float) -> None:
+    def alternating(self, epsilon: float, most: int, tolerance: float, accelerated: bool) -> None:
+        self.last = None
         for _ in range(most):
             g, self.error = self.half(1, epsilon)
             if tolerance > 0 and not float(self.error) > tolerance:
                 return
-            self.take(g, epsilon)
+            self.take(g, epsilon, accelerated)
 
-    def alternating_level(self, epsilon: float, most: int) -> None:
+    def alternating_level(self, epsilon: float, most: int, accelerated: bool) -> None:
+        self.last = None
         for _ in range(most):
             g, self.error = self.half(1, epsilon)
-            self.take(g, epsilon)
+            self.take(g, epsilon, accelerated)
             if not float(self.error) > LEVEL_TOLERANCE:
                 return
 
@@ -137,8 +158,15 @@ class _Problem:
         return levels
 
     def solve(
-        self, epsilon: float, iterations: int, tolerance: float, symmetric: bool, scaling: float
+        self,
+        epsilon: float,
+        iterations: int,
+        tolerance: float,
+        schedule: SinkhornSchedule,
+        scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        symmetric = schedule == SinkhornSchedule.SYMMETRIC
+        accelerated = schedule == SinkhornSchedule.ACCELERATED
         levels = self.larger_epsilons(epsilon, scaling, iterations, symmetric)
         if symmetric:
             self.potential = self.both(levels[0] if levels else epsilon, 1.0)
@@ -147,11 +175,12 @@ class _Problem:
             if symmetric:
                 self.symmetric(level, min(1, rest), 0.0)
             else:
-                self.alternating_level(level, min(LEVEL_ITERATIONS, rest))
+                self.alternating_level(level, min(LEVEL_ITERATIONS, rest), accelerated)
         reached = not levels or self.done < iterations
-        (self.symmetric if symmetric else self.alternating)(
-            epsilon, iterations - self.done, tolerance
-        )
+        if symmetric:
+            self.symmetric(epsilon, iterations - self.done, tolerance)
+        else:
+            self.alternating(epsilon, iterations - self.done, tolerance, accelerated)
         if symmetric:
             self.potential = self.both(epsilon, 1.0)
         elif not reached:  # f at least is one of the last epsilon

@@ -116,7 +116,8 @@ class OTPlanSampler:
             epsilon=self.reg * unit,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
-            epsilon_scaling=0.5,
+            schedule="accelerated",
+            epsilon_scaling=1 / 8,
             penalty_x=penalty,
             penalty_y=penalty,
         )

@@ -31,7 +31,7 @@ def sinkhorn(draw):
     given = transport(draw, draw.size())
     # the reference differentiates every iteration, the op the solution: here neither
     given |= {"max_iterations": draw.choice((1, 2, 5)), "tolerance": 0.0}
-    given["schedule"] = draw.choice(("alternating", "symmetric"))
+    given["schedule"] = draw.choice(("alternating", "symmetric", "accelerated"))
     for name in ("penalty_x", "penalty_y"):
         given[name] = draw.choice((None, 0.5, 10.0))
 

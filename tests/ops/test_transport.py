@@ -19,7 +19,10 @@ def plan(x, y, a, b, f, g, epsilon):
     return a[:, :, None] * b[:, None] * torch.exp((f[:, :, None] + g[:, None] - cost) / epsilon)
 
 
-@pytest.mark.parametrize("schedule", ["alternating", "symmetric"])
+SCHEDULES = ["alternating", "symmetric", "accelerated"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("scaling", [None, 0.5])
 def test_the_plan_has_the_marginals(backend, schedule, scaling):
     given = clouds(2, 20, 30, 3, torch.float64)
@@ -76,6 +79,16 @@ def test_a_small_epsilon_finds_the_best_permutation(backend):
     assert p.argmax(1).tolist() == list(best)
 
 
+def test_prolonged_steps_need_a_third_of_the_iterations(backend):
+    given = clouds(1, 60, 60, 2, torch.float64, scale=1.0)
+    options = {"epsilon": 0.02, "epsilon_scaling": 0.5, "tolerance": 1e-3, "max_iterations": 2000}
+    plain, fast = (ops.sinkhorn(**given, **options, schedule=s) for s in SCHEDULES[::2])
+    assert (plain.error <= 1e-3).all()
+    assert (fast.error <= 1e-3).all()
+    assert int(fast.iterations) < int(plain.iterations) / 3
+    torch.testing.assert_close(fast.cost, plain.cost, rtol=1e-4, atol=0)
+
+
 def test_what_does_not_converge_says_so(backend):
     given = clouds(1, 20, 20, 2, torch.float32)
     out = ops.sinkhorn(**given, epsilon=1e-6, max_iterations=5, tolerance=1e-6)
@@ -85,8 +98,13 @@ def test_what_does_not_converge_says_so(backend):
     assert out.cost.isfinite().all()
 
 
-@pytest.mark.parametrize("schedule", ["alternating", "symmetric"])
-@pytest.mark.parametrize(("iterations", "ratio"), [(3, 0.4), (40, 0.4), (60, 0.002)])
+@pytest.mark.parametrize(
+    ("schedule", "iterations", "ratio"),
+    [
+        *itertools.product(SCHEDULES, [3, 40], [0.4]),
+        *itertools.product(SCHEDULES[:2], [60], [0.002]),  # prolonged steps magnify rounding
+    ],
+)
 def test_larger_epsilons_are_those_of_the_reference(backend, schedule, iterations, ratio):
     """Which there are, and how many iterations each has, stands in C++, in CUDA and in Python."""
     given = clouds(2, 12, 17, 2, torch.float64, scale=1.0)
@@ -213,21 +231,40 @@ def apart(n, m, d, between):
 @pytest.mark.parametrize("d", [2, 7])
 @pytest.mark.parametrize("scaling", [None, 0.5, 0.25, 0.4])
 @pytest.mark.parametrize(
-    ("epsilon", "between"), [(0.05, 0.0), (1e-3, 0.0), (0.02, 6.0), (1e-3, 6.0)]
+    ("schedule", "epsilon", "between"),
+    [
+        *itertools.product(["alternating"], [0.05, 1e-3], [0.0, 6.0]),
+        *itertools.product(["accelerated"], [0.05, 1e-3], [0.0]),  # as above
+    ],
 )
 def test_iterations_of_a_kept_kernel_are_those_of_logarithms(
-    backend, d, scaling, epsilon, between
+    backend, d, schedule, scaling, epsilon, between
 ):
     """Also where the factors leave the range in which the kernel may be kept, and for points far away without mass."""
     given = apart(24, 31, d, between)
     given["x"][0, -1] = 1e3
     given["a"][0, -1] = 0.0
+    given["a"] /= given["a"].sum()
     options = {"epsilon": epsilon, "epsilon_scaling": scaling, "tolerance": 1e-4}
+    options["schedule"] = schedule
     found = ops.sinkhorn(**given, **options, max_iterations=80)
     expected = ops.sinkhorn_reference(**given, **options, max_iterations=80)
     assert torch.equal(found.iterations, expected.iterations)
     for a, b in zip(found[:4], expected[:4], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@on_cpu
+@pytest.mark.parametrize("scaling", [0.5, 0.125])
+@pytest.mark.parametrize("d", [2, 7])
+def test_prolonged_steps_solve_what_is_far_apart(backend, d, scaling):
+    """A third of the points is 6 units from the others: 400 alternating iterations solve neither problem."""
+    given = apart(24, 31, d, 6.0)
+    options = {"epsilon": 0.02, "epsilon_scaling": scaling, "tolerance": 1e-6}
+    out = ops.sinkhorn(**given, **options, max_iterations=1000, schedule="accelerated")
+    p = plan(**given, f=out.f, g=out.g, epsilon=0.02)
+    torch.testing.assert_close(p.sum(2), given["a"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(p.sum(1), given["b"], atol=2e-6, rtol=0)
 
 
 @on_cpu
