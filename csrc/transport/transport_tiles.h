@@ -219,6 +219,12 @@ void score_block(const ScoreArgs& s, int64_t first, int64_t rows, const T* shift
   }
 }
 
+inline bool are_good(const double* sums, int64_t rows) {
+  bool good = true;
+  for (int64_t r = 0; r < rows; ++r) good = good && sums[r] > kLeastSum && sums[r] < kMostSum;
+  return good;
+}
+
 // The sums of a block of rows and the shifts that they are relative to: those given, or the largest
 // scores where the given ones are no good guess.
 template <class T>
@@ -232,9 +238,7 @@ void shifted_sums(const ScoreArgs& s, int64_t first, int64_t rows, T* shift, dou
       for (int64_t r = 0; r < rows; ++r) shift[r] = static_cast<T>(sums[r]);
     }
     score_block<kSum, T>(s, first, rows, shift, sums);
-    good = true;
-    for (int64_t r = 0; r < rows; ++r) good = good && sums[r] > kLeastSum && sums[r] < kMostSum;
-    if (good) return;
+    if (are_good(sums, rows)) return;
   }
 }
 
@@ -322,16 +326,20 @@ void draw_block(const PlanDrawArgs& a, int64_t block) {
   T shift[kTransportRows];
   double total[kTransportRows];
   for (int64_t r = 0; r < rows; ++r) shift[r] = static_cast<T>(a.shift[first + r]);
-  shifted_sums<T>(s, first, rows, shift, total);
   double* sums = static_cast<double*>(malloc(rows * tiles * sizeof(double)));
-  each_tile<T>(s, first, rows, [&](int64_t column, int64_t width, Rows<T> tile) {
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec<T> sum = T(0);
-      each_score(s, tile.p + r * tile.stride, column, width, shift[r],
-                 [&](Vec<T> t, int64_t) { sum += exp2_of_score(t); });
-      sums[r * tiles + column / kTileColumns<T>] = sum_lanes(sum);
-    }
-  });
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    for (int64_t r = 0; r < rows; ++r) total[r] = 0;
+    each_tile<T>(s, first, rows, [&](int64_t column, int64_t width, Rows<T> tile) {
+      for (int64_t r = 0; r < rows; ++r) {
+        Vec<T> sum = T(0);
+        each_score(s, tile.p + r * tile.stride, column, width, shift[r],
+                   [&](Vec<T> t, int64_t) { sum += exp2_of_score(t); });
+        total[r] += sums[r * tiles + column / kTileColumns<T>] = sum_lanes(sum);
+      }
+    });
+    if (attempt == 1 || are_good(total, rows)) break;
+    shifted_sums<T>(s, first, rows, shift, total);  // potentials that solve nothing
+  }
   alignas(64) T terms[kTileColumns<T>];
   for (int64_t r = 0; r < rows; ++r) {
     double rest = 0;

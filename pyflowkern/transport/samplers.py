@@ -117,7 +117,7 @@ class OTPlanSampler:
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
             schedule="accelerated",
-            epsilon_scaling=1 / 8,
+            epsilon_scaling=0.25,
             penalty_x=penalty,
             penalty_y=penalty,
         )

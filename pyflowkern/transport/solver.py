@@ -68,8 +68,8 @@ def sinkhorn(
             zero, totals that differ although both marginals are held, an epsilon that is not positive, and other
             options out of range.  Looking at the numbers waits once for the device.
 
-    Sources: Cuturi (2013); Anderson (1965); Chizat, Peyre, Schmitzer and Vialard (2018); Feydy, Sejourne, Vialard, Amari,
-    Trouve and Peyre (2019).
+    Sources: Cuturi (2013); Anderson (1965); Chizat, Peyre, Schmitzer and Vialard (2018); Feydy, Sejourne, Vialard,
+    Amari, Trouve and Peyre (2019).
 
     Example:
         >>> import torch
