@@ -5,6 +5,9 @@ same pairs from ``PairedBatches``, whose thread solves a plan while the step bef
 exact plan by SciPy.  "independent" is our step without transport, "eager" the same by the references in plain PyTorch.
 "torchcfm" is the step as one writes it with that library: torch's layers, and POT's exact plan on the CPU;
 "torchcfm independent" is that step without a plan.  Pairs are drawn at random: gradients are not compared.
+
+The target, 1.15 times the step without transport, is not reached: on two cores of which others kept one busy, "ours"
+and "ahead" took 2.2 to 2.7 times as long, torchcfm with its exact plan 12 to 13 times.
 """
 
 from __future__ import annotations

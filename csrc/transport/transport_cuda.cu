@@ -5,6 +5,7 @@
 // n m 1.25 powers of two over that of the special functions; memory plays no part.  The host waits
 // for nothing: all iterations are launched, and the blocks of problems that are solved return at
 // once.  Not measured yet.
+#include "transport/transport_control.cuh"
 #include "transport/transport_plan.cuh"
 
 PFK_BEGIN
