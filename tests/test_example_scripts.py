@@ -155,14 +155,14 @@ def test_ways_from_moons_to_gaussians(quick, tmp_path):
     found = quick("moons_to_gaussians")
     for method, part in {"OT-CFM": 0.35, "I-CFM": 0.5, "reflow": 0.5, "[SF]2M": 0.35}.items():
         assert found[method] < part * found["unmoved"]  # two samples of 500 are 0.24 of it apart
-    kept = (tmp_path / "moons.json").read_text()
+    kept = (tmp_path / "moons_to_gaussians.json").read_text()
     bend = {row["method"]: row.get("bend") for row in json.loads(kept)}
     assert max(bend["OT-CFM"], bend["reflow"]) < 0.1 * bend["I-CFM"]  # straight, straightened
     assert (
         bend["[SF]2M"] > 1 > bend["I-CFM"] > 0.1
     )  # Brownian paths are as long as their steps are fine
     assert quick("moons_to_gaussians") == found  # nothing is run twice
-    assert (tmp_path / "moons.json").read_text() == kept
+    assert (tmp_path / "moons_to_gaussians.json").read_text() == kept
 
 
 def test_a_stage_of_cells_that_no_method_has_seen(quick):
