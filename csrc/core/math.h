@@ -272,7 +272,8 @@ PFK_HD V log_normal(V x) {
   return log_(x);
 }
 
-// ---- sine and cosine of |x| <= pi / 4 ------------------------------------------------------------
+// ---- sine and cosine of |x| <= pi / 4
+// ------------------------------------------------------------
 template <class V>
 struct SinCos {
   V sin, cos;
@@ -280,7 +281,7 @@ struct SinCos {
 template <class V>
 PFK_HD SinCos<V> sincos_small(V x) {
   const V z = x * x;
-  V s, c;  // sin x = x + x z s(z), cos x = 1 - z / 2 + z^2 c(z)
+  V s, c;                                // sin x = x + x z s(z), cos x = 1 - z / 2 + z^2 c(z)
   if constexpr (sizeof(Lane<V>) == 4) {  // relative errors 1.4e-8 and 1.1e-9
     s = polynomial(z, {-0.166666646617146985f, 0.00833274815408503215f, -0.000195878657021018751f});
     c = polynomial(z, {0.0416666646589014037f, -0.00138883029191136328f, 2.45479168536910169e-5f});

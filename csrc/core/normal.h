@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Standard normal numbers from Philox words, two from two words of 32 bits (Box and Muller 1958):
 //
-//   sqrt(-2 log u) (cos 2 pi v, sin 2 pi v),  u = (w + 1/2) / 2^31 of the upper 31 bits of one word,
-//                                             v = w / 2^32 of the other.
+//   sqrt(-2 log u) (cos 2 pi v, sin 2 pi v),
+//   u = (w + 1/2) / 2^31 of the upper 31 bits of one word,  v = w / 2^32 of the other.
 //
-// The angle is reduced to an eighth of a turn in integers, so that sine and cosine are as accurate as
-// their polynomials.  No number is larger than 6.7; of 10^11 normal numbers two or three would be.
+// The angle is reduced to an eighth of a turn in integers, so that sine and cosine are as accurate
+// as their polynomials.  No number is larger than 6.7: of 10^11 normal ones two or three would be.
 #pragma once
 
 #include "core/math.h"
@@ -73,8 +73,8 @@ PFK_HD NormalPair<V> box_muller(Word<V> radius, Word<V> angle) {
 // Those of one vector of blocks, each of whose words is a lane of 64 bits, block by block.
 PFK_HD void store_normals(const Words::Raw (&word)[4], float* out) {
   using V = Vec<float>;
-  const NormalPair<V> z = box_muller<V>((V::RawInt)beside(word[0], word[2]),
-                                        (V::RawInt)beside(word[1], word[3]));
+  const NormalPair<V> z =
+      box_muller<V>((V::RawInt)beside(word[0], word[2]), (V::RawInt)beside(word[1], word[3]));
 #if PFK_SIMD_LEVEL == 2
   const V::RawInt low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
 #elif PFK_SIMD_LEVEL == 1
@@ -97,8 +97,8 @@ PFK_HD void store_normals(const Words::Raw (&word)[4], double* out) {
   }
 }
 
-// Those of blocks first .. first + count - 1 of a stream, four a block.  Writes whole vectors, up to
-// kNormalPadding numbers more.
+// Those of blocks first .. first + count - 1 of a stream, four a block.  Writes whole vectors, up
+// to kNormalPadding numbers more.
 constexpr int kNormalPadding = (kPhiloxBlocks - 1) * kNormals;
 
 template <class T>

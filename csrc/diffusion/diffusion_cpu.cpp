@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Steps of stochastic differential equations on the CPU.
 //
-// Lower bound of the time: a step reads the points and a drift and writes points, 12 bytes an element
-// in float32.  Beside that, in AVX2 instructions for a vector of 8: Philox 28 (8 a round for 16
-// numbers), Box and Muller's transform some 30 (a logarithm, a root, a sine and a cosine for 16).
-// Some 15 cycles, in which a core loads and stores 96 bytes from memory about as well.
+// Lower bound of the time: a step reads the points and a drift and writes points, 12 bytes an
+// element in float32.  Beside that, in AVX2 instructions for a vector of 8: Philox 28 (8 a round
+// for 16 numbers), Box and Muller's transform some 30 (a logarithm, a root, a sine and a cosine for
+// 16). Some 15 cycles, in which a core loads and stores 96 bytes from memory about as well.
 #include "diffusion/diffusion.h"
 
 #include "core/rows.h"

@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class S>
 void launch(const DiffusionTensors& t, const int64_t* seed, cudaStream_t stream) {
   const DiffusionArgs& a = t.args;
-  const bool wide =
-      aligned16(a.x) && aligned16(a.drift) && aligned16(a.other) && aligned16(a.out);
+  const bool wide = aligned16(a.x) && aligned16(a.drift) && aligned16(a.other) && aligned16(a.out);
   const auto kernel = t.drifts == 0   ? diffusion_kernel<S, 0>
                       : t.drifts == 1 ? diffusion_kernel<S, 1>
                                       : diffusion_kernel<S, 2>;

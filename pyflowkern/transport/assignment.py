@@ -30,7 +30,7 @@ def assignment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the pairs of smallest total squared distance; each point is in one pair at most.
 
     SciPy solves it on the host in float64.  Equal counts are first solved by Sinkhorn's iteration, whose potentials
-    lead it to the pairs: 512 points take about a seventh of the time, and 10,000 some twenty seconds and 2 GB.
+    lead it to the pairs: 512 points take about a seventh of the time, and 10,000 half a minute or more and 2 GB.
 
     Args:
         x: ``[n, d]`` or ``[B, n, d]``.
