@@ -98,7 +98,8 @@ void add_network_codes(pybind11::dict& c) {
 
 void add_transport_codes(pybind11::dict& c) {
   using namespace pfk;
-  c["SinkhornSchedule"] = dict_of({{"ALTERNATING", kAlternating}, {"SYMMETRIC", kSymmetric}});
+  c["SinkhornSchedule"] = dict_of(
+      {{"ALTERNATING", kAlternating}, {"SYMMETRIC", kSymmetric}, {"ACCELERATED", kAccelerated}});
 }
 
 pybind11::dict codes() {

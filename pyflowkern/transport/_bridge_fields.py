@@ -176,7 +176,7 @@ class BridgeFields(nn.Module):
         check_generator(generator)
         ends = self.times[:: -1 if backward else 1]
         times = equal_times(ends[0], ends[-1], steps)
-        drift = partial(self._mixed, "backward" if backward else "forward")
+        drift = partial(self.drift, backward=backward)
         seed = draw_seed(None, generator, x0.device)
         path = x0.new_empty(steps + 1, *x0.shape)  # a list of points would take as much again
         path[0] = x0

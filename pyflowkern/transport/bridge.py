@@ -335,7 +335,7 @@ class SchrodingerBridge(BridgeFields):
         x, times = clouds[first], equal_times(self.times[first], self.times[last], self.steps)
         drift: Drift = lambda t, x: torch.zeros_like(x)  # noqa: E731
         if iteration:
-            drift = partial(self._mixed, "backward" if backward else "forward")
+            drift = partial(self.drift, backward=backward)
         seed = draw_seed(None, generator, x.device)
         if self.method == "dsb":
             at, points, targets = mean_matching(drift, x, times, self.sigma, seed)

@@ -26,6 +26,7 @@ NO_PRODUCTS = {
     *("affine", "affine_backward", "affine_coupling", "affine_coupling_backward"),
     *("dequantize", "quantize", "logit", "logit_backward"),
     *("field_layer", "field_layer_", "field_layer_backward", "field_layer_backward_"),
+    "diffusion_step",
     *("field_time", "field_time_backward"),
     *("hutchinson_trace", "hutchinson_trace_backward"),
     *("normal_log_prob", "normal_log_prob_backward"),
