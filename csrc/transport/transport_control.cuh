@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems 
     if (length > 0) c.next[at] = next + length * (next - before);
   }
   __syncthreads();
-  if (threadIdx.x == 0) s.last_error = s.error;
+  // the smallest so far, as in transport_solve.h
+  if (threadIdx.x == 0 && !(s.level > 1 && s.last_error <= s.error)) s.last_error = s.error;
 }
 
 // After an iteration with a larger epsilon: the next one, by a thread a problem.  `last` leaves no

@@ -52,7 +52,9 @@ struct Prolonging {
       next[j] = to[j], step[j] = to[j] - now[j];
       if (length > 0) to[j] += length * (to[j] - before);
     }
-    known = true, error = with_error;
+    // the smallest so far: compared with the last alone, steps too long could come for ever
+    error = known && error <= with_error ? error : with_error;
+    known = true;
   }
 };
 
@@ -145,6 +147,11 @@ class GibbsKernel {
 
   static bool serves(const Problem<T, Run>& problem, const SinkhornOptions& o) {
     const int64_t row = problem.run.padded(problem.cloud[1].count, problem.kDtype);
+    for (const CloudCopy<T>& c : problem.cloud) {  // entries are of order 1 / mass
+      double total = 0;
+      for (int64_t j = 0; j < c.count; ++j) total += c.mass[j];
+      if (!(total > 0x1p-30 && total < 0x1p30)) return false;
+    }
     return !o.symmetric && !(o.penalty[0] > 0) && !(o.penalty[1] > 0) &&
            problem.cloud[0].count * row * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
   }

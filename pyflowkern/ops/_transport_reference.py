@@ -94,11 +94,16 @@ class _Problem:
     def prolonged(self, g: Tensor) -> Tensor:
         """Return the next ``g`` moved along the line to the one before it, to where the steps of both would vanish.
 
-        That is Anderson's acceleration with a memory of one step, unless the error has grown.
+        That is Anderson's acceleration with a memory of one step, unless the error is not the smallest so far.
         """
         step, last = g - self.potential[1], self.last
-        self.last = (g, step, self.error)
-        if last is None or not bool(self.error <= last[2]):
+        grown = last is not None and not bool(self.error <= last[2])
+        self.last = (
+            g,
+            step,
+            last[2] if last is not None and bool(last[2] <= self.error) else self.error,
+        )
+        if last is None or grown:
             return g
         with torch.no_grad():
             change = step - last[1]

@@ -15,6 +15,11 @@ __all__ = ["Ahead"]
 T = TypeVar("T")
 
 
+def _one_thread() -> None:
+    torch.get_num_threads()  # else the first parallel loop of a thread takes the count of the process
+    torch.set_num_threads(1)
+
+
 class Ahead(Generic[T]):
     """Calls a function in a thread, so that a result may be there before it is asked for.
 
@@ -41,7 +46,7 @@ class Ahead(Generic[T]):
         if self._pool is None or self._process != os.getpid():
             self._pool, self._process = ThreadPoolExecutor(1, "pyflowkern"), os.getpid()
             threads = torch.get_num_threads()
-            self._pool.submit(torch.set_num_threads, 1).result()
+            self._pool.submit(_one_thread).result()
             torch.set_num_threads(threads)  # a thread of its own has one; others that begin do not
         self._future = self._pool.submit(copy_context().run, self._function, *arguments)
 

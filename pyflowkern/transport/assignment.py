@@ -85,7 +85,8 @@ def reduced_costs(x: Tensor, y: Tensor) -> Tensor:
     spread = sum(float((p - p.mean(0)).double().square().sum(1).mean()) for p in (x, y))
     if not 0 < spread < math.inf:
         return costs
-    x, y = x.detach(), y.detach()
+    wide = torch.float32 if x.dtype == y.dtype == torch.float32 else torch.float64
+    x, y = (p.detach().to(wide) for p in (x, y))
     near = sinkhorn(x, y, epsilon=5e-4 * spread, max_iterations=60, tolerance=0.1)
     for potential, axis in ((near.f, 1), (near.g, 0)):
         costs -= potential.nan_to_num(0.0, 0.0, 0.0).unsqueeze(axis)

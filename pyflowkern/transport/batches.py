@@ -94,13 +94,17 @@ class PairedBatches:
                 i, j = plans.result()
                 x0, x1 = drawn[:2]
                 order = torch.randperm(len(x0), device=x0.device, generator=self.generator)
-                i, j = i[order], j[order]
-                drawn = self._drawn()
-                plans.start(*drawn)
-                for rows, columns in zip(
-                    i.split(self.batch_size), j.split(self.batch_size), strict=True
-                ):
-                    yield x0[rows], x1[columns]
+                # copies: a source may give the same memory again
+                x0, x1 = x0[i[order]], x1[j[order]]
+                failure = None
+                try:
+                    drawn = self._drawn()
+                    plans.start(*drawn)
+                except Exception as error:  # raised once this plan has been handed out
+                    failure = error
+                yield from zip(x0.split(self.batch_size), x1.split(self.batch_size), strict=True)
+                if failure is not None:
+                    raise failure
         finally:
             plans.close()
 

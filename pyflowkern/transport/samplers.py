@@ -330,7 +330,7 @@ def _largest_cost(x0: Tensor, x1: Tensor) -> float:
 
 def _spread(x0: Tensor, x1: Tensor) -> float:
     """Return the mean squared distance of two clouds, each centred by its mean; waits for the device."""
-    parts = [x.var(0, correction=0).sum(dtype=torch.float64) for x in (x0, x1)]
+    parts = [x.double().var(0, correction=0).sum() for x in (x0, x1)]
     return float(parts[0] + parts[1]) or 1.0
 
 

@@ -89,6 +89,28 @@ def test_prolonged_steps_need_a_third_of_the_iterations(backend):
     torch.testing.assert_close(fast.cost, plain.cost, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("seed", [1275, 1963])
+def test_prolonged_steps_do_not_run_in_circles(backend, seed):
+    """Compared with the last error alone, a step too long came again and again: 1000 iterations left 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(1, n, 2, generator=generator, dtype=torch.float64) for n in (9, 3))
+    masses = (torch.full((1, n), 1 / n, dtype=torch.float64) for n in (9, 3))
+    given = dict(zip("xyab", (x, 1.5 * y + 2, *masses), strict=True))
+    given = {name: t.to(backend) for name, t in given.items()}
+    options = {"epsilon": 0.1, "epsilon_scaling": 0.25, "tolerance": 1e-2}
+    out = ops.sinkhorn(**given, **options, max_iterations=100, schedule="accelerated")
+    assert out.error.item() <= 1e-2
+
+
+def test_the_error_does_not_depend_on_the_unit_of_mass(backend):
+    given = clouds(1, 200, 200, 2, torch.float32, scale=3.0)
+    options = {"epsilon": 0.05, "max_iterations": 60, "tolerance": 0.0}
+    unit_error = ops.sinkhorn(**given, **options).error
+    heavy = given | {"a": given["a"] * 1e34, "b": given["b"] * 1e34}
+    error = ops.sinkhorn(**heavy, **options).error / 1e34
+    torch.testing.assert_close(error, unit_error, rtol=1e-2, atol=0)
+
+
 def test_what_does_not_converge_says_so(backend):
     given = clouds(1, 20, 20, 2, torch.float32)
     out = ops.sinkhorn(**given, epsilon=1e-6, max_iterations=5, tolerance=1e-6)

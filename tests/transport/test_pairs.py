@@ -345,6 +345,32 @@ def test_a_thread_that_works_ahead_changes_no_number():
         assert torch.equal(a[1], b[1])
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_source_may_give_the_same_memory_again(ahead):
+    memory, count = torch.empty(64, 2), iter(range(1, 100))
+    pairs = transport.PairedBatches(
+        lambda n: memory.fill_(next(count)),
+        torch.randn(64, 2),
+        plan_size=64,
+        batch_size=32,
+        ahead=ahead,
+    )
+    means = [float(x0.mean()) for _, (x0, _) in zip(range(4), pairs, strict=False)]
+    assert means == [1, 1, 2, 2]
+
+
+def test_work_ahead_runs_on_one_thread():
+    work = Ahead(torch.get_num_threads, threaded=True)
+    work.start()
+    assert work.result() == 1
+
+
+def test_exact_pairs_of_half_samples_do_not_depend_on_their_count():
+    x = torch.randn(200, 2, generator=seeded()).half()
+    i, j = transport.assignment(x, x.flip(0))
+    assert (i + j == 199).all()
+
+
 def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
     x = torch.randn(64, 2)
     sizes = iter((1.0, float("nan")))
