@@ -272,8 +272,10 @@ def test_iterations_of_a_kept_kernel_are_those_of_logarithms(
     found = ops.sinkhorn(**given, **options, max_iterations=80)
     expected = ops.sinkhorn_reference(**given, **options, max_iterations=80)
     assert torch.equal(found.iterations, expected.iterations)
+    # prolonged steps magnify rounding: points moved by 1e-15 move these potentials of the reference by 7e-8
+    atol = 1e-6 if (schedule, epsilon) == ("accelerated", 1e-3) else 1e-8
     for a, b in zip(found[:4], expected[:4], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=atol)
 
 
 @on_cpu
