@@ -17,7 +17,8 @@ def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]
     False where a layer has hooks (also those of pruning, and of the old ``weight_norm`` and ``spectral_norm``), where
     hooks of all modules are registered, and where a layer was replaced or overrides ``forward``.  Parametrized layers
     are fine: reading their weight computes it.  So are torch's FLOP counters, whose hooks only note which module runs:
-    they count the op as it runs without them.
+    they count the op as it runs without them.  Convolutions are not fine if they are grouped or dilated, or pad with
+    other numbers than zeros: nothing that reads weights computes them.
 
     Args:
         layers: modules whose weights an op is to use.
@@ -37,7 +38,13 @@ def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]
             and cls.__bases__[0] in kinds  # torch puts a class of its own before it
         ):
             return False
+        if isinstance(layer, torch.nn.Conv2d) and not _is_plain(layer):
+            return False
     return True
+
+
+def _is_plain(layer: torch.nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
 
 
 def _only_trackers() -> bool:

@@ -180,7 +180,11 @@ class VectorFieldConv(StackedField):
 
     @property
     def _may_be_read(self) -> bool:
-        return may_be_read(self.layers, torch.nn.Conv2d)
+        return may_be_read(self.layers, torch.nn.Conv2d) and all(
+            getattr(layer, "stride", None) == (1, 1)
+            and getattr(layer, "padding", None) == (SIDE // 2, SIDE // 2)
+            for layer in self.layers
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments."""

@@ -144,8 +144,12 @@ class VectorFieldUNet(StackedField):
     @property
     def _may_be_read(self) -> bool:
         kinds = (torch.nn.Conv2d, torch.nn.GroupNorm, FieldLinear, torch.nn.Linear)
-        parts = (m for m in self.modules() if not isinstance(m, (_Block, torch.nn.ModuleList)))
-        return may_be_read((m for m in parts if m is not self), *kinds)
+        parts = [m for m in self.modules() if not isinstance(m, (_Block, torch.nn.ModuleList))]
+        return may_be_read((m for m in parts if m is not self), *kinds) and not any(
+            (isinstance(m, torch.nn.Conv2d) and m.bias is not None and m is not self.last)
+            or (isinstance(m, torch.nn.GroupNorm) and m.affine)
+            for m in parts  # tangents would take a bias
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments."""

@@ -154,7 +154,11 @@ def test_batched_gradients_are_those_one_by_one(time):
 def test_replaced_layers_must_fit():
     for conv in (False, True):
         field = nn.VectorFieldConv(2, (4,)) if conv else nn.VectorFieldMLP(2, (4,))
-        kind = (lambda a, b, **k: torch.nn.Conv2d(a, b, 3, **k)) if conv else torch.nn.Linear
+        kind = (
+            (lambda a, b, **k: torch.nn.Conv2d(a, b, 3, padding=1, **k))
+            if conv
+            else torch.nn.Linear
+        )
         x, good = torch.zeros(1, 2, *((3, 3) if conv else ())), field.layers[0]
         for i, bad, words in (
             (0, kind(2, 7), r"layers\[1\] must take 7"),

@@ -196,6 +196,27 @@ def test_half_states_are_computed_in_float32():
     torch.testing.assert_close(divergence, whole[1])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "groups": 2},
+        {"padding": "same"},
+    ],
+    ids=str,
+)
+def test_another_convolution_in_a_layers_place_is_called(options):
+    field = nn.VectorFieldConv(2, (4,), "tanh").double()
+    field.layers[0] = torch.nn.Conv2d(2, 4, 3, **options).double()
+    x, e = normal(3, 2, 5, 4), normal(3, 2, 5, 4, seed=1)
+    net = lambda x: field.layers[1](field.layers[0](x).tanh())  # noqa: E731
+    velocity, divergence = field.velocity_and_divergence(0.5, x, probe=e)
+    torch.testing.assert_close(velocity, net(x))
+    _, product = torch.func.jvp(net, (x,), (e,))
+    torch.testing.assert_close(divergence, (product * e).flatten(1).sum(1))
+
+
 def test_compiles():
     field, e = make(dtype=torch.float32), states(seed=1, dtype=torch.float32)
     x = states(dtype=torch.float32).requires_grad_()
