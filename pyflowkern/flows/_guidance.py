@@ -39,13 +39,13 @@ class GuidedVelocity(torch.nn.Module):
         return velocity
 
 
-def check_guidance(weight: float, dropout: float) -> float:
+def check_guidance(name: str, weight: float, dropout: float) -> float:
     """Return the weight of guidance; raise where the flow never learned to do without a context."""
-    number = check_number("guidance", weight)
+    number = check_number(name, weight)
     if not math.isfinite(number):
-        raise ValueError(f"guidance must be finite, got {weight}")
+        raise ValueError(f"{name} must be finite, got {weight}")
     if number != 1 and not dropout:
-        raise ValueError(f"guidance must be 1 in a flow made with context_dropout=0, got {weight}")
+        raise ValueError(f"{name} must be 1 in a flow made with context_dropout=0, got {weight}")
     return number
 
 

@@ -300,9 +300,11 @@ def _own_maker(
     kind: type[torch.nn.Module], widths: Sequence[int], activation: str | None, time: str
 ) -> Callable[..., Any]:
     """Return what makes a field of a class."""
+    if activation is None:
+        activation = "silu" if kind is VectorFieldUNet else "tanh"
     if kind is VectorFieldUNet:
-        return partial(kind, widths=widths, activation=activation or "silu")
-    return partial(kind, hidden=widths, activation=activation or "tanh", time=time)
+        return partial(kind, widths=widths, activation=activation)
+    return partial(kind, hidden=widths, activation=activation, time=time)
 
 
 def _maker(field: Callable[[int], Any] | None, own: Callable[[int], Any]) -> Callable[[int], Any]:

@@ -154,12 +154,15 @@ class FlowMatching(CNF):
                 as :meth:`Flow.sample`.
             TypeError: for labels of another dtype than int64, and as :meth:`Flow.sample`.
         """
-        return super(FlowMatching, self.guided(guidance)).sample(
+        flow = self._guided("guidance", guidance)
+        return super(FlowMatching, flow).sample(
             n, context, temperature=temperature, generator=generator, quantized=quantized
         )
 
     def guided(self, weight: float) -> FlowMatching:
         """Return this flow, to the same weights, with the guided velocity: for its samples and their densities.
+
+        Convert and move the flow itself, not what is returned: that would leave the flow with the weights alone.
 
         Args:
             weight: as ``guidance`` in :meth:`sample`.
@@ -168,7 +171,10 @@ class FlowMatching(CNF):
             TypeError: for a weight that is no number.
             ValueError: for one that is not finite, or not 1 in a flow without ``context_dropout``.
         """
-        if (weight := check_guidance(weight, self.context_dropout)) == 1:
+        return self._guided("weight", weight)
+
+    def _guided(self, name: str, weight: float) -> FlowMatching:
+        if (weight := check_guidance(name, weight, self.context_dropout)) == 1:
             return self
         field: Any = next(self.blocks()).field
         velocity = GuidedVelocity(field, self._null(), weight)
@@ -181,8 +187,14 @@ class FlowMatching(CNF):
     def distribution(
         self, context: Tensor | None = None, *, validate_args: bool | None = None
     ) -> FlowDistribution:
-        """Return a distribution as :meth:`Flow.distribution` does; labels ``[*batch]`` give the batch shape."""
-        return super().distribution(self._encoded(context), validate_args=validate_args)
+        """Return a distribution as :meth:`Flow.distribution` does; labels ``[*batch]`` give the batch shape.
+
+        Without a context it is the unconditional one, of flows with ``context_dropout``.
+        """
+        given = (
+            self._null() if context is None and self.context_dropout else self._encoded(context)
+        )
+        return super().distribution(given, validate_args=validate_args)
 
     def transform(self, context: Tensor | None = None, **options: Any) -> BijectionTransform:
         """Return the flow as a torch Transform, as :meth:`Flow.transform` does."""

@@ -44,6 +44,12 @@ def test_labels_give_the_batch_shape_of_a_distribution() -> None:
     assert flow.interpolate(x[0], x[1], 3, LABELS).shape == (3, 4, 2)
 
 
+def test_without_a_context_it_is_the_unconditional_distribution() -> None:
+    flow, x = make().eval(), torch.randn(4, 2)  # traces in training are estimates
+    torch.testing.assert_close(flow.distribution().log_prob(x), flow.log_prob(x))
+    assert flow.distribution().sample((3,)).shape == (3, 2)
+
+
 @pytest.mark.parametrize("conv", [None, True, "unet"])
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 def test_guided_samples_follow_the_guided_velocity(conv: object, weight: float) -> None:
@@ -221,6 +227,8 @@ X = torch.randn(4, 2)
             "guidance must be 1",
         ),
         (lambda: flows.FlowMatching(2).sample(4, guidance=2.0), ValueError, "guidance must be 1"),
+        (lambda: make().guided(math.nan), ValueError, "weight must be finite"),
+        (lambda: make(activation=""), ValueError, "activation must be one of"),
         (lambda: make(context_features=2), ValueError, "context_features must be 0 with classes"),
         (
             lambda: make(context_dropout=1.0),
