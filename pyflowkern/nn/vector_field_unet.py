@@ -124,9 +124,11 @@ class VectorFieldUNet(StackedField):
             return one_pass.run(t, torch.cat([cast(p, one_pass.work) for p in parts]), context)
 
     def _widest(self, height: int, width: int) -> int:
-        sizes = []
-        for channels in self.widths:
-            sizes.append(2 * channels * height * width)  # two levels' side by side
+        sizes = [self.channels * height * width]
+        for channels, below in zip(self.widths, (*self.widths[1:], 0), strict=True):
+            sizes.append(
+                (channels + below) * height * width
+            )  # on the way up both are side by side
             height, width = (height + 1) // 2, (width + 1) // 2
         return max(sizes)
 

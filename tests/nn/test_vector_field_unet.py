@@ -184,6 +184,17 @@ def test_compiles():
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
 
 
+@pytest.mark.parametrize(("channels", "widths"), [(1, (32, 64)), (1, (8, 512)), (64, (4,))])
+def test_the_widest_layer_is_known(channels, widths):
+    """The chunks of an exact trace are of as many tangents as fit by it."""
+    field, found = nn.VectorFieldUNet(channels, widths), []
+    for module in field.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, x, y: found.extend([x[0].numel(), y.numel()]))
+    field(0.5, torch.zeros(1, channels, 9, 7))
+    assert field._widest(9, 7) == max(found)
+
+
 CHANGES = {
     "hook": lambda field: field.up[0][0].conv1.register_forward_hook(
         lambda m, args, out: out.tanh()
