@@ -71,6 +71,11 @@ class PairedBatches:
         check_generator(generator)
         self.ahead = check_flag("ahead", ahead)
         self.sampler = sampler or OTPlanSampler("sinkhorn", 0.01, normalize_cost="spread")
+        if self.sampler.mass < 1:
+            raise ValueError(
+                "sampler must give every sample a partner: a plan of the whole mass, "
+                f"got mass={self.sampler.mass}"
+            )
         self.generator = generator
         for name, side in (("source", source), ("target", target)):
             if not isinstance(side, Tensor) and not callable(side):

@@ -97,6 +97,9 @@ def test_wrong_arguments_of_paired_batches():
     ):
         with pytest.raises(error, match=match):
             transport.PairedBatches(*sides, **{"batch_size": 4, **options})
+    part = transport.OTPlanSampler("partial", mass=0.5)
+    with pytest.raises(ValueError, match="sampler must give every sample a partner"):
+        transport.PairedBatches(x, x, plan_size=8, batch_size=4, sampler=part)
     short = transport.PairedBatches(lambda n: x[:3], x, plan_size=8, batch_size=4)
     with pytest.raises(ValueError, match="source must return a tensor of 8"):
         next(iter(short))
