@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems 
     }
     product = block_join(product, scratch, Plus());
     square = block_join(square, scratch, Plus());
-    length = -product / square;
-    length = length > 0 ? min(length, kLongestStep) : 0;
+    length = prolonged_by(product, square);
   }
   for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
     const int64_t at = begin + i;
@@ -67,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems 
     if (length > 0) c.next[at] = next + length * (next - before);
   }
   __syncthreads();
-  // the smallest so far, as in transport_solve.h
-  if (threadIdx.x == 0 && !(s.level > 1 && s.last_error <= s.error)) s.last_error = s.error;
+  if (threadIdx.x == 0) s.last_error = smallest_error(s.level > 1, s.last_error, s.error);
 }
 
 // After an iteration with a larger epsilon: the next one, by a thread a problem.  `last` leaves no

@@ -27,8 +27,7 @@ inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double exte
   return levels;
 }
 
-// Moves the next potentials along the line to the ones before them, to where the steps of both
-// would vanish, unless the error has grown.
+// Moves the next potentials along the line to the ones before them, unless the error has grown.
 struct Prolonging {
   std::vector<double> next, step;  // of the iteration before
   double error = 0;
@@ -43,8 +42,7 @@ struct Prolonging {
         const double change = to[j] - now[j] - step[j];
         product += mass[j] * (to[j] - now[j]) * change, square += mass[j] * change * change;
       }
-      length = std::min(-product / square, kLongestStep);
-      if (!(length > 0)) length = 0;
+      length = prolonged_by(product, square);
     }
     next.resize(to.size()), step.resize(to.size());
     for (size_t j = 0; j < to.size(); ++j) {
@@ -52,9 +50,7 @@ struct Prolonging {
       next[j] = to[j], step[j] = to[j] - now[j];
       if (length > 0) to[j] += length * (to[j] - before);
     }
-    // the smallest so far: compared with the last alone, steps too long could come for ever
-    error = known && error <= with_error ? error : with_error;
-    known = true;
+    error = smallest_error(known, error, with_error), known = true;
   }
 };
 

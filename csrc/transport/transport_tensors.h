@@ -11,7 +11,19 @@ namespace pfk {
 // Of a larger epsilon: most iterations, and the error at which the next one begins.
 constexpr int kLevelIterations = 8;
 constexpr double kLevelTolerance = 0.1;
-constexpr double kLongestStep = 30;  // how many of its own lengths a step is prolonged by at most
+// Anderson's acceleration with a memory of one step (constexpr: CUDA kernels call it, too): how
+// many times its length a step is prolonged by, to where it would vanish together with the one
+// before.
+constexpr double kLongestStep = 30;
+constexpr double prolonged_by(double product, double square) {
+  const double length = -product / square;
+  return length > 0 ? (length < kLongestStep ? length : kLongestStep) : 0;
+}
+// The error beyond which a step is not prolonged: the smallest so far.  Compared with the last one
+// alone, steps too long could come for ever.
+constexpr double smallest_error(bool known, double smallest, double error) {
+  return known && smallest <= error ? smallest : error;
+}
 
 struct SinkhornOptions {
   double epsilon, scale;
