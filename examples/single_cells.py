@@ -229,14 +229,10 @@ def pushed(velocity: Callable[[Any, Tensor], Tensor], task: Task) -> Tensor:
     return ode.solve(velocity, task.before, times, rtol=1e-4, atol=1e-4).ys[-1]
 
 
-@torch.no_grad()
-def drawn(model: transport.SchrodingerBridge, task: Task, copies: int, steps: int = 20) -> Tensor:
+def drawn(model: transport.SchrodingerBridge, task: Task, copies: int) -> Tensor:
     """Return where the SDE of a bridge takes ``copies`` of each cell of the stage before."""
-    x = task.before.repeat(copies, 1)
-    for k in range(steps):
-        noise = torch.randn_like(x) * model.sigma / steps**0.5
-        x = x + model.drift(task.held - 1 + k / steps, x) / steps + noise
-    return x
+    start = task.before.repeat(copies, 1)
+    return model.sample(start, 20, start=task.held - 1, end=task.held)[-1]
 
 
 def scores(

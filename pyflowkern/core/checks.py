@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeGuard
 
 import torch
@@ -16,6 +16,7 @@ from pyflowkern.core.dtypes import autocasts
 __all__ = [
     "check_batched",
     "check_channels",
+    "check_choice",
     "check_context",
     "check_count",
     "check_dense",
@@ -74,6 +75,13 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> str:
+    """Return one of the ``known`` names; raise ValueError for any other value."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
 
 
 def check_list(name: str, values: object) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyflowkern.core.checks import check_count
+from pyflowkern.core.checks import check_choice, check_count
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import check_counts, parse_shape, plain_ints
 from pyflowkern.flows._base import Flow
@@ -30,6 +30,8 @@ from pyflowkern.nn import (
     VectorFieldUNet,
 )
 from pyflowkern.nn.multiscale import run_through
+from pyflowkern.ops.field import ACTIVATIONS
+from pyflowkern.ops.field_time import TIMES
 
 __all__ = ["CNF", "FFJORD", "ContinuousTerms"]
 
@@ -299,9 +301,11 @@ def _kind_of_field(
 def _own_maker(
     kind: type[torch.nn.Module], widths: Sequence[int], activation: str | None, time: str
 ) -> Callable[..., Any]:
-    """Return what makes a field of a class."""
+    """Return what makes a field of a class; names are checked also where a field has no use for them."""
     if activation is None:
         activation = "silu" if kind is VectorFieldUNet else "tanh"
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("time", time, TIMES)
     if kind is VectorFieldUNet:
         return partial(kind, widths=widths, activation=activation)
     return partial(kind, hidden=widths, activation=activation, time=time)

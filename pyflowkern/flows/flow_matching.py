@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count
+from pyflowkern.core.checks import check_choice, check_count
 from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows._guidance import (
     GuidedVelocity,
@@ -301,6 +301,4 @@ def _matcher(coupling: object) -> ConditionalFlowMatcher:
         raise TypeError(
             f"coupling must be a name or a matcher of transport, got {type(coupling).__name__}"
         )
-    if coupling not in _COUPLINGS:
-        raise ValueError(f"coupling must be one of {sorted(_COUPLINGS)}, got {coupling!r}")
-    return _COUPLINGS[coupling]()
+    return _COUPLINGS[check_choice("coupling", coupling, _COUPLINGS)]()

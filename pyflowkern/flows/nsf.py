@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
-from pyflowkern.core.checks import check_count
+from pyflowkern.core.checks import check_choice, check_count
 from pyflowkern.flows._arguments import (
     ConditionerFactory,
     check_counts,
@@ -222,8 +222,7 @@ def _check_mixing(
 ) -> str:
     if mixing is None:
         return "plu" if domain is None and not autoregressive else "none"
-    if mixing not in (known := ("plu", "permutation", "none")):
-        raise ValueError(f"mixing must be one of {', '.join(known)}, got {mixing!r}")
+    check_choice("mixing", mixing, ("plu", "permutation", "none"))
     if mixing == "plu" and domain is not None:
         raise ValueError("mixing must be 'permutation' or 'none' on a bounded domain, got 'plu'")
     return mixing

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core import activations
-from pyflowkern.core.checks import check_flag, check_floating, is_integer
+from pyflowkern.core.checks import check_choice, check_flag, check_floating, is_integer
 from pyflowkern.core.dtypes import accumulation_dtype, full_precision
 from pyflowkern.ops.field import ACTIVATIONS, hutchinson_trace
 from pyflowkern.ops.field_layer import spread
+from pyflowkern.ops.field_time import TIMES
 from pyflowkern.ops.probe import expand_probe, probe_of
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
     "probes_of",
     "work_dtype",
 ]
-
-TIMES = ("none", "concat", "concatsquash")
 
 
 class FieldLinear(torch.nn.Linear):
@@ -53,10 +52,8 @@ def check_field(
     sizes = [size, *hidden, size]
     if not all(is_integer(n) and n >= 1 for n in sizes):
         raise ValueError(f"{name} and hidden must be ints of at least 1, got {size} and {hidden}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if time not in TIMES:
-        raise ValueError(f"time must be one of {', '.join(TIMES)}, got {time!r}")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("time", time, TIMES)
     return [int(n) for n in sizes]
 
 

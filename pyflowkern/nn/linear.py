@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_channels, check_count, check_flag
+from pyflowkern.core.checks import check_channels, check_choice, check_count, check_flag
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.core.kept import Kept
 from pyflowkern.core.structure import HasPermutations
@@ -74,8 +74,7 @@ class InvertibleLinear(HasPermutations, Bijection):
             )
         self.channels, self.parameterization = channels, parameterization
         self._kept: tuple[Kept[_Matrix], Kept[_Matrix]] = Kept(), Kept()
-        if init not in (known := ("rotation", "permutation", "identity")):
-            raise ValueError(f"init must be one of {', '.join(known)}, got {init!r}")
+        check_choice("init", init, ("rotation", "permutation", "identity"))
         if parameterization == "householder" and init != "rotation":
             raise ValueError(f"init must be 'rotation' for 'householder', got {init!r}")
         if init == "rotation":

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.checks import (
+    check_choice,
     check_count,
     check_dtype,
     check_dtype_of,
@@ -102,12 +103,9 @@ class MaskedMLP(torch.nn.Module):
         context_features = check_count("context_features", context_features, 0)
         check_flag("random_degrees", random_degrees)
         widths = _widths(hidden, check_flag("residual", residual))
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
         self.features, self.outputs = features, outputs
-        self.context_features, self.activation = context_features, activation
+        self.context_features = context_features
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.order = _order(order, features)
         rank = torch.argsort(torch.tensor(self.order, device="cpu"))
         least = 0 if context_features else min(1, features - 1)

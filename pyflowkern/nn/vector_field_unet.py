@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern.core.activations import ACTIVATIONS as FUNCTIONS
-from pyflowkern.core.checks import check_context, check_count
+from pyflowkern.core.checks import check_choice, check_context, check_count
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.nn._fields import FieldLinear, as_time
 from pyflowkern.nn._hooks import may_be_read
@@ -78,11 +78,8 @@ class VectorFieldUNet(StackedField):
     ) -> None:
         super().__init__()
         self.channels, self.widths = check_count("channels", channels), _widths(widths)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
-        self.activation, self.blocks = activation, check_count("blocks", blocks)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.blocks = check_count("blocks", blocks)
         self.context_features = check_count("context_features", context_features, 0)
         pairs = list(itertools.pairwise(self.widths))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import (
+    check_choice,
     check_count,
     check_floating,
     check_number,
@@ -88,8 +89,7 @@ def options_of(
     tolerance = check_number("tolerance", tolerance)
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance must be zero or positive, got {tolerance}")
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}")
+    check_choice("schedule", schedule, _SCHEDULES)
     ratio = 0.0
     if epsilon_scaling is not None:
         ratio = check_number("epsilon_scaling", epsilon_scaling)

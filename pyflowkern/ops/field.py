@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyflowkern._library import FLOATS, kernel_serves
 from pyflowkern.core.checks import (
+    check_choice,
     check_flag,
     check_floating,
     check_list,
@@ -262,8 +263,7 @@ def _check_field(
     check_floating("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, D], got {tuple(x.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_choice("activation", activation, ACTIVATIONS)
     given: Sequence[Tensor] = gates if gates is not None else []
     for name, tensors in (("weights", weights), ("biases", biases), ("gates", given)):
         check_list(name, tensors)

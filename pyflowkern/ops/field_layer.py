@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.activations import activation_and_slope
-from pyflowkern.core.checks import check_batched, check_floating, check_same_device
+from pyflowkern.core.checks import check_batched, check_choice, check_floating, check_same_device
 from pyflowkern.core.dtypes import accumulation_dtype, cast, empty_canonical
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, is_batched
@@ -204,8 +204,7 @@ def _check(p: Tensor, bias: Tensor, gate: Tensor | None, tangents: int, activati
     check_batched("p", p)
     if isinstance(tangents, bool) or not isinstance(tangents, int) or tangents < 0:
         raise ValueError(f"tangents must be an int of at least 0, got {tangents!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_choice("activation", activation, ACTIVATIONS)
     if p.shape[0] % (1 + tangents):
         raise ValueError(
             f"p must stack 1 + {tangents} times as many rows as samples, got {p.shape[0]}"

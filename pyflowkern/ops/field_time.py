@@ -16,7 +16,10 @@ from pyflowkern._library import kernel_serves
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 
-__all__ = ["at_time", "at_time_reference"]
+__all__ = ["TIMES", "at_time", "at_time_reference"]
+
+#: How time enters a field: not at all, or as the module says.
+TIMES = ("none", "concat", "concatsquash")
 
 _DTYPES = (torch.float32, torch.float64)
 _MOST_LAYERS = 16  # that the kernel takes

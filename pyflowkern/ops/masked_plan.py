@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_count, check_flag
+from pyflowkern.core.checks import check_choice, check_count, check_flag
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, numbered
 from pyflowkern.core.kept import Kept
 from pyflowkern.ops._masked_network import Connection, layer_values
@@ -58,10 +58,7 @@ class MaskedLayer:
             raise ValueError(
                 f"mask must be a matrix [units, inputs], got {tuple(self.mask.shape)}"
             )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
+        check_choice("activation", self.activation, ACTIVATIONS)
         for name, index, least in (("source", self.source, -1), ("residual", self.residual, 0)):
             if index is not None:
                 check_count(name, index, least)

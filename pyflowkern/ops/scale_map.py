@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.activations import softplus
-from pyflowkern.core.checks import check_flag, check_number
+from pyflowkern.core.checks import check_choice, check_flag, check_number
 from pyflowkern.core.codes import AffineFlag, ScaleKind, numbered
 
 __all__ = ["ScaleMap", "scale_map"]
@@ -77,8 +77,7 @@ class ScaleMap:
     divide: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"scale_map must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        check_choice("scale_map", self.kind, KINDS)
         for name in ("clamp", "gain", "offset", "eps", "max_scale"):
             value = check_number(name, getattr(self, name))
             object.__setattr__(self, name, value)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_number
+from pyflowkern.core.checks import check_choice, check_number
 from pyflowkern.core.codes import (
     MOST_BINS,
     SplineKind,
@@ -114,9 +114,9 @@ class SplineMap:
     _form: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_name("kind", self.kind, KINDS)
-        _check_name("tails", self.tails, TAILS)
-        _check_name("parameterization", self.parameterization, PARAMETERIZATIONS)
+        check_choice("kind", self.kind, KINDS)
+        check_choice("tails", self.tails, TAILS)
+        check_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
         if isinstance(self.bins, bool) or not isinstance(self.bins, (Integral, torch.SymInt)):
             raise TypeError(f"bins must be an int, got {type(self.bins).__name__}")
         if not isinstance(self.bins, (int, torch.SymInt)):
@@ -247,11 +247,6 @@ class SplineMap:
         elif self.kind == "rational_quadratic" and self.parameterization == "softmax":
             raw[2 * self.bins :] = math.log(math.expm1(1 - self.min_derivative))
         return raw
-
-
-def _check_name(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def spline_map_of(form: Sequence[int], numbers: Sequence[float]) -> SplineMap:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyflowkern import ode, ops
 from pyflowkern.core.checks import (
+    check_choice,
     check_count,
     check_dtype,
     check_flag,
@@ -23,6 +24,8 @@ from pyflowkern.core.checks import (
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.nn import VectorField, VectorFieldConv, VectorFieldMLP
 from pyflowkern.ode.solve import warn_unless_ok
+from pyflowkern.ops.field import ACTIVATIONS
+from pyflowkern.ops.field_time import TIMES
 from pyflowkern.ops.philox import draw_seed
 from pyflowkern.transport._arguments import check_generator, positive
 from pyflowkern.transport._bridge_steps import walk
@@ -81,6 +84,10 @@ class BridgeFields(nn.Module):
             raise ValueError(
                 f"event_shape must be D or (C, H, W) unless network is given, got {self.event_shape}"
             )
+        check_choice(
+            "activation", activation, ACTIVATIONS
+        )  # also where a network has no use for it
+        check_choice("time", time, TIMES)
         if network is not None and not callable(network):
             raise TypeError(f"network must make a module of a size, got {type(network).__name__}")
 
@@ -140,6 +147,26 @@ class BridgeFields(nn.Module):
         if (own := next(self.networks.parameters(), None)) is not None:
             check_dtype(name, x, own.dtype, "bridge")
 
+    def _span(
+        self, start: float | None, end: float | None, backward: bool | None
+    ) -> tuple[float, float]:
+        """Return the times at which a run begins and ends, checked; ``backward`` is None where any order will do."""
+        first, last = self.times[0], self.times[-1]
+        ends = [last, first] if backward else [first, last]
+        for i, (name, given) in enumerate((("start", start), ("end", end))):
+            if given is not None:
+                ends[i] = check_number(name, given)
+                if not first <= ends[i] <= last:
+                    raise ValueError(f"{name} must be between {first} and {last}, got {given}")
+        if ends[0] == ends[1]:
+            raise ValueError(f"start and end must differ, both are {ends[0]}")
+        if backward is not None and (ends[0] > ends[1]) != backward:
+            order = (
+                "after end with backward=True" if backward else "before end with backward=False"
+            )
+            raise ValueError(f"start must be {order}, got {ends[0]} and {ends[1]}")
+        return ends[0], ends[1]
+
     # --- paths ------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -150,15 +177,19 @@ class BridgeFields(nn.Module):
         *,
         backward: bool = False,
         heun: bool = False,
+        start: float | None = None,
+        end: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         r"""Draw paths of the SDE from the first time to the last, or ``backward``, by Euler and Maruyama's steps.
 
         Args:
-            x0: where the paths begin, ``[N, *shape]``: at the last time if ``backward``.
+            x0: where the paths begin, ``[N, *shape]``: at the time ``start``.
             steps: how many, of equal length.
             backward: the direction.
             heun: take the mean of the drifts at both ends of a step, which has weak order 2 at twice the cost.
+            start: the time at which the paths begin; the first, or the last if ``backward``, if None.
+            end: the time at which they end; the other one if None.
             generator: the source of the seed of all random numbers, on any device.  They depend on it and on their
                 place alone: see :func:`pyflowkern.ops.euler_maruyama`.
 
@@ -167,15 +198,14 @@ class BridgeFields(nn.Module):
 
         Raises:
             TypeError: for steps that are no int, flags that are no bools, a wrong generator or dtype.
-            ValueError: for less than one step, or another shape.
+            ValueError: for less than one step, another shape, times outside of the bridge, and times in the other
+                order than ``backward`` says.
         """
         self._check("x0", x0)
         steps = check_count("steps", steps)
         check_flag("heun", heun)
-        check_flag("backward", backward)
         check_generator(generator)
-        ends = self.times[:: -1 if backward else 1]
-        times = equal_times(ends[0], ends[-1], steps)
+        times = equal_times(*self._span(start, end, check_flag("backward", backward)), steps)
         drift = partial(self.drift, backward=backward)
         seed = draw_seed(None, generator, x0.device)
         path = x0.new_empty(steps + 1, *x0.shape)  # a list of points would take as much again
@@ -184,18 +214,31 @@ class BridgeFields(nn.Module):
             path[k + 1] = x
         return path
 
-    def flow_map(self, x: Tensor, *, backward: bool = False, **solver: Any) -> Tensor:
-        """Return where the probability flow takes points ``[N, *shape]`` between the first and the last time.
+    def flow_map(
+        self,
+        x: Tensor,
+        *,
+        backward: bool = False,
+        start: float | None = None,
+        end: float | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Return where the probability flow takes points ``[N, *shape]`` from one time to another.
 
         Args:
-            x: points at the first time, or the last if ``backward``.
+            x: points at the time ``start``.
             backward: the direction.
+            start: as in :meth:`sample`.
+            end: as in :meth:`sample`.
             **solver: settings of :func:`pyflowkern.ode.solve`; ``rtol`` and ``atol`` are 1e-5 by default.
+
+        Raises:
+            TypeError, ValueError: as :meth:`sample`.
         """
         self._check("x", x)
-        ends = [self.times[0], self.times[-1]]
-        ends = ends[::-1] if check_flag("backward", backward) else ends
-        out = ode.solve(self.velocity, x, ends, **({"rtol": 1e-5, "atol": 1e-5} | solver))
+        ends = self._span(start, end, check_flag("backward", backward))
+        settings = {"rtol": 1e-5, "atol": 1e-5} | solver
+        out = ode.solve(self.velocity, x, list(ends), **settings)
         warn_unless_ok(out.status)
         return out.ys[-1]  # type: ignore[no-any-return]
 
@@ -205,6 +248,8 @@ class BridgeFields(nn.Module):
         base: Density,
         *,
         divergence: str = "auto",
+        start: float | None = None,
+        end: float | None = None,
         generator: torch.Generator | None = None,
         **solver: Any,
     ) -> Tensor:
@@ -212,20 +257,24 @@ class BridgeFields(nn.Module):
 
         .. math:: \log p_1(x) = \log p_0(x_0) - \int \operatorname{div} v(t, x_t)\,dt
 
-        along the probability flow, which ends at ``x``.  It is that of the SDE where the networks are exact.
+        along the probability flow, which ends at ``x``.  It is that of the SDE where the networks are exact.  Times 0
+        and 1 may be any two of the bridge, ``start`` and ``end``, in either order.
 
         Args:
             x: ``[N, *shape]``.
             base: the log-density :math:`\log p_0`: a distribution or flow with ``log_prob``, or a function.
             divergence: "exact", "hutchinson", or "auto": exact up to 64 dimensions.
+            start: the time of ``base``; the first if None.
+            end: the time of ``x``; the last if None.
             generator: source of the probe of "hutchinson"; always the same probe if None.
             **solver: as in :meth:`flow_map`.
 
         Raises:
             TypeError: for a base that is neither, or another dtype.
-            ValueError: for another shape, or an unknown divergence.
+            ValueError: for another shape, an unknown divergence, and times that are equal or outside of the bridge.
         """
         self._check("x", x)
+        span = self._span(start, end, None)
         check_generator(generator)
         if divergence not in ("auto", "exact", "hutchinson"):
             raise ValueError(
@@ -250,10 +299,10 @@ class BridgeFields(nn.Module):
 
         zero = x.new_zeros(len(x), dtype=accumulation_dtype(x.dtype))
         settings = {"rtol": 1e-5, "atol": 1e-5} | solver
-        out = ode.solve(slopes, (x, zero), [self.times[-1], self.times[0]], **settings)
+        out = ode.solve(slopes, (x, zero), list(span[::-1]), **settings)
         warn_unless_ok(out.status)
-        start, change = (y[-1] for y in out.ys)
-        log_prob: Tensor = density(start) + change
+        first, change = (y[-1] for y in out.ys)
+        log_prob: Tensor = density(first) + change
         return log_prob
 
     def extra_repr(self) -> str:

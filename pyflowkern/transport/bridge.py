@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_count, check_same_device
+from pyflowkern.core.checks import check_choice, check_count, check_same_device
 from pyflowkern.ops.philox import draw_seed
 from pyflowkern.transport._arguments import check_generator, check_pair, positive
 from pyflowkern.transport._bridge_fields import BridgeFields, equal_times
@@ -57,7 +57,7 @@ class SchrodingerBridge(BridgeFields):
         steps: steps of a simulated path over each interval of ``times``; for "dsb" its discretization.
         hidden: widths of the hidden layers of both networks.
         activation: of the networks.
-        time: how time enters the networks: "concat" or "concatsquash".
+        time: how time enters the networks: "none", "concat" or "concatsquash".
         network: makes a network ``net(t, x)`` from ``event_shape[0]``, called twice; None for
             :class:`~pyflowkern.nn.VectorFieldMLP`, or :class:`~pyflowkern.nn.VectorFieldConv` for images, whose last
             layers start at zero.
@@ -118,8 +118,7 @@ class SchrodingerBridge(BridgeFields):
         refresh_every: int = 10,
         pool: int = 2048,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        check_choice("method", method, METHODS)
         super().__init__(
             event_shape,
             sigma=sigma,
@@ -387,9 +386,7 @@ def _plan(method: str, plan: str | None) -> str | None:
         raise ValueError(
             f"plan must be None for {method!r}, which begins with Brownian motion, got {plan!r}"
         )
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
-    return plan
+    return check_choice("plan", plan, PLANS)
 
 
 def _some(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count, check_flag, check_floating
+from pyflowkern.core.checks import check_choice, check_count, check_flag, check_floating
 from pyflowkern.transport._arguments import (
     check_generator,
     check_pair,
@@ -78,9 +78,7 @@ class OTPlanSampler:
         max_iterations: int = 1000,
         tolerance: float = 1e-2,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        self.method, self.mass = method, positive("mass", mass)
+        self.method, self.mass = check_choice("method", method, METHODS), positive("mass", mass)
         if self.mass > 1 or (method != "partial" and self.mass != 1):
             raise ValueError(
                 f'mass must be at most 1, and below it with "partial" alone, got {mass} with {method!r}'

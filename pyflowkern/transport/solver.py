@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pyflowkern import ops
+from pyflowkern.core.checks import check_choice
 from pyflowkern.transport._arguments import Clouds, parse_clouds, parse_penalties, positive
 from pyflowkern.transport.plan import Plan
 from pyflowkern.transport.solution import Solution
@@ -184,6 +185,4 @@ def sinkhorn_divergence(
 
 
 def _scale_of(cost: str) -> float:
-    if cost not in COSTS:
-        raise ValueError(f"cost must be one of {sorted(COSTS)}, got {cost!r}")
-    return COSTS[cost]
+    return COSTS[check_choice("cost", cost, COSTS)]

@@ -162,6 +162,16 @@ def test_continuous_flows_check_the_settings_of_their_solver_at_construction(
         flows.CNF(2, **settings)
 
 
+@pytest.mark.parametrize("flow", [flows.CNF, flows.FFJORD, flows.FlowMatching])
+@pytest.mark.parametrize(
+    "fields", [{}, {"conv": True}, {"conv": "unet"}, {"field": lambda size: torch.nn.Identity()}]
+)
+@pytest.mark.parametrize("name", ["time", "activation"])
+def test_names_are_checked_also_where_a_field_has_no_use_for_them(flow, fields, name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'bogus'"):
+        flow((1, 4, 4), (4,), **fields, **{name: "bogus"})
+
+
 def test_continuous_flows_take_a_tolerance_for_each_part_and_are_made_on_meta():
     flow = flows.CNF(2, (4,), rtol=(1e-3, 1e-2), atol=(1e-3, 1e-2))
     assert flow.log_prob(torch.zeros(3, 2)).isfinite().all()
