@@ -21,7 +21,7 @@ from pyflowkern.ode.jumps import jump_times, stretches
 from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
-from pyflowkern.ode.parameters import parameters_of
+from pyflowkern.ode.parameters import parameters_of, tensors_in
 from pyflowkern.ode.solution import DenseOutput, Inside, Solution, Stats, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
@@ -281,6 +281,7 @@ def _solve(
     wanted: list[Tensor] = []
     if torch.is_grad_enabled():
         problem.first, wanted, problem.read = _first_slope(func, field, y0, times, options, params)
+        problem.held = tensors_in(field) if given else ()
     if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or wanted)):
         with torch.no_grad():
             trajectory = (

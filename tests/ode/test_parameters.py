@@ -230,8 +230,9 @@ def test_an_event_of_a_field_that_differentiates():
     assert w.grad.item() == pytest.approx(-math.log(2) / 4, rel=1e-6)
 
 
+@pytest.mark.parametrize("holds", [False, True], ids=["", "the field holds its list"])
 @pytest.mark.parametrize("adjoint_settings", ADJOINTS, ids=str)
-def test_weights_that_functional_call_takes_back_are_an_error(adjoint_settings):
+def test_weights_that_functional_call_takes_back_are_an_error(adjoint_settings, holds):
     """The backward pass evaluates the field when the module has its own weights again."""
 
     class Solve(nn.Module):
@@ -242,7 +243,11 @@ def test_weights_that_functional_call_takes_back_are_an_error(adjoint_settings):
         def forward(self, y, inside):
             params = tuple(self.field.parameters())
             end = ode.odeint(
-                lambda t, y: self.field(y), y, [0.0, 1.0], params=params, **adjoint_settings
+                lambda t, y, held=params if holds else None: self.field(y),
+                y,
+                [0.0, 1.0],
+                params=params,
+                **adjoint_settings,
             )[-1]
             if inside:
                 end.sum().backward()

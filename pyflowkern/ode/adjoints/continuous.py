@@ -141,7 +141,7 @@ def _augmented(
     """
     n, wanted = shape.numel(), [params[i] for i in read]
     sizes = [_numbers(p) for p in wanted]
-    parameters = Parameters(params, problem.complete, problem.field)
+    parameters = Parameters(params, problem.complete, problem.field, problem.held)
 
     def augmented(t: Tensor, state: Tensor) -> Tensor:
         recorded = torch.is_grad_enabled() and state.requires_grad

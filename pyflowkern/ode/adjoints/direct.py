@@ -70,7 +70,7 @@ class Direct(torch.autograd.Function):
                 return _replay(problem, trajectory, start)
 
             return (None, *gradients_of_replay(replay, problem, y0, t, params, grads))
-        gradients = Gradients(params, problem.complete, problem.field)
+        gradients = Gradients(params, problem.complete, problem.field, problem.held)
         grads = grads.contiguous()
         with problem.context():
             if problem.options.per_sample:

@@ -42,10 +42,13 @@ class Parameters:
             the graph of every evaluation is searched, and reading any other tensor is an error, since its gradient
             would be lost in silence.
         field: whose evaluations are looked at.
+        held: what the field held when the solve began, if the list is the user's.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], complete: bool, field: Field) -> None:
-        self.tensors, self.complete, self.field = tensors, complete, field
+    def __init__(
+        self, tensors: Sequence[Tensor], complete: bool, field: Field, held: Sequence[Tensor]
+    ) -> None:
+        self.tensors, self.complete, self.field, self.held = tensors, complete, field, held
         self.read = list(range(len(tensors))) if complete else []
         self._numbers = {} if complete else {leaf_node(p): i for i, p in enumerate(tensors)}
         self._read_nodes: set[object] = set()
@@ -90,11 +93,12 @@ class Parameters:
         """
         read = {n for n in leaf_nodes(value) if hasattr(n, "variable")}
         listed = {leaf_node(p) for p in self.tensors if p.is_leaf and p.requires_grad}
-        unread = listed - read
-        if not unread or all(n in listed or n.variable is argument for n in read):
+        unread, others = listed - read, {n for n in read - listed if n.variable is not argument}
+        if not unread or not others:
             return
         # what the field still holds it may read at other times, and its list may leave out others on purpose
-        if not unread <= {leaf_node(p) for p in tensors_in(self.field)}:
+        holds = {leaf_node(p) for p in tensors_in(self.field)}
+        if not unread <= holds or others & holds - {leaf_node(p) for p in self.held}:
             raise RuntimeError(
                 "func reads other tensors in the backward pass than in the solve, so that gradients would be lost: "
                 "call backward() inside of the module that torch.func.functional_call runs"
@@ -108,8 +112,10 @@ class Parameters:
 class Gradients(Parameters):
     """Parameters with one gradient for each, summed over evaluations; None where there is none yet."""
 
-    def __init__(self, tensors: Sequence[Tensor], complete: bool, field: Field) -> None:
-        super().__init__(tensors, complete, field)
+    def __init__(
+        self, tensors: Sequence[Tensor], complete: bool, field: Field, held: Sequence[Tensor]
+    ) -> None:
+        super().__init__(tensors, complete, field, held)
         self.totals: list[Tensor | None] = [None] * len(tensors)
 
     def pull(self, value: Tensor, argument: Tensor, cotangent: Tensor) -> Tensor | None:

@@ -45,6 +45,7 @@ class Problem:
         context: see :func:`autocast_like_now`.
         complete: whether the user named the parameters; see :class:`~pyflowkern.ode.adjoints.gradients.Parameters`.
         read: how many of the parameters, the first ones, are known to be read.
+        held: the tensors that the field held when the solve began, if the user named the parameters.
         recorded: the trajectory, if it is known already; the forward pass then returns it instead of solving.
         result: the trajectory of the forward pass, without what only the backward pass needs.
         end: the time that was reached, where the solve ended early, else None.
@@ -57,6 +58,7 @@ class Problem:
     context: Callable[[], AbstractContextManager[Any]]
     complete: bool
     read: int
+    held: Sequence[Tensor] = ()
     result: Trajectory | None = None
     recorded: Trajectory | None = None
     end: float | None = None
@@ -143,7 +145,10 @@ def gradients_of_replay(
         params: the tensors that the field may read.
         grads: cotangents of the outputs.
     """
-    is_open, parameters = [False], Parameters(params, problem.complete, problem.field)
+    is_open, parameters = (
+        [False],
+        Parameters(params, problem.complete, problem.field, problem.held),
+    )
     with torch.enable_grad(), problem.context():
         start = Gate.apply(y0, is_open) if y0.requires_grad else y0.detach().requires_grad_()  # type: ignore[no-untyped-call]
         ys = replay(start)

@@ -66,7 +66,7 @@ class Reversible(torch.autograd.Function):
                 return _replay(problem, tape, start)
 
             return (None, *gradients_of_replay(replay, problem, y0, t, params, grads))
-        gradients = Gradients(params, problem.complete, problem.field)
+        gradients = Gradients(params, problem.complete, problem.field, problem.held)
         grads = grads.contiguous()
         with problem.context():
             # steps towards a pole cannot be reversed: the differences of huge numbers are all rounding
