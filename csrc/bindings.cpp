@@ -96,6 +96,19 @@ void add_network_codes(pybind11::dict& c) {
   c["ElementFamily"] = dict_of({{"AFFINE", kAffineElements}, {"SPLINE", kSplineElements}});
 }
 
+void add_chain_codes(pybind11::dict& c) {
+  using namespace pfk;
+  c["ChainStep"] = dict_of({{"PERMUTE", kPermuteStep},
+                            {"ACTNORM", kActNormStep},
+                            {"LINEAR", kLinearStep},
+                            {"PLU", kPluStep},
+                            {"SHIFT", kShiftStep},
+                            {"ELEMENTS", kElementsStep}});
+  c["ChainBase"] = dict_of({{"NONE", kNoBase}, {"NORMAL", kNormalBase}});
+  c["ChainLayerFlag"] =
+      dict_of({{"MASKED", kLayerMasked}, {"COLUMNS", kLayerColumns}, {"ROWS", kLayerRows}});
+}
+
 void add_transport_codes(pybind11::dict& c) {
   using namespace pfk;
   c["SinkhornSchedule"] = dict_of(
@@ -108,6 +121,7 @@ pybind11::dict codes() {
   add_spline_codes(c);
   add_density_and_field_codes(c);
   add_network_codes(c);
+  add_chain_codes(c);
   add_transport_codes(c);
   return c;
 }

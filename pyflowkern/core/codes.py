@@ -13,6 +13,9 @@ __all__ = [
     "MOST_BINS",
     "MOST_MASKED_LAYERS",
     "AffineFlag",
+    "ChainBase",
+    "ChainLayerFlag",
+    "ChainStep",
     "ElementFamily",
     "FieldActivation",
     "FieldFlag",
@@ -194,6 +197,35 @@ class ElementFamily(IntEnum):
 
     AFFINE = 0
     SPLINE = 1
+
+
+# --- chains of transforms -------------------------------------------------------------------------
+
+
+class ChainStep(IntEnum):
+    """The steps of a chain, one transform each: see ``ops.ChainProgram``."""
+
+    PERMUTE = 0
+    ACTNORM = 1
+    LINEAR = 2
+    PLU = 3
+    SHIFT = 4
+    ELEMENTS = 5
+
+
+class ChainBase(IntEnum):
+    """The density of which a chain adds the logarithm at its end."""
+
+    NONE = 0
+    NORMAL = 1
+
+
+class ChainLayerFlag(IntFlag):
+    """How the weights of a network's layer are read."""
+
+    MASKED = 1  # each row reads the first columns alone
+    COLUMNS = 2  # columns stand in the order of the features, not in that of reading
+    ROWS = 4  # rows likewise
 
 
 # --- transport ------------------------------------------------------------------------------------

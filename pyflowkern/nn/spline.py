@@ -13,6 +13,7 @@ from pyflowkern.nn._base import Bijection, zero_log_det
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
 from pyflowkern.nn.conditioners import start_at
 from pyflowkern.ops import SplineMap
+from pyflowkern.ops.elements import wrapped
 
 __all__ = ["CircularShift", "SplineCoupling"]
 
@@ -176,20 +177,15 @@ class CircularShift(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rotate ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``, the latter 0."""
         check_channels("x", x, self.channels)
-        return self._wrapped(x + self._amount(x)), zero_log_det(x)
+        return wrapped(x + self._amount(x), self.bound), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
-        return self._wrapped(z - self._amount(z)), zero_log_det(z)
+        return wrapped(z - self._amount(z), self.bound), zero_log_det(z)
 
     def _amount(self, x: Tensor) -> Tensor:
         return self.shift.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)
-
-    def _wrapped(self, x: Tensor) -> Tensor:
-        turned = torch.remainder(x + self.bound, 2 * self.bound) - self.bound
-        # the remainder of a tiny negative number rounds to the whole circle
-        return torch.where(turned >= self.bound, -self.bound, turned)
 
 
 def _for_all(params: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,18 @@ from pyflowkern.ops.autoregressive import (
     autoregressive_inverse,
     autoregressive_inverse_reference,
 )
+from pyflowkern.ops.chain import chain, chain_reference
+from pyflowkern.ops.chain_program import ChainProgram
+from pyflowkern.ops.chain_steps import (
+    ActNormStep,
+    ChainLayer,
+    ChainNetwork,
+    ElementsStep,
+    LinearStep,
+    PermuteStep,
+    PLUStep,
+    ShiftStep,
+)
 from pyflowkern.ops.density import (
     bits_per_dim,
     bits_per_dim_reference,
@@ -91,9 +103,18 @@ from pyflowkern.ops.transport import (
 )
 
 __all__ = [
+    "ActNormStep",
+    "ChainLayer",
+    "ChainNetwork",
+    "ChainProgram",
+    "ElementsStep",
+    "LinearStep",
     "MaskedLayer",
     "MaskedPlan",
+    "PLUStep",
+    "PermuteStep",
     "ScaleMap",
+    "ShiftStep",
     "Sinkhorn",
     "SplineMap",
     "actnorm",
@@ -108,6 +129,8 @@ __all__ = [
     "autoregressive_inverse_reference",
     "bits_per_dim",
     "bits_per_dim_reference",
+    "chain",
+    "chain_reference",
     "channel_moments",
     "channel_moments_reference",
     "channel_split_sizes",

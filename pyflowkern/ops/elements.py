@@ -21,6 +21,7 @@ __all__ = [
     "element_map",
     "element_of_code",
     "element_parameters",
+    "wrapped",
 ]
 
 ElementMap: TypeAlias = ScaleMap | SplineMap
@@ -103,3 +104,10 @@ def apply_elements(
         params_layout="feature_major",
         inverse=inverse,
     )
+
+
+def wrapped(x: Tensor, bound: float) -> Tensor:
+    """Return angles modulo ``2 bound``, in ``[-bound, bound)``."""
+    turned = torch.remainder(x + bound, 2 * bound) - bound
+    # the remainder of a tiny negative number rounds to the whole circle
+    return torch.where(turned >= bound, -bound, turned)

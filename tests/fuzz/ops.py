@@ -1,35 +1,14 @@
 """A random call of every public op: what it is given, and which arguments have the batch as their first axis."""
 
 import itertools
-import math
 
 import torch
 
 from fuzz.call import Call
+from fuzz.chain import chain
+from fuzz.maps import scale_map, spline_map
 from fuzz.transport import plan_draw, plan_product, sinkhorn
 from pyflowkern import nn, ops
-
-
-def scale_map(draw):
-    kind = draw.choice(("exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive"))
-    if draw.flag():
-        return kind
-    options = {"clamp": draw.number(0.1, 4), "gain": draw.number(0.1, 2)}
-    if kind in ("sigmoid", "softplus"):
-        options = {"offset": draw.number(-2, 3), "eps": draw.choice((0.0, 1e-3))}
-        if kind == "softplus":
-            options["max_scale"] = draw.choice((math.inf, 3.0))
-    elif kind in ("exp", "additive", "softclip"):
-        options = {}
-    return ops.ScaleMap(kind, shift_first=draw.flag(), divide=draw.flag(), **options)
-
-
-def spline_map(draw):
-    kind = draw.choice(("rational_quadratic",) * 3 + ("linear", "quadratic", "cubic"))
-    rational = kind == "rational_quadratic"
-    tails = draw.choice(("linear", "none", *(("circular",) if rational else ())))
-    bins, bound = draw.choice((2, 3, 5, 8, 10, 17)), draw.choice((1.0, 3.0, 5.0))
-    return ops.SplineMap(kind, bins, bound, tails)
 
 
 def split_of(draw, channels, space):
@@ -352,7 +331,7 @@ def rk_error(draw):
 CALLS = {
     f.__name__: f
     for f in (
-        actnorm, add_noise, affine, affine_coupling, autoregressive_inverse, bits_per_dim,
+        actnorm, add_noise, affine, affine_coupling, autoregressive_inverse, bits_per_dim, chain,
         channel_moments, dequantize, euler_maruyama, field_divergence, field_layer, glow_step,
         householder_matrix, hutchinson_trace, invertible_linear, logit, normal_log_prob, plan_draw,
         plan_product, plu_matrix, quantize, rational_quadratic_spline, relu_network, rk_combine,

@@ -94,6 +94,11 @@ def calls():
     yield "ScaleMap", "shift_first", partial(ops.ScaleMap, "exp")
     yield "ScaleMap", "divide", partial(ops.ScaleMap, "exp")
     yield "MaskedLayer", "gated", partial(ops.MaskedLayer, torch.ones(3, 3).tril(-1))
+    for flag in ("bias", "columns", "rows"):
+        yield "ChainLayer", flag, partial(ops.ChainLayer, 3, 2)
+    layers = [ops.ChainLayer(3, 2), ops.ChainLayer(3, 3)]
+    for flag in ("residual", "activate_last", "context"):
+        yield "ChainNetwork", flag, partial(ops.ChainNetwork, layers)
 
 
 FLAGS = sorted(calls(), key=lambda flag: flag[:2])

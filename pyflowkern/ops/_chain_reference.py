@@ -1,0 +1,129 @@
+"""A chain of transforms in plain PyTorch, from the formulas that its transforms have elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyflowkern.core.activations import ACTIVATIONS
+from pyflowkern.core.dtypes import full_precision
+from pyflowkern.ops.actnorm import actnorm_reference
+from pyflowkern.ops.chain_program import ChainProgram
+from pyflowkern.ops.chain_steps import (
+    ActNormStep,
+    ChainLayer,
+    ChainNetwork,
+    ElementsStep,
+    LinearStep,
+    PermuteStep,
+    PLUStep,
+    ShiftStep,
+    Step,
+)
+from pyflowkern.ops.density import normal_log_prob_reference
+from pyflowkern.ops.elements import apply_elements, wrapped
+from pyflowkern.ops.matrix import plu_matrix_reference
+
+__all__ = ["run_steps"]
+
+
+def run_steps(
+    x: Tensor, context: Tensor | None, program: ChainProgram, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return ``z`` and the log-determinant, or with a base the log-density, differentiable to any order."""
+    log_det = x.new_zeros(x.shape[0])
+    at = 0
+    with full_precision(x):  # the kernel computes in the dtype of its arguments
+        for step, count in zip(program.steps, program.counts, strict=True):
+            x, term = _run_step(step, x, context, list(tensors[at : at + count]))
+            log_det = log_det if term is None else log_det + term
+            at += count
+        return x, log_det + normal_log_prob_reference(x) if program.base == "normal" else log_det
+
+
+def _run_step(
+    step: Step, x: Tensor, context: Tensor | None, own: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the result of a step, and its log-determinant unless that is zero."""
+    if isinstance(step, PermuteStep):
+        return x.index_select(1, _index(step.order, x)), None
+    if isinstance(step, ActNormStep):
+        return actnorm_reference(x, *own)
+    if isinstance(step, LinearStep):
+        return functional.linear(x, own[0]), own[1]
+    if isinstance(step, PLUStep):
+        order, lower, upper, log_diag, sign = own
+        if order.is_floating_point():
+            order = order.round().long()
+        weight = plu_matrix_reference(order, lower, upper, log_diag, sign)
+        return functional.linear(x, weight), log_diag.sum()
+    if isinstance(step, ShiftStep):
+        return wrapped(x + own[0], step.bound), None
+    return _run_elements(step, x, context, own)
+
+
+def _run_elements(
+    step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    net, count = step.network, len(step.moves)
+    if net is None:
+        flat = own[0].unsqueeze(0).expand(x.shape[0], -1)
+    else:
+        reads = x.index_select(1, _index(step.reads, x))
+        flat = _network(step, net, reads, context, own)
+    if step.layout == "feature_major":
+        params = flat.reshape(x.shape[0], count, step.parameters)
+    else:
+        params = flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
+    before = x.index_select(1, _index(step.moves, x))
+    moved, log_det = apply_elements(before, params, step.transform, reference=True)
+    place = list(range(x.shape[1]))
+    for j, feature in enumerate(step.moves):
+        place[feature] = x.shape[1] + j
+    return torch.cat([x, moved], 1).index_select(1, _index(place, x)), log_det
+
+
+def _network(
+    step: ElementsStep, net: ChainNetwork, x: Tensor, context: Tensor | None, own: list[Tensor]
+) -> Tensor:
+    """Return the network's outputs, in the order of the moved features."""
+    activation, last, at = ACTIVATIONS[net.activation], len(net.layers) - 1, 0
+    h = block = x
+    for i, layer in enumerate(net.layers):
+        size = 2 if layer.bias else 1
+        weight, bias = _ordered(step, layer, own[at], own[at + 1] if layer.bias else None)
+        at += size
+        read = h if i == 0 or (i == last and not net.activate_last) else activation(h)
+        h = functional.linear(read, weight, bias)
+        if i == 0 and net.context:
+            assert context is not None
+            h = h + functional.linear(context, own[-1])
+        if net.residual and i % 2 == 0:
+            if i:
+                h = h + block
+            block = h
+    return h
+
+
+def _ordered(
+    step: ElementsStep, layer: ChainLayer, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias in the order in which features are read and moved, masked entries zero."""
+    if layer.columns:
+        weight = weight.index_select(1, _index(step.reads, weight))
+    if layer.rows:
+        per = step.parameters
+        rows = _index([m * per + k for m in step.moves for k in range(per)], weight)
+        weight = weight.index_select(0, rows)
+        bias = None if bias is None else bias.index_select(0, rows)
+    if layer.prefixes is not None:
+        columns = torch.arange(layer.inputs, device=weight.device)
+        weight = torch.where(columns < _index(layer.prefixes, weight)[:, None], weight, 0.0)
+    return weight, bias
+
+
+def _index(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=like.device)

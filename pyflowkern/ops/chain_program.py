@@ -1,0 +1,166 @@
+"""A chain of transforms as data, which one op runs from end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyflowkern.core.checks import check_count, check_list
+from pyflowkern.core.codes import ChainBase, numbered
+from pyflowkern.ops._chain_code import read_step, write_step
+from pyflowkern.ops.chain_steps import (
+    MOST_PLU,
+    ActNormStep,
+    ElementsStep,
+    LinearStep,
+    PermuteStep,
+    PLUStep,
+    ShiftStep,
+    Step,
+)
+
+__all__ = ["ChainProgram", "Wanted"]
+
+_BASES = numbered(ChainBase)
+_KINDS = (PermuteStep, ActNormStep, LinearStep, PLUStep, ShiftStep, ElementsStep)
+_HEAD = 4
+
+
+class Wanted(NamedTuple):
+    """A tensor that a chain takes."""
+
+    shape: tuple[int, ...]
+    #: What it is, for errors.
+    name: str
+    #: Whether it holds indices and not numbers.
+    integers: bool = False
+
+
+@dataclass(frozen=True)
+class ChainProgram:
+    """Transforms of vectors, one after another, and a base density at the end.
+
+    Made once, it is two tensors on the host, ``codes`` and ``numbers``, which kernels read; the tensors that it
+    transforms with are given at each call of :func:`~pyflowkern.ops.chain`, in the order of the steps.
+
+    Args:
+        features: number ``D`` of features.
+        steps: data side first: :class:`PermuteStep`, :class:`ActNormStep`, :class:`LinearStep`, :class:`PLUStep`,
+            :class:`ShiftStep` and :class:`ElementsStep`.
+        context_features: size ``K`` of the context; 0 for none.
+        base: ``"normal"`` adds the log-density of the standard normal at ``z`` to the log-determinant; ``"none"`` not.
+
+    Raises:
+        TypeError: for sizes that are no ints, and steps that are none.
+        ValueError: for steps that do not fit the features, or an unknown base.
+
+    Example:
+        >>> from pyflowkern.ops import ActNormStep, ChainProgram, PermuteStep
+        >>> program = ChainProgram(2, [ActNormStep(), PermuteStep([1, 0])])
+        >>> [wanted.shape for wanted in program.tensors]
+        [(2,), (2,)]
+        >>> ChainProgram.of(program.codes, program.numbers) == program
+        True
+    """
+
+    features: int
+    steps: tuple[Step, ...]
+    context_features: int = 0
+    base: str = "none"
+    #: What kernels read, on the host: int32, and the constants of maps as float64.
+    codes: Tensor = field(init=False, repr=False, compare=False)
+    numbers: Tensor = field(init=False, repr=False, compare=False)
+    #: The tensors that :func:`~pyflowkern.ops.chain` is given with this program.
+    tensors: tuple[Wanted, ...] = field(init=False, repr=False, compare=False)
+    #: How many tensors belong to each step.
+    counts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    #: How many inputs of steps the backward pass needs, and the result.
+    blocks: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_count("features", self.features)
+        check_count("context_features", self.context_features, 0)
+        check_list("steps", self.steps)
+        if self.base not in _BASES:
+            raise ValueError(f"base must be one of {', '.join(_BASES)}, got {self.base!r}")
+        program = [self.features, self.context_features, _BASES[self.base], len(self.steps)]
+        numbers: list[float] = []
+        tensors: list[Wanted] = []
+        counts: list[int] = []
+        for i, step in enumerate(self.steps):
+            if not isinstance(step, _KINDS):
+                raise TypeError(f"steps[{i}] must be a step of a chain, got {step!r:.80}")
+            self._check_step(i, step)
+            write_step(step, program, numbers)
+            own = self._wanted(i, step)
+            tensors += own
+            counts.append(len(own))
+        blocks = 1 + sum(not isinstance(step, PermuteStep) for step in self.steps)
+        values = {
+            "steps": tuple(self.steps),
+            "codes": torch.tensor(program, dtype=torch.int32, device="cpu"),
+            "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
+            "tensors": tuple(tensors),
+            "counts": tuple(counts),
+            "blocks": blocks,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, codes: Tensor, numbers: Tensor) -> ChainProgram:
+        """Return the program that has these codes and numbers."""
+        given = codes.tolist()
+        left, constants = iter(given[_HEAD:]), numbers.tolist()
+        features, context_features, base, count = given[:_HEAD]
+        steps = tuple(read_step(features, left, constants) for _ in range(count))
+        return cls(features, steps, context_features, list(_BASES)[base])
+
+    def _check_step(self, i: int, step: Step) -> None:
+        if isinstance(step, PermuteStep) and len(step.order) != self.features:
+            raise ValueError(f"steps[{i}] must order {self.features} features, got {step.order}")
+        if isinstance(step, PLUStep) and self.features > MOST_PLU:
+            raise ValueError(
+                f"steps[{i}] must be a LinearStep for more than {MOST_PLU} features, got {self.features}"
+            )
+        if isinstance(step, ElementsStep):
+            if max((*step.moves, *step.reads)) >= self.features:
+                raise ValueError(
+                    f"steps[{i}] must name features below {self.features}, "
+                    f"got moves={step.moves} and reads={step.reads}"
+                )
+            if step.network is not None and step.network.context and not self.context_features:
+                raise ValueError(
+                    f"steps[{i}] has a network with a context: context_features must be positive"
+                )
+
+    def _wanted(self, i: int, step: Step) -> list[Wanted]:
+        """Return the tensors of a step."""
+        vector, matrix, of = (self.features,), (self.features, self.features), f"of steps[{i}]"
+        if isinstance(step, ActNormStep):
+            return [Wanted(vector, f"log_scale {of}"), Wanted(vector, f"bias {of}")]
+        if isinstance(step, LinearStep):
+            return [Wanted(matrix, f"weight {of}"), Wanted((), f"log_abs_det {of}")]
+        if isinstance(step, PLUStep):
+            pairs = (("lower", matrix), ("upper", matrix), ("log_diag", vector), ("sign", vector))
+            first = Wanted(vector, f"permutation {of}", integers=True)
+            return [first, *(Wanted(shape, f"{name} {of}") for name, shape in pairs)]
+        if isinstance(step, ShiftStep):
+            return [Wanted(vector, f"shift {of}")]
+        if isinstance(step, PermuteStep):
+            return []
+        if step.network is None:
+            return [Wanted((len(step.moves) * step.parameters,), f"parameters {of}")]
+        wanted = []
+        for k, layer in enumerate(step.network.layers):
+            shape = layer.outputs, layer.inputs
+            wanted.append(Wanted(shape, f"weight of layers[{k}] {of}"))
+            if layer.bias:
+                wanted.append(Wanted(shape[:1], f"bias of layers[{k}] {of}"))
+        if step.network.context:
+            shape = step.network.layers[0].outputs, self.context_features
+            wanted.append(Wanted(shape, f"weight of the context {of}"))
+        return wanted

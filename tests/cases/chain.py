@@ -1,0 +1,200 @@
+"""chain."""
+
+import itertools
+from functools import partial
+
+import torch
+from laws import OpCase, Sample, normal
+from laws.ops import STATES
+
+from cases.autoregressive import MAPS
+from cases.spline import every_map
+from pyflowkern.core.activations import ACTIVATIONS
+from pyflowkern.ops import (
+    ActNormStep,
+    ChainLayer,
+    ChainNetwork,
+    ChainProgram,
+    ElementsStep,
+    LinearStep,
+    PermuteStep,
+    PLUStep,
+    ScaleMap,
+    ShiftStep,
+    SplineMap,
+    chain,
+    chain_reference,
+)
+
+K = 2
+
+
+def network(inputs, widths, outputs, **options):
+    """A network whose units read all that is below."""
+    sizes = itertools.pairwise((inputs, *widths, outputs))
+    return ChainNetwork([ChainLayer(b, a) for a, b in sizes], **options)
+
+
+def coupling(transform, features, widths=(9, 6), swap=False, **options):
+    """The first features decide on the last ones, or the other way."""
+    first = list(range(features - features // 2))
+    last = list(range(len(first), features))
+    reads, moves = (last, first) if swap else (first, last)
+    step = ElementsStep(transform, moves)
+    net = network(len(reads), widths, len(moves) * step.parameters, **options)
+    layout = "feature_major" if isinstance(transform, SplineMap) else "blocked"
+    return ElementsStep(transform, moves, reads, net, layout)
+
+
+def autoregressive(transform, order, widths=(9, 7), context=False, residual=False, **options):
+    """A masked network, units sorted by degree as :class:`nn.MaskedMLP` sorts them."""
+    features, per = len(order), ElementsStep(transform, [0]).parameters
+    least = 0 if context else min(1, features - 1)
+    degrees = [[least + u * (features - least) // w for u in range(w)] for w in widths]
+    first = ChainLayer(widths[0], features, prefixes=degrees[0], columns=True)
+    layers = [first]
+    for low, high in itertools.pairwise(degrees):
+        prefixes = [sum(d <= e for d in low) for e in high]
+        layers.append(ChainLayer(len(high), len(low), prefixes=prefixes))
+    prefixes = [sum(d <= j for d in degrees[-1]) for j in range(features) for _ in range(per)]
+    layers.append(ChainLayer(per * features, widths[-1], residual is False, prefixes, rows=True))
+    net = ChainNetwork(layers, residual=residual, context=context, **options)
+    return ElementsStep(transform, order, order, net)
+
+
+def value(wanted, i, dtype):
+    """A tensor of order one that a step may take."""
+    if wanted.integers:
+        size = wanted.shape[0]
+        return torch.argsort(normal(size, seed=i))
+    if wanted.name.startswith("sign"):
+        return normal(*wanted.shape, seed=i).sign().to(dtype)
+    drawn = normal(*wanted.shape, seed=100 + i, dtype=dtype)
+    if wanted.name.startswith("weight of steps"):  # of a matrix: not far from a rotation
+        return torch.linalg.qr(drawn.double())[0].to(dtype) + 0.1 * drawn
+    return drawn / max(wanted.shape[-1], 1) ** 0.5 if len(wanted.shape) == 2 else 0.5 * drawn
+
+
+def called(function):
+    """Return the op with the permutations and signs, which have no gradients, apart from the other tensors."""
+
+    def call(x, tensors, program, context=None, constants=None):
+        if not isinstance(tensors, list | tuple):
+            raise TypeError(f"tensors must be a list, got {type(tensors).__name__}")
+        given = list(tensors)
+        for i, t in constants or ():
+            given.insert(i, t)
+        return function(x, program, given, context=context)
+
+    return call
+
+
+def sample(n, features, steps, dtype=torch.float64, base="none", unit=False):
+    with_context = any(
+        isinstance(s, ElementsStep) and s.network and s.network.context for s in steps
+    )
+    program = ChainProgram(features, steps, K if with_context else 0, base)
+    given = [value(w, i, dtype) for i, w in enumerate(program.tensors)]
+    names = [w.name.split()[0] for w in program.tensors]
+    x = normal(n, features, seed=3)
+    tensors = {
+        "x": (torch.sigmoid(x) if unit else x).to(dtype),
+        "tensors": [
+            t for t, w in zip(given, names, strict=True) if w not in ("permutation", "sign")
+        ],
+        "context": normal(n, K, seed=4, dtype=dtype) if with_context else None,
+    }
+    constants = [(i, given[i]) for i, w in enumerate(names) if w in ("permutation", "sign")]
+    return Sample(tensors, program=program, constants=tuple(constants) or None)
+
+
+def whole_flows():
+    """Flows as people train them: (features, steps)."""
+    spline = SplineMap(bins=4)
+    yield 6, [autoregressive("softclip", [*range(6)][:: (-1) ** i]) for i in range(3)]
+    yield 5, [s for i in range(2) for s in (coupling(spline, 5, swap=i == 1), PLUStep())]
+    yield 5, [s for i in range(3) for s in (ActNormStep(), coupling("tanh", 5, swap=i == 1))]
+    yield (
+        4,
+        [
+            ShiftStep(3.0),
+            autoregressive(SplineMap(bins=3, tails="circular"), [2, 0, 3, 1], context=True),
+            PermuteStep([3, 1, 0, 2]),
+            LinearStep(),
+            coupling("sigmoid", 4, residual=True, widths=(6, 6, 6), context=True),
+        ],
+    )
+
+
+def samples(dtype):
+    for n, (features, steps) in itertools.product((0, 1, 97, 1000), whole_flows()):
+        yield sample(n, features, steps, dtype)
+    for transform in (*MAPS, *every_map(3)):
+        unit = isinstance(transform, SplineMap) and transform.tails == "none"
+        yield sample(17, 5, [coupling(transform, 5)], dtype, unit=unit)
+        if not unit:
+            yield sample(17, 4, [autoregressive(transform, [1, 3, 0, 2])], dtype)
+    for activation, residual in itertools.product(ACTIVATIONS, (False, True)):
+        options = {"activation": activation, "residual": residual, "context": True}
+        widths = (20, 20, 20) if residual else (20, 33)
+        yield sample(33, 3, [coupling("exp", 3, widths, **options)], dtype)
+        yield sample(33, 3, [autoregressive("tanh", [0, 2, 1], widths, **options)], dtype)
+    yield sample(5, 4, [coupling("atan", 4, (7,) * 5, residual=True, activate_last=False)], dtype)
+    yield sample(9, 1, [autoregressive("affine", [0], context=True), PLUStep()], dtype)
+    yield sample(9, 70, [autoregressive("affine", [*range(70)], (130, 70))], dtype)
+    yield sample(9, 128, [PLUStep(), ActNormStep(), LinearStep()], dtype)
+    yield sample(9, 129, [LinearStep(), PermuteStep([*range(1, 129), 0])], dtype)
+    own = ElementsStep(SplineMap(bins=5), [3, 0])
+    yield sample(40, 4, [own, coupling(SplineMap(bins=2), 4, swap=True), own], dtype)
+    yield sample(40, 3, [ElementsStep("softplus", [2, 1], layout="blocked")], dtype)
+    yield sample(40, 3, [], dtype)
+
+
+def small(dtype):
+    tanh = {"activation": "tanh"}
+    layers = [
+        autoregressive("exp", [2, 0, 1], (4, 5), context=True, **tanh),
+        PermuteStep([1, 2, 0]),
+        coupling(ScaleMap("softplus", eps=1e-3, divide=True), 3, (4,), context=True, **tanh),
+    ]
+    yield sample(4, 3, layers, dtype)
+    splines = [coupling(SplineMap(bins=2), 3, (4,) * 3, residual=True, activation="silu")]
+    yield sample(4, 3, [*splines, ActNormStep()], dtype)
+    yield sample(4, 3, [PLUStep(), ShiftStep(4.0)], dtype)
+    own = ElementsStep(SplineMap(bins=2), [0, 2])
+    residual = autoregressive("tanh", [0, 1, 2], (5,) * 3, residual=True, activation="softplus")
+    yield sample(4, 3, [own, residual], dtype)
+
+
+def densities(dtype):
+    """Of a base, and of matrices whose log-determinant is what the caller says."""
+    for n in (0, 1, 97):
+        for features, steps in whole_flows():
+            yield sample(n, features, [*steps, LinearStep()], dtype, "normal")
+        yield sample(n, 3, [], dtype, "normal")
+
+
+def few_densities(dtype):
+    net = coupling("tanh", 3, (4,), context=True, activation="elu")
+    yield sample(4, 3, [LinearStep(), net, ActNormStep()], dtype, "normal")
+    yield sample(4, 3, [], dtype, "normal")
+
+
+def large(base="none"):
+    return [sample(1000, f, steps, torch.float32, base) for f, steps in whole_flows()]
+
+
+of_chains = partial(
+    OpCase,
+    called(chain),
+    called(chain_reference),
+    floor=128,
+    reason="a rounding of an early transform goes through all later ones, and near a knot through a slope",
+    conditioned=4,
+    rows={"x": 0, "context": 0},
+    dtypes=STATES,
+)
+CASES = [
+    of_chains(samples, small, large=large, log_det=True, name="chain"),
+    of_chains(densities, few_densities, large=lambda: large("normal"), name="chain with a base"),
+]

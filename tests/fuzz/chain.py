@@ -1,0 +1,77 @@
+"""A random chain of transforms."""
+
+import itertools
+
+import torch
+
+from fuzz.call import Call
+from fuzz.maps import scale_map, spline_map
+from pyflowkern import ops
+from pyflowkern.core.activations import ACTIVATIONS
+
+
+def order(draw, size):
+    return torch.randperm(size, generator=draw.generator).tolist()
+
+
+def network(draw, inputs, outputs, context, prefixes=None):
+    """Return a network, masked where it is told how many inputs each output may see."""
+    residual, masked = draw.flag(), prefixes is not None
+    widths = [draw.size(1, 33)] * (2 * draw.choice((0, 1, 2)) + 1)
+    if not residual:
+        widths = [draw.size(1, 33) for _ in range(draw.choice((1, 2, 3)))]
+    # a unit of degree m sees the first m inputs
+    degrees = [sorted(draw.choice(range(inputs)) for _ in range(w)) for w in widths]
+    if residual:
+        degrees = degrees[:1] * len(widths)
+    layers = [ops.ChainLayer(widths[0], inputs, draw.flag(), degrees[0] if masked else None)]
+    for low, high in itertools.pairwise(degrees):
+        seen = [sum(d <= e for d in low) for e in high] if masked else None
+        layers.append(ops.ChainLayer(len(high), len(low), draw.flag(), seen))
+    seen = [sum(d <= e for d in degrees[-1]) for e in prefixes] if masked else None
+    layers.append(ops.ChainLayer(outputs, widths[-1], draw.flag(), seen))
+    last = draw.flag() if residual else True
+    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), residual, last, context)
+
+
+def elements(draw, d, context):
+    transform = spline_map(draw) if draw.flag() else ops.scale_map(scale_map(draw))
+    layout = draw.choice(("feature_major", "blocked"))
+    kind = draw.choice(
+        ("coupling", "autoregressive", "own") if d > 1 else ("autoregressive", "own")
+    )
+    moves = order(draw, d)
+    if kind == "own":
+        return ops.ElementsStep(transform, moves[: draw.size(1, d)], layout=layout)
+    per = ops.ElementsStep(transform, [0]).parameters
+    if kind == "autoregressive":
+        seen = [j for j in range(d) for _ in range(per)]
+        net = network(draw, d, per * d, context, seen)
+        return ops.ElementsStep(transform, moves, moves, net)
+    cut = draw.size(1, d - 1)
+    net = network(draw, cut, per * (d - cut), context)
+    return ops.ElementsStep(transform, moves[cut:], moves[:cut], net, layout)
+
+
+def chain(draw):
+    n, d, k = draw.size(), draw.size(1, 17), draw.choice((0, 2))
+    kinds = (
+        lambda: ops.PermuteStep(order(draw, d)),
+        ops.ActNormStep,
+        ops.LinearStep,
+        ops.PLUStep,
+        lambda: ops.ShiftStep(draw.choice((1.0, 3.0))),
+        *[lambda: elements(draw, d, k > 0 and draw.flag())] * 3,
+    )
+    steps = [draw.choice(kinds)() for _ in range(draw.choice((0, 1, 2, 3)))]
+    program = ops.ChainProgram(d, steps, k, draw.choice(("none", "normal")))
+    dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
+    tensors = [
+        torch.tensor(order(draw, d))
+        if wanted.integers
+        else draw.tensor(*wanted.shape, scale=max(1, *wanted.shape, 1) ** -0.5).to(dtype)
+        for wanted in program.tensors
+    ]
+    given = {"x": draw.tensor(n, d).to(dtype), "program": program, "tensors": tensors}
+    given["context"] = draw.tensor(n, k).to(dtype) if k else None
+    return Call(ops.chain, given, ("x", "context") if k else ("x",))
