@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "core/activations.h"
 #include "core/codes.h"
@@ -215,6 +216,27 @@ PFK_HD AffineGrad<V> affine_vjp(V kept, V t, V grad_out, V grad_log, const Scale
     grad_shift = m.shift_first ? grad_in : grad_out;
   }
   return {grad_in, (grad_out * moved + grad_log) * s.slope, grad_shift};
+}
+
+// Calls f with the kind of scale map as a constant.
+template <class F>
+PFK_HD void with_scale_kind(int kind, F f) {
+  switch (kind) {
+    case kExp:
+      return f(std::integral_constant<int, kExp>{});
+    case kTanh:
+      return f(std::integral_constant<int, kTanh>{});
+    case kAtan:
+      return f(std::integral_constant<int, kAtan>{});
+    case kSigmoid:
+      return f(std::integral_constant<int, kSigmoid>{});
+    case kSoftplus:
+      return f(std::integral_constant<int, kSoftplus>{});
+    case kSoftclipScale:
+      return f(std::integral_constant<int, kSoftclipScale>{});
+    default:
+      return f(std::integral_constant<int, kAdditive>{});
+  }
 }
 
 PFK_END

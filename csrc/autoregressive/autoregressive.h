@@ -9,8 +9,6 @@
 // Each unit is computed once, as soon as its inputs are known.
 #pragma once
 
-#include <type_traits>
-
 #include "affine/affine.h"
 #include "core/activations.h"
 #include "spline/spline_kinds.h"
@@ -53,27 +51,6 @@ struct AutoregressiveArgs {
 
 PFK_BEGIN
 
-// Calls f with the kind of scale map as a constant.
-template <class F>
-PFK_HD void with_scale_kind(int kind, F f) {
-  switch (kind) {
-    case kExp:
-      return f(std::integral_constant<int, kExp>{});
-    case kTanh:
-      return f(std::integral_constant<int, kTanh>{});
-    case kAtan:
-      return f(std::integral_constant<int, kAtan>{});
-    case kSigmoid:
-      return f(std::integral_constant<int, kSigmoid>{});
-    case kSoftplus:
-      return f(std::integral_constant<int, kSoftplus>{});
-    case kSoftclipScale:
-      return f(std::integral_constant<int, kSoftclipScale>{});
-    default:
-      return f(std::integral_constant<int, kAdditive>{});
-  }
-}
-
 template <class V>
 struct InvertedFeature {
   V x, log_det;
@@ -92,21 +69,6 @@ template <int kKind, class C, class V, class Tile>
 PFK_HD InvertedFeature<V> invert_spline(V z, Tile& tile, const SplineMap<Lane<V>>& m) {
   const SplineValue<V> r = spline_apply<kKind, C>(m, tile, z);
   return {r.out, r.log_slope};
-}
-
-// Calls f with the kind of spline as a constant.
-template <class F>
-PFK_HD void with_spline_kind(int kind, F f) {
-  switch (kind) {
-    case kLinearSpline:
-      return f(std::integral_constant<int, kLinearSpline>{});
-    case kQuadratic:
-      return f(std::integral_constant<int, kQuadratic>{});
-    case kCubic:
-      return f(std::integral_constant<int, kCubic>{});
-    default:
-      return f(std::integral_constant<int, kRational>{});
-  }
 }
 
 PFK_END

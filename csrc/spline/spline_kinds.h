@@ -2,6 +2,8 @@
 // A spline of a kind that the kernel is compiled for.
 #pragma once
 
+#include <type_traits>
+
 #include "spline/spline_cubic.h"
 #include "spline/spline_linear.h"
 #include "spline/spline_quadratic.h"
@@ -33,6 +35,21 @@ PFK_HD V spline_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V gra
     return quadratic_vjp(m, t, v, grad_out, grad_log);
   } else {
     return cubic_vjp(m, t, v, grad_out, grad_log);
+  }
+}
+
+// Calls f with the kind of spline as a constant.
+template <class F>
+PFK_HD void with_spline_kind(int kind, F f) {
+  switch (kind) {
+    case kLinearSpline:
+      return f(std::integral_constant<int, kLinearSpline>{});
+    case kQuadratic:
+      return f(std::integral_constant<int, kQuadratic>{});
+    case kCubic:
+      return f(std::integral_constant<int, kCubic>{});
+    default:
+      return f(std::integral_constant<int, kRational>{});
   }
 }
 

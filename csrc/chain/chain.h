@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// A chain of transforms of vectors, as data: permutations, ActNorm, matrices, shifts of a circle,
+// and affine or spline maps of elements whose parameters a network computes from the vector itself
+// (couplings, masked autoregressive layers) or that all samples share.
+//
+//   z = f_T(... f_1(x)),    log_det = sum of the log-dets (+ log N(z; 0, 1) with a base).
+//
+// A tile of samples goes through the whole chain while it is in cache.  A feature, or a unit of a
+// network, is a row of the tile, and a column a sample: so weights are read as they lie, and
+// parameters of elements come in whole vectors.  For the backward pass the input of each step is
+// kept; everything else is computed again.  The gradients of a task, which is a few tiles, are
+// summed in the task's own memory, and those of the tasks in their order: neither tiles nor tasks
+// depend on the number of threads.
+//
+// Units of masked networks are sorted such that a unit reads the first inputs of its layer and no
+// others (`prefix`), which saves half of the products.
+#pragma once
+
+#include "affine/affine.h"
+#include "matrix/matrix.h"
+#include "spline/spline.h"
+
+namespace pfk {
+
+struct ChainLayer {
+  int64_t in, out;
+  int flags;           // ChainLayerFlags
+  const void* given;   // the weight, [out, in]
+  const void* weight;  // as it is read, rows of `stride`: masked ones are sorted, with zeros
+  int64_t stride;
+  const void* bias;       // or null
+  const int32_t* prefix;  // masked: the inputs that each row reads, ascending
+  int64_t before, after;  // rows of the tile: the layer's inputs before and after the activation
+  int64_t grad, grad_stride, grad_bias;  // places in the gradients of a task
+};
+
+// Elements: features `moves` change, by parameters that a network computes from features `reads`.
+// Parameter k of moved feature j is row j feature_step + k param_step of the network's output.
+struct ChainElements {
+  ElementFamily family;
+  int kind, flags;  // of a scale map
+  ScaleNumbers scale;
+  SplineForm form;
+  SplineNumbers spline;
+  int64_t per_feature, feature_step, param_step;
+  int64_t reads, moves;
+  const int32_t *read, *moved;
+  bool residual, activate_last;
+  Activation activation;
+  int layers;  // 0: the parameters are a tensor, `shared`
+  ChainLayer* layer;
+  const void* context_weight;  // [out of the first layer, K], or null
+  const void* shared;
+  int64_t grad_context, context_stride, grad_shared;
+  int64_t params, params_count;  // rows of the tile: the output of the network
+  int64_t rows, widest;          // rows of the tile in all; of the widest layer
+};
+
+struct ChainStep {
+  int kind;                    // ChainStepKind
+  int first_tensor;            // of the tensors of the program
+  int block;                   // which of the kept inputs is this step's; -1: none
+  const int32_t* index;        // of a permutation
+  const void *first, *second;  // ActNorm: scale and bias; matrix; shift
+  const void* given;           // ActNorm: log-scale; log|det| of a matrix, or the factors' diagonal
+  double bound;
+  int64_t grad, grad_second, stride;  // places in the gradients of a task; rows of a matrix
+  ChainElements elements;
+};
+
+// A gradient that is returned: sums over tasks of rows [at + r stride, + columns).
+struct ChainGrad {
+  void* out;
+  int64_t rows, columns, at, stride;
+  bool with_log;             // every sample's grad_log_det is added: of log-scales
+  int layer = -1, step = 0;  // of a weight or a bias, whose order may be another
+};
+
+struct ChainArgs {
+  int64_t samples, features, context;
+  bool normal;  // the base
+  int64_t steps;
+  ChainStep* step;
+  const void *x, *c;  // c: [samples, context], or null
+  void *z, *log_det;
+  void* kept;                         // or null
+  int64_t blocks;                     // of a tile in `kept`
+  double log_det_of_all;              // what is the same for all samples
+  const void *grad_z, *grad_log_det;  // backward; null: zero
+  void *grad_x, *grad_c;              // or null
+  void* grads;                        // [tasks, size]; the first number is the sum of grad_log_det
+  int64_t size;
+  int64_t tile, tiles, tasks, width;  // samples of a tile; rows of a tile lie `width` apart
+  int64_t rows, widest;               // of the work space: the most of any step
+};
+
+constexpr int64_t kChainTile = 112;  // samples of a tile, at most; see padded() in host.h
+
+// Numbers of a sample in a tile that is kept: whole vectors, whatever the level.
+inline int64_t chain_columns(int64_t samples) { return (samples + 15) / 16 * 16; }
+
+}  // namespace pfk

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a program and its tensors to ChainArgs.
+//
+// Nothing that a program says is trusted: sizes of tensors and indices are compared with it, since
+// kernels would read out of bounds.
+#pragma once
+
+#include "chain/chain.h"
+#include "core/host.h"
+#include "spline/spline_form.h"
+
+namespace pfk {
+
+// Reads the integers of a program one after the other.
+class ChainReader {
+ public:
+  ChainReader(const Tensor& program, const Tensor& numbers, const std::vector<Tensor>& tensors)
+      : program_(program), numbers_(numbers), tensors_(tensors) {
+    STD_TORCH_CHECK(program.scalar_type() == ScalarType::Int && program.is_contiguous() &&
+                        numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous(),
+                    "pyflowkern::chain: a program is int32 and its numbers are float64");
+    ints_ = static_cast<const int32_t*>(program.const_data_ptr());
+    count_ = program.numel();
+  }
+  int64_t next() { return *many(1); }
+  int64_t size(int64_t least = 0) {
+    const int64_t n = next();
+    STD_TORCH_CHECK(n >= least, "pyflowkern::chain: a size of ", n, " in a program");
+    return n;
+  }
+  const int32_t* many(int64_t n) {
+    STD_TORCH_CHECK(n >= 0 && at_ + n <= count_, "pyflowkern::chain: a program of ", count_,
+                    " numbers ends too early");
+    at_ += n;
+    return ints_ + at_ - n;
+  }
+  const int32_t* indices(int64_t n, int64_t end) {
+    const int32_t* p = many(n);
+    for (int64_t i = 0; i < n; ++i) {
+      STD_TORCH_CHECK(p[i] >= 0 && p[i] < end, "pyflowkern::chain: index ", p[i], " of ", end);
+    }
+    return p;
+  }
+  std::vector<double> numbers(int64_t at, int64_t n) const {
+    STD_TORCH_CHECK(at >= 0 && n >= 0 && at + n <= numbers_.numel(),
+                    "pyflowkern::chain: numbers that a program has not");
+    const double* p = static_cast<const double*>(numbers_.const_data_ptr()) + at;
+    return {p, p + n};
+  }
+  // The next tensor, with this many numbers of this type.
+  const Tensor& tensor(int64_t count, ScalarType type) {
+    STD_TORCH_CHECK(next_tensor_ < tensors_.size(), "pyflowkern::chain: too few tensors");
+    const Tensor& t = tensors_[next_tensor_++];
+    STD_TORCH_CHECK(t.numel() == count && t.scalar_type() == type, "pyflowkern::chain: tensor ",
+                    next_tensor_ - 1, " has ", t.numel(), " numbers and not ", count,
+                    ", or another dtype");
+    return t;
+  }
+  size_t tensors_read() const { return next_tensor_; }
+  void end() const {
+    STD_TORCH_CHECK(at_ == count_ && next_tensor_ == tensors_.size(),
+                    "pyflowkern::chain: a program that does not end with its tensors");
+  }
+
+ private:
+  const Tensor &program_, &numbers_;
+  const std::vector<Tensor>& tensors_;
+  const int32_t* ints_;
+  int64_t count_, at_ = 0;
+  size_t next_tensor_ = 0;
+};
+
+struct ChainTensors {
+  Tensor like;  // dtype and device of all
+  std::optional<Tensor> c;
+  std::vector<Tensor> dense;  // parameters, contiguous
+  std::vector<ChainStep> steps;
+  std::vector<ChainLayer> layers;
+  std::vector<ChainGrad> grads;  // one for each tensor, those without a gradient with no rows
+  std::vector<PluArgs> factors;  // of the steps kPluStep, in their order
+  ChainArgs args{};
+  int64_t prepared = 0;  // numbers of what is computed once a call
+};
+
+class ChainBuilder {
+ public:
+  ChainBuilder(ChainTensors& t, const Tensor& like, const Tensor& program, const Tensor& numbers,
+               const std::vector<Tensor>& tensors)
+      : t_(t), reader_(program, numbers, tensors), type_(like.scalar_type()) {
+    t.like = like;
+    t.dense.reserve(tensors.size());
+    ChainArgs& a = t.args;
+    a.features = reader_.size(), a.context = reader_.size();
+    a.normal = checked_kind("base", reader_.next(), kChainBases) == kNormalBase;
+    a.steps = reader_.size();
+    a.size = 1;  // of a task's gradients; the first is the sum of grad_log_det
+    a.widest = padded(a.features > a.context ? a.features : a.context);
+    for (int64_t s = 0; s < a.steps; ++s) read_step();
+    reader_.end();
+    a.blocks = blocks_ + 1;
+    size_t layer = 0;
+    for (ChainStep& s : t.steps) {  // the vectors have stopped to grow
+      if (s.kind != kElementsStep) continue;
+      s.elements.layer = t.layers.data() + layer;
+      layer += s.elements.layers;
+    }
+    a.step = t.steps.data();
+  }
+
+ private:
+  const void* keep(const Tensor& given) {
+    t_.dense.push_back(dense(given));
+    return address_of(t_.dense.back());
+  }
+  // The next tensor, and the place of its gradient: rows of `columns`, `stride` apart.
+  const void* parameter(int64_t rows, int64_t columns, int64_t stride, int64_t* place,
+                        bool with_log = false) {
+    const void* p = keep(reader_.tensor(rows * columns, type_));
+    *place = t_.args.size;
+    t_.args.size += rows * stride;
+    t_.grads.push_back({nullptr, rows, columns, *place, stride, with_log, -1, 0});
+    return p;
+  }
+  const void* constant(int64_t count, ScalarType type) {
+    t_.grads.push_back({});
+    return keep(reader_.tensor(count, type));
+  }
+
+  void read_step() {
+    ChainStep s{};
+    const int64_t n = t_.args.features;
+    s.kind = checked_kind("step", reader_.next(), kChainSteps);
+    s.first_tensor = static_cast<int>(reader_.tensors_read());
+    s.block = s.kind == kPermuteStep ? -1 : static_cast<int>(blocks_++);
+    switch (s.kind) {
+      case kPermuteStep:
+        s.index = reader_.indices(n, n);
+        break;
+      case kActNormStep:
+        s.given = parameter(1, n, n, &s.grad, true);
+        s.second = parameter(1, n, n, &s.grad_second);
+        t_.prepared += padded(n);
+        break;
+      case kLinearStep: {
+        s.stride = padded(n);
+        s.first = parameter(n, n, s.stride, &s.grad);
+        int64_t of_log_det = 0;
+        s.given = parameter(1, 1, 1, &of_log_det, true);
+        break;
+      }
+      case kPluStep:
+        read_factors(s);
+        break;
+      case kShiftStep: {
+        s.bound = reader_.numbers(reader_.next(), 1)[0];
+        s.first = parameter(1, n, n, &s.grad);
+        break;
+      }
+      default:
+        read_elements(s.elements);
+    }
+    t_.steps.push_back(s);
+  }
+
+  void read_factors(ChainStep& s) {
+    const int64_t n = t_.args.features;
+    PluArgs f{};
+    f.size = n;
+    f.permutation = static_cast<const int64_t*>(constant(n, ScalarType::Long));
+    for (int64_t i = 0; i < n; ++i) {
+      STD_TORCH_CHECK(f.permutation[i] >= 0 && f.permutation[i] < n,
+                      "permutation must hold indices from 0 to ", n - 1, ", got ",
+                      f.permutation[i]);
+    }
+    s.stride = padded(n);
+    s.grad = t_.args.size;
+    t_.args.size += n * s.stride;
+    f.lower = constant(n * n, type_), f.upper = constant(n * n, type_);
+    s.given = f.log_diag = constant(n, type_), f.sign = constant(n, type_);
+    t_.factors.push_back(f);
+    t_.prepared += n * padded(n);
+  }
+
+  void read_elements(ChainElements& e) {
+    ChainArgs& a = t_.args;
+    e.family = static_cast<ElementFamily>(checked_kind("family", reader_.next(), kElementFamilies));
+    const int32_t* p = reader_.many(7);  // kind, tails, parameterization, bins, flags, numbers
+    const std::vector<double> numbers = reader_.numbers(p[5], p[6]);
+    int64_t per_feature = 0;
+    if (e.family == kAffineElements) {
+      e.kind = checked_kind("scale map", p[0], kScaleKinds);
+      e.flags = checked_flags("flags", p[4], kAllAffineFlags);
+      STD_TORCH_CHECK(numbers.size() == 5, "a scale map takes 5 numbers");
+      e.scale = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+      per_feature = e.kind == kAdditive ? 1 : 2;
+    } else {
+      e.form = checked_form(p[0], p[1], p[2], p[3]);
+      e.spline = spline_numbers(numbers);
+      per_feature = spline_map<float>(e.spline, e.form, false).columns;
+    }
+    e.per_feature = reader_.size(), e.feature_step = reader_.size(), e.param_step = reader_.size();
+    e.reads = reader_.size(), e.moves = reader_.size();
+    e.layers = static_cast<int>(reader_.size());
+    e.residual = reader_.next() != 0, e.activate_last = reader_.next() != 0;
+    e.activation =
+        static_cast<Activation>(checked_kind("activation", reader_.next(), kMaskedActivations));
+    const bool with_context = reader_.next() != 0;
+    e.read = reader_.indices(e.reads, a.features), e.moved = reader_.indices(e.moves, a.features);
+    e.params_count = e.moves * e.per_feature;
+    const int64_t last_row = (e.moves - 1) * e.feature_step + (e.per_feature - 1) * e.param_step;
+    STD_TORCH_CHECK(e.per_feature == per_feature && (e.moves == 0 || last_row < e.params_count),
+                    "pyflowkern::chain: elements of ", e.per_feature, " parameters, not ",
+                    per_feature);
+    STD_TORCH_CHECK(!e.residual || e.layers % 2 == 0,
+                    "pyflowkern::chain: residual blocks are pairs of layers");
+    e.rows = e.reads, e.widest = e.reads;
+    if (e.layers == 0) {
+      e.shared = parameter(1, e.params_count, e.params_count, &e.grad_shared);
+    }
+    int64_t inputs = e.reads;
+    for (int l = 0; l < e.layers; ++l) inputs = read_layer(e, l, inputs);
+    STD_TORCH_CHECK(e.layers == 0 || inputs == e.params_count, "pyflowkern::chain: a network of ",
+                    inputs, " outputs for ", e.params_count);
+    if (with_context) {
+      const int64_t out = t_.layers[t_.layers.size() - e.layers].out;
+      STD_TORCH_CHECK(e.layers > 0, "pyflowkern::chain: a context without a network");
+      e.context_stride = padded(a.context);
+      e.context_weight = parameter(out, a.context, e.context_stride, &e.grad_context);
+    }
+    e.params = e.rows;
+    e.rows += e.params_count + 3 * e.widest;  // and three rows of gradients
+    a.rows = e.rows > a.rows ? e.rows : a.rows;
+  }
+
+  int64_t read_layer(ChainElements& e, int l, int64_t inputs) {
+    ChainArgs& a = t_.args;
+    ChainLayer y{};
+    y.out = reader_.size(), y.in = reader_.size();
+    const bool with_bias = reader_.next() != 0;
+    y.flags = checked_flags("flags", reader_.next(), kAllChainLayerFlags);
+    STD_TORCH_CHECK(y.in == inputs, "pyflowkern::chain: a layer of ", y.in, " inputs for ", inputs);
+    // what a residual block adds to is as wide as what it adds
+    const int64_t hidden = l > 0 ? t_.layers[t_.layers.size() - l].out : y.out;
+    STD_TORCH_CHECK(!e.residual || l == e.layers - 1 || y.out == hidden,
+                    "pyflowkern::chain: residual blocks of several widths");
+    STD_TORCH_CHECK(
+        (!(y.flags & kLayerColumns) || (l == 0 && y.in == a.features)) &&
+            (!(y.flags & kLayerRows) || (l == e.layers - 1 && y.out == a.features * e.per_feature)),
+        "pyflowkern::chain: a layer whose features cannot be sorted");
+    if (y.flags & kLayerMasked) {
+      y.prefix = reader_.many(y.out);
+      int32_t before = 0;
+      for (int64_t r = 0; r < y.out; ++r) {
+        STD_TORCH_CHECK(y.prefix[r] >= before && y.prefix[r] <= y.in,
+                        "pyflowkern::chain: prefixes must ascend");
+        before = y.prefix[r];
+      }
+      t_.prepared += y.out * padded(y.in) + padded(y.out);
+    }
+    STD_TORCH_CHECK((y.flags & kLayerMasked) || y.flags == 0,
+                    "pyflowkern::chain: a dense layer is not sorted");
+    if (l > 0) {
+      y.before = e.rows, y.after = e.rows + y.in;
+      e.rows += 2 * y.in;
+    }
+    e.widest = y.in > e.widest ? y.in : e.widest;
+    y.grad_stride = padded(y.in);
+    a.widest = y.grad_stride > a.widest ? y.grad_stride : a.widest;
+    y.given = y.weight = parameter(y.out, y.in, y.grad_stride, &y.grad);
+    y.stride = y.in;
+    t_.grads.back().layer = l;
+    t_.grads.back().step = static_cast<int>(t_.steps.size());
+    if (with_bias) {
+      y.bias = parameter(1, y.out, y.out, &y.grad_bias);
+      t_.grads.back().layer = l;
+      t_.grads.back().step = static_cast<int>(t_.steps.size());
+    }
+    t_.layers.push_back(y);
+    return y.out;
+  }
+
+  ChainTensors& t_;
+  ChainReader reader_;
+  ScalarType type_;
+  int64_t blocks_ = 0;
+};
+
+// In an even number of tiles of whole vectors, whatever the number of threads.
+inline void place_tiles(ChainArgs& a) {
+  const int64_t pairs = (a.samples + 2 * kChainTile - 1) / (2 * kChainTile);
+  const int64_t share = a.samples <= 32 ? a.samples : (a.samples + 2 * pairs - 1) / (2 * pairs);
+  a.tile = share > 0 ? chain_columns(share) : 16;
+  a.tiles = (a.samples + a.tile - 1) / a.tile;
+  a.width = padded(a.tile);
+}
+
+// As many tasks as there are tiles, unless their gradients would need more than 64 MiB.
+inline void place_tasks(ChainArgs& a, int64_t element_size) {
+  const int64_t room = (int64_t{64} << 20) / (a.size * element_size) / 2 * 2;
+  const int64_t most = room < 2 ? 2 : room > 64 ? 64 : room;
+  a.tasks = a.tiles < most ? a.tiles : most;
+}
+
+}  // namespace pfk

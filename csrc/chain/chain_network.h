@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// The networks of a chain on a tile: units are rows, samples are columns.
+//
+//   h = W0 x + b0 (+ C c);   plain: h <- Wi a(h) + bi;   residual: h <- h + W'' a(W' a(h) + b') +
+//   b'' between the first layer and the last.
+//
+// Products read a weight as it lies: number by number on the left (core/gemm.h), its transpose by
+// other steps.  A masked layer reads the first inputs of a block of its rows, and no others.
+#pragma once
+
+#include "chain/chain.h"
+#include "core/activations.h"
+#include "core/gemm.h"
+#include "core/rows.h"
+
+PFK_BEGIN
+
+namespace {
+
+// The work space of a tile.
+template <class T>
+struct ChainRows {
+  T* base;
+  int64_t width;           // between rows
+  int64_t count, columns;  // samples; in whole vectors
+  T* turned;               // room for the transpose of the widest layer
+  T* row(int64_t r) const { return base + r * width; }
+};
+
+// ---- products ----------------------------------------------------------------------------------
+// out += W in.
+template <class T>
+void add_product(const ChainLayer& y, const ChainRows<T>& w, const T* in, T* out) {
+  const T* weight = typed<T>(y.weight);
+  if (y.prefix == nullptr) {
+    gemm<T>({weight, y.stride, 1}, {in, w.width}, y.out, w.columns, y.in, {out, w.width}, true);
+    return;
+  }
+  for (int64_t r = 0; r < y.out; r += kMostRows<T>) {
+    const int64_t n = y.out - r < kMostRows<T> ? y.out - r : kMostRows<T>;
+    const int64_t depth = y.prefix[r + n - 1];
+    gemm<T>({weight + r * y.stride, y.stride, 1}, {in, w.width}, n, w.columns, depth,
+            {out + r * w.width, w.width}, true);
+  }
+}
+
+// out = W in + b.
+template <class T>
+void layer_forward(const ChainLayer& y, const ChainRows<T>& w, const T* in, T* out,
+                   const T* add = nullptr) {
+  const T* bias = typed<T>(y.bias);
+  for (int64_t r = 0; r < y.out; ++r) {
+    const Vec<T> b = bias == nullptr ? T(0) : bias[r];
+    for (int64_t i = r * w.width; i < r * w.width + w.columns; i += Vec<T>::kLanes) {
+      (add == nullptr ? b : b + Vec<T>::load(add + i)).store(out + i);
+    }
+  }
+  add_product(y, w, in, out);
+}
+
+// to = W^T grad.
+template <class T>
+void layer_backward(const ChainLayer& y, const ChainRows<T>& w, const T* grad, T* to) {
+  const T* weight = typed<T>(y.weight);
+  if (y.prefix == nullptr) {
+    gemm<T>({weight, 1, y.stride}, {grad, w.width}, y.in, w.columns, y.out, {to, w.width}, false);
+    return;
+  }
+  int64_t first = 0;  // the first row that reads one of these inputs
+  for (int64_t c = 0; c < y.in; c += kMostRows<T>) {
+    const int64_t n = y.in - c < kMostRows<T> ? y.in - c : kMostRows<T>;
+    while (first < y.out && y.prefix[first] <= c) ++first;
+    gemm<T>({weight + first * y.stride + c, 1, y.stride}, {grad + first * w.width, w.width}, n,
+            w.columns, y.out - first, {to + c * w.width, w.width}, false);
+  }
+}
+
+// ---- gradients of parameters -------------------------------------------------------------------
+// Adds the sums over the samples of rows of a tile.
+template <class T>
+void add_row_sums(const ChainRows<T>& w, const T* rows, int64_t n, T* to) {
+  for (int64_t r = 0; r < n; ++r) {
+    to[r] += static_cast<T>(sum_terms(rows + r * w.width, w.count));
+  }
+}
+
+// The transpose of n rows, and the step between its rows.
+template <class T>
+Rows<const T> turn(const ChainRows<T>& w, const T* rows, int64_t row_width, int64_t n,
+                   int64_t stride) {
+  transpose_padded<T>({rows, row_width}, n, w.count, {w.turned, stride});
+  return {w.turned, stride};
+}
+
+// Adds grad in^T and the sum of grad to the gradients of a task.
+template <class T>
+void add_layer_gradients(const ChainLayer& y, const ChainRows<T>& w, const T* grad, const T* in,
+                         T* grads) {
+  const Rows<const T> right = turn(w, in, w.width, y.in, y.grad_stride);
+  T* out = grads + y.grad;
+  if (y.prefix == nullptr) {
+    gemm<T>({grad, w.width, 1}, right, y.out, y.in, w.count, {out, y.grad_stride}, true);
+  } else {
+    for (int64_t r = 0; r < y.out; r += kMostRows<T>) {
+      const int64_t n = y.out - r < kMostRows<T> ? y.out - r : kMostRows<T>;
+      gemm<T>({grad + r * w.width, w.width, 1}, right, n, y.prefix[r + n - 1], w.count,
+              {out + r * y.grad_stride, y.grad_stride}, true);
+    }
+  }
+  if (y.bias != nullptr) add_row_sums(w, grad, y.out, grads + y.grad_bias);
+}
+
+// ---- activations -------------------------------------------------------------------------------
+// Calls f(activation, i) for every vector of n rows.
+template <class T, class F>
+void each_unit(Activation activation, const ChainRows<T>& w, int64_t n, F f) {
+  with_activation(activation, [&](auto which) {
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t i = r * w.width; i < r * w.width + w.columns; i += Vec<T>::kLanes) f(which, i);
+    }
+  });
+}
+
+template <class T>
+void activate(Activation activation, const ChainRows<T>& w, int64_t n, const T* h, T* to) {
+  each_unit(activation, w, n, [&](auto which, int64_t i) {
+    activation_curve<decltype(which)::value>(Vec<T>::load(h + i)).value.store(to + i);
+  });
+}
+
+// to = (add or 0) + grad a'(h).
+template <class T>
+void deactivate(Activation activation, const ChainRows<T>& w, int64_t n, const T* h, const T* grad,
+                const T* add, T* to) {
+  each_unit(activation, w, n, [&](auto which, int64_t i) {
+    const Vec<T> slope = activation_curve<decltype(which)::value>(Vec<T>::load(h + i)).slope;
+    const Vec<T> more = add == nullptr ? Vec<T>(T(0)) : Vec<T>::load(add + i);
+    (more + Vec<T>::load(grad + i) * slope).store(to + i);
+  });
+}
+
+// ---- a network ---------------------------------------------------------------------------------
+// The inputs that the first layer reads, rows one after the other.
+template <class T>
+void gather_reads(const ChainElements& e, const ChainRows<T>& w, const T* x, int64_t x_width) {
+  for (int64_t r = 0; r < e.reads; ++r) {
+    memcpy(w.row(r), x + e.read[r] * x_width, w.columns * sizeof(T));
+  }
+}
+
+inline Activation seen_through(const ChainElements& e, int l) {
+  return l == e.layers - 1 && !e.activate_last ? Activation::kIdentity : e.activation;
+}
+
+// Computes the parameters, from the rows that gather_reads left; `c` holds the rows of the context.
+template <class T>
+void network_forward(const ChainElements& e, const ChainRows<T>& w, const T* c, int64_t context) {
+  T* params = w.row(e.params);
+  if (e.layers == 0) {
+    const T* shared = typed<T>(e.shared);
+    for (int64_t r = 0; r < e.params_count; ++r) {
+      const Vec<T> value = shared[r];
+      for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) {
+        value.store(params + r * w.width + i);
+      }
+    }
+    return;
+  }
+  const int last = e.layers - 1;
+  auto output = [&](int l) { return l == last ? params : w.row(e.layer[l + 1].before); };
+  const T* in = w.row(0);
+  for (int l = 0; l <= last; ++l) {
+    const ChainLayer& y = e.layer[l];
+    if (l > 0) {
+      activate(seen_through(e, l), w, y.in, w.row(y.before), w.row(y.after));
+      in = w.row(y.after);
+    }
+    const bool closes = e.residual && l > 0 && l < last && l % 2 == 0;  // the second of a pair
+    layer_forward(y, w, in, output(l), closes ? w.row(e.layer[l - 1].before) : nullptr);
+    if (l == 0 && e.context_weight != nullptr) {
+      gemm<T>({typed<T>(e.context_weight), context, 1}, {c, w.width}, y.out, w.columns, context,
+              {output(0), w.width}, true);
+    }
+  }
+}
+
+// From the gradients of the parameters, which stand in their rows, to those of the weights, which
+// are added to `grads`, of the context's rows, which are added to grad_c, and of the inputs.
+// Returns the latter, rows in the order of `read`.
+template <class T>
+const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T* c, T* grad_c,
+                          int64_t context, T* grads) {
+  T* grad = w.row(e.params);
+  if (e.layers == 0) {
+    add_row_sums(w, grad, e.params_count, grads + e.grad_shared);
+    return nullptr;
+  }
+  T *h = w.row(e.params + e.params_count), *u = h + e.widest * w.width,
+    *inner = u + e.widest * w.width;
+  const int last = e.layers - 1;
+  auto after = [&](int l) { return w.row(l == 0 ? 0 : e.layer[l].after); };
+  for (int l = last; l > 0; --l) {
+    const ChainLayer& y = e.layer[l];
+    const bool opens = e.residual && l < last && l % 2 == 1;   // the first of a pair
+    const bool closes = e.residual && l < last && l % 2 == 0;  // the second
+    const T* of_output = opens ? inner : grad;
+    add_layer_gradients(y, w, of_output, after(l), grads);
+    layer_backward(y, w, of_output, u);
+    T* to = closes ? inner : h;
+    deactivate(seen_through(e, l), w, y.in, w.row(y.before), u, opens ? h : nullptr, to);
+    if (!closes) grad = h;
+  }
+  const ChainLayer& y = e.layer[0];
+  add_layer_gradients(y, w, grad, w.row(0), grads);
+  if (e.context_weight != nullptr) {
+    const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
+    gemm<T>({grad, w.width, 1}, right, y.out, context, w.count,
+            {grads + e.grad_context, e.context_stride}, true);
+    if (grad_c != nullptr) {
+      gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, y.out,
+              {grad_c, w.width}, true);
+    }
+  }
+  layer_backward(y, w, grad, u);
+  return u;
+}
+
+}  // namespace
+
+PFK_END

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tile of samples through a chain, forward and backward.
+#pragma once
+
+#include "chain/chain_elements.h"
+#include "chain/chain_network.h"
+
+PFK_BEGIN
+
+namespace {
+
+// What a thread needs for a tile.  The log-dets come first, as they are doubles.
+template <class T>
+struct ChainTileWork {
+  double* log_det;  // [width]
+  T *state, *other, *context, *grad_context, *grad_log;
+  ChainRows<T> rows;
+
+  static int64_t bytes(const ChainArgs& a) {
+    const int64_t numbers =
+        (2 * a.features + 2 * a.context + 1 + a.rows) * a.width + a.tile * a.widest;
+    return a.width * static_cast<int64_t>(sizeof(double)) +
+           numbers * static_cast<int64_t>(sizeof(T));
+  }
+  ChainTileWork(const ChainArgs& a, void* memory) {
+    log_det = static_cast<double*>(memory);
+    T* p = reinterpret_cast<T*>(log_det + a.width);
+    auto take = [&](int64_t n) { return p += n * a.width, p - n * a.width; };
+    state = take(a.features), other = take(a.features);
+    context = take(a.context), grad_context = take(a.context), grad_log = take(1);
+    T* base = take(a.rows);
+    rows = {base, a.width, 0, 0, p};
+  }
+};
+
+// Samples [first, first + count) of a matrix of `columns` as rows; what pads them is zero.
+template <class T>
+void load_rows(const void* from, int64_t first, int64_t columns, const ChainRows<T>& w, T* to) {
+  const T* p = typed<T>(from) + first * columns;
+  for (int64_t d = 0; d < columns; ++d) {
+    T* row = to + d * w.width;
+    for (int64_t i = 0; i < w.count; ++i) row[i] = p[i * columns + d];
+    for (int64_t i = w.count; i < w.columns; ++i) row[i] = T(0);
+  }
+}
+template <class T>
+void store_rows(const T* from, int64_t first, int64_t columns, const ChainRows<T>& w, void* to) {
+  T* p = typed<T>(to) + first * columns;
+  for (int64_t i = 0; i < w.count; ++i) {
+    for (int64_t d = 0; d < columns; ++d) p[i * columns + d] = from[d * w.width + i];
+  }
+}
+
+// The tile that begins at sample `first`, in what is kept, and the step between its rows.
+template <class T>
+Rows<T> kept_block(const ChainArgs& a, int64_t first, int64_t count, int64_t block) {
+  const int64_t columns = chain_columns(count), size = a.features * columns;
+  return {typed<T>(a.kept) + a.blocks * a.features * first + block * size, columns};
+}
+
+template <class T>
+void keep_rows(const ChainArgs& a, const ChainTileWork<T>& w, int64_t first, int64_t block) {
+  const Rows<T> to = kept_block<T>(a, first, w.rows.count, block);
+  for (int64_t d = 0; d < a.features; ++d) {
+    memcpy(to.p + d * to.stride, w.state + d * w.rows.width, w.rows.columns * sizeof(T));
+  }
+}
+
+template <class T>
+void swap_states(ChainTileWork<T>& w) {
+  T* held = w.state;
+  w.state = w.other, w.other = held;
+}
+
+// ---- steps forward -----------------------------------------------------------------------------
+// Calls f(place, d) for every vector of the features.
+template <class T, class F>
+void each_state(const ChainArgs& a, const ChainRows<T>& w, F f) {
+  for (int64_t d = 0; d < a.features; ++d) {
+    for (int64_t i = d * w.width; i < d * w.width + w.columns; i += Vec<T>::kLanes) f(i, d);
+  }
+}
+
+// Brings v into [-bound, bound).
+template <class V>
+PFK_HD V on_circle(V v, Lane<V> bound) {
+  const V turned = wrap(v, V(-bound), V(bound));
+  return select(turned >= V(bound), V(-bound), turned);
+}
+
+template <class T>
+void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
+  using V = Vec<T>;
+  T* x = w.state;
+  switch (s.kind) {
+    case kPermuteStep:
+      for (int64_t d = 0; d < a.features; ++d) {
+        memcpy(w.other + d * w.rows.width, x + s.index[d] * w.rows.width,
+               w.rows.columns * sizeof(T));
+      }
+      return swap_states(w);
+    case kActNormStep: {
+      const T *scale = typed<T>(s.first), *bias = typed<T>(s.second);
+      return each_state(a, w.rows, [&](int64_t i, int64_t d) {
+        ((V::load(x + i) + V(bias[d])) * V(scale[d])).store(x + i);
+      });
+    }
+    case kLinearStep:
+    case kPluStep:
+      gemm<T>({typed<T>(s.first), a.features, 1}, {x, w.rows.width}, a.features, w.rows.columns,
+              a.features, {w.other, w.rows.width}, false);
+      return swap_states(w);
+    case kShiftStep: {
+      const T* shift = typed<T>(s.first);
+      const T bound = static_cast<T>(s.bound);
+      return each_state(a, w.rows, [&](int64_t i, int64_t d) {
+        on_circle(V::load(x + i) + V(shift[d]), bound).store(x + i);
+      });
+    }
+    default: {
+      const ChainElements& e = s.elements;
+      gather_reads(e, w.rows, x, w.rows.width);
+      network_forward(e, w.rows, w.context, a.context);
+      elements_forward(e, w.rows.width, w.rows.columns, x, w.rows.row(e.params), w.log_det);
+    }
+  }
+}
+
+// log_det += log N(z; 0, 1).
+template <class T>
+void add_normal(const ChainArgs& a, const ChainTileWork<T>& w) {
+  using V = Vec<T>;
+  constexpr double kHalfLogTwoPi = 0.91893853320467274178;
+  for (int64_t i = 0; i < w.rows.columns; i += V::kLanes) {
+    V sum = T(0);
+    for (int64_t d = 0; d < a.features; ++d) {
+      const V z = V::load(w.state + d * w.rows.width + i);
+      sum += z * z;
+    }
+    add_lanes(sum * V(T(-0.5)), w.log_det + i);
+  }
+  const double constant = -kHalfLogTwoPi * static_cast<double>(a.features);
+  for (int64_t i = 0; i < w.rows.count; ++i) w.log_det[i] += constant;
+}
+
+template <class T>
+void start_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first) {
+  constexpr int64_t lanes = Vec<T>::kLanes;
+  w.rows.count = a.samples - first < a.tile ? a.samples - first : a.tile;
+  w.rows.columns = (w.rows.count + lanes - 1) / lanes * lanes;
+  if (a.context > 0) load_rows(a.c, first, a.context, w.rows, w.context);
+}
+
+template <class T>
+void chain_forward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first) {
+  start_tile(a, w, first);
+  load_rows(a.x, first, a.features, w.rows, w.state);
+  for (int64_t i = 0; i < w.rows.columns; ++i) w.log_det[i] = a.log_det_of_all;
+  for (int64_t s = 0; s < a.steps; ++s) {
+    if (a.kept != nullptr && a.step[s].block >= 0) keep_rows(a, w, first, a.step[s].block);
+    step_forward(a, a.step[s], w);
+  }
+  if (a.kept != nullptr) keep_rows(a, w, first, a.blocks - 1);
+  if (a.normal) add_normal(a, w);
+  store_rows(w.state, first, a.features, w.rows, a.z);
+  for (int64_t i = 0; i < w.rows.count; ++i) {
+    typed<T>(a.log_det)[first + i] = static_cast<T>(w.log_det[i]);
+  }
+}
+
+// ---- steps backward ----------------------------------------------------------------------------
+// The state is the gradient of a step's output, and becomes that of its input.
+template <class T>
+void actnorm_backward(const ChainArgs& a, const ChainStep& s, const ChainTileWork<T>& w, Rows<T> x,
+                      T* grads) {
+  using V = Vec<T>;
+  const T *scale = typed<T>(s.first), *bias = typed<T>(s.second);
+  for (int64_t d = 0; d < a.features; ++d) {
+    T *g = w.state + d * w.rows.width, *product = w.other;
+    for (int64_t i = 0; i < w.rows.columns; i += V::kLanes) {
+      const V of_bias = V::load(g + i) * V(scale[d]);
+      (of_bias * (V::load(x.p + d * x.stride + i) + V(bias[d]))).store(product + i);
+      of_bias.store(g + i);
+    }
+    add_row_sums(w.rows, product, 1, grads + s.grad + d);
+    add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
+  }
+}
+
+template <class T>
+void matrix_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, Rows<T> x,
+                     T* grads) {
+  const int64_t n = a.features, width = w.rows.width, stride = s.stride;
+  const Rows<const T> right = turn(w.rows, x.p, x.stride, n, stride);
+  gemm<T>({w.state, width, 1}, right, n, n, w.rows.count, {grads + s.grad, stride}, true);
+  gemm<T>({typed<T>(s.first), 1, n}, {w.state, width}, n, w.rows.columns, n, {w.other, width},
+          false);
+  swap_states(w);
+}
+
+template <class T>
+void elements_step_backward(const ChainArgs& a, const ChainElements& e, const ChainTileWork<T>& w,
+                            Rows<T> x, T* grads) {
+  const int64_t width = w.rows.width;
+  gather_reads(e, w.rows, x.p, x.stride);
+  network_forward(e, w.rows, w.context, a.context);
+  elements_backward<T>(e, width, w.rows.columns, x.p, x.stride, w.rows.row(e.params), w.state,
+                       w.grad_log);
+  T* of_context = a.grad_c == nullptr ? nullptr : w.grad_context;
+  const T* more = network_backward(e, w.rows, w.context, of_context, a.context, grads);
+  for (int64_t r = 0; r < (more == nullptr ? 0 : e.reads); ++r) {
+    T* g = w.state + e.read[r] * width;
+    for (int64_t i = 0; i < w.rows.columns; i += Vec<T>::kLanes) {
+      (Vec<T>::load(g + i) + Vec<T>::load(more + r * width + i)).store(g + i);
+    }
+  }
+}
+
+template <class T>
+void step_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, int64_t first,
+                   T* grads) {
+  if (s.kind == kPermuteStep) {
+    for (int64_t d = 0; d < a.features; ++d) {
+      memcpy(w.other + s.index[d] * w.rows.width, w.state + d * w.rows.width,
+             w.rows.columns * sizeof(T));
+    }
+    return swap_states(w);
+  }
+  const Rows<T> x = kept_block<T>(a, first, w.rows.count, s.block);
+  switch (s.kind) {
+    case kActNormStep:
+      return actnorm_backward(a, s, w, x, grads);
+    case kLinearStep:
+    case kPluStep:
+      return matrix_backward(a, s, w, x, grads);
+    case kShiftStep:
+      return add_row_sums(w.rows, w.state, a.features, grads + s.grad);
+    default:
+      return elements_step_backward(a, s.elements, w, x, grads);
+  }
+}
+
+template <class T>
+void chain_backward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first, T* grads) {
+  using V = Vec<T>;
+  start_tile(a, w, first);
+  const int64_t count = w.rows.count, columns = w.rows.columns, width = w.rows.width;
+  for (int64_t i = 0; i < columns; ++i) {
+    w.grad_log[i] =
+        a.grad_log_det == nullptr || i >= count ? T(0) : typed<T>(a.grad_log_det)[first + i];
+  }
+  add_row_sums(w.rows, w.grad_log, 1, grads);
+  if (a.grad_z != nullptr) {
+    load_rows(a.grad_z, first, a.features, w.rows, w.state);
+  } else {
+    memset(w.state, 0, a.features * width * sizeof(T));
+  }
+  if (a.normal) {
+    const Rows<T> z = kept_block<T>(a, first, count, a.blocks - 1);
+    for (int64_t d = 0; d < a.features; ++d) {
+      for (int64_t i = 0; i < columns; i += V::kLanes) {
+        T* g = w.state + d * width + i;
+        (V::load(g) - V::load(z.p + d * z.stride + i) * V::load(w.grad_log + i)).store(g);
+      }
+    }
+  }
+  if (a.grad_c != nullptr) memset(w.grad_context, 0, a.context * width * sizeof(T));
+  for (int64_t s = a.steps - 1; s >= 0; --s) step_backward(a, a.step[s], w, first, grads);
+  if (a.grad_x != nullptr) store_rows(w.state, first, a.features, w.rows, a.grad_x);
+  if (a.grad_c != nullptr) store_rows(w.grad_context, first, a.context, w.rows, a.grad_c);
+}
+
+}  // namespace
+
+PFK_END
