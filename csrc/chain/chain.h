@@ -3,7 +3,10 @@
 // and affine or spline maps of elements whose parameters a network computes from the vector itself
 // (couplings, masked autoregressive layers) or that all samples share.
 //
-//   z = f_T(... f_1(x)),    log_det = sum of the log-dets (+ log N(z; 0, 1) with a base).
+//   z = f_T(... f_1(x)),    log_det = sum of the log-dets (+ log N(z; 0, 1) with a base),
+//
+// or the inverse, where no step is autoregressive: the steps run from the last to the first, and
+// what is kept, and all gradients, are those of the steps as they run.
 //
 // A tile of samples goes through the whole chain while it is in cache.  A feature, or a unit of a
 // network, is a row of the tile, and a column a sample: so weights are read as they lie, and
@@ -45,7 +48,7 @@ struct ChainElements {
   int64_t per_feature, feature_step, param_step;
   int64_t reads, moves;
   const int32_t *read, *moved;
-  bool residual, activate_last;
+  bool inverse, residual, activate_last;
   Activation activation;
   int layers;  // 0: the parameters are a tensor, `shared`
   ChainLayer* layer;
@@ -72,13 +75,15 @@ struct ChainStep {
 struct ChainGrad {
   void* out;
   int64_t rows, columns, at, stride;
+  bool negative;             // the sum is that of the negative: inverses of ActNorm and shifts
   bool with_log;             // every sample's grad_log_det is added: of log-scales
   int layer = -1, step = 0;  // of a weight or a bias, whose order may be another
 };
 
 struct ChainArgs {
   int64_t samples, features, context;
-  bool normal;  // the base
+  bool normal;   // the base
+  bool inverse;  // the direction
   int64_t steps;
   ChainStep* step;
   const void *x, *c;  // c: [samples, context], or null
@@ -94,7 +99,7 @@ struct ChainArgs {
   int64_t rows, widest;               // of the work space: the most of any step
 };
 
-constexpr int64_t kChainTile = 112;  // samples of a tile, at most; see padded() in host.h
+constexpr int64_t kChainTile = 128;  // samples of a tile, at most: pairs of vectors
 
 // Numbers of a sample in a tile that is kept: whole vectors, whatever the level.
 inline int64_t chain_columns(int64_t samples) { return (samples + 15) / 16 * 16; }

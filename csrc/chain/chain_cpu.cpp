@@ -41,8 +41,8 @@ void run_backward(const ChainArgs& a, int64_t begin, int64_t end) {
   const Workspace memory(ChainTileWork<T>::bytes(a));
   ChainTileWork<T> work(a, memory.memory());
   for (int64_t task = begin; task < end; ++task) {
-    T* grads = typed<T>(a.grads) + task * a.size;
-    memset(grads, 0, a.size * sizeof(T));
+    T* grads = a.grads == nullptr ? nullptr : typed<T>(a.grads) + task * a.size;
+    if (grads != nullptr) memset(grads, 0, a.size * sizeof(T));
     const int64_t first = task * a.tiles / a.tasks, last = (task + 1) * a.tiles / a.tasks;
     for (int64_t t = first; t < last; ++t) chain_backward_tile(a, work, t * a.tile, grads);
   }
@@ -96,10 +96,10 @@ struct Chain {
   bool wide;
 
   Chain(const Tensor& like, int64_t samples, const Maybe& context, const Tensor& program,
-        const Tensor& numbers, const Tensors& tensors)
+        const Tensor& numbers, const Tensors& tensors, bool inverse)
       : a(t.args), wide(dtype_of(like) == kFloat64) {
     STD_TORCH_CHECK(wide || dtype_of(like) == kFloat32, "pyflowkern::chain: float32 or float64");
-    ChainBuilder(t, like, program, numbers, tensors);
+    ChainBuilder(t, like, program, numbers, tensors, inverse);
     a.samples = samples;
     STD_TORCH_CHECK(context.has_value() == (a.context > 0) &&
                         (!context || (context->numel() == samples * a.context &&
@@ -117,11 +117,11 @@ struct Chain {
 
 std::tuple<Tensor, Tensor, Tensor> chain(const Tensor& x, const Maybe& context,
                                          const Tensor& program, const Tensor& numbers,
-                                         Tensors tensors, int64_t blocks) {
+                                         Tensors tensors, int64_t blocks, bool inverse) {
   STD_TORCH_CHECK(x.dim() == 2, "pyflowkern::chain: x must have two axes");
   const Tensor in = dense(x);
   const int64_t samples = in.sizes()[0];
-  Chain chain(in, samples, context, program, numbers, tensors);
+  Chain chain(in, samples, context, program, numbers, tensors, inverse);
   ChainArgs& a = chain.a;
   STD_TORCH_CHECK(in.sizes()[1] == a.features && (blocks == 0 || blocks == a.blocks),
                   "pyflowkern::chain: x of ", in.sizes()[1], " features for ", a.features, ", or ",
@@ -149,18 +149,15 @@ Tensors place_gradients(Chain& chain, const Tensors& tensors) {
   grads.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     ChainGrad& g = chain.t.grads[i];
-    if (g.rows == 0) {
-      grads.push_back(empty(chain.t.like, {0}));
-      continue;
-    }
     grads.push_back(empty(chain.t.like, tensors[i].sizes()));
     g.out = data_of(grads.back());
+    if (g.rows == 0) memset(g.out, 0, tensors[i].numel() * chain.t.like.element_size());
   }
   return grads;
 }
 
 // The factors' gradients are made together, from that of their matrix.
-void finish_matrices(Chain& chain, const Tensors& tensors, Tensors& grads, double log_sum) {
+void finish_matrices(Chain& chain, double log_sum) {
   ChainArgs& a = chain.a;
   if (chain.t.factors.empty()) return;
   const Tensor room = empty(chain.t.like, {a.features * a.features});
@@ -170,21 +167,19 @@ void finish_matrices(Chain& chain, const Tensors& tensors, Tensors& grads, doubl
     if (s.kind != kPluStep) continue;
     PluArgs& factors = chain.t.factors[f++];
     void** out[] = {&factors.grad_lower, &factors.grad_upper, &factors.grad_log_diag};
-    for (int k = 0; k < 3; ++k) {  // the permutation comes first
-      Tensor& to = grads[s.first_tensor + 1 + k];
-      to = empty(chain.t.like, tensors[s.first_tensor + 1 + k].sizes());
-      *out[k] = data_of(to);
-    }
+    for (int k = 0; k < 3; ++k) *out[k] = chain.t.grads[s.first_tensor + 1 + k].out;
     PFK_CALL_LEVEL(chain_finish_factors, a, s, factors, log_sum, chain.wide, data_of(room));
   }
 }
 
 std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Maybe& grad_log_det,
-                                                   const Tensor& kept, const Maybe& context,
-                                                   const Tensor& program, const Tensor& numbers,
-                                                   Tensors tensors, int64_t samples, bool with_x,
-                                                   bool with_context) {
-  Chain chain(kept, samples, context, program, numbers, tensors);
+                                                   const Tensor& x, const Tensor& kept,
+                                                   const Maybe& context, const Tensor& program,
+                                                   const Tensor& numbers, Tensors tensors,
+                                                   bool inverse, bool with_x, bool with_context,
+                                                   bool with_tensors) {
+  const int64_t samples = x.sizes()[0];
+  Chain chain(kept, samples, context, program, numbers, tensors, inverse);
   ChainArgs& a = chain.a;
   STD_TORCH_CHECK(
       kept.is_contiguous() && kept.numel() == a.blocks * a.features * chain_columns(samples),
@@ -199,13 +194,14 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Ma
   a.grad_x = with_x ? data_of(grad_x) : nullptr;
   a.grad_c = with_context ? data_of(grad_c) : nullptr;
   place_tasks(a, kept.element_size());
-  const Tensor task_grads = empty(kept, {a.tasks * a.size});
-  a.grads = data_of(task_grads);
+  const Workspace task_grads(with_tensors ? a.tasks * a.size * kept.element_size() : 0);
+  a.grads = with_tensors ? task_grads.memory() : nullptr;
   parallel_tasks(a.tasks, work_of(a, samples) / (a.tasks > 0 ? a.tasks : 1) / 2,
                  [&](int64_t begin, int64_t end) {
                    PFK_CALL_LEVEL(chain_tiles, a, chain.wide, true, begin, end);
                  });
-  const double log_sum = PFK_CALL_LEVEL(chain_sum, a, chain.wide);
+  if (!with_tensors) return {grad_x, grad_c, Tensors(tensors.size(), empty(kept, {0}))};
+  const double sum = PFK_CALL_LEVEL(chain_sum, a, chain.wide), log_sum = a.inverse ? -sum : sum;
   Tensors grads = place_gradients(chain, tensors);
   const int64_t count = static_cast<int64_t>(grads.size());
   parallel_tasks(count, a.size * a.tasks / (count > 0 ? count : 1),
@@ -215,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Ma
                      if (g.rows > 0) PFK_CALL_LEVEL(chain_finish, a, g, log_sum, chain.wide);
                    }
                  });
-  finish_matrices(chain, tensors, grads, log_sum);
+  finish_matrices(chain, log_sum);
   return {grad_x, grad_c, grads};
 }
 

@@ -161,7 +161,7 @@ void elements_forward(const ChainElements& e, int64_t width, int64_t columns, T*
     });
     return;
   }
-  const SplineMap<T> m = spline_map<T>(e.spline, e.form, false);
+  const SplineMap<T> m = spline_map<T>(e.spline, e.form, e.inverse);
   with_spline(m, [&](auto kind, auto config) {
     spline_rows<decltype(kind)::value, decltype(config)>(m, e, width, columns, x, params, log_det);
   });
@@ -176,7 +176,7 @@ void elements_backward(const ChainElements& e, int64_t width, int64_t columns, c
     });
     return;
   }
-  const SplineMap<T> m = spline_map<T>(e.spline, e.form, false);
+  const SplineMap<T> m = spline_map<T>(e.spline, e.form, e.inverse);
   with_spline(m, [&](auto kind, auto config) {
     spline_rows_vjp<decltype(kind)::value, decltype(config)>(m, e, width, columns, x, x_width,
                                                              params, grad, grad_log);

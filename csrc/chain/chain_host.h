@@ -5,6 +5,8 @@
 // kernels would read out of bounds.
 #pragma once
 
+#include <vector>
+
 #include "chain/chain.h"
 #include "core/host.h"
 #include "spline/spline_form.h"
@@ -47,13 +49,14 @@ class ChainReader {
     const double* p = static_cast<const double*>(numbers_.const_data_ptr()) + at;
     return {p, p + n};
   }
-  // The next tensor, with this many numbers of this type.
-  const Tensor& tensor(int64_t count, ScalarType type) {
+  // The next tensor, with this many axes: a number, `columns`, or [rows, columns].
+  const Tensor& tensor(int64_t axes, int64_t rows, int64_t columns) {
     STD_TORCH_CHECK(next_tensor_ < tensors_.size(), "pyflowkern::chain: too few tensors");
     const Tensor& t = tensors_[next_tensor_++];
-    STD_TORCH_CHECK(t.numel() == count && t.scalar_type() == type, "pyflowkern::chain: tensor ",
-                    next_tensor_ - 1, " has ", t.numel(), " numbers and not ", count,
-                    ", or another dtype");
+    STD_TORCH_CHECK(t.dim() == axes && (axes < 1 || t.sizes()[axes - 1] == columns) &&
+                        (axes < 2 || t.sizes()[0] == rows),
+                    "pyflowkern::chain: tensor ", next_tensor_ - 1, " has ", t.dim(), " axes and ",
+                    t.numel(), " numbers, for ", rows, " rows of ", columns);
     return t;
   }
   size_t tensors_read() const { return next_tensor_; }
@@ -77,7 +80,8 @@ struct ChainTensors {
   std::vector<ChainStep> steps;
   std::vector<ChainLayer> layers;
   std::vector<ChainGrad> grads;  // one for each tensor, those without a gradient with no rows
-  std::vector<PluArgs> factors;  // of the steps kPluStep, in their order
+  std::vector<std::vector<int64_t>> orders;  // the permutations of `factors`
+  std::vector<PluArgs> factors;              // of the steps kPluStep, in their order
   ChainArgs args{};
   int64_t prepared = 0;  // numbers of what is computed once a call
 };
@@ -85,7 +89,7 @@ struct ChainTensors {
 class ChainBuilder {
  public:
   ChainBuilder(ChainTensors& t, const Tensor& like, const Tensor& program, const Tensor& numbers,
-               const std::vector<Tensor>& tensors)
+               const std::vector<Tensor>& tensors, bool inverse)
       : t_(t), reader_(program, numbers, tensors), type_(like.scalar_type()) {
     t.like = like;
     t.dense.reserve(tensors.size());
@@ -93,6 +97,8 @@ class ChainBuilder {
     a.features = reader_.size(), a.context = reader_.size();
     a.normal = checked_kind("base", reader_.next(), kChainBases) == kNormalBase;
     a.steps = reader_.size();
+    a.inverse = inverse;
+    STD_TORCH_CHECK(!(inverse && a.normal), "pyflowkern::chain: an inverse has no base");
     a.size = 1;  // of a task's gradients; the first is the sum of grad_log_det
     a.widest = padded(a.features > a.context ? a.features : a.context);
     for (int64_t s = 0; s < a.steps; ++s) read_step();
@@ -112,18 +118,45 @@ class ChainBuilder {
     t_.dense.push_back(dense(given));
     return address_of(t_.dense.back());
   }
+  const Tensor& floating(int64_t axes, int64_t rows, int64_t columns) {
+    const Tensor& t = reader_.tensor(axes, rows, columns);
+    STD_TORCH_CHECK(t.scalar_type() == type_,
+                    "pyflowkern::chain: a tensor of another dtype than x");
+    return t;
+  }
   // The next tensor, and the place of its gradient: rows of `columns`, `stride` apart.
-  const void* parameter(int64_t rows, int64_t columns, int64_t stride, int64_t* place,
+  const void* parameter(int64_t axes, int64_t rows, int64_t columns, int64_t stride, int64_t* place,
                         bool with_log = false) {
-    const void* p = keep(reader_.tensor(rows * columns, type_));
+    const void* p = keep(floating(axes, rows, columns));
     *place = t_.args.size;
     t_.args.size += rows * stride;
-    t_.grads.push_back({nullptr, rows, columns, *place, stride, with_log, -1, 0});
+    t_.grads.push_back({nullptr, rows, columns, *place, stride, false, with_log, -1, 0});
     return p;
   }
-  const void* constant(int64_t count, ScalarType type) {
+  // The next tensor, whose gradient is made by itself or is zero.
+  const void* factor(int64_t axes, int64_t rows, int64_t columns) {
     t_.grads.push_back({});
-    return keep(reader_.tensor(count, type));
+    return keep(floating(axes, rows, columns));
+  }
+  // A permutation in any dtype.
+  const int64_t* permutation(int64_t n) {
+    t_.grads.push_back({});
+    const Tensor given = dense(reader_.tensor(1, 1, n));
+    const ScalarType type = given.scalar_type();
+    STD_TORCH_CHECK(
+        type == ScalarType::Long || type == ScalarType::Float || type == ScalarType::Double,
+        "pyflowkern::chain: a permutation of another dtype");
+    std::vector<int64_t>& order = t_.orders.emplace_back(n);
+    const void* p = given.const_data_ptr();
+    for (int64_t i = 0; i < n; ++i) {
+      const double index = type == ScalarType::Long    ? static_cast<const int64_t*>(p)[i]
+                           : type == ScalarType::Float ? static_cast<const float*>(p)[i]
+                                                       : static_cast<const double*>(p)[i];
+      STD_TORCH_CHECK(index >= 0 && index < n, "permutation must hold indices from 0 to ", n - 1,
+                      ", got ", index);
+      order[i] = static_cast<int64_t>(index);
+    }
+    return order.data();
   }
 
   void read_step() {
@@ -137,15 +170,17 @@ class ChainBuilder {
         s.index = reader_.indices(n, n);
         break;
       case kActNormStep:
-        s.given = parameter(1, n, n, &s.grad, true);
-        s.second = parameter(1, n, n, &s.grad_second);
+        s.given = parameter(1, 1, n, n, &s.grad, true);
+        t_.grads.back().negative = t_.args.inverse;
+        s.second = parameter(1, 1, n, n, &s.grad_second);
+        t_.grads.back().negative = t_.args.inverse;
         t_.prepared += padded(n);
         break;
       case kLinearStep: {
         s.stride = padded(n);
-        s.first = parameter(n, n, s.stride, &s.grad);
+        s.first = parameter(2, n, n, s.stride, &s.grad);
         int64_t of_log_det = 0;
-        s.given = parameter(1, 1, 1, &of_log_det, true);
+        s.given = parameter(0, 1, 1, 1, &of_log_det, true);
         break;
       }
       case kPluStep:
@@ -153,7 +188,8 @@ class ChainBuilder {
         break;
       case kShiftStep: {
         s.bound = reader_.numbers(reader_.next(), 1)[0];
-        s.first = parameter(1, n, n, &s.grad);
+        s.first = parameter(1, 1, n, n, &s.grad);
+        t_.grads.back().negative = t_.args.inverse;
         break;
       }
       default:
@@ -166,30 +202,33 @@ class ChainBuilder {
     const int64_t n = t_.args.features;
     PluArgs f{};
     f.size = n;
-    f.permutation = static_cast<const int64_t*>(constant(n, ScalarType::Long));
-    for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(f.permutation[i] >= 0 && f.permutation[i] < n,
-                      "permutation must hold indices from 0 to ", n - 1, ", got ",
-                      f.permutation[i]);
-    }
+    f.inverse = t_.args.inverse;
+    f.permutation = permutation(n);
     s.stride = padded(n);
     s.grad = t_.args.size;
     t_.args.size += n * s.stride;
-    f.lower = constant(n * n, type_), f.upper = constant(n * n, type_);
-    s.given = f.log_diag = constant(n, type_), f.sign = constant(n, type_);
+    f.lower = factor(2, n, n), f.upper = factor(2, n, n);
+    s.given = f.log_diag = factor(1, 1, n), f.sign = factor(1, 1, n);
     t_.factors.push_back(f);
     t_.prepared += n * padded(n);
   }
 
+  static int checked_scale_flags(int64_t flags) {
+    STD_TORCH_CHECK((flags & ~int64_t{kShiftFirst | kDivide}) == 0,
+                    "pyflowkern::chain: flags of a scale map, got ", flags);
+    return static_cast<int>(flags);
+  }
+
   void read_elements(ChainElements& e) {
     ChainArgs& a = t_.args;
+    e.inverse = a.inverse;
     e.family = static_cast<ElementFamily>(checked_kind("family", reader_.next(), kElementFamilies));
     const int32_t* p = reader_.many(7);  // kind, tails, parameterization, bins, flags, numbers
     const std::vector<double> numbers = reader_.numbers(p[5], p[6]);
     int64_t per_feature = 0;
     if (e.family == kAffineElements) {
       e.kind = checked_kind("scale map", p[0], kScaleKinds);
-      e.flags = checked_flags("flags", p[4], kAllAffineFlags);
+      e.flags = checked_scale_flags(p[4]) | (e.inverse ? kInverse : 0);
       STD_TORCH_CHECK(numbers.size() == 5, "a scale map takes 5 numbers");
       e.scale = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
       per_feature = e.kind == kAdditive ? 1 : 2;
@@ -206,6 +245,12 @@ class ChainBuilder {
         static_cast<Activation>(checked_kind("activation", reader_.next(), kMaskedActivations));
     const bool with_context = reader_.next() != 0;
     e.read = reader_.indices(e.reads, a.features), e.moved = reader_.indices(e.moves, a.features);
+    for (int64_t r = 0; e.inverse && r < e.reads; ++r) {
+      for (int64_t m = 0; m < e.moves; ++m) {
+        STD_TORCH_CHECK(e.read[r] != e.moved[m],
+                        "pyflowkern::chain: an autoregressive step has no inverse here");
+      }
+    }
     e.params_count = e.moves * e.per_feature;
     const int64_t last_row = (e.moves - 1) * e.feature_step + (e.per_feature - 1) * e.param_step;
     STD_TORCH_CHECK(e.per_feature == per_feature && (e.moves == 0 || last_row < e.params_count),
@@ -215,7 +260,7 @@ class ChainBuilder {
                     "pyflowkern::chain: residual blocks are pairs of layers");
     e.rows = e.reads, e.widest = e.reads;
     if (e.layers == 0) {
-      e.shared = parameter(1, e.params_count, e.params_count, &e.grad_shared);
+      e.shared = parameter(1, 1, e.params_count, e.params_count, &e.grad_shared);
     }
     int64_t inputs = e.reads;
     for (int l = 0; l < e.layers; ++l) inputs = read_layer(e, l, inputs);
@@ -225,7 +270,7 @@ class ChainBuilder {
       const int64_t out = t_.layers[t_.layers.size() - e.layers].out;
       STD_TORCH_CHECK(e.layers > 0, "pyflowkern::chain: a context without a network");
       e.context_stride = padded(a.context);
-      e.context_weight = parameter(out, a.context, e.context_stride, &e.grad_context);
+      e.context_weight = parameter(2, out, a.context, e.context_stride, &e.grad_context);
     }
     e.params = e.rows;
     e.rows += e.params_count + 3 * e.widest;  // and three rows of gradients
@@ -266,12 +311,12 @@ class ChainBuilder {
     e.widest = y.in > e.widest ? y.in : e.widest;
     y.grad_stride = padded(y.in);
     a.widest = y.grad_stride > a.widest ? y.grad_stride : a.widest;
-    y.given = y.weight = parameter(y.out, y.in, y.grad_stride, &y.grad);
+    y.given = y.weight = parameter(2, y.out, y.in, y.grad_stride, &y.grad);
     y.stride = y.in;
     t_.grads.back().layer = l;
     t_.grads.back().step = static_cast<int>(t_.steps.size());
     if (with_bias) {
-      y.bias = parameter(1, y.out, y.out, &y.grad_bias);
+      y.bias = parameter(1, 1, y.out, y.out, &y.grad_bias);
       t_.grads.back().layer = l;
       t_.grads.back().step = static_cast<int>(t_.steps.size());
     }
@@ -294,10 +339,11 @@ inline void place_tiles(ChainArgs& a) {
   a.width = padded(a.tile);
 }
 
-// As many tasks as there are tiles, unless their gradients would need more than 64 MiB.
+// As many tasks as there are tiles, unless their gradients would need more than 16 MiB: then fewer,
+// but four at least.
 inline void place_tasks(ChainArgs& a, int64_t element_size) {
-  const int64_t room = (int64_t{64} << 20) / (a.size * element_size) / 2 * 2;
-  const int64_t most = room < 2 ? 2 : room > 64 ? 64 : room;
+  const int64_t room = (int64_t{16} << 20) / (a.size * element_size) / 2 * 2;
+  const int64_t most = room < 4 ? 4 : room > 16 ? 16 : room;
   a.tasks = a.tiles < most ? a.tiles : most;
 }
 

@@ -192,7 +192,7 @@ const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T
                           int64_t context, T* grads) {
   T* grad = w.row(e.params);
   if (e.layers == 0) {
-    add_row_sums(w, grad, e.params_count, grads + e.grad_shared);
+    if (grads != nullptr) add_row_sums(w, grad, e.params_count, grads + e.grad_shared);
     return nullptr;
   }
   T *h = w.row(e.params + e.params_count), *u = h + e.widest * w.width,
@@ -204,22 +204,22 @@ const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T
     const bool opens = e.residual && l < last && l % 2 == 1;   // the first of a pair
     const bool closes = e.residual && l < last && l % 2 == 0;  // the second
     const T* of_output = opens ? inner : grad;
-    add_layer_gradients(y, w, of_output, after(l), grads);
+    if (grads != nullptr) add_layer_gradients(y, w, of_output, after(l), grads);
     layer_backward(y, w, of_output, u);
     T* to = closes ? inner : h;
     deactivate(seen_through(e, l), w, y.in, w.row(y.before), u, opens ? h : nullptr, to);
     if (!closes) grad = h;
   }
   const ChainLayer& y = e.layer[0];
-  add_layer_gradients(y, w, grad, w.row(0), grads);
-  if (e.context_weight != nullptr) {
+  if (grads != nullptr) add_layer_gradients(y, w, grad, w.row(0), grads);
+  if (e.context_weight != nullptr && grads != nullptr) {
     const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
     gemm<T>({grad, w.width, 1}, right, y.out, context, w.count,
             {grads + e.grad_context, e.context_stride}, true);
-    if (grad_c != nullptr) {
-      gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, y.out,
-              {grad_c, w.width}, true);
-    }
+  }
+  if (e.context_weight != nullptr && grad_c != nullptr) {
+    gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, y.out,
+            {grad_c, w.width}, true);
   }
   layer_backward(y, w, grad, u);
   return u;

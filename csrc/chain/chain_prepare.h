@@ -70,7 +70,10 @@ void prepare_chain(ChainArgs& a, PluArgs* factors, T* room) {
     ChainStep& s = a.step[i];
     switch (s.kind) {
       case kActNormStep:
-        for (int64_t d = 0; d < n; ++d) room[d] = exp_(typed<T>(s.given)[d]);
+        for (int64_t d = 0; d < n; ++d) {
+          const T log_scale = typed<T>(s.given)[d];
+          room[d] = exp_(a.inverse ? -log_scale : log_scale);
+        }
         s.first = room;
         room += n;
         a.log_det_of_all += sum_of<T>(s.given, n);
@@ -92,6 +95,7 @@ void prepare_chain(ChainArgs& a, PluArgs* factors, T* room) {
         break;
     }
   }
+  if (a.inverse) a.log_det_of_all = -a.log_det_of_all;
 }
 
 // ---- after the tiles ---------------------------------------------------------------------------
@@ -151,6 +155,7 @@ void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
   for (int64_t r = 0; r < g.rows; ++r) {
     T* to = out + r * g.columns;
     sum_row<T>(a, g, r, g.columns, to);
+    for (int64_t c = 0; g.negative && c < g.columns; ++c) to[c] = -to[c];
     for (int64_t c = 0; g.with_log && c < g.columns; ++c) {
       to[c] = static_cast<T>(static_cast<double>(to[c]) + log_sum);
     }
@@ -160,7 +165,7 @@ void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
 // The gradients of the factors of a matrix; `room` has as many numbers as the matrix.
 template <class T>
 void finish_factors(const ChainArgs& a, const ChainStep& s, PluArgs& f, double log_sum, T* room) {
-  const ChainGrad g{nullptr, f.size, f.size, s.grad, s.stride, false, -1, 0};
+  const ChainGrad g{nullptr, f.size, f.size, s.grad, s.stride, false, false, -1, 0};
   for (int64_t r = 0; r < f.size; ++r) sum_row<T>(a, g, r, f.size, room + r * f.size);
   f.grad = room;
   plu_backward(f, sizeof(T) == 8);

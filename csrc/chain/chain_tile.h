@@ -88,21 +88,28 @@ PFK_HD V on_circle(V v, Lane<V> bound) {
   return select(turned >= V(bound), V(-bound), turned);
 }
 
+// Row d becomes row index[d], or (back) the other way.
+template <class T>
+void permute_rows(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, bool back) {
+  for (int64_t d = 0; d < a.features; ++d) {
+    const int64_t to = back ? s.index[d] : d, from = back ? d : s.index[d];
+    memcpy(w.other + to * w.rows.width, w.state + from * w.rows.width, w.rows.columns * sizeof(T));
+  }
+  swap_states(w);
+}
+
 template <class T>
 void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
   using V = Vec<T>;
   T* x = w.state;
   switch (s.kind) {
     case kPermuteStep:
-      for (int64_t d = 0; d < a.features; ++d) {
-        memcpy(w.other + d * w.rows.width, x + s.index[d] * w.rows.width,
-               w.rows.columns * sizeof(T));
-      }
-      return swap_states(w);
+      return permute_rows(a, s, w, a.inverse);
     case kActNormStep: {
       const T *scale = typed<T>(s.first), *bias = typed<T>(s.second);
       return each_state(a, w.rows, [&](int64_t i, int64_t d) {
-        ((V::load(x + i) + V(bias[d])) * V(scale[d])).store(x + i);
+        const V v = V::load(x + i), b = bias[d], e = scale[d];
+        (a.inverse ? v * e - b : (v + b) * e).store(x + i);
       });
     }
     case kLinearStep:
@@ -114,7 +121,8 @@ void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
       const T* shift = typed<T>(s.first);
       const T bound = static_cast<T>(s.bound);
       return each_state(a, w.rows, [&](int64_t i, int64_t d) {
-        on_circle(V::load(x + i) + V(shift[d]), bound).store(x + i);
+        const V by = a.inverse ? -shift[d] : shift[d];
+        on_circle(V::load(x + i) + by, bound).store(x + i);
       });
     }
     default: {
@@ -156,9 +164,10 @@ void chain_forward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first) 
   start_tile(a, w, first);
   load_rows(a.x, first, a.features, w.rows, w.state);
   for (int64_t i = 0; i < w.rows.columns; ++i) w.log_det[i] = a.log_det_of_all;
-  for (int64_t s = 0; s < a.steps; ++s) {
-    if (a.kept != nullptr && a.step[s].block >= 0) keep_rows(a, w, first, a.step[s].block);
-    step_forward(a, a.step[s], w);
+  for (int64_t i = 0; i < a.steps; ++i) {
+    const ChainStep& s = a.step[a.inverse ? a.steps - 1 - i : i];
+    if (a.kept != nullptr && s.block >= 0) keep_rows(a, w, first, s.block);
+    step_forward(a, s, w);
   }
   if (a.kept != nullptr) keep_rows(a, w, first, a.blocks - 1);
   if (a.normal) add_normal(a, w);
@@ -177,13 +186,15 @@ void actnorm_backward(const ChainArgs& a, const ChainStep& s, const ChainTileWor
   const T *scale = typed<T>(s.first), *bias = typed<T>(s.second);
   for (int64_t d = 0; d < a.features; ++d) {
     T *g = w.state + d * w.rows.width, *product = w.other;
+    const bool sums = grads != nullptr;
+    if (sums && a.inverse) add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
     for (int64_t i = 0; i < w.rows.columns; i += V::kLanes) {
-      const V of_bias = V::load(g + i) * V(scale[d]);
-      (of_bias * (V::load(x.p + d * x.stride + i) + V(bias[d]))).store(product + i);
-      of_bias.store(g + i);
+      const V of_input = V::load(g + i) * V(scale[d]), v = V::load(x.p + d * x.stride + i);
+      (of_input * (a.inverse ? v : v + V(bias[d]))).store(product + i);
+      of_input.store(g + i);
     }
-    add_row_sums(w.rows, product, 1, grads + s.grad + d);
-    add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
+    if (sums) add_row_sums(w.rows, product, 1, grads + s.grad + d);
+    if (sums && !a.inverse) add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
   }
 }
 
@@ -191,8 +202,10 @@ template <class T>
 void matrix_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, Rows<T> x,
                      T* grads) {
   const int64_t n = a.features, width = w.rows.width, stride = s.stride;
-  const Rows<const T> right = turn(w.rows, x.p, x.stride, n, stride);
-  gemm<T>({w.state, width, 1}, right, n, n, w.rows.count, {grads + s.grad, stride}, true);
+  if (grads != nullptr) {
+    const Rows<const T> right = turn(w.rows, x.p, x.stride, n, stride);
+    gemm<T>({w.state, width, 1}, right, n, n, w.rows.count, {grads + s.grad, stride}, true);
+  }
   gemm<T>({typed<T>(s.first), 1, n}, {w.state, width}, n, w.rows.columns, n, {w.other, width},
           false);
   swap_states(w);
@@ -219,13 +232,7 @@ void elements_step_backward(const ChainArgs& a, const ChainElements& e, const Ch
 template <class T>
 void step_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, int64_t first,
                    T* grads) {
-  if (s.kind == kPermuteStep) {
-    for (int64_t d = 0; d < a.features; ++d) {
-      memcpy(w.other + s.index[d] * w.rows.width, w.state + d * w.rows.width,
-             w.rows.columns * sizeof(T));
-    }
-    return swap_states(w);
-  }
+  if (s.kind == kPermuteStep) return permute_rows(a, s, w, !a.inverse);
   const Rows<T> x = kept_block<T>(a, first, w.rows.count, s.block);
   switch (s.kind) {
     case kActNormStep:
@@ -234,7 +241,8 @@ void step_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, 
     case kPluStep:
       return matrix_backward(a, s, w, x, grads);
     case kShiftStep:
-      return add_row_sums(w.rows, w.state, a.features, grads + s.grad);
+      if (grads != nullptr) add_row_sums(w.rows, w.state, a.features, grads + s.grad);
+      return;
     default:
       return elements_step_backward(a, s.elements, w, x, grads);
   }
@@ -249,7 +257,7 @@ void chain_backward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first,
     w.grad_log[i] =
         a.grad_log_det == nullptr || i >= count ? T(0) : typed<T>(a.grad_log_det)[first + i];
   }
-  add_row_sums(w.rows, w.grad_log, 1, grads);
+  if (grads != nullptr) add_row_sums(w.rows, w.grad_log, 1, grads);
   if (a.grad_z != nullptr) {
     load_rows(a.grad_z, first, a.features, w.rows, w.state);
   } else {
@@ -265,7 +273,9 @@ void chain_backward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first,
     }
   }
   if (a.grad_c != nullptr) memset(w.grad_context, 0, a.context * width * sizeof(T));
-  for (int64_t s = a.steps - 1; s >= 0; --s) step_backward(a, a.step[s], w, first, grads);
+  for (int64_t i = a.steps - 1; i >= 0; --i) {
+    step_backward(a, a.step[a.inverse ? a.steps - 1 - i : i], w, first, grads);
+  }
   if (a.grad_x != nullptr) store_rows(w.state, first, a.features, w.rows, a.grad_x);
   if (a.grad_c != nullptr) store_rows(w.grad_context, first, a.context, w.rows, a.grad_c);
 }

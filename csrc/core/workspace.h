@@ -8,30 +8,30 @@
 
 namespace pfk {
 
-// Uninitialized and aligned to a cache line, for as long as the object lives.  One at a time is the
-// thread's own; a second one, or one that is too large to be kept, is allocated.
+// Uninitialized and aligned to a cache line, for as long as the object lives.  A thread keeps the
+// memory of two objects that live at the same time; more of them, or larger ones, are allocated.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
     Kept& kept = of_thread();
-    own_ = kept.in_use || bytes > kMost;
+    own_ = kept.depth == kDepth || bytes > kMost;
     if (own_) {
       memory_ = allocate(bytes);
       return;
     }
-    if (kept.bytes < bytes) {
-      free(kept.memory);
-      kept.memory = allocate(bytes);
-      kept.bytes = bytes;
+    Block& block = kept.block[kept.depth++];
+    if (block.bytes < bytes) {
+      free(block.memory);
+      block.memory = allocate(bytes);
+      block.bytes = bytes;
     }
-    kept.in_use = true;
-    memory_ = kept.memory;
+    memory_ = block.memory;
   }
   ~Workspace() {
     if (own_) {
       free(memory_);
     } else {
-      of_thread().in_use = false;
+      --of_thread().depth;
     }
   }
   Workspace(const Workspace&) = delete;
@@ -40,12 +40,16 @@ class Workspace {
   void* memory() const { return memory_; }
 
  private:
-  static constexpr int64_t kMost = int64_t{16} << 20;  // bytes that a thread keeps
-  struct Kept {
+  static constexpr int64_t kMost = int64_t{32} << 20;  // bytes of a block that a thread keeps
+  static constexpr int kDepth = 2;
+  struct Block {
     void* memory = nullptr;
     int64_t bytes = 0;
-    bool in_use = false;
-    ~Kept() { free(memory); }
+    ~Block() { free(memory); }
+  };
+  struct Kept {
+    Block block[kDepth];
+    int depth = 0;
   };
   static Kept& of_thread() {
     thread_local Kept kept;
