@@ -31,42 +31,48 @@ __all__ = ["run_steps"]
 
 
 def run_steps(
-    x: Tensor, context: Tensor | None, program: ChainProgram, tensors: Sequence[Tensor]
+    x: Tensor,
+    context: Tensor | None,
+    program: ChainProgram,
+    tensors: Sequence[Tensor],
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return ``z`` and the log-determinant, or with a base the log-density, differentiable to any order."""
     log_det = x.new_zeros(x.shape[0])
-    at = 0
+    left = iter(tensors)
+    owned = [(step, [next(left) for _ in range(n)]) for step, n in program.pairs()]
     with full_precision(x):  # the kernel computes in the dtype of its arguments
-        for step, count in zip(program.steps, program.counts, strict=True):
-            x, term = _run_step(step, x, context, list(tensors[at : at + count]))
+        for step, own in reversed(owned) if inverse else owned:
+            x, term = _run_step(step, x, context, own, inverse)
             log_det = log_det if term is None else log_det + term
-            at += count
         return x, log_det + normal_log_prob_reference(x) if program.base == "normal" else log_det
 
 
 def _run_step(
-    step: Step, x: Tensor, context: Tensor | None, own: list[Tensor]
+    step: Step, x: Tensor, context: Tensor | None, own: list[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the result of a step, and its log-determinant unless that is zero."""
+    sign = -1 if inverse else 1
     if isinstance(step, PermuteStep):
-        return x.index_select(1, _index(step.order, x)), None
+        order = _index(step.order, x)
+        return x.index_select(1, torch.argsort(order) if inverse else order), None
     if isinstance(step, ActNormStep):
-        return actnorm_reference(x, *own)
+        return actnorm_reference(x, *own, inverse=inverse)
     if isinstance(step, LinearStep):
-        return functional.linear(x, own[0]), own[1]
+        return functional.linear(x, own[0]), sign * own[1]
     if isinstance(step, PLUStep):
-        order, lower, upper, log_diag, sign = own
+        order, lower, upper, log_diag, signs = own
         if order.is_floating_point():
             order = order.round().long()
-        weight = plu_matrix_reference(order, lower, upper, log_diag, sign)
-        return functional.linear(x, weight), log_diag.sum()
+        weight = plu_matrix_reference(order, lower, upper, log_diag, signs, inverse=inverse)
+        return functional.linear(x, weight), sign * log_diag.sum()
     if isinstance(step, ShiftStep):
-        return wrapped(x + own[0], step.bound), None
-    return _run_elements(step, x, context, own)
+        return wrapped(x + sign * own[0], step.bound), None
+    return _run_elements(step, x, context, own, inverse)
 
 
 def _run_elements(
-    step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor]
+    step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
     net, count = step.network, len(step.moves)
     if net is None:
@@ -79,7 +85,9 @@ def _run_elements(
     else:
         params = flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
     before = x.index_select(1, _index(step.moves, x))
-    moved, log_det = apply_elements(before, params, step.transform, reference=True)
+    moved, log_det = apply_elements(
+        before, params, step.transform, inverse=inverse, reference=True
+    )
     place = list(range(x.shape[1]))
     for j, feature in enumerate(step.moves):
         place[feature] = x.shape[1] + j

@@ -19,6 +19,7 @@ from pyflowkern._library import kernel_serves
 from pyflowkern.core.checks import (
     check_context,
     check_dense,
+    check_flag,
     check_floating,
     check_list,
     check_same_device,
@@ -45,8 +46,9 @@ def chain(
     tensors: Sequence[Tensor],
     *,
     context: Tensor | None = None,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""Run a chain of transforms from data to latent: :math:`z = f_T(\dots f_1(x))`.
+    r"""Run a chain of transforms from data to latent: :math:`z = f_T(\dots f_1(x))`, or back.
 
     The log-determinant is the sum of those of the steps,
 
@@ -57,20 +59,25 @@ def chain(
     Gradients reach ``x``, ``context`` and all tensors but the permutations and signs of PLU steps.  Kept for the
     backward pass are the inputs of all steps but permutations, and ``z``: ``N D`` numbers each.
 
+    With ``inverse``, ``x`` is latent and the result is data with the log-determinant of this direction; a LinearStep
+    then takes the inverse of its matrix, and the log-determinant of the matrix itself.  Masked autoregressive layers,
+    whose networks read what they move, have their inverse in :func:`~pyflowkern.ops.autoregressive_inverse`.
+
     Args:
         x: data ``[N, D]``, float32 or float64.
         program: the steps.
         tensors: their tensors, in the order and of the shapes that ``program.tensors`` says; of the dtype of ``x``,
             the permutation of a PLU step int64.
         context: ``[N, K]`` for a program with ``context_features``, else None.
+        inverse: from latent to data.
 
     Returns:
         ``(z, log_det)``: ``[N, D]`` and ``[N]`` in nats, in the dtype of ``x``.
 
     Raises:
         TypeError: for a program that is none, other dtypes, and tensors that are no list of tensors.
-        ValueError: for shapes that do not fit the program, a context that is missing or not wanted, and tensors on
-            different devices.
+        ValueError: for shapes that do not fit the program, a context that is missing or not wanted, tensors on
+            different devices, and the inverse of a program that is not ``invertible``.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017); Papamakarios, Pavlakou and
     Murray, "Masked Autoregressive Flow for Density Estimation" (2017); Durkan, Bekasov, Murray and Papamakarios,
@@ -87,16 +94,20 @@ def chain(
         >>> z.tolist(), [round(v, 4) for v in log_prob.tolist()]
         ([[1.0, 0.0]], [-2.3379])
     """
-    _check(x, program, tensors, context)
+    _check(x, program, tensors, context, inverse)
     given = list(tensors)
     floating = [t for t in given if t.is_floating_point()]
     if not kernel_serves("chain", x, context, *floating, dtypes=CHAIN_DTYPES):
-        return run_steps(x, context, program, given)
-    return run_chain(x, context, program, given)
+        return run_steps(x, context, program, given, inverse)
+    return run_chain(x, context, program, given, inverse)
 
 
 def run_chain(
-    x: Tensor, context: Tensor | None, program: ChainProgram, tensors: list[Tensor]
+    x: Tensor,
+    context: Tensor | None,
+    program: ChainProgram,
+    tensors: list[Tensor],
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Do what :func:`chain` does, by the kernel, which compares every tensor with the program itself.
 
@@ -110,6 +121,7 @@ def run_chain(
         program.numbers,
         tensors,
         program.blocks if _differentiated(x, context, tensors) else 0,
+        inverse,
     )
     return z, log_det
 
@@ -120,10 +132,11 @@ def chain_reference(
     tensors: Sequence[Tensor],
     *,
     context: Tensor | None = None,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`chain` in plain PyTorch, step by step, differentiable by autograd to any order."""
-    _check(x, program, tensors, context)
-    return run_steps(x, context, program, tensors)
+    _check(x, program, tensors, context, inverse)
+    return run_steps(x, context, program, tensors, inverse)
 
 
 def _differentiated(x: Tensor, context: Tensor | None, tensors: list[Tensor]) -> bool:
@@ -138,10 +151,19 @@ def _differentiated(x: Tensor, context: Tensor | None, tensors: list[Tensor]) ->
 
 
 def _check(
-    x: Tensor, program: ChainProgram, tensors: Sequence[Tensor], context: Tensor | None
+    x: Tensor,
+    program: ChainProgram,
+    tensors: Sequence[Tensor],
+    context: Tensor | None,
+    inverse: bool,
 ) -> None:
     if not isinstance(program, ChainProgram):
         raise TypeError(f"program must be a ChainProgram, got {type(program).__name__}")
+    if check_flag("inverse", inverse) and not program.invertible:
+        raise ValueError(
+            "inverse needs a program without a base whose networks read nothing that they move, got one that has "
+            + (f"base={program.base!r}" if program.base != "none" else "an autoregressive step")
+        )
     check_floating("x", x)
     if x.dtype not in CHAIN_DTYPES:
         raise TypeError(f"x must be float32 or float64, got {x.dtype}")
@@ -179,6 +201,7 @@ def _fake(
     numbers: Tensor,
     tensors: list[Tensor],
     blocks: int,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, features = x.shape
     kept = blocks * features * ((n + _TILE - 1) // _TILE * _TILE)
@@ -186,14 +209,14 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, context, program, numbers, tensors, ctx.blocks = inputs
+    x, context, program, numbers, tensors, ctx.blocks, ctx.inverse = inputs
     ctx.save_for_backward(x, context, output[2], program, numbers, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _inputs(ctx: Any) -> tuple[Any, ...]:
     x, context, _, program, numbers, *tensors = ctx.saved_tensors
-    return x, context, program, numbers, tensors, ctx.blocks
+    return x, context, program, numbers, tensors, ctx.blocks, ctx.inverse
 
 
 def _op_reference(
@@ -203,9 +226,10 @@ def _op_reference(
     numbers: Tensor,
     tensors: list[Tensor],
     blocks: int,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Do what the op does, but for what it keeps."""
-    return run_steps(x, context, ChainProgram.of(program, numbers), tensors)
+    return run_steps(x, context, ChainProgram.of(program, numbers), tensors, inverse)
 
 
 def _backward(
@@ -220,14 +244,14 @@ def _backward(
         grad_z,
         grad_log_det,
         *(x, kept, context, program, numbers, tensors),
-        *(x.requires_grad, with_context, with_tensors),
+        *(ctx.inverse, x.requires_grad, with_context, with_tensors),
     )
     return (
         grad_x if x.requires_grad else None,
         grad_context if with_context else None,
         *(None, None),
         [g if t.requires_grad else None for t, g in zip(tensors, grads, strict=True)],
-        None,
+        *(None, None),
     )
 
 
@@ -240,6 +264,7 @@ def _backward_fake(
     program: Tensor,
     numbers: Tensor,
     tensors: list[Tensor],
+    inverse: bool,
     with_x: bool,
     with_context: bool,
     with_tensors: bool,
@@ -278,6 +303,7 @@ def _backward_flops(
     program: torch.Size,
     numbers: torch.Size,
     tensors: list[torch.Size],
+    inverse: bool,
     with_x: bool,
     with_context: bool,
     with_tensors: bool,
@@ -287,7 +313,8 @@ def _backward_flops(
 
 # the third result is what is kept for the backward pass: the inputs of steps, and z, by tiles
 _op = register(
-    "chain(Tensor x, Tensor? context, Tensor program, Tensor numbers, Tensor[] tensors, int blocks)"
+    "chain(Tensor x, Tensor? context, Tensor program, Tensor numbers, Tensor[] tensors, int blocks,"
+    " bool inverse)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup,
@@ -298,8 +325,8 @@ _op = register(
 )
 _backward_op = register(
     "chain_backward(Tensor? grad_z, Tensor? grad_log_det, Tensor x, Tensor kept, Tensor? context,"
-    " Tensor program, Tensor numbers, Tensor[] tensors, bool with_x, bool with_context,"
-    " bool with_tensors) -> (Tensor, Tensor, Tensor[])",
+    " Tensor program, Tensor numbers, Tensor[] tensors, bool inverse, bool with_x,"
+    " bool with_context, bool with_tensors) -> (Tensor, Tensor, Tensor[])",
     fake=_backward_fake,
     flops=_backward_flops,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,6 +80,8 @@ class ChainProgram:
     counts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     #: How many inputs of steps the backward pass needs, and the result.
     blocks: int = field(init=False, repr=False, compare=False)
+    #: Whether the op computes the inverse: where no step moves features that its network reads, and without a base.
+    invertible: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("features", self.features)
@@ -106,6 +109,10 @@ class ChainProgram:
             "tensors": tuple(tensors),
             "counts": tuple(counts),
             "blocks": blocks,
+            "invertible": self.base == "none"
+            and not any(
+                isinstance(s, ElementsStep) and {*s.moves} & {*s.reads} for s in self.steps
+            ),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -118,6 +125,10 @@ class ChainProgram:
         features, context_features, base, count = given[:_HEAD]
         steps = tuple(read_step(features, left, constants) for _ in range(count))
         return cls(features, steps, context_features, list(_BASES)[base])
+
+    def pairs(self) -> Iterable[tuple[Step, int]]:
+        """Return each step with the number of its tensors."""
+        return zip(self.steps, self.counts, strict=True)
 
     def _check_step(self, i: int, step: Step) -> None:
         if isinstance(step, PermuteStep) and len(step.order) != self.features:

@@ -78,18 +78,18 @@ def value(wanted, i, dtype):
 def called(function):
     """Return the op with the permutations and signs, which have no gradients, apart from the other tensors."""
 
-    def call(x, tensors, program, context=None, constants=None):
+    def call(x, tensors, program, context=None, constants=None, inverse=False):
         if not isinstance(tensors, list | tuple):
             raise TypeError(f"tensors must be a list, got {type(tensors).__name__}")
         given = list(tensors)
         for i, t in constants or ():
             given.insert(i, t)
-        return function(x, program, given, context=context)
+        return function(x, program, given, context=context, inverse=inverse)
 
     return call
 
 
-def sample(n, features, steps, dtype=torch.float64, base="none", unit=False):
+def sample(n, features, steps, dtype=torch.float64, base="none", unit=False, inverse=False):
     with_context = any(
         isinstance(s, ElementsStep) and s.network and s.network.context for s in steps
     )
@@ -105,7 +105,7 @@ def sample(n, features, steps, dtype=torch.float64, base="none", unit=False):
         "context": normal(n, K, seed=4, dtype=dtype) if with_context else None,
     }
     constants = [(i, given[i]) for i, w in enumerate(names) if w in ("permutation", "sign")]
-    return Sample(tensors, program=program, constants=tuple(constants) or None)
+    return Sample(tensors, program=program, constants=tuple(constants) or None, inverse=inverse)
 
 
 def whole_flows():
@@ -174,6 +174,29 @@ def densities(dtype):
         yield sample(n, 3, [], dtype, "normal")
 
 
+def invertible_flows():
+    """Flows without autoregressive steps."""
+    yield from itertools.islice(whole_flows(), 1, 3)
+    own = ElementsStep(SplineMap(bins=5, tails="circular"), [3, 0])
+    angles = coupling(SplineMap(bins=3, tails="circular"), 4, residual=True, widths=(6, 6, 6))
+    yield 4, [ShiftStep(3.0), own, PermuteStep([3, 1, 0, 2]), LinearStep(), angles]
+    yield 3, [coupling("softplus", 3, (20,), context=True, activation="gelu"), ActNormStep()]
+
+
+def inverses(dtype):
+    for n, (features, steps) in itertools.product((0, 1, 97), invertible_flows()):
+        yield sample(n, features, steps, dtype, inverse=True)
+    for transform in (*MAPS, *every_map(3)):
+        unit = isinstance(transform, SplineMap) and transform.tails == "none"
+        yield sample(17, 5, [coupling(transform, 5)], dtype, unit=unit, inverse=True)
+
+
+def few_inverses(dtype):
+    net = coupling("tanh", 3, (4,), context=True, activation="elu")
+    yield sample(4, 3, [net, ActNormStep(), PLUStep()], dtype, inverse=True)
+    yield sample(4, 3, [coupling(SplineMap(bins=2), 3), ShiftStep(4.0)], dtype, inverse=True)
+
+
 def few_densities(dtype):
     net = coupling("tanh", 3, (4,), context=True, activation="elu")
     yield sample(4, 3, [LinearStep(), net, ActNormStep()], dtype, "normal")
@@ -196,5 +219,6 @@ of_chains = partial(
 )
 CASES = [
     of_chains(samples, small, large=large, log_det=True, name="chain"),
+    of_chains(inverses, few_inverses, log_det=True, name="inverse of a chain"),
     of_chains(densities, few_densities, large=lambda: large("normal"), name="chain with a base"),
 ]
