@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "PLAIN_TENSORS",
     "accumulation_dtype",
     "autocasts",
     "cast",
@@ -16,6 +17,10 @@ __all__ = [
     "full_precision",
     "sum_per_sample",
 ]
+
+
+#: The classes of tensors that are memory and nothing else: no quantized or distributed ones, none of a tracer.
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import observed
+from pyflowkern.core.dtypes import PLAIN_TENSORS
 
 __all__ = ["Kept"]
 
 T = TypeVar("T")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 _memcmp: Any = getattr(ctypes.pythonapi, "memcmp", None)
 if _memcmp is not None:
@@ -62,7 +62,7 @@ class Kept(Generic[T]):
         recorded = torch.is_grad_enabled()
         # a loop, and is_cpu: device.type takes half as long as a comparison
         for t in tensors:
-            if type(t) not in _PLAIN or not t.is_cpu or (recorded and t.requires_grad):
+            if type(t) not in PLAIN_TENSORS or not t.is_cpu or (recorded and t.requires_grad):
                 return make(*args)
         if self._kept is not None:
             copies, result, inference = self._kept

@@ -16,6 +16,7 @@ from pyflowkern.flows._arguments import check_flags, expand_context, parse_shape
 from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows._domain import Domain, PixelDomain, without_density
 from pyflowkern.flows._hints import warn_of_unsuitable
+from pyflowkern.flows._one_op import log_prob_by_one_op
 from pyflowkern.flows._torch_base import as_base
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
 
@@ -154,6 +155,10 @@ class Flow(Bijection):
         return without_density(outside, self._log_prob_inside(x, context))
 
     def _log_prob_inside(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if type(self).forward is Flow.forward and self.preprocess is None:
+            context = self._context_of(context, x.shape[0])
+            if (by_one_op := log_prob_by_one_op(self, x, context)) is not None:
+                return by_one_op
         z, log_det = self(x, context)
         log_prob: Tensor = self.base.log_prob(z) + log_det  # type: ignore[operator]
         return log_prob

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.distributions import Transform, constraints
 
 from pyflowkern.core.checks import check_batched
 from pyflowkern.core.dtypes import accumulation_dtype
+from pyflowkern.nn._chain import Chains, Run, served
+from pyflowkern.nn._hooks import may_be_read
+from pyflowkern.nn._links import Link
 
 __all__ = [
     "Bijection",
@@ -55,6 +58,10 @@ class Bijection(torch.nn.Module):
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the event shape of ``inverse(z)[0]`` for events ``z`` of this shape."""
         return shape
+
+    def _chain_link(self) -> Link | None:
+        """Return what this layer is in a chain (:func:`pyflowkern.ops.chain`); None where it must be called."""
+        return None
 
     def transform(
         self, context: Tensor | None = None, *, event_dim: int = 1, cache_size: int = 0
@@ -198,6 +205,12 @@ class BijectionTransform(Transform):
 class Sequential(Bijection):
     r"""Bijections one after another: :math:`\log\det = \sum_i \log\det_i`.
 
+    On vectors, layers of this package whose networks are known (``MLP``, ``ResidualMLP``, ``MaskedMLP``) are not called
+    one by one: :func:`pyflowkern.ops.chain` runs as many of them as follow each other, backwards unless one of them is
+    autoregressive.  It reads their tensors at each call.  A layer is called where anything hangs on it or on a part of
+    it (hooks, parametrizations, subclasses and modules in the place of others), and all are under autocast, compilers
+    and function transforms.
+
     Args:
         *layers: bijections, data side first.
 
@@ -222,17 +235,53 @@ class Sequential(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the layers in order."""
-        total: Tensor | None = None
-        for layer in self.layers:
-            x, log_det = layer(x, context)
+        given, total = x, None
+        for part in self._parts(x):
+            if isinstance(part, Run):
+                x, log_det = part(x, context, checked=x is given)
+            else:
+                x, log_det = part(x, context)
             total = log_det if total is None else total + log_det
         return x, _none("x", x) if total is None else total
 
+    def normal_log_prob(
+        self, x: Tensor, context: Tensor | None = None, *, within: torch.nn.Module | None = None
+    ) -> Tensor | None:
+        r"""Return the log-density ``[N]`` of ``x`` for a standard normal latent where one op computes all of it.
+
+        That is :math:`\log N(f(x); 0, I) + \log|\det J_f|`; None where the layers must be called, or this module, or
+        the module ``within`` which it is called.
+        """
+        callers = (self,) if within is None else (self, within)
+        if not served(x) or not may_be_read(callers, *map(type, callers)):
+            return None
+        parts = self._parts(x)
+        if len(parts) != 1 or not isinstance(parts[0], Run):
+            return None
+        pair = parts[0].fused(x, context, "normal", checked=True)
+        return None if pair is None else pair[1]
+
+    def _parts(self, x: Tensor) -> Sequence[Bijection | Run]:
+        """Return the layers, or runs of them that one op replaces."""
+        if torch.compiler.is_compiling() or not served(x):
+            return self.layers  # type: ignore[return-value]
+        layers: list[Bijection] = list(self)
+        chains = self.__dict__.get("_chains")
+        if (
+            chains is None or chains.owner is not self.__dict__["_modules"]
+        ):  # of an older file, or of another
+            chains = self.__dict__["_chains"] = Chains(self.__dict__["_modules"])
+        parts: list[Bijection | Run] | None = chains.parts(layers)
+        return layers if parts is None else parts
+
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the inverses in reverse order."""
-        total: Tensor | None = None
-        for layer in reversed(list(self)):
-            z, log_det = layer.inverse(z, context)
+        given, total = z, None
+        for part in reversed(list(self._parts(z))):
+            if isinstance(part, Run):
+                z, log_det = part(z, context, inverse=True, checked=z is given)
+            else:
+                z, log_det = part.inverse(z, context)
             total = log_det if total is None else total + log_det
         return z, _none("z", z) if total is None else total
 

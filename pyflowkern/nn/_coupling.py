@@ -11,6 +11,8 @@ from pyflowkern.core.checks import check_count, check_flag, takes_two
 from pyflowkern.core.structure import Structure, structure_device
 from pyflowkern.nn._base import Bijection
 from pyflowkern.ops import channel_split_sizes, checkerboard_mask
+from pyflowkern.ops.chain_steps import ChainNetwork, ElementsStep
+from pyflowkern.ops.elements import ElementMap
 
 __all__ = [
     "Conditioner",
@@ -96,6 +98,33 @@ class Coupling(Bijection):
             self.sizes = (channels, channels)
         # a slice costs less than an index: it is a view, where an index gathers, and scatters its gradient
         self._passing_index = None if self._slice or index is None else Structure(index)
+
+    #: The attributes that say which channels pass.
+    _facts = ("channels", "swap", "split", "sizes", "_slice", "_mask", "_passing_index")
+
+    def _vector_parts(self) -> tuple[list[int], list[int]] | None:
+        """Return the channels that pass, and those that are transformed; None where the network reads all of them."""
+        channels = list(range(self.channels))
+        if self._slice is not None:
+            passing = channels[self._slice]
+        elif self._passing_index is not None:
+            passing = self._passing_index.host.tolist()
+        else:
+            return None
+        return passing, [c for c in channels if c not in passing]
+
+    def _elements(
+        self, transform: ElementMap, net: ChainNetwork, layout: str = "feature_major"
+    ) -> ElementsStep | None:
+        """Return this layer as a step of a chain; None for a network of other sizes, which only calls can refuse."""
+        parts = self._vector_parts()
+        if parts is None:
+            return None
+        passing, moved = parts
+        try:
+            return ElementsStep(transform, moved, passing, net, layout)
+        except ValueError:
+            return None
 
     @property
     def mask(self) -> Tensor | None:

@@ -8,29 +8,37 @@ import torch
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = ["may_be_read"]
+__all__ = ["HOOKS", "globally_hooked", "may_be_read"]
+
+#: Where a module keeps its hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def globally_hooked() -> bool:
+    """Whether hooks of all modules are registered that calling a layer would run."""
+    return _module._has_any_global_hook() and not _only_trackers()
 
 
 def may_be_read(layers: Iterable[torch.nn.Module], *kinds: type[torch.nn.Module]) -> bool:
     """Whether all layers are of exactly these kinds and give the same result when only their weights are used.
 
     False where a layer has hooks (also those of pruning, and of the old ``weight_norm`` and ``spectral_norm``), where
-    hooks of all modules are registered, and where a layer was replaced or overrides ``forward``.  Parametrized layers
-    are fine: reading their weight computes it.  So are torch's FLOP counters, whose hooks only note which module runs:
-    they count the op as it runs without them.  Convolutions are not fine if they are grouped or dilated, or pad with
-    other numbers than zeros: nothing that reads weights computes them.
+    hooks of all modules are registered, and where a layer was replaced or ``forward`` overridden, by a class or for one
+    instance.  Parametrized layers are fine: reading their weight computes it.  So are torch's FLOP counters, whose
+    hooks only note which module runs: they count the op as it runs without them.  Convolutions are not fine if they are
+    grouped or dilated, or pad with other numbers than zeros: nothing that reads weights computes them.
 
     Args:
         layers: modules whose weights an op is to use.
         kinds: their allowed classes; a subclass does not count.
     """
-    if _module._has_any_global_hook() and not _only_trackers():
+    if globally_hooked():
         return False
     for layer in layers:
         known = layer.__dict__  # nn.Module's own look-up takes longer
         if known["_forward_hooks"] or known["_forward_pre_hooks"]:
             return False
-        if known["_backward_hooks"] or known["_backward_pre_hooks"]:
+        if known["_backward_hooks"] or known["_backward_pre_hooks"] or "forward" in known:
             return False
         cls = type(layer)
         if cls not in kinds and not (

@@ -12,9 +12,12 @@ from pyflowkern import ops
 from pyflowkern.core.checks import check_channels, check_count, check_dtype
 from pyflowkern.core.structure import Structure
 from pyflowkern.nn._base import Bijection
+from pyflowkern.nn._chain_networks import masked_network
 from pyflowkern.nn._coupling import condition
+from pyflowkern.nn._links import Link
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.masked import MaskedMLP
+from pyflowkern.ops.chain_steps import ElementsStep
 from pyflowkern.ops.elements import (
     ElementMap,
     apply_elements,
@@ -113,6 +116,19 @@ class MaskedAutoregressive(Bijection):
         check_channels("x", x, self.features)
         params = condition(self.conditioner, x, context)
         return apply_elements(x, params, self.element_map, every=self._all.on(x.device))
+
+    def _chain_link(self) -> Link | None:
+        network = self.conditioner
+        if type(self) is not MaskedAutoregressive or not isinstance(network, MaskedMLP):
+            return None
+        link = Link()
+        link.watch(self, "features", "element_map")
+        net = masked_network(network, link)
+        if net is None:
+            return None
+        order = tuple(network.order)
+        link.steps.append(ElementsStep(self.element_map, order, order, net))
+        return link
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.core.checks import check_channels
 from pyflowkern.nn._base import Bijection, zero_log_det
+from pyflowkern.nn._chain_networks import coupling_network
 from pyflowkern.nn._coupling import (
     Conditioner,
     Coupling,
@@ -16,6 +17,7 @@ from pyflowkern.nn._coupling import (
     check_split,
     condition,
 )
+from pyflowkern.nn._links import Link
 from pyflowkern.ops import ScaleMap, channel_split_sizes, checkerboard_mask
 
 __all__ = [
@@ -89,6 +91,18 @@ class AffineCoupling(Coupling):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo :meth:`forward`."""
         return self._run(z, context, inverse=True)
+
+    def _chain_link(self) -> Link | None:
+        if type(self) not in (AffineCoupling, AdditiveCoupling) or self._vector_parts() is None:
+            return None
+        link = Link()
+        link.watch(self, *self._facts, "scale_map")
+        net = coupling_network(self.conditioner, link)
+        step = None if net is None else self._elements(self.scale_map, net, "blocked")
+        if step is None:
+            return None
+        link.steps.append(step)
+        return link
 
     def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         check_channels("z" if inverse else "x", x, self.channels)

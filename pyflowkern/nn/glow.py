@@ -8,6 +8,7 @@ from pyflowkern import ops
 from pyflowkern.core.checks import check_channels
 from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._hooks import may_be_read
+from pyflowkern.nn._links import Link
 from pyflowkern.nn.linear import InvertibleLinear
 from pyflowkern.nn.normalization import ActNorm
 
@@ -69,6 +70,17 @@ class GlowStep(Bijection):
             self.actnorm.initialize(self.linear.inverse(z)[0], inverse=True)
         matrix = self.linear.kept_matrix(inverse=True)
         return ops.glow_step(z, *self.actnorm.scale_and_bias(), *matrix, inverse=True)
+
+    def _chain_link(self) -> Link | None:
+        if type(self) is not GlowStep:
+            return None
+        link = Link()
+        link.watch(self, "channels")
+        for part in (self.actnorm, self.linear):
+            own = part._chain_link() if isinstance(part, Bijection) else None
+            if own is None or not link.append(own):
+                return None
+        return link
 
     def _fused(self) -> bool:
         return may_be_read((self.actnorm, self.linear), ActNorm, InvertibleLinear)

@@ -12,6 +12,8 @@ from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.core.kept import Kept
 from pyflowkern.core.structure import HasPermutations
 from pyflowkern.nn._base import Bijection
+from pyflowkern.nn._links import Link
+from pyflowkern.ops.chain_steps import MOST_PLU, LinearStep, PLUStep
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 
@@ -110,6 +112,20 @@ class InvertibleLinear(HasPermutations, Bijection):
         if _is_product(z, weight):
             return F.linear(z, weight), (-log_abs_det).expand(z.shape[0]).contiguous()
         return ops.invertible_linear(z, weight, log_abs_det, inverse=True)
+
+    def _chain_link(self) -> Link | None:
+        if type(self) not in (InvertibleLinear, InvertibleConv1x1):
+            return None
+        plu = self.parameterization == "plu"
+        if plu and self.channels <= MOST_PLU:
+            link = Link([PLUStep()])
+            link.read(self, "permutation", "lower", "upper", "log_diag", "sign")
+        else:
+            link = Link([LinearStep()])
+            name = {"plu": "lower", "dense": "weight"}.get(self.parameterization, "vectors")
+            link.make(self, (name, name), lambda inverse: self.kept_matrix(inverse=inverse))
+        link.watch(self, "channels", "parameterization")
+        return link
 
     def matrix(self, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Return ``W``, or its inverse, and ``log |det W|`` (of ``W`` in both cases)."""

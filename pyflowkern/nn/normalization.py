@@ -14,7 +14,9 @@ from pyflowkern import ops
 from pyflowkern._library import transformed
 from pyflowkern.core.checks import check_channels, check_count
 from pyflowkern.nn._base import Bijection
+from pyflowkern.nn._links import Link
 from pyflowkern.nn._ranks import process_groups, write_parameters
+from pyflowkern.ops.chain_steps import ActNormStep
 
 __all__ = ["ActNorm"]
 
@@ -86,6 +88,20 @@ class ActNorm(Bijection):
         check_channels("z", z, self.channels)
         self.initialize(z, inverse=True)
         return ops.actnorm(z, *self.scale_and_bias(), inverse=True)
+
+    def _chain_link(self) -> Link | None:
+        if type(self) is not ActNorm:
+            return None
+        link, names = Link([ActNormStep()]), ("log_scale", "bias")
+        if self._started:
+            link.watch(self, "channels", "_started")
+            link.read(self, *names)
+            return link
+        link.watch(self, "channels")
+        link.make(self, names, lambda inverse: self.scale_and_bias())
+        link.waits.append(self.awaits_first_batch)
+        link.holds.append(lambda: not self._started)
+        return link
 
     def awaits_first_batch(self, *, inverse: bool = False) -> bool:
         """Whether the next data in this direction would be the first training data."""

@@ -16,6 +16,8 @@ from pyflowkern.core.checks import (
 )
 from pyflowkern.core.structure import HasPermutations, structure_device
 from pyflowkern.nn._base import Bijection, zero_log_det
+from pyflowkern.nn._links import Link
+from pyflowkern.ops.chain_steps import PermuteStep
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]
 
@@ -149,6 +151,26 @@ class Permutation(HasPermutations, Bijection):
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
         return z.index_select(1, self.permutation_of("inverse_permutation")), zero_log_det(z)
+
+    def _chain_link(self) -> Link | None:
+        saved = self._buffers["permutation"]
+        # elsewhere looking at it would wait for the device
+        if type(self) not in (Permutation, Reverse) or saved is None or not saved.is_cpu:
+            return None
+        order = self.permutation_of("permutation")
+        if sorted(order.tolist()) != list(range(self.channels)):
+            return None
+        link = Link([PermuteStep(order.tolist())])
+        link.watch(self, "channels")
+        link.holds.append(lambda: self._orders_as(order))
+        return link
+
+    def _orders_as(self, order: Tensor) -> bool:
+        saved = self._buffers["permutation"]
+        if saved is None or not saved.is_cpu:
+            return False
+        now = self.permutation_of("permutation")
+        return now is order or torch.equal(now, order)
 
 
 class Reverse(Permutation):

@@ -10,9 +10,12 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.core.checks import check_channels, check_count, check_flag, check_number
 from pyflowkern.nn._base import Bijection, zero_log_det
+from pyflowkern.nn._chain_networks import coupling_network
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
+from pyflowkern.nn._links import Link
 from pyflowkern.nn.conditioners import start_at
 from pyflowkern.ops import SplineMap
+from pyflowkern.ops.chain_steps import ElementsStep, ShiftStep
 from pyflowkern.ops.elements import wrapped
 
 __all__ = ["CircularShift", "SplineCoupling"]
@@ -107,6 +110,24 @@ class SplineCoupling(Coupling):
         x, log_det = self._splines(z, params, mask, passing=False, inverse=True)
         return x, log_det if more is None else log_det + more
 
+    def _chain_link(self) -> Link | None:
+        parts = self._vector_parts()
+        if type(self) is not SplineCoupling or parts is None:
+            return None
+        link = Link()
+        link.watch(self, *self._facts, "spline")
+        net = coupling_network(self.conditioner, link)
+        step = None if net is None else self._elements(self.spline, net)
+        if step is None:
+            return None
+        link.steps.append(step)
+        if self.unconditional is None:
+            link.absent.append((self, "unconditional"))
+        else:
+            link.steps.append(ElementsStep(self.spline, parts[0]))
+            link.read(self, "unconditional")
+        return link
+
     def _splines(
         self, x: Tensor, params: Tensor, mask: Tensor | None, passing: bool, inverse: bool
     ) -> tuple[Tensor, Tensor]:
@@ -183,6 +204,14 @@ class CircularShift(Bijection):
         """Undo :meth:`forward`."""
         check_channels("z", z, self.channels)
         return wrapped(z - self._amount(z), self.bound), zero_log_det(z)
+
+    def _chain_link(self) -> Link | None:
+        if type(self) is not CircularShift:
+            return None
+        link = Link([ShiftStep(self.bound)])
+        link.watch(self, "channels", "bound")
+        link.read(self, "shift")
+        return link
 
     def _amount(self, x: Tensor) -> Tensor:
         return self.shift.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)

@@ -44,7 +44,7 @@ def write_step(step: Step, program: list[int], numbers: list[float]) -> None:
 
 
 def _write_elements(step: ElementsStep, program: list[int], numbers: list[float]) -> None:
-    code, net, per = element_code(step.transform), step.network, step.parameters
+    code, net, per = element_code(step.element_map), step.network, step.parameters
     count = len(step.moves)
     program += [
         ChainStep.ELEMENTS.value,

@@ -86,7 +86,7 @@ def _run_elements(
         params = flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
     before = x.index_select(1, _index(step.moves, x))
     moved, log_det = apply_elements(
-        before, params, step.transform, inverse=inverse, reference=True
+        before, params, step.element_map, inverse=inverse, reference=True
     )
     place = list(range(x.shape[1]))
     for j, feature in enumerate(step.moves):

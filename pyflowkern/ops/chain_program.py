@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ class ChainProgram:
     """
 
     features: int
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     context_features: int = 0
     base: str = "none"
     #: What kernels read, on the host: int32, and the constants of maps as float64.

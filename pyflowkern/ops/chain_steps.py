@@ -45,7 +45,7 @@ class PermuteStep:
         (1, 0)
     """
 
-    order: tuple[int, ...]
+    order: Sequence[int]
 
     def __post_init__(self) -> None:
         order = _indices("order", self.order)
@@ -165,7 +165,7 @@ class ChainLayer:
     outputs: int
     inputs: int
     bias: bool = True
-    prefixes: tuple[int, ...] | None = None
+    prefixes: Sequence[int] | None = None
     columns: bool = False
     rows: bool = False
 
@@ -215,7 +215,7 @@ class ChainNetwork:
         [2, 2, 2, 2]
     """
 
-    layers: tuple[ChainLayer, ...]
+    layers: Sequence[ChainLayer]
     activation: str = "relu"
     residual: bool = False
     activate_last: bool = True
@@ -293,9 +293,9 @@ class ElementsStep:
         2
     """
 
-    transform: ElementMap
-    moves: tuple[int, ...]
-    reads: tuple[int, ...] = ()
+    transform: str | ElementMap
+    moves: Sequence[int]
+    reads: Sequence[int] = ()
     network: ChainNetwork | None = None
     layout: str = "feature_major"
 
@@ -329,7 +329,12 @@ class ElementsStep:
     @property
     def parameters(self) -> int:
         """How many parameters a moved feature has."""
-        return element_parameters(self.transform)
+        return element_parameters(self.element_map)
+
+    @property
+    def element_map(self) -> ElementMap:
+        """The transform, by whatever name it was given."""
+        return element_map(self.transform)
 
     def _check_orders(self, net: ChainNetwork) -> None:
         if net.layers[0].columns and sorted(self.reads) != list(range(len(self.reads))):

@@ -1,0 +1,191 @@
+"""Where one op, :func:`pyflowkern.ops.chain`, may replace calls of layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import kernel_serves
+from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
+from pyflowkern.nn._hooks import globally_hooked
+from pyflowkern.nn._links import Link, Watched, obstructed
+from pyflowkern.ops.chain import CHAIN_DTYPES, run_chain
+from pyflowkern.ops.chain_program import ChainProgram
+from pyflowkern.ops.chain_steps import ElementsStep
+
+if TYPE_CHECKING:
+    from pyflowkern.nn._base import Bijection
+
+__all__ = ["Chains", "Run", "served"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Run:
+    """Layers one after another that one op replaces."""
+
+    def __init__(self, layers: Sequence[Bijection], link: Link, features: int) -> None:
+        self.layers = list(layers)
+        self.watched = Watched(link)
+        self._link, self._features = link, features
+        self._size = link.context_features or 0
+        self._programs: dict[str, ChainProgram] = {}
+        #: Whether tensors have other shapes than the program says.
+        self.outgrown = False
+
+    def __call__(
+        self, x: Tensor, context: Tensor | None, *, inverse: bool = False, checked: bool = False
+    ) -> Pair:
+        """Return what the layers return; ``checked`` where :func:`served` has said yes."""
+        pair = self.fused(x, context, inverse=inverse, checked=checked)
+        if pair is not None:
+            return pair
+        total: Tensor | None = None
+        for layer in reversed(self.layers) if inverse else self.layers:
+            x, log_det = layer.inverse(x, context) if inverse else layer(x, context)
+            total = log_det if total is None else total + log_det
+        assert total is not None
+        return x, total
+
+    def fused(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        base: str = "none",
+        *,
+        inverse: bool = False,
+        checked: bool = False,
+    ) -> Pair | None:
+        """Return the result of the layers by one op, or None where they must be called."""
+        if not (checked or served(x)) or not self._takes(x, context):
+            return None
+        program = self._program(base)
+        if inverse and (
+            not program.invertible or any("inverse" in layer.__dict__ for layer in self.layers)
+        ):
+            return None
+        tensors = self.watched.tensors(inverse)
+        if tensors is None:
+            return None
+        try:
+            z, log_det = run_chain(x, context, program, tensors, inverse)
+        except RuntimeError as error:
+            # the op compares all tensors with the program; it is asked what was wrong only here
+            if type(error) is not RuntimeError:
+                raise
+            pairs = zip(tensors, program.tensors, strict=True)
+            self.outgrown = any(tuple(t.shape) != wanted.shape for t, wanted in pairs)
+            if self.outgrown or not _alike(program, tensors, x):
+                return None
+            raise
+        return None if z.device != x.device else (z, log_det)
+
+    def _takes(self, x: Tensor, context: Tensor | None) -> bool:
+        if x.shape[1] != self._features:
+            return False
+        if x.dtype == torch.float64 and not self._link.in_float64:
+            return False
+        if context is None or not self._size:
+            return context is None and not self._size
+        return (
+            type(context) in PLAIN_TENSORS
+            and context.dtype == x.dtype
+            and context.device == x.device
+            and context.dim() == 2
+            and context.shape[0] == x.shape[0]
+            and context.shape[1] == self._size
+        )
+
+    def _program(self, base: str) -> ChainProgram:
+        if (program := self._programs.get(base)) is None:
+            program = ChainProgram(self._features, tuple(self._link.steps), self._size, base)
+            self._programs[base] = program
+        return program
+
+
+class Chains:
+    """The runs of a sequence of layers, found anew whenever a layer or what it consists of is another."""
+
+    def __init__(self, owner: object = None) -> None:
+        #: The modules of the sequence that this belongs to: shallow copies have others.
+        self.owner = owner
+        self._layers: list[Any] = []
+        self._parts: list[Bijection | Run] = []
+        self._runs: list[Run] = []
+        #: Whether what kept a layer out of the runs, such as a hook, is still there.
+        self._blocked: list[Callable[[], bool]] = []
+
+    def parts(self, layers: list[Any]) -> list[Bijection | Run] | None:
+        """Return runs, and layers that are called; None where there are no runs."""
+        if (
+            layers != self._layers
+            or not all(run.watched.unchanged() and not run.outgrown for run in self._runs)
+            or not all(blocked() for blocked in self._blocked)
+        ):
+            self._find(layers)
+        return self._parts if self._runs else None
+
+    def _find(self, layers: list[Any]) -> None:
+        parts: list[Bijection | Run] = []
+        blocked: list[Callable[[], bool]] = []
+        run: list[Any] = []
+        link, features = Link(), 0
+
+        def close() -> None:
+            nonlocal run, link, features
+            if any(isinstance(step, ElementsStep) for step in link.steps):
+                parts.append(Run(run, link, features))
+            else:
+                parts.extend(run)
+            run, link, features = [], Link(), 0
+
+        for layer in layers:
+            own = layer._chain_link() if hasattr(layer, "_chain_link") else None
+            if own is not None and obstructed(own):
+                blocked.append(partial(obstructed, own))
+                own = None
+            size = 0 if own is None else _features(layer)
+            if own is None or (features and size != features) or not link.append(own):
+                close()
+                if own is None:
+                    parts.append(layer)
+                    continue
+                link.append(own)
+            run.append(layer)
+            features = size
+        close()
+        self._layers, self._parts, self._blocked = layers, parts, blocked
+        self._runs = [part for part in parts if isinstance(part, Run)]
+
+    def __reduce__(self) -> tuple[type[Chains], tuple[()]]:
+        """Copies and pickles start empty."""
+        return Chains, ()
+
+
+def served(x: Tensor) -> bool:
+    """Whether the op takes such a tensor, and calling the layers would do nothing else than the op does."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN_TENSORS
+        and x.dim() == 2
+        and kernel_serves("chain", x, dtypes=CHAIN_DTYPES)
+        and not autocasts(x)
+        and not globally_hooked()
+    )
+
+
+def _features(layer: Any) -> int:
+    size: int = getattr(layer, "channels", 0) or getattr(layer, "features", 0)
+    return size
+
+
+def _alike(program: ChainProgram, tensors: list[Tensor], x: Tensor) -> bool:
+    """Whether all tensors have the device of ``x``, and those that are no indices its dtype."""
+    return all(
+        t.device == x.device and (wanted.integers or t.dtype == x.dtype)
+        for t, wanted in zip(tensors, program.tensors, strict=True)
+    )

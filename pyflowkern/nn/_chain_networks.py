@@ -1,0 +1,194 @@
+"""Conditioners as networks of a chain: which of them a chain knows, and which tensors they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.nn._links import Link
+from pyflowkern.nn.conditioners import MLP, ResidualMLP
+from pyflowkern.nn.masked import MaskedLinear, MaskedMLP
+from pyflowkern.ops.chain_steps import ChainLayer, ChainNetwork
+
+__all__ = ["coupling_network", "masked_network"]
+
+#: The name of an activation, and the arguments that it must have.
+_ACTIVATIONS: dict[type[torch.nn.Module], tuple[str, dict[str, object]]] = {
+    torch.nn.Identity: ("identity", {}),
+    torch.nn.ReLU: ("relu", {}),
+    torch.nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    torch.nn.ELU: ("elu", {"alpha": 1.0}),
+    torch.nn.Tanh: ("tanh", {}),
+    torch.nn.Sigmoid: ("sigmoid", {}),
+    torch.nn.SiLU: ("silu", {}),
+    torch.nn.GELU: ("gelu", {"approximate": "none"}),
+    torch.nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+}
+
+
+def coupling_network(conditioner: torch.nn.Module, link: Link) -> ChainNetwork | None:
+    """Return the network of a coupling, after noting it in the link; None for others than MLPs of this package."""
+    kind = type(conditioner)
+    if kind is MLP:
+        return _mlp(conditioner, link)  # type: ignore[arg-type]
+    return _residual_mlp(conditioner, link) if kind is ResidualMLP else None  # type: ignore[arg-type]
+
+
+def _mlp(net: MLP, link: Link) -> ChainNetwork | None:
+    inner = net._modules
+    link.watch(net, "context_features")
+    body = inner["body"]
+    if type(body) is not torch.nn.Sequential:
+        return None
+    link.watch(body)
+    between = list(body._modules.values())
+    layers = [inner["first"], *between[1::2], inner["last"]]
+    return _network(net, layers, between[0::2], link)
+
+
+def _residual_mlp(net: ResidualMLP, link: Link) -> ChainNetwork | None:
+    inner = net._modules
+    link.watch(net, "context_features", "activate_last")
+    blocks, end = inner["blocks"], inner["last"]
+    if type(blocks) is not torch.nn.ModuleList or type(end) is not torch.nn.Sequential:
+        return None
+    link.watch(blocks)
+    link.watch(end)
+    layers, activations = [inner["first"]], []
+    for block in blocks._modules.values():
+        if type(block) is not torch.nn.Sequential or len(block._modules) != 4:
+            return None
+        link.watch(block)
+        before, first, between, second = block._modules.values()
+        layers += [first, second]
+        activations += [before, between]
+    if len(end._modules) != 2:
+        return None
+    activation, last = end._modules.values()
+    if net.activate_last:
+        activations.append(activation)
+    elif type(activation) is not torch.nn.Identity:
+        return None
+    else:
+        link.watch(activation)
+    return _network(net, [*layers, last], activations, link, True, net.activate_last)
+
+
+def _network(
+    net: MLP | ResidualMLP,
+    layers: Sequence[torch.nn.Module | None],
+    activations: Sequence[torch.nn.Module | None],
+    link: Link,
+    residual: bool = False,
+    activate_last: bool = True,
+) -> ChainNetwork | None:
+    activation = _activation(activations, link)
+    if activation is None or not all(type(layer) is torch.nn.Linear for layer in layers):
+        return None
+    found = [_layer(layer, link) for layer in layers if layer is not None]
+    if None in found or not _context(net, link):
+        return None
+    try:
+        return ChainNetwork(
+            [layer for layer in found if layer is not None],
+            activation,
+            residual,
+            activate_last,
+            net.context_features > 0,
+        )
+    except ValueError:  # layers that do not fit each other: calling them says so
+        return None
+
+
+def _activation(activations: Sequence[torch.nn.Module | None], link: Link) -> str | None:
+    """Return the name of the one activation that all are; of none, any will do."""
+    names = set()
+    for module in activations:
+        name, options = _ACTIVATIONS.get(type(module), ("", {}))  # type: ignore[arg-type]
+        if module is None or not name:
+            return None
+        if any(getattr(module, key) != value for key, value in options.items()):
+            return None
+        link.watch(module, *options)
+        names.add(name)
+    if names == {"softplus"}:  # torch's own is linear from 20 on, which leaves out 2e-9
+        link.in_float64 = False
+    if len(names) > 1:
+        return None
+    return names.pop() if names else "identity"
+
+
+def _layer(layer: torch.nn.Module, link: Link, **options: Any) -> ChainLayer | None:
+    """Return a linear layer, after noting its tensors."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or weight.dim() != 2:
+        return None
+    link.watch(layer)
+    link.read(layer, "weight")
+    if bias is None:
+        link.absent.append((layer, "bias"))
+    else:
+        link.read(layer, "bias")
+    outputs, inputs = weight.shape
+    return ChainLayer(outputs, inputs, bias is not None, **options)
+
+
+def _context(net: MLP | ResidualMLP | MaskedMLP, link: Link) -> bool:
+    """Note the context's layer; return whether it is what the network was made with."""
+    layer, size = net._modules.get("context"), net.context_features
+    link.context_features = size
+    if layer is None or not size:
+        return layer is None and not size
+    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None:
+        return False
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or weight.shape[1] != size:
+        return False
+    link.watch(layer)
+    link.read(layer, "weight")
+    link.absent.append((layer, "bias"))
+    return True
+
+
+def masked_network(net: torch.nn.Module, link: Link) -> ChainNetwork | None:
+    """Return the network of an autoregressive layer, after noting it; None for others than MaskedMLPs."""
+    if type(net) is not MaskedMLP:
+        return None
+    link.watch(net, "features", "outputs", "context_features", "activation", "order", "plan")
+    layers = net._modules["layers"]
+    if type(layers) is not torch.nn.ModuleList:
+        return None
+    link.watch(layers)
+    plan, inner = net.plan, list(layers._modules.values())
+    if len(inner) != len(plan.layers) or not all(type(m) is MaskedLinear for m in inner):
+        return None
+    order = torch.tensor(net.order, device="cpu")
+    found, last = [], len(inner) - 1
+    for i, (layer, planned) in enumerate(zip(inner, plan.layers, strict=True)):
+        mask = planned.mask
+        if i == 0:
+            mask = mask[:, order]
+        if i == last:
+            mask = mask.view(net.features, net.outputs, -1)[order].flatten(0, 1)
+        prefixes = _prefixes(mask)
+        assert layer is not None
+        form = {"prefixes": prefixes, "columns": i == 0, "rows": i == last}
+        known = None if prefixes is None else _layer(layer, link, **form)
+        if known is None or (known.outputs, known.inputs) != tuple(mask.shape):
+            return None
+        found.append(known)
+    residual = any(layer.residual is not None for layer in plan.layers)
+    if not _context(net, link):
+        return None
+    return ChainNetwork(tuple(found), net.activation, residual, True, net.context_features > 0)
+
+
+def _prefixes(mask: Tensor) -> list[int] | None:
+    """Return how many columns each row reads; None unless they are the first ones, and more in later rows."""
+    counts = mask.sum(1)
+    first = torch.arange(mask.shape[1], device="cpu") < counts[:, None]
+    ascending = bool((counts[1:] >= counts[:-1]).all())
+    return counts.tolist() if ascending and torch.equal(mask, first) else None

@@ -1,0 +1,166 @@
+"""Runs of layers as one op: the same results, derivatives, training and files."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from laws import normal, randomize
+from laws.chains import (
+    CLOSE,
+    FLOWS,
+    SEQUENCES,
+    Affine,
+    D,
+    K,
+    agrees,
+    by_layers,
+    calls,
+    derivatives,
+    make,
+    mlp,
+    trained,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyflowkern import _library, nn
+
+__all__ = ["calls"]  # a fixture
+
+every_sequence = pytest.mark.parametrize("name", SEQUENCES)
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    _library.require_kernels("cpu")
+
+
+@every_sequence
+@pytest.mark.parametrize("training", [False, True])
+def test_one_op_does_what_the_layers_do(name, training, calls):
+    flow, x, context = make(name)
+    flow.train(training)
+    expected = derivatives(partial(by_layers, flow), flow, x, context)
+    assert not calls
+    found = derivatives(flow, flow, x, context)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected, **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(flow(x, context), tuple(expected[:2]), **CLOSE)
+    assert flow(x[:0], None if context is None else context[:0])[0].shape == (0, D)
+
+
+@every_sequence
+def test_backwards_too_unless_a_step_is_autoregressive(name, calls):
+    flow, x, context = make(name)
+    backwards = partial(by_layers, flow, inverse=True)
+    z = flow(x, context)[0].detach()
+    expected = derivatives(backwards, flow, z, context)
+    calls.clear()
+    found = derivatives(flow.inverse, flow, z, context)
+    masked = any(isinstance(layer, nn.MaskedAutoregressive) for layer in flow)
+    assert len(calls) == (not masked)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@every_sequence
+def test_second_derivatives(name):
+    flow, x, context = make(name)
+
+    def twice(function):
+        leaf = x.clone().requires_grad_()
+        z, log_det = function(leaf, context)
+        (first,) = torch.autograd.grad((z**2).sum() + log_det.sum(), leaf, create_graph=True)
+        wanted = [leaf, *flow.parameters()]
+        return torch.autograd.grad((first**2).sum(), wanted, allow_unused=True)
+
+    for a, b in zip(twice(flow), twice(partial(by_layers, flow)), strict=True):
+        if a is None or b is None:
+            other = b if a is None else a
+            assert other is None or not other.any()
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+every_flow = pytest.mark.parametrize("name", FLOWS)
+
+
+@every_flow
+def test_flows_train_as_their_layers_do(name, calls):
+    """From the first batch of ActNorm on; Adam divides a gradient of a rounding by 1e-8, which is its ``eps``."""
+    flow, losses = trained(name, 8, torch.float64)
+    assert all(program.base == "normal" for program in calls[-5:])
+    assert len(calls) >= 7
+    plain, expected = trained(name, 8, torch.float64, layers=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-7, atol=1e-7)
+    for key, value in flow.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-6, atol=1e-6)
+
+
+@every_flow
+def test_copies_and_files_are_whole_flows(name, calls):
+    flow, _ = trained(name, 2)
+    x, context = torch.randn(9, D), torch.randn(9, K) if flow.context_features else None
+    with torch.no_grad():
+        expected = flow.log_prob(x, context)
+        fresh = FLOWS[name]()
+        fresh.log_prob(x, context)
+        fresh.load_state_dict(flow.state_dict())
+        wide = copy.deepcopy(flow).double()
+        for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), fresh.eval()):
+            calls.clear()
+            torch.testing.assert_close(other.log_prob(x, context), expected)
+            assert len(calls) == 1
+        found = wide.log_prob(x.double(), None if context is None else context.double())
+        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+        copied = copy.deepcopy(flow)
+        for p in copied.parameters():
+            p.data.add_(0.1)
+        assert not torch.allclose(copied.log_prob(x, context), expected)
+        torch.testing.assert_close(flow.log_prob(x, context), expected)
+
+
+def test_flop_counters_count_the_products_of_the_layers():
+    flow, x, _ = make("splines")
+    counts = []
+    for function in (flow, partial(by_layers, flow)):
+        with FlopCounterMode(display=False) as counter:
+            function(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_layer_may_stand_twice(calls):
+    layer = randomize(Affine(D, mlp)).double()
+    flow, x = nn.Sequential(layer, nn.Reverse(D), layer), normal(6, D)
+    found = derivatives(flow, flow, x, None)
+    assert len(calls) == 1
+    torch.testing.assert_close(
+        found, derivatives(partial(by_layers, flow), flow, x, None), **CLOSE
+    )
+
+
+def test_unknown_layers_part_the_runs(calls):
+    flow, x, _ = make("affine")
+    flow.layers.insert(1, nn.Inverse(nn.Reverse(D)))
+    flow.layers.insert(0, nn.Reverse(D))
+    agrees(flow, x)
+    assert [len(program.steps) for program in calls] == [2, 2]
+    torch.testing.assert_close(flow.inverse(flow(x)[0])[0], x)
+
+
+def test_shallow_copies_have_their_own_layers(calls):
+    flow, x, _ = make("affine")
+    flow(x)
+    other = copy.copy(flow)
+    other._modules = dict(flow._modules)
+    other.layers = torch.nn.ModuleList([make("affine")[0][2]])
+    agrees(other, x)
+    agrees(flow, x)
+
+
+def test_vectors_alone(calls):
+    flow = nn.Sequential(Affine(4, partial(nn.ConvNet, hidden=4)), nn.ActNorm(4))
+    agrees(flow.double(), normal(2, 4, 3, 3))
+    assert not calls
