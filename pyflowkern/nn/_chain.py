@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Chains", "Run", "served"]
 
 Pair = tuple[Tensor, Tensor]
+#: Units of a network without masks up to which one op is the faster one with gradients, too.  Beyond, the backward pass
+#: by products of all samples at once wins (it takes 0.7 to 0.9 of the time for 256 units); the forward pass does not.
+_WIDE = 128
 
 
 class Run:
@@ -88,6 +91,8 @@ class Run:
         if x.shape[1] != self._features:
             return False
         if x.dtype == torch.float64 and not self._link.in_float64:
+            return False
+        if self._link.widest > _WIDE and torch.is_grad_enabled():
             return False
         if context is None or not self._size:
             return context is None and not self._size

@@ -91,6 +91,7 @@ def _network(
     found = [_layer(layer, link) for layer in layers if layer is not None]
     if None in found or not _context(net, link):
         return None
+    link.widest = max(layer.outputs for layer in found[:-1] if layer is not None)
     try:
         return ChainNetwork(
             [layer for layer in found if layer is not None],

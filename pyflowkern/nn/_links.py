@@ -48,6 +48,8 @@ class Link:
     waits: list[Callable[[], bool]] = field(default_factory=list)
     #: Size of the context of all networks: 0 for none, None where there are no networks.
     context_features: int | None = None
+    #: Most units of a hidden layer of a network without masks.
+    widest: int = 0
     #: Whether in float64, too, the steps are what the layers are.
     in_float64: bool = True
 
@@ -77,6 +79,7 @@ class Link:
         self.made += [(at + len(self.sources), make) for at, make in other.made]
         for name in ("steps", "modules", "facts", "sources", "absent", "holds", "waits"):
             getattr(self, name).extend(getattr(other, name))
+        self.widest = max(self.widest, other.widest)
         self.in_float64 &= other.in_float64
         return True
 

@@ -160,6 +160,15 @@ def test_shallow_copies_have_their_own_layers(calls):
     agrees(flow, x)
 
 
+def test_wide_networks_are_one_op_without_gradients_alone(calls):
+    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=130))), torch.randn(3, D)
+    randomize(flow)
+    flow(x)
+    assert not calls
+    agrees(flow.double(), x.double())  # which wants none
+    assert len(calls) == 1
+
+
 def test_vectors_alone(calls):
     flow = nn.Sequential(Affine(4, partial(nn.ConvNet, hidden=4)), nn.ActNorm(4))
     agrees(flow.double(), normal(2, 4, 3, 3))
