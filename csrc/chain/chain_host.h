@@ -5,6 +5,7 @@
 // kernels would read out of bounds.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "chain/chain.h"
@@ -138,7 +139,7 @@ class ChainBuilder {
     t_.grads.push_back({});
     return keep(floating(axes, rows, columns));
   }
-  // A permutation in any dtype.
+  // A permutation in any dtype: averages of equal indices may be off by a rounding.
   const int64_t* permutation(int64_t n) {
     t_.grads.push_back({});
     const Tensor given = dense(reader_.tensor(1, 1, n));
@@ -149,9 +150,10 @@ class ChainBuilder {
     std::vector<int64_t>& order = t_.orders.emplace_back(n);
     const void* p = given.const_data_ptr();
     for (int64_t i = 0; i < n; ++i) {
-      const double index = type == ScalarType::Long    ? static_cast<const int64_t*>(p)[i]
+      const double saved = type == ScalarType::Long    ? static_cast<const int64_t*>(p)[i]
                            : type == ScalarType::Float ? static_cast<const float*>(p)[i]
                                                        : static_cast<const double*>(p)[i];
+      const double index = std::nearbyint(saved);
       STD_TORCH_CHECK(index >= 0 && index < n, "permutation must hold indices from 0 to ", n - 1,
                       ", got ", index);
       order[i] = static_cast<int64_t>(index);

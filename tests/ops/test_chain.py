@@ -9,7 +9,7 @@ from cases.chain import K, autoregressive, coupling, network, sample, value, who
 from cases.spline import every_map
 from laws import normal
 
-from pyflowkern import ops
+from pyflowkern import _library, ops
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.ops import (
     ActNormStep,
@@ -24,6 +24,8 @@ from pyflowkern.ops import (
     ShiftStep,
     SplineMap,
 )
+from pyflowkern.ops._chain_reference import run_steps
+from pyflowkern.ops.chain import run_chain
 
 MAPS = [
     *every_map(3),
@@ -247,3 +249,22 @@ def test_frozen_tensors_and_permutations_get_no_gradient(backend):
     assert tensors[0].grad is None
     assert tensors[4].grad is None or not tensors[4].grad.any()
     assert all(t.grad is not None for t in (*tensors[1:4], *tensors[5:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_saved_permutations_are_rounded(dtype):
+    """Layers save them as floating-point numbers, of which averages are off by a rounding."""
+    _library.require_kernels("cpu")
+    program = ChainProgram(4, [PLUStep(), coupling("tanh", 4)])
+    tensors = [value(w, i, torch.float64) for i, w in enumerate(program.tensors)]
+    x, order = normal(6, 4), torch.tensor([2, 0, 3, 1])
+    tensors[0] = order
+    expected = ops.chain(x, program, tensors)
+    off = 1e-6 * torch.tensor([1, -1, -1, 1]) if dtype.is_floating_point else 0
+    saved = order.to(dtype) + off
+    for run in (run_chain, run_steps):
+        found = run(x, None, program, [saved, *tensors[1:]])
+        torch.testing.assert_close(found, expected)
+    for bad in (saved + 3, saved - 2):
+        with pytest.raises(RuntimeError, match="permutation must hold indices from 0 to 3"):
+            run_chain(x, None, program, [bad, *tensors[1:]])
