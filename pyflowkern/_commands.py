@@ -84,6 +84,23 @@ def train(
     data1: Annotated[
         str | None, typer.Option(help="Of a bridge: a file of rows where it ends.")
     ] = None,
+    context_columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Of a table: columns, by name or by number from 1, on which the density of the others depends.",
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C",
+            help="Of a table: the column with the class of a row, a whole number, on which the others depend.",
+        ),
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Of digits: their labels, as classes.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,11 +139,14 @@ def train(
 
     \b
     Example  pyflowkern train --data table.csv --flow NSF --steps 2000 --out out/table
+    Context  pyflowkern train --data table.csv --flow NSF --context-columns age,dose --out out/table
+    Labels   pyflowkern train --data digits --labels --flow FlowMatching --set conv=unet --out out/digits
     Bridge   pyflowkern train --flow SchrodingerBridge --data0 a.csv --data1 b.csv --out out/bridge
     Resume   pyflowkern train --resume out/table
 
     \b
     Options of the YAML file and of --set, with their defaults:
+      context_columns: '', label_column: '', labels: False
       data: photos, data0: '', data1: '', flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
       flow_args: {}          arguments of the flow, such as levels, steps, transforms, hidden
       size: 32               side of the images, for photos and folders
@@ -150,7 +170,8 @@ def train(
     from pyflowkern.train.runner import train as run
 
     flags: dict[str, Any] = {"data": data, "data0": data0, "data1": data1, "flow": flow}
-    flags |= {"steps": steps, "batch_size": batch_size, "lr": lr}
+    flags |= {"steps": steps, "batch_size": batch_size, "lr": lr, "labels": labels or None}
+    flags |= {"context_columns": context_columns, "label_column": label_column}
     options: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if out is not None:
         options["out"] = str(out)
@@ -217,6 +238,23 @@ def sample(
         bool,
         typer.Option("--backward", help="Of a bridge: run from the second table to the first."),
     ] = False,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Of a run with context columns: their values, such as 0.5,2, or a file with a row for each sample.",
+        ),
+    ] = None,
+    label: Annotated[
+        int | None,
+        typer.Option(help="Of a run with labels: of which class.  [default: all in turn]"),
+    ] = None,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="Of FlowMatching with contexts: the weight of the condition; above 1 more typical of it."
+        ),
+    ] = 1.0,
 ) -> None:
     """Draw samples from a trained flow, in the units of the data it was trained on.
 
@@ -227,7 +265,18 @@ def sample(
     """  # noqa: D301
     from pyflowkern.train.inference import save_samples
 
-    save_samples(run, out, n, temperature=temperature, seed=seed, start=start, backward=backward)
+    save_samples(
+        run,
+        out,
+        n,
+        temperature=temperature,
+        seed=seed,
+        start=start,
+        backward=backward,
+        context=context,
+        label=label,
+        guidance=guidance,
+    )
     typer.echo(f"{out}: {n} samples")
 
 

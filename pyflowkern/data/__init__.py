@@ -7,45 +7,76 @@ from pathlib import Path
 from torch import Tensor
 
 from pyflowkern.data.batches import Batches, step_seed
-from pyflowkern.data.dataset import DataError, DataSet, split_rows
+from pyflowkern.data.conditioned import Columns, class_numbers, find_columns, take_context
+from pyflowkern.data.dataset import (
+    Batch,
+    Condition,
+    Conditioned,
+    DataError,
+    DataSet,
+    parts_of,
+    split_rows,
+)
 from pyflowkern.data.files import image_set, read_array, read_folder, read_table, vector_set
 from pyflowkern.data.pairs import PairSet, pair_set
 from pyflowkern.data.photos import load_photos
 
 __all__ = [
+    "Batch",
     "Batches",
+    "Columns",
+    "Condition",
+    "Conditioned",
     "DataError",
     "DataSet",
     "PairSet",
+    "find_columns",
     "image_set",
     "load",
     "load_pairs",
+    "parts_of",
     "read",
     "step_seed",
+    "take_context",
     "vector_set",
 ]
 
 
-def load_digits(seed: int) -> DataSet:
-    """Return scikit-learn's 8x8 handwritten digits.
+def load_digits(seed: int, *, labels: bool = False) -> DataSet:
+    """Return scikit-learn's 8x8 handwritten digits, with their labels if asked.
 
     Their 17 grey levels, 0 to 16, are modelled as 5-bit integers: bits/dim count 32 levels, of which 15 are never used.
     """
     import torch
     from sklearn.datasets import load_digits as sklearn_digits
 
-    images = torch.from_numpy(sklearn_digits().images).to(torch.uint8)[:, None]
+    digits = sklearn_digits()
+    images = torch.from_numpy(digits.images).to(torch.uint8)[:, None]
     train, held_out = split_rows(len(images), seed)
-    return DataSet("digits", images[train], images[held_out], bits=5, levels=17)
+    rows: Batch = images
+    condition = None
+    if labels:
+        numbers, classes = class_numbers("digits", torch.from_numpy(digits.target))
+        rows, condition = Conditioned(images, numbers), Condition(["digit"], classes)
+    return DataSet("digits", rows[train], rows[held_out], bits=5, levels=17, condition=condition)
 
 
-def load(source: str | Path, *, size: int = 32, seed: int = 0) -> DataSet:
+def load(
+    source: str | Path,
+    *,
+    size: int = 32,
+    seed: int = 0,
+    context: Columns | None = None,
+    labels: bool = False,
+) -> DataSet:
     """Load ``photos``, ``digits``, a ``.csv`` or ``.npy`` file or a folder of images.
 
     Args:
         source: A name or a path.
         size: Side of the square patches or images, for ``photos`` and folders.
         seed: Decides the split into training and held-out rows, except for ``photos``.
+        context: The columns of a table that are contexts of the others.
+        labels: Take the labels of a set that has some, ``digits``, as classes.
 
     Raises:
         DataError: One line that names the file and the row at fault.
@@ -54,15 +85,19 @@ def load(source: str | Path, *, size: int = 32, seed: int = 0) -> DataSet:
         >>> load("digits").shape
         (1, 8, 8)
     """
+    if labels and source != "digits":
+        raise DataError(f"{source}: has no labels of its own, as digits have; name a column")
+    if context is not None and source in ("photos", "digits"):
+        raise DataError(f"{source}: holds images, which have no columns for a context")
     if source == "photos":
         return load_photos(size)
     if source == "digits":
-        return load_digits(seed)
+        return load_digits(seed, labels=labels)
     path = Path(source)
     rows, columns = read(path, size=size)
-    if rows.dim() == 4:
+    if rows.dim() == 4 and context is None:
         return image_set(path, rows, seed)
-    return vector_set(path, rows, columns, seed)
+    return vector_set(path, rows, columns, seed, context)
 
 
 def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairSet:

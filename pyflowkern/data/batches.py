@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyflowkern.data.dataset import DataSet
+from pyflowkern.data.dataset import Batch, DataSet
 
 __all__ = ["Batches", "step_seed"]
 
@@ -44,12 +44,12 @@ class Batches:
         generator = torch.Generator().manual_seed(step_seed(self._seed, -2 - pass_))
         return torch.randperm(len(self._data.train), generator=generator)
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> Batch:
         """Return the batch of one step."""
         pass_, position = divmod(step, self._per_pass)
         start = position * self._batch_size
         rows = self._data.train[self._order(pass_)[start : start + self._batch_size]]
-        if not self._data.flip:
+        if not self._data.flip or not isinstance(rows, Tensor):
             return rows
         generator = torch.Generator().manual_seed(step_seed(self._seed, step))
         mirrored = torch.rand(len(rows), generator=generator) < 0.5

@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DataError", "DataSet", "Rows", "split_rows"]
+__all__ = [
+    "Batch",
+    "Condition",
+    "Conditioned",
+    "DataError",
+    "DataSet",
+    "Rows",
+    "parts_of",
+    "split_rows",
+]
 
 
 class DataError(ValueError):
@@ -18,12 +27,70 @@ class DataError(ValueError):
     exit_code = 2
 
 
+@dataclass(frozen=True)
+class Conditioned:
+    """Rows and the context of each, used as a tensor of rows is.
+
+    Contexts are numbers ``[N, K]`` in the units of the file, or classes ``[N]``, int64 from 0 on.
+
+    Example:
+        >>> rows = Conditioned(torch.zeros(5, 2), torch.arange(5))
+        >>> len(rows), rows[torch.tensor([4, 0])].context.tolist(), len(rows.split(3))
+        (5, [4, 0], 2)
+    """
+
+    rows: Tensor
+    context: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the rows."""
+        return self.rows.shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Conditioned:
+        return Conditioned(self.rows[index], self.context[index])
+
+    def split(self, size: int) -> tuple[Conditioned, ...]:
+        """Return parts of ``size`` rows, as :meth:`torch.Tensor.split` does."""
+        parts = zip(self.rows.split(size), self.context.split(size), strict=True)
+        return tuple(Conditioned(*part) for part in parts)
+
+    def to(self, device: torch.device) -> Conditioned:
+        """Return both on a device."""
+        return Conditioned(self.rows.to(device), self.context.to(device))
+
+
+Batch = Tensor | Conditioned
+
+
+def parts_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return the rows of a batch, and their context if they have one."""
+    return (batch.rows, batch.context) if isinstance(batch, Conditioned) else (batch, None)
+
+
 class Rows(Protocol):
     """Anything with a length that gives a batch for a tensor of row numbers; a tensor is one."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Tensor) -> Tensor: ...
+    def __getitem__(self, index: Tensor) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What contexts are: columns with their mean and standard deviation, or the classes of one column.
+
+    ``classes`` are the numbers that a file has for them, in order; mean and standard deviation come from the training
+    rows alone.
+    """
+
+    columns: list[str]
+    classes: list[int] = field(default_factory=list)
+    mean: Tensor | None = None
+    std: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,18 +98,20 @@ class DataSet:
     """Training and held-out rows of one kind: integer images or real vectors.
 
     Images are ``uint8 [N, C, H, W]`` with ``levels`` used values, modelled as ``bits``-bit integers.  Vectors are
-    ``float32 [N, D]`` in the units of the file; ``mean`` and ``std`` come from the training rows alone.
+    ``float32 [N, D]`` in the units of the file; ``mean`` and ``std`` come from the training rows alone.  With a
+    ``condition`` both parts are :class:`Conditioned`.
     """
 
     name: str
     train: Rows
-    validation: Tensor
+    validation: Batch
     bits: int | None = None
     levels: int = 256
     flip: bool = False
     mean: Tensor | None = None
     std: Tensor | None = None
     columns: list[str] = field(default_factory=list)
+    condition: Condition | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,10 +126,11 @@ class DataSet:
     def fingerprint(self) -> int:
         """Return a checksum of sample rows, by which a resumed run knows that its data is the same."""
         index = torch.linspace(0, len(self.train) - 1, min(len(self.train), 256)).long()
-        parts = (self.train[index], self.validation)
         crc = zlib.crc32(f"{len(self.train)} {self.shape}".encode())
-        for part in parts:
-            crc = zlib.crc32(part.contiguous().numpy().tobytes(), crc)
+        for batch in (self.train[index], self.validation):
+            for part in parts_of(batch):
+                if part is not None:
+                    crc = zlib.crc32(part.contiguous().numpy().tobytes(), crc)
         return crc
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyflowkern.data.dataset import DataError, DataSet, split_rows
+from pyflowkern.data.conditioned import Columns, take_context
+from pyflowkern.data.dataset import Condition, DataError, DataSet, split_rows
 from pyflowkern.data.photos import read_image
 
 __all__ = ["image_set", "moments_of", "read_array", "read_folder", "read_table", "vector_set"]
@@ -90,24 +93,48 @@ def read_table(path: Path) -> tuple[Tensor, list[str]]:
     return torch.tensor(rows, dtype=torch.float32), header
 
 
-def vector_set(path: Path, rows: Tensor, columns: list[str], seed: int) -> DataSet:
+def vector_set(
+    path: Path, rows: Tensor, columns: list[str], seed: int, context: Columns | None = None
+) -> DataSet:
     """Return vectors as a data set, split at random, with the statistics that standardise them."""
     if len(rows) < 2:
         raise DataError(f"{path}: needs 2 rows at least, has {len(rows)}")
     train, held_out = split_rows(len(rows), seed)
-    mean, std = moments_of(str(path), rows[train])
-    return DataSet(str(path), rows[train], rows[held_out], mean=mean, std=std, columns=columns)
+    if context is None:
+        mean, std = moments_of(str(path), rows[train])
+        return DataSet(str(path), rows[train], rows[held_out], mean=mean, std=std, columns=columns)
+    both, places, classes = take_context(str(path), rows, columns, context)
+    rest = [i for i in range(rows.shape[1]) if i not in places]
+    mean, std = moments_of(str(path), both.rows[train], rest)
+    condition = Condition([columns[i] if columns else str(i + 1) for i in places], classes)
+    if not classes:
+        moments = moments_of(str(path), both.context[train], places, "so nothing depends on it")
+        condition = replace(condition, mean=moments[0], std=moments[1])
+    names = [columns[i] for i in rest] if columns else []
+    data = DataSet(str(path), both[train], both[held_out], columns=names, condition=condition)
+    return replace(data, mean=mean, std=std)
 
 
-def moments_of(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each column; raise DataError for one that has no density."""
+def moments_of(
+    name: str,
+    rows: Tensor,
+    places: Sequence[int] | None = None,
+    constant: str = "so it has no density",
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column; raise DataError for one that is constant.
+
+    Args:
+        name: of the file, for errors.
+        rows: ``[N, columns]``.
+        places: where the columns stand in the file, from 0 on; as they come if None.
+        constant: what follows from a constant column.
+    """
     mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
     smallest = torch.finfo(torch.float32).tiny
-    for column, (centre, spread) in enumerate(zip(mean.tolist(), std.tolist(), strict=True), 1):
+    for i, (centre, spread) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)):
+        column = 1 + (i if places is None else places[i])
         if spread == 0 or spread <= 1e-7 * abs(centre):
-            raise DataError(
-                f"{name}, column {column}: constant, so it has no density; leave it out"
-            )
+            raise DataError(f"{name}, column {column}: constant, {constant}; leave it out")
         if spread < smallest:
             raise DataError(
                 f"{name}, column {column}: its spread of {spread:.2g} is too small for float32; scale it up"

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyflowkern import transport
-from pyflowkern.data import DataError, DataSet, load, load_pairs, read
+from pyflowkern.data import (
+    Batch,
+    Columns,
+    DataError,
+    DataSet,
+    load,
+    load_pairs,
+    parts_of,
+    read,
+)
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.data_model import DataModel
 
@@ -37,12 +47,12 @@ class DataBridge(DataModel):
         """The divergence's."""
         return "squared distance"
 
-    def scores(self, rows: Tensor) -> Tensor:
+    def scores(self, rows: Batch) -> Tensor:
         """Return the loss of pairs ``[N, 2, D]`` in training, else how far both ends are missed, ``[1]``.
 
         That is the Sinkhorn divergence between where paths end and where they should, on average over both directions.
         """
-        x0, x1 = self.standardised(rows).unbind(1)
+        x0, x1 = self.standardised(parts_of(rows)[0]).unbind(1)
         if self.training:
             return self.flow.loss(x0, x1)[None]
         ends = [
@@ -73,10 +83,14 @@ def load_data(config: TrainConfig) -> DataSet:
         DataError: one line, for data that cannot be used.
     """
     given = bool(config.data0), bool(config.data1)
+    context = Columns.parse(config.context_columns, config.label_column)
     if config.flow != BRIDGE:
         if any(given):
             raise ConfigError(f"data0 and data1 are for {BRIDGE}; {config.flow} takes data")
-        return load(config.data, size=config.size, seed=config.seed)
+        options: dict[str, Any] = {"size": config.size, "seed": config.seed}
+        return load(config.data, context=context, labels=config.labels, **options)
+    if context is not None or config.labels:
+        raise ConfigError(f"{BRIDGE} takes no context and no labels")
     if not all(given):
         raise ConfigError(f"{BRIDGE} needs two tables, data0 and data1")
     if config.data != TrainConfig().data:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from pyflowkern.data import Condition
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.files import write_atomic
@@ -124,7 +125,26 @@ def _problem_of_fields(checkpoint: Any) -> str | None:
         for m in moments
     ):
         return "rows without a finite mean and standard deviation"
-    return None
+    return _problem_of_condition(own["data"].get("condition"))
+
+
+def _problem_of_condition(condition: Any) -> str | None:
+    """Return what is wrong with the contexts of a checkpoint; earlier versions stored none."""
+    if condition is None:
+        return None
+    try:
+        facts = Condition(**condition)
+        columns, classes, moments = len(facts.columns), facts.classes, (facts.mean, facts.std)
+        if classes:
+            fits = columns == 1 and all(isinstance(c, int) for c in classes)
+        else:
+            fits = all(
+                isinstance(m, Tensor) and m.shape == (columns,) and bool(m.isfinite().all())
+                for m in moments
+            )
+    except (TypeError, AttributeError):
+        fits = False
+    return None if fits else "its contexts are neither classes nor standardised columns"
 
 
 def _is_count(value: Any) -> bool:

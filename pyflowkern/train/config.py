@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((float,), "a number"),
     "str": ((str,), "text"),
+    "bool": ((bool,), "true or false"),
     "dict[str, Any]": ((dict,), "a mapping of names to values"),
 }
 
@@ -32,7 +33,7 @@ def _typed(name: str, value: Any, wanted: str) -> Any:
     if wanted == "float" and isinstance(value, str | int) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, types):
+    if isinstance(value, bool) != (wanted == "bool") or not isinstance(value, types):
         raise ConfigError(f"{name} must be {words}, got {_shown(value)}")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ConfigError(f"{name} must be below 2^63, got {_shown(value)}")
@@ -63,6 +64,9 @@ class TrainConfig:
     size: int = 32  #: side of patches or images, for photos and folders
     data0: str = ""  #: of a bridge, in place of data: where it begins
     data1: str = ""  #: and where it ends
+    context_columns: str = ""  #: of a table: columns on which the others depend, such as a,b
+    label_column: str = ""  #: of a table: the column of classes on which the others depend
+    labels: bool = False  #: the labels of digits as classes
     flow: str = "Glow"  #: a class of pyflowkern.flows, or SchrodingerBridge
     flow_args: dict[str, Any] = field(default_factory=dict)
     out: str = "out/train"
@@ -106,6 +110,11 @@ class TrainConfig:
         for name in ("ema", "final_lr"):
             if not 0 <= getattr(config, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+        given = [bool(v) for v in (config.context_columns, config.label_column, config.labels)]
+        if sum(given) > 1:
+            raise ConfigError(
+                "context_columns, label_column and labels exclude each other: give one of them"
+            )
         if config.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(f"precision must be 32-true or bf16-mixed, got {config.precision!r}")
         return config

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pyflowkern._library import require_kernels
-from pyflowkern.data import load
+from pyflowkern.data import load, parts_of
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.files import write_atomic
 from pyflowkern.train.measure import peak_memory, step_seconds
@@ -64,7 +64,7 @@ def round_trip_error(run: Run, rows: int = 64) -> float:
     """Return the largest ``|inverse(forward(x)) - x|`` over held-out images, as pixels in ``[0, 1]``."""
     model: Any = run.module.evaluated.eval()
     levels = 2 ** (run.module.data.bits or 8)
-    x = (run.module.data.validation[:rows].float() + 0.5) / levels
+    x = (parts_of(run.module.data.validation)[0][:rows].float() + 0.5) / levels
     return float((model.inverse(model(x)[0])[0] - x).abs().max())
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflowkern.data import DataError, load, read
+from pyflowkern.data import Batch, DataError, read
 from pyflowkern.train.bridges import DataBridge, load_data, start_rows
 from pyflowkern.train.checkpoint import Trained, load_trained
 from pyflowkern.train.config import ConfigError
+from pyflowkern.train.contexts import contexts_of, with_context
 from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import score
 from pyflowkern.train.plots import save_grid
@@ -42,11 +44,18 @@ def save_samples(
     seed: int = 0,
     start: str | None = None,
     backward: bool = False,
+    context: str | None = None,
+    label: int | None = None,
+    guidance: float = 1.0,
 ) -> None:
     """Draw ``n`` samples and write them as ``.png`` (images), ``.csv`` (vectors) or ``.npy`` (either).
 
     Samples of a bridge are the ends of paths that begin at rows of ``start``, by default of the table at that end;
     ``backward`` paths run from the second table to the first.
+
+    Samples of a flow with contexts are those of ``context``: numbers in the units of the data, separated by commas, or
+    a file with a row for each sample, from the first again where there are fewer.  Those of a flow with labels are of
+    one ``label``, or of all in turn.  ``guidance`` is the weight of the condition, of ``FlowMatching``.
 
     Raises:
         ConfigError: one line, for a checkpoint, a file name, a number or a temperature that cannot be used.
@@ -60,6 +69,13 @@ def save_samples(
         raise ConfigError(f"temperature must be 1 for a bridge, got {temperature}")
     if not bridge and (start is not None or backward):
         raise ConfigError(f"start and backward are for bridges, {checkpoint} is a flow")
+    given = (
+        {}
+        if bridge and context is None and label is None
+        else contexts_of(trained, n, context, label)
+    )
+    if guidance != 1:
+        given["guidance"] = _guidance(trained, guidance)
     suffix = out.suffix.lower()
     suffixes = (".png", ".npy") if trained.facts["bits"] is not None else (".csv", ".npy")
     if suffix not in suffixes:
@@ -70,7 +86,7 @@ def save_samples(
     samples = (
         _ends(trained, n, seed, start, backward)
         if bridge
-        else _draw(trained, n, temperature, seed)
+        else _draw(trained, n, temperature, seed, **given)
     )
     if suffix == ".png":
         save_grid(out, samples, trained.facts["levels"], columns=math.ceil(math.sqrt(n)))
@@ -90,16 +106,45 @@ def _check_memory(n: int, wanted: int) -> None:
 
 
 @torch.no_grad()
-def _draw(trained: Trained, n: int, temperature: float, seed: int) -> Tensor:
+def _draw(
+    trained: Trained,
+    n: int,
+    temperature: float,
+    seed: int,
+    context: Tensor | None = None,
+    **options: float,
+) -> Tensor:
     """Draw in parts, so that memory is needed for the samples and for a part of the flow's own numbers."""
     shape = tuple(trained.facts["shape"])
     part = min(n, max(1, _AT_ONCE // math.prod(shape)))
-    sizes = [min(part, n - start) for start in range(0, n, part)]
+    places = torch.arange(n).split(part)
     threads = trained.config.threads
     with torch.random.fork_rng(), limited_threads(trained.model, part, shape, threads):
         torch.manual_seed(seed)
         sample: Any = trained.model.sample
-        return torch.cat([sample(size, temperature=temperature) for size in sizes])
+        return torch.cat(
+            [
+                sample(
+                    len(i),
+                    None if context is None else context[i],
+                    temperature=temperature,
+                    **options,
+                )
+                for i in places
+            ]
+        )
+
+
+def _guidance(trained: Trained, weight: float) -> float:
+    """Return the weight of the condition; raise ConfigError where the flow has no use for it."""
+    guided = getattr(trained.model.flow, "guided", None)
+    if guided is None:
+        raise ConfigError(f"guidance is for FlowMatching, the run is one of {trained.config.flow}")
+    try:
+        guided(weight)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("weight", "guidance")) from None
+    return weight
 
 
 def _ends(trained: Trained, n: int, seed: int, start: str | None, backward: bool) -> Tensor:
@@ -147,13 +192,13 @@ def evaluate_checkpoint(
     }
 
 
-def _rows(trained: Trained, source: str | None) -> Tensor:
+def _rows(trained: Trained, source: str | None) -> Batch:
     """Return the held-out rows of the run's own data or of a named set, else every row of a file."""
     config, facts = trained.config, trained.facts
     if isinstance(trained.model, DataBridge) and source is not None:
         raise ConfigError("a bridge is scored on its own held-out rows, without data")
     if source in (None, config.data, "photos", "digits"):
-        data = load(source, size=config.size, seed=config.seed) if source else load_data(config)
+        data = load_data(replace(config, data=source) if source else config)
         _check_kind(facts, data.name, data.shape, data.bits)
         if data.name == facts["name"] and data.fingerprint() != facts["fingerprint"]:
             raise DataError(
@@ -161,8 +206,12 @@ def _rows(trained: Trained, source: str | None) -> Tensor:
                 "give a file of held-out rows with --data"
             )
         return data.validation
-    rows, _ = read(str(source), size=config.size)
-    _check_kind(facts, str(source), tuple(rows.shape[1:]), 8 if rows.dim() == 4 else None)
+    rows: Batch
+    rows, header = read(str(source), size=config.size)
+    bits = 8 if rows.dim() == 4 else None
+    if facts.get("condition"):
+        rows = with_context(trained, str(source), rows, header)
+    _check_kind(facts, str(source), tuple(rows.shape[1:]), bits)
     return rows
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import flows, ode, transport
-from pyflowkern.data import DataSet
+from pyflowkern.data import Batch, Condition, DataSet
 from pyflowkern.flows import Flow
 from pyflowkern.train.bridges import BRIDGE, DataBridge
 from pyflowkern.train.config import ConfigError, TrainConfig
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-#: Arguments of flows that a run does not offer: its data decides bits, it has no context, and modules are no text.
+#: Arguments of flows that a run does not offer: its data decides bits and contexts, and modules are no text.
 NOT_OPTIONS = (
     "bits",
     "context_features",
@@ -43,7 +43,6 @@ NOT_OPTIONS = (
     "network",
     "times",
     "classes",
-    "context_dropout",
 )
 
 
@@ -57,11 +56,14 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataModel:
     _check_arguments(config, known[config.flow])
     arguments = dict(config.flow_args)
     if facts["bits"] is not None:
-        if not _takes_bits(known[config.flow]):
+        if not _takes(known[config.flow], "bits"):
             raise ConfigError(
                 f"{config.flow} is a flow of rows, {facts['name']} has images {shape}"
             )
         arguments["bits"] = facts["bits"]
+    condition = facts.get("condition") and Condition(**facts["condition"])
+    if condition is not None:
+        arguments |= _context_arguments(config, known[config.flow], condition)
     try:
         flow = known[config.flow](shape if len(shape) > 1 else shape[0], **arguments)
     except (TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -75,7 +77,18 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataModel:
             f"a run standardises its columns, which leaves no values between {flow.domain[0]:.4g} and "
             f"{flow.domain[1]:.4g}: {config.flow} must not have a bounded domain here"
         )
-    return DataFlow(flow, facts["mean"], facts["std"])
+    return DataFlow(flow, facts["mean"], facts["std"], condition)
+
+
+def _context_arguments(
+    config: TrainConfig, flow: type[Flow], condition: Condition
+) -> dict[str, int]:
+    """Return the arguments of a flow with such contexts: classes where it has some, else so many numbers."""
+    if condition.classes and _takes(flow, "classes", passed_on=False):
+        return {"classes": len(condition.classes)}
+    if not _takes(flow, "context_features"):
+        raise ConfigError(f"{config.flow} takes no context")
+    return {"context_features": len(condition.classes or condition.columns)}
 
 
 def _check_arguments(config: TrainConfig, flow: type[Flow]) -> None:
@@ -123,9 +136,11 @@ def _known_flows() -> dict[str, Any]:
     return found | {BRIDGE: transport.SchrodingerBridge}
 
 
-def _takes_bits(flow: type[Flow]) -> bool:
+def _takes(flow: type[Flow], name: str, *, passed_on: bool = True) -> bool:
+    """Whether a flow has an argument, also among those that it passes on."""
     parameters = inspect.signature(flow).parameters
-    return "bits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    others = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or (passed_on and others)
 
 
 def _options(flow: type[Flow]) -> dict[str, Any]:
@@ -154,12 +169,13 @@ def data_facts(data: DataSet) -> dict[str, Any]:
         "mean": data.mean,
         "std": data.std,
         "columns": data.columns,
+        "condition": data.condition and dict(vars(data.condition)),
         "fingerprint": data.fingerprint(),
     }
 
 
 @torch.no_grad()
-def score(model: DataModel, rows: Tensor, *, seed: int = 0, batch_size: int = 128) -> Tensor:
+def score(model: DataModel, rows: Batch, *, seed: int = 0, batch_size: int = 128) -> Tensor:
     """Return the scores of a model in eval mode, those of parts of the rows one after another.
 
     Dequantisation noise comes from ``seed``, so two models are scored under the same noise.
@@ -169,7 +185,7 @@ def score(model: DataModel, rows: Tensor, *, seed: int = 0, batch_size: int = 12
 
 
 @torch.no_grad()
-def held_out(model: DataModel, rows: Tensor, *, seed: int = 0, batch_size: int = 128) -> float:
+def held_out(model: DataModel, rows: Batch, *, seed: int = 0, batch_size: int = 128) -> float:
     """Return what a run's curve shows of rows that are held out: the mean score, or loss, in eval mode."""
     with _evaluation(model, seed):
         parts = [(len(part), model.objective(part)[1]) for part in rows.split(batch_size)]

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyflowkern.data import Batches, DataSet, step_seed
+from pyflowkern.data import Batch, Batches, DataSet, step_seed
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.model import data_facts
@@ -93,7 +93,7 @@ class MovingAverage(nn.Module):
         self.n_averaged.add_(1)
 
 
-class _Round(IterableDataset[Tensor]):
+class _Round(IterableDataset[Batch]):
     """The batches of some steps."""
 
     def __init__(self, batches: Batches, steps: range) -> None:
@@ -102,7 +102,7 @@ class _Round(IterableDataset[Tensor]):
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return map(self._batches.batch, self._steps)
 
 
@@ -127,13 +127,13 @@ class FlowModule(LightningModule):
         self.facts = data_facts(data)
         self.unit = model.curve_unit
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return the batches up to the next evaluation; the trainer asks anew after each."""
         every = self.config.every
         steps = range(self.step, min((self.step // every + 1) * every, self.config.steps))
         return DataLoader(_Round(self.batches, steps), batch_size=None)
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return the held-out rows."""
         return DataLoader(list(self.data.validation.split(128)), batch_size=None)  # type: ignore[arg-type]
 
@@ -144,7 +144,7 @@ class FlowModule(LightningModule):
             self.model.parameters(), lr=self.config.lr, weight_decay=decay, fused=True
         )
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one step, or skip it if its loss or gradient is not finite."""
         seed_generators(step_seed(self.config.seed, self.step), self.device)
         optimizer: Any = self.optimizers()
@@ -194,7 +194,7 @@ class FlowModule(LightningModule):
         """Give every evaluation the same dequantisation noise."""
         seed_generators(self.config.seed, self.device)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score held-out rows with the averaged weights."""
         _, shown = self.evaluated.objective(batch)
         self.log("held_out", shown, prog_bar=True, batch_size=len(batch))

@@ -61,8 +61,12 @@ def test_a_u_net_is_trained_on_images_by_its_name(tmp_path):
     assert (tmp_path / "samples.png").is_file()
 
 
-def test_a_run_has_no_labels(tmp_path):
-    for name in ("classes", "context_dropout"):
-        chosen = config(tmp_path, data="digits", flow="FlowMatching", flow_args={name: 1})
-        with pytest.raises(ConfigError, match=f"FlowMatching takes no argument '{name}'"):
-            train(chosen)
+def test_the_data_of_a_run_decide_its_classes(tmp_path):
+    chosen = config(tmp_path, data="digits", flow="FlowMatching", flow_args={"classes": 1})
+    with pytest.raises(ConfigError, match="FlowMatching takes no argument 'classes'"):
+        train(chosen)
+    chosen = config(
+        tmp_path, data="digits", flow="FlowMatching", flow_args={"context_dropout": 0.1}
+    )
+    with pytest.raises(ConfigError, match=r"cannot be built .* context_dropout"):
+        train(chosen)
