@@ -41,6 +41,10 @@ def elements(draw, d, context):
         getattr(transform, "tails", "") == "none"
     ):  # which data meet or miss by a rounding of an earlier step
         transform = dataclasses.replace(transform, tails="linear")
+    if (
+        draw.mode == "edges" and getattr(transform, "kind", "") == "linear"
+    ):  # its slopes jump at knots
+        transform = dataclasses.replace(transform, kind="rational_quadratic")
     layout = draw.choice(("feature_major", "blocked"))
     kind = draw.choice(
         ("coupling", "autoregressive", "own") if d > 1 else ("autoregressive", "own")
