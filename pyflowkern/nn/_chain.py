@@ -67,9 +67,10 @@ class Run:
         if not (checked or served(x)) or not self._takes(x, context):
             return None
         program = self._program(base)
-        if inverse and (
-            not program.invertible or any("inverse" in layer.__dict__ for layer in self.layers)
-        ):
+        if (inverse or self._link.backwards) and self.watched.overrides("inverse"):
+            return None
+        inverse ^= self._link.backwards
+        if inverse and not program.invertible:
             return None
         tensors = self.watched.tensors(inverse)
         if tensors is None:
@@ -153,15 +154,16 @@ class Chains:
             if own is not None and obstructed(own):
                 blocked.append(partial(obstructed, own))
                 own = None
-            size = 0 if own is None else _features(layer)
-            if own is None or (features and size != features) or not link.append(own):
+            joined = None
+            if own is not None and features in (0, _features(layer)):
+                joined = _joined(link, own)
+            if joined is None:
                 close()
                 if own is None:
                     parts.append(layer)
                     continue
-                link.append(own)
             run.append(layer)
-            features = size
+            link, features = joined or own or link, _features(layer)
         close()
         self._layers, self._parts, self._blocked = layers, parts, blocked
         self._runs = [part for part in parts if isinstance(part, Run)]
@@ -183,7 +185,20 @@ def served(x: Tensor) -> bool:
     )
 
 
+def _joined(link: Link, own: Link) -> Link | None:
+    """Return a run's link with that of the next layer; None where no one op is both."""
+    if not link.modules:
+        return own
+    if link.backwards != own.backwards:
+        return None
+    if link.backwards:
+        return own if own.append(link) else None
+    return link if link.append(own) else None
+
+
 def _features(layer: Any) -> int:
+    if (inner := layer._modules.get("bijection")) is not None:
+        return _features(inner)
     size: int = getattr(layer, "channels", 0) or getattr(layer, "features", 0)
     return size
 

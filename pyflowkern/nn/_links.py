@@ -48,6 +48,8 @@ class Link:
     waits: list[Callable[[], bool]] = field(default_factory=list)
     #: Size of the context of all networks: 0 for none, None where there are no networks.
     context_features: int | None = None
+    #: Whether the layers are the inverses of the steps, the last layer of the first step.
+    backwards: bool = False
     #: Most units of a hidden layer of a network without masks.
     widest: int = 0
     #: Whether in float64, too, the steps are what the layers are.
@@ -132,6 +134,10 @@ class Watched:
             )
         except KeyError:
             return False
+
+    def overrides(self, name: str) -> bool:
+        """Whether an instance has a method of its own in the place of its class's."""
+        return any(name in d for d in self._dicts)
 
     def tensors(self, inverse: bool = False) -> list[Tensor] | None:
         """Return the tensors as they are now; None where one is missing, or is no plain tensor."""

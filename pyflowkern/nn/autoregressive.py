@@ -193,6 +193,14 @@ class Inverse(Bijection):
         pair: tuple[Tensor, Tensor] = self.bijection(z, context)
         return pair
 
+    def _chain_link(self) -> Link | None:
+        link = self.bijection._chain_link() if isinstance(self.bijection, Bijection) else None
+        if type(self) is not Inverse or link is None or link.backwards:
+            return None
+        link.watch(self)
+        link.backwards = True
+        return link
+
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the event shape of the bijection's inverse."""
         return self.bijection.input_shape(shape)

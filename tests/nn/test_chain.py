@@ -141,9 +141,39 @@ def test_a_layer_may_stand_twice(calls):
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["autoregressive", "context", "glow", "matrices", "unconditional"]
+)
+def test_inverses_of_layers_run_the_other_way(name, calls):
+    flow, x, context = make(name)
+    masked = any(isinstance(layer, nn.MaskedAutoregressive) for layer in flow)
+    turned = nn.Sequential(*(nn.Inverse(layer) for layer in flow))
+    backwards = partial(by_layers, turned, inverse=True)
+    expected = derivatives(backwards, turned, x, context)
+    assert not calls
+    torch.testing.assert_close(derivatives(turned.inverse, turned, x, context), expected, **CLOSE)
+    assert len(calls) == 1
+    calls.clear()
+    z = expected[0].detach()
+    found = derivatives(turned, turned, z, context)
+    assert len(calls) == (not masked)
+    expected = derivatives(partial(by_layers, turned), turned, z, context)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_layers_of_both_directions_part_the_runs(calls):
+    flow, x, _ = make("affine")
+    flow.layers[2] = nn.Inverse(flow.layers[2])
+    flow.layers.append(nn.Inverse(nn.Reverse(D)))
+    agrees(flow, x)
+    assert [len(program.steps) for program in calls] == [2, 2]
+    z = flow(x)[0]
+    torch.testing.assert_close(flow.inverse(z)[0], x)
+
+
 def test_unknown_layers_part_the_runs(calls):
     flow, x, _ = make("affine")
-    flow.layers.insert(1, nn.Inverse(nn.Reverse(D)))
+    flow.layers.insert(1, nn.Inverse(nn.Inverse(nn.Reverse(D))))
     flow.layers.insert(0, nn.Reverse(D))
     agrees(flow, x)
     assert [len(program.steps) for program in calls] == [2, 2]
