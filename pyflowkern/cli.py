@@ -17,8 +17,10 @@ def main() -> None:
     """
     try:
         from pyflowkern._commands import app
+        from pyflowkern._memory import keep_memory
     except ModuleNotFoundError as error:
         _fail(f"the command line needs {error.name}: pip install 'pyflowkern[cli]'", 2)
+    keep_memory()
     try:
         try:
             app(prog_name="pyflowkern")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from pyflowkern._memory import keep_memory
 from pyflowkern.data import DataSet
 from pyflowkern.train.bridges import load_data
 from pyflowkern.train.callbacks import (
@@ -90,6 +91,7 @@ def train(
     """
     out, config = Path(config.out), with_defaults(config)
     check_folder(out)
+    keep_memory()
     if not (resume or overwrite) and any((out / name).exists() for name in _LEFT[:2]):
         raise ConfigError(
             f"{out}: holds a run already; resume it, overwrite it or name another folder"
