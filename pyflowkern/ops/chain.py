@@ -250,7 +250,9 @@ def _backward(
         grad_x if x.requires_grad else None,
         grad_context if with_context else None,
         *(None, None),
-        [g if t.requires_grad else None for t, g in zip(tensors, grads, strict=True)],
+        grads
+        if with_tensors
+        else [None] * len(tensors),  # of tensors that require none autograd drops them
         *(None, None),
     )
 
