@@ -93,6 +93,8 @@ class ActNorm(Bijection):
         if type(self) is not ActNorm:
             return None
         link, names = Link([ActNormStep()]), ("log_scale", "bias")
+        if self.awaits_first_batch():
+            self._look()  # a run that was resumed takes the same path as one that was not interrupted
         if self._started:
             link.watch(self, "channels", "_started")
             link.read(self, *names)
@@ -119,16 +121,26 @@ class ActNorm(Bijection):
             return self.log_scale, self.bias
         return self.log_scale.clone(), self.bias.clone()
 
+    def _is_set(self) -> Tensor:
+        """Whether the parameters are no longer those of a new layer."""
+        return (self.initialized != 0) | self.log_scale.any() | self.bias.any()
+
+    @torch.no_grad()
+    def _look(self) -> bool:
+        """Find out whether the layer is initialized, which waits for the device; False where nobody may look."""
+        if not _can_look(self.initialized) or not bool(self._is_set()):
+            return False
+        self.initialized.fill_(1)
+        # in a functional call other tensors replace the parameters, and their values say nothing about them
+        self._started = isinstance(self.log_scale, torch.nn.Parameter)
+        return True
+
     @torch.no_grad()
     def _start(self, x: Tensor, inverse: bool) -> None:
-        is_set = (self.initialized != 0) | self.log_scale.any() | self.bias.any()
-        looks = _can_look(self.initialized)
-        # in a functional call other tensors replace the parameters, and their values say nothing about them
-        own = isinstance(self.log_scale, torch.nn.Parameter)
-        if looks and bool(is_set):
-            self.initialized.fill_(1)
-            self._started = own
+        if self._look():
             return
+        is_set, looks = self._is_set(), _can_look(self.initialized)
+        own = isinstance(self.log_scale, torch.nn.Parameter)
         given = self.process_group
         groups = process_groups(self) if given is None else [given]
         if x.numel() == 0 and not groups:
