@@ -100,6 +100,18 @@ def test_a_hook_may_change_the_output(name):
     assert not torch.allclose(results(module, x, context)[0], expected)
 
 
+@every_layer
+def test_a_forward_of_one_instance_is_called(name):
+    """As offloading and adapters of other libraries put it there."""
+    module, x, context, layers = make(name)
+    expected = results(module, x, context)[0]
+    inner = layers[0].forward
+    layers[0].forward = lambda *args: inner(*args) + 1
+    assert not torch.allclose(results(module, x, context)[0], expected)
+    del layers[0].forward
+    torch.testing.assert_close(results(module, x, context)[0], expected)
+
+
 WRAPPERS = {
     "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.4),
     "old weight_norm": torch.nn.utils.weight_norm,
