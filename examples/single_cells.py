@@ -1,6 +1,7 @@
 """Single cells of the mouse embryo: a stage that no method has seen, predicted from the other stages.
 
-    python examples/single_cells.py --data guo_norm.rda --seeds 5 --growth 1  # some minutes; writes single_cells.md, .png
+    # some minutes; writes single_cells.md and single_cells.png
+    python examples/single_cells.py --data guo_norm.rda --seeds 5 --growth 1
 
 The data are 48 genes of 428 cells from embryos of 2, 4, 8, 16, 32 and 64 cells (Guo et al. 2010), which Debian has in
 the package r-bioc-destiny and Bioconductor in destiny:

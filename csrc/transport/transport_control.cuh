@@ -47,8 +47,10 @@ __global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems 
   if (s.solved) return;
   const DeviceCloud& c = d.cloud[1];
   const int64_t begin = p * c.count;
+  const int memory = s.level > 1 ? s.memory : kNoStep;
+  const bool smallest = s.error <= s.last_error, back = memory == kProlongedStep && !smallest;
   double length = 0;
-  if (s.level > 1 && s.error <= s.last_error) {
+  if (memory != kNoStep && smallest) {
     double product = 0, square = 0;
     for (int64_t i = threadIdx.x; i < c.count; i += kThreads) {
       const int64_t at = begin + i;
@@ -63,10 +65,13 @@ __global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems 
     const int64_t at = begin + i;
     const double next = c.next[at], before = c.last[at];
     c.last[at] = next, c.step[at] = next - c.potential[at];
+    if (back) c.next[at] = before;
     if (length > 0) c.next[at] = next + length * (next - before);
   }
   __syncthreads();
-  if (threadIdx.x == 0) s.last_error = smallest_error(s.level > 1, s.last_error, s.error);
+  if (threadIdx.x != 0) return;
+  s.last_error = smallest_error(memory != kNoStep, s.last_error, s.error);
+  s.memory = back ? kNoStep : length > 0 ? kProlongedStep : kPlainStep;
 }
 
 // After an iteration with a larger epsilon: the next one, by a thread a problem.  `last` leaves no

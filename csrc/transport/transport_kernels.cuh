@@ -22,6 +22,7 @@ struct ProblemState {
   double epsilon, extent, error, last_error;
   int64_t done, level;  // iterations; iterations with this epsilon
   int solved;           // nothing changes any more
+  int memory;           // a ProlongMemory
 };
 
 // One cloud of all problems.

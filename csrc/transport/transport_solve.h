@@ -27,16 +27,21 @@ inline std::vector<double> larger_epsilons(const SinkhornOptions& o, double exte
   return levels;
 }
 
-// Moves the next potentials along the line to the ones before them, unless the error has grown.
+// Moves the next potentials along the line to the ones before them, unless the error has grown; if
+// it grew by such a move, that is taken back.
 struct Prolonging {
   std::vector<double> next, step;  // of the iteration before
-  double error = 0;
-  bool known = false;
+  double error = 0;                // the smallest so far
+  ProlongMemory memory = kNoStep;
 
   void apply(const double* mass, const std::vector<double>& now, std::vector<double>& to,
              double with_error) {
+    if (memory == kProlongedStep && !(with_error <= error)) {
+      to = next, memory = kNoStep;
+      return;
+    }
     double length = 0;
-    if (known && with_error <= error) {
+    if (memory != kNoStep && with_error <= error) {
       double product = 0, square = 0;
       for (size_t j = 0; j < to.size(); ++j) {
         const double change = to[j] - now[j] - step[j];
@@ -46,11 +51,12 @@ struct Prolonging {
     }
     next.resize(to.size()), step.resize(to.size());
     for (size_t j = 0; j < to.size(); ++j) {
-      const double before = known ? next[j] : 0;
+      const double before = next[j];
       next[j] = to[j], step[j] = to[j] - now[j];
       if (length > 0) to[j] += length * (to[j] - before);
     }
-    error = smallest_error(known, error, with_error), known = true;
+    error = smallest_error(memory != kNoStep, error, with_error);
+    memory = length > 0 ? kProlongedStep : kPlainStep;
   }
 };
 
@@ -231,7 +237,7 @@ struct Iteration {
   }
   // The error belongs to the potentials before the step, which is not taken if they are the result.
   void alternating() {
-    prolonging.known = false;
+    prolonging.memory = kNoStep;
     while (done < o.iterations) {
       error = look(o.epsilon);
       if (!goes_on(o.tolerance)) return;
@@ -240,7 +246,7 @@ struct Iteration {
   }
   // A larger epsilon, whose potentials only begin those of the next one.
   void alternating_level(double epsilon) {
-    prolonging.known = false;
+    prolonging.memory = kNoStep;
     for (int i = 0; i < kLevelIterations && done < o.iterations; ++i) {
       error = look(epsilon);
       step(epsilon);

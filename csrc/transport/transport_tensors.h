@@ -19,6 +19,8 @@ constexpr double prolonged_by(double product, double square) {
   const double length = -product / square;
   return length > 0 ? (length < kLongestStep ? length : kLongestStep) : 0;
 }
+// What is known of the iteration before.
+enum ProlongMemory : int { kNoStep, kPlainStep, kProlongedStep };
 // The error beyond which a step is not prolonged: the smallest so far.  Compared with the last one
 // alone, steps too long could come for ever.
 constexpr double smallest_error(bool known, double smallest, double error) {

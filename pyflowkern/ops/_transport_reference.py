@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ def sinkhorn(
     return tuple(torch.stack(parts) for parts in zip(*solved, strict=True))
 
 
+class _Step(NamedTuple):
+    """The last ``g`` before it was prolonged, its step, the smallest error so far, and whether it was prolonged."""
+
+    g: Tensor
+    step: Tensor
+    error: Tensor
+    prolonged: bool
+
+
 class _Problem:
     """A problem, its potentials and the count of its iterations."""
 
@@ -70,7 +80,7 @@ class _Problem:
         self.potential = [torch.zeros_like(a), torch.zeros_like(b)]
         self.done = 0
         self.error = torch.full_like(a[0], math.inf)
-        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.last: _Step | None = None
 
     def soft_minimum(self, side: int, epsilon: float) -> Tensor:
         other = 1 - side
@@ -94,23 +104,24 @@ class _Problem:
     def prolonged(self, g: Tensor) -> Tensor:
         """Return the next ``g`` moved along the line to the one before it, to where the steps of both would vanish.
 
-        That is Anderson's acceleration with a memory of one step, unless the error is not the smallest so far.
+        That is Anderson's acceleration with a memory of one step, unless the error is not the smallest so far.  If it
+        grew by such a move, that is taken back.
         """
-        step, last = g - self.potential[1], self.last
-        grown = last is not None and not bool(self.error <= last[2])
-        self.last = (
-            g,
-            step,
-            last[2] if last is not None and bool(last[2] <= self.error) else self.error,
-        )
-        if last is None or grown:
-            return g
-        with torch.no_grad():
-            change = step - last[1]
-            mass = self.mass[1]
-            slope = (mass * step * change).sum() / (mass * change * change).sum()
-            length = (-slope).clamp(0.0, LONGEST_STEP).nan_to_num(0.0)
-        return g + length * (g - last[0])
+        last, error = self.last, self.error
+        if last is not None and last.prolonged and not bool(error <= last.error):
+            self.last = None
+            return last.g
+        step, length = g - self.potential[1], torch.zeros_like(error)
+        smallest = last is None or bool(error <= last.error)
+        if last is not None and smallest:
+            with torch.no_grad():
+                change = step - last.step
+                mass = self.mass[1]
+                slope = (mass * step * change).sum() / (mass * change * change).sum()
+                length = (-slope).clamp(0.0, LONGEST_STEP).nan_to_num(0.0)
+        least = error if smallest or last is None else last.error
+        self.last = _Step(g, step, least, bool(length > 0))
+        return g if last is None else g + length * (g - last.g)
 
     def take(self, g: Tensor, epsilon: float, accelerated: bool) -> None:
         """Accept the next ``g`` and find the ``f`` that belongs to it."""

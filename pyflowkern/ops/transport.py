@@ -103,7 +103,8 @@ def sinkhorn(
         max_iterations: most iterations, those of larger epsilons among them.
         tolerance: the error of the marginals, in units of mass, at which a problem is solved; 0 runs all iterations.
         schedule: "alternating" (``g``, then ``f``), "accelerated" (the same, with each step of ``g`` prolonged along
-            the line through the last two to where their lengths would vanish; 3 to 15 times fewer iterations), or
+            the line through the last two to where their lengths would vanish, and taken back if the error grows by
+            that; several times fewer iterations), or
             "symmetric" (both half way; then both once more, wholly).
         epsilon_scaling: begin with an epsilon of the squared diameter, and multiply it by this until it is ``epsilon``.
         penalty_x: the weight :math:`\rho` of the penalty on the marginal of ``x``; None holds it.

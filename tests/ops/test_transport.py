@@ -102,6 +102,26 @@ def test_prolonged_steps_do_not_run_in_circles(backend, seed):
     assert out.error.item() <= 1e-2
 
 
+@pytest.mark.parametrize("seed", [56, 946, 992])
+def test_a_prolonged_step_that_makes_the_error_larger_is_taken_back(backend, seed):
+    """Three clusters far apart: kept, such steps took more iterations than none did, or never came to an end."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(n):
+        return torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+    centres = 10 * normal(3)
+    given = {name: (centres.repeat(4, 1) + 0.3 * normal(12))[None] for name in "xy"}
+    for name in "ab":
+        mass = torch.rand(1, 12, generator=generator, dtype=torch.float64) ** 4
+        given[name] = mass / mass.sum()
+    given = {name: t.to(backend) for name, t in given.items()}
+    options = {"epsilon": 1.0, "epsilon_scaling": 0.5, "tolerance": 1e-3, "max_iterations": 2000}
+    plain, fast = (ops.sinkhorn(**given, **options, schedule=s) for s in SCHEDULES[::2])
+    assert fast.error.item() <= 1e-3
+    assert fast.iterations.item() <= plain.iterations.item()
+
+
 def test_the_error_does_not_depend_on_the_unit_of_mass(backend):
     given = clouds(1, 200, 200, 2, torch.float32, scale=3.0)
     options = {"epsilon": 0.05, "max_iterations": 60, "tolerance": 0.0}
