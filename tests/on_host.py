@@ -18,8 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = Path(__file__).resolve().parent / "cuda_on_host"
 
 
+@functools.cache
 def build(variant: str = "none", **options: str) -> Path:
-    """Compile the op library for the host if needed, and return its path."""
+    """Compile the op library for the host if needed, and return its path.
+
+    The variants are ``none``, ``thread`` and ``address``, after the sanitizer, and ``count``, whose kernels are those
+    of ``thread``.
+    """
+    if variant == "count":
+        return build("thread", **options).with_name("libpyflowkern_counting.so")
     name = "-".join([variant, *options.pop("name", "").split()])
     folder = ROOT / "build" / "cuda_on_host" / name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -25,7 +25,22 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return 0;
 }
 
+#if defined(PFK_POISONS_SHARED)  // shared.ld puts all shared memory between the two
+extern "C" __attribute__((visibility("hidden"))) unsigned char pfk_shared_begin[], pfk_shared_end[];
+#endif
+
 namespace pfk_host {
+
+#if defined(PFK_POISONS_SHARED)
+void poison_shared() {
+  memset(pfk_shared_begin, 0xff, static_cast<size_t>(pfk_shared_end - pfk_shared_begin));
+}
+#else
+void poison_shared() {}
+#endif
+#if !defined(PFK_COUNTING)
+void watch(const void*, size_t) {}
+#endif
 
 Index thread_index, block_index, block_size, grid_size;
 int shared_limit = 48 * 1024;

@@ -36,6 +36,11 @@ int lane();
 // around, unless a test says otherwise.
 extern int shared_limit;
 
+// What differs between builds of the same objects: whether static shared memory is full of NaN before
+// a launch, so that reading what nobody wrote shows, and whether accesses to new memory are counted.
+void poison_shared();
+void watch(const void* data, size_t bytes);
+
 extern Index thread_index, block_index, block_size, grid_size;
 
 }  // namespace pfk_host

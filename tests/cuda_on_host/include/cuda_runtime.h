@@ -143,16 +143,6 @@ inline void warp_barrier(const char* file, int line, uint32_t mask = 0xffffffffu
 constexpr size_t kMostShared = 227 * 1024;
 alignas(16) inline unsigned char shared_memory[kMostShared];
 
-#if defined(PFK_POISONS_SHARED)  // shared.ld puts all shared memory between the two
-extern "C" __attribute__((visibility("hidden"))) unsigned char pfk_shared_begin[], pfk_shared_end[];
-// Reading what nobody wrote shows.
-inline void poison_shared() {
-  memset(pfk_shared_begin, 0xff, static_cast<size_t>(pfk_shared_end - pfk_shared_begin));
-}
-#else
-inline void poison_shared() {}
-#endif
-
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
             const Arguments&... arguments) {
@@ -190,7 +180,6 @@ struct HostGuard {
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 namespace pfk_host {
 constexpr int64_t kPoisoned = int64_t{1} << 30;  // beyond, tests count on pages that nobody touches
-void watch(const void* data, size_t bytes);  // counting.cpp
 inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
                                     int32_t type, int32_t device, int32_t index,
                                     AtenTensorHandle* out) {
@@ -202,9 +191,7 @@ inline AOTITorchError empty_strided(int64_t dim, const int64_t* sizes, const int
       aoti_torch_get_storage_size(*out, &bytes) == AOTI_TORCH_SUCCESS && data &&
       bytes <= kPoisoned) {
     memset(data, 0xff, static_cast<size_t>(bytes));
-#if defined(PFK_COUNTING)
     watch(data, static_cast<size_t>(bytes));
-#endif
   }
   return error;
 }
