@@ -1,32 +1,21 @@
 """The command line where output cannot be written, a run cannot be resumed, or reading would block."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh
 import pytest
-
-import pyflowkern
 
 
 def command(tmp_path, *arguments, **streams):
-    """Run the command line in a separate process, with the package under test."""
-    return subprocess.run(
-        [sys.executable, "-m", "pyflowkern", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(pyflowkern.__file__).parents[1])},
-        **streams,
-    )
+    """Run the command line in a separate process."""
+    main = "from pyflowkern.cli import main; main()"
+    return fresh.run(main, *arguments, cwd=tmp_path, **streams)
 
 
 def refuses(tmp_path, *arguments):
     """Assert exit code 2 and that nothing was written; return the one line of stderr."""
     before = sorted(tmp_path.rglob("*"))
-    result = command(tmp_path, *arguments, stdout=subprocess.PIPE)
+    result = command(tmp_path, *arguments)
     assert (result.returncode, result.stdout) == (2, ""), result
     assert result.stderr.startswith("pyflowkern: ")
     assert len(result.stderr.splitlines()) == 1

@@ -2,10 +2,10 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 from PIL import Image
 
@@ -64,13 +64,8 @@ def test_commands_run(tmp_path):
     for words in lines("pyflowkern "):
         if "--steps" in words:
             words[words.index("--steps") + 1] = "2"
-        # the process of a wheel's script, less its name; -c leaves the package under test findable
-        code = f"import sys; sys.argv = {words!r}; from pyflowkern.cli import main; main()"
-        paths = [p for p in sys.path if p] + [str(Path(ops.__file__).parents[2])]
-        code = f"import sys; sys.path = {paths!r}; " + code
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-        )
+        # what a wheel's script does
+        done = fresh.run("from pyflowkern.cli import main; main()", *words[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     assert (tmp_path / "digits.png").is_file()
 

@@ -1,33 +1,23 @@
 """Environment variables: wrong values give a warning, and importing never fails."""
 
 import _struct
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
-import pyflowkern
 from pyflowkern import _library
 from pyflowkern._version import __version__
 
-ROOT = str(Path(pyflowkern.__file__).parents[1])
 PAGE = "import pyflowkern; print(pyflowkern.show_config())"
+STRICT = "import warnings; warnings.simplefilter('error'); "
 NAME = "libpyflowkern_cpu.so"
 
 
-def page(*flags, cwd=None, **variables):
+def page(code=PAGE, **options):
     """Return stdout and stderr of show_config() in a separate process."""
-    result = subprocess.run(
-        [sys.executable, *flags, "-c", PAGE],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": ROOT, **variables},
-    )
+    result = fresh.run(code, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout, result.stderr
 
@@ -37,14 +27,14 @@ def test_an_unknown_simd_level_is_a_warning_and_never_stops_the_import():
     out, err = page(PYFLOWKERN_SIMD="zzz")
     assert line in out
     assert f"RuntimeWarning: {line}" in err
-    out, err = page("-W", "error", PYFLOWKERN_SIMD="zzz")
+    out, err = page(STRICT + PAGE, PYFLOWKERN_SIMD="zzz")
     assert line in out
     assert not err
 
 
 @pytest.mark.parametrize("level", ["", "baseline"])
 def test_a_known_simd_level_gives_no_warning(level):
-    out, err = page("-W", "error", PYFLOWKERN_SIMD=level)
+    out, err = page(STRICT + PAGE, PYFLOWKERN_SIMD=level)
     assert "ignored" not in out + err
     if level and "cpu" in _library._loaded:
         assert f"cpu: kernels ({level})" in out

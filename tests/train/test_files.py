@@ -2,20 +2,14 @@
 
 import os
 import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 
-import pyflowkern
 from pyflowkern.train import TrainConfig, train
 from pyflowkern.train.files import write_atomic
 
-#: Environment of subprocesses: the package under test may be installed or on the path of this process.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(pyflowkern.__file__).parents[1])}
 TINY = {"data": "t.csv", "flow": "RealNVP", "flow_args": {"steps": 1, "hidden": 4}, "every": 2}
 
 
@@ -50,8 +44,7 @@ def writer(tmp_path):
     """Start a process that waits while it overwrites last.ckpt."""
     path = tmp_path / "last.ckpt"
     path.write_text("old")
-    command = [sys.executable, "-c", SLOW_WRITER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    with fresh.Process(SLOW_WRITER, path) as process:
         assert process.stdout.readline() == "writing\n"
         yield process
         process.kill()
@@ -59,7 +52,7 @@ def writer(tmp_path):
 
 def test_a_kill_while_writing_leaves_the_old_file_and_the_next_write_cleans_up(writer, tmp_path):
     path = tmp_path / "last.ckpt"
-    os.kill(writer.pid, signal.SIGKILL)
+    writer.kill()
     writer.wait()
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2, "no half-written file: this tests nothing"
@@ -129,11 +122,6 @@ main()
 """
 
 
-def limited(size, *arguments):
-    command = [sys.executable, "-c", LIMITED, str(size), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-
-
 def assert_one_line_that_names_a_file(result, folder):
     assert result.returncode == 1, result
     assert re.fullmatch(r"pyflowkern: .*'.+'\n", result.stderr), result.stderr
@@ -149,8 +137,8 @@ def table(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [40, 300, 2_000, 12_000, 24_000])
 def test_a_full_disk_is_one_line_that_names_the_file(table, size):
-    result = limited(
-        size, "train", "--data", "t.csv", "--flow", "RealNVP", "--steps", 4, "--out", "run",
+    result = fresh.run(
+        LIMITED, size, "train", "--data", "t.csv", "--flow", "RealNVP", "--steps", 4, "--out", "run",
         "--set", "every=2", "--set", "hidden=8",
     )  # fmt: skip
     assert_one_line_that_names_a_file(result, table)
@@ -160,7 +148,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(table, size):
 @pytest.mark.parametrize("suffix", ["csv", "npy"])
 def test_samples_on_a_full_disk(table, suffix):
     run = train(TrainConfig.create({**TINY, "steps": 2, "out": "run"}))
-    result = limited(4_096, "sample", run.out, "-n", 5_000, "--out", f"s.{suffix}")
+    result = fresh.run(LIMITED, 4_096, "sample", run.out, "-n", 5_000, "--out", f"s.{suffix}")
     assert_one_line_that_names_a_file(result, table)
     assert f"s.{suffix}" in result.stderr
     assert not (table / f"s.{suffix}").exists()

@@ -3,21 +3,17 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
 
-import pyflowkern
 from pyflowkern.train import FlowModule, TrainConfig, TrainingInterrupted, train
 from pyflowkern.train.checkpoint import load_checkpoint
 from pyflowkern.train.signals import StopSignals
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(pyflowkern.__file__).parents[1])}
 OPTIONS = {
     "flow": "RealNVP",
     "flow_args": {"steps": 1, "hidden": 4},
@@ -88,10 +84,7 @@ def test_a_signal_writes_a_checkpoint_says_so_and_the_run_goes_on(
     out = tmp_path / "run"
     config(out)
     (tmp_path / "run.yaml").write_text(config(out).to_yaml())
-    command = [sys.executable, "-c", SLOW, "train", str(tmp_path / "run.yaml")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as run:
+    with fresh.Process(SLOW, "train", tmp_path / "run.yaml") as run:
         assert any(line == f"taken {at}\n" for line in run.stdout)
         os.kill(run.pid, getattr(signal, name))
         _, message = run.communicate()
@@ -173,17 +166,7 @@ def test_ctrl_c_before_training_is_one_line(tmp_path):
     code += "def load(*a, **k): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)\n"
     code += "runner.load_data = load; import sys; sys.argv[0] = 'pyflowkern'\n"
     code += "from pyflowkern.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "train",
-        "--data",
-        "digits",
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    run = fresh.run(code, "train", "--data", "digits", "--out", tmp_path / "r")
     assert run.returncode == 130
     assert re.fullmatch(r"\n?pyflowkern: interrupted\n", run.stderr)
     assert not (tmp_path / "r").exists()

@@ -3,12 +3,10 @@
 import csv
 import itertools
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 
+import fresh
 import pytest
 import torch
 import yaml
@@ -148,9 +146,9 @@ def test_resume_after_kill_9_is_exact(finished, tmp_path):
         "FlowModule.training_step = slow\n"
         f"train(TrainConfig.create({config(tmp_path).to_dict()!r}))\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+    with fresh.Process(code) as run:
         assert any(line.strip() == "7" for line in run.stdout)
-        os.kill(run.pid, signal.SIGKILL)
+        run.kill()
     assert run.returncode == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "last.ckpt")["pyflowkern"]["progress"][0] == 4
     train(config(tmp_path), resume=True)
