@@ -25,9 +25,10 @@ class PairedBatches:
     Use them with a matcher that pairs no more: ``ConditionalFlowMatcher``, or ``SchrodingerBridge...`` with
     ``ot_method=None``.
 
-    On the CPU the next plan is solved by a thread while the minibatches of the last one are used.  All random numbers
-    are drawn by the caller's thread, in one order with or without that, and what goes wrong is raised where the next
-    minibatch is asked for.
+    With ``ahead``, on the CPU the next plan is solved by a thread while the minibatches of the last one are used.  That
+    hides the plan where cores are idle during a step, and takes longer where a step uses all of them.  All random
+    numbers are drawn by the caller's thread, in one order with or without it, and what goes wrong is raised where the
+    next minibatch is asked for.
 
     Args:
         source: all samples ``[N, *shape]``, from which ``plan_size`` different ones are drawn, or a function that is
@@ -62,7 +63,7 @@ class PairedBatches:
         batch_size: int = 512,
         sampler: OTPlanSampler | None = None,
         generator: torch.Generator | None = None,
-        ahead: bool = True,
+        ahead: bool = False,
     ) -> None:
         self.plan_size = check_count("plan_size", plan_size)
         self.batch_size = check_count("batch_size", batch_size)

@@ -55,7 +55,9 @@ def test_work_ahead_runs_on_one_thread():
 def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
     x = torch.randn(64, 2)
     sizes = iter((1.0, float("nan")))
-    pairs = transport.PairedBatches(lambda n: x * next(sizes), x, plan_size=64, batch_size=32)
+    pairs = transport.PairedBatches(
+        lambda n: x * next(sizes), x, plan_size=64, batch_size=32, ahead=True
+    )
     stream = iter(pairs)
     next(stream)
     next(stream)
@@ -67,7 +69,7 @@ def test_the_thread_ends_with_its_iterator_and_keeps_the_others_as_they_are():
     threads = torch.get_num_threads()
     before = set(threading.enumerate())
     x = torch.randn(64, 2)
-    stream = iter(transport.PairedBatches(x, x, plan_size=64, batch_size=32))
+    stream = iter(transport.PairedBatches(x, x, plan_size=64, batch_size=32, ahead=True))
     next(stream)
     mine = set(threading.enumerate()) - before
     assert len(mine) == 1
