@@ -268,3 +268,23 @@ def test_saved_permutations_are_rounded(dtype):
     for bad in (saved + 3, saved - 2):
         with pytest.raises(RuntimeError, match="permutation must hold indices from 0 to 3"):
             run_chain(x, None, program, [bad, *tensors[1:]])
+
+
+@pytest.mark.parametrize("base", ["none", "normal"])
+def test_what_is_kept_is_the_input_of_each_transform(base):
+    """Data, inputs of steps and latent, of N D numbers each; no activation of a network."""
+    _library.require_kernels("cpu")
+    n, d = 64, 6
+    steps = [autoregressive("softclip", [*range(d)], (50, 50)) for _ in range(5)]
+    program = ChainProgram(d, [*steps, PermuteStep([*range(d)][::-1]), ActNormStep()], base=base)
+    tensors = [value(w, i, torch.float32).requires_grad_() for i, w in enumerate(program.tensors)]
+    kept = {}
+
+    def keep(t):
+        if t.is_floating_point() and not any(t is p for p in tensors):
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ops.chain(normal(n, d, dtype=torch.float32), program, tensors)
+    assert sum(kept.values()) <= (len(steps) + 3) * n * d + program.numbers.numel()
