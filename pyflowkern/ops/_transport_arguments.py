@@ -14,8 +14,9 @@ from pyflowkern.core.checks import (
     check_shape,
 )
 from pyflowkern.core.codes import SinkhornSchedule, numbered
+from pyflowkern.ops.plan_tensors import PlanTensors
 
-__all__ = ["check_clouds", "check_plan", "check_state", "constants", "options_of"]
+__all__ = ["check_clouds", "check_plan", "check_state", "options_of"]
 
 _SCHEDULES = numbered(SinkhornSchedule)
 
@@ -50,10 +51,9 @@ def check_clouds(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
     check_same_device(x=x, y=y, a=a, b=b)
 
 
-def check_plan(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float, scale: float
-) -> tuple[float, float]:
+def check_plan(plan: PlanTensors, epsilon: float, scale: float) -> tuple[float, float]:
     """Return epsilon and scale; raise unless they and the tensors make a plan."""
+    x, y, a, b, f, g = plan
     check_clouds(x, y, a, b)
     for name, t, points in (("f", f, x), ("g", g, y)):
         check_floating(name, t)
@@ -62,14 +62,6 @@ def check_plan(
             raise TypeError(f"{name} must be float64, as sinkhorn returns it, got {t.dtype}")
     check_same_device(x=x, f=f, g=g)
     return _positive("epsilon", epsilon), _positive("scale", scale)
-
-
-def constants(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what makes a plan, as constants, the masses in float64."""
-    a, b = a.detach().double(), b.detach().double()
-    return x.detach(), y.detach(), a, b, f.detach(), g.detach()
 
 
 def options_of(

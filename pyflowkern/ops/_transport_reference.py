@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyflowkern.core.codes import SinkhornSchedule
+from pyflowkern.ops.plan_tensors import PlanTensors
 
 __all__ = ["gradient_of_mass", "gradient_of_points", "plan_draw", "plan_product", "sinkhorn"]
 
@@ -223,63 +224,40 @@ class _Problem:
         return value - epsilon * plan
 
 
-def _log_plan(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: float, scale: float) -> Tensor:
-    return (f[:, :, None] + g[:, None, :] - costs(x, y, scale)) / epsilon
+def _log_plan(p: PlanTensors, epsilon: float, scale: float) -> Tensor:
+    return (p.f[:, :, None] + p.g[:, None, :] - costs(p.x, p.y, scale)) / epsilon
 
 
-def plan_product(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    matrix: Tensor,
-    epsilon: float,
-    scale: float,
-) -> Tensor:
-    """Multiply the dense plan by a matrix."""
-    plan = a[:, :, None] * b[:, None, :] * torch.exp(_log_plan(x, y, f, g, epsilon, scale))
-    return (plan @ matrix.double()).to(x.dtype)
+def plan_product(*inputs: Any) -> Tensor:
+    """Multiply the dense plan by a matrix: the inputs are those of the op."""
+    *tensors, matrix, epsilon, scale = inputs
+    p = PlanTensors(*tensors)
+    plan = p.a[:, :, None] * p.b[:, None, :] * torch.exp(_log_plan(p, epsilon, scale))
+    out: Tensor = (plan @ matrix.double()).to(p.x.dtype)
+    return out
 
 
-def plan_draw(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    uniforms: Tensor,
-    epsilon: float,
-    scale: float,
-) -> Tensor:
-    """Draw a column of each row by its distribution function."""
-    log_plan = _log_plan(x, y, f, g, epsilon, scale) + b.log()[:, None, :]
+def plan_draw(*inputs: Any) -> Tensor:
+    """Draw a column of each row by its distribution function: the inputs are those of the op."""
+    *tensors, uniforms, epsilon, scale = inputs
+    p = PlanTensors(*tensors)
+    log_plan = _log_plan(p, epsilon, scale) + p.b.log()[:, None, :]
     sums = torch.softmax(log_plan, -1).cumsum(-1)
     wanted = uniforms[..., None] * sums[..., -1:]
-    return torch.searchsorted(sums, wanted, right=True)[..., 0].clamp(max=y.shape[1] - 1)
+    return torch.searchsorted(sums, wanted, right=True)[..., 0].clamp(max=p.y.shape[1] - 1)
 
 
 # --- gradients of the cost by the envelope theorem ------------------------------------------------
 
 
 def gradient_of_points(
-    product: Callable[..., Tensor],
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    epsilon: float,
-    scale: float,
+    product: Callable[..., Tensor], plan: PlanTensors, epsilon: float, scale: float
 ) -> Tensor:
     r"""Return :math:`\sum_j P_{ij}\, 2 s (x_i - y_j)`; one product with the plan gives both sums over ``j``."""
-    centre = y.mean(1, keepdim=True)
-    ones = torch.ones_like(y[..., :1])
-    sums = product(x, y, a, b, f, g, torch.cat([y - centre, ones], -1), epsilon, scale)
-    return 2 * scale * (sums[..., -1:] * (x - centre) - sums[..., :-1])
+    centre = plan.y.mean(1, keepdim=True)
+    ones = torch.ones_like(plan.y[..., :1])
+    sums = product(*plan, torch.cat([plan.y - centre, ones], -1), epsilon, scale)
+    return 2 * scale * (sums[..., -1:] * (plan.x - centre) - sums[..., :-1])
 
 
 def gradient_of_mass(potential: Tensor, other: Tensor, epsilon: float, penalty: float) -> Tensor:

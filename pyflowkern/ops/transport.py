@@ -33,9 +33,9 @@ from pyflowkern.ops._transport_arguments import (
     check_clouds,
     check_plan,
     check_state,
-    constants,
     options_of,
 )
+from pyflowkern.ops.plan_tensors import PlanTensors
 
 __all__ = [
     "Sinkhorn",
@@ -176,7 +176,8 @@ def plan_product(
         [0.5, 0.5]
     """
     check_state("matrix", matrix)
-    epsilon, scale = check_plan(x, y, a, b, f, g, epsilon, scale)
+    given = PlanTensors(x, y, a, b, f, g)
+    epsilon, scale = check_plan(given, epsilon, scale)
     check_same_device(x=x, matrix=matrix)
     if matrix.dtype != x.dtype:
         raise TypeError(f"matrix must have the dtype of x, {x.dtype}, got {matrix.dtype}")
@@ -184,7 +185,7 @@ def plan_product(
         raise ValueError(
             f"matrix must have shape ({y.shape[0]}, {y.shape[1]}, k), got {tuple(matrix.shape)}"
         )
-    plan = constants(x, y, a, b, f, g)
+    plan = given.constants()
     if not kernel_serves("plan_product", *plan, matrix):
         return plain.plan_product(*plan, matrix, epsilon, scale)
     out: Tensor = _plan_product(*plan, matrix, epsilon, scale)
@@ -234,13 +235,14 @@ def plan_draw(
         >>> plan_draw(x, x + 2, half, half, out.f, out.g, u, epsilon=0.01).tolist()
         [[0, 1]]
     """
-    epsilon, scale = check_plan(x, y, a, b, f, g, epsilon, scale)
+    given = PlanTensors(x, y, a, b, f, g)
+    epsilon, scale = check_plan(given, epsilon, scale)
     check_floating("uniforms", uniforms)
     check_same_device(x=x, uniforms=uniforms)
     check_shape("uniforms", uniforms, x.shape[:2])
     if uniforms.dtype != torch.float64:
         raise TypeError(f"uniforms must be float64, got {uniforms.dtype}")
-    plan = constants(x, y, a, b, f, g)
+    plan = given.constants()
     if not kernel_serves("plan_draw", *plan, uniforms):
         return plain.plan_draw(*plan, uniforms, epsilon, scale)
     out: Tensor = _plan_draw(*plan, uniforms, epsilon, scale)
@@ -275,7 +277,8 @@ def plan_product_reference(
     scale: float = 1.0,
 ) -> Tensor:
     """Compute :func:`plan_product` in plain PyTorch, with a dense plan."""
-    return plain.plan_product(*constants(x, y, a, b, f, g), matrix, epsilon, scale)
+    plan = PlanTensors(x, y, a, b, f, g).constants()
+    return plain.plan_product(*plan, matrix, epsilon, scale)
 
 
 def plan_draw_reference(
@@ -310,17 +313,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
-    x, y, a, b, f, g = ctx.saved_tensors
-    epsilon, scale = ctx.options[:2]
-    penalty_x, penalty_y = ctx.options[6:8]
-    grads: list[Tensor | None] = []
-    for side in ((x, y, a, b, f, g), (y, x, b, a, g, f)):
-        grads.append(
-            plain.gradient_of_points(_product, *side, epsilon, scale)
-            * grad[:, None, None].to(x.dtype)
-        )
-    for potential, other, penalty in ((f, b, penalty_x), (g, a, penalty_y)):
-        grads.append(plain.gradient_of_mass(potential, other, epsilon, penalty) * grad[:, None])
+    plan, (epsilon, scale), penalties = ctx.saved_tensors, ctx.options[:2], ctx.options[6:8]
+    sides, grads = (PlanTensors(*plan), PlanTensors(*plan).transposed()), list[Tensor | None]()
+    for p in sides:
+        of_points = plain.gradient_of_points(_product, p, epsilon, scale)
+        grads.append(of_points * grad[:, None, None].to(p.x.dtype))
+    for p, penalty in zip(sides, penalties, strict=True):
+        grads.append(plain.gradient_of_mass(p.f, p.b, epsilon, penalty) * grad[:, None])
     wanted = ctx.needs_input_grad
     return (*(t if w else None for t, w in zip(grads, wanted, strict=False)), *[None] * 8)
 
@@ -347,8 +346,8 @@ def _keep_plan(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward_of_product(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, y, a, b, f, g, _ = ctx.saved_tensors
-    return (*[None] * 6, _product(y, x, b, a, g, f, grad.contiguous(), *ctx.numbers), None, None)
+    plan = PlanTensors(*ctx.saved_tensors[:6]).transposed()
+    return (*[None] * 6, _product(*plan, grad.contiguous(), *ctx.numbers), None, None)
 
 
 _plan_product = register(

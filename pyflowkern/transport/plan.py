@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_flag, check_floating
+from pyflowkern.ops.plan_tensors import PlanTensors
 from pyflowkern.transport._arguments import check_generator
 
 __all__ = ["Plan", "draw"]
@@ -51,7 +52,8 @@ class Plan:
         scale: float = 1.0,
         batched: bool = False,
     ) -> None:
-        self.x, self.y, self.a, self.b, self.f, self.g = (t.detach() for t in (x, y, a, b, f, g))
+        self._tensors = PlanTensors(*(t.detach() for t in (x, y, a, b, f, g)))
+        self.x, self.y, self.a, self.b, self.f, self.g = self._tensors
         self.epsilon, self.scale, self.batched = epsilon, scale, batched
         self._sums: Tensor | None = None
 
@@ -64,7 +66,7 @@ class Plan:
     @property
     def T(self) -> Plan:
         """The transposed plan, from ``y`` to ``x``."""
-        return self._like(self.y, self.x, self.b, self.a, self.g, self.f)
+        return self._like(self._tensors.transposed())
 
     def __matmul__(self, matrix: Tensor) -> Tensor:
         """Multiply by ``[m, k]`` or ``[m]``, after the axis of problems if there is one; differentiable in it.
@@ -103,8 +105,7 @@ class Plan:
         It is 1 where marginals are held.  An unbalanced plan loses mass where it is below 1, and makes some where it
         is above.  A point without mass has a value, too: the one that a little of it would have.
         """
-        rows = self._like(self.x, self.y, torch.ones_like(self.a), self.b, self.f, self.g)
-        return rows.row_sums()
+        return self._like(self._tensors.per_mass()).row_sums()
 
     def dense(self) -> Tensor:
         """Return the whole matrix ``[n, m]``, of the dtype of the points; for small problems."""
@@ -126,7 +127,7 @@ class Plan:
                 f"values must have shape {self.shape[:-2] + self.shape[-1:]} and one axis more, "
                 f"got {tuple(given.shape if self.batched else given.shape[1:])}"
             )
-        rows = self._like(self.x, self.y, torch.ones_like(self.a), self.b, self.f, self.g)
+        rows = self._like(self._tensors.per_mass())
         centre = given.detach().mean(1, keepdim=True)
         sums = rows._product(torch.cat([given - centre, torch.ones_like(given[..., :1])], -1))
         out = sums[..., :-1] / sums[..., -1:] + centre
@@ -135,7 +136,7 @@ class Plan:
     def transport_cost(self) -> Tensor:
         r"""Return :math:`\langle P, C \rangle`, the cost without the entropy, in float64; not differentiable."""
         x, y = self.x.double(), self.y.double()
-        wide = self._like(x, y, self.a, self.b, self.f, self.g)
+        wide = self._like(self._tensors._replace(x=x, y=y))
         centre = y.mean(1, keepdim=True)
         x, y = x - centre, y - centre
         squares = y.square().sum(-1, keepdim=True)
@@ -203,21 +204,19 @@ class Plan:
 
     # --- what the rest is made of -----------------------------------------------------------------
 
-    def _like(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Plan:
-        return Plan(x, y, a, b, f, g, epsilon=self.epsilon, scale=self.scale, batched=self.batched)
+    def _like(self, tensors: PlanTensors) -> Plan:
+        return Plan(*tensors, epsilon=self.epsilon, scale=self.scale, batched=self.batched)
 
     def _product(self, matrix: Tensor) -> Tensor:
-        plan = (self.x, self.y, self.a, self.b, self.f, self.g)
-        return ops.plan_product(*plan, matrix, epsilon=self.epsilon, scale=self.scale)
+        return ops.plan_product(*self._tensors, matrix, epsilon=self.epsilon, scale=self.scale)
 
     def _partners(self, rows: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        x, a, f = self.x, self.a, self.f
+        plan, x = self._tensors, self.x
         if rows is None:
             rows = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         else:
             x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
-            a, f = a.gather(1, rows), f.gather(1, rows)
-        plan = (x, self.y, a, self.b, f, self.g)
+            plan = plan._replace(x=x, a=plan.a.gather(1, rows), f=plan.f.gather(1, rows))
         return rows, ops.plan_draw(*plan, uniforms, epsilon=self.epsilon, scale=self.scale)
 
     def _uniforms(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -239,7 +238,7 @@ class Plan:
         return cells // columns, cells % columns
 
     def _distinct_of(self, p: int, n: int, generator: torch.Generator | None) -> Tensor:
-        one = self._like(*(t[p : p + 1] for t in (self.x, self.y, self.a, self.b, self.f, self.g)))
+        one = self._like(PlanTensors(*(t[p : p + 1] for t in self._tensors)))
         assert self._sums is not None
         one._sums = self._sums[p : p + 1]
         columns = self.y.shape[1]
