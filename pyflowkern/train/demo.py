@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyflowkern import flows
 from pyflowkern._library import require_kernels
 from pyflowkern.data import load, parts_of
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.files import write_atomic
-from pyflowkern.train.measure import peak_memory, step_seconds
+from pyflowkern.train.measure import peak_memory, seconds_of, step_seconds
 from pyflowkern.train.runner import Run, check_folder, resume_config, train
 
 __all__ = ["Comparison", "compare", "demo", "round_trip_error"]
@@ -36,19 +38,48 @@ CLOSING = 20.0  #: seconds left for what follows training, and for a wrong estim
 
 @dataclass(frozen=True)
 class Comparison:
-    """A training step with kernels beside the reference: seconds, and MB of memory."""
+    """A training step with kernels beside the reference: seconds, and MB of memory; and seconds of other work."""
 
     seconds: tuple[float, float]
     memory: tuple[float, float]
+    others: dict[str, tuple[float, float]]
 
 
 def compare(config: TrainConfig, limit: float = 20.0) -> Comparison:
-    """Measure both paths on the same flow, data and machine."""
+    """Measure both paths on the same flow, data and machine, and small flows on vectors in a tenth of the time each."""
     data = load(config.data, size=config.size, seed=config.seed)
     seconds = step_seconds(config, data, limit=limit)
-    return Comparison(
-        seconds, (peak_memory(config, reference=False), peak_memory(config, reference=True))
-    )
+    memory = peak_memory(config, reference=False), peak_memory(config, reference=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        others = {name: seconds_of(work, limit=limit / 10) for name, work in _others().items()}
+    return Comparison(seconds, memory, others)
+
+
+def _others() -> dict[str, Callable[[int], None]]:
+    """Return work of flows on vectors by a name for the table."""
+    maf = flows.MAF(21, transforms=5, hidden=(128, 128))
+    return {
+        "spline-flow step": _step(flows.NSF(6, transforms=5, hidden=(50, 50)), 200),
+        "1000 MAF samples": lambda number: _forget(maf.sample(1000)),
+        "continuous-flow step": _step(flows.FFJORD(6, hidden=(60, 60)), 200),
+    }
+
+
+def _forget(result: object) -> None:
+    """Work whose result is not wanted returns nothing."""
+
+
+def _step(flow: flows.Flow, samples: int) -> Callable[[int], None]:
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-4, fused=True)
+    x = torch.randn(samples, flow.dims)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        (-flow.log_prob(x).mean()).backward()
+        optimizer.step()
+
+    return step
 
 
 def _planned(config: TrainConfig, comparison: Comparison, seconds: float) -> TrainConfig:
@@ -82,8 +113,8 @@ def demo(out: Path, *, minutes: float = 4.0, resume: bool = False) -> Run:
             print(f"{out}: no demo to go on with; starting one", flush=True)
         limit = minutes * 5
         print(
-            "1/2  measuring a training step and its memory, kernels beside reference: "
-            f"about {limit + _MEMORY_SECONDS:.0f} s ...",
+            "1/2  measuring training steps, samples and memory, kernels beside reference: "
+            f"about {1.3 * limit + _MEMORY_SECONDS:.0f} s ...",
             flush=True,
         )
         config = replace(CONFIG, out=str(out))
@@ -106,8 +137,9 @@ def _read_comparison(path: Path) -> Comparison:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         (fast, slow), (small, large) = stored["seconds"], stored["memory"]
-        return Comparison((float(fast), float(slow)), (float(small), float(large)))
-    except (ValueError, TypeError, KeyError) as error:
+        others = {name: (float(a), float(b)) for name, (a, b) in stored["others"].items()}
+        return Comparison((float(fast), float(slow)), (float(small), float(large)), others)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{path}: is damaged ({type(error).__name__}); start again without --resume"
         ) from None
@@ -126,6 +158,12 @@ def report(run: Run, comparison: Comparison, seconds: float) -> str:
         f"  {'one training step':24}{'kernels':>12}{'reference':>12}{'gain':>9}",
         f"  {'steps/s':24}{1 / fast:>12.2f}{1 / slow:>12.2f}{slow / fast:>8.2f}x",
         f"  {'peak memory, MB':24}{small:>12.0f}{large:>12.0f}{large / max(small, 1e-9):>8.2f}x",
+        "",
+        f"  {'flows on vectors, ms':24}{'kernels':>12}{'reference':>12}{'gain':>9}",
+        *(
+            f"  {name:24}{1e3 * a:>12.2f}{1e3 * b:>12.2f}{b / a:>8.2f}x"
+            for name, (a, b) in comparison.others.items()
+        ),
         "",
         f"  {run.out}/: samples.png, curve.png, metrics.csv, last.ckpt; {seconds:.0f} s in all",
     ]

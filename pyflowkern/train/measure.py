@@ -20,7 +20,7 @@ from pyflowkern.train.bridges import load_data
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.model import build
 
-__all__ = ["peak_memory", "step_seconds"]
+__all__ = ["peak_memory", "seconds_of", "step_seconds"]
 
 
 def _stepper(config: TrainConfig, data: DataSet) -> Callable[[int], None]:
@@ -42,20 +42,26 @@ def _stepper(config: TrainConfig, data: DataSet) -> Callable[[int], None]:
 def step_seconds(
     config: TrainConfig, data: DataSet, *, blocks: int = 7, limit: float = 30.0
 ) -> tuple[float, float]:
-    """Return the median seconds of a training step with kernels and with the reference.
+    """Return the median seconds of a training step with kernels and with the reference."""
+    return seconds_of(_stepper(config, data), blocks=blocks, limit=limit)
 
-    Blocks of two steps alternate between the paths, so that a busy neighbour slows both.  Measuring ends after
+
+def seconds_of(
+    work: Callable[[int], None], *, blocks: int = 7, limit: float = 30.0
+) -> tuple[float, float]:
+    """Return the median seconds of ``work(number)`` with kernels and with the reference.
+
+    Blocks of two calls alternate between the paths, so that a busy neighbour slows both.  Measuring ends after
     ``blocks`` pairs or ``limit`` seconds, after one pair at least.
     """
-    step = _stepper(config, data)
     times: dict[bool, list[float]] = {False: [], True: []}
     end = time.monotonic() + limit
     for block in range(blocks + 1):
         for reference in (False, True):
             with use_reference(reference):
                 start = time.perf_counter()
-                step(2 * block)
-                step(2 * block + 1)
+                work(2 * block)
+                work(2 * block + 1)
                 if block:  # the first block warms up
                     times[reference].append((time.perf_counter() - start) / 2)
         if block and time.monotonic() > end:
