@@ -166,7 +166,7 @@ def check_autocast(case):
             torch.testing.assert_close(found[1], expected[1], atol=bound, rtol=HALF_ERROR)
 
 
-def check_compiles(case, compiler):
+def check_compiles(case, compiler, options=None):
     """Both directions compile into one graph, with the same values and gradients; or the error says why not.
 
     Of a flow the gradients are those of the density: its layers have the law in both directions.
@@ -183,7 +183,7 @@ def check_compiles(case, compiler):
             return [density, *module.inverse(z, context)]
 
     compiled, inverse = (
-        torch.compile(f, fullgraph=True, backend=compiler)
+        torch.compile(f, fullgraph=True, backend=compiler, options=options)
         for f in (both, lambda z: module.inverse(z, context))
     )
     if case.no_graph:

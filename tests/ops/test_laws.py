@@ -96,11 +96,10 @@ def test_compiles_into_one_graph(backend, case, request):
     laws.check_compiles(case, "aot_eager", samples=1 if reference else 3)
 
 
-@pytest.mark.slow
 @each
 @kernels
 def test_inductor_finds_the_strides_that_it_was_told(backend, case):
-    laws.check_compiles(case, "inductor", samples=1)
+    laws.check_compiles(case, "inductor", samples=1, options=laws.STRIDES)
 
 
 @public
