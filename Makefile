@@ -15,10 +15,10 @@ demo: $(VENV)/installed
 
 # pytest (not python -m pytest): the tests run against the installed wheel, never the source tree
 test: $(VENV)/installed
-	$(BIN)/pytest -n 2 -m "not gpu" --durations=10
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu" --durations=10
 
 test-fast: $(VENV)/installed
-	$(BIN)/pytest -n 2 -m "not gpu and not slow" -q
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not slow" -q
 
 # random calls of everything public, against the reference and float64; a crash is a finding like any other
 fuzz: $(VENV)/installed

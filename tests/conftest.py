@@ -17,6 +17,11 @@ from pyflowkern import _library, use_reference
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the slow ones: a process that begins one last is alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
     torch.set_num_threads(1)
