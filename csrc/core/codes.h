@@ -77,7 +77,8 @@ constexpr int kAllLayerFlags = 2 * kGated - 1;
 enum ElementFamily : int { kAffineElements, kSplineElements };
 constexpr int kElementFamilies = kSplineElements + 1;
 
-// ---- chains of transforms ------------------------------------------------------------------------
+// ---- chains of transforms
+// ------------------------------------------------------------------------
 enum ChainStepKind : int {
   kPermuteStep,
   kActNormStep,
