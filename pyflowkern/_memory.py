@@ -21,8 +21,8 @@ def keep_memory() -> bool:
     of the process, whatever allocates, and cannot be undone.  Memory of GPUs is not concerned: torch keeps it anyway.
 
     Returns:
-        Whether it took effect: glibc's allocator has it (Linux); others, and allocators that replace it, are left
-        alone.
+        Whether the C library took the settings, as glibc does (Linux).  They have no effect on an allocator that was
+        loaded in the place of glibc's.
 
     Example:
         >>> import pyflowkern
@@ -31,7 +31,7 @@ def keep_memory() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # not glibc; Windows has no library None
         return False
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _MOST), (_TOP_PAD, 64 << 20))
     return all(mallopt(name, value) == 1 for name, value in settings)

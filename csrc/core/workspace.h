@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include <new>
+
 namespace pfk {
 
 // Uninitialized and aligned to a cache line, for as long as the object lives.  A thread keeps the
@@ -22,6 +24,7 @@ class Workspace {
     Block& block = kept.block[kept.depth++];
     if (block.bytes < bytes) {
       free(block.memory);
+      block = {};
       block.memory = allocate(bytes);
       block.bytes = bytes;
     }
@@ -56,7 +59,9 @@ class Workspace {
     return kept;
   }
   static void* allocate(int64_t bytes) {
-    return aligned_alloc(64, static_cast<size_t>((bytes + 64) / 64 * 64));
+    void* memory = aligned_alloc(64, static_cast<size_t>((bytes + 64) / 64 * 64));
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
   }
 
   void* memory_;

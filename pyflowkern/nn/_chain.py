@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,8 @@ Pair = tuple[Tensor, Tensor]
 #: Units of a network without masks up to which one op is the faster one with gradients, too.  Beyond, the backward pass
 #: by products of all samples at once wins (it takes 0.7 to 0.9 of the time for 256 units); the forward pass does not.
 _WIDE = 128
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_is_cpu = attrgetter("is_cpu")
 
 
 class Run:
@@ -73,7 +76,7 @@ class Run:
         if inverse and not program.invertible:
             return None
         tensors = self.watched.tensors(inverse)
-        if tensors is None:
+        if tensors is None or not _together(x, tensors):
             return None
         try:
             z, log_det = run_chain(x, context, program, tensors, inverse)
@@ -86,7 +89,7 @@ class Run:
             if self.outgrown or not _alike(program, tensors, x):
                 return None
             raise
-        return None if z.device != x.device else (z, log_det)
+        return z, log_det
 
     def _takes(self, x: Tensor, context: Tensor | None) -> bool:
         if x.shape[1] != self._features:
@@ -182,7 +185,16 @@ def served(x: Tensor) -> bool:
         and kernel_serves("chain", x, dtypes=CHAIN_DTYPES)
         and not autocasts(x)
         and not globally_hooked()
+        and torch._C._get_tracing_state() is None  # to a tracer sizes are tensors
+        and torch._C._get_dispatch_mode(_FAKE) is None  # which no test of values may meet
     )
+
+
+def _together(x: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether all tensors are where ``x`` is: with one on meta, an op would return memory that nobody wrote."""
+    if x.is_cpu:
+        return all(map(_is_cpu, tensors))
+    return all(t.device == x.device for t in tensors)
 
 
 def _joined(link: Link, own: Link) -> Link | None:

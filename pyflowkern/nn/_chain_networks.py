@@ -127,6 +127,10 @@ def _layer(layer: torch.nn.Module, link: Link, **options: Any) -> ChainLayer | N
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is None or weight.dim() != 2:
         return None
+    if (
+        bias is None and getattr(layer, "bias", None) is not None
+    ):  # a buffer, or no tensor of the module's
+        return None
     link.watch(layer)
     link.read(layer, "weight")
     if bias is None:
@@ -143,7 +147,7 @@ def _context(net: MLP | ResidualMLP | MaskedMLP, link: Link) -> bool:
     link.context_features = size
     if layer is None or not size:
         return layer is None and not size
-    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias") is not None:
+    if type(layer) is not torch.nn.Linear or getattr(layer, "bias", None) is not None:
         return False
     weight = layer._parameters.get("weight")
     if weight is None or weight.dim() != 2 or weight.shape[1] != size:

@@ -38,7 +38,7 @@ class Link:
     facts: list[tuple[torch.nn.Module, tuple[str, ...]]] = field(default_factory=list)
     #: Of each tensor the module, ``_parameters`` or ``_buffers``, and its name.
     sources: list[tuple[torch.nn.Module, str, str]] = field(default_factory=list)
-    #: Names of tensors that are None, and would be other tensors if they were not.
+    #: Names of tensors that are None, or not there: wherever they were put, the steps would be others.
     absent: list[tuple[torch.nn.Module, str]] = field(default_factory=list)
     #: Places among the tensors, and what makes them.
     made: list[tuple[int, Make]] = field(default_factory=list)
@@ -128,7 +128,7 @@ class Watched:
                 and [*chain.from_iterable(map(dict.values, map(_children, self._parents)))]
                 == self._known_children
                 and [get(d) for get, d in self._facts] == self._known_facts
-                and not any(m._parameters.get(name) is not None for m, name in link.absent)
+                and all(getattr(m, name, None) is None for m, name in link.absent)
                 and all(holds() for holds in link.holds)
                 and not any(waits() for waits in link.waits)
             )

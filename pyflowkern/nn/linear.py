@@ -13,11 +13,13 @@ from pyflowkern.core.kept import Kept
 from pyflowkern.core.structure import HasPermutations
 from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._links import Link
-from pyflowkern.ops.chain_steps import MOST_PLU, LinearStep, PLUStep
+from pyflowkern.ops.chain_steps import LinearStep, PLUStep
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]
 
 _Matrix = tuple[Tensor, Tensor]
+#: Features up to which a chain multiplies the factors itself, at every call; beyond, a matrix that is kept is cheaper.
+_MOST_FACTORS = 64
 
 
 class InvertibleLinear(HasPermutations, Bijection):
@@ -117,7 +119,7 @@ class InvertibleLinear(HasPermutations, Bijection):
         if type(self) not in (InvertibleLinear, InvertibleConv1x1):
             return None
         plu = self.parameterization == "plu"
-        if plu and self.channels <= MOST_PLU:
+        if plu and self.channels <= _MOST_FACTORS:
             link = Link([PLUStep()])
             link.read(self, "permutation", "lower", "upper", "log_diag", "sign")
         else:

@@ -143,6 +143,16 @@ class ChainProgram:
                     f"steps[{i}] must name features below {self.features}, "
                     f"got moves={step.moves} and reads={step.reads}"
                 )
+            layers = () if step.network is None else step.network.layers
+            sorted_features = (
+                [(step.reads, layers[0].columns), (step.moves, layers[-1].rows)] if layers else []
+            )
+            for features, by_feature in sorted_features:
+                if by_feature and len(features) != self.features:
+                    raise ValueError(
+                        f"steps[{i}] has a layer in the order of the features, which must be all {self.features}, "
+                        f"got {features}"
+                    )
             if step.network is not None and step.network.context and not self.context_features:
                 raise ValueError(
                     f"steps[{i}] has a network with a context: context_features must be positive"

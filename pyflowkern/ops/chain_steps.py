@@ -154,7 +154,7 @@ class ChainLayer:
 
     Raises:
         TypeError: for sizes that are no ints and flags that are no bools.
-        ValueError: for negative sizes, and prefixes that do not fit.
+        ValueError: for negative sizes, prefixes that do not fit, and orders of features without prefixes.
 
     Example:
         >>> from pyflowkern.ops import ChainLayer
@@ -175,6 +175,8 @@ class ChainLayer:
         for name in ("bias", "columns", "rows"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         if self.prefixes is None:
+            if self.columns or self.rows:
+                raise ValueError("columns=True and rows=True are for layers with prefixes")
             return
         prefixes = _indices("prefixes", self.prefixes)
         fits = len(prefixes) == self.outputs and list(prefixes) == sorted(prefixes)
@@ -338,12 +340,12 @@ class ElementsStep:
 
     def _check_orders(self, net: ChainNetwork) -> None:
         if net.layers[0].columns and sorted(self.reads) != list(range(len(self.reads))):
-            raise ValueError(f"columns=True needs reads of 0 ... R - 1, got {self.reads}")
+            raise ValueError(f"columns=True needs reads of all features, got {self.reads}")
         if net.layers[-1].rows and (
             self.layout != "feature_major" or sorted(self.moves) != list(range(len(self.moves)))
         ):
             raise ValueError(
-                f"rows=True needs layout='feature_major' and moves of 0 ... M - 1, got {self.moves}"
+                f"rows=True needs layout='feature_major' and moves of all features, got {self.moves}"
             )
 
     def _check_triangular(self, net: ChainNetwork) -> None:

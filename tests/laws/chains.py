@@ -58,6 +58,7 @@ SEQUENCES = {
         nn.MaskedAutoregressive(D, (8, 8), residual=True, activation="silu"),
         nn.MaskedAutoregressive(D, (8,), transform=SplineMap(bins=3), order=[4, 3, 2, 1, 0]),
     ],
+    "context of a coupling": lambda: [Affine(D, partial(mlp, context_features=K))],
     "context": lambda: [
         made(context_features=K, activation="gelu"),
         nn.ActNorm(D),
@@ -86,7 +87,7 @@ def make(name, dtype=torch.float64):
     for layer in flow.modules():
         if isinstance(layer, nn.ActNorm):
             layer(torch.randn(50, D))
-    context = normal(7, K, seed=1, dtype=dtype) if name == "context" else None
+    context = normal(7, K, seed=1, dtype=dtype) if name.startswith("context") else None
     return randomize(flow, 0.5).to(dtype), normal(7, D, dtype=dtype), context
 
 

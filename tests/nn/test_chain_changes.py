@@ -6,6 +6,7 @@ import pytest
 import torch
 from laws import randomize
 from laws.chains import Affine, D, agrees, by_layers, calls, make, mlp, residual, trained
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
@@ -63,6 +64,50 @@ def test_changes_are_seen(change, calls):
     agrees(flow, x)
     assert change == "training" or not torch.allclose(flow(x)[0], before)
     assert calls
+
+
+def without_bias(layer):
+    del layer.bias
+    return layer
+
+
+BIASES = {
+    "a buffer": lambda f: without_bias(f[0].conditioner.first).register_buffer("bias", torch.ones(7).double()),
+    "an attribute": lambda f: setattr(without_bias(f[0].conditioner.first), "bias", torch.ones(7).double()),
+    "of the context": lambda f: f[0].conditioner.context.__dict__.update(bias=torch.ones(7).double()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BIASES)
+def test_a_bias_that_is_no_parameter_is_added(change):
+    for seen_before in (False, True):
+        flow, x, context = make("context of a coupling")
+        if seen_before:
+            agrees(flow, x, context)
+        before = flow(x, context)[0]
+        BIASES[change](flow)
+        agrees(flow, x, context)
+        assert not torch.allclose(flow(x, context)[0], before)
+
+
+def test_tensors_on_meta_are_refused_as_the_layers_refuse_them():
+    with torch.device("meta"):
+        flow = flows.MAF(5, hidden=(8, 8), transforms=2).eval()
+    with pytest.raises(RuntimeError, match="meta"):
+        flow.log_prob(torch.randn(3, 5))
+
+
+def test_a_tracer_meets_the_layers():
+    flow, x = flows.MAF(5, hidden=(8, 8)).eval(), torch.randn(3, 5)
+    torch.testing.assert_close(torch.jit.trace(flow, x, check_trace=False)(x), flow(x))
+
+
+def test_fake_tensors_meet_the_layers():
+    flow = nn.Sequential(nn.Reverse(5), Affine(5, mlp), nn.InvertibleLinear(5)).eval()
+    x = torch.randn(3, 5)
+    flow(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert flow(x)[0].shape == (3, 5)
 
 
 def test_other_dtypes_are_left_to_the_layers(calls):

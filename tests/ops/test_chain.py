@@ -180,6 +180,17 @@ def test_networks_that_see_what_they_move_are_refused():
         ElementsStep("tanh", [0, 1], [0, 1], ChainNetwork(layers, residual=True))
 
 
+def test_orders_of_features_are_those_of_all_features():
+    with pytest.raises(ValueError, match="are for layers with prefixes"):
+        ChainLayer(4, 2, columns=True)
+    first = ChainLayer(4, 2, prefixes=[0, 1, 1, 1], columns=True)
+    last = ChainLayer(4, 4, prefixes=[1, 1, 2, 2], rows=True)
+    step = ElementsStep("tanh", [0, 1], [0, 1], ChainNetwork([first, last]))
+    ChainProgram(2, [step])
+    with pytest.raises(ValueError, match=r"in the order of the features, which must be all 3"):
+        ChainProgram(3, [step])
+
+
 def test_wrong_tensors_are_named(backend):
     program = ChainProgram(3, [ActNormStep(), PLUStep()])
     tensors = [value(w, i, torch.float32) for i, w in enumerate(program.tensors)]
