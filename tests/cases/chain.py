@@ -104,8 +104,9 @@ def sample(n, features, steps, dtype=torch.float64, base="none", unit=False, inv
         ],
         "context": normal(n, K, seed=4, dtype=dtype) if with_context else None,
     }
-    constants = [(i, given[i]) for i, w in enumerate(names) if w in ("permutation", "sign")]
-    return Sample(tensors, program=program, constants=tuple(constants) or None, inverse=inverse)
+    constants = tuple((i, given[i]) for i, w in enumerate(names) if w in ("permutation", "sign"))
+    options = {"constants": constants} if constants else {}
+    return Sample(tensors, program=program, inverse=inverse, **options)
 
 
 def whole_flows():
