@@ -22,6 +22,9 @@ class Entry(NamedTuple):
 #: The bars from top to bottom: label, results' file, start of the case's name, pass, provider, and its name in the
 #: picture if that differs.  Whole training steps come first; cases where we are level or slower are shown as well.
 SHOWN = (
+    ("train MAF: D=6, batch 200", "small_flows", "step MAF D=6", "call", "zuko", ""),
+    ("train RealNVP: D=6, batch 200", "small_flows", "step RealNVP", "call", "zuko", ""),
+    ("train NSF, no blocks: D=6, batch 200", "small_flows", "step NSF D=6", "call", "nflows", ""),
     ("train NSF: D=6, batch 200", "nsf", "training step D=6 batch 200", "call", "nflows", ""),
     ("train NSF: D=10, batch 1000", "nsf", "training step D=10", "call", "nflows", ""),
     ("train NSF: D=20, batch 4096", "nsf", "training step D=20", "call", "nflows", ""),

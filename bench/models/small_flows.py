@@ -114,9 +114,17 @@ def log_density(flow: Any, x: Tensor) -> Tensor:
     return value
 
 
+@cache
+def parameters(flow: Any) -> list[Tensor]:
+    return list(flow.parameters())
+
+
 def gradients(flow: Any, x: Tensor) -> Tensor:
     """Run a training step without the optimizer."""
-    flow.zero_grad(set_to_none=True)
+    for p in parameters(
+        flow
+    ):  # as an optimizer does: a module would first look for its parameters
+        p.grad = None
     loss = -log_density(flow, x).mean()
     loss.backward()
     return loss.detach()
@@ -124,7 +132,7 @@ def gradients(flow: Any, x: Tensor) -> Tensor:
 
 @cache
 def optimizer(flow: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(flow.parameters(), lr=0.0, fused=True)  # so that weights stay
+    return torch.optim.AdamW(parameters(flow), lr=0.0, fused=True)  # so that weights stay
 
 
 def whole_step(flow: Any, x: Tensor) -> Tensor:

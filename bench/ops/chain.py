@@ -131,7 +131,8 @@ def flow(name: str, samples: int, program: ops.ChainProgram, **case: Any) -> Cas
 
 CASES = [
     flow("MAF D=6, 5 x (50, 50)", 200, maf(6, 50)),
-    flow("MAF D=43, 5 x (512, 512)", 1000, maf(43, 512)),
+    # torch's compiler is left out: what it makes of the reference ends the process (2.13, CPU)
+    flow("MAF D=43, 5 x (512, 512)", 1000, maf(43, 512), compiles=False),
     flow("NSF D=6, 5 x 50", 200, nsf(6, 50)),
     flow("NSF D=20, 8 x 64", 4096, nsf(20, 64, 8)),
     flow("RealNVP D=6, 5 x (50, 50)", 200, realnvp(6, 50)),

@@ -8,7 +8,9 @@
 
 #include <new>
 
-namespace pfk {
+#include "core/vec.h"
+
+PFK_BEGIN
 
 // Uninitialized and aligned to a cache line, for as long as the object lives.  A thread keeps the
 // memory of two objects that live at the same time; more of them, or larger ones, are allocated.
@@ -68,4 +70,4 @@ class Workspace {
   bool own_;
 };
 
-}  // namespace pfk
+PFK_END
