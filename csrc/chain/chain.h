@@ -19,6 +19,7 @@
 // others (`prefix`), which saves half of the products.
 #pragma once
 
+#include "actnorm/actnorm.h"
 #include "affine/affine.h"
 #include "matrix/matrix.h"
 #include "spline/spline.h"
@@ -71,12 +72,13 @@ struct ChainStep {
   ChainElements elements;
 };
 
-// A gradient that is returned: sums over tasks of rows [at + r stride, + columns).
+// A gradient that is returned, unless a step makes several together: sums over tasks of rows [at +
+// r stride, + columns).
 struct ChainGrad {
   void* out;
   int64_t rows, columns, at, stride;
-  bool negative;             // the sum is that of the negative: inverses of ActNorm and shifts
-  bool with_log;             // every sample's grad_log_det is added: of log-scales
+  bool negative;             // the sum is that of the negative: inverses of shifts
+  bool with_log;             // every sample's grad_log_det is added: of log|det|
   int layer = -1, step = 0;  // of a weight or a bias, whose order may be another
 };
 

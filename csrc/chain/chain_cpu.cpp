@@ -12,6 +12,8 @@
 PFK_DECLARE_LEVELS(void chain_prepare(ChainArgs&, PluArgs*, bool, void*);
                    void chain_tiles(const ChainArgs&, bool, bool, int64_t, int64_t);
                    void chain_finish(const ChainArgs&, const ChainGrad&, double, bool);
+                   void chain_finish_actnorm(const ChainArgs&, const ChainStep&, double, bool,
+                                             void*, void*);
                    void chain_finish_factors(const ChainArgs&, const ChainStep&, PluArgs&, double,
                                              bool, void*);
                    double chain_sum(const ChainArgs&, bool))
@@ -66,6 +68,11 @@ double chain_sum(const ChainArgs& a, bool wide) {
 }
 void chain_finish(const ChainArgs& a, const ChainGrad& g, double log_sum, bool wide) {
   wide ? finish_gradient<double>(a, g, log_sum) : finish_gradient<float>(a, g, log_sum);
+}
+void chain_finish_actnorm(const ChainArgs& a, const ChainStep& s, double sum, bool wide,
+                          void* log_scale, void* bias) {
+  wide ? finish_actnorm<double>(a, s, sum, log_scale, bias)
+       : finish_actnorm<float>(a, s, sum, log_scale, bias);
 }
 void chain_finish_factors(const ChainArgs& a, const ChainStep& s, PluArgs& f, double log_sum,
                           bool wide, void* room) {
@@ -156,19 +163,22 @@ Tensors place_gradients(Chain& chain, const Tensors& tensors) {
   return grads;
 }
 
-// The factors' gradients are made together, from that of their matrix.
-void finish_matrices(Chain& chain, double log_sum) {
+// The gradients of the tensors of a step that are made together.
+void finish_steps(Chain& chain, double sum) {
   ChainArgs& a = chain.a;
-  if (chain.t.factors.empty()) return;
-  const Tensor room = empty(chain.t.like, {a.features * a.features});
-  size_t f = 0;
+  PluArgs* factors = chain.t.factors.data();
+  const Tensor room = empty(chain.t.like, {chain.t.factors.empty() ? 0 : a.features * a.features});
   for (int64_t i = 0; i < a.steps; ++i) {
     const ChainStep& s = a.step[i];
-    if (s.kind != kPluStep) continue;
-    PluArgs& factors = chain.t.factors[f++];
-    void** out[] = {&factors.grad_lower, &factors.grad_upper, &factors.grad_log_diag};
-    for (int k = 0; k < 3; ++k) *out[k] = chain.t.grads[s.first_tensor + 1 + k].out;
-    PFK_CALL_LEVEL(chain_finish_factors, a, s, factors, log_sum, chain.wide, data_of(room));
+    const ChainGrad* to = chain.t.grads.data() + s.first_tensor;
+    if (s.kind == kActNormStep) {
+      PFK_CALL_LEVEL(chain_finish_actnorm, a, s, sum, chain.wide, to[0].out, to[1].out);
+    } else if (s.kind == kPluStep) {  // the permutation comes first
+      factors->grad_lower = to[1].out, factors->grad_upper = to[2].out;
+      factors->grad_log_diag = to[3].out;
+      const double log_sum = a.inverse ? -sum : sum;
+      PFK_CALL_LEVEL(chain_finish_factors, a, s, *factors++, log_sum, chain.wide, data_of(room));
+    }
   }
 }
 
@@ -211,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Ma
                      if (g.rows > 0) PFK_CALL_LEVEL(chain_finish, a, g, log_sum, chain.wide);
                    }
                  });
-  finish_matrices(chain, log_sum);
+  finish_steps(chain, sum);
   return {grad_x, grad_c, grads};
 }
 

@@ -134,7 +134,7 @@ class ChainBuilder {
     t_.grads.push_back({nullptr, rows, columns, *place, stride, false, with_log, -1, 0});
     return p;
   }
-  // The next tensor, whose gradient is made by itself or is zero.
+  // The next tensor, whose gradient is made with those of others, or is zero.
   const void* factor(int64_t axes, int64_t rows, int64_t columns) {
     t_.grads.push_back({});
     return keep(floating(axes, rows, columns));
@@ -172,10 +172,9 @@ class ChainBuilder {
         s.index = reader_.indices(n, n);
         break;
       case kActNormStep:
-        s.given = parameter(1, 1, n, n, &s.grad, true);
-        t_.grads.back().negative = t_.args.inverse;
-        s.second = parameter(1, 1, n, n, &s.grad_second);
-        t_.grads.back().negative = t_.args.inverse;
+        s.given = factor(1, 1, n), s.second = factor(1, 1, n);
+        s.grad = t_.args.size, s.grad_second = s.grad + n;
+        t_.args.size += 2 * n;
         t_.prepared += padded(n);
         break;
       case kLinearStep: {

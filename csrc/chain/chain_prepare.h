@@ -18,9 +18,6 @@ inline int64_t given_row(const ChainLayer& y, const ChainElements& e, int64_t r)
   if (!(y.flags & kLayerRows)) return r;
   return e.moved[r / e.per_feature] * e.per_feature + r % e.per_feature;
 }
-inline int64_t given_column(const ChainLayer& y, const ChainElements& e, int64_t c) {
-  return y.flags & kLayerColumns ? e.read[c] : c;
-}
 
 // A masked weight, sorted, and its bias.
 template <class T>
@@ -159,6 +156,19 @@ void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
     for (int64_t c = 0; g.with_log && c < g.columns; ++c) {
       to[c] = static_cast<T>(static_cast<double>(to[c]) + log_sum);
     }
+  }
+}
+
+// The gradients of an ActNorm's tensors.
+template <class T>
+void finish_actnorm(const ChainArgs& a, const ChainStep& s, double sum, void* log_scale,
+                    void* bias) {
+  for (int64_t d = 0; d < a.features; ++d) {
+    const ActNormGrad g =
+        actnorm_finish(sum_tasks<T>(a, s.grad_second + d), sum_tasks<T>(a, s.grad + d),
+                       static_cast<double>(typed<T>(s.first)[d]), sum, a.inverse);
+    typed<T>(log_scale)[d] = static_cast<T>(g.log_scale);
+    typed<T>(bias)[d] = static_cast<T>(g.bias);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "chain/chain_elements.h"
 #include "chain/chain_network.h"
+#include "density/density.h"
 
 PFK_BEGIN
 
@@ -108,8 +109,7 @@ void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
     case kActNormStep: {
       const T *scale = typed<T>(s.first), *bias = typed<T>(s.second);
       return each_state(a, w.rows, [&](int64_t i, int64_t d) {
-        const V v = V::load(x + i), b = bias[d], e = scale[d];
-        (a.inverse ? v * e - b : (v + b) * e).store(x + i);
+        actnorm_apply(V::load(x + i), V(scale[d]), V(bias[d]), a.inverse).store(x + i);
       });
     }
     case kLinearStep:
@@ -138,16 +138,14 @@ void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
 template <class T>
 void add_normal(const ChainArgs& a, const ChainTileWork<T>& w) {
   using V = Vec<T>;
-  constexpr double kHalfLogTwoPi = 0.91893853320467274178;
   for (int64_t i = 0; i < w.rows.columns; i += V::kLanes) {
     V sum = T(0);
     for (int64_t d = 0; d < a.features; ++d) {
-      const V z = V::load(w.state + d * w.rows.width + i);
-      sum += z * z;
+      sum += normal_term(V::load(w.state + d * w.rows.width + i));
     }
-    add_lanes(sum * V(T(-0.5)), w.log_det + i);
+    add_lanes(sum, w.log_det + i);
   }
-  const double constant = -kHalfLogTwoPi * static_cast<double>(a.features);
+  const double constant = -kHalfLog2Pi * static_cast<double>(a.features);
   for (int64_t i = 0; i < w.rows.count; ++i) w.log_det[i] += constant;
 }
 
@@ -179,22 +177,21 @@ void chain_forward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first) 
 
 // ---- steps backward ----------------------------------------------------------------------------
 // The state is the gradient of a step's output, and becomes that of its input.
+// The sums are those that actnorm_finish() turns into gradients.
 template <class T>
 void actnorm_backward(const ChainArgs& a, const ChainStep& s, const ChainTileWork<T>& w, Rows<T> x,
                       T* grads) {
   using V = Vec<T>;
   const T *scale = typed<T>(s.first), *bias = typed<T>(s.second);
   for (int64_t d = 0; d < a.features; ++d) {
-    T *g = w.state + d * w.rows.width, *product = w.other;
-    const bool sums = grads != nullptr;
-    if (sums && a.inverse) add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
+    T *g = w.state + d * w.rows.width, *weighted = w.other;
+    if (grads != nullptr) add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
     for (int64_t i = 0; i < w.rows.columns; i += V::kLanes) {
-      const V of_input = V::load(g + i) * V(scale[d]), v = V::load(x.p + d * x.stride + i);
-      (of_input * (a.inverse ? v : v + V(bias[d]))).store(product + i);
-      of_input.store(g + i);
+      const V grad = V::load(g + i), v = V::load(x.p + d * x.stride + i);
+      (grad * actnorm_shifted(v, V(bias[d]), a.inverse)).store(weighted + i);
+      (grad * V(scale[d])).store(g + i);
     }
-    if (sums) add_row_sums(w.rows, product, 1, grads + s.grad + d);
-    if (sums && !a.inverse) add_row_sums(w.rows, g, 1, grads + s.grad_second + d);
+    if (grads != nullptr) add_row_sums(w.rows, weighted, 1, grads + s.grad + d);
   }
 }
 
@@ -268,7 +265,8 @@ void chain_backward_tile(const ChainArgs& a, ChainTileWork<T>& w, int64_t first,
     for (int64_t d = 0; d < a.features; ++d) {
       for (int64_t i = 0; i < columns; i += V::kLanes) {
         T* g = w.state + d * width + i;
-        (V::load(g) - V::load(z.p + d * z.stride + i) * V::load(w.grad_log + i)).store(g);
+        const V at = V::load(z.p + d * z.stride + i);
+        (V::load(g) + normal_vjp(at, V(T(1)), V::load(w.grad_log + i)).z).store(g);
       }
     }
   }

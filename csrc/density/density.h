@@ -11,6 +11,8 @@
 
 namespace pfk {
 
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
 enum ParameterKind : int {
   kNone,
   kEvent,

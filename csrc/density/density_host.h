@@ -28,7 +28,6 @@ struct NormalTensors {
 
 inline NormalTensors normal_tensors(const Tensor& z, const std::optional<Tensor>& mean,
                                     const std::optional<Tensor>& log_std) {
-  constexpr double kHalfLog2Pi = 0.91893853320467274178;
   const Canonical c = canonical(z);
   NormalTensors t{c, parameter_of(mean, c), parameter_of(log_std, c), {}};
   const ImageShape shape = image_shape(z);
