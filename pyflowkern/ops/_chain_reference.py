@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.dtypes import full_precision
+from pyflowkern.ops._masked_network import Connection, layer_values
 from pyflowkern.ops.actnorm import actnorm_reference
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import (
@@ -98,22 +99,30 @@ def _network(
     step: ElementsStep, net: ChainNetwork, x: Tensor, context: Tensor | None, own: list[Tensor]
 ) -> Tensor:
     """Return the network's outputs, in the order of the moved features."""
-    activation, last, at = ACTIVATIONS[net.activation], len(net.layers) - 1, 0
-    h = block = x
-    for i, layer in enumerate(net.layers):
-        size = 2 if layer.bias else 1
-        weight, bias = _ordered(step, layer, own[at], own[at + 1] if layer.bias else None)
-        at += size
-        read = h if i == 0 or (i == last and not net.activate_last) else activation(h)
-        h = functional.linear(read, weight, bias)
-        if i == 0 and net.context:
-            assert context is not None
-            h = h + functional.linear(context, own[-1])
-        if net.residual and i % 2 == 0:
-            if i:
-                h = h + block
-            block = h
-    return h
+    last, left = len(net.layers) - 1, iter(own)
+    tensors = [
+        _ordered(step, layer, next(left), next(left) if layer.bias else None)
+        for layer in net.layers
+    ]
+    inactive = {0} if net.activate_last else {0, last}
+    connections = [
+        Connection(
+            i - 1,
+            ACTIVATIONS["identity" if i in inactive else net.activation],
+            i - 2 if net.residual and i and i % 2 == 0 else None,
+            gated=False,
+        )
+        for i in range(last + 1)
+    ]
+
+    def linear(i: int, h: Tensor) -> Tensor:
+        out = functional.linear(h, *tensors[i])
+        if i or not net.context:
+            return out
+        assert context is not None
+        return out + functional.linear(context, own[-1])
+
+    return layer_values(x, connections, linear)[-1]
 
 
 def _ordered(
