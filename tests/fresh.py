@@ -4,6 +4,7 @@ One process a test run imports what is large and not of this package. It forks f
 in the fork: from the paths, with the environment, in the folder and with the streams that the call names.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -97,6 +98,7 @@ def _server():
         subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
         )
+    atexit.register(ours.close)
     return ours
 
 
