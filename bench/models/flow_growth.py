@@ -32,7 +32,8 @@ def flow_of(kind: str, dims: int, transforms: int, layers: bool) -> flows.Flow:
 
 def step(flow: flows.Flow, x: Tensor) -> Tensor:
     """Run a training step without the optimizer."""
-    flow.zero_grad(set_to_none=True)
+    for p in flow.parameters():
+        p.grad = None
     loss = -flow.log_prob(x).mean()
     loss.backward()
     return loss.detach()
