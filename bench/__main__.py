@@ -12,6 +12,7 @@ import torch
 
 import bench.models
 import bench.ops
+import pyflowkern
 from bench import _environment, _report
 from bench._case import Case
 from bench._cuda_report import report
@@ -58,12 +59,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--passes", nargs="+", default=[], help="these only: forward memory ...")
     parser.add_argument("--graphs", action="store_true", help="time CUDA graph replays")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="pyflowkern.keep_memory() first, which concerns all providers",
+    )
     return parser.parse_args()
 
 
 def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namespace) -> bool:
     """Run, print and write the cases of one family; return whether all installed providers agreed with eager."""
-    facts = _environment.describe(plan.device)
+    facts = _environment.describe(plan.device) | {
+        "keep_memory": "yes" if args.keep_memory else "no"
+    }
     print(
         f"# {family}: "
         + ", ".join(f"{key} {value}" for key, value in facts.items() if value != "")
@@ -106,6 +114,8 @@ def _results(device: torch.device) -> Path | None:
 def main() -> int:
     args = arguments()
     torch.set_num_threads(args.threads)
+    if args.keep_memory and not pyflowkern.keep_memory():
+        raise SystemExit("--keep-memory needs glibc's allocator")
     device = torch.device(args.device)
     if args.family == "summary":
         print(summary(args.out or _results(device)))

@@ -8,6 +8,7 @@ the machine can do at that moment, which gives the floor.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ __all__ = ["Row", "run_case"]
 
 @dataclass
 class Row:
-    """One result: times in ms, or memory in MiB.
+    """One result: times in ms, memory in MiB, or page faults.
 
     ``status`` is "ok" or the reason why there is no result.  ``kernel`` is "yes" or "no" for the provider "ours":
     whether a kernel ran or the reference.  ``neighbours`` is the number of cores that other processes kept busy;
@@ -185,6 +186,25 @@ def _run_pass(case: Case, plan: Plan, pass_: str, eager: Provider) -> list[Row]:
             row.speedup_vs_eager = _per_round(times, "eager", name)
             row.speedup_vs_compile = _per_round(times, "compile", name)
             row.time_vs_ours = _per_round(times, name, "ours")
+        rows.append(row)
+    if pass_ == "call" and plan.device.type == "cpu" and sys.platform != "win32":
+        rows += _run_faults(case, samplers, sets)
+    return rows
+
+
+def _run_faults(case: Case, samplers: Mapping[str, Sampler], sets: list[InputSet]) -> list[Row]:
+    """Count the page faults of a call, such as a training step, when only it is called again and again."""
+    import resource
+
+    rows = []
+    for name, sampler in samplers.items():
+        sampler(sets)
+        sampler(sets)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        sampler(sets)
+        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / sampler.calls
+        row = Row(case.name, name, "page faults of a call", _name(case.dtype), metric="faults")
+        row.p20 = row.p50 = row.p80 = faults
         rows.append(row)
     return rows
 

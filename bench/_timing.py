@@ -55,6 +55,11 @@ class Sampler:
                     self.call(sets[i % len(sets)])
             self.graph = graph
 
+    @property
+    def calls(self) -> int:
+        """How often a sample calls the provider."""
+        return self.inner + self.warm
+
     def __call__(self, sets: Sequence[Any]) -> float:
         """Return the time of one call in ms, taking the sets in turn.
 

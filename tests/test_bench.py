@@ -2,6 +2,7 @@
 
 import csv
 import math
+import mmap
 import sys
 from dataclasses import replace
 from functools import partial
@@ -85,6 +86,22 @@ def test_a_random_eager_is_not_compared_with():
     providers = {"eager": noisy, "ours": noisy}
     case = Case("noise", make, providers, passes=("forward",), compiles=False)
     assert {row.status for row in run_case(case, PLAN)} == {"ok"}
+
+
+def test_page_faults_of_a_whole_step_are_counted():
+    pages = 256
+
+    def fresh(x):
+        block = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        for i in range(pages):
+            block[i * mmap.PAGESIZE] = 1
+        return x * 2
+
+    providers = {"eager": lambda x: x * 2, "ours": fresh}
+    case = Case("faults", random_inputs(x=(4,)), providers, passes=("call",), compiles=False)
+    faults = {row.provider: row.p50 for row in run_case(case, PLAN) if row.metric == "faults"}
+    assert faults["eager"] < 10
+    assert faults["ours"] >= pages
 
 
 def test_memory_counts_what_is_kept():
