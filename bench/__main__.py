@@ -13,7 +13,7 @@ import torch
 import bench.models
 import bench.ops
 import pyflowkern
-from bench import _environment, _report
+from bench import _busy, _environment, _report
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
@@ -40,10 +40,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "family",
-        choices=[*families(), "all", "summary", "overview", "cuda-report", "steps"],
+        choices=[*families(), "all", "summary", "overview", "cuda-report", "steps", "busy"],
         help="summary: the tables of docs/performance.md; overview: README.md's picture and rows; "
         "cuda-report: registers, accesses and bytes of the kernels; "
-        "steps: launches and graphs of training steps",
+        "steps: launches and graphs of training steps; "
+        "busy: training steps beside a process that keeps a core busy",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -127,6 +128,10 @@ def main() -> int:
         return 0
     if args.family == "steps":
         measure(device, args.out)
+        return 0
+    if args.family == "busy":
+        folder = ROOT / "results" / _environment.slug(_environment.describe(device), device)
+        _busy.measure(args.out or folder)
         return 0
     if args.family == "cuda-report":
         print(report())

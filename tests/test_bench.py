@@ -1,6 +1,7 @@
 """The benchmark harness: its statistics, its checks and the form of its results."""
 
 import csv
+import json
 import math
 import mmap
 import sys
@@ -13,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _environment, _report, _steps
+from bench import _busy, _environment, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import Row, run_case
 from bench._scaling import plot_scaling
@@ -159,3 +160,12 @@ def test_scaling_is_drawn_where_cases_differ_only_in_a_number(tmp_path):
     rows.append(Row("one layer D=64", "ours", "call", "float32", p50=64.0))
     assert plot_scaling(picture, "title", rows)
     assert picture.stat().st_size > 1000
+
+
+def test_steps_are_timed_alone_and_beside_a_busy_process(tmp_path, monkeypatch):
+    for name, value in (("ROUNDS", 1), ("CALLS", 2), ("MODELS", _busy.MODELS[:1])):
+        monkeypatch.setattr(_busy, name, value)
+    rows = _busy.measure(tmp_path)
+    assert [row["provider"] for row in rows][:2] == ["ours", "layers"]
+    assert all(row["alone_ms"] > 0 < row["busy_ms"] for row in rows)
+    assert json.loads((tmp_path / "busy.json").read_text()) == rows
