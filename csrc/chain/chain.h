@@ -78,7 +78,7 @@ struct ChainGrad {
   void* out;
   int64_t rows, columns, at, stride;
   bool negative;             // the sum is that of the negative: inverses of shifts
-  bool with_log;             // every sample's grad_log_det is added: of log|det|
+  bool of_log_det;           // of log|det| itself: the sum of grad_log_det
   int layer = -1, step = 0;  // of a weight or a bias, whose order may be another
 };
 

@@ -44,9 +44,11 @@ void run_backward(const ChainArgs& a, int64_t begin, int64_t end) {
   ChainTileWork<T> work(a, memory.memory());
   for (int64_t task = begin; task < end; ++task) {
     T* grads = a.grads == nullptr ? nullptr : typed<T>(a.grads) + task * a.size;
-    if (grads != nullptr) memset(grads, 0, a.size * sizeof(T));
     const int64_t first = task * a.tiles / a.tasks, last = (task + 1) * a.tiles / a.tasks;
-    for (int64_t t = first; t < last; ++t) chain_backward_tile(a, work, t * a.tile, grads);
+    for (int64_t t = first; t < last; ++t) {
+      work.rows.first = t == first;
+      chain_backward_tile(a, work, t * a.tile, grads);
+    }
   }
 }
 
@@ -99,7 +101,7 @@ int64_t work_of(const ChainArgs& a, int64_t samples) {
 struct Chain {
   ChainTensors t;
   ChainArgs& a;
-  Tensor prepared;
+  std::optional<Workspace> prepared;
   bool wide;
 
   Chain(const Tensor& like, int64_t samples, const Maybe& context, const Tensor& program,
@@ -117,8 +119,8 @@ struct Chain {
       a.c = address_of(*t.c);
     }
     place_tiles(a);
-    prepared = empty(like, {t.prepared});
-    PFK_CALL_LEVEL(chain_prepare, a, t.factors.data(), wide, data_of(prepared));
+    prepared.emplace(t.prepared * like.element_size());
+    PFK_CALL_LEVEL(chain_prepare, a, t.factors.data(), wide, prepared->memory());
   }
 };
 
@@ -214,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Ma
   const double sum = PFK_CALL_LEVEL(chain_sum, a, chain.wide), log_sum = a.inverse ? -sum : sum;
   Tensors grads = place_gradients(chain, tensors);
   const int64_t count = static_cast<int64_t>(grads.size());
-  parallel_tasks(count, a.size * a.tasks / (count > 0 ? count : 1),
+  parallel_tasks(count, a.size * a.tasks / (count > 0 ? count : 1) / 8,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
                      const ChainGrad& g = chain.t.grads[i];

@@ -94,6 +94,8 @@ class ChainBuilder {
       : t_(t), reader_(program, numbers, tensors), type_(like.scalar_type()) {
     t.like = like;
     t.dense.reserve(tensors.size());
+    t.grads.reserve(tensors.size());
+    t.layers.reserve(tensors.size());
     ChainArgs& a = t.args;
     a.features = reader_.size(), a.context = reader_.size();
     a.normal = checked_kind("base", reader_.next(), kChainBases) == kNormalBase;
@@ -102,6 +104,7 @@ class ChainBuilder {
     STD_TORCH_CHECK(!(inverse && a.normal), "pyflowkern::chain: an inverse has no base");
     a.size = 1;  // of a task's gradients; the first is the sum of grad_log_det
     a.widest = padded(a.features > a.context ? a.features : a.context);
+    t.steps.reserve(a.steps < 1024 ? a.steps : 1024);
     for (int64_t s = 0; s < a.steps; ++s) read_step();
     reader_.end();
     a.blocks = blocks_ + 1;
@@ -127,11 +130,11 @@ class ChainBuilder {
   }
   // The next tensor, and the place of its gradient: rows of `columns`, `stride` apart.
   const void* parameter(int64_t axes, int64_t rows, int64_t columns, int64_t stride, int64_t* place,
-                        bool with_log = false) {
+                        bool of_log_det = false) {
     const void* p = keep(floating(axes, rows, columns));
     *place = t_.args.size;
     t_.args.size += rows * stride;
-    t_.grads.push_back({nullptr, rows, columns, *place, stride, false, with_log, -1, 0});
+    t_.grads.push_back({nullptr, rows, columns, *place, stride, false, of_log_det, -1, 0});
     return p;
   }
   // The next tensor, whose gradient is made with those of others, or is zero.

@@ -24,6 +24,7 @@ struct ChainRows {
   int64_t width;           // between rows
   int64_t count, columns;  // samples; in whole vectors
   T* turned;               // room for the transpose of the widest layer
+  bool first;              // of a task's tiles: its gradients are written, not added
   T* row(int64_t r) const { return base + r * width; }
 };
 
@@ -76,19 +77,43 @@ void layer_backward(const ChainLayer& y, const ChainRows<T>& w, const T* grad, T
 }
 
 // ---- gradients of parameters -------------------------------------------------------------------
-// Adds the sums over the samples of rows of a tile.
+// Adds the sums over the samples of rows of a tile.  As many rows as a vector has lanes are summed
+// in vectors, which are then transposed, so that the last sums are sums of vectors, too.
 template <class T>
 void add_row_sums(const ChainRows<T>& w, const T* rows, int64_t n, T* to) {
-  for (int64_t r = 0; r < n; ++r) {
-    to[r] += static_cast<T>(sum_terms(rows + r * w.width, w.count));
+  using V = Vec<T>;
+  constexpr int64_t lanes = V::kLanes;
+  alignas(64) T numbers[lanes], sums[lanes * lanes], turned[lanes * lanes];
+  for (int64_t i = 0; i < lanes; ++i) numbers[i] = static_cast<T>(i);
+  const int64_t whole = w.count / lanes * lanes;
+  const auto rest = V::load(numbers) < V(static_cast<T>(w.count - whole));
+  for (int64_t r = 0; r < n; r += lanes) {
+    const int64_t m = n - r < lanes ? n - r : lanes;
+    for (int64_t k = 0; k < lanes; ++k) {
+      V sum = T(0);
+      if (k < m) {
+        const T* row = rows + (r + k) * w.width;
+        for (int64_t i = 0; i < whole; i += lanes) sum += V::load(row + i);
+        if (whole < w.count) sum += select(rest, V::load(row + whole), V(T(0)));
+      }
+      sum.store(sums + k * lanes);
+    }
+    transpose<T>({sums, lanes}, lanes, lanes, {turned, lanes});
+    for (int64_t half = lanes / 2; half > 0; half /= 2) {
+      for (int64_t k = 0; k < half; ++k) {
+        T* at = turned + k * lanes;
+        (V::load(at) + V::load(at + half * lanes)).store(at);
+      }
+    }
+    for (int64_t k = 0; k < m; ++k) to[r + k] = turned[k] + (w.first ? T(0) : to[r + k]);
   }
 }
 
-// The transpose of n rows, and the step between its rows.
+// The transpose of n rows, and the step between its rows, which are padded with zeros.
 template <class T>
 Rows<const T> turn(const ChainRows<T>& w, const T* rows, int64_t row_width, int64_t n,
                    int64_t stride) {
-  transpose_padded<T>({rows, row_width}, n, w.count, {w.turned, stride});
+  transpose_rows<T>({rows, row_width}, n, w.columns, {w.turned, stride});
   return {w.turned, stride};
 }
 
@@ -99,12 +124,12 @@ void add_layer_gradients(const ChainLayer& y, const ChainRows<T>& w, const T* gr
   const Rows<const T> right = turn(w, in, w.width, y.in, y.grad_stride);
   T* out = grads + y.grad;
   if (y.prefix == nullptr) {
-    gemm<T>({grad, w.width, 1}, right, y.out, y.in, w.count, {out, y.grad_stride}, true);
+    gemm<T>({grad, w.width, 1}, right, y.out, y.in, w.count, {out, y.grad_stride}, !w.first);
   } else {
     for (int64_t r = 0; r < y.out; r += kMostRows<T>) {
       const int64_t n = y.out - r < kMostRows<T> ? y.out - r : kMostRows<T>;
       gemm<T>({grad + r * w.width, w.width, 1}, right, n, y.prefix[r + n - 1], w.count,
-              {out + r * y.grad_stride, y.grad_stride}, true);
+              {out + r * y.grad_stride, y.grad_stride}, !w.first);
     }
   }
   if (y.bias != nullptr) add_row_sums(w, grad, y.out, grads + y.grad_bias);
@@ -215,7 +240,7 @@ const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T
   if (e.context_weight != nullptr && grads != nullptr) {
     const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
     gemm<T>({grad, w.width, 1}, right, y.out, context, w.count,
-            {grads + e.grad_context, e.context_stride}, true);
+            {grads + e.grad_context, e.context_stride}, !w.first);
   }
   if (e.context_weight != nullptr && grad_c != nullptr) {
     gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, y.out,

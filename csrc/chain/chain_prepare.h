@@ -124,6 +124,10 @@ void sum_row(const ChainArgs& a, const ChainGrad& g, int64_t r, int64_t n, T* to
 template <class T>
 void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
   T* out = typed<T>(g.out);
+  if (g.of_log_det) {
+    *out = static_cast<T>(log_sum);
+    return;
+  }
   if (g.layer >= 0) {
     const ChainElements& e = a.step[g.step].elements;
     const ChainLayer& y = e.layer[g.layer];
@@ -153,9 +157,6 @@ void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
     T* to = out + r * g.columns;
     sum_row<T>(a, g, r, g.columns, to);
     for (int64_t c = 0; g.negative && c < g.columns; ++c) to[c] = -to[c];
-    for (int64_t c = 0; g.with_log && c < g.columns; ++c) {
-      to[c] = static_cast<T>(static_cast<double>(to[c]) + log_sum);
-    }
   }
 }
 

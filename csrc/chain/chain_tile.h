@@ -30,7 +30,7 @@ struct ChainTileWork {
     state = take(a.features), other = take(a.features);
     context = take(a.context), grad_context = take(a.context), grad_log = take(1);
     T* base = take(a.rows);
-    rows = {base, a.width, 0, 0, p};
+    rows = {base, a.width, 0, 0, p, true};
   }
 };
 
@@ -201,7 +201,8 @@ void matrix_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w
   const int64_t n = a.features, width = w.rows.width, stride = s.stride;
   if (grads != nullptr) {
     const Rows<const T> right = turn(w.rows, x.p, x.stride, n, stride);
-    gemm<T>({w.state, width, 1}, right, n, n, w.rows.count, {grads + s.grad, stride}, true);
+    gemm<T>({w.state, width, 1}, right, n, n, w.rows.count, {grads + s.grad, stride},
+            !w.rows.first);
   }
   gemm<T>({typed<T>(s.first), 1, n}, {w.state, width}, n, w.rows.columns, n, {w.other, width},
           false);

@@ -122,9 +122,10 @@ void gemm(Left<T> l, Rows<const T> right, int64_t rows, int64_t columns, int64_t
   }
 }
 
-// to[c][r] = from[r][c] over whole blocks of lanes x lanes; both must be padded to them.
-template <class T>
-void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
+// to[c][r] = from[r][c] over whole blocks of lanes x lanes, to which columns of `from` and both
+// axes of `to` must be padded.  Rows that are missing in the last block are zero in `to`.
+template <class T, bool kWhole>
+void transpose_blocks(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
   constexpr int w = Vec<T>::kLanes;
   using Raw = typename Vec<T>::Raw;
   typename Vec<T>::RawInt low[5], high[5];  // which lanes of the pair (a, b) each round takes
@@ -137,7 +138,9 @@ void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
   for (int64_t r = 0; r < rows; r += w) {
     for (int64_t c = 0; c < columns; c += w) {
       Raw v[w];
-      for (int i = 0; i < w; ++i) v[i] = Vec<T>::load(from.p + (r + i) * from.stride + c).v;
+      for (int i = 0; i < w; ++i) {
+        v[i] = kWhole || r + i < rows ? Vec<T>::load(from.p + (r + i) * from.stride + c).v : Raw{};
+      }
 #pragma GCC unroll 4
       for (int h = 1, round = 0; h < w; h *= 2, ++round) {
 #pragma GCC unroll 16
@@ -151,6 +154,22 @@ void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
       for (int i = 0; i < w; ++i) Vec<T>(v[i]).store(to.p + (c + i) * to.stride + r);
     }
   }
+}
+
+// Both axes must be padded in both matrices.
+template <class T>
+void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
+  transpose_blocks<T, true>(from, rows, columns, to);
+}
+
+// Rows of `from` need no padding.
+template <class T>
+void transpose_rows(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to) {
+  constexpr int64_t w = Vec<T>::kLanes;
+  const int64_t whole = rows / w * w;
+  transpose_blocks<T, true>(from, whole, columns, to);
+  transpose_blocks<T, false>({from.p + whole * from.stride, from.stride}, rows - whole, columns,
+                             {to.p + whole, to.stride});
 }
 
 // to[c][r] = from[r][c].  Neither matrix needs rows for padding; numbers that pad the rows of `to`
