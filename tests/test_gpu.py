@@ -59,6 +59,13 @@ def field(x):
     return (*estimate, *exact, layer)
 
 
+def chain(x):
+    program = ops.ChainProgram(6, [ops.ActNormStep(), ops.PLUStep(), ops.LinearStep()])
+    given = [line(x, *wanted.shape) + 1 for wanted in program.tensors]
+    given[2] = torch.arange(6, device=x.device).flip(0)
+    return ops.chain(x.flatten(1)[:, :6].contiguous(), program, given)
+
+
 PLAN = nn.MaskedMLP(6, 2, (9,)).plan
 
 #: One call of each family, whose results depend on x only.
@@ -71,6 +78,7 @@ CALLS = {
     "density": lambda x: (ops.normal_log_prob(x, x[0], log_det=x[:, 0, 0, 0]),),
     "spline": spline,
     "autoregressive": autoregressive,
+    "chain": chain,
     "field": field,
     "runge_kutta": lambda x: (
         ops.rk_combine(x[0], x, (0.5, 0.0, 0.25), 0.1),

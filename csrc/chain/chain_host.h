@@ -89,9 +89,13 @@ struct ChainTensors {
 
 class ChainBuilder {
  public:
+  // With `on_device` nothing that tensors hold is read here, so that permutations are not checked.
   ChainBuilder(ChainTensors& t, const Tensor& like, const Tensor& program, const Tensor& numbers,
-               const std::vector<Tensor>& tensors, bool inverse)
-      : t_(t), reader_(program, numbers, tensors), type_(like.scalar_type()) {
+               const std::vector<Tensor>& tensors, bool inverse, bool on_device = false)
+      : t_(t),
+        reader_(program, numbers, tensors),
+        type_(like.scalar_type()),
+        on_device_(on_device) {
     t.like = like;
     t.dense.reserve(tensors.size());
     t.grads.reserve(tensors.size());
@@ -150,6 +154,7 @@ class ChainBuilder {
     STD_TORCH_CHECK(
         type == ScalarType::Long || type == ScalarType::Float || type == ScalarType::Double,
         "pyflowkern::chain: a permutation of another dtype");
+    if (on_device_) return nullptr;
     std::vector<int64_t>& order = t_.orders.emplace_back(n);
     const void* p = given.const_data_ptr();
     for (int64_t i = 0; i < n; ++i) {
@@ -331,6 +336,7 @@ class ChainBuilder {
   ChainTensors& t_;
   ChainReader reader_;
   ScalarType type_;
+  bool on_device_;
   int64_t blocks_ = 0;
 };
 

@@ -82,13 +82,6 @@ void each_state(const ChainArgs& a, const ChainRows<T>& w, F f) {
   }
 }
 
-// Brings v into [-bound, bound).
-template <class V>
-PFK_HD V on_circle(V v, Lane<V> bound) {
-  const V turned = wrap(v, V(-bound), V(bound));
-  return select(turned >= V(bound), V(-bound), turned);
-}
-
 // Row d becomes row index[d], or (back) the other way.
 template <class T>
 void permute_rows(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, bool back) {

@@ -212,4 +212,11 @@ PFK_HD V wrap(V v, V low, V high) {
   return select(mask_and(v >= low, v < high), v, max_(min_(wrapped, high), low));
 }
 
+// Brings v into [-bound, bound).
+template <class V>
+PFK_HD V on_circle(V v, Lane<V> bound) {
+  const V turned = wrap(v, V(-bound), V(bound));
+  return select(turned >= V(bound), V(-bound), turned);
+}
+
 PFK_END

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ Pair = tuple[Tensor, Tensor]
 #: Units of a network without masks up to which one op is the faster one with gradients, too.  Beyond, the backward pass
 #: by products of all samples at once wins (it takes 0.7 to 0.9 of the time for 256 units); the forward pass does not.
 _WIDE = 128
+#: Features, and units of any hidden layer, up to which one op runs on CUDA, where a block of threads has all of a tile:
+#: wider layers are left to torch's products.
+_WIDE_ON_CUDA = 128
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _is_cpu = attrgetter("is_cpu")
 
@@ -40,6 +43,7 @@ class Run:
         self._link, self._features = link, features
         self._size = link.context_features or 0
         self._programs: dict[str, ChainProgram] = {}
+        self._fits_cuda = max(features, *_hidden_sizes(link)) <= _WIDE_ON_CUDA
         #: Whether tensors have other shapes than the program says.
         self.outgrown = False
 
@@ -96,7 +100,10 @@ class Run:
             return False
         if x.dtype == torch.float64 and not self._link.in_float64:
             return False
-        if self._link.widest > _WIDE and torch.is_grad_enabled():
+        if x.is_cuda:
+            if not self._fits_cuda:
+                return False
+        elif self._link.widest > _WIDE and torch.is_grad_enabled():
             return False
         if context is None or not self._size:
             return context is None and not self._size
@@ -195,6 +202,14 @@ def _together(x: Tensor, tensors: list[Tensor]) -> bool:
     if x.is_cpu:
         return all(map(_is_cpu, tensors))
     return all(t.device == x.device for t in tensors)
+
+
+def _hidden_sizes(link: Link) -> Iterator[int]:
+    """Yield the units of each hidden layer, and 0."""
+    yield 0
+    for step in link.steps:
+        if isinstance(step, ElementsStep) and step.network is not None:
+            yield from (layer.outputs for layer in step.network.layers[:-1])
 
 
 def _joined(link: Link, own: Link) -> Link | None:

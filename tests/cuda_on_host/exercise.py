@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import on_host
+from cases import chain as flow
 
 from pyflowkern import _library, nn, ops
 from pyflowkern.ops.field_layer import activate_layer
@@ -117,6 +118,37 @@ def linear():
             for x in layouts(shape, dtype):
                 args = (x, 0.1 * torch.randn(c), torch.randn(c), weight, torch.tensor(0.5))
                 check(ops.glow_step, ops.glow_step_reference, *args)
+
+
+def chain():
+    """Every step and option, there and back; more rows of units than a product takes at a time; tasks of two tiles."""
+    steps = [
+        flow.coupling(ops.SplineMap(bins=3), 4, (6, 6, 6), context=True, residual=True),
+        *(ops.PLUStep(), ops.ActNormStep(), ops.PermuteStep([2, 0, 3, 1]), ops.LinearStep()),
+        *(ops.ShiftStep(9.0), ops.ElementsStep("softplus", [2, 1], layout="blocked")),
+        flow.coupling("tanh", 4, swap=True, context=True, activation="gelu"),
+    ]
+    cubic = flow.autoregressive(ops.SplineMap("cubic", bins=3), [1, 3, 0, 2], (130, 7))
+    masked = flow.autoregressive("exp", [3, 0, 2, 1])
+    for n, some, inverse, base in (
+        (33, steps, False, "normal"),
+        (5, steps, True, "none"),
+        (17, [cubic, masked], False, "none"),
+        (2100, [masked], False, "none"),
+    ):
+        given = flow.sample(n, 4, some, torch.float32, base, inverse=inverse)
+        fixed, tensors = given.fixed, given.tensors
+
+        def run(function, x, context, *parameters, fixed=fixed):
+            return flow.called(function)(x, parameters, context=context, **fixed)
+
+        check(
+            partial(run, ops.chain),
+            partial(run, ops.chain_reference),
+            tensors["x"],
+            tensors["context"],
+            *tensors["tensors"],
+        )
 
 
 def field():
@@ -253,6 +285,7 @@ if __name__ == "__main__":
         actnorm,
         affine,
         autoregressive,
+        chain,
         density,
         diffusion,
         field,

@@ -44,6 +44,7 @@ void watch(const void*, size_t) {}
 
 Index thread_index, block_index, block_size, grid_size;
 int shared_limit = 48 * 1024;
+bool capturing = false;
 
 namespace {
 
@@ -367,7 +368,8 @@ int lane() { return static_cast<int>(block.current % kWarp); }
 }  // namespace pfk_host
 
 // For tests: of each launch run the last blocks alone, which is where an index overflows; refuse
-// the next launch; give a block so much shared memory; tell the number of launches so far.
+// the next launch; give a block so much shared memory; say that a graph captures; tell the number of
+// launches so far.
 extern "C" __attribute__((visibility("default"))) void pfk_only_last_blocks(int64_t count) {
   pfk_host::only_last = static_cast<uint64_t>(count);
 }
@@ -376,6 +378,9 @@ extern "C" __attribute__((visibility("default"))) void pfk_fail_next_launch() {
 }
 extern "C" __attribute__((visibility("default"))) void pfk_limit_shared(int64_t bytes) {
   pfk_host::shared_limit = static_cast<int>(bytes);
+}
+extern "C" __attribute__((visibility("default"))) void pfk_capture(int64_t on) {
+  pfk_host::capturing = on != 0;
 }
 extern "C" __attribute__((visibility("default"))) int64_t pfk_launches() {
   return pfk_host::launches;

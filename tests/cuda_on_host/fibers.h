@@ -36,6 +36,9 @@ int lane();
 // around, unless a test says otherwise.
 extern int shared_limit;
 
+// Whether streams say that a graph captures them.
+extern bool capturing;
+
 // What differs between builds of the same objects: whether static shared memory is full of NaN before
 // a launch, so that reading what nobody wrote shows, and whether accesses to new memory are counted.
 void poison_shared();

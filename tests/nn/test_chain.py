@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,24 @@ def test_wide_networks_are_one_op_without_gradients_alone(calls):
     assert not calls
     agrees(flow.double(), x.double())  # which wants none
     assert len(calls) == 1
+
+
+def test_layers_that_are_too_wide_for_a_block_of_threads_are_called_on_cuda():
+    for features, width, fits in (
+        (D, 128, True),
+        (D, 129, False),
+        (128, 8, True),
+        (129, 8, False),
+    ):
+        for layer in (
+            Affine(features, partial(nn.MLP, hidden=width)),
+            nn.MaskedAutoregressive(features, hidden=(8, width)),
+        ):
+            flow = nn.Sequential(layer)
+            flow(torch.randn(2, features))
+            (run,) = flow.__dict__["_chains"]._runs
+            x = SimpleNamespace(is_cuda=True, shape=(2, features), dtype=torch.float32)
+            assert run._takes(x, None) == fits
 
 
 def test_vectors_alone(calls):
