@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pyflowkern._library import LIBRARY, OPS
-from pyflowkern.core.lists import differentiable_lists
+from pyflowkern.core.lists import differentiable_lists, quick_apply
 from pyflowkern.core.second_derivatives import gradient_of_reference, is_batched
 
 __all__ = ["register"]
@@ -57,9 +57,7 @@ def register(
         register_flop_formula(packet)(lambda *args, out_shape=None: flops(*args))
     overload: Callable[..., Any] = packet.default
     if backward is None or setup_context is None:
-        return lambda *inputs: (
-            overload(*inputs) if torch.compiler.is_compiling() else _named(overload, inputs)
-        )
+        return _without_derivative(overload)
     lists = "Tensor[]" in schema
     if (reference is None) != (inputs is None):
         raise TypeError(f"{op}: second derivatives need both reference and inputs")
@@ -109,12 +107,25 @@ def _differentiable(
             except RuntimeError as error:
                 _raise_named(error, overload, "backward of ", grads)
 
+    apply = quick_apply(Eager)
+
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Eager.apply(*inputs)  # type: ignore[no-untyped-call]
+            return apply(*inputs)
         return _below_autograd(overload, inputs)
+
+    return call
+
+
+def _without_derivative(overload: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return overload(*inputs)
+        if torch.is_grad_enabled():  # autograd says that there is no derivative if one is wanted
+            return _named(overload, inputs)
+        return _below_autograd(overload, inputs)  # as backward passes call it
 
     return call
 

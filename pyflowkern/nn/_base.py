@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,7 +237,7 @@ class Sequential(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the layers in order."""
         given, total = x, None
-        for part in self._parts(x):
+        for part in self._parts() if served(x) else self:
             if isinstance(part, Run):
                 x, log_det = part(x, context, checked=x is given)
             else:
@@ -255,17 +256,15 @@ class Sequential(Bijection):
         callers = (self,) if within is None else (self, within)
         if not served(x) or not may_be_read(callers, *map(type, callers)):
             return None
-        parts = self._parts(x)
+        parts = self._parts()
         if len(parts) != 1 or not isinstance(parts[0], Run):
             return None
         pair = parts[0].fused(x, context, "normal", checked=True)
         return None if pair is None else pair[1]
 
-    def _parts(self, x: Tensor) -> Sequence[Bijection | Run]:
-        """Return the layers, or runs of them that one op replaces."""
-        if torch.compiler.is_compiling() or not served(x):
-            return self.layers  # type: ignore[return-value]
-        layers: list[Bijection] = list(self)
+    def _parts(self) -> Sequence[Bijection | Run]:
+        """Return the layers, or runs of them that one op replaces, where :func:`served` allows it."""
+        layers: list[Any] = [*self.layers._modules.values()]
         chains = self.__dict__.get("_chains")
         if (
             chains is None or chains.owner is not self.__dict__["_modules"]
@@ -277,7 +276,7 @@ class Sequential(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the inverses in reverse order."""
         given, total = z, None
-        for part in reversed(list(self._parts(z))):
+        for part in reversed(self._parts() if served(z) else list(self)):
             if isinstance(part, Run):
                 z, log_det = part(z, context, inverse=True, checked=z is given)
             else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
+from pyflowkern.core.lists import quick_apply
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 
@@ -39,12 +40,16 @@ def at_time(time: Tensor, biases: Sequence[Tensor], rows: Sequence[Tensor]) -> P
         Biases and gates, of "concat" none; ``[out]`` each, or ``[N, out]``.
     """
     if (
-        time.dim()
-        or len(biases) > _MOST_LAYERS
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or not biases
         or any(t.dtype != time.dtype for t in (*biases, *rows))
         or not kernel_serves("field_time", time, *biases, *rows, dtypes=_DTYPES)
+        or (time.dim() > 0 and rows[0].shape[0] > 1)
     ):
+        return at_time_reference(time, biases, rows)
+    if time.dim():
+        return list(_at_times(time, *biases, *rows)), []
+    if len(biases) > _MOST_LAYERS:
         return at_time_reference(time, biases, rows)
     count, parameters = len(biases), (*biases, *rows)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(time, *parameters):
@@ -119,3 +124,37 @@ class _AtTime(torch.autograd.Function):
             list(grads), time, parameters[:count], parameters[count:]
         )
         return (of_time, *biases, *rows)
+
+
+class _AtTimes(torch.autograd.Function):
+    """Biases ``[N, out]`` at times of each sample, with "concat"; gradients of a layer are one product of matrices.
+
+    Autograd's own would multiply and sum ``[N, out]`` numbers several times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, time: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(time, *parameters)
+        count, column = len(parameters) // 2, time[:, None]
+        pairs = zip(parameters[:count], parameters[count:], strict=True)
+        return tuple(torch.addcmul(bias, column, row) for bias, row in pairs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        time, *parameters = ctx.saved_tensors
+        count = len(parameters) // 2
+        if wants_reference(*grads):
+
+            def forward(time: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+                return tuple(at_time_reference(time, p[:count], p[count:])[0])
+
+            return tuple(gradient_of_reference(forward, (time, *parameters), grads))
+        of_time = None
+        if time.requires_grad:
+            of_time = sum(g @ row[0] for g, row in zip(grads, parameters[count:], strict=True))
+        factors = torch.stack((torch.ones_like(time), time))
+        sums = [factors @ g for g in grads]
+        return (of_time, *(s[0] for s in sums), *(s[1:] for s in sums))
+
+
+_at_times = quick_apply(_AtTimes)
