@@ -56,6 +56,7 @@ def stages(out: Path) -> dict[str, Stage]:
     pip, bench = [python, "-m", "pip", "install", "-q"], [python, "-m", "bench"]
     watch = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
     results = ["--quick", "--out", str(out / "results")]
+    graphs = ["--graphs", "--quick", "--case", "step ", "--out", str(out / "graphs")]
     return {
         "build": Stage(
             [*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", "."],
@@ -69,6 +70,7 @@ def stages(out: Path) -> dict[str, Stage]:
         },
         "report": Stage([*bench, "cuda-report"], 60, 20),
         "steps": Stage([*bench, "steps", "--device", "cuda", "--out", str(out)], 120, 40),
+        "graphs": Stage([*bench, "small_flows", "--device", "cuda", *graphs], 90, 30),
         "bench": Stage([*bench, "all", "--device", "cuda", *results], 300, 120),
     }
 

@@ -31,7 +31,7 @@ def test_every_command_can_be_parsed(monkeypatch):
     for stage in gpu.stages(Path("out")).values():
         if stage.command[1:3] == ["-m", "bench"]:
             monkeypatch.setattr(sys, "argv", ["bench", *stage.command[3:]])
-            assert bench_main.arguments().family in ("all", "steps", "cuda-report")
+            assert bench_main.arguments().family in ("all", "small_flows", "steps", "cuda-report")
 
 
 @pytest.mark.slow

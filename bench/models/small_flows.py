@@ -106,6 +106,14 @@ def built(model: Model, library: str, device: torch.device) -> Any:
     return flow
 
 
+class Compiled:
+    """A flow whose density torch compiles."""
+
+    def __init__(self, flow: Any) -> None:
+        self.parameters = flow.parameters
+        self.log_prob = torch.compile(partial(log_density, flow), dynamic=False)
+
+
 # --- what is timed -------------------------------------------------------------------------------
 
 
@@ -132,7 +140,9 @@ def gradients(flow: Any, x: Tensor) -> Tensor:
 
 @cache
 def optimizer(flow: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters(flow), lr=0.0, fused=True)  # so that weights stay
+    found = parameters(flow)
+    # no rate, so that weights stay; graphs capture steps whose count is on the device
+    return torch.optim.AdamW(found, lr=0.0, fused=True, capturable=found[0].is_cuda)
 
 
 def whole_step(flow: Any, x: Tensor) -> Tensor:
@@ -150,12 +160,26 @@ def log_prob(flow: Any, x: Tensor) -> Tensor:
 WORK = {"step without optimizer": gradients, "step": whole_step, "log_prob": log_prob}
 
 
-def case(model: Model, work: str, samples: int, zuko: float, nflows: float | None = None) -> Case:
-    """Return a case; ``zuko`` and ``nflows`` are the wanted speedups, nflows None where it has no such flow."""
+def case(
+    model: Model,
+    work: str,
+    samples: int,
+    zuko: float | None = None,
+    nflows: float | None = None,
+    device: str = "",
+) -> Case:
+    """Return a case; ``zuko`` and ``nflows`` are the wanted speedups, nflows None where it has no such flow.
 
-    def provider(library: str, reference: bool = False) -> Callable[[Inputs], Provider]:
+    Where it is for ``device`` cuda alone, zuko is compiled, too.
+    """
+
+    def provider(
+        library: str, reference: bool = False, compiles: bool = False
+    ) -> Callable[[Inputs], Provider]:
         def build(inputs: Inputs) -> Provider:
             flow = built(model, library, inputs["x"].device)
+            if compiles:
+                flow = Compiled(flow)
 
             def run(x: Tensor) -> Any:
                 with pyflowkern.use_reference(reference):
@@ -170,7 +194,9 @@ def case(model: Model, work: str, samples: int, zuko: float, nflows: float | Non
         "ours": Lazy(provider("ours")),
         "zuko": Lazy(provider("zuko"), comparable=False),
     }
-    targets = {"call vs zuko": zuko}
+    targets = {} if zuko is None else {"call vs zuko": zuko}
+    if device == "cuda":
+        providers["zuko compile"] = Lazy(provider("zuko", compiles=True), comparable=False)
     if nflows is not None:
         providers["nflows"] = Lazy(provider("nflows"), comparable=False)
         targets["call vs nflows"] = nflows
@@ -183,6 +209,7 @@ def case(model: Model, work: str, samples: int, zuko: float, nflows: float | Non
         compiles=False,
         targets=targets,
         extra=work == "log_prob" and samples == 64,
+        devices=(device,) if device else ("cpu", "cuda"),
     )
 
 
@@ -191,14 +218,15 @@ REALNVP, NSF_AR = Model("RealNVP", 6, (50, 50)), Model("NSF (AR)", 6, (64, 64))
 WIDE = Model("MAF", 43, (512, 512))
 CASES = [
     case(MAF, "step without optimizer", 200, 6.0, 6.0),
-    case(MAF, "step", 200, 3.0, 3.0),
+    case(MAF, "step", 200, 3.0, 3.0, "cpu"),
     case(NSF, "step without optimizer", 200, 10.0, 12.0),
-    case(NSF, "step", 200, 6.0, 6.0),
+    case(NSF, "step", 200, 6.0, 6.0, "cpu"),
     case(REALNVP, "step without optimizer", 200, 6.0),
-    case(REALNVP, "step", 200, 3.0),
+    case(REALNVP, "step", 200, 3.0, device="cpu"),
     case(NSF_AR, "step without optimizer", 512, 8.0),
     case(NSF_AR, "step", 512, 8.0),
     case(WIDE, "step without optimizer", 1000, 1.7),
     case(WIDE, "log_prob", 1000, 1.6),
     *(case(model, "log_prob", n, 10.0) for model in (MAF, NSF) for n in (1, 64)),
+    *(case(model, "step", n, device="cuda") for model in (MAF, NSF, REALNVP) for n in (200, 4096)),
 ]
