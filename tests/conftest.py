@@ -4,6 +4,7 @@ The reference, the CPU kernels at each SIMD level, the CUDA kernels compiled for
 """
 
 import ctypes
+import gc
 import sys
 from contextlib import contextmanager
 
@@ -16,10 +17,29 @@ from pyflowkern import _library, use_reference
 # small tensors gain nothing from threads, and lose much where others use the processor
 torch.set_num_threads(1)
 
+gc.disable()  # while tests are collected; see pytest_collection_finish
 
-def pytest_collection_modifyitems(items):
-    """Begin with the slow ones: a process that begins one last is alone at the end."""
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Begin with the slow ones: a process that begins one last is alone at the end.
+
+    The names of all tests, and of those that need a GPU, are kept as they were before ``-m`` left some out.
+    """
+    config.all_tests = [item.nodeid for item in items]
+    config.gpu_tests = [item.nodeid for item in items if item.get_closest_marker("gpu")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Let the collector of garbage pass over all that is there until the end: the tests, torch, compilers' modules.
+
+    Else it looks at a million objects again and again, a fifth of the time of tests that compile graphs.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
