@@ -32,8 +32,9 @@ struct ChainLayer {
   const void* given;   // the weight, [out, in]
   const void* weight;  // as it is read, rows of `stride`: masked ones are sorted, with zeros
   int64_t stride;
-  const void* bias;       // or null
-  const int32_t* prefix;  // masked: the inputs that each row reads, ascending
+  const void *panels, *turned;  // of the weight and of its transpose (core/gemm.h), or null
+  const void* bias;             // or null
+  const int32_t* prefix;        // masked: the inputs that each row reads, ascending
   int64_t before, after;  // rows of the tile: the layer's inputs before and after the activation
   int64_t grad, grad_stride, grad_bias;  // places in the gradients of a task
 };
@@ -101,7 +102,10 @@ struct ChainArgs {
   int64_t rows, widest;               // of the work space: the most of any step
 };
 
-constexpr int64_t kChainTile = 128;  // samples of a tile, at most: pairs of vectors
+// Samples of a tile, at most: pairs of vectors.  Weights, and even more their gradients, are read
+// from L3 or memory once a tile where they are larger than L2: then tiles are larger, too.
+constexpr int64_t kChainTile = 128, kWideTile = 256;
+constexpr int64_t kWideUnits = 144;
 
 // Numbers of a sample in a tile that is kept: whole vectors, whatever the level.
 inline int64_t chain_columns(int64_t samples) { return (samples + 15) / 16 * 16; }

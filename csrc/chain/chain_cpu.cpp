@@ -10,6 +10,7 @@
 #include "matrix/matrix.h"
 
 PFK_DECLARE_LEVELS(void chain_prepare(ChainArgs&, PluArgs*, bool, void*);
+                   void chain_pack(ChainLayer&, bool, bool, void*);
                    void chain_tiles(const ChainArgs&, bool, bool, int64_t, int64_t);
                    void chain_finish(const ChainArgs&, const ChainGrad&, double, bool);
                    void chain_finish_actnorm(const ChainArgs&, const ChainStep&, double, bool,
@@ -58,6 +59,10 @@ void chain_prepare(ChainArgs& a, PluArgs* factors, bool wide, void* room) {
   wide ? prepare_chain<double>(a, factors, typed<double>(room))
        : prepare_chain<float>(a, factors, typed<float>(room));
 }
+void chain_pack(ChainLayer& y, bool wide, bool backward, void* room) {
+  wide ? pack_layer<double>(y, backward, typed<double>(room))
+       : pack_layer<float>(y, backward, typed<float>(room));
+}
 void chain_tiles(const ChainArgs& a, bool wide, bool backward, int64_t begin, int64_t end) {
   if (backward) {
     wide ? run_backward<double>(a, begin, end) : run_backward<float>(a, begin, end);
@@ -93,6 +98,9 @@ namespace {
 using Maybe = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
+// Samples from which on it pays to pack the weights first.
+constexpr int64_t kPackSamples = 256;
+
 // Numbers of all weights, times samples: a measure of the time.
 int64_t work_of(const ChainArgs& a, int64_t samples) {
   return (a.size + a.features * 64) * samples;
@@ -105,7 +113,7 @@ struct Chain {
   bool wide;
 
   Chain(const Tensor& like, int64_t samples, const Maybe& context, const Tensor& program,
-        const Tensor& numbers, const Tensors& tensors, bool inverse)
+        const Tensor& numbers, const Tensors& tensors, bool inverse, bool backward)
       : a(t.args), wide(dtype_of(like) == kFloat64) {
     STD_TORCH_CHECK(wide || dtype_of(like) == kFloat32, "pyflowkern::chain: float32 or float64");
     ChainBuilder(t, like, program, numbers, tensors, inverse);
@@ -119,8 +127,26 @@ struct Chain {
       a.c = address_of(*t.c);
     }
     place_tiles(a);
-    prepared.emplace(t.prepared * like.element_size());
+    int64_t room = t.prepared;  // and what is packed behind it
+    const bool packs = samples >= kPackSamples;
+    for (const ChainLayer& y : t.layers) room += packs ? y.out * y.in * (backward ? 2 : 1) : 0;
+    prepared.emplace(room * like.element_size());
     PFK_CALL_LEVEL(chain_prepare, a, t.factors.data(), wide, prepared->memory());
+    if (packs) pack(backward);
+  }
+
+  void pack(bool backward) {
+    const int64_t size = wide ? 8 : 4, count = static_cast<int64_t>(t.layers.size());
+    std::vector<char*> at{static_cast<char*>(prepared->memory()) + t.prepared * size};
+    for (const ChainLayer& y : t.layers) {
+      at.push_back(at.back() + y.out * y.in * (backward ? 2 : 1) * size);
+    }
+    const int64_t numbers = (at.back() - at.front()) / size;
+    parallel_tasks(count, numbers / (count > 0 ? count : 1), [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l) {
+        PFK_CALL_LEVEL(chain_pack, t.layers[l], wide, backward, at[l]);
+      }
+    });
   }
 };
 
@@ -130,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> chain(const Tensor& x, const Maybe& context,
   STD_TORCH_CHECK(x.dim() == 2, "pyflowkern::chain: x must have two axes");
   const Tensor in = dense(x);
   const int64_t samples = in.sizes()[0];
-  Chain chain(in, samples, context, program, numbers, tensors, inverse);
+  Chain chain(in, samples, context, program, numbers, tensors, inverse, false);
   ChainArgs& a = chain.a;
   STD_TORCH_CHECK(in.sizes()[1] == a.features && (blocks == 0 || blocks == a.blocks),
                   "pyflowkern::chain: x of ", in.sizes()[1], " features for ", a.features, ", or ",
@@ -191,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Ma
                                                    bool inverse, bool with_x, bool with_context,
                                                    bool with_tensors) {
   const int64_t samples = x.sizes()[0];
-  Chain chain(kept, samples, context, program, numbers, tensors, inverse);
+  Chain chain(kept, samples, context, program, numbers, tensors, inverse, true);
   ChainArgs& a = chain.a;
   STD_TORCH_CHECK(
       kept.is_contiguous() && kept.numel() == a.blocks * a.features * chain_columns(samples),

@@ -340,9 +340,12 @@ class ChainBuilder {
   int64_t blocks_ = 0;
 };
 
-// In an even number of tiles of whole vectors, whatever the number of threads.
+// In an even number of tiles of whole vectors, whatever the number of threads; four at least where
+// tiles are large.
 inline void place_tiles(ChainArgs& a) {
-  const int64_t pairs = (a.samples + 2 * kChainTile - 1) / (2 * kChainTile);
+  const bool large = a.widest > kWideUnits && a.samples > 2 * kWideTile;
+  const int64_t most = 2 * (large ? kWideTile : kChainTile);
+  const int64_t pairs = (a.samples + most - 1) / most;
   const int64_t share = a.samples <= 32 ? a.samples : (a.samples + 2 * pairs - 1) / (2 * pairs);
   a.tile = share > 0 ? chain_columns(share) : 16;
   a.tiles = (a.samples + a.tile - 1) / a.tile;

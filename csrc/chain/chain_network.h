@@ -29,18 +29,16 @@ struct ChainRows {
 };
 
 // ---- products ----------------------------------------------------------------------------------
-// out += W in.
-template <class T>
-void add_product(const ChainLayer& y, const ChainRows<T>& w, const T* in, T* out) {
-  const T* weight = typed<T>(y.weight);
+// out += W in, where `weight` is W in one of its forms.
+template <class T, class L>
+void add_product(const ChainLayer& y, const ChainRows<T>& w, L weight, const T* in, T* out) {
   if (y.prefix == nullptr) {
-    gemm<T>({weight, y.stride, 1}, {in, w.width}, y.out, w.columns, y.in, {out, w.width}, true);
+    gemm<T>(weight, {in, w.width}, y.out, w.columns, y.in, {out, w.width}, true);
     return;
   }
   for (int64_t r = 0; r < y.out; r += kMostRows<T>) {
     const int64_t n = y.out - r < kMostRows<T> ? y.out - r : kMostRows<T>;
-    const int64_t depth = y.prefix[r + n - 1];
-    gemm<T>({weight + r * y.stride, y.stride, 1}, {in, w.width}, n, w.columns, depth,
+    gemm<T>(weight.skip(r, 0), {in, w.width}, n, w.columns, y.prefix[r + n - 1],
             {out + r * w.width, w.width}, true);
   }
 }
@@ -56,23 +54,35 @@ void layer_forward(const ChainLayer& y, const ChainRows<T>& w, const T* in, T* o
       (add == nullptr ? b : b + Vec<T>::load(add + i)).store(out + i);
     }
   }
-  add_product(y, w, in, out);
+  if (y.panels != nullptr) {
+    add_product(y, w, LeftPanels<T>{typed<T>(y.panels), y.in}, in, out);
+  } else {
+    add_product(y, w, Left<T>{typed<T>(y.weight), y.stride, 1}, in, out);
+  }
 }
 
-// to = W^T grad.
-template <class T>
-void layer_backward(const ChainLayer& y, const ChainRows<T>& w, const T* grad, T* to) {
-  const T* weight = typed<T>(y.weight);
+// to = W^T grad, where `turned` is W^T in one of its forms.
+template <class T, class L>
+void turned_product(const ChainLayer& y, const ChainRows<T>& w, L turned, const T* grad, T* to) {
   if (y.prefix == nullptr) {
-    gemm<T>({weight, 1, y.stride}, {grad, w.width}, y.in, w.columns, y.out, {to, w.width}, false);
+    gemm<T>(turned, {grad, w.width}, y.in, w.columns, y.out, {to, w.width}, false);
     return;
   }
   int64_t first = 0;  // the first row that reads one of these inputs
   for (int64_t c = 0; c < y.in; c += kMostRows<T>) {
     const int64_t n = y.in - c < kMostRows<T> ? y.in - c : kMostRows<T>;
     while (first < y.out && y.prefix[first] <= c) ++first;
-    gemm<T>({weight + first * y.stride + c, 1, y.stride}, {grad + first * w.width, w.width}, n,
-            w.columns, y.out - first, {to + c * w.width, w.width}, false);
+    gemm<T>(turned.skip(c, first), {grad + first * w.width, w.width}, n, w.columns, y.out - first,
+            {to + c * w.width, w.width}, false);
+  }
+}
+
+template <class T>
+void layer_backward(const ChainLayer& y, const ChainRows<T>& w, const T* grad, T* to) {
+  if (y.turned != nullptr) {
+    turned_product(y, w, LeftPanels<T>{typed<T>(y.turned), y.out}, grad, to);
+  } else {
+    turned_product(y, w, Left<T>{typed<T>(y.weight), 1, y.stride}, grad, to);
   }
 }
 
@@ -117,7 +127,7 @@ Rows<const T> turn(const ChainRows<T>& w, const T* rows, int64_t row_width, int6
   return {w.turned, stride};
 }
 
-// Adds grad in^T and the sum of grad to the gradients of a task.
+// Adds grad in^T and the sum of grad to the gradients of a task; the first tile stores the former.
 template <class T>
 void add_layer_gradients(const ChainLayer& y, const ChainRows<T>& w, const T* grad, const T* in,
                          T* grads) {

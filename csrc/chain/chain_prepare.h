@@ -6,7 +6,7 @@
 #include <math.h>
 
 #include "chain/chain.h"
-#include "core/vec.h"
+#include "core/gemm.h"
 
 PFK_BEGIN
 
@@ -49,6 +49,18 @@ void prepare_layers(const ChainElements& e, T*& room) {
     y.bias = room;
     room += (y.out + 15) / 16 * 16;
   }
+}
+
+// The panels of a layer, and those of its transpose, which the backward pass alone reads.
+template <class T>
+void pack_layer(ChainLayer& y, bool backward, T* room) {
+  const T* weight = typed<T>(y.weight);
+  pack_left<T>({weight, y.stride, 1}, y.out, y.in, room);
+  y.panels = room;
+  if (!backward) return;
+  room += y.out * y.in;
+  pack_left<T>({weight, 1, y.stride}, y.in, y.out, room);
+  y.turned = room;
 }
 
 template <class T>
@@ -114,10 +126,15 @@ void sum_row(const ChainArgs& a, const ChainGrad& g, int64_t r, int64_t n, T* to
     memcpy(to, from, n * sizeof(T));
     return;
   }
-  for (int64_t c = 0; c < n; ++c) {
-    double sum = 0;
-    for (int64_t t = 0; t < a.tasks; ++t) sum += static_cast<double>(from[t * a.size + c]);
-    to[c] = static_cast<T>(sum);
+  constexpr int64_t kBlock = 64;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t m = n - begin < kBlock ? n - begin : kBlock;
+    double sum[kBlock] = {};
+    for (int64_t t = 0; t < a.tasks; ++t) {
+      const T* p = from + t * a.size + begin;
+      for (int64_t c = 0; c < m; ++c) sum[c] += static_cast<double>(p[c]);
+    }
+    for (int64_t c = 0; c < m; ++c) to[begin + c] = static_cast<T>(sum[c]);
   }
 }
 

@@ -6,9 +6,10 @@
 // AVX-512 has twice the registers and takes 12 rows.  While the first rows are computed, the next
 // columns of right are prefetched, which matters where right does not fit into L2.
 //
-// left is read number by number, so that its transpose costs nothing extra.  right and out are read
-// in whole vectors, to which their rows must be padded.  Every element of out is one chain of
-// multiply-adds in the order of depth, whatever the sizes are.
+// left is read number by number, so that its transpose costs nothing extra.  Where it does not fit
+// into L1 and is read often, it is packed first (LeftPanels).  right and out are read in whole
+// vectors, to which their rows must be padded.  Every element of out is one chain of multiply-adds
+// in the order of depth, whatever the sizes are.
 #pragma once
 
 #include "core/vec.h"
@@ -21,6 +22,32 @@ template <class T>
 struct Left {  // element (r, k) at p[r * row + k * step]
   const T* p;
   int64_t row, step;
+
+  // R rows; without the first rows, or the first terms
+  template <int R>
+  Left block() const {
+    return *this;
+  }
+  Left skip(int64_t rows, int64_t terms) const {
+    return {p + rows * row + terms * step, row, step};
+  }
+};
+
+// Packed: the numbers of the R rows of a tile (12, 6, or what is left) that are multiplied at the
+// same time are neighbors, so that all of left is read in order.
+template <class T>
+struct LeftPanels {
+  const T* p;
+  int64_t depth;      // of all that is packed
+  int64_t first = 0;  // term
+
+  template <int R>
+  Left<T> block() const {
+    return {p + first * R, 1, R};
+  }
+  LeftPanels skip(int64_t rows, int64_t terms) const {  // whole blocks of rows
+    return {p + rows * depth, depth, first + terms};
+  }
 };
 
 template <class T>
@@ -41,6 +68,8 @@ constexpr int kGemmRows = 6;
 template <class T>
 constexpr int kMostRows = sizeof(Vec<T>) == 64 ? 2 * kGemmRows : kGemmRows;
 
+constexpr int64_t kGemmDeep = 64;  // from which depth on a prefetch of out costs next to nothing
+
 template <class T, int R, int C, bool kAhead = false>
 inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, Rows<T> out,
                       bool add) {
@@ -51,6 +80,13 @@ inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, 
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       sum[r][c] = add ? Vec<T>::load(out.p + r * out.stride + c * w) : Vec<T>(T(0));
+    }
+  }
+  if (add && depth >= kGemmDeep) {  // what the next rows are added to
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) __builtin_prefetch(out.p + (R + r) * out.stride + c * w, 1);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -77,17 +113,17 @@ inline void gemm_tile(Left<T> l, const T* right, int64_t stride, int64_t depth, 
   }
 }
 
-template <class T, int R, int C, bool kAhead = false>
-inline void gemm_step(Left<T>& l, const T* right, int64_t stride, int64_t depth, Rows<T>& out,
-                      bool add) {
-  gemm_tile<T, R, C, kAhead>(l, right, stride, depth, out, add);
-  l.p += R * l.row;
+template <class T, int R, int C, bool kAhead = false, class L>
+inline void gemm_step(L& l, const T* right, int64_t stride, int64_t depth, Rows<T>& out, bool add) {
+  gemm_tile<T, R, C, kAhead>(l.template block<R>(), right, stride, depth, out, add);
+  l = l.skip(R, 0);
   out.p += R * out.stride;
 }
 
-template <class T, int C>
-void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64_t depth,
-                  Rows<T> out, bool add) {
+// L is Left or LeftPanels.
+template <class T, int C, class L = Left<T>>
+void gemm_columns(L l, const T* right, int64_t stride, int64_t rows, int64_t depth, Rows<T> out,
+                  bool add) {
   constexpr int kMost = kMostRows<T>;
   // the first rows prefetch the next columns of right
   if (rows >= kMost) gemm_step<T, kMost, C, true>(l, right, stride, depth, out, add), rows -= kMost;
@@ -96,21 +132,21 @@ void gemm_columns(Left<T> l, const T* right, int64_t stride, int64_t rows, int64
     gemm_step<T, kGemmRows, C>(l, right, stride, depth, out, add), rows -= kGemmRows;
   switch (rows) {
     case 1:
-      return gemm_tile<T, 1, C>(l, right, stride, depth, out, add);
+      return gemm_tile<T, 1, C>(l.template block<1>(), right, stride, depth, out, add);
     case 2:
-      return gemm_tile<T, 2, C>(l, right, stride, depth, out, add);
+      return gemm_tile<T, 2, C>(l.template block<2>(), right, stride, depth, out, add);
     case 3:
-      return gemm_tile<T, 3, C>(l, right, stride, depth, out, add);
+      return gemm_tile<T, 3, C>(l.template block<3>(), right, stride, depth, out, add);
     case 4:
-      return gemm_tile<T, 4, C>(l, right, stride, depth, out, add);
+      return gemm_tile<T, 4, C>(l.template block<4>(), right, stride, depth, out, add);
     case 5:
-      return gemm_tile<T, 5, C>(l, right, stride, depth, out, add);
+      return gemm_tile<T, 5, C>(l.template block<5>(), right, stride, depth, out, add);
   }
 }
 
 // Computes whole vectors: columns up to the next multiple of the number of lanes.
-template <class T>
-void gemm(Left<T> l, Rows<const T> right, int64_t rows, int64_t columns, int64_t depth, Rows<T> out,
+template <class T, class L = Left<T>>
+void gemm(L l, Rows<const T> right, int64_t rows, int64_t columns, int64_t depth, Rows<T> out,
           bool add) {
   constexpr int w = Vec<T>::kLanes;
   int64_t c = 0;
@@ -119,6 +155,26 @@ void gemm(Left<T> l, Rows<const T> right, int64_t rows, int64_t columns, int64_t
   }
   if (c < columns) {
     gemm_columns<T, 1>(l, right.p + c, right.stride, rows, depth, {out.p + c, out.stride}, add);
+  }
+}
+
+template <class T, int R>
+T* pack_block(Left<T>& from, int64_t depth, T* to) {
+  for (int64_t k = 0; k < depth; ++k, to += R) {
+    for (int r = 0; r < R; ++r) to[r] = from.p[r * from.row + k * from.step];
+  }
+  from.p += R * from.row;
+  return to;
+}
+
+// Packs rows x depth numbers as gemm() cuts them into tiles.
+template <class T>
+void pack_left(Left<T> from, int64_t rows, int64_t depth, T* to) {
+  for (; rows >= kMostRows<T>; rows -= kMostRows<T>)
+    to = pack_block<T, kMostRows<T>>(from, depth, to);
+  if (rows >= kGemmRows) to = pack_block<T, kGemmRows>(from, depth, to), rows -= kGemmRows;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < rows; ++r) *to++ = from.p[r * from.row + k * from.step];
   }
 }
 

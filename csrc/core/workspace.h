@@ -13,7 +13,7 @@
 PFK_BEGIN
 
 // Uninitialized and aligned to a cache line, for as long as the object lives.  A thread keeps the
-// memory of two objects that live at the same time; more of them, or larger ones, are allocated.
+// memory of three objects that live at the same time; more of them, or larger ones, are allocated.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
@@ -45,8 +45,8 @@ class Workspace {
   void* memory() const { return memory_; }
 
  private:
-  static constexpr int64_t kMost = int64_t{32} << 20;  // bytes of a block that a thread keeps
-  static constexpr int kDepth = 2;
+  static constexpr int64_t kMost = int64_t{128} << 20;  // bytes of a block that a thread keeps
+  static constexpr int kDepth = 3;
   struct Block {
     void* memory = nullptr;
     int64_t bytes = 0;

@@ -143,12 +143,26 @@ def samples(dtype):
     yield sample(5, 4, [coupling("atan", 4, (7,) * 5, residual=True, activate_last=False)], dtype)
     yield sample(9, 1, [autoregressive("affine", [0], context=True), PLUStep()], dtype)
     yield sample(9, 70, [autoregressive("affine", [*range(70)], (130, 70))], dtype)
+    yield from wide(dtype)
     yield sample(9, 128, [PLUStep(), ActNormStep(), LinearStep()], dtype)
     yield sample(9, 129, [LinearStep(), PermuteStep([*range(1, 129), 0])], dtype)
     own = ElementsStep(SplineMap(bins=5), [3, 0])
     yield sample(40, 4, [own, coupling(SplineMap(bins=2), 4, swap=True), own], dtype)
     yield sample(40, 3, [ElementsStep("softplus", [2, 1], layout="blocked")], dtype)
     yield sample(40, 3, [], dtype)
+
+
+def wide(dtype):
+    """Networks whose weights are packed first, of so many samples that tiles are the largest.
+
+    All are smooth: of so many units, the input of one is near a kink.
+    """
+    smooth = {"activation": "tanh", "context": True}
+    for n in (256, 600):
+        steps = [coupling("softclip", 5, (161, 170), **smooth), PermuteStep([2, 3, 4, 0, 1])]
+        steps.append(coupling("exp", 5, (164,) * 3, residual=True, activation="silu"))
+        steps.append(autoregressive("tanh", [3, 1, 0, 2, 4], (163, 150), **smooth))
+        yield sample(n, 5, steps, dtype)
 
 
 def small(dtype):
