@@ -104,9 +104,9 @@ def _resources(path: Path) -> Iterator[Kernel]:
 
 
 def _ptx(report: Path) -> str:
-    """Return the PTX of a source: that of the build, or, where a compiler's cache left none, of a compilation of its own.
+    """Return the PTX of a source: that of the build, if it has left it.
 
-    The latter is done again only after a change of the sources.
+    A build that a compiler's cache answers leaves none. Then the source is compiled here, again after each change.
     """
     if (built := report.with_suffix(".ptx")).is_file():
         return built.read_text()
