@@ -33,7 +33,7 @@ BATCH, HIDDEN = 512, (64, 64, 64)
 
 def step(loss: Callable[[Tensor], Tensor], model: nn.Module) -> Provider:
     """Return a training step by Adam; its result is the loss."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def run(x1: Tensor) -> Tensor:
         optimizer.zero_grad()

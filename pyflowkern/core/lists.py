@@ -87,9 +87,10 @@ def differentiable_lists(
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*inputs)
-        shape, flat = flatten(inputs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
-            return apply(shape, *flat)
+        if torch.is_grad_enabled():
+            shape, flat = flatten(inputs)
+            if torch._C._any_requires_grad(*flat):
+                return apply(shape, *flat)
         return below_autograd(inputs)
 
     return call

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from pyflowkern.core.checks import check_choice, check_count
 from pyflowkern.flows._distribution import FlowDistribution
@@ -236,14 +237,15 @@ class FlowMatching(CNF):
         """
         self._check_data("x", x)
         context = self._context_of(context, x.shape[0])
-        return self._velocity(s, x, context)
+        return -self._field(s, x, context)
 
-    def _velocity(self, s: Tensor | float, x: Tensor, context: Tensor | None) -> Tensor:
+    def _field(self, s: Tensor | float, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return the velocity from data to base."""
         given = () if context is None else (context,)
         field = next(self.blocks()).field
         state = x if isinstance(self.bijection, MultiScale) else x.flatten(1)  # images, or vectors
         velocity: Tensor = field(1 - s, state, *given)
-        return -velocity.reshape(x.shape)
+        return velocity.reshape(x.shape)
 
     def loss(
         self,
@@ -289,8 +291,7 @@ class FlowMatching(CNF):
         if context is not None and self.training and self.context_dropout:
             draw = torch.rand(len(x1), 1, device=x1.device, generator=generator)
             context = torch.where(draw < self.context_dropout, self._null(), context)
-        error: Tensor = self._velocity(s, xs, context) - us
-        return error.square().mean()
+        return mse_loss(self._field(s, xs, context), -us)
 
 
 def _matcher(coupling: object) -> ConditionalFlowMatcher:
