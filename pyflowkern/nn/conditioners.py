@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
+from pyflowkern.nn._conv_network import convolutions
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._relu_network import linear_layers
+from pyflowkern.ops.conv_network import evaluate_convolutions
 from pyflowkern.ops.relu_network import evaluate_network
 
 __all__ = ["MLP", "ConvNet", "PeriodicInput", "ResidualConvNet", "ResidualMLP", "start_at"]
@@ -245,6 +247,9 @@ class ConvNet(_Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_channels, *space]``."""
+        before, middle, after = self.body._modules.values()
+        if (params := convolutions(x, (self.first, middle, self.last), (before, after))) is not None:
+            return evaluate_convolutions(x, *params, self._context_bias(x, context), False, True)
         out: Tensor = self.last(self.body(self._first_layer(x, context)))
         return out
 

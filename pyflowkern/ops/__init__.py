@@ -32,6 +32,7 @@ from pyflowkern.ops.chain_steps import (
     PLUStep,
     ShiftStep,
 )
+from pyflowkern.ops.conv_network import conv_network, conv_network_reference
 from pyflowkern.ops.density import (
     bits_per_dim,
     bits_per_dim_reference,
@@ -135,6 +136,8 @@ __all__ = [
     "channel_moments_reference",
     "channel_split_sizes",
     "checkerboard_mask",
+    "conv_network",
+    "conv_network_reference",
     "dequantize",
     "dequantize_reference",
     "draw_probe",

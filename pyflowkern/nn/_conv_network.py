@@ -1,0 +1,66 @@
+"""Where :func:`pyflowkern.ops.conv_network` may replace calls of convolutions one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern._library import transformed
+from pyflowkern.core.dtypes import autocasts
+from pyflowkern.nn._hooks import may_be_read
+
+__all__ = ["convolutions"]
+
+#: Measured: wider layers leave nothing to gain over torch's, and of smaller images vectors stay half empty.
+_WIDEST, _FEWEST_PIXELS = 128, 16
+#: The op gives an image to one thread; torch divides it, which is worth it from so many pixels on.
+_PIXELS_OF_A_THREAD = 1024
+
+
+def convolutions(
+    x: Tensor, layers: Sequence[Any], activations: Sequence[Any]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return weights and biases for the op, or None where the layers must be called, or are faster.
+
+    They must be called for other activations than ReLU, for layers that were replaced, hooked or parametrized, with
+    hooks of all modules (:func:`may_be_read`), under autocast and under a function transform.  Under a compiler they
+    are called because it fuses them itself.
+    """
+    if torch.compiler.is_compiling() or transformed():
+        return None
+    if x.dim() != 4 or x.device.type != "cpu" or autocasts(x) or not _pays(x):
+        return None
+    if not (may_be_read(layers, torch.nn.Conv2d) and may_be_read(activations, torch.nn.ReLU)):
+        return None
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    for layer in layers:
+        inside = layer.__dict__["_parameters"]  # nn.Module's own look-up takes longer
+        if (weight := inside.get("weight")) is None or (bias := inside.get("bias")) is None:
+            return None
+        if bias.dtype != x.dtype or not _keeps_size(layer) or bias.shape[0] > _WIDEST:
+            return None
+        weights.append(weight)
+        biases.append(bias)
+    # with a wrong input the layers are called, so that the error is torch's own
+    return (weights, biases) if x.shape[1] == weights[0].shape[1] else None
+
+
+def _pays(x: Tensor) -> bool:
+    pixels = x.shape[2] * x.shape[3]
+    if pixels < _FEWEST_PIXELS:
+        return False
+    return x.shape[0] * pixels <= _PIXELS_OF_A_THREAD or x.shape[0] >= torch.get_num_threads()
+
+
+def _keeps_size(layer: torch.nn.Conv2d) -> bool:
+    side = layer.kernel_size[0]
+    return (
+        side in (1, 3)
+        and layer.kernel_size == (side, side)
+        and layer.padding == (side // 2, side // 2)
+        and layer.stride == (1, 1)
+    )
