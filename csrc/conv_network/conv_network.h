@@ -2,12 +2,12 @@
 // Networks of 3x3 and 1x1 convolutions and ReLUs (conditioners of couplings) on the CPU: the layers
 // of relu_network.h with a convolution, zeros around the image, for every product.
 //
-// A group of images goes through all layers before the next group is loaded.  Its activations lie as
-// [channel][image][pixel], so that pixels fill the vectors however few channels there are.  The
+// A group of images goes through all layers before the next group is loaded.  Its activations lie
+// as [channel][image][pixel], so that pixels fill the vectors however few channels there are.  The
 // input of a 3x3 layer is copied three times, shifted by -1, 0 and 1 pixel along the rows, with
 // zeros above and below each image: what a filter reads is then a shift by whole rows, and all
-// layers are products of core/gemm.h's kind: rows are output channels, columns are pixels, the depth
-// goes over rows of the filter, shifts and input channels.
+// layers are products of core/gemm.h's kind: rows are output channels, columns are pixels, the
+// depth goes over rows of the filter, shifts and input channels.
 //
 // The inputs of all layers but the first are kept for the backward pass.
 #pragma once
@@ -110,8 +110,8 @@ void zero_row(T* to, int64_t width) {  // and up to a vector more, which is writ
 
 // Three copies of a channel's rows [y - 1, y + rows + 1), which lie `apart` from each other.
 template <class T>
-void shift_rows(const ConvArgs& n, const ConvWork<T>& w, const T* channel, const ConvBand& g,
-                T* to, int64_t apart) {
+void shift_rows(const ConvArgs& n, const ConvWork<T>& w, const T* channel, const ConvBand& g, T* to,
+                int64_t apart) {
   const int64_t above = g.y > 0 ? g.y - 1 : 0;
   const int64_t below = g.y + g.rows < n.height ? g.y + g.rows + 1 : n.height;
   const int64_t count = (below - above) * n.width;
@@ -156,8 +156,8 @@ ConvSource<T> conv_source(const ConvArgs& n, const ConvWork<T>& w, int side, con
 }
 
 // ---- products ----------------------------------------------------------------------------------
-// band[channel][image][pixel] = packed times source, without a bias.  Meanwhile the rows `ahead`, of
-// so many channels, which come next, are fetched into cache.
+// band[channel][image][pixel] = packed times source, without a bias.  Meanwhile the rows `ahead`,
+// of so many channels, which come next, are fetched into cache.
 template <class T>
 void conv_band(const ConvArgs& n, const ConvWork<T>& w, int side, const T* packed,
                const ConvSource<T>& from, int64_t channels, const ConvBand& g, const T* ahead,
@@ -174,8 +174,8 @@ void conv_band(const ConvArgs& n, const ConvWork<T>& w, int side, const T* packe
       __builtin_prefetch(next + c * n.stride, 1, 2);
       __builtin_prefetch(next + c * n.stride + lanes, 1, 2);
     }
-    ConvProduct<T> p{{packed, 1, 0}, 0,    first,      pair ? at(v + 1) - first : 0, from.stride,
-                     n.width,        side, from.count};
+    ConvProduct<T> p{{packed, 1, 0}, 0,       first, pair ? at(v + 1) - first : 0,
+                     from.stride,    n.width, side,  from.count};
     for (int64_t r = 0; r < channels;) {
       const int rows = conv_block<T>(channels - r);
       p.left.p = packed + r * side * from.count;
@@ -213,6 +213,18 @@ void each_band(const ConvArgs& n, ConvBand g, F f) {
 template <class T>
 T* kept_input(const ConvArgs& n, int l, const ConvBand& g) {
   return typed<T>(n.kept) + kConvMargin + g.first / n.images * n.kept_size + n.layer[l].kept;
+}
+
+// Makes zero what lies between images, so that what is kept is a function of the arguments.
+template <class T>
+void clear_margins(const ConvArgs& n, const ConvBand& g, int64_t channels, T* rows) {
+  const int64_t pixels = n.height * n.width;
+  for (int64_t c = 0; c < channels; ++c, rows += n.stride) {
+    for (int64_t i = 0; i < g.images; ++i) {
+      for (int64_t j = pixels; j < n.plane; ++j) rows[i * n.plane + j] = T(0);
+    }
+    for (int64_t j = g.images * n.plane; j < n.stride; ++j) rows[j] = T(0);
+  }
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -254,6 +266,7 @@ void forward_group(const ConvArgs& n, const ConvWork<T>& w, const ConvBand& g) {
     const bool block_ends = n.residual && l % 2 == 0;
     const bool activate = l + 1 < last || n.activate_last;
     T* next = n.kept ? kept_input<T>(n, l + 1, g) : input == w.a ? w.b : w.a;
+    if (n.kept) clear_margins(n, g, n.layer[l].out, next);
     forward_layer<T>(n, w, l, input,
                      {block_ends ? w.h : nullptr, block_ends && l > 0, activate, next}, g);
     input = next;
@@ -389,7 +402,8 @@ void backward_tasks(const ConvArgs& n, void* memory, int64_t begin, int64_t end)
     for (int64_t start = from; start < to; start += run) {
       for (int64_t group = start; group < to && group < start + run; ++group) {
         const int64_t first = group * n.images, left = n.samples - first;
-        backward_group<T>(n, w, {first, left < n.images ? left : n.images, group == start, 0, 0}, sums);
+        backward_group<T>(n, w, {first, left < n.images ? left : n.images, group == start, 0, 0},
+                          sums);
       }
       for (int l = 0; l < n.layers; ++l) {
         const int64_t end_of = n.layer[l].bias_sums;

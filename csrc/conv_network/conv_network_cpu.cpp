@@ -2,9 +2,9 @@
 // Networks of 3x3 and 1x1 convolutions and ReLUs on the CPU.
 //
 // Lower bound of the time: a multiply-add forward and two backward for each element of a weight and
-// pixel.  One thread of Zen 4 multiplies and adds 117 Gflop/s in float32; torch's convolutions, with
-// the ReLUs between them, reached 40 to 52% of it forward and backward on 32 images of 16x16 pixels
-// with 64 hidden channels, in the order of channels and of pixels.
+// pixel.  One thread of Zen 4 multiplies and adds 117 Gflop/s in float32; torch's convolutions,
+// with the ReLUs between them, reached 40 to 52% of it forward and backward on 32 images of 16x16
+// pixels with 64 hidden channels, in the order of channels and of pixels.
 #include "conv_network/conv_network.h"
 #include "core/simd.h"
 
@@ -75,8 +75,7 @@ Images new_images(const Tensor& like, int64_t samples, int64_t channels, bool ch
   const int64_t sizes[] = {samples, channels, height, width};
   const int64_t first[] = {channels * space, space, width, 1};
   const int64_t last[] = {channels * space, 1, width * channels, channels};
-  return Images(
-      empty_strided(like, sizes, channels_last ? last : first, 4, like.scalar_type()));
+  return Images(empty_strided(like, sizes, channels_last ? last : first, 4, like.scalar_type()));
 }
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -145,9 +144,8 @@ struct ConvNetwork {
     const int64_t wanted = n.samples * n.height * n.width / kConvTask;
     n.tasks = std::min(n.groups, std::clamp(wanted, kConvTasks / 4, kConvTasks));
     n.stride = conv_padded(n.images * n.plane + kConvMargin);
-    n.rows = n.images > 1 || n.plane <= kConvBand
-                 ? n.height
-                 : std::max<int64_t>(1, kConvBand / n.width);
+    n.rows =
+        n.images > 1 || n.plane <= kConvBand ? n.height : std::max<int64_t>(1, kConvBand / n.width);
     n.copy_stride = conv_padded(n.images * (n.rows + 2) * n.width + kConvMargin);
     n.band_stride = conv_padded(n.images * round_up(n.rows * n.width, 16));
   }
@@ -192,8 +190,13 @@ std::tuple<Tensor, Tensor> conv_network(const Tensor& x, const std::optional<Ten
   }
   const Images out = new_images(x, n.samples, c.layers.back().out, channels_last);
   Tensor kept = empty(x, {keep ? c.kept_numel() : 0});
-  n.kept = keep ? data_of(kept) : nullptr;
   n.out = out.planes;
+  if (keep) {
+    n.kept = data_of(kept);
+    const size_t margin = kConvMargin * kept.element_size();
+    memset(n.kept, 0, margin);
+    memset(c.at_element(kept, kept.numel() - kConvMargin), 0, margin);
+  }
   c.pack();
   c.run();
   return {out.tensor, kept};
@@ -208,10 +211,9 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> conv_network_backward(
   STD_TORCH_CHECK(kept.scalar_type() == x.scalar_type() && kept.is_contiguous() &&
                       kept.numel() == c.kept_numel(),
                   "pyflowkern::conv_network_backward: needs what a forward pass with keep kept");
-  STD_TORCH_CHECK(
-      grad.dim() == 4 && grad.scalar_type() == x.scalar_type() &&
-          grad.numel() == n.samples * c.layers.back().out * n.height * n.width,
-      "pyflowkern::conv_network_backward: a gradient of another size or dtype");
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.scalar_type() == x.scalar_type() &&
+                      grad.numel() == n.samples * c.layers.back().out * n.height * n.width,
+                  "pyflowkern::conv_network_backward: a gradient of another size or dtype");
   const Images grad_out(grad);
   const Images grad_x = new_images(x, with_x ? n.samples : 0, channels, channels_last);
   Tensor grad_context = empty(x, {with_context ? n.samples : 0, hidden});

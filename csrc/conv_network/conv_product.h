@@ -46,12 +46,12 @@ struct ConvArgs {
   int64_t size;
 };
 
-constexpr int64_t kConvMargin = 16;   // numbers before and after images, which vectors may read
-constexpr int64_t kConvGroup = 128;   // pixels of a group of small images
-constexpr int64_t kConvBand = 128;    // pixels of a band of a large image
-constexpr int64_t kConvRun = 1024;    // pixels whose gradients are summed in the dtype of the weights
-constexpr int64_t kConvTask = 512;    // pixels of a task of a backward pass, at least
-constexpr int64_t kConvTasks = 16;    // of a backward pass, at most
+constexpr int64_t kConvMargin = 16;  // numbers before and after images, which vectors may read
+constexpr int64_t kConvGroup = 128;  // pixels of a group of small images
+constexpr int64_t kConvBand = 128;   // pixels of a band of a large image
+constexpr int64_t kConvRun = 512;   // pixels whose gradients are summed in the dtype of the weights
+constexpr int64_t kConvTask = 512;  // pixels of a task of a backward pass, at least
+constexpr int64_t kConvTasks = 16;  // of a backward pass, at most
 
 // Whole vectors of every SIMD level, but no multiple of 256 bytes: the numbers of a column would
 // compete for few places in L1.

@@ -248,7 +248,9 @@ class ConvNet(_Conditioner):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_channels, *space]``."""
         before, middle, after = self.body._modules.values()
-        if (params := convolutions(x, (self.first, middle, self.last), (before, after))) is not None:
+        if (
+            params := convolutions(x, (self.first, middle, self.last), (before, after))
+        ) is not None:
             return evaluate_convolutions(x, *params, self._context_bias(x, context), False, True)
         out: Tensor = self.last(self.body(self._first_layer(x, context)))
         return out

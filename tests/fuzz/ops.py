@@ -276,6 +276,28 @@ def relu_network(draw):
     return Call(ops.relu_network, given, ("x", "context"))
 
 
+def conv_network(draw):
+    n, inputs, residual = draw.size(), draw.size(1, 17), draw.flag()
+    height, width = draw.size(1, 17), draw.size(1, 17)
+    hidden = draw.size(1, 33)
+    inner = [hidden] * (2 * draw.choice((0, 1)) + 1 if residual else draw.choice((1, 2)))
+    sizes = [inputs, *inner, draw.size(1, 17)]
+    dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
+    layers = [(a, b, draw.choice((1, 3))) for a, b in itertools.pairwise(sizes)]
+    x = draw.tensor(n, inputs, height, width).to(dtype)
+    given = {
+        "x": x.contiguous(memory_format=torch.channels_last) if draw.flag() else x,
+        "weights": [
+            draw.tensor(b, a, k, k, scale=(a * k * k) ** -0.5).to(dtype) for a, b, k in layers
+        ],
+        "biases": [draw.tensor(b).to(dtype) for b in sizes[1:]],
+        "context": draw.tensor(n, hidden).to(dtype) if draw.flag() else None,
+        "residual": residual,
+        "activate_last": draw.flag() if residual else True,
+    }
+    return Call(ops.conv_network, given, ("x", "context"))
+
+
 def autoregressive_inverse(draw):
     n, d, hidden = draw.size(), draw.size(1, 9), draw.size(1, 33)
     smap = draw.choice(("affine", "spline"))
@@ -332,7 +354,7 @@ CALLS = {
     f.__name__: f
     for f in (
         actnorm, add_noise, affine, affine_coupling, autoregressive_inverse, bits_per_dim, chain,
-        channel_moments, dequantize, euler_maruyama, field_divergence, field_layer, glow_step,
+        channel_moments, conv_network, dequantize, euler_maruyama, field_divergence, field_layer, glow_step,
         householder_matrix, hutchinson_trace, invertible_linear, logit, normal_log_prob, plan_draw,
         plan_product, plu_matrix, quantize, rational_quadratic_spline, relu_network, rk_combine,
         rk_error, sinkhorn, slogdet_inverse, spline, spline_coupling,

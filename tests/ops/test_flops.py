@@ -68,6 +68,11 @@ def network(sizes):
     return [parameter(b, a) for a, b in pairs], [parameter(b) for _, b in pairs]
 
 
+def convolutions(sizes, sides):
+    layers = list(zip(itertools.pairwise(sizes), sides, strict=True))
+    return [parameter(b, a, k, k) for (a, b), k in layers], [parameter(b) for b in sizes[1:]]
+
+
 def glow_step(matrix):
     scale, bias = parameter(len(matrix)), parameter(len(matrix))
     return lambda x: ops.glow_step(x, scale, bias, matrix, torch.tensor(0.0))
@@ -94,6 +99,14 @@ CASES = {
     "relu_network of data": (
         lambda x: ops.relu_network(x, *network((5, 8, 8, 8, 4)), residual=True),
         parameter(7, 5).detach(),
+    ),
+    "conv_network": (
+        lambda x: ops.conv_network(x, *convolutions((5, 8, 9, 4), (3, 1, 3))),
+        parameter(2, 5, 4, 3),
+    ),
+    "conv_network of data": (
+        lambda x: ops.conv_network(x, *convolutions((5, 8, 8, 8, 4), (3, 3, 3, 1)), residual=True),
+        parameter(2, 5, 4, 3).detach(),
     ),
     "invertible_linear": (
         lambda x: ops.invertible_linear(x, parameter(3, 3), torch.tensor(0.0)),

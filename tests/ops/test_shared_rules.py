@@ -42,6 +42,18 @@ def test_kept_inputs_of_relu_networks():
         )
 
 
+def test_kept_inputs_of_networks_of_convolutions():
+    """How many images make a group, and how far their channels lie apart, is one rule in both languages."""
+    op = torch.ops.pyflowkern.conv_network.default
+    for space in ((1, 1), (3, 5), (4, 4), (7, 7), (8, 8), (12, 12), (16, 16), (15, 16), (3, 100)):
+        x = normal(9, 2, *space, dtype=torch.float32)
+        for width in (1, 17):
+            weights, biases = parameters((2, width, width, 3))
+            weights = [w[:, :, None, None] for w in weights]
+            for last in (False, True):
+                check_sizes(op, x, None, weights, biases, False, True, last, True)
+
+
 @pytest.mark.parametrize("method", ["field_divergence", "field_exact"])
 def test_kept_products_of_fields(backend, method):
     """Which layers are kept follows from their number and widths, by the same rule in both languages."""
