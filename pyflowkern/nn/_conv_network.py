@@ -25,13 +25,15 @@ def convolutions(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Return weights and biases for the op, or None where the layers must be called, or are faster.
 
-    They must be called for other activations than ReLU, for layers that were replaced, hooked or parametrized, with
-    hooks of all modules (:func:`may_be_read`), under autocast and under a function transform.  Under a compiler they
-    are called because it fuses them itself.
+    They must be called for other activations than one ReLU between any two, for layers that were replaced, hooked or
+    parametrized, with hooks of all modules (:func:`may_be_read`), under autocast and under a function transform.  Under
+    a compiler they are called because it fuses them itself.
     """
     if torch.compiler.is_compiling() or transformed():
         return None
     if x.dim() != 4 or x.device.type != "cpu" or autocasts(x) or not _pays(x):
+        return None
+    if len(activations) != len(layers) - 1:  # something was appended
         return None
     if not (may_be_read(layers, torch.nn.Conv2d) and may_be_read(activations, torch.nn.ReLU)):
         return None

@@ -240,17 +240,15 @@ class ConvNet(_Conditioner):
         in_channels, out_channels = _sizes(in_channels, out_channels)
         super().__init__(hidden, context_features)
         self.first = _conv(spatial_dims, in_channels, hidden, 3)
-        self.body = torch.nn.Sequential(
-            activation(), _conv(spatial_dims, hidden, hidden, 1), activation()
-        )
+        middle = _conv(spatial_dims, hidden, hidden, 1)
+        self.body = torch.nn.Sequential(activation(), middle, activation())
         self.last = _zero(_conv(spatial_dims, hidden, out_channels, 3))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_channels, *space]``."""
-        before, middle, after = self.body._modules.values()
-        if (
-            params := convolutions(x, (self.first, middle, self.last), (before, after))
-        ) is not None:
+        body = list(self.body._modules.values())
+        layers = [self.first, *body[1::2], self.last]
+        if (params := convolutions(x, layers, body[0::2])) is not None:
             return evaluate_convolutions(x, *params, self._context_bias(x, context), False, True)
         out: Tensor = self.last(self.body(self._first_layer(x, context)))
         return out

@@ -120,6 +120,10 @@ def test_layers_that_were_changed_are_called(calls):
         other.first = layer.double()
         hand = other.last(other.body(layer(x) + net.context(context)[:, :, None, None]))
         torch.testing.assert_close(other(x, context), hand)
+    longer = copy.deepcopy(net)
+    longer.body.append(torch.nn.Conv2d(6, 6, 1).double())
+    hand = longer.last(longer.body(longer.first(x) + net.context(context)[:, :, None, None]))
+    torch.testing.assert_close(longer(x, context), hand)
     smooth = nn.ConvNet(3, 4, hidden=6, activation=torch.nn.Tanh).double()
     smooth(x)
     assert len(calls) == 1
