@@ -5,8 +5,8 @@
 //
 //   z = f_T(... f_1(x)),    log_det = sum of the log-dets (+ log N(z; 0, 1) with a base),
 //
-// or the inverse, where no step is autoregressive: the steps run from the last to the first, and
-// what is kept, and all gradients, are those of the steps as they run.
+// or the inverse: the steps run from the last to the first, and what is kept, and all gradients,
+// are those of the steps as they run.  Inverses of autoregressive steps are in chain_walk.h.
 //
 // A tile of samples goes through the whole chain while it is in cache.  A feature, or a unit of a
 // network, is a row of the tile, and a column a sample: so weights are read as they lie, and
@@ -37,6 +37,7 @@ struct ChainLayer {
   const int32_t* prefix;        // masked: the inputs that each row reads, ascending
   int64_t before, after;  // rows of the tile: the layer's inputs before and after the activation
   int64_t grad, grad_stride, grad_bias;  // places in the gradients of a task
+  int64_t adjoint;  // rows of the tile: the gradient of a hidden layer's output
 };
 
 // Elements: features `moves` change, by parameters that a network computes from features `reads`.
@@ -59,6 +60,12 @@ struct ChainElements {
   int64_t grad_context, context_stride, grad_shared;
   int64_t params, params_count;  // rows of the tile: the output of the network
   int64_t rows, widest;          // rows of the tile in all; of the widest layer
+  // An inverse whose network reads what it moves finds one feature after the other.
+  bool walks;
+  const int32_t* places;  // of each moved feature among the reads, -1: it is not read
+  const int32_t* needs;   // [moves, hidden layers]: units that parameters of features up to it need
+  int64_t passes;         // reads that are not moved, their places
+  const int32_t* passing;
 };
 
 struct ChainStep {

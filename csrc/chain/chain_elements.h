@@ -41,14 +41,14 @@ PFK_HD void add_lanes(Vec<T> v, double* log_det) {
 
 // ---- affine ------------------------------------------------------------------------------------
 template <int kKind, class T>
-void affine_rows(const ChainElements& e, int64_t width, int64_t columns, T* x, T* params,
-                 double* log_det) {
+void affine_rows(const ChainElements& e, int64_t begin, int64_t end, int64_t width, int64_t columns,
+                 T* x, T* params, double* log_det) {
   using V = Vec<T>;
   const AffineMap<T> m = affine_map<T>(e.scale, e.flags);
   const ParamRows<T> rows = param_rows(e, params, width);
   for (int64_t i = 0; i < columns; i += V::kLanes) {
     V sum = T(0);
-    for (int64_t j = 0; j < e.moves; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       T* at = x + e.moved[j] * width + i;
       const T* p = rows.p + j * rows.feature + i;
       const V shift = V::load(p);
@@ -62,14 +62,15 @@ void affine_rows(const ChainElements& e, int64_t width, int64_t columns, T* x, T
 
 // The gradients of parameters replace the parameters, and those of the input those of the output.
 template <int kKind, class T>
-void affine_rows_vjp(const ChainElements& e, int64_t width, int64_t columns, const T* x,
-                     int64_t x_width, T* params, T* grad, const T* grad_log) {
+void affine_rows_vjp(const ChainElements& e, int64_t begin, int64_t end, int64_t width,
+                     int64_t columns, const T* x, int64_t x_width, T* params, T* grad,
+                     const T* grad_log) {
   using V = Vec<T>;
   const AffineMap<T> m = affine_map<T>(e.scale, e.flags);
   const ParamRows<T> rows = param_rows(e, params, width);
   for (int64_t i = 0; i < columns; i += V::kLanes) {
     const V gl = V::load(grad_log + i);
-    for (int64_t j = 0; j < e.moves; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       T* g = grad + e.moved[j] * width + i;
       T* p = rows.p + j * rows.feature + i;
       const V shift = V::load(p);
@@ -104,8 +105,8 @@ PFK_HD void load_params(const T* p, int64_t step, int count, T* tile) {
 }
 
 template <int kKind, class C, class T>
-void spline_rows(const SplineMap<T>& map, const ChainElements& e, int64_t width, int64_t columns,
-                 T* x, T* params, double* log_det) {
+void spline_rows(const SplineMap<T>& map, const ChainElements& e, int64_t begin, int64_t end,
+                 int64_t width, int64_t columns, T* x, T* params, double* log_det) {
   using V = Vec<T>;
   const SplineMap<T> m = map;  // a copy: the compiler reloads what a reference leads to
   const ParamRows<T> rows = param_rows(e, params, width);
@@ -113,7 +114,7 @@ void spline_rows(const SplineMap<T>& map, const ChainElements& e, int64_t width,
   alignas(64) T memory[kChainColumns * V::kLanes];
   for (int64_t i = 0; i < columns; i += V::kLanes) {
     V sum = T(0);
-    for (int64_t j = 0; j < e.moves; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       T* at = x + e.moved[j] * width + i;
       load_params(rows.p + j * rows.feature + i, rows.param, count, memory);
       ChainTile<T> tile{memory};
@@ -126,9 +127,9 @@ void spline_rows(const SplineMap<T>& map, const ChainElements& e, int64_t width,
 }
 
 template <int kKind, class C, class T>
-void spline_rows_vjp(const SplineMap<T>& map, const ChainElements& e, int64_t width,
-                     int64_t columns, const T* x, int64_t x_width, T* params, T* grad,
-                     const T* grad_log) {
+void spline_rows_vjp(const SplineMap<T>& map, const ChainElements& e, int64_t begin, int64_t end,
+                     int64_t width, int64_t columns, const T* x, int64_t x_width, T* params,
+                     T* grad, const T* grad_log) {
   using V = Vec<T>;
   const SplineMap<T> m = map;
   const ParamRows<T> rows = param_rows(e, params, width);
@@ -136,7 +137,7 @@ void spline_rows_vjp(const SplineMap<T>& map, const ChainElements& e, int64_t wi
   alignas(64) T memory[kChainColumns * V::kLanes];
   for (int64_t i = 0; i < columns; i += V::kLanes) {
     const V gl = V::load(grad_log + i);
-    for (int64_t j = 0; j < e.moves; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       T* g = grad + e.moved[j] * width + i;
       T* p = rows.p + j * rows.feature + i;
       load_params(p, rows.param, count, memory);
@@ -151,35 +152,44 @@ void spline_rows_vjp(const SplineMap<T>& map, const ChainElements& e, int64_t wi
 }
 
 // ---- either ------------------------------------------------------------------------------------
-// Moves features of x, whose rows lie `width` apart as the parameters do, and adds to log_det.
+// The spline of a step that has one.
 template <class T>
-void elements_forward(const ChainElements& e, int64_t width, int64_t columns, T* x, T* params,
-                      double* log_det) {
+SplineMap<T> spline_of(const ChainElements& e) {
+  if (e.family == kAffineElements) return {};
+  return spline_map<T>(e.spline, e.form, e.inverse);
+}
+
+// Moves features [begin, end) of `moved` in x, whose rows lie `width` apart as the parameters do,
+// and adds to log_det.
+template <class T>
+void elements_forward(const ChainElements& e, const SplineMap<T>& m, int64_t begin, int64_t end,
+                      int64_t width, int64_t columns, T* x, T* params, double* log_det) {
   if (e.family == kAffineElements) {
     with_scale_kind(e.kind, [&](auto kind) {
-      affine_rows<decltype(kind)::value>(e, width, columns, x, params, log_det);
+      affine_rows<decltype(kind)::value>(e, begin, end, width, columns, x, params, log_det);
     });
     return;
   }
-  const SplineMap<T> m = spline_map<T>(e.spline, e.form, e.inverse);
   with_spline(m, [&](auto kind, auto config) {
-    spline_rows<decltype(kind)::value, decltype(config)>(m, e, width, columns, x, params, log_det);
+    spline_rows<decltype(kind)::value, decltype(config)>(m, e, begin, end, width, columns, x,
+                                                         params, log_det);
   });
 }
 
 template <class T>
-void elements_backward(const ChainElements& e, int64_t width, int64_t columns, const T* x,
-                       int64_t x_width, T* params, T* grad, const T* grad_log) {
+void elements_backward(const ChainElements& e, const SplineMap<T>& m, int64_t begin, int64_t end,
+                       int64_t width, int64_t columns, const T* x, int64_t x_width, T* params,
+                       T* grad, const T* grad_log) {
   if (e.family == kAffineElements) {
     with_scale_kind(e.kind, [&](auto kind) {
-      affine_rows_vjp<decltype(kind)::value>(e, width, columns, x, x_width, params, grad, grad_log);
+      affine_rows_vjp<decltype(kind)::value>(e, begin, end, width, columns, x, x_width, params,
+                                             grad, grad_log);
     });
     return;
   }
-  const SplineMap<T> m = spline_map<T>(e.spline, e.form, e.inverse);
   with_spline(m, [&](auto kind, auto config) {
-    spline_rows_vjp<decltype(kind)::value, decltype(config)>(m, e, width, columns, x, x_width,
-                                                             params, grad, grad_log);
+    spline_rows_vjp<decltype(kind)::value, decltype(config)>(m, e, begin, end, width, columns, x,
+                                                             x_width, params, grad, grad_log);
   });
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "chain/chain.h"
+#include "chain/chain_plan.h"
 #include "core/host.h"
 #include "spline/spline_form.h"
 
@@ -81,6 +82,7 @@ struct ChainTensors {
   std::vector<ChainStep> steps;
   std::vector<ChainLayer> layers;
   std::vector<ChainGrad> grads;  // one for each tensor, those without a gradient with no rows
+  std::vector<std::vector<int32_t>> walks;   // tables of inverses of autoregressive steps
   std::vector<std::vector<int64_t>> orders;  // the permutations of `factors`
   std::vector<PluArgs> factors;              // of the steps kPluStep, in their order
   ChainArgs args{};
@@ -254,12 +256,6 @@ class ChainBuilder {
         static_cast<Activation>(checked_kind("activation", reader_.next(), kMaskedActivations));
     const bool with_context = reader_.next() != 0;
     e.read = reader_.indices(e.reads, a.features), e.moved = reader_.indices(e.moves, a.features);
-    for (int64_t r = 0; e.inverse && r < e.reads; ++r) {
-      for (int64_t m = 0; m < e.moves; ++m) {
-        STD_TORCH_CHECK(e.read[r] != e.moved[m],
-                        "pyflowkern::chain: an autoregressive step has no inverse here");
-      }
-    }
     e.params_count = e.moves * e.per_feature;
     const int64_t last_row = (e.moves - 1) * e.feature_step + (e.per_feature - 1) * e.param_step;
     STD_TORCH_CHECK(e.per_feature == per_feature && (e.moves == 0 || last_row < e.params_count),
@@ -282,7 +278,16 @@ class ChainBuilder {
       e.context_weight = parameter(2, out, a.context, e.context_stride, &e.grad_context);
     }
     e.params = e.rows;
-    e.rows += e.params_count + 3 * e.widest;  // and three rows of gradients
+    e.rows += e.params_count;
+    int64_t of_gradients = 3 * e.widest;
+    if (e.inverse && e.layers > 0) {
+      ChainLayer* layer = t_.layers.data() + t_.layers.size() - e.layers;
+      const int64_t more = plan_walk(e, layer, a.features, t_.walks.emplace_back());
+      of_gradients = more > of_gradients ? more : of_gradients;
+      STD_TORCH_CHECK(!e.walks || !t_.like.is_cuda(),
+                      "pyflowkern::chain: autoregressive inverses are computed on CPUs alone");
+    }
+    e.rows += of_gradients;
     a.rows = e.rows > a.rows ? e.rows : a.rows;
   }
 

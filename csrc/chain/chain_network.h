@@ -219,6 +219,23 @@ void network_forward(const ChainElements& e, const ChainRows<T>& w, const T* c, 
   }
 }
 
+// From the gradients of the first layer's outputs to those of the context and of its weight.
+template <class T>
+void context_backward(const ChainElements& e, const ChainRows<T>& w, const T* c, T* grad_c,
+                      int64_t context, const T* grad, T* grads) {
+  if (e.context_weight == nullptr) return;
+  const int64_t out = e.layer[0].out;
+  if (grads != nullptr) {
+    const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
+    gemm<T>({grad, w.width, 1}, right, out, context, w.count,
+            {grads + e.grad_context, e.context_stride}, !w.first);
+  }
+  if (grad_c != nullptr) {
+    gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, out,
+            {grad_c, w.width}, true);
+  }
+}
+
 // From the gradients of the parameters, which stand in their rows, to those of the weights, which
 // are added to `grads`, of the context's rows, which are added to grad_c, and of the inputs.
 // Returns the latter, rows in the order of `read`.
@@ -247,15 +264,7 @@ const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T
   }
   const ChainLayer& y = e.layer[0];
   if (grads != nullptr) add_layer_gradients(y, w, grad, w.row(0), grads);
-  if (e.context_weight != nullptr && grads != nullptr) {
-    const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
-    gemm<T>({grad, w.width, 1}, right, y.out, context, w.count,
-            {grads + e.grad_context, e.context_stride}, !w.first);
-  }
-  if (e.context_weight != nullptr && grad_c != nullptr) {
-    gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, y.out,
-            {grad_c, w.width}, true);
-  }
+  context_backward(e, w, c, grad_c, context, grad, grads);
   layer_backward(y, w, grad, u);
   return u;
 }

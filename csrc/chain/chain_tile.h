@@ -4,6 +4,7 @@
 
 #include "chain/chain_elements.h"
 #include "chain/chain_network.h"
+#include "chain/chain_walk.h"
 #include "density/density.h"
 
 PFK_BEGIN
@@ -120,9 +121,14 @@ void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
     }
     default: {
       const ChainElements& e = s.elements;
+      const SplineMap<T> map = spline_of<T>(e);
+      if (e.walks) {
+        return ChainWalk<T>(e, w.rows, w.context, a.context, false).forward(map, x, w.log_det);
+      }
       gather_reads(e, w.rows, x, w.rows.width);
       network_forward(e, w.rows, w.context, a.context);
-      elements_forward(e, w.rows.width, w.rows.columns, x, w.rows.row(e.params), w.log_det);
+      elements_forward(e, map, 0, e.moves, w.rows.width, w.rows.columns, x, w.rows.row(e.params),
+                       w.log_det);
     }
   }
 }
@@ -202,14 +208,31 @@ void matrix_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w
   swap_states(w);
 }
 
+// An autoregressive inverse: it is computed again, as nothing but its argument x is kept.
+template <class T>
+void walk_backward(const ChainArgs& a, const ChainElements& e, const ChainTileWork<T>& w, Rows<T> x,
+                   T* grads) {
+  const SplineMap<T> map = spline_of<T>(e);
+  ChainWalk<T> walk(e, w.rows, w.context, a.context, true);
+  copy_rows<T>(x.p, x.stride, w.other, w.rows.width, a.features, w.rows.columns);
+  walk.forward(map, w.other, w.log_det);
+  walk.backward(map, {x.p, x.stride}, w.state, w.grad_log);
+  for (int l = 0; grads != nullptr && l < e.layers; ++l) {
+    add_layer_gradients<T>(e.layer[l], w.rows, walk.gradient(l), walk.input(l), grads);
+  }
+  T* of_context = a.grad_c == nullptr ? nullptr : w.grad_context;
+  context_backward<T>(e, w.rows, w.context, of_context, a.context, walk.gradient(0), grads);
+}
+
 template <class T>
 void elements_step_backward(const ChainArgs& a, const ChainElements& e, const ChainTileWork<T>& w,
                             Rows<T> x, T* grads) {
+  if (e.walks) return walk_backward(a, e, w, x, grads);
   const int64_t width = w.rows.width;
   gather_reads(e, w.rows, x.p, x.stride);
   network_forward(e, w.rows, w.context, a.context);
-  elements_backward<T>(e, width, w.rows.columns, x.p, x.stride, w.rows.row(e.params), w.state,
-                       w.grad_log);
+  elements_backward<T>(e, spline_of<T>(e), 0, e.moves, width, w.rows.columns, x.p, x.stride,
+                       w.rows.row(e.params), w.state, w.grad_log);
   T* of_context = a.grad_c == nullptr ? nullptr : w.grad_context;
   const T* more = network_backward(e, w.rows, w.context, of_context, a.context, grads);
   for (int64_t r = 0; r < (more == nullptr ? 0 : e.reads); ++r) {

@@ -207,10 +207,10 @@ class Sequential(Bijection):
     r"""Bijections one after another: :math:`\log\det = \sum_i \log\det_i`.
 
     On vectors, layers of this package whose networks are known (``MLP``, ``ResidualMLP``, ``MaskedMLP``) are not called
-    one by one: :func:`pyflowkern.ops.chain` runs as many of them as follow each other, backwards unless one of them is
-    autoregressive.  It reads their tensors at each call.  A layer is called where anything hangs on it or on a part of
-    it (hooks, parametrizations, subclasses and modules in the place of others), and all are under autocast, compilers
-    and function transforms.
+    one by one: :func:`pyflowkern.ops.chain` runs as many of them as follow each other, forward and back.  It reads
+    their tensors at each call.  A layer is called where anything hangs on it or on a part of it (hooks,
+    parametrizations, subclasses and modules in the place of others), and all are under autocast, compilers and
+    function transforms.
 
     Args:
         *layers: bijections, data side first.

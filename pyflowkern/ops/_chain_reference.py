@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.dtypes import full_precision
-from pyflowkern.ops._masked_network import Connection, layer_values
+from pyflowkern.ops._masked_network import Connection, inverse_by_passes, layer_values
 from pyflowkern.ops.actnorm import actnorm_reference
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import (
@@ -75,6 +75,36 @@ def _run_step(
 def _run_elements(
     step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    before = x.index_select(1, _index(step.moves, x))
+    if inverse and {*step.moves} & {*step.reads}:
+        count = len(step.moves)
+        moved, log_det = inverse_by_passes(
+            lambda moved: _parameters(step, _replaced(step, x, moved), context, own),
+            before,
+            torch.arange(count, device=x.device),
+            count,
+            step.element_map,
+        )
+    else:
+        params = _parameters(step, x, context, own)
+        moved, log_det = apply_elements(
+            before, params, step.element_map, inverse=inverse, reference=True
+        )
+    return _replaced(step, x, moved), log_det
+
+
+def _replaced(step: ElementsStep, x: Tensor, moved: Tensor) -> Tensor:
+    """Return ``x`` with other values of the features that a step moves."""
+    place = list(range(x.shape[1]))
+    for j, feature in enumerate(step.moves):
+        place[feature] = x.shape[1] + j
+    return torch.cat([x, moved], 1).index_select(1, _index(place, x))
+
+
+def _parameters(
+    step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor]
+) -> Tensor:
+    """Return the parameters ``[N, moved features, P]``."""
     net, count = step.network, len(step.moves)
     if net is None:
         flat = own[0].unsqueeze(0).expand(x.shape[0], -1)
@@ -82,17 +112,8 @@ def _run_elements(
         reads = x.index_select(1, _index(step.reads, x))
         flat = _network(step, net, reads, context, own)
     if step.layout == "feature_major":
-        params = flat.reshape(x.shape[0], count, step.parameters)
-    else:
-        params = flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
-    before = x.index_select(1, _index(step.moves, x))
-    moved, log_det = apply_elements(
-        before, params, step.element_map, inverse=inverse, reference=True
-    )
-    place = list(range(x.shape[1]))
-    for j, feature in enumerate(step.moves):
-        place[feature] = x.shape[1] + j
-    return torch.cat([x, moved], 1).index_select(1, _index(place, x)), log_det
+        return flat.reshape(x.shape[0], count, step.parameters)
+    return flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
 
 
 def _network(

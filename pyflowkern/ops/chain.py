@@ -30,7 +30,7 @@ from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._chain_reference import run_steps
 from pyflowkern.ops.chain_program import ChainProgram
 
-__all__ = ["CHAIN_DTYPES", "chain", "chain_reference", "run_chain"]
+__all__ = ["CHAIN_DTYPES", "chain", "chain_reference", "inverts", "run_chain"]
 
 CHAIN_DTYPES = (torch.float32, torch.float64)
 #: Samples of a tile: the kept inputs of steps are rounded up to whole tiles.
@@ -60,8 +60,8 @@ def chain(
     backward pass are the inputs of all steps but permutations, and ``z``: ``N D`` numbers each.
 
     With ``inverse``, ``x`` is latent and the result is data with the log-determinant of this direction; a LinearStep
-    then takes the inverse of its matrix, and the log-determinant of the matrix itself.  Masked autoregressive layers,
-    whose networks read what they move, have their inverse in :func:`~pyflowkern.ops.autoregressive_inverse`.
+    then takes the inverse of its matrix, and the log-determinant of the matrix itself.  An autoregressive step, whose
+    network reads what it moves, finds one feature after the other, and computes each unit of its network once.
 
     Args:
         x: data ``[N, D]``, float32 or float64.
@@ -77,7 +77,7 @@ def chain(
     Raises:
         TypeError: for a program that is none, other dtypes, and tensors that are no list of tensors.
         ValueError: for shapes that do not fit the program, a context that is missing or not wanted, tensors on
-            different devices, and the inverse of a program that is not ``invertible``.
+            different devices, and the inverse of a program with a base.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017); Papamakarios, Pavlakou and
     Murray, "Masked Autoregressive Flow for Density Estimation" (2017); Durkan, Bekasov, Murray and Papamakarios,
@@ -97,9 +97,15 @@ def chain(
     _check(x, program, tensors, context, inverse)
     given = list(tensors)
     floating = [t for t in given if t.is_floating_point()]
-    if not kernel_serves("chain", x, context, *floating, dtypes=CHAIN_DTYPES):
+    serves = kernel_serves("chain", x, context, *floating, dtypes=CHAIN_DTYPES)
+    if not serves or (inverse and not inverts(program, x)):
         return run_steps(x, context, program, given, inverse)
     return run_chain(x, context, program, given, inverse)
+
+
+def inverts(program: ChainProgram, x: Tensor) -> bool:
+    """Whether the kernel of a tensor's device computes the inverse: on CPUs alone where steps are autoregressive."""
+    return program.invertible and (x.is_cpu or not program.autoregressive)
 
 
 def run_chain(
@@ -161,8 +167,7 @@ def _check(
         raise TypeError(f"program must be a ChainProgram, got {type(program).__name__}")
     if check_flag("inverse", inverse) and not program.invertible:
         raise ValueError(
-            "inverse needs a program without a base whose networks read nothing that they move, got one that has "
-            + (f"base={program.base!r}" if program.base != "none" else "an autoregressive step")
+            f"inverse needs a program without a base, got one that has base={program.base!r}"
         )
     check_floating("x", x)
     if x.dtype not in CHAIN_DTYPES:

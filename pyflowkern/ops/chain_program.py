@@ -80,8 +80,10 @@ class ChainProgram:
     counts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     #: How many inputs of steps the backward pass needs, and the result.
     blocks: int = field(init=False, repr=False, compare=False)
-    #: Whether the op computes the inverse: where no step moves features that its network reads, and without a base.
+    #: Whether there is an inverse: without a base.
     invertible: bool = field(init=False, repr=False, compare=False)
+    #: Whether a step moves features that its network reads, so that its inverse finds one after the other.
+    autoregressive: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("features", self.features)
@@ -109,8 +111,8 @@ class ChainProgram:
             "tensors": tuple(tensors),
             "counts": tuple(counts),
             "blocks": blocks,
-            "invertible": self.base == "none"
-            and not any(
+            "invertible": self.base == "none",
+            "autoregressive": any(
                 isinstance(s, ElementsStep) and {*s.moves} & {*s.reads} for s in self.steps
             ),
         }

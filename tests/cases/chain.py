@@ -189,9 +189,9 @@ def densities(dtype):
         yield sample(n, 3, [], dtype, "normal")
 
 
-def invertible_flows():
-    """Flows without autoregressive steps."""
-    yield from itertools.islice(whole_flows(), 1, 3)
+def inverse_flows():
+    """Flows that also run from latent to data."""
+    yield from whole_flows()
     own = ElementsStep(SplineMap(bins=5, tails="circular"), [3, 0])
     angles = coupling(SplineMap(bins=3, tails="circular"), 4, residual=True, widths=(6, 6, 6))
     yield 4, [ShiftStep(3.0), own, PermuteStep([3, 1, 0, 2]), LinearStep(), angles]
@@ -199,17 +199,52 @@ def invertible_flows():
 
 
 def inverses(dtype):
-    for n, (features, steps) in itertools.product((0, 1, 97), invertible_flows()):
+    for n, (features, steps) in itertools.product((0, 1, 97, 300), inverse_flows()):
         yield sample(n, features, steps, dtype, inverse=True)
     for transform in (*MAPS, *every_map(3)):
         unit = isinstance(transform, SplineMap) and transform.tails == "none"
         yield sample(17, 5, [coupling(transform, 5)], dtype, unit=unit, inverse=True)
+        if not unit:
+            yield sample(17, 4, [autoregressive(transform, [1, 3, 0, 2])], dtype, inverse=True)
+    for activation, residual in itertools.product(ACTIVATIONS, (False, True)):
+        options = {"activation": activation, "residual": residual, "context": True}
+        widths = (20,) * 5 if residual else (20, 33)
+        step = autoregressive("tanh", [0, 2, 1], widths, **options)
+        yield sample(33, 3, [step], dtype, inverse=True)
+    yield sample(9, 70, [autoregressive("affine", [*range(70)], (130, 70))], dtype, inverse=True)
+    for step in reads_what_passes():
+        yield sample(20, 4, [step], dtype, inverse=True)
+
+
+def reads_what_passes():
+    """Steps that move some of the features which their networks read, in an order of their own."""
+    layers = [
+        ChainLayer(5, 3, prefixes=[0, 1, 1, 2, 2]),
+        ChainLayer(4, 5, prefixes=[0, 1, 1, 3]),
+    ]
+    yield ElementsStep(
+        "tanh",
+        [3, 1],
+        [2, 3, 1],
+        ChainNetwork([layers[0], ChainLayer(4, 5, prefixes=[1, 3, 3, 5])]),
+    )
+    yield ElementsStep("tanh", [2, 0], [2, 0, 1], ChainNetwork(layers), layout="blocked")
+    dense = ChainNetwork([ChainLayer(6, 3, prefixes=[1] * 6), ChainLayer(4, 6)])
+    yield ElementsStep("exp", [0, 2], [3, 0, 2], dense, layout="blocked")
+    yield ElementsStep(
+        "exp", [1, 0], [3, 0], ChainNetwork([ChainLayer(4, 2, prefixes=[0, 1, 1, 1])])
+    )
 
 
 def few_inverses(dtype):
     net = coupling("tanh", 3, (4,), context=True, activation="elu")
     yield sample(4, 3, [net, ActNormStep(), PLUStep()], dtype, inverse=True)
     yield sample(4, 3, [coupling(SplineMap(bins=2), 3), ShiftStep(4.0)], dtype, inverse=True)
+    options = {"context": True, "activation": "tanh"}
+    masked = autoregressive("exp", [2, 0, 1], (4, 5), **options)
+    yield sample(4, 3, [masked, PermuteStep([1, 2, 0])], dtype, inverse=True)
+    masked = autoregressive(SplineMap(bins=2), [0, 2, 1], (5,) * 3, residual=True, **options)
+    yield sample(4, 3, [masked], dtype, inverse=True)
 
 
 def few_densities(dtype):

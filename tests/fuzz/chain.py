@@ -75,7 +75,8 @@ def chain(draw):
     # at an edge the rounding of one step decides what the next one does
     counts = (0, 1, 2, 3) if draw.mode in ("plain", "wide") else (0, 1, 1)
     steps = [draw.choice(kinds)() for _ in range(draw.choice(counts))]
-    program = ops.ChainProgram(d, steps, k, draw.choice(("none", "normal")))
+    inverse = draw.flag()
+    program = ops.ChainProgram(d, steps, k, "none" if inverse else draw.choice(("none", "normal")))
     dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
     tensors = [
         torch.tensor(order(draw, d))
@@ -87,6 +88,6 @@ def chain(draw):
         for wanted in program.tensors
     ]
     x = draw.tensor(n, d).to(dtype).clamp(-1e4, 1e4)
-    given = {"x": x, "program": program, "tensors": tensors}
+    given = {"x": x, "program": program, "tensors": tensors, "inverse": inverse}
     given["context"] = draw.tensor(n, k).to(dtype) if k else None
     return Call(ops.chain, given, ("x", "context") if k else ("x",))

@@ -222,12 +222,13 @@ def test_a_base_adds_its_density(backend):
     torch.testing.assert_close(with_base[1], plain[1] + ops.normal_log_prob(plain[0]))
 
 
-def test_masked_weights_do_not_count(backend):
+@pytest.mark.parametrize("inverse", [False, True])
+def test_masked_weights_do_not_count(backend, inverse):
     """Neither their values nor NaN in them, and their gradients are zero."""
     given = sample(6, 4, [autoregressive("tanh", [1, 3, 0, 2], (5, 8))])
     program, x = given.fixed["program"], given.tensors["x"]
     tensors = given.tensors["tensors"]
-    expected = ops.chain(x, program, tensors)
+    expected = ops.chain(x, program, tensors, inverse=inverse)
     net, spoilt, masks = program.steps[0].network, list(tensors), []
     for k, layer in enumerate(net.layers):
         mask = torch.arange(layer.inputs) < torch.tensor(layer.prefixes)[:, None]
@@ -237,13 +238,48 @@ def test_masked_weights_do_not_count(backend):
             mask = mask.view(4, 2, -1)[torch.argsort(torch.tensor([1, 3, 0, 2]))].flatten(0, 1)
         masks.append(mask)
         spoilt[2 * k] = torch.where(mask, tensors[2 * k], torch.nan).requires_grad_()
-    found = ops.chain(x, program, spoilt)
+    found = ops.chain(x, program, spoilt, inverse=inverse)
     torch.testing.assert_close(found, expected)
     weights = spoilt[::2]
     grads = torch.autograd.grad((found[0] ** 2).sum() + found[1].sum(), weights)
     for mask, g in zip(masks, grads, strict=True):
         assert (g[~mask] == 0).all()
         assert (g[mask] != 0).any()
+
+
+def test_an_autoregressive_step_is_undone(backend):
+    """By one op, whatever lies between such steps; NaN in one sample stays there."""
+    steps = [
+        autoregressive(SplineMap(bins=4), [4, 0, 3, 1, 2], (30, 20), context=True),
+        PermuteStep([2, 4, 0, 1, 3]),
+        autoregressive("tanh", [0, 1, 2, 3, 4], (13,) * 5, residual=True, activation="silu"),
+        coupling(SplineMap(bins=4), 5),
+    ]
+    given = sample(300, 5, steps)
+    program, tensors = given.fixed["program"], given.tensors["tensors"]
+    x, context = given.tensors["x"], given.tensors["context"]
+    z, log_det = ops.chain(x, program, tensors, context=context)
+    found, back = ops.chain(z, program, tensors, context=context, inverse=True)
+    torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(back, -log_det, rtol=1e-8, atol=1e-8)
+    z[7] = torch.nan
+    spoilt, _ = ops.chain(z, program, tensors, context=context, inverse=True)
+    others = torch.arange(300) != 7
+    assert torch.equal(spoilt[others], found[others])
+    assert spoilt[7].isnan().all()
+
+
+def test_kernels_refuse_networks_that_see_what_they_have_to_find():
+    """A program that Python did not check; the forward pass has no use for the order."""
+    _library.require_kernels("cpu")
+    step = autoregressive("tanh", [0, 1], (2,))
+    program = ChainProgram(2, [step])
+    tensors = [value(w, i, torch.float64) for i, w in enumerate(program.tensors)]
+    last = program.codes[-4:]  # how many units the outputs read
+    assert last.tolist() == [0, 0, 2, 2]
+    last[:] = 2
+    with pytest.raises(RuntimeError, match="depend on it or on later ones"):
+        run_chain(normal(3, 2), None, program, tensors, True)
 
 
 def test_frozen_tensors_and_permutations_get_no_gradient(backend):
