@@ -105,8 +105,11 @@ void add_chain_codes(pybind11::dict& c) {
                             {"SHIFT", kShiftStep},
                             {"ELEMENTS", kElementsStep}});
   c["ChainBase"] = dict_of({{"NONE", kNoBase}, {"NORMAL", kNormalBase}});
-  c["ChainLayerFlag"] =
-      dict_of({{"MASKED", kLayerMasked}, {"COLUMNS", kLayerColumns}, {"ROWS", kLayerRows}});
+  c["ChainLayerFlag"] = dict_of({{"MASKED", kLayerMasked},
+                                 {"COLUMNS", kLayerColumns},
+                                 {"ROWS", kLayerRows},
+                                 {"CONTEXT", kLayerContext},
+                                 {"GATE", kLayerGate}});
 }
 
 void add_transport_codes(pybind11::dict& c) {

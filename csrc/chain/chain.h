@@ -38,6 +38,12 @@ struct ChainLayer {
   int64_t before, after;  // rows of the tile: the layer's inputs before and after the activation
   int64_t grad, grad_stride, grad_bias;  // places in the gradients of a task
   int64_t adjoint;  // rows of the tile: the gradient of a hidden layer's output
+  // What a layer between the first and the last does with the context c: it adds C c, or multiplies
+  // its sums by the gate sigmoid(C c + d); sums and gate then have rows of the tile of their own.
+  const void *context, *gate_bias;  // C [out, K], or null; d
+  bool gated;
+  int64_t ungated, gate;
+  int64_t grad_context, grad_gate_bias;
 };
 
 // Elements: features `moves` change, by parameters that a network computes from features `reads`.

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "chain/chain.h"
-#include "chain/chain_plan.h"
+#include "chain/chain_order.h"
 #include "core/host.h"
 #include "spline/spline_form.h"
 
@@ -284,7 +284,7 @@ class ChainBuilder {
       ChainLayer* layer = t_.layers.data() + t_.layers.size() - e.layers;
       const int64_t more = plan_walk(e, layer, a.features, t_.walks.emplace_back());
       of_gradients = more > of_gradients ? more : of_gradients;
-      STD_TORCH_CHECK(!e.walks || !t_.like.is_cuda(),
+      STD_TORCH_CHECK(!e.walks || !on_device_,
                       "pyflowkern::chain: autoregressive inverses are computed on CPUs alone");
     }
     e.rows += of_gradients;
@@ -316,7 +316,7 @@ class ChainBuilder {
       }
       t_.prepared += y.out * padded(y.in) + padded(y.out);
     }
-    STD_TORCH_CHECK((y.flags & kLayerMasked) || y.flags == 0,
+    STD_TORCH_CHECK((y.flags & kLayerMasked) || !(y.flags & (kLayerColumns | kLayerRows)),
                     "pyflowkern::chain: a dense layer is not sorted");
     if (l > 0) {
       y.before = e.rows, y.after = e.rows + y.in;
@@ -334,8 +334,22 @@ class ChainBuilder {
       t_.grads.back().layer = l;
       t_.grads.back().step = static_cast<int>(t_.steps.size());
     }
+    if (y.flags & (kLayerContext | kLayerGate)) read_context(e, y, l);
     t_.layers.push_back(y);
     return y.out;
+  }
+
+  void read_context(ChainElements& e, ChainLayer& y, int l) {
+    y.gated = y.flags & kLayerGate;
+    STD_TORCH_CHECK(l > 0 && l < e.layers - 1 && t_.args.context > 0 &&
+                        !(y.gated && (y.flags & kLayerContext)) && !on_device_,
+                    "pyflowkern::chain: a context of a layer that takes none");
+    e.context_stride = padded(t_.args.context);
+    y.context = parameter(2, y.out, t_.args.context, e.context_stride, &y.grad_context);
+    if (!y.gated) return;
+    y.gate_bias = parameter(1, 1, y.out, y.out, &y.grad_gate_bias);
+    y.ungated = e.rows, y.gate = e.rows + y.out;
+    e.rows += 2 * y.out;
   }
 
   ChainTensors& t_;

@@ -2,7 +2,8 @@
 // The networks of a chain on a tile: units are rows, samples are columns.
 //
 //   h = W0 x + b0 (+ C c);   plain: h <- Wi a(h) + bi;   residual: h <- h + W'' a(W' a(h) + b') +
-//   b'' between the first layer and the last.
+//   b'' between the first layer and the last.  What a layer between them computes, before h is
+//   added, may have the context added, or be multiplied by a gate, sigmoid(C c + d).
 //
 // Products read a weight as it lies: number by number on the left (core/gemm.h), its transpose by
 // other steps.  A masked layer reads the first inputs of a block of its rows, and no others.
@@ -174,6 +175,88 @@ void deactivate(Activation activation, const ChainRows<T>& w, int64_t n, const T
   });
 }
 
+// ---- contexts ----------------------------------------------------------------------------------
+// Rows [begin, end) of `out` += C c, for a weight C that has all rows.
+template <class T>
+void add_context(const void* weight, const ChainRows<T>& w, const T* c, int64_t context,
+                 int64_t begin, int64_t end, T* out) {
+  gemm<T>({typed<T>(weight) + begin * context, context, 1}, {c, w.width}, end - begin, w.columns,
+          context, {out + begin * w.width, w.width}, true);
+}
+
+// The gates of rows [begin, end).
+template <class T>
+void compute_gates(const ChainLayer& y, const ChainRows<T>& w, const T* c, int64_t context,
+                   int64_t begin, int64_t end) {
+  T* gate = w.row(y.gate);
+  for (int64_t r = begin; r < end; ++r) {
+    const Vec<T> b = typed<T>(y.gate_bias)[r];
+    for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) b.store(gate + r * w.width + i);
+  }
+  add_context(y.context, w, c, context, begin, end, gate);
+  T* rows = gate + begin * w.width;
+  activate(Activation::kSigmoid, w, end - begin, rows, rows);
+}
+
+// Rows [begin, end) of `out` = gate * value (+ the rows of `add`).
+template <class T>
+void apply_gates(const ChainLayer& y, const ChainRows<T>& w, int64_t begin, int64_t end,
+                 const T* add, T* out) {
+  const T *value = w.row(y.ungated), *gate = w.row(y.gate);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t i = r * w.width; i < r * w.width + w.columns; i += Vec<T>::kLanes) {
+      const Vec<T> more = add == nullptr ? Vec<T>(T(0)) : Vec<T>::load(add + i);
+      (more + Vec<T>::load(value + i) * Vec<T>::load(gate + i)).store(out + i);
+    }
+  }
+}
+
+// From the gradients of rows [begin, end): those of the values replace the gates, and those of what
+// the sigmoid is taken of replace the values.
+template <class T>
+void gates_backward(const ChainLayer& y, const ChainRows<T>& w, int64_t begin, int64_t end,
+                    const T* grad) {
+  T *value = w.row(y.ungated), *gate = w.row(y.gate);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t i = r * w.width; i < r * w.width + w.columns; i += Vec<T>::kLanes) {
+      const Vec<T> s = Vec<T>::load(gate + i), g = Vec<T>::load(grad + i) * s;
+      (g * Vec<T>::load(value + i) * (Vec<T>(T(1)) - s)).store(value + i);
+      g.store(gate + i);
+    }
+  }
+}
+
+// From the gradients of C c, in `out` rows, to those of C, at `place`, and of c.
+template <class T>
+void context_backward(const void* weight, int64_t place, int64_t out, const ChainElements& e,
+                      const ChainRows<T>& w, const T* c, T* grad_c, int64_t context, const T* grad,
+                      T* grads) {
+  if (grads != nullptr) {
+    const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
+    gemm<T>({grad, w.width, 1}, right, out, context, w.count, {grads + place, e.context_stride},
+            !w.first);
+  }
+  if (grad_c != nullptr) {
+    gemm<T>({typed<T>(weight), 1, context}, {grad, w.width}, context, w.columns, out,
+            {grad_c, w.width}, true);
+  }
+}
+
+// The contexts of a network: from the gradients of its layers' sums.
+template <class T>
+void layer_context_backward(const ChainElements& e, int l, const ChainRows<T>& w, const T* c,
+                            T* grad_c, int64_t context, const T* grad, T* grads) {
+  const ChainLayer& y = e.layer[l];
+  if (l == 0 && e.context_weight != nullptr) {
+    context_backward(e.context_weight, e.grad_context, y.out, e, w, c, grad_c, context, grad,
+                     grads);
+  }
+  if (y.context == nullptr) return;
+  const T* from = y.gated ? w.row(y.ungated) : grad;
+  context_backward(y.context, y.grad_context, y.out, e, w, c, grad_c, context, from, grads);
+  if (y.gated && grads != nullptr) add_row_sums(w, from, y.out, grads + y.grad_gate_bias);
+}
+
 // ---- a network ---------------------------------------------------------------------------------
 // The inputs that the first layer reads, rows one after the other.
 template <class T>
@@ -211,28 +294,16 @@ void network_forward(const ChainElements& e, const ChainRows<T>& w, const T* c, 
       in = w.row(y.after);
     }
     const bool closes = e.residual && l > 0 && l < last && l % 2 == 0;  // the second of a pair
-    layer_forward(y, w, in, output(l), closes ? w.row(e.layer[l - 1].before) : nullptr);
-    if (l == 0 && e.context_weight != nullptr) {
-      gemm<T>({typed<T>(e.context_weight), context, 1}, {c, w.width}, y.out, w.columns, context,
-              {output(0), w.width}, true);
+    const T* skip = closes ? w.row(e.layer[l - 1].before) : nullptr;
+    if (y.gated) {
+      layer_forward(y, w, in, w.row(y.ungated));
+      compute_gates(y, w, c, context, 0, y.out);
+      apply_gates(y, w, 0, y.out, skip, output(l));
+      continue;
     }
-  }
-}
-
-// From the gradients of the first layer's outputs to those of the context and of its weight.
-template <class T>
-void context_backward(const ChainElements& e, const ChainRows<T>& w, const T* c, T* grad_c,
-                      int64_t context, const T* grad, T* grads) {
-  if (e.context_weight == nullptr) return;
-  const int64_t out = e.layer[0].out;
-  if (grads != nullptr) {
-    const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
-    gemm<T>({grad, w.width, 1}, right, out, context, w.count,
-            {grads + e.grad_context, e.context_stride}, !w.first);
-  }
-  if (grad_c != nullptr) {
-    gemm<T>({typed<T>(e.context_weight), 1, context}, {grad, w.width}, context, w.columns, out,
-            {grad_c, w.width}, true);
+    layer_forward(y, w, in, output(l), skip);
+    const void* of_context = l == 0 ? e.context_weight : y.context;
+    if (of_context != nullptr) add_context(of_context, w, c, context, 0, y.out, output(l));
   }
 }
 
@@ -256,6 +327,11 @@ const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T
     const bool opens = e.residual && l < last && l % 2 == 1;   // the first of a pair
     const bool closes = e.residual && l < last && l % 2 == 0;  // the second
     const T* of_output = opens ? inner : grad;
+    if (y.gated) {
+      gates_backward(y, w, 0, y.out, of_output);
+      of_output = w.row(y.gate);
+    }
+    layer_context_backward(e, l, w, c, grad_c, context, of_output, grads);
     if (grads != nullptr) add_layer_gradients(y, w, of_output, after(l), grads);
     layer_backward(y, w, of_output, u);
     T* to = closes ? inner : h;
@@ -264,7 +340,7 @@ const T* network_backward(const ChainElements& e, const ChainRows<T>& w, const T
   }
   const ChainLayer& y = e.layer[0];
   if (grads != nullptr) add_layer_gradients(y, w, grad, w.row(0), grads);
-  context_backward(e, w, c, grad_c, context, grad, grads);
+  layer_context_backward(e, 0, w, c, grad_c, context, static_cast<const T*>(grad), grads);
   layer_backward(y, w, grad, u);
   return u;
 }

@@ -217,11 +217,12 @@ void walk_backward(const ChainArgs& a, const ChainElements& e, const ChainTileWo
   copy_rows<T>(x.p, x.stride, w.other, w.rows.width, a.features, w.rows.columns);
   walk.forward(map, w.other, w.log_det);
   walk.backward(map, {x.p, x.stride}, w.state, w.grad_log);
-  for (int l = 0; grads != nullptr && l < e.layers; ++l) {
-    add_layer_gradients<T>(e.layer[l], w.rows, walk.gradient(l), walk.input(l), grads);
-  }
   T* of_context = a.grad_c == nullptr ? nullptr : w.grad_context;
-  context_backward<T>(e, w.rows, w.context, of_context, a.context, walk.gradient(0), grads);
+  for (int l = 0; l < e.layers; ++l) {
+    const T* grad = walk.gradient(l);
+    if (grads != nullptr) add_layer_gradients(e.layer[l], w.rows, grad, walk.input(l), grads);
+    layer_context_backward<T>(e, l, w.rows, w.context, of_context, a.context, grad, grads);
+  }
 }
 
 template <class T>

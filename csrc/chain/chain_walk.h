@@ -55,9 +55,10 @@ class ChainWalk {
   // arguments x.  Gradients of units and parameters stay in their rows.
   void backward(const SplineMap<T>& map, Rows<const T> x, T* state, const T* grad_log) {
     for (int l = 0; l < last_; ++l) {  // nothing needs the units that are left
-      const int64_t n = units(e_.moves - 1, l);
-      for (int64_t r = n; r < e_.layer[l].out; ++r) {
-        memset(gradient(l) + r * w_.width, 0, w_.columns * sizeof(T));
+      const ChainLayer& y = e_.layer[l];
+      for (int64_t r = units(e_.moves - 1, l); r < y.out; ++r) {
+        T* rows[] = {w_.row(y.adjoint + r), w_.row(y.gate + r), w_.row(y.ungated + r)};
+        for (int i = 0; i < (y.gated ? 3 : 1); ++i) memset(rows[i], 0, w_.columns * sizeof(T));
       }
     }
     for (int64_t j = e_.moves; j-- > 0;) {
@@ -74,8 +75,11 @@ class ChainWalk {
   }
 
   const T* input(int l) const { return w_.row(l == 0 ? 0 : e_.layer[l].after); }
-  // The gradient of a layer's output.
-  T* gradient(int l) const { return l == last_ ? output(l) : w_.row(e_.layer[l].adjoint); }
+  // The gradient of a layer's sums.
+  T* gradient(int l) const {
+    const ChainLayer& y = e_.layer[l];
+    return l == last_ ? output(l) : w_.row(y.gated ? y.gate : y.adjoint);
+  }
 
  private:
   static constexpr int64_t kBlock = kMostRows<T>;
@@ -87,18 +91,20 @@ class ChainWalk {
     return w_.row(keeps_ ? e_.layer[l + 1].before : e_.layer[l + 1].after);
   }
 
+  T* sums(int l) const { return e_.layer[l].gated ? w_.row(e_.layer[l].ungated) : output(l); }
+
   // The first terms of the sums of rows [begin, end): biases, and what the context adds.
   void start_rows(int l, int64_t begin, int64_t end) {
     const ChainLayer& y = e_.layer[l];
-    T* out = output(l) + begin * w_.width;
+    T* out = sums(l) + begin * w_.width;
     for (int64_t r = begin; r < end; ++r) {
       const Vec<T> b = y.bias == nullptr ? T(0) : typed<T>(y.bias)[r];
       T* row = out + (r - begin) * w_.width;
       for (int64_t i = 0; i < w_.columns; i += Vec<T>::kLanes) b.store(row + i);
     }
-    if (l > 0 || e_.context_weight == nullptr) return;
-    gemm<T>({typed<T>(e_.context_weight) + begin * context_, context_, 1}, {c_, w_.width},
-            end - begin, w_.columns, context_, {out, w_.width}, true);
+    if (y.gated) return compute_gates(y, w_, c_, context_, begin, end);
+    const void* of_context = l == 0 ? e_.context_weight : y.context;
+    if (of_context != nullptr) add_context(of_context, w_, c_, context_, begin, end, sums(l));
   }
 
   // Adds the products of rows [begin, end) with inputs [from, to).
@@ -107,7 +113,7 @@ class ChainWalk {
     const ChainLayer& y = e_.layer[l];
     gemm<T>({typed<T>(y.weight) + begin * y.stride + from, y.stride, 1},
             {input(l) + from * w_.width, w_.width}, end - begin, w_.columns, to - from,
-            {output(l) + begin * w_.width, w_.width}, true);
+            {sums(l) + begin * w_.width, w_.width}, true);
   }
 
   // Sums of rows [begin, end), of which those before `begin` have been computed.
@@ -129,7 +135,10 @@ class ChainWalk {
     if (begin >= end) return;
     sum_rows(l, begin, end);
     T* out = output(l) + begin * w_.width;
-    if (e_.residual && l > 0 && l % 2 == 0) {  // the second of a pair
+    const bool closes = e_.residual && l > 0 && l % 2 == 0;  // the second of a pair
+    if (e_.layer[l].gated) {
+      apply_gates<T>(e_.layer[l], w_, begin, end, closes ? output(l - 2) : nullptr, output(l));
+    } else if (closes) {
       add_rows(output(l - 2) + begin * w_.width, end - begin, out);
     }
     activate(seen_through(e_, l + 1), w_, end - begin, out, w_.row(e_.layer[l + 1].after + begin));
@@ -174,7 +183,7 @@ class ChainWalk {
     const ChainLayer& above = e_.layer[l + 1];
     const int64_t needed = units(e_.moves - 1, l);
     const bool adds = e_.residual && l % 2 == 0 && l + 2 < last_;  // the input of a block
-    T* to = gradient(l);
+    T* to = w_.row(e_.layer[l].adjoint);
     for (int64_t r = end; r > begin;) {
       const int64_t block = (r - 1) / kBlock * kBlock;
       const int64_t block_end = std::min(block + kBlock, needed), low = std::max(block, begin);
@@ -186,7 +195,8 @@ class ChainWalk {
       const int64_t first = first_reader(above, low);
       if (first < whole) pull(l + 1, low, r, first, whole, rows, true);
       deactivate(seen_through(e_, l + 1), w_, r - low, w_.row(above.before + low), rows,
-                 adds ? gradient(l + 2) + low * w_.width : nullptr, rows);
+                 adds ? w_.row(e_.layer[l + 2].adjoint + low) : nullptr, rows);
+      if (e_.layer[l].gated) gates_backward<T>(e_.layer[l], w_, low, r, to);
       r = low;
     }
   }

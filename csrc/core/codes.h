@@ -77,8 +77,7 @@ constexpr int kAllLayerFlags = 2 * kGated - 1;
 enum ElementFamily : int { kAffineElements, kSplineElements };
 constexpr int kElementFamilies = kSplineElements + 1;
 
-// ---- chains of transforms
-// ------------------------------------------------------------------------
+// ---- chains of transforms -----------------------------------------------------------------------
 enum ChainStepKind : int {
   kPermuteStep,
   kActNormStep,
@@ -91,8 +90,15 @@ constexpr int kChainSteps = kElementsStep + 1;
 enum ChainBase : int { kNoBase, kNormalBase };
 constexpr int kChainBases = kNormalBase + 1;
 // kLayerColumns, kLayerRows: columns or rows of the weight stand in the order of the features.
-enum ChainLayerFlags : int { kLayerMasked = 1, kLayerColumns = 2, kLayerRows = 4 };
-constexpr int kAllChainLayerFlags = 2 * kLayerRows - 1;
+// kLayerContext: a product with the context is added; kLayerGate: its sigmoid is a factor.
+enum ChainLayerFlags : int {
+  kLayerMasked = 1,
+  kLayerColumns = 2,
+  kLayerRows = 4,
+  kLayerContext = 8,
+  kLayerGate = 16
+};
+constexpr int kAllChainLayerFlags = 2 * kLayerGate - 1;
 
 // ---- transport ----------------------------------------------------------------------------------
 enum SinkhornSchedule : int { kAlternating, kSymmetric, kAccelerated };

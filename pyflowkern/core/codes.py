@@ -221,11 +221,13 @@ class ChainBase(IntEnum):
 
 
 class ChainLayerFlag(IntFlag):
-    """How the weights of a network's layer are read."""
+    """How the weights of a network's layer are read, and what the layer does with a context."""
 
     MASKED = 1  # each row reads the first columns alone
     COLUMNS = 2  # columns stand in the order of the features, not in that of reading
     ROWS = 4  # rows likewise
+    CONTEXT = 8  # a product with the context is added
+    GATE = 16  # the sigmoid of a product with the context is a factor
 
 
 # --- transport ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pyflowkern._library import kernel_serves
 from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
 from pyflowkern.nn._hooks import globally_hooked
 from pyflowkern.nn._links import Link, Watched, obstructed
-from pyflowkern.ops.chain import CHAIN_DTYPES, inverts, run_chain
+from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import ElementsStep
 
@@ -77,7 +77,7 @@ class Run:
         if (inverse or self._link.backwards) and self.watched.overrides("inverse"):
             return None
         inverse ^= self._link.backwards
-        if inverse and not inverts(program, x):
+        if not computes(program, x, inverse):
             return None
         tensors = self.watched.tensors(inverse)
         if tensors is None or not _together(x, tensors):

@@ -58,6 +58,8 @@ def _residual_mlp(net: ResidualMLP, link: Link) -> ChainNetwork | None:
     link.watch(blocks)
     link.watch(end)
     layers, activations = [inner["first"]], []
+    if (gates := _gates(net, len(blocks._modules), link)) is None:
+        return None
     for block in blocks._modules.values():
         if type(block) is not torch.nn.Sequential or len(block._modules) != 4:
             return None
@@ -74,7 +76,7 @@ def _residual_mlp(net: ResidualMLP, link: Link) -> ChainNetwork | None:
         return None
     else:
         link.watch(activation)
-    return _network(net, [*layers, last], activations, link, True, net.activate_last)
+    return _network(net, [*layers, last], activations, link, True, net.activate_last, gates)
 
 
 def _network(
@@ -84,11 +86,16 @@ def _network(
     link: Link,
     residual: bool = False,
     activate_last: bool = True,
+    gates: Sequence[torch.nn.Module] = (),
 ) -> ChainNetwork | None:
     activation = _activation(activations, link)
     if activation is None or not all(type(layer) is torch.nn.Linear for layer in layers):
         return None
-    found = [_layer(layer, link) for layer in layers if layer is not None]
+    found = [
+        _layer(layer, link, _gate_of(gates, i, len(layers)))
+        for i, layer in enumerate(layers)
+        if layer is not None
+    ]
     if None in found or not _context(net, link):
         return None
     link.widest = max(layer.outputs for layer in found[:-1] if layer is not None)
@@ -122,8 +129,39 @@ def _activation(activations: Sequence[torch.nn.Module | None], link: Link) -> st
     return names.pop() if names else "identity"
 
 
-def _layer(layer: torch.nn.Module, link: Link, **options: Any) -> ChainLayer | None:
-    """Return a linear layer, after noting its tensors."""
+def _gates(net: ResidualMLP | MaskedMLP, blocks: int, link: Link) -> list[torch.nn.Module] | None:
+    """Return the layers of a network's gates, after noting them; an empty list for none, None for others than ours."""
+    gates = net._modules.get("gates")
+    if gates is None:
+        link.absent.append((net, "gates"))
+        return []
+    inner = list(gates._modules.values())
+    if type(gates) is not torch.nn.ModuleList or len(inner) != blocks or not net.context_features:
+        return None
+    link.watch(gates)
+    for gate in inner:
+        if type(gate) is not torch.nn.Linear or not {"weight", "bias"} <= {*gate._parameters}:
+            return None
+        weight, bias = gate._parameters["weight"], gate._parameters["bias"]
+        if (
+            weight is None
+            or bias is None
+            or tuple(weight.shape) != (len(bias), net.context_features)
+        ):
+            return None
+        link.watch(gate)
+    return [gate for gate in inner if gate is not None]
+
+
+def _gate_of(gates: Sequence[torch.nn.Module], i: int, layers: int) -> torch.nn.Module | None:
+    """Return the gate of layer ``i``: of the second one of each block."""
+    return gates[i // 2 - 1] if gates and i % 2 == 0 and 0 < i < layers - 1 else None
+
+
+def _layer(
+    layer: torch.nn.Module, link: Link, gate: torch.nn.Module | None = None, **options: Any
+) -> ChainLayer | None:
+    """Return a linear layer, after noting its tensors, and those of its gate."""
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is None or weight.dim() != 2:
         return None
@@ -138,6 +176,11 @@ def _layer(layer: torch.nn.Module, link: Link, **options: Any) -> ChainLayer | N
     else:
         link.read(layer, "bias")
     outputs, inputs = weight.shape
+    if gate is not None:
+        if gate._parameters["weight"].shape[0] != outputs:  # type: ignore[union-attr]
+            return None
+        link.read(gate, "weight", "bias")
+        options["context"] = "gate"
     return ChainLayer(outputs, inputs, bias is not None, **options)
 
 
@@ -172,6 +215,8 @@ def masked_network(net: torch.nn.Module, link: Link) -> ChainNetwork | None:
         return None
     order = torch.tensor(net.order, device="cpu")
     found, last = [], len(inner) - 1
+    if (gates := _gates(net, len(plan.gated), link)) is None:
+        return None
     for i, (layer, planned) in enumerate(zip(inner, plan.layers, strict=True)):
         mask = planned.mask
         if i == 0:
@@ -181,7 +226,8 @@ def masked_network(net: torch.nn.Module, link: Link) -> ChainNetwork | None:
         prefixes = _prefixes(mask)
         assert layer is not None
         form = {"prefixes": prefixes, "columns": i == 0, "rows": i == last}
-        known = None if prefixes is None else _layer(layer, link, **form)
+        gate = _gate_of(gates, i, len(inner))
+        known = None if prefixes is None else _layer(layer, link, gate, **form)
         if known is None or (known.outputs, known.inputs) != tuple(mask.shape):
             return None
         found.append(known)

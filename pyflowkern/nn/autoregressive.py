@@ -12,6 +12,7 @@ from pyflowkern import ops
 from pyflowkern.core.checks import check_channels, check_count, check_dtype
 from pyflowkern.core.structure import Structure
 from pyflowkern.nn._base import Bijection
+from pyflowkern.nn._blocks import gate_values
 from pyflowkern.nn._chain_networks import masked_network
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._links import Link
@@ -45,6 +46,7 @@ class MaskedAutoregressive(Bijection):
         order: the features, first to last; None for 0, 1, 2, ...
         residual: whether the network has residual blocks.
         activation: the network's activation, as for :class:`MaskedMLP`.
+        gated: whether the context gates the residual blocks, too, as for :class:`MaskedMLP`.
         conditioner: a :class:`MaskedMLP` to use instead of a new one; or any module ``g(x)`` or ``g(x, context)``
             that returns ``[N, D, P]`` and is autoregressive: it is inverted by :func:`jacobi_inverse`.
 
@@ -75,6 +77,7 @@ class MaskedAutoregressive(Bijection):
         order: Sequence[int] | Tensor | None = None,
         residual: bool = False,
         activation: str = "relu",
+        gated: bool = False,
         conditioner: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +95,7 @@ class MaskedAutoregressive(Bijection):
                 order=order,
                 residual=residual,
                 activation=activation,
+                gated=gated,
             )
             if isinstance(self.element_map, SplineMap):  # starts as the identity
                 with torch.no_grad():
@@ -143,7 +147,12 @@ class MaskedAutoregressive(Bijection):
         weights, biases = network.weights_and_biases(context, z.shape[0])
         check_dtype("z", z, weights[0].dtype, "network")
         return ops.autoregressive_inverse(
-            z, weights, biases, network.plan, transform=self.element_map
+            z,
+            weights,
+            biases,
+            network.plan,
+            transform=self.element_map,
+            gates=gate_values(network, context),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
+from pyflowkern.nn._blocks import gate_layers, residual_block, run_blocks
 from pyflowkern.nn._conv_network import convolutions
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._relu_network import linear_layers
@@ -129,7 +130,8 @@ class ResidualMLP(_Conditioner):
     r"""A residual network on vectors ``[N, in_features] -> [N, out_features]``.
 
     The first layer is linear, each block is :math:`h \leftarrow h + W_2\, a(W_1\, a(h) + b_1) + b_2`, and the last
-    layer starts at zero, and so does the output.
+    layer starts at zero, and so does the output.  A context ``c`` is added to the first layer's output; ``gated``
+    blocks multiply what they add to ``h`` by :math:`\sigma(G c + g)`: they are gated linear units.
 
     Args:
         in_features: input size.
@@ -139,9 +141,10 @@ class ResidualMLP(_Conditioner):
         context_features: size ``K`` of the context ``[N, K]``; 0 for none.
         activation: factory of the activation ``a``, such as :class:`torch.nn.ReLU`.
         activate_last: whether an activation precedes the last layer; Durkan et al. (2019) have none there.
+        gated: whether the context gates each block, too, as Durkan et al. (2019) have it.
 
     Raises:
-        ValueError: for a width below 1, a negative number of blocks, or a context of another shape.
+        ValueError: for a width below 1, a negative number of blocks, gates without a context, or one of another shape.
         TypeError: for sizes that are not ints, and a dtype other than that of the parameters, without autocast.
 
     Source: He et al., "Identity mappings in deep residual networks" (2016), as used by Durkan et
@@ -164,6 +167,7 @@ class ResidualMLP(_Conditioner):
         context_features: int = 0,
         activation: Activation = torch.nn.ReLU,
         activate_last: bool = True,
+        gated: bool = False,
     ) -> None:
         hidden, blocks = check_count("hidden", hidden), check_count("blocks", blocks, 0)
         in_features, out_features = _sizes(in_features, out_features)
@@ -171,9 +175,12 @@ class ResidualMLP(_Conditioner):
         self.activate_last = check_flag("activate_last", activate_last)
         self.first = torch.nn.Linear(in_features, hidden)
         self.blocks = torch.nn.ModuleList(
-            _block(torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation)
+            residual_block(
+                torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation
+            )
             for _ in range(blocks)
         )
+        self.gates = gate_layers(gated, self.context_features, hidden, blocks)
         before = activation() if activate_last else torch.nn.Identity()
         self.last = torch.nn.Sequential(before, _zero(torch.nn.Linear(hidden, out_features)))
 
@@ -188,13 +195,11 @@ class ResidualMLP(_Conditioner):
         activation, last = self.last._modules.values()
         if self.activate_last:
             activations.append(activation)
-        if (params := linear_layers(x, [*layers, last], activations)) is not None:
+        plain = self._modules.get("gates") is None
+        if plain and (params := linear_layers(x, [*layers, last], activations)) is not None:
             bias = self._context_bias(x, context)
             return evaluate_network(x, *params, bias, True, self.activate_last)
-        h = self._first_layer(x, context)
-        for block in self.blocks:
-            h = h + block(h)
-        out: Tensor = self.last(h)
+        out: Tensor = self.last(run_blocks(self, self._first_layer(x, context), context))
         return out
 
 
@@ -299,7 +304,7 @@ class ResidualConvNet(_Conditioner):
         super().__init__(hidden, context_features)
         self.first = _conv(spatial_dims, in_channels, hidden, 3)
         self.blocks = torch.nn.ModuleList(
-            _block(
+            residual_block(
                 _conv(spatial_dims, hidden, hidden, 3),
                 _conv(spatial_dims, hidden, hidden, 3),
                 activation,
@@ -312,10 +317,7 @@ class ResidualConvNet(_Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the parameters ``[N, out_channels, *space]``."""
-        h = self._first_layer(x, context)
-        for block in self.blocks:
-            h = h + block(h)
-        out: Tensor = self.last(h)
+        out: Tensor = self.last(run_blocks(self, self._first_layer(x, context), context))
         return out
 
 
@@ -386,12 +388,6 @@ def _conv(spatial_dims: int, inputs: int, outputs: int, kernel: int) -> torch.nn
         raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
     conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 1]
     return conv(inputs, outputs, kernel, padding=kernel // 2)
-
-
-def _block(
-    first: torch.nn.Module, second: torch.nn.Module, activation: Activation
-) -> torch.nn.Module:
-    return torch.nn.Sequential(activation(), first, activation(), second)
 
 
 def _zero(layer: torch.nn.Module) -> torch.nn.Module:

@@ -19,6 +19,7 @@ from pyflowkern.core.checks import (
     check_floating,
 )
 from pyflowkern.core.structure import Structure
+from pyflowkern.nn._blocks import gate_layers, gate_values
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.ops.masked_plan import MaskedLayer, MaskedPlan
 
@@ -69,9 +70,11 @@ class MaskedMLP(torch.nn.Module):
         activation: relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus, as the kernel of the inverse
             computes them: softplus and gelu keep the tails that torch.nn's cut off.
         random_degrees: draw the degrees from torch's generator.
+        gated: multiply what each residual block adds by :math:`\sigma(G c + g)`, gated linear units.
 
     Raises:
-        ValueError: for a width below 1, widths that differ with ``residual``, an order that is no permutation, an
+        ValueError: for a width below 1, widths that differ with ``residual``, gates without ``residual`` or without a
+            context, an order that is no permutation, an
             unknown activation, or a context of another shape.
         TypeError: for counts that are not ints, and a dtype other than that of the parameters, without autocast.
 
@@ -97,6 +100,7 @@ class MaskedMLP(torch.nn.Module):
         residual: bool = False,
         activation: str = "relu",
         random_degrees: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         features, outputs = check_count("features", features), check_count("outputs", outputs)
@@ -120,11 +124,14 @@ class MaskedMLP(torch.nn.Module):
             masks += [b[:, None] >= a for a, b in itertools.pairwise(degrees)]
         masks.append((rank[:, None] >= degrees[-1]).repeat_interleave(outputs, 0))
         #: The masks and the order of evaluation; copies of the module share it.
-        self.plan = MaskedPlan(_layers(masks, activation, residual), features)
+        self.plan = MaskedPlan(_layers(masks, activation, residual, gated), features)
         self.layers = torch.nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.context = (
             torch.nn.Linear(context_features, widths[0], bias=False) if context_features else None
         )
+        if check_flag("gated", gated) and not residual:
+            raise ValueError("gated=True needs residual=True, got False")
+        self.gates = gate_layers(gated, context_features, widths[0], len(widths))
         for parameter in self.layers[-1].parameters():
             torch.nn.init.zeros_(parameter)
 
@@ -136,7 +143,7 @@ class MaskedMLP(torch.nn.Module):
         if self.may_be_read:
             weights, biases = self.weights_and_biases(context, x.shape[0])
             check_dtype("x", x, weights[0].dtype, "network")
-            return self.plan.parameters(x, weights, biases)
+            return self.plan.parameters(x, weights, biases, gate_values(self, context))
         added = self._added(context, x.shape[0])
         check_dtype_of("x", x, self.layers)
         layers = [
@@ -147,7 +154,7 @@ class MaskedMLP(torch.nn.Module):
             out = layers[i](h)
             return out if i or added is None else out + added
 
-        return self.plan.evaluate(x, linear)
+        return self.plan.evaluate(x, linear, gate_values(self, context))
 
     @property
     def may_be_read(self) -> bool:
@@ -243,9 +250,13 @@ def _degrees(units: int, least: int, most: int, random: bool) -> Tensor:
     return least + torch.arange(units, device="cpu") * (most + 1 - least) // units
 
 
-def _layers(masks: list[Tensor], activation: str, residual: bool) -> list[MaskedLayer]:
+def _layers(
+    masks: list[Tensor], activation: str, residual: bool, gated: bool
+) -> list[MaskedLayer]:
     layers = [MaskedLayer(masks[0])]
     for i, mask in enumerate(masks[1:], 1):
-        back = i - 2 if residual and i % 2 == 0 and i < len(masks) - 1 else None
-        layers.append(MaskedLayer(mask, activation=activation, residual=back))
+        closes = residual and i % 2 == 0 and i < len(masks) - 1
+        back = i - 2 if closes else None
+        form = {"activation": activation, "residual": back, "gated": bool(gated and closes)}
+        layers.append(MaskedLayer(mask, **form))  # type: ignore[arg-type]
     return layers

@@ -23,7 +23,8 @@ __all__ = ["read_step", "write_step"]
 
 _ACTIVATIONS = numbered(MaskedActivation)
 _NAMES = list(_ACTIVATIONS)
-_MASKED, _COLUMNS, _ROWS = (flag.value for flag in ChainLayerFlag)
+_MASKED, _COLUMNS, _ROWS, _ADDED, _GATED = (flag.value for flag in ChainLayerFlag)
+_CONTEXTS = {"none": 0, "add": _ADDED, "gate": _GATED}
 
 
 def write_step(step: Step, program: list[int], numbers: list[float]) -> None:
@@ -62,7 +63,7 @@ def _write_elements(step: ElementsStep, program: list[int], numbers: list[float]
     program += [*step.reads, *step.moves]
     for layer in () if net is None else net.layers:
         flag = _MASKED * (layer.prefixes is not None)
-        flag += _COLUMNS * layer.columns + _ROWS * layer.rows
+        flag += _COLUMNS * layer.columns + _ROWS * layer.rows + _CONTEXTS[layer.context]
         program += [layer.outputs, layer.inputs, int(layer.bias), flag, *(layer.prefixes or ())]
 
 
@@ -94,7 +95,8 @@ def _read_elements(program: Iterator[int], numbers: list[float]) -> ElementsStep
         outputs, inputs, bias, flag = islice(program, 4)
         prefixes = tuple(islice(program, outputs)) if flag & _MASKED else None
         columns, rows = bool(flag & _COLUMNS), bool(flag & _ROWS)
-        layers.append(ChainLayer(outputs, inputs, bool(bias), prefixes, columns, rows))
+        how = "gate" if flag & _GATED else "add" if flag & _ADDED else "none"
+        layers.append(ChainLayer(outputs, inputs, bool(bias), prefixes, columns, rows, how))
     network = None
     if layers:
         form = _NAMES[activation], bool(residual), bool(activate_last), bool(context)

@@ -121,29 +121,36 @@ def _network(
 ) -> Tensor:
     """Return the network's outputs, in the order of the moved features."""
     last, left = len(net.layers) - 1, iter(own)
-    tensors = [
-        _ordered(step, layer, next(left), next(left) if layer.bias else None)
-        for layer in net.layers
-    ]
+    tensors, added, gates = [], {}, []
+    for i, layer in enumerate(net.layers):
+        tensors.append(_ordered(step, layer, next(left), next(left) if layer.bias else None))
+        if layer.context == "add":
+            added[i] = functional.linear(_given(context), next(left))
+        elif layer.context == "gate":
+            gates.append(torch.sigmoid(functional.linear(_given(context), next(left), next(left))))
+    if net.context:
+        added[0] = functional.linear(_given(context), next(left))
     inactive = {0} if net.activate_last else {0, last}
     connections = [
         Connection(
             i - 1,
             ACTIVATIONS["identity" if i in inactive else net.activation],
             i - 2 if net.residual and i and i % 2 == 0 else None,
-            gated=False,
+            layer.context == "gate",
         )
-        for i in range(last + 1)
+        for i, layer in enumerate(net.layers)
     ]
 
     def linear(i: int, h: Tensor) -> Tensor:
         out = functional.linear(h, *tensors[i])
-        if i or not net.context:
-            return out
-        assert context is not None
-        return out + functional.linear(context, own[-1])
+        return out + added[i] if i in added else out
 
-    return layer_values(x, connections, linear)[-1]
+    return layer_values(x, connections, linear, gates)[-1]
+
+
+def _given(context: Tensor | None) -> Tensor:
+    assert context is not None  # checked by every caller
+    return context
 
 
 def _ordered(

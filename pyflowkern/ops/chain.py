@@ -30,9 +30,12 @@ from pyflowkern.core.second_derivatives import gradient_of_reference
 from pyflowkern.ops._chain_reference import run_steps
 from pyflowkern.ops.chain_program import ChainProgram
 
-__all__ = ["CHAIN_DTYPES", "chain", "chain_reference", "inverts", "run_chain"]
+__all__ = ["CHAIN_DTYPES", "chain", "chain_reference", "computes", "run_chain"]
 
 CHAIN_DTYPES = (torch.float32, torch.float64)
+#: Devices whose kernels run all programs: others have no inverse of autoregressive steps, and no contexts of layers
+#: behind the first.
+WHOLE = ("cpu",)
 #: Samples of a tile: the kept inputs of steps are rounded up to whole tiles.
 _TILE = 16
 
@@ -98,14 +101,17 @@ def chain(
     given = list(tensors)
     floating = [t for t in given if t.is_floating_point()]
     serves = kernel_serves("chain", x, context, *floating, dtypes=CHAIN_DTYPES)
-    if not serves or (inverse and not inverts(program, x)):
+    if not serves or not computes(program, x, inverse):
         return run_steps(x, context, program, given, inverse)
     return run_chain(x, context, program, given, inverse)
 
 
-def inverts(program: ChainProgram, x: Tensor) -> bool:
-    """Whether the kernel of a tensor's device computes the inverse: on CPUs alone where steps are autoregressive."""
-    return program.invertible and (x.is_cpu or not program.autoregressive)
+def computes(program: ChainProgram, x: Tensor, inverse: bool) -> bool:
+    """Whether the kernel of a tensor's device runs a program in a direction."""
+    if inverse and not program.invertible:
+        return False
+    special = program.deep_contexts or (inverse and program.autoregressive)
+    return not special or x.device.type in WHOLE
 
 
 def run_chain(

@@ -84,6 +84,8 @@ class ChainProgram:
     invertible: bool = field(init=False, repr=False, compare=False)
     #: Whether a step moves features that its network reads, so that its inverse finds one after the other.
     autoregressive: bool = field(init=False, repr=False, compare=False)
+    #: Whether layers of networks behind the first ones read the context.
+    deep_contexts: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("features", self.features)
@@ -114,6 +116,12 @@ class ChainProgram:
             "invertible": self.base == "none",
             "autoregressive": any(
                 isinstance(s, ElementsStep) and {*s.moves} & {*s.reads} for s in self.steps
+            ),
+            "deep_contexts": any(
+                layer.context != "none"
+                for s in self.steps
+                if isinstance(s, ElementsStep) and s.network
+                for layer in s.network.layers
             ),
         }
         for name, value in values.items():
@@ -155,7 +163,7 @@ class ChainProgram:
                         f"steps[{i}] has a layer in the order of the features, which must be all {self.features}, "
                         f"got {features}"
                     )
-            if step.network is not None and step.network.context and not self.context_features:
+            if step.network is not None and step.network.contexts and not self.context_features:
                 raise ValueError(
                     f"steps[{i}] has a network with a context: context_features must be positive"
                 )
@@ -183,6 +191,11 @@ class ChainProgram:
             wanted.append(Wanted(shape, f"weight of layers[{k}] {of}"))
             if layer.bias:
                 wanted.append(Wanted(shape[:1], f"bias of layers[{k}] {of}"))
+            if layer.context != "none":
+                shape = layer.outputs, self.context_features
+                wanted.append(Wanted(shape, f"weight of the context of layers[{k}] {of}"))
+            if layer.context == "gate":
+                wanted.append(Wanted(shape[:1], f"bias of the gate of layers[{k}] {of}"))
         if step.network.context:
             shape = step.network.layers[0].outputs, self.context_features
             wanted.append(Wanted(shape, f"weight of the context {of}"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_count, check_flag, check_list, check_number
+from pyflowkern.core.checks import check_choice, check_count, check_flag, check_list, check_number
 from pyflowkern.ops.elements import ElementMap, element_map, element_parameters
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
 #: Features up to which the factors of a matrix are multiplied inside of the op.
 MOST_PLU = 128
 LAYOUTS = ("feature_major", "blocked")
+CONTEXTS = ("none", "add", "gate")
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ class ShiftStep:
 
 @dataclass(frozen=True)
 class ChainLayer:
-    """One linear layer of a network.
+    r"""One linear layer of a network.
 
-    Tensors: weight ``[outputs, inputs]``, then the bias ``[outputs]`` if there is one.
+    Tensors: weight ``[outputs, inputs]``, then the bias ``[outputs]`` if there is one; then for ``context="add"`` a
+    weight ``C`` ``[outputs, K]``, and for ``"gate"`` a weight ``G`` ``[outputs, K]`` and a bias ``g`` ``[outputs]``.
 
     Args:
         outputs: number of units.
@@ -151,10 +153,13 @@ class ChainLayer:
             network reads them (first layer).
         rows: likewise, units stand in the order of the features, those of one feature together, and are taken in the
             order in which features are moved (last layer).
+        context: what a layer between the first and the last does with the context ``c``: ``"add"`` adds ``C c`` to its
+            output, ``"gate"`` multiplies it by :math:`\sigma(G c + g)`, before a residual block adds its input.
 
     Raises:
         TypeError: for sizes that are no ints and flags that are no bools.
-        ValueError: for negative sizes, prefixes that do not fit, and orders of features without prefixes.
+        ValueError: for negative sizes, prefixes that do not fit, orders of features without prefixes, and an unknown
+            use of the context.
 
     Example:
         >>> from pyflowkern.ops import ChainLayer
@@ -168,8 +173,10 @@ class ChainLayer:
     prefixes: Sequence[int] | None = None
     columns: bool = False
     rows: bool = False
+    context: str = "none"
 
     def __post_init__(self) -> None:
+        check_choice("context", self.context, CONTEXTS)
         for name in ("outputs", "inputs"):
             object.__setattr__(self, name, check_count(name, getattr(self, name), 0))
         for name in ("bias", "columns", "rows"):
@@ -201,7 +208,7 @@ class ChainNetwork:
         activation: ``a``: identity, relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus.
         residual: see above.
         activate_last: whether ``a`` precedes the last layer; networks without ``residual`` always have it there.
-        context: whether the context is read.
+        context: whether the first layer adds a product with the context; see :class:`ChainLayer` for the others.
 
     Raises:
         TypeError: for layers that are none, and flags that are no bools.
@@ -251,6 +258,16 @@ class ChainNetwork:
         for i, layer in enumerate(self.layers[:-1]):
             if layer.rows:
                 raise ValueError(f"layers[{i}] must not have rows=True: that is for the last one")
+        for i in (0, count - 1):
+            if (how := self.layers[i].context) != "none":
+                raise ValueError(
+                    f"layers[{i}] must have context='none', which is for layers between the ends, got {how!r}"
+                )
+
+    @property
+    def contexts(self) -> bool:
+        """Whether any layer reads the context."""
+        return self.context or any(layer.context != "none" for layer in self.layers)
 
     def seen(self) -> list[int]:
         """Return how many of the network's inputs each output depends on, from the first on."""

@@ -1,6 +1,7 @@
 """chain."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -44,6 +45,29 @@ def coupling(transform, features, widths=(9, 6), swap=False, **options):
     net = network(len(reads), widths, len(moves) * step.parameters, **options)
     layout = "feature_major" if isinstance(transform, SplineMap) else "blocked"
     return ElementsStep(transform, moves, reads, net, layout)
+
+
+def with_contexts(step, uses):
+    """Let layers of the step's network read the context: ``{layer: "add" or "gate"}``."""
+    layers = list(step.network.layers)
+    for i, use in uses.items():
+        layers[i] = replace(layers[i], context=use)
+    return replace(step, network=replace(step.network, layers=layers))
+
+
+def gated_steps(**options):
+    """Networks with gates as Durkan et al. (2019) have them, and whatever else layers do with a context."""
+    blocks = {"residual": True, "activation": "silu", **options}
+    for step in (
+        coupling("tanh", 3, (20,) * 5, activate_last=False, **blocks),
+        autoregressive("tanh", [2, 0, 1], (20,) * 5, **blocks),
+    ):
+        yield with_contexts(step, {2: "gate", 4: "gate"})
+        yield with_contexts(step, {1: "add", 2: "gate", 3: "gate", 4: "add"})
+    yield with_contexts(coupling("exp", 3, (20, 13, 8), **options), {1: "gate", 2: "add"})
+    yield with_contexts(
+        autoregressive("exp", [1, 0, 2], (20, 15, 8), **options), {1: "add", 2: "gate"}
+    )
 
 
 def autoregressive(transform, order, widths=(9, 7), context=False, residual=False, **options):
@@ -91,7 +115,7 @@ def called(function):
 
 def sample(n, features, steps, dtype=torch.float64, base="none", unit=False, inverse=False):
     with_context = any(
-        isinstance(s, ElementsStep) and s.network and s.network.context for s in steps
+        isinstance(s, ElementsStep) and s.network and s.network.contexts for s in steps
     )
     program = ChainProgram(features, steps, K if with_context else 0, base)
     given = [value(w, i, dtype) for i, w in enumerate(program.tensors)]
@@ -150,6 +174,13 @@ def samples(dtype):
     yield sample(40, 4, [own, coupling(SplineMap(bins=2), 4, swap=True), own], dtype)
     yield sample(40, 3, [ElementsStep("softplus", [2, 1], layout="blocked")], dtype)
     yield sample(40, 3, [], dtype)
+    yield from contexts(dtype)
+
+
+def contexts(dtype, inverse=False):
+    for n, context in itertools.product((1, 20, 300), (False, True)):
+        for step in gated_steps(context=context):
+            yield sample(n, 3, [step], dtype, inverse=inverse)
 
 
 def wide(dtype):
@@ -179,6 +210,13 @@ def small(dtype):
     own = ElementsStep(SplineMap(bins=2), [0, 2])
     residual = autoregressive("tanh", [0, 1, 2], (5,) * 3, residual=True, activation="softplus")
     yield sample(4, 3, [own, residual], dtype)
+
+    options = {"residual": True, "activation": "tanh"}
+    gated = (
+        coupling("tanh", 3, (4,) * 3, **options),
+        autoregressive("exp", [2, 0, 1], (4,) * 3, **options),
+    )
+    yield sample(4, 3, [with_contexts(step, {1: "add", 2: "gate"}) for step in gated], dtype)
 
 
 def densities(dtype):
@@ -214,6 +252,7 @@ def inverses(dtype):
     yield sample(9, 70, [autoregressive("affine", [*range(70)], (130, 70))], dtype, inverse=True)
     for step in reads_what_passes():
         yield sample(20, 4, [step], dtype, inverse=True)
+    yield from contexts(dtype, inverse=True)
 
 
 def reads_what_passes():
@@ -244,7 +283,7 @@ def few_inverses(dtype):
     masked = autoregressive("exp", [2, 0, 1], (4, 5), **options)
     yield sample(4, 3, [masked, PermuteStep([1, 2, 0])], dtype, inverse=True)
     masked = autoregressive(SplineMap(bins=2), [0, 2, 1], (5,) * 3, residual=True, **options)
-    yield sample(4, 3, [masked], dtype, inverse=True)
+    yield sample(4, 3, [with_contexts(masked, {1: "add", 2: "gate"})], dtype, inverse=True)
 
 
 def few_densities(dtype):

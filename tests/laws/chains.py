@@ -17,6 +17,7 @@ IRREGULAR = torch.tensor([True, False, False, True, False])
 mlp = partial(nn.MLP, hidden=(7, 6))
 residual = partial(nn.ResidualMLP, hidden=6)
 made = partial(nn.MaskedAutoregressive, D, (9, 8))
+made_of_blocks = partial(nn.MaskedAutoregressive, D, (9, 9), residual=True)
 Affine, Spline = nn.AffineCoupling, nn.SplineCoupling
 #: Of the modules, not subclasses of our own.
 ACTIVATIONS = [
@@ -64,6 +65,10 @@ SEQUENCES = {
         nn.ActNorm(D),
         Affine(D, partial(mlp, context_features=K)),
         Spline(D, partial(residual, context_features=K), bins=3),
+    ],
+    "context of gates": lambda: [
+        Affine(D, partial(residual, context_features=K, gated=True)),
+        made_of_blocks(context_features=K, gated=True, activation="silu"),
     ],
     **{
         f"{activation.__name__}, residual" if kind is residual else activation.__name__: partial(

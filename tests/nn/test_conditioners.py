@@ -65,3 +65,33 @@ def test_bad_sizes_are_named():
         nn.MLP(2, 2, layers=0)
     with pytest.raises(ValueError, match="spatial_dims must be 1, 2 or 3, got 4"):
         nn.ConvNet(2, 2, spatial_dims=4)
+
+
+def test_gated_blocks_are_gated_linear_units():
+    """As Durkan et al. (2019) have them; networks without gates keep their parameters."""
+    net = nn.ResidualMLP(3, 7, hidden=4, context_features=2, gated=True, activate_last=False)
+    plain = nn.ResidualMLP(3, 7, hidden=4, context_features=2, activate_last=False)
+    assert {*net.state_dict()} - {*plain.state_dict()} == {
+        f"gates.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")
+    }
+    randomize(net)
+    x, c = normal(5, 3, dtype=torch.float32), normal(5, 2, dtype=torch.float32)
+    h = net.first(x) + net.context(c)
+    for block, gate in zip(net.blocks, net.gates, strict=True):
+        h = h + torch.nn.functional.glu(torch.cat([block(h), gate(c)], 1), 1)
+    torch.testing.assert_close(net(x, c), net.last(h))
+    check_gradients(net, net(x, c).square().sum())
+
+
+def test_gates_need_a_context_and_blocks():
+    for make in (
+        partial(nn.ResidualMLP, 3, 7),
+        partial(nn.MaskedMLP, 3, 2, (4, 4), residual=True),
+        partial(nn.MaskedAutoregressive, 3, (4, 4), residual=True),
+    ):
+        with pytest.raises(ValueError, match="gated=True needs context_features"):
+            make(gated=True)
+        with pytest.raises(TypeError, match="gated must be True or False"):
+            make(gated=1, context_features=2)
+    with pytest.raises(ValueError, match="gated=True needs residual=True"):
+        nn.MaskedMLP(3, 2, (4,), context_features=2, gated=True)

@@ -5,7 +5,16 @@ import pickle
 
 import pytest
 import torch
-from cases.chain import K, autoregressive, coupling, network, sample, value, whole_flows
+from cases.chain import (
+    K,
+    autoregressive,
+    coupling,
+    gated_steps,
+    network,
+    sample,
+    value,
+    whole_flows,
+)
 from cases.spline import every_map
 from laws import normal
 
@@ -49,6 +58,7 @@ def programs():
             autoregressive("exp", [2, 0, 1], (4,) * 3, residual=True, activate_last=False),
         ]
         yield ChainProgram(3, steps, K)
+    yield ChainProgram(3, [*gated_steps(context=True)], K)
     yield ChainProgram(1, [])
     yield ChainProgram(2, [PermuteStep([1, 0]), ActNormStep(), LinearStep(), PLUStep()])
     yield ChainProgram(2, [ShiftStep(1.5), ShiftStep(0.5)], base="normal")
@@ -119,6 +129,17 @@ def test_kept_blocks_are_the_inputs_of_steps_that_compute():
             lambda: ChainNetwork([ChainLayer(2, 3)] * 1, activation="swish"),
             ValueError,
             "activation must be one of identity, relu",
+        ),
+        (lambda: ChainLayer(2, 3, context="glu"), ValueError, "context must be one of"),
+        (
+            lambda: ChainNetwork([ChainLayer(2, 3, context="gate"), ChainLayer(2, 2)]),
+            ValueError,
+            r"layers\[0\] must have context='none'",
+        ),
+        (
+            lambda: ChainProgram(3, list(gated_steps())),
+            ValueError,
+            "context_features must be positive",
         ),
         (lambda: network(2, (3, 4), 2, residual=True), ValueError, "blocks are pairs"),
         (lambda: network(2, (3, 4, 3), 2, residual=True), ValueError, "must have the 3 units"),
@@ -245,6 +266,26 @@ def test_masked_weights_do_not_count(backend, inverse):
     for mask, g in zip(masks, grads, strict=True):
         assert (g[~mask] == 0).all()
         assert (g[mask] != 0).any()
+
+
+def test_gates_are_gated_linear_units(backend):
+    """As in the residual blocks of Durkan et al. (2019)."""
+    step = next(gated_steps(context=True))
+    given = sample(20, 3, [step], torch.float64)
+    program, x, context = given.fixed["program"], given.tensors["x"], given.tensors["context"]
+    tensors = given.tensors["tensors"]
+    left, linear = iter(tensors), torch.nn.functional.linear
+    h = linear(x[:, list(step.reads)], next(left), next(left)) + linear(context, tensors[-1])
+    for _ in range(2):
+        inner = linear(torch.nn.functional.silu(h), next(left), next(left))
+        inner = linear(torch.nn.functional.silu(inner), next(left), next(left))
+        gate = linear(context, next(left), next(left))
+        h = h + torch.nn.functional.glu(torch.cat([inner, gate], 1), 1)
+    shift, raw = linear(h, next(left), next(left)).chunk(2, 1)
+    moved, log_det = ops.affine(x[:, list(step.moves)], raw, shift, scale_map="tanh")
+    z, found = ops.chain(x, program, tensors, context=context)
+    torch.testing.assert_close(z[:, list(step.moves)], moved)
+    torch.testing.assert_close(found, log_det)
 
 
 def test_an_autoregressive_step_is_undone(backend):
