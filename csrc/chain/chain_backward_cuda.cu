@@ -50,7 +50,7 @@ __device__ void backward_op(const ChainRun<T>& run, const ChainOp& o, ChainBlock
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     chain_backward_kernel(const __grid_constant__ ChainRun<T> run) {
   PFK_SHARED_MEMORY(memory);
   ChainBlock<T> b = block_in(run, memory);
