@@ -41,8 +41,8 @@ def _mlp(net: MLP, link: Link) -> ChainNetwork | None:
     inner = net._modules
     link.watch(net, "context_features")
     body = inner["body"]
-    if type(body) is not torch.nn.Sequential:
-        return None
+    if type(body) is not torch.nn.Sequential or len(body._modules) % 2 == 0:
+        return None  # the last layer follows an activation
     link.watch(body)
     between = list(body._modules.values())
     layers = [inner["first"], *between[1::2], inner["last"]]

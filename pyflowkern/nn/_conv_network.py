@@ -14,8 +14,9 @@ from pyflowkern.nn._hooks import may_be_read
 
 __all__ = ["convolutions"]
 
-#: Measured: wider layers leave nothing to gain over torch's, and of smaller images vectors stay half empty.
-_WIDEST, _FEWEST_PIXELS = 128, 16
+#: Measured: of smaller images vectors stay half empty, and wider layers leave nothing to gain over torch's; the more
+#: pixels, the wider.
+_WIDEST = ((256, 256), (64, 128), (16, 64))
 #: The op gives an image to one thread; torch divides it, which is worth it from so many pixels on.
 _PIXELS_OF_A_THREAD = 1024
 
@@ -31,7 +32,10 @@ def convolutions(
     """
     if torch.compiler.is_compiling() or transformed():
         return None
-    if x.dim() != 4 or x.device.type != "cpu" or autocasts(x) or not _pays(x):
+    if x.dim() != 4 or x.device.type != "cpu" or autocasts(x):
+        return None
+    widest = _widest(x)
+    if not widest:
         return None
     if len(activations) != len(layers) - 1:  # something was appended
         return None
@@ -43,7 +47,7 @@ def convolutions(
         inside = layer.__dict__["_parameters"]  # nn.Module's own look-up takes longer
         if (weight := inside.get("weight")) is None or (bias := inside.get("bias")) is None:
             return None
-        if bias.dtype != x.dtype or not _keeps_size(layer) or bias.shape[0] > _WIDEST:
+        if bias.dtype != x.dtype or not _keeps_size(layer) or bias.shape[0] > widest:
             return None
         weights.append(weight)
         biases.append(bias)
@@ -51,11 +55,12 @@ def convolutions(
     return (weights, biases) if x.shape[1] == weights[0].shape[1] else None
 
 
-def _pays(x: Tensor) -> bool:
+def _widest(x: Tensor) -> int:
+    """Return the most channels of layers for which the op is faster, 0 for none."""
     pixels = x.shape[2] * x.shape[3]
-    if pixels < _FEWEST_PIXELS:
-        return False
-    return x.shape[0] * pixels <= _PIXELS_OF_A_THREAD or x.shape[0] >= torch.get_num_threads()
+    if x.shape[0] * pixels > _PIXELS_OF_A_THREAD and x.shape[0] < torch.get_num_threads():
+        return 0
+    return next((width for least, width in _WIDEST if pixels >= least), 0)
 
 
 def _keeps_size(layer: torch.nn.Conv2d) -> bool:

@@ -120,7 +120,7 @@ class MLP(_Conditioner):
         """Return the parameters ``[N, out_features]``."""
         body = list(self.body._modules.values())
         layers = [self.first, *body[1::2], self.last]
-        if (params := linear_layers(x, layers, body[0::2])) is not None:
+        if len(body) % 2 and (params := linear_layers(x, layers, body[0::2])) is not None:
             return evaluate_network(x, *params, self._context_bias(x, context), False, True)
         out: Tensor = self.last(self.body(self._first_layer(x, context)))
         return out

@@ -130,6 +130,18 @@ def test_changes_to_the_modules_are_seen(name):
     torch.testing.assert_close(weighted(x, context), net(x, context))
 
 
+def test_a_layer_appended_without_an_activation_is_called():
+    net = randomize(nn.MLP(3, 6, hidden=8), 0.5)
+    net.body.append(torch.nn.Linear(8, 8))
+    x = normal(7, 3, dtype=torch.float32)
+    torch.testing.assert_close(net(x), net.last(net.body(net.first(x))))
+    flow, x = nn.Sequential(nn.AffineCoupling(6, net), nn.ActNorm(6)), normal(7, 6).float()
+    flow(x)  # the ActNorm has seen data now
+    found = flow(x)
+    net.first.register_forward_hook(lambda *_: None)  # so that the layers are called
+    torch.testing.assert_close(found, flow(x))
+
+
 def test_functional_transforms_and_autocast():
     net, x, context = make("ResidualMLP", torch.float32)
     rows = torch.func.vmap(lambda v, c: net(v[None], c[None])[0])(x, context)
