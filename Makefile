@@ -51,29 +51,37 @@ bench: $(VENV)/installed
 # Prints what the next step of the set-up does and how long it takes on two cores, because its commands are quiet.
 say = @printf '\n== %s\n'
 
-# torch is installed first, by itself: a later resolution must not replace the CPU build that the constraint names
-$(VENV)/tools: constraints.txt pyproject.toml
+# what builds the kernels; torch comes before all that needs it, which must not replace the CPU build of the constraint.
+$(VENV)/compilers: constraints.txt pyproject.toml
 	$(say) "set-up 1/4: a Python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(say) "set-up 2/4: PyTorch, about 200 MB to download, 1 minute or so"
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy \
+	  scikit-build-core pybind11 ninja cmake
+	touch $@
+
+$(VENV)/tools: $(VENV)/compilers
 	$(say) "set-up 3/4: tools to build, test and train, about 300 MB to download, 1 to 2 minutes"
-	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 ninja cmake
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS) typer pillow pyyaml lightning \
 	  tensorboard matplotlib scikit-learn scikit-image
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
 	touch $@
 
 # of the build's output only the progress is shown, [7/47] Building ...; all of it if the build fails
-$(VENV)/installed: $(VENV)/tools $(SOURCES)
+$(VENV)/wheel: $(VENV)/compilers $(SOURCES)
 	$(say) "set-up 4/4: the kernels are compiled, 5 minutes or so on two cores, longer where nvcc is; the count says how far it is"
 	rm -rf dist
 	@mkdir -p build
 	@rm -f build/wheel.failed
-	@{ $(BIN)/python -m pip wheel -v . --no-build-isolation --no-deps -w dist 2>&1 || touch build/wheel.failed; } \
+	@{ MAKEFLAGS= $(BIN)/python -m pip wheel -v . --no-build-isolation --no-deps -w dist 2>&1 || touch build/wheel.failed; } \
 	  | tee build/wheel.log | grep --line-buffered -oE '\[[0-9]+/[0-9]+\] (Building|Linking) .*' \
 	  | sed -u -E 's#(CMakeFiles/|\.dir/csrc|(CXX|CUDA) (object|shared module) )##g' || true
 	@test ! -e build/wheel.failed || { cat build/wheel.log; echo "== the build failed, see above (build/wheel.log)"; exit 1; }
+	touch $@
+
+# compilers need the processor while pip waits for the network and writes files
+$(VENV)/installed: $(VENV)/compilers $(SOURCES)
+	@$(MAKE) --no-print-directory -j2 $(VENV)/tools $(VENV)/wheel
 	$(BIN)/python -m pip install -q --no-deps --force-reinstall dist/pyflowkern-*.whl
 	touch $@
 
