@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyflowkern.core.structure import Structure
 from pyflowkern.nn._links import Link
 from pyflowkern.nn.conditioners import MLP, ResidualMLP
 from pyflowkern.nn.masked import MaskedLinear, MaskedMLP
 from pyflowkern.ops.chain_steps import ChainLayer, ChainNetwork
 
-__all__ = ["coupling_network", "masked_network"]
+__all__ = ["Ends", "coupling_network", "masked_network"]
 
 #: The name of an activation, and the arguments that it must have.
 _ACTIVATIONS: dict[type[torch.nn.Module], tuple[str, dict[str, object]]] = {
@@ -29,15 +30,28 @@ _ACTIVATIONS: dict[type[torch.nn.Module], tuple[str, dict[str, object]]] = {
 }
 
 
-def coupling_network(conditioner: torch.nn.Module, link: Link) -> ChainNetwork | None:
-    """Return the network of a coupling, after noting it in the link; None for others than MLPs of this package."""
+class Ends(NamedTuple):
+    """Which inputs and outputs of a network count, of how many: those left read zeros, or are not used."""
+
+    inputs: Tensor
+    outputs: Tensor
+    sizes: tuple[int, int]
+
+
+def coupling_network(
+    conditioner: torch.nn.Module, link: Link, ends: Ends | None = None
+) -> ChainNetwork | None:
+    """Return the network of a coupling, after noting it in the link; None for others than MLPs of this package.
+
+    With ``ends`` it is a network of those inputs and outputs alone.
+    """
     kind = type(conditioner)
     if kind is MLP:
-        return _mlp(conditioner, link)  # type: ignore[arg-type]
-    return _residual_mlp(conditioner, link) if kind is ResidualMLP else None  # type: ignore[arg-type]
+        return _mlp(conditioner, link, ends)  # type: ignore[arg-type]
+    return _residual_mlp(conditioner, link, ends) if kind is ResidualMLP else None  # type: ignore[arg-type]
 
 
-def _mlp(net: MLP, link: Link) -> ChainNetwork | None:
+def _mlp(net: MLP, link: Link, ends: Ends | None) -> ChainNetwork | None:
     inner = net._modules
     link.watch(net, "context_features")
     body = inner["body"]
@@ -46,10 +60,10 @@ def _mlp(net: MLP, link: Link) -> ChainNetwork | None:
     link.watch(body)
     between = list(body._modules.values())
     layers = [inner["first"], *between[1::2], inner["last"]]
-    return _network(net, layers, between[0::2], link)
+    return _network(net, layers, between[0::2], link, ends=ends)
 
 
-def _residual_mlp(net: ResidualMLP, link: Link) -> ChainNetwork | None:
+def _residual_mlp(net: ResidualMLP, link: Link, ends: Ends | None) -> ChainNetwork | None:
     inner = net._modules
     link.watch(net, "context_features", "activate_last")
     blocks, end = inner["blocks"], inner["last"]
@@ -76,7 +90,8 @@ def _residual_mlp(net: ResidualMLP, link: Link) -> ChainNetwork | None:
         return None
     else:
         link.watch(activation)
-    return _network(net, [*layers, last], activations, link, True, net.activate_last, gates)
+    form = True, net.activate_last, gates, ends
+    return _network(net, [*layers, last], activations, link, *form)
 
 
 def _network(
@@ -87,12 +102,15 @@ def _network(
     residual: bool = False,
     activate_last: bool = True,
     gates: Sequence[torch.nn.Module] = (),
+    ends: Ends | None = None,
 ) -> ChainNetwork | None:
     activation = _activation(activations, link)
     if activation is None or not all(type(layer) is torch.nn.Linear for layer in layers):
         return None
     found = [
-        _layer(layer, link, _gate_of(gates, i, len(layers)))
+        _part(layer, link, ends, i == 0)
+        if ends is not None and i in (0, len(layers) - 1)
+        else _layer(layer, link, _gate_of(gates, i, len(layers)))
         for i, layer in enumerate(layers)
         if layer is not None
     ]
@@ -182,6 +200,31 @@ def _layer(
         link.read(gate, "weight", "bias")
         options["context"] = "gate"
     return ChainLayer(outputs, inputs, bias is not None, **options)
+
+
+def _part(layer: torch.nn.Module, link: Link, ends: Ends, first: bool) -> ChainLayer | None:
+    """Return the first or the last layer with those inputs or outputs alone that count, after noting its tensors."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or bias is None or weight.dim() != 2:
+        return None
+    axis = 1 if first else 0
+    if weight.shape[axis] != ends.sizes[0 if first else 1] or bias.shape != weight.shape[:1]:
+        return None
+    host = ends.inputs if first else ends.outputs
+    kept, shape = Structure(host), weight.shape
+
+    def make(inverse: bool) -> Sequence[Any]:
+        w, b = layer._parameters["weight"], layer._parameters["bias"]
+        if w is None or b is None or w.shape != shape or b.shape != shape[:1]:
+            return w, b  # which the op refuses, so that the layers are asked
+        index = kept.on(w.device)
+        part = w.index_select(axis, index)
+        return part, b if first else b.index_select(0, index)
+
+    link.watch(layer)
+    link.make(layer, ("weight", "bias"), make)
+    outputs, inputs = weight.shape
+    return ChainLayer(outputs, len(host)) if first else ChainLayer(len(host), inputs)
 
 
 def _context(net: MLP | ResidualMLP | MaskedMLP, link: Link) -> bool:

@@ -114,12 +114,13 @@ class Coupling(Bijection):
         return passing, [c for c in channels if c not in passing]
 
     def _elements(
-        self, transform: ElementMap, net: ChainNetwork, layout: str = "feature_major"
+        self,
+        transform: ElementMap,
+        net: ChainNetwork,
+        parts: tuple[list[int], list[int]],
+        layout: str = "feature_major",
     ) -> ElementsStep | None:
         """Return this layer as a step of a chain; None for a network of other sizes, which only calls can refuse."""
-        parts = self._vector_parts()
-        if parts is None:
-            return None
         passing, moved = parts
         try:
             return ElementsStep(transform, moved, passing, net, layout)

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.core.checks import check_channels
 from pyflowkern.nn._base import Bijection, zero_log_det
-from pyflowkern.nn._chain_networks import coupling_network
+from pyflowkern.nn._chain_networks import Ends, coupling_network
 from pyflowkern.nn._coupling import (
     Conditioner,
     Coupling,
@@ -93,12 +93,21 @@ class AffineCoupling(Coupling):
         return self._run(z, context, inverse=True)
 
     def _chain_link(self) -> Link | None:
-        if type(self) not in (AffineCoupling, AdditiveCoupling) or self._vector_parts() is None:
+        if type(self) not in (AffineCoupling, AdditiveCoupling):
             return None
-        link = Link()
+        link, ends, parts = Link(), None, self._vector_parts()
+        if parts is None:  # a mask, whose network reads and returns all channels
+            if (mask := self.mask) is None or mask.dim() != 1 or mask.all() or not mask.any():
+                return None
+            passing, moved = (m.nonzero().flatten() for m in (~mask, mask))
+            parts = passing.tolist(), moved.tolist()
+            size = self.channels
+            additive = self.scale_map.kind == "additive"
+            outputs = moved if additive else torch.cat([moved, moved + size])
+            ends = Ends(passing, outputs, (size, size if additive else 2 * size))
         link.watch(self, *self._facts, "scale_map")
-        net = coupling_network(self.conditioner, link)
-        step = None if net is None else self._elements(self.scale_map, net, "blocked")
+        net = coupling_network(self.conditioner, link, ends)
+        step = None if net is None else self._elements(self.scale_map, net, parts, "blocked")
         if step is None:
             return None
         link.steps.append(step)

@@ -117,7 +117,7 @@ class SplineCoupling(Coupling):
         link = Link()
         link.watch(self, *self._facts, "spline")
         net = coupling_network(self.conditioner, link)
-        step = None if net is None else self._elements(self.spline, net)
+        step = None if net is None else self._elements(self.spline, net, parts)
         if step is None:
             return None
         link.steps.append(step)

@@ -66,6 +66,13 @@ SEQUENCES = {
         Affine(D, partial(mlp, context_features=K)),
         Spline(D, partial(residual, context_features=K), bins=3),
     ],
+    "masks": lambda: [
+        Affine(D, mlp, split=INTERLEAVED),
+        Affine(
+            D, residual, split=IRREGULAR, swap=True, scale_map=ScaleMap("exp", shift_first=True)
+        ),
+        nn.AdditiveCoupling(D, mlp, split=IRREGULAR),
+    ],
     "context of gates": lambda: [
         Affine(D, partial(residual, context_features=K, gated=True)),
         made_of_blocks(context_features=K, gated=True, activation="silu"),

@@ -234,3 +234,14 @@ def test_vectors_alone(calls):
     flow = nn.Sequential(Affine(4, partial(nn.ConvNet, hidden=4)), nn.ActNorm(4))
     agrees(flow.double(), normal(2, 4, 3, 3))
     assert not calls
+
+
+def test_networks_behind_a_mask_are_checked_as_those_of_the_layers(calls):
+    """Parts of their weights are taken at each call: of one that no longer fits the layer itself complains."""
+    flow, x, _ = make("masks")
+    flow(x)
+    assert len(calls) == 1
+    first = flow[0].conditioner.first
+    first.weight = torch.nn.Parameter(normal(first.weight.shape[0], D + 1))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        flow(x)
