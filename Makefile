@@ -67,13 +67,14 @@ $(VENV)/tools: $(VENV)/compilers
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
 	touch $@
 
-# of the build's output only the progress is shown, [7/47] Building ...; all of it if the build fails
+# Of the output only the progress is shown, [7/47] Building ...; all of it if the build fails.
+# ccache is to ask the compiler what a source includes, and not to run the preprocessor beside it.
 $(VENV)/wheel: $(VENV)/compilers $(SOURCES)
 	$(say) "set-up 4/4: the kernels are compiled, 5 minutes or so on two cores, longer where nvcc is; the count says how far it is"
 	rm -rf dist
 	@mkdir -p build
 	@rm -f build/wheel.failed
-	@{ MAKEFLAGS= $(BIN)/python -m pip wheel -v . --no-build-isolation --no-deps -w dist 2>&1 || touch build/wheel.failed; } \
+	@{ MAKEFLAGS= CCACHE_DEPEND=1 $(BIN)/python -m pip wheel -v . --no-build-isolation --no-deps -w dist 2>&1 || touch build/wheel.failed; } \
 	  | tee build/wheel.log | grep --line-buffered -oE '\[[0-9]+/[0-9]+\] (Building|Linking) .*' \
 	  | sed -u -E 's#(CMakeFiles/|\.dir/csrc|(CXX|CUDA) (object|shared module) )##g' || true
 	@test ! -e build/wheel.failed || { cat build/wheel.log; echo "== the build failed, see above (build/wheel.log)"; exit 1; }
