@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Chains", "Run", "served"]
 
 Pair = tuple[Tensor, Tensor]
-#: Units of a network without masks up to which one op is the faster one with gradients, too.  The op computes each layer
-#: again before its backward pass, which makes 8 operations for a weight and a sample of a step where layers, which keep
-#: all units, take 6.  Beyond 128 units products are all of the time, and run at 90% of what a core can do: steps by
-#: layers take 0.73 (1,024 units) to 0.93 of the time.  The forward pass by layers does not win.
+#: Units of a network without masks up to which one op is the faster one with gradients, too.  The op computes each
+#: layer again before its backward pass, which makes 8 operations for a weight and a sample of a step where layers, that
+#: keep all units, take 6.  Beyond 128 units products are nearly all of the time, and run at 90% of what a core can do:
+#: steps by layers take 0.73 (1,024 units) to 0.93 of the time.  The forward pass by layers does not win.
 _WIDE = 128
 #: Features, and units of any hidden layer, up to which one op runs on CUDA, where a block of threads has all of a tile:
 #: wider layers are left to torch's products.
