@@ -106,6 +106,8 @@ class MaskedMLP(torch.nn.Module):
         features, outputs = check_count("features", features), check_count("outputs", outputs)
         context_features = check_count("context_features", context_features, 0)
         check_flag("random_degrees", random_degrees)
+        if check_flag("gated", gated) and not residual:
+            raise ValueError("gated=True needs residual=True, got False")
         widths = _widths(hidden, check_flag("residual", residual))
         self.features, self.outputs = features, outputs
         self.context_features = context_features
@@ -129,8 +131,6 @@ class MaskedMLP(torch.nn.Module):
         self.context = (
             torch.nn.Linear(context_features, widths[0], bias=False) if context_features else None
         )
-        if check_flag("gated", gated) and not residual:
-            raise ValueError("gated=True needs residual=True, got False")
         self.gates = gate_layers(gated, context_features, widths[0], len(widths))
         for parameter in self.layers[-1].parameters():
             torch.nn.init.zeros_(parameter)
