@@ -28,9 +28,9 @@ def convolutions(
 
     They must be called for other activations than one ReLU between any two, for layers that were replaced, hooked or
     parametrized, with hooks of all modules (:func:`may_be_read`), under autocast and under a function transform.  Under
-    a compiler they are called because it fuses them itself.
+    a compiler they are called because it fuses them itself, and under ``torch.jit.trace``, which knows torch's alone.
     """
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None:
         return None
     if x.dim() != 4 or x.device.type != "cpu" or autocasts(x):
         return None
@@ -47,7 +47,7 @@ def convolutions(
         inside = layer.__dict__["_parameters"]  # nn.Module's own look-up takes longer
         if (weight := inside.get("weight")) is None or (bias := inside.get("bias")) is None:
             return None
-        if bias.dtype != x.dtype or not _keeps_size(layer) or bias.shape[0] > widest:
+        if bias.dtype != x.dtype or not _keeps_size(layer, weight) or bias.shape[0] > widest:
             return None
         weights.append(weight)
         biases.append(bias)
@@ -63,11 +63,12 @@ def _widest(x: Tensor) -> int:
     return next((width for least, width in _WIDEST if pixels >= least), 0)
 
 
-def _keeps_size(layer: torch.nn.Conv2d) -> bool:
-    side = layer.kernel_size[0]
+def _keeps_size(layer: torch.nn.Conv2d, weight: Tensor) -> bool:
+    """Whether images stay as large as they are.  As for torch, the weight says how large its filter is."""
+    side = weight.shape[-1]
     return (
         side in (1, 3)
-        and layer.kernel_size == (side, side)
+        and weight.shape[2:] == (side, side)
         and layer.padding == (side // 2, side // 2)
         and layer.stride == (1, 1)
     )

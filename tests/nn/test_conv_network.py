@@ -149,3 +149,17 @@ def test_functional_transforms_and_autocast(calls):
     with torch.autocast("cpu", torch.bfloat16):
         assert net(x, context).dtype == torch.bfloat16
     assert len(calls) == before
+
+
+def test_a_tracer_sees_the_convolutions():
+    net, x, context = make(torch.float32)
+    traced = torch.jit.trace(net, (x, context))  # compares two traces and their results
+    assert "conv_network" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x[:3], context[:3]), net(x[:3], context[:3]))
+
+
+def test_padding_is_that_of_the_layer_for_a_weight_of_another_filter():
+    net, x, context = make()
+    net.body[1].weight = torch.nn.Parameter(normal(6, 6, 3, 3))  # behind a padding for 1x1
+    inner = net.first(x) + net.context(context)[:, :, None, None]
+    torch.testing.assert_close(net(x, context), net.last(net.body(inner)))
