@@ -185,4 +185,4 @@ def plan(n: int, d: int, iterations: int) -> Case:
     )
 
 
-CASES = [*(training(d) for d in (2, 10, 50)), *(plan(4_096, d, 10) for d in (2, 50))]
+CASES = [*(training(d) for d in (2, 10, 50)), *(plan(2_048, d, 10) for d in (2, 50))]
