@@ -155,16 +155,17 @@ PFK_HD V cubic_vjp(const SplineMap<Lane<V>>& m, Tile& t, V v, V grad_out, V grad
   const CubicBin<V> b = cubic_bin(m, t, v);
   const V zero = T(0), two = T(2), three = T(3), xi = b.xi, zeta = V(T(1)) - xi;
   const V slope = cubic_slope(xi, b.s, b.d0, b.d1), over = V(T(1)) / slope;
+  const V of_log = select(slope > V(least_number<T>()), over, zero);  // constant at its least
   const V log_by_x =
-      two * (b.d1 * xi - b.d0 * zeta + (three * b.s - b.d0 - b.d1) * (zeta - xi)) * over / b.w;
+      two * (b.d1 * xi - b.d0 * zeta + (three * b.s - b.d0 - b.d1) * (zeta - xi)) * of_log / b.w;
   SplineGrad<V> g;
   g.in =
       m.inverse ? (grad_out - grad_log * log_by_x) * over : grad_out * slope + grad_log * log_by_x;
   const V gy = m.inverse ? -g.in : grad_out, gl = m.inverse ? -grad_log : grad_log;
   const V gx = m.inverse ? -grad_out : g.in, rise = gy * b.w;
-  V by_s = rise * xi * xi * (three - two * xi) + gl * V(T(6)) * xi * zeta * over;
-  g.d0 = rise * xi * zeta * zeta + gl * zeta * (zeta - two * xi) * over;
-  g.d1 = gl * xi * (xi - two * zeta) * over - rise * xi * xi * zeta;
+  V by_s = rise * xi * xi * (three - two * xi) + gl * V(T(6)) * xi * zeta * of_log;
+  g.d0 = rise * xi * zeta * zeta + gl * zeta * (zeta - two * xi) * of_log;
+  g.d1 = gl * xi * (xi - two * zeta) * of_log - rise * xi * xi * zeta;
   g.start_x = -gx, g.start_y = gy;
   g.size_x = gy * cubic_rise(xi, b.s, b.d0, b.d1) - xi * gx;
   g.size_y = zero;

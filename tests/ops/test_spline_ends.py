@@ -108,3 +108,17 @@ def test_forward_mode_has_the_derivatives_of_reverse_mode(smap, inverse):
         by_v, by_raw = (g * t for g, t in zip(grads, tangents, strict=True))
         wanted = by_v + by_raw.sum(-1)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_where_a_cubic_is_as_flat_as_can_be_its_log_slope_is_constant(backend):
+    """Of a raw derivative of -5000 the slope at the end is the least number, and not what it was computed from."""
+    params = torch.zeros(1, 1, 12, dtype=torch.float64, device=backend)
+    params[..., [0, 5, 10, 11]] = torch.tensor([9e3, 5e2, -5e3, -5e3], dtype=torch.float64).to(
+        backend
+    )
+    x = torch.ones(1, 1, dtype=torch.float64, device=backend).requires_grad_()
+    params.requires_grad_()
+    smap = SplineMap("cubic", bins=5, bound=1.0)
+    log_slope = spline(x, params, smap)[1]
+    for grad in torch.autograd.grad(log_slope.sum(), (x, params)):
+        torch.testing.assert_close(grad, torch.zeros_like(grad))
