@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 __all__ = ["find_row", "milliseconds", "summary"]
 
@@ -20,6 +22,8 @@ HEADLINES = (
     ("linear", "linear 4096x32", "forward+backward"),
     ("relu_network", "residual 200 x", "forward+backward"),
     ("relu_network", "residual 512 x", "forward+backward"),
+    ("conv_network", "plain 32 x 16x16", "forward+backward"),
+    ("conv_network", "plain 32 x 8x8", "forward+backward"),
     ("matrix", "slogdet_inverse 1x48", "forward"),
     ("matrix", "plu_matrix 48", "forward+backward"),
     ("preprocess", "dequantize+logit 512x3x32x32", "forward"),
@@ -61,12 +65,19 @@ PEERS = (
     ("small_flows", "log_prob NSF D=6 5 x (50, 50), batch 1", "call", ("zuko",)),
     ("ffjord", "training step D=6", "call", ("eager", "checkpointed")),
     ("transport", "1000 x 1000, d=2", "forward", ("POT", "POT on tensors")),
+    ("flow_matching", "training step d=2 ", "call", ("torchcfm", "independent")),
+    ("flow_matching", "training step d=50 ", "call", ("torchcfm", "independent")),
     ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
     ("ode", "dopri5 of 1000000", "call", ("eager",)),
 )
 #: Families whose "eager" is another library, and providers whose names need an explanation.
 EAGER = {"ffjord": "torchdiffeq", "ode": "torchdiffeq"}
-EXPLAINED = {"our solver": "our solver with torch's layers", "checkpointed": "ours, checkpointed"}
+EXPLAINED = {
+    "our solver": "our solver with torch's layers",
+    "checkpointed": "ours, checkpointed",
+    "independent": "ours without transport",
+    "torchcfm": "torch's layers and POT's plan",
+}
 LARGE = 20.0  # ratios to the floor above this say nothing: most of the time is the overhead of the call
 
 
@@ -97,10 +108,30 @@ def summary(folder: Path | None) -> str:
             for peer in peers
         ]
         name = f"sampling {row['case']}" if family == "autoregressive" else row["case"]
-        name = f"{family}: {name}" if family in EAGER else name
+        name = f"{family}: {name}" if family in (*EAGER, "flow_matching") else name
         cells = [name, row["pass"], milliseconds(float(row["p50"])), ", ".join(times)]
         lines.append(f"| {' | '.join(cells)} |")
+    if (path := folder / "busy.json").is_file():
+        lines += ["", *_beside_a_busy_process(json.loads(path.read_text()))]
     return "\n".join([*lines, "", f"{'; '.join(where)}; float32."])
+
+
+def _beside_a_busy_process(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of ``python -m bench busy`` as a table: a row for each model, ours first."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    found = {(row["model"], row["provider"]): row for row in rows}
+    lines = [
+        f"| whole step, alone / beside a busy process, ms | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for model in models:
+        cells = [
+            f"{milliseconds(row['alone_ms'])} / {milliseconds(row['busy_ms'])} ({row['ratio']:.1f}x)"
+            for row in (found[model, name] for name in names)
+        ]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return lines
 
 
 _SPEEDUPS = ("speedup_vs_eager", "speedup_vs_compile")
