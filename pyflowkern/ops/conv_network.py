@@ -15,16 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import (
-    check_flag,
-    check_floating,
-    check_list,
-    check_same_device,
-    check_shape,
-)
-from pyflowkern.core.dtypes import full_precision
+from pyflowkern.core.checks import check_flag, check_floating
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
+from pyflowkern.ops._relu_layers import check_layers, run_layers
 
 __all__ = ["conv_network", "conv_network_reference"]
 
@@ -136,15 +130,8 @@ def _reference(
     def layer(i: int, h: Tensor) -> Tensor:
         return functional.conv2d(h, weights[i], biases[i], padding=weights[i].shape[2] // 2)
 
-    last = len(weights) - 1
-    with full_precision(x):  # the kernel computes in the dtype of its arguments
-        h = layer(0, x)
-        if context is not None:
-            h = h + context[:, :, None, None]
-        for i in range(1, last, 2 if residual else 1):
-            inner = layer(i, h.relu())
-            h = h + layer(i + 1, inner.relu()) if residual else inner
-        return layer(last, h.relu() if activate_last else h)
+    each = None if context is None else context[:, :, None, None]
+    return run_layers(x, each, layer, len(weights), residual, activate_last)
 
 
 # --- argument checks -----------------------------------------------------------------------------
@@ -163,38 +150,7 @@ def _check(
         raise ValueError(
             f"x must have shape [N, in, H, W] with at least one channel and pixel, got {tuple(x.shape)}"
         )
-    for name, tensors in (("weights", weights), ("biases", biases)):
-        check_list(name, tensors)
-    count = len(weights)
-    if count < 2 or len(biases) != count:
-        raise ValueError(
-            f"weights and biases must have one entry for each of at least two layers, "
-            f"got {count} and {len(biases)}"
-        )
-    if residual and count % 2:
-        raise ValueError(f"residual blocks are pairs of layers, got {count - 2} between the ends")
-    if not residual and not activate_last:
-        raise ValueError("activate_last=False is for residual networks, got residual=False")
-    size = x.shape[1]
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_floating(f"weights[{i}]", weight)
-        check_floating(f"biases[{i}]", bias)
-        hidden = weights[0].shape[0] if residual and 0 < i < count - 1 else None
-        _check_weight(i, weight, size, hidden)
-        size = weight.shape[0]
-        check_shape(f"biases[{i}]", bias, (size,))
-        if weight.dtype != x.dtype or bias.dtype != x.dtype:
-            raise TypeError(
-                f"weights[{i}] and biases[{i}] must have the dtype of x, {x.dtype}, "
-                f"got {weight.dtype} and {bias.dtype}"
-            )
-        check_same_device(x=x, weight=weight, bias=bias)
-    if context is not None:
-        check_floating("context", context)
-        check_shape("context", context, (x.shape[0], weights[0].shape[0]))
-        if context.dtype != x.dtype:
-            raise TypeError(f"context must have the dtype of x, {x.dtype}, got {context.dtype}")
-        check_same_device(x=x, context=context)
+    check_layers(x, weights, biases, context, residual, activate_last, _check_weight)
 
 
 def _check_weight(i: int, weight: Tensor, size: int, hidden: int | None) -> None:

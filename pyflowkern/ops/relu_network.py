@@ -15,16 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.checks import (
-    check_flag,
-    check_floating,
-    check_list,
-    check_same_device,
-    check_shape,
-)
-from pyflowkern.core.dtypes import full_precision
+from pyflowkern.core.checks import check_flag, check_floating
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference
+from pyflowkern.ops._relu_layers import check_layers, run_layers
 
 __all__ = ["relu_network", "relu_network_reference"]
 
@@ -129,15 +123,10 @@ def _reference(
     residual: bool,
     activate_last: bool,
 ) -> Tensor:
-    linear, last = functional.linear, len(weights) - 1
-    with full_precision(x):  # the kernel computes in the dtype of its arguments
-        h = linear(x, weights[0], biases[0])
-        if context is not None:
-            h = h + context
-        for i in range(1, last, 2 if residual else 1):
-            inner = linear(h.relu(), weights[i], biases[i])
-            h = h + linear(inner.relu(), weights[i + 1], biases[i + 1]) if residual else inner
-        return linear(h.relu() if activate_last else h, weights[last], biases[last])
+    def layer(i: int, h: Tensor) -> Tensor:
+        return functional.linear(h, weights[i], biases[i])
+
+    return run_layers(x, context, layer, len(weights), residual, activate_last)
 
 
 # --- argument checks -----------------------------------------------------------------------------
@@ -154,40 +143,14 @@ def _check(
     check_floating("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, in], got {tuple(x.shape)}")
-    for name, tensors in (("weights", weights), ("biases", biases)):
-        check_list(name, tensors)
-    count = len(weights)
-    if count < 2 or len(biases) != count:
-        raise ValueError(
-            f"weights and biases must have one entry for each of at least two layers, "
-            f"got {count} and {len(biases)}"
-        )
-    if residual and count % 2:
-        raise ValueError(f"residual blocks are pairs of layers, got {count - 2} between the ends")
-    if not residual and not activate_last:
-        raise ValueError("activate_last=False is for residual networks, got residual=False")
-    size = x.shape[1]
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_floating(f"weights[{i}]", weight)
-        check_floating(f"biases[{i}]", bias)
-        hidden = weights[0].shape[0] if residual and 0 < i < count - 1 else None
-        if weight.dim() != 2 or weight.shape[1] != size or hidden not in (None, weight.shape[0]):
-            want = f"[{'out' if hidden is None else hidden}, {size}]"
-            raise ValueError(f"weights[{i}] must have shape {want}, got {tuple(weight.shape)}")
-        size = weight.shape[0]
-        check_shape(f"biases[{i}]", bias, (size,))
-        if weight.dtype != x.dtype or bias.dtype != x.dtype:
-            raise TypeError(
-                f"weights[{i}] and biases[{i}] must have the dtype of x, {x.dtype}, "
-                f"got {weight.dtype} and {bias.dtype}"
-            )
-        check_same_device(x=x, weight=weight, bias=bias)
-    if context is not None:
-        check_floating("context", context)
-        check_shape("context", context, (x.shape[0], weights[0].shape[0]))
-        if context.dtype != x.dtype:
-            raise TypeError(f"context must have the dtype of x, {x.dtype}, got {context.dtype}")
-        check_same_device(x=x, context=context)
+    check_layers(x, weights, biases, context, residual, activate_last, _check_weight)
+
+
+def _check_weight(i: int, weight: Tensor, size: int, hidden: int | None) -> None:
+    """Raise unless it is ``[out, size]`` with, if given, ``hidden`` outputs."""
+    if weight.dim() != 2 or weight.shape[1] != size or hidden not in (None, weight.shape[0]):
+        want = f"[{'out' if hidden is None else hidden}, {size}]"
+        raise ValueError(f"weights[{i}] must have shape {want}, got {tuple(weight.shape)}")
 
 
 # --- ops -----------------------------------------------------------------------------------------
