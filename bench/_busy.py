@@ -77,7 +77,7 @@ def measure(out: Path) -> list[dict[str, object]]:
             for _ in range(ROUNDS):
                 for busy in (False, True):
                     process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # until the scheduler has noticed
                     for name, step in steps.items():
                         times.setdefault((name, busy), []).extend(milliseconds(partial(step, x)))
         for name in steps:
