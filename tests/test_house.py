@@ -15,6 +15,7 @@ ORDER = [
     *[
         ("cli", "_commands"),
         ("train",),
+        ("interop",),
         ("flows", "data", "transport"),
         ("nn",),
         ("ode",),

@@ -11,9 +11,9 @@ from torch.distributions import Transform, constraints
 
 from pyflowkern.core.checks import check_batched
 from pyflowkern.core.dtypes import accumulation_dtype
-from pyflowkern.nn._chain import Chains, Run, served
 from pyflowkern.nn._hooks import may_be_read
-from pyflowkern.nn._links import Link
+from pyflowkern.nn.chain import Chains, Layer, Run, served
+from pyflowkern.nn.links import Link
 
 __all__ = [
     "Bijection",
@@ -262,7 +262,7 @@ class Sequential(Bijection):
         pair = parts[0].fused(x, context, "normal", checked=True)
         return None if pair is None else pair[1]
 
-    def _parts(self) -> Sequence[Bijection | Run]:
+    def _parts(self) -> Sequence[Layer | Run]:
         """Return the layers, or runs of them that one op replaces, where :func:`served` allows it."""
         layers: list[Any] = [*self.layers._modules.values()]
         chains = self.__dict__.get("_chains")
@@ -270,7 +270,7 @@ class Sequential(Bijection):
             chains is None or chains.owner is not self.__dict__["_modules"]
         ):  # of an older file, or of another
             chains = self.__dict__["_chains"] = Chains(self.__dict__["_modules"])
-        parts: list[Bijection | Run] | None = chains.parts(layers)
+        parts: list[Layer | Run] | None = chains.parts(layers)
         return layers if parts is None else parts
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

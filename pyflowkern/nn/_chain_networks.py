@@ -9,25 +9,12 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.structure import Structure
-from pyflowkern.nn._links import Link
 from pyflowkern.nn.conditioners import MLP, ResidualMLP
+from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.nn.masked import MaskedLinear, MaskedMLP
 from pyflowkern.ops.chain_steps import ChainLayer, ChainNetwork
 
 __all__ = ["Ends", "coupling_network", "masked_network"]
-
-#: The name of an activation, and the arguments that it must have.
-_ACTIVATIONS: dict[type[torch.nn.Module], tuple[str, dict[str, object]]] = {
-    torch.nn.Identity: ("identity", {}),
-    torch.nn.ReLU: ("relu", {}),
-    torch.nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
-    torch.nn.ELU: ("elu", {"alpha": 1.0}),
-    torch.nn.Tanh: ("tanh", {}),
-    torch.nn.Sigmoid: ("sigmoid", {}),
-    torch.nn.SiLU: ("silu", {}),
-    torch.nn.GELU: ("gelu", {"approximate": "none"}),
-    torch.nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
-}
 
 
 class Ends(NamedTuple):
@@ -104,7 +91,7 @@ def _network(
     gates: Sequence[torch.nn.Module] = (),
     ends: Ends | None = None,
 ) -> ChainNetwork | None:
-    activation = _activation(activations, link)
+    activation = activation_name(activations, link)
     if activation is None or not all(type(layer) is torch.nn.Linear for layer in layers):
         return None
     found = [
@@ -127,24 +114,6 @@ def _network(
         )
     except ValueError:  # layers that do not fit each other: calling them says so
         return None
-
-
-def _activation(activations: Sequence[torch.nn.Module | None], link: Link) -> str | None:
-    """Return the name of the one activation that all are; of none, any will do."""
-    names = set()
-    for module in activations:
-        name, options = _ACTIVATIONS.get(type(module), ("", {}))  # type: ignore[arg-type]
-        if module is None or not name:
-            return None
-        if any(getattr(module, key) != value for key, value in options.items()):
-            return None
-        link.watch(module, *options)
-        names.add(name)
-    if names == {"softplus"}:  # torch's own is linear from 20 on, which leaves out 2e-9
-        link.in_float64 = False
-    if len(names) > 1:
-        return None
-    return names.pop() if names else "identity"
 
 
 def _gates(net: ResidualMLP | MaskedMLP, blocks: int, link: Link) -> list[torch.nn.Module] | None:

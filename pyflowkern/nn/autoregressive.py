@@ -15,8 +15,8 @@ from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._blocks import gate_values
 from pyflowkern.nn._chain_networks import masked_network
 from pyflowkern.nn._coupling import condition
-from pyflowkern.nn._links import Link
 from pyflowkern.nn.jacobi import jacobi_inverse
+from pyflowkern.nn.links import Link
 from pyflowkern.nn.masked import MaskedMLP
 from pyflowkern.ops.chain_steps import ElementsStep
 from pyflowkern.ops.elements import (

@@ -17,7 +17,7 @@ from pyflowkern.nn._coupling import (
     check_split,
     condition,
 )
-from pyflowkern.nn._links import Link
+from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap, channel_split_sizes, checkerboard_mask
 
 __all__ = [

@@ -8,8 +8,8 @@ from pyflowkern import ops
 from pyflowkern.core.checks import check_channels
 from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._hooks import may_be_read
-from pyflowkern.nn._links import Link
 from pyflowkern.nn.linear import InvertibleLinear
+from pyflowkern.nn.links import Link
 from pyflowkern.nn.normalization import ActNorm
 
 __all__ = ["GlowStep"]

@@ -12,7 +12,7 @@ from pyflowkern.core.dtypes import accumulation_dtype, autocasts
 from pyflowkern.core.kept import Kept
 from pyflowkern.core.structure import HasPermutations
 from pyflowkern.nn._base import Bijection
-from pyflowkern.nn._links import Link
+from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import LinearStep, PLUStep
 
 __all__ = ["InvertibleConv1x1", "InvertibleLinear"]

@@ -14,8 +14,8 @@ from pyflowkern import ops
 from pyflowkern._library import transformed
 from pyflowkern.core.checks import check_channels, check_count
 from pyflowkern.nn._base import Bijection
-from pyflowkern.nn._links import Link
 from pyflowkern.nn._ranks import process_groups, write_parameters
+from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep
 
 __all__ = ["ActNorm"]

@@ -16,7 +16,7 @@ from pyflowkern.core.checks import (
 )
 from pyflowkern.core.structure import HasPermutations, structure_device
 from pyflowkern.nn._base import Bijection, zero_log_det
-from pyflowkern.nn._links import Link
+from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import PermuteStep
 
 __all__ = ["Permutation", "Reverse", "Squeeze"]

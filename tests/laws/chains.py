@@ -8,7 +8,7 @@ import torch
 from laws.draws import normal
 from laws.modules import randomize
 from pyflowkern import flows, nn, use_reference
-from pyflowkern.nn import _chain
+from pyflowkern.nn import chain
 from pyflowkern.ops import ScaleMap, SplineMap
 
 D, K = 5, 2
@@ -159,11 +159,11 @@ def trained(name, steps, dtype=torch.float32, layers=False):
 @pytest.fixture
 def calls(monkeypatch):
     """The programs that ran as one op."""
-    seen, run = [], _chain.run_chain
+    seen, run = [], chain.run_chain
 
     def spy(x, context, program, *others):
         seen.append(program)
         return run(x, context, program, *others)
 
-    monkeypatch.setattr(_chain, "run_chain", spy)
+    monkeypatch.setattr(chain, "run_chain", spy)
     return seen

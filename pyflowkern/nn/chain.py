@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +13,28 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
 from pyflowkern.nn._hooks import globally_hooked
-from pyflowkern.nn._links import Link, Watched, obstructed
+from pyflowkern.nn.links import Link, Watched, obstructed
 from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import ElementsStep
 
-if TYPE_CHECKING:
-    from pyflowkern.nn._base import Bijection
-
-__all__ = ["Chains", "Run", "served"]
+__all__ = ["Chains", "Layer", "Run", "served"]
 
 Pair = tuple[Tensor, Tensor]
+
+
+class Layer(Protocol):
+    """What may stand in a run: a :class:`~pyflowkern.nn.Bijection`, or what stands for another library's transform."""
+
+    def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Any:
+        """Run from data to latent."""
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, /) -> Pair:
+        """Run from latent to data."""
+
+    def _chain_link(self) -> Link | None: ...
+
+
 #: Units of a network without masks up to which one op is the faster one with gradients, too.  The op computes each
 #: layer again before its backward pass, which makes 8 operations for a weight and a sample of a step where layers, that
 #: keep all units, take 6.  Beyond 128 units products are nearly all of the time, and run at 90% of what a core can do:
@@ -39,7 +50,7 @@ _is_cpu = attrgetter("is_cpu")
 class Run:
     """Layers one after another that one op replaces."""
 
-    def __init__(self, layers: Sequence[Bijection], link: Link, features: int) -> None:
+    def __init__(self, layers: Sequence[Layer], link: Link, features: int) -> None:
         self.layers = list(layers)
         self.watched = Watched(link)
         self._link, self._features = link, features
@@ -132,12 +143,12 @@ class Chains:
         #: The modules of the sequence that this belongs to: shallow copies have others.
         self.owner = owner
         self._layers: list[Any] = []
-        self._parts: list[Bijection | Run] = []
+        self._parts: list[Layer | Run] = []
         self._runs: list[Run] = []
         #: Whether what kept a layer out of the runs, such as a hook, is still there.
         self._blocked: list[Callable[[], bool]] = []
 
-    def parts(self, layers: list[Any]) -> list[Bijection | Run] | None:
+    def parts(self, layers: list[Any]) -> list[Layer | Run] | None:
         """Return runs, and layers that are called; None where there are no runs."""
         if (
             layers != self._layers
@@ -148,7 +159,7 @@ class Chains:
         return self._parts if self._runs else None
 
     def _find(self, layers: list[Any]) -> None:
-        parts: list[Bijection | Run] = []
+        parts: list[Layer | Run] = []
         blocked: list[Callable[[], bool]] = []
         run: list[Any] = []
         link, features = Link(), 0
@@ -226,7 +237,8 @@ def _joined(link: Link, own: Link) -> Link | None:
 
 
 def _features(layer: Any) -> int:
-    if (inner := layer._modules.get("bijection")) is not None:
+    inner = getattr(layer, "bijection", None)
+    if isinstance(inner, torch.nn.Module):
         return _features(inner)
     size: int = getattr(layer, "channels", 0) or getattr(layer, "features", 0)
     return size

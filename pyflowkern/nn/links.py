@@ -15,12 +15,37 @@ from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.nn._hooks import HOOKS
 from pyflowkern.ops.chain_steps import Step
 
-__all__ = ["Link", "Watched", "obstructed"]
+__all__ = ["ACTIVATIONS", "Door", "Link", "Watched", "activation_name", "obstructed"]
 
 _hooks = itemgetter(*HOOKS)
 _children = itemgetter("_modules")
 #: Makes tensors of a step anew at each call, given whether it is the inverse that runs.
 Make = Callable[[bool], Sequence[Tensor]]
+
+
+#: The name of an activation, and the arguments that it must have.
+ACTIVATIONS: dict[type[torch.nn.Module], tuple[str, dict[str, object]]] = {
+    torch.nn.Identity: ("identity", {}),
+    torch.nn.ReLU: ("relu", {}),
+    torch.nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    torch.nn.ELU: ("elu", {"alpha": 1.0}),
+    torch.nn.Tanh: ("tanh", {}),
+    torch.nn.Sigmoid: ("sigmoid", {}),
+    torch.nn.SiLU: ("silu", {}),
+    torch.nn.GELU: ("gelu", {"approximate": "none"}),
+    torch.nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+}
+
+
+class Door:
+    """What one instance calls in the place of a method of its class, to the same result.
+
+    It lies in the ``__dict__`` of the instance under the name of the method, and goes with it when the instance is
+    copied or pickled.
+    """
+
+    def __init__(self, module: torch.nn.Module, name: str = "forward") -> None:
+        self.module, self.name = module, name
 
 
 @dataclass
@@ -91,9 +116,32 @@ def obstructed(link: Link) -> bool:
     dicts = [m.__dict__ for m in link.modules]
     return (
         any(map(any, map(_hooks, dicts)))
-        or any("forward" in d for d in dicts)
+        or any(_replaced(d, "forward") for d in dicts)
         or any(waits() for waits in link.waits)
     )
+
+
+def _replaced(attributes: dict[str, Any], name: str) -> bool:
+    """Whether an instance has a method of its own that may do anything."""
+    return name in attributes and not isinstance(attributes[name], Door)
+
+
+def activation_name(activations: Sequence[torch.nn.Module | None], link: Link) -> str | None:
+    """Return the name of the one activation that all are, after noting them; of none, any will do."""
+    names = set()
+    for module in activations:
+        name, options = ACTIVATIONS.get(type(module), ("", {}))  # type: ignore[arg-type]
+        if module is None or not name:
+            return None
+        if any(getattr(module, key) != value for key, value in options.items()):
+            return None
+        link.watch(module, *options)
+        names.add(name)
+    if names == {"softplus"}:  # torch's own is linear from 20 on, which leaves out 2e-9
+        link.in_float64 = False
+    if len(names) > 1:
+        return None
+    return names.pop() if names else "identity"
 
 
 class Watched:
@@ -106,6 +154,7 @@ class Watched:
         self._modules = link.modules
         self._types = [*map(type, link.modules)]
         self._dicts = [m.__dict__ for m in link.modules]
+        self._known_doors = [d.get("forward") for d in self._dicts]
         self._parents = [d for d in self._dicts if d["_modules"]]
         self._known_children = [
             *chain.from_iterable(d["_modules"].values() for d in self._parents)
@@ -124,7 +173,7 @@ class Watched:
             return (
                 [*map(type, self._modules)] == self._types
                 and not any(map(any, map(_hooks, self._dicts)))
-                and not any(map(dict.__contains__, self._dicts, repeat("forward")))
+                and [*map(dict.get, self._dicts, repeat("forward"))] == self._known_doors
                 and [*chain.from_iterable(map(dict.values, map(_children, self._parents)))]
                 == self._known_children
                 and [get(d) for get, d in self._facts] == self._known_facts
@@ -137,7 +186,7 @@ class Watched:
 
     def overrides(self, name: str) -> bool:
         """Whether an instance has a method of its own in the place of its class's."""
-        return any(name in d for d in self._dicts)
+        return any(_replaced(d, name) for d in self._dicts)
 
     def tensors(self, inverse: bool = False) -> list[Tensor] | None:
         """Return the tensors as they are now; None where one is missing, or is no plain tensor."""

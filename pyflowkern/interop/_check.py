@@ -1,0 +1,74 @@
+"""Whether what runs in the place of a library's transform gives what the library gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyflowkern.interop._doors import take_away, the_library_itself
+from pyflowkern.interop._layers import ForeignLayer
+from pyflowkern.nn.chain import Run
+from pyflowkern.nn.links import obstructed
+
+__all__ = ["disagreement", "same_values"]
+
+_SAMPLES = 7
+#: Of float64 (float32 where softplus is torch's, which leaves out 2e-9): both sides round otherwise, and no more.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+
+def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLayer]) -> str:
+    """Return why a chain must not stand for a transform, found by running both on a few numbers; empty if it may.
+
+    Versions of a library differ, and what a class is named says little: so each transform is compared once, as a copy
+    in float64 in evaluation mode, on the CPU.
+    """
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:
+        return f"it cannot be copied to be compared: {type(error).__name__}"
+    for part in twin.modules():
+        take_away(part)
+    twin = twin.cpu().double().eval()
+    layer = make(twin)
+    link = layer._chain_link()
+    if link is None:
+        return "its form or a part of it is not known"
+    if obstructed(link):
+        return "hooks or methods of its own hang on it"
+    dtype = torch.float64
+    if not link.in_float64:
+        twin, dtype = twin.float(), torch.float32
+        if (link := layer._chain_link()) is None:
+            return "its form or a part of it is not known"
+    draw = torch.Generator().manual_seed(0)
+    x = 1.5 * torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype)
+    context = None
+    if link.context_features:
+        context = torch.randn(_SAMPLES, link.context_features, generator=draw, dtype=dtype)
+    run = Run([layer], link, layer.features)
+    with torch.no_grad(), the_library_itself():
+        try:
+            want = layer(x, context)
+        except Exception as error:
+            return f"the library itself fails on a few numbers: {type(error).__name__}: {error}"
+        got = run.fused(x, context)
+    if got is None:
+        return "no kernel runs it here"
+    return (
+        "" if same_values(got, want) else "its values are not those of the form that its name says"
+    )
+
+
+def same_values(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    """Whether tensors agree to rounding."""
+    return all(
+        a.shape == b.shape
+        and torch.allclose(
+            a.to(b.dtype), b, rtol=(t := _TOLERANCE[a.dtype]), atol=t, equal_nan=True
+        )
+        for a, b in zip(got, want, strict=True)
+    )

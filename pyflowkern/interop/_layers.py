@@ -1,0 +1,162 @@
+"""Transforms of other libraries as layers of runs that one op replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.interop._doors import MethodDoor
+from pyflowkern.nn.chain import Chains, Run, served
+from pyflowkern.nn.links import Link
+
+__all__ = ["ForeignLayer", "LayerDoor", "Runs", "layer_of", "single_doors"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class ForeignLayer:
+    """A transform of another library, data to latent, with the interface that runs of layers know.
+
+    Args:
+        module: the transform.
+        features: how many numbers a sample has; 0 for what is never part of a chain.
+    """
+
+    def __init__(self, module: torch.nn.Module, features: int = 0) -> None:
+        self.module, self.features = module, features
+
+    def link(self) -> Link | None:
+        """Return what this transform is in a chain; None where the library must be called.
+
+        It is asked anew whenever a module or an attribute that the last answer followed from is another.
+        """
+        return None
+
+    def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
+        """Do what the transform does by an op of its own, where no chain serves; None where the library should."""
+        return None
+
+    def _chain_link(self) -> Link | None:
+        return self.link() if self.features else None
+
+    def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Pair:
+        """Run the library's own transform from data to latent."""
+        pair: Pair = self.module(x, context)
+        return pair
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, /) -> Pair:
+        """Run the library's own transform from latent to data."""
+        pair: Pair = self.module.inverse(z, context)  # type: ignore[operator]
+        return pair
+
+
+class Runs:
+    """Transforms of another library one after another, of which one op replaces as many as it can.
+
+    Args:
+        make: what makes a layer of a transform; at module level, so that this can be pickled.
+    """
+
+    def __init__(self, make: Callable[[torch.nn.Module], ForeignLayer]) -> None:
+        self._make = make
+        self._modules: list[Any] = []
+        self._layers: list[ForeignLayer] = []
+        self._chains = Chains()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles start empty."""
+        return Runs, (self._make,)
+
+    def parts(self, modules: list[Any]) -> Sequence[Any] | None:
+        """Return runs, and layers to be called, data side first; None where there are no runs."""
+        if modules != self._modules:
+            self._layers, self._modules = [self._make(m) for m in modules], modules
+        return self._chains.parts(self._layers)
+
+    def pair(
+        self, modules: list[Any], x: Any, context: Any = None, *, inverse: bool = False
+    ) -> Pair | None:
+        """Run the transforms; None where the library should do all of it itself.
+
+        Args:
+            modules: the transforms, data side first.
+            x: data, or latents with ``inverse``.
+            context: ``[N, K]``, or None.
+            inverse: from latent to data.
+        """
+        if not isinstance(x, Tensor) or not served(x) or (parts := self.parts(modules)) is None:
+            return None
+        given, total = x, None
+        for part in reversed(parts) if inverse else parts:
+            if isinstance(part, Run):
+                x, log_det = part(x, context, inverse=inverse, checked=x is given)
+            else:
+                x, log_det = part.inverse(x, context) if inverse else part(x, context)
+            total = log_det if total is None else total + log_det
+        return None if total is None else (x, total)
+
+    def fused(
+        self,
+        modules: list[Any],
+        x: Any,
+        context: Any = None,
+        *,
+        base: str = "none",
+        inverse: bool = False,
+    ) -> Pair | None:
+        """Return the result of all transforms, with the base's density if given, where one op computes all of it."""
+        if not isinstance(x, Tensor) or not served(x):
+            return None
+        parts = self.parts(modules)
+        if parts is None or len(parts) != 1 or not isinstance(parts[0], Run):
+            return None
+        return parts[0].fused(x, context, base, inverse=inverse, checked=True)
+
+
+class LayerDoor(MethodDoor):
+    """One direction of a transform that is called with ``(x, context=None)`` and returns a pair.
+
+    Args:
+        layer: what the transform is.
+        name: the method.
+        inverse: whether it is the one from latent to data.
+    """
+
+    def __init__(self, layer: ForeignLayer, name: str, inverse: bool) -> None:
+        super().__init__(layer.module, name)
+        self.layer, self.inverse = layer, inverse
+        self._runs = Runs(layer_of)
+
+    def run(self, x: Any, context: Any = None, **others: Any) -> Any:
+        """Run one op; the library's method where none serves."""
+        if not others:
+            pair = self._runs.fused([self.module], x, context, inverse=self.inverse)
+            if pair is None:
+                pair = self.layer.by_op(x, context, self.inverse)
+            if pair is not None:
+                return pair
+        return self.own(x, context, **others) if context is not None or others else self.own(x)
+
+
+def layer_of(module: torch.nn.Module) -> ForeignLayer:
+    """Return the layer that a module's door says it is; one that is always called where there is none."""
+    for value in module.__dict__.values():
+        if isinstance(value, LayerDoor):
+            return value.layer
+    return ForeignLayer(module)
+
+
+def single_doors(
+    layer: ForeignLayer, forward: str = "forward", inverse: str = "inverse"
+) -> list[LayerDoor]:
+    """Return the doors of a transform's two directions.
+
+    Args:
+        layer: what the transform is.
+        forward: the method from data to latent.
+        inverse: the method from latent to data.
+    """
+    return [LayerDoor(layer, forward, False), LayerDoor(layer, inverse, True)]
