@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from pyflowkern.core.checks import check_flag
+from pyflowkern.interop._classes import patch_classes, restore_classes
 from pyflowkern.interop._doors import put, take_away
 from pyflowkern.interop._kinds import kind_of, known_base
 from pyflowkern.interop._report import Entry, Report
@@ -12,7 +15,7 @@ from pyflowkern.interop._report import Entry, Report
 __all__ = ["accelerate", "restore"]
 
 
-def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
+def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) -> Report:
     """Let ops of this package run the flows inside of a model of nflows, normflows, zuko or FrEIA, in place.
 
     Modules, parameters, ``state_dict`` keys, outputs, log-determinants, gradients and modes stay what they are: only
@@ -21,16 +24,22 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
     float64; where it differs, or is a subclass that may do anything, it is left alone.  The library also runs itself
     where something hangs on a part (hooks, parametrizations), under autocast, compilers and function transforms.
 
+    Without a model, the classes of the libraries that are installed are patched for this process, so that models which
+    other code builds are accelerated at their first call.  Libraries are imported for that.  What a copy got meanwhile,
+    it keeps until it is restored itself.
+
     Args:
-        model: any module; what is known inside of it is accelerated.
+        model: any module; what is known inside of it is accelerated.  None for all models of this process.
         strict: raise where a part that was recognised had to be left alone.
 
     Returns:
-        What was done with each part, and why others were left; ``print`` shows a table.
+        What was done with each part, and why others were left; ``print`` shows a table.  It is a context manager, too,
+        at whose end all is undone.
 
     Raises:
         TypeError: for a model that is no module.
-        ValueError: with ``strict``, for parts that were left alone; the model is then as it was.
+        ValueError: with ``strict``, for parts that were left alone; the model is then as it was.  Also for ``strict``
+            without a model.
 
     Example:
         >>> import torch, pyflowkern
@@ -38,14 +47,16 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
         >>> len(report.entries)
         0
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_flag("strict", strict)
-    entries: list[Entry] = []
-    for name, module in reversed([*model.named_modules()]):  # parts first
-        if (entry := _equip(name, module)) is not None:
-            entries.append(entry)
-    report = Report(entries[::-1])
+    if model is None:
+        if strict:
+            raise ValueError(
+                "strict=True needs a model: which ones the process will build is not known yet"
+            )
+        found = patch_classes(_equip_all)
+        return Report([Entry("", name, "one op") for name in found], undo=restore)
+    _check(model)
+    report = Report(_equip_all(model), undo=partial(restore, model))
     if strict and report.left:
         restore(model)
         raise ValueError(
@@ -54,11 +65,11 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
     return report
 
 
-def restore(model: torch.nn.Module) -> None:
-    """Undo :func:`accelerate`: give all modules of a model their own methods back.
+def restore(model: torch.nn.Module | None = None) -> None:
+    """Undo :func:`accelerate`: give all modules of a model, or all classes that were patched, their own methods back.
 
     Args:
-        model: any module.
+        model: any module; None undoes ``accelerate()`` without a model.
 
     Raises:
         TypeError: for a model that is no module.
@@ -67,10 +78,23 @@ def restore(model: torch.nn.Module) -> None:
         >>> import torch, pyflowkern
         >>> pyflowkern.restore(torch.nn.Linear(2, 2))
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if model is None:
+        restore_classes()
+        return
+    _check(model)
     for module in model.modules():
         take_away(module)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _equip_all(model: torch.nn.Module) -> list[Entry]:
+    """Put doors on all modules that are known, parts first; return what is to be said, the model first."""
+    entries = [_equip(name, module) for name, module in reversed([*model.named_modules()])]
+    return [entry for entry in reversed(entries) if entry is not None]
 
 
 def _equip(name: str, module: torch.nn.Module) -> Entry | None:

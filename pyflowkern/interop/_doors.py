@@ -11,7 +11,15 @@ import torch
 
 from pyflowkern.nn.links import Door
 
-__all__ = ["ORIGINAL", "MethodDoor", "doors_of", "put", "take_away", "the_library_itself"]
+__all__ = [
+    "ORIGINAL",
+    "MethodDoor",
+    "doors_of",
+    "is_off",
+    "put",
+    "take_away",
+    "the_library_itself",
+]
 
 #: Where a method of a class that was patched keeps the one before it.
 ORIGINAL = "_pyflowkern_original"
@@ -32,6 +40,11 @@ def the_library_itself() -> Iterator[None]:
         yield
     finally:
         _state.off = before
+
+
+def is_off() -> bool:
+    """Whether this thread runs the library's own methods."""
+    return _state.off
 
 
 class MethodDoor(Door):

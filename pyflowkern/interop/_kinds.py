@@ -10,7 +10,7 @@ import torch
 
 from pyflowkern.nn.links import Door
 
-__all__ = ["LIBRARIES", "Kind", "Library", "Outcome", "kind_of", "known_base"]
+__all__ = ["LIBRARIES", "Kind", "Library", "Outcome", "kind_of", "known_base", "libraries"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ class Library:
 LIBRARIES: tuple[str, ...] = ("nflows",)
 
 
-def _libraries() -> list[Library]:
+def libraries() -> list[Library]:
+    """Return all libraries that are known, none of which need be installed."""
     return [import_module(f"pyflowkern.interop.{name}").LIBRARY for name in LIBRARIES]
 
 
 def kind_of(cls: type) -> tuple[Kind, str] | None:
     """Return what is known of a class, and how reports call it; None for classes that no library has."""
-    for library in _libraries():
+    for library in libraries():
         if (kind := library.kind_of(cls)) is not None:
             return kind, f"{library.name}.{cls.__name__}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 __all__ = ["Entry", "Report"]
@@ -32,8 +33,11 @@ class Entry:
 class Report:
     """What was accelerated and what was left alone; as a text it is a table.
 
+    In a ``with`` statement, the end of the block undoes what was done.
+
     Args:
         entries: one for each module that was recognised.
+        undo: what undoes it.
 
     Example:
         >>> from pyflowkern.interop import Entry, Report
@@ -44,6 +48,7 @@ class Report:
     """
 
     entries: list[Entry] = field(default_factory=list)
+    undo: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def accelerated(self) -> list[Entry]:
@@ -54,6 +59,13 @@ class Report:
     def left(self) -> list[Entry]:
         """The modules that run as before."""
         return [entry for entry in self.entries if not entry.runs]
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.undo is not None:
+            self.undo()
 
     def __str__(self) -> str:
         rows = [_HEADS] + [
