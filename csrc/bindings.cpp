@@ -30,7 +30,9 @@ void add_affine_codes(pybind11::dict& c) {
                             {"SIGMOID", kSigmoid},
                             {"SOFTPLUS", kSoftplus},
                             {"SOFTCLIP", kSoftclipScale},
-                            {"ADDITIVE", kAdditive}});
+                            {"ADDITIVE", kAdditive},
+                            {"SOFTPLUS_ASINH", kSoftplusAsinh},
+                            {"SOFTPLUS_TANH", kSoftplusTanh}});
   c["ParamsLayout"] = dict_of({{"BLOCKED", kBlocked},
                                {"INTERLEAVED", kInterleaved},
                                {"FEATURE_MAJOR", kFeatureMajor},

@@ -3,10 +3,12 @@
 // and Vecs (CPU).
 //
 // A scale map sends a raw parameter u to a scale s(u) > 0.  With v = gain u + offset, log s is
-//   exp v | clamp tanh(v/clamp) | 0.636 clamp atan(v/clamp) | log(sigmoid v + eps) | log(softplus v
-//   + eps) | v / (1 + |v/clamp|) | 0.
-// An element becomes  y = s x + t,  or with the shift first  y = s (x + t).  "reciprocal" means 1/s
-// in place of s, for the inverse direction and for layers that divide.
+//   exp v | clamp tanh(v/clamp) | 0.636 clamp atan(v/clamp) | log(max_scale sigmoid v + eps) |
+//   log(softplus v + eps) | v / (1 + |v/clamp|) | 0,
+// and two maps have log(softplus(f(gain u) + offset) + eps) with f = asinh or clamp tanh(./clamp).
+// An element becomes  y = s x + t,  or with the shift first  y = s (x + t), where t is shift_gain
+// times the raw shift.  "reciprocal" means 1/s in place of s, for the inverse direction and for
+// layers that divide.
 #pragma once
 
 #include <cfloat>
@@ -20,7 +22,7 @@ namespace pfk {
 
 // No upper limit is the largest finite number: files of compiled graphs hold no infinity.
 struct ScaleNumbers {
-  double clamp, gain, offset, eps, max_scale;
+  double clamp, gain, offset, eps, max_scale, shift_gain;
 };
 
 // ---- where the elements lie ---------------------------------------------------------------------
@@ -61,7 +63,7 @@ PFK_BEGIN
 // The numbers in the type of the computation, and what the flags mean.
 template <class T>
 struct AffineMap {
-  T clamp, inverse_clamp, gain, offset, eps, max_scale;
+  T clamp, inverse_clamp, gain, offset, eps, max_scale, log_max_scale, shift_gain;
   T sign;  // log_factor = sign log s
   bool inverse, reciprocal, shift_first, from_output;
 };
@@ -75,6 +77,8 @@ PFK_HD AffineMap<T> affine_map(const ScaleNumbers& n, int flags) {
           T(n.offset),
           T(n.eps),
           T(n.max_scale < DBL_MAX ? n.max_scale : double(INFINITY)),
+          T(log_(n.max_scale)),
+          T(n.shift_gain),
           inverse != divide ? T(-1) : T(1),
           inverse,
           inverse != divide,
@@ -88,17 +92,25 @@ struct Scale {
   V factor, log_factor, slope;
 };
 
+// Whether s is the softplus of a function f of the raw parameter that has a formula of its own.
+template <int kKind>
+constexpr bool kComposed = kKind == kSoftplusAsinh || kKind == kSoftplusTanh;
+
 // Maps with long formulas are computed in two parts: a first transcendental function, and the rest.
 // On a CPU one loop for each part is faster than a single loop, whose operations depend on each
 // other in too long a chain.
 template <int kKind>
 constexpr bool kTwoParts =
-    kKind == kTanh || kKind == kAtan || kKind == kSigmoid || kKind == kSoftplus;
+    kKind == kTanh || kKind == kAtan || kKind == kSigmoid || kKind == kSoftplus || kComposed<kKind>;
 
 template <int kKind, class V>
 PFK_HD V first_part(V u, const AffineMap<Lane<V>>& m) {
   const V v = u * V(m.gain) + V(m.offset);
-  if constexpr (kKind == kTanh) {
+  if constexpr (kKind == kSoftplusAsinh) {
+    return asinh_(u * V(m.gain));
+  } else if constexpr (kKind == kSoftplusTanh) {
+    return tanh_exponential(u * V(m.gain) * V(m.inverse_clamp));
+  } else if constexpr (kKind == kTanh) {
     return tanh_exponential(v * V(m.inverse_clamp));
   } else if constexpr (kKind == kAtan) {
     return atan_(v * V(m.inverse_clamp));
@@ -133,9 +145,12 @@ PFK_HD Scale<V> floored_scale(V v, V e, const AffineMap<Lane<V>>& m) {
   using T = Lane<V>;
   if constexpr (kKind == kSigmoid) {
     const Sigmoid<V> sig = sigmoid_from(v, e);
-    if (m.eps == T(0)) return {sig.value, -softplus_from(-v, e).value, sig.rest};
-    const V s = sig.value + V(m.eps);
-    return {s, log_(s), sig.value * sig.rest / s};
+    const V bounded = V(m.max_scale) * sig.value;
+    if (m.eps == T(0)) {
+      return {bounded, V(m.log_max_scale) - softplus_from(-v, e).value, sig.rest};
+    }
+    const V s = bounded + V(m.eps);
+    return {s, log_(s), bounded * sig.rest / s};
   } else {  // softplus; for very negative v it is e^v, whose logarithm is v also where e^v
             // underflows
     const Softplus<V> plus = softplus_from(v, e);
@@ -146,8 +161,26 @@ PFK_HD Scale<V> floored_scale(V v, V e, const AffineMap<Lane<V>>& m) {
       slope = select(v < T(-30), V(T(1)), slope);
     }
     const V top = V(m.max_scale);
-    return {min_(s, top), select(s > top, log_(top), log_s), select(s > top, V(T(0)), slope)};
+    return {min_(s, top), select(s > top, V(m.log_max_scale), log_s),
+            select(s > top, V(T(0)), slope)};
   }
+}
+
+// The same of softplus(f(v) + offset), v = gain u; `first` is asinh v, or what tanh begins with.
+template <int kKind, class V>
+PFK_HD Scale<V> composed_scale(V v, V first, const AffineMap<Lane<V>>& m) {
+  using T = Lane<V>;
+  V inner = first, slope;
+  if constexpr (kKind == kSoftplusAsinh) {
+    slope = V(T(1)) / sqrt_(V(T(1)) + v * v);
+  } else {
+    const Tanh<V> th = tanh_from(v * V(m.inverse_clamp), first);
+    inner = V(m.clamp) * th.value, slope = th.slope;
+  }
+  inner = inner + V(m.offset);
+  Scale<V> s = floored_scale<kSoftplus>(inner, exp_(-abs_(inner)), m);
+  s.slope = s.slope * slope;
+  return s;
 }
 
 template <int kKind, class V>
@@ -158,8 +191,12 @@ PFK_HD Scale<V> scale_from(V u, V first, const AffineMap<Lane<V>>& m) {
   Scale<V> s = {};
   if constexpr (kKind == kAdditive) {
     return {V(T(1)), V(T(0)), V(T(0))};
-  } else if constexpr (kKind == kSigmoid || kKind == kSoftplus) {
-    s = floored_scale<kKind>(v, first, m);
+  } else if constexpr (kKind == kSigmoid || kKind == kSoftplus || kComposed<kKind>) {
+    if constexpr (kComposed<kKind>) {
+      s = composed_scale<kKind>(u * V(m.gain), first, m);
+    } else {
+      s = floored_scale<kKind>(v, first, m);
+    }
     if (m.reciprocal) s.factor = V(T(1)) / s.factor;
   } else {
     s = bounded_scale<kKind>(v, first, m);
@@ -182,7 +219,8 @@ PFK_HD Scale<V> scale_of(V u, const AffineMap<Lane<V>>& m) {
 
 // ---- one element, either direction --------------------------------------------------------------
 template <class V>
-PFK_HD V affine_apply(V in, V factor, V t, const AffineMap<Lane<V>>& m) {
+PFK_HD V affine_apply(V in, V factor, V raw_shift, const AffineMap<Lane<V>>& m) {
+  const V t = raw_shift * V(m.shift_gain);
   if (m.inverse) return m.shift_first ? in * factor - t : (in - t) * factor;
   return m.shift_first ? (in + t) * factor : in * factor + t;
 }
@@ -202,9 +240,9 @@ struct AffineGrad {
 // element: its input, or (from_output) its output.  `moved` is d out / d log_factor, the part of
 // the output that is scaled.
 template <class V>
-PFK_HD AffineGrad<V> affine_vjp(V kept, V t, V grad_out, V grad_log, const Scale<V>& s,
+PFK_HD AffineGrad<V> affine_vjp(V kept, V raw_shift, V grad_out, V grad_log, const Scale<V>& s,
                                 const AffineMap<Lane<V>>& m) {
-  const V grad_in = grad_out * s.factor;
+  const V grad_in = grad_out * s.factor, t = raw_shift * V(m.shift_gain);
   V moved, grad_shift;
   if (m.inverse) {  // x = (y - t) / s, or y / s - t
     moved = m.from_output ? (m.shift_first ? kept + t : kept)
@@ -215,7 +253,7 @@ PFK_HD AffineGrad<V> affine_vjp(V kept, V t, V grad_out, V grad_log, const Scale
                           : (m.shift_first ? kept + t : kept) * s.factor;
     grad_shift = m.shift_first ? grad_in : grad_out;
   }
-  return {grad_in, (grad_out * moved + grad_log) * s.slope, grad_shift};
+  return {grad_in, (grad_out * moved + grad_log) * s.slope, grad_shift * V(m.shift_gain)};
 }
 
 // Calls f with the kind of scale map as a constant.
@@ -234,6 +272,10 @@ PFK_HD void with_scale_kind(int kind, F f) {
       return f(std::integral_constant<int, kSoftplus>{});
     case kSoftclipScale:
       return f(std::integral_constant<int, kSoftclipScale>{});
+    case kSoftplusAsinh:
+      return f(std::integral_constant<int, kSoftplusAsinh>{});
+    case kSoftplusTanh:
+      return f(std::integral_constant<int, kSoftplusTanh>{});
     default:
       return f(std::integral_constant<int, kAdditive>{});
   }

@@ -131,10 +131,11 @@ using BlockFunction = double (*)(const Block<T>&, int, const Context<T>&);
 template <bool kBackward, class T>
 BlockFunction<T> block_function(int kind) {
   static constexpr BlockFunction<T> table[kScaleKinds] = {
-      run_block<kExp, kBackward, T>,      run_block<kTanh, kBackward, T>,
-      run_block<kAtan, kBackward, T>,     run_block<kSigmoid, kBackward, T>,
-      run_block<kSoftplus, kBackward, T>, run_block<kSoftclipScale, kBackward, T>,
-      run_block<kAdditive, kBackward, T>};
+      run_block<kExp, kBackward, T>,         run_block<kTanh, kBackward, T>,
+      run_block<kAtan, kBackward, T>,        run_block<kSigmoid, kBackward, T>,
+      run_block<kSoftplus, kBackward, T>,    run_block<kSoftclipScale, kBackward, T>,
+      run_block<kAdditive, kBackward, T>,    run_block<kSoftplusAsinh, kBackward, T>,
+      run_block<kSoftplusTanh, kBackward, T>};
   return table[kind];
 }
 

@@ -28,6 +28,10 @@ __device__ Scale<T> scale_of_kind(int kind, T u, const AffineMap<T>& m) {
       return scale_of<kSoftplus>(u, m);
     case kSoftclipScale:
       return scale_of<kSoftclipScale>(u, m);
+    case kSoftplusAsinh:
+      return scale_of<kSoftplusAsinh>(u, m);
+    case kSoftplusTanh:
+      return scale_of<kSoftplusTanh>(u, m);
     default:
       return scale_of<kAdditive>(u, m);
   }

@@ -80,8 +80,8 @@ inline AffineGeometry elementwise_geometry(const ImageShape& x) {
 }
 
 inline ScaleNumbers scale_numbers(const std::vector<double>& n) {
-  STD_TORCH_CHECK(n.size() == 5, "a scale map takes 5 numbers, got ", n.size());
-  return {n[0], n[1], n[2], n[3], n[4]};
+  STD_TORCH_CHECK(n.size() == 6, "a scale map takes 6 numbers, got ", n.size());
+  return {n[0], n[1], n[2], n[3], n[4], n[5]};
 }
 
 inline void set_map(AffineArgs& a, int64_t scale_kind, const std::vector<double>& scale_numbers_,

@@ -2,6 +2,7 @@
 // From tensors to AutoregressiveArgs, once for CPU and CUDA.
 #pragma once
 
+#include "affine/affine_host.h"
 #include "autoregressive/autoregressive.h"
 #include "core/host.h"
 #include "spline/spline_form.h"
@@ -74,9 +75,8 @@ inline void place_transform(AutoregressiveArgs& a, const ElementTransform& t) {
   a.param_rows = a.outputs;
   a.flags = checked_flags("flags", t.flags, kAllAffineFlags);
   if (checked_kind("family", t.family, kElementFamilies) == kAffineElements) {
-    STD_TORCH_CHECK(n.size() == 5, "a scale map takes 5 numbers, got ", n.size());
     a.kind = checked_kind("kind", t.kind, kScaleKinds), a.flags |= kInverse;
-    a.numbers = {n[0], n[1], n[2], n[3], n[4]};
+    a.numbers = scale_numbers(n);
     return;
   }
   a.kind = -1;

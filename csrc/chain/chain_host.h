@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "affine/affine_host.h"
 #include "chain/chain.h"
 #include "chain/chain_order.h"
 #include "core/host.h"
@@ -240,8 +241,7 @@ class ChainBuilder {
     if (e.family == kAffineElements) {
       e.kind = checked_kind("scale map", p[0], kScaleKinds);
       e.flags = checked_scale_flags(p[4]) | (e.inverse ? kInverse : 0);
-      STD_TORCH_CHECK(numbers.size() == 5, "a scale map takes 5 numbers");
-      e.scale = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+      e.scale = scale_numbers(numbers);
       per_feature = e.kind == kAdditive ? 1 : 2;
     } else {
       e.form = checked_form(p[0], p[1], p[2], p[3]);

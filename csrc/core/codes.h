@@ -7,8 +7,18 @@
 namespace pfk {
 
 // ---- affine transforms --------------------------------------------------------------------------
-enum ScaleKind : int { kExp, kTanh, kAtan, kSigmoid, kSoftplus, kSoftclipScale, kAdditive };
-constexpr int kScaleKinds = kAdditive + 1;
+enum ScaleKind : int {
+  kExp,
+  kTanh,
+  kAtan,
+  kSigmoid,
+  kSoftplus,
+  kSoftclipScale,
+  kAdditive,
+  kSoftplusAsinh,
+  kSoftplusTanh
+};
+constexpr int kScaleKinds = kSoftplusTanh + 1;
 
 // How shifts and raw scales lie in the parameters of a coupling: shifts first, or, with kRawFirst
 // added, raw scales first.

@@ -24,6 +24,8 @@ PFK_HD float log1p_(float x) { return ::log1pf(x); }
 PFK_HD double log1p_(double x) { return ::log1p(x); }
 PFK_HD float atan_(float x) { return ::atanf(x); }
 PFK_HD double atan_(double x) { return ::atan(x); }
+PFK_HD float asinh_(float x) { return ::asinhf(x); }
+PFK_HD double asinh_(double x) { return ::asinh(x); }
 PFK_HD float abs_(float x) { return ::fabsf(x); }
 PFK_HD double abs_(double x) { return ::fabs(x); }
 PFK_HD float copysign_(float x, float s) { return ::copysignf(x, s); }
@@ -217,6 +219,18 @@ PFK_HD Vec<T> log1p_(Vec<T> x) {
   const Vec<T> lost = x - (u - T(1));
   const Vec<T> y = log_(u) + select(mask_and(u > T(0), u < T(INFINITY)), lost / u, Vec<T>(T(0)));
   return select(abs_(x) < Float<T>::kTiny, x, y);
+}
+
+// ---- inverse hyperbolic sine --------------------------------------------------------------------
+// asinh|x| = log(1 + |x| + x^2 / (1 + sqrt(1 + x^2))), and log(|x| / 2) + 2 ln 2 where x^2 may be
+// infinite.
+template <class T>
+PFK_HD Vec<T> asinh_(Vec<T> x) {
+  const Vec<T> a = abs_(x), one = T(1), zero = T(0);
+  const Mask<T> large = a > T(1e18);
+  const Vec<T> b = select(large, one, a), square = b * b;
+  const Vec<T> inner = select(large, a * T(0.5), b + square / (one + sqrt_(one + square)));
+  return copysign_(log1p_(inner) + select(large, Vec<T>(T(1.38629436111989061883)), zero), x);
 }
 
 // ---- arc tangent --------------------------------------------------------------------------------

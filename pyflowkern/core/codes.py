@@ -56,6 +56,8 @@ class ScaleKind(IntEnum):
     SOFTPLUS = 4
     SOFTCLIP = 5
     ADDITIVE = 6
+    SOFTPLUS_ASINH = 7
+    SOFTPLUS_TANH = 8
 
 
 class ParamsLayout(IntEnum):

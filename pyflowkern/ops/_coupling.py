@@ -163,7 +163,7 @@ def affine_elements(
     """Return the transformed elements (dtype of x) and the log-derivative of each (accumulation dtype)."""
     work = torch.promote_types(x.dtype, shift.dtype)
     work = accumulation_dtype(work if raw is None else torch.promote_types(work, raw.dtype))
-    v, t = x.to(work), shift.to(work)
+    v, t = x.to(work), smap.shift(shift.to(work))
     log_scale = torch.zeros_like(t) if raw is None else smap.log_scale(raw.to(work))
     if inverse != smap.divide:
         log_scale = -log_scale

@@ -73,7 +73,7 @@ def affine(
         x: input ``[N, ...]``.
         raw_scale: raw scale ``u``, broadcastable to ``x``; None for the additive map.
         shift: shift ``t``, broadcastable to ``x``.
-        scale_map: a name (exp, tanh, atan, sigmoid, softplus, softclip, additive) or a ScaleMap.
+        scale_map: the name of a scale map or a ScaleMap, which has a list of them.
         inverse: return ``x`` from ``y``, and the log-determinant of that direction.
         save: which side of the transform the backward pass keeps. ``"input"`` is exact. ``"output"`` spares memory
             where the output is kept anyway, and recomputes the input from the rounded output: with an error of up to

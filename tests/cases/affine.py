@@ -23,14 +23,21 @@ MAPS = [
     "softplus",
     "softclip",
     "additive",
+    "softplus_asinh",
+    "softplus_tanh",
     ScaleMap("exp", gain=0.5, offset=-1e-10, eps=1e-10),  # torchflows
     ScaleMap("sigmoid", offset=2.0, eps=1e-3),  # nflows
     ScaleMap("sigmoid", offset=2.0, divide=True),  # normflows
     ScaleMap("sigmoid", offset=2.0, shift_first=True),  # glow-pytorch
     ScaleMap("softplus", eps=1e-3, max_scale=3.0),  # nflows, clamped
     ScaleMap("softplus", shift_first=True, divide=True),
-    ScaleMap("tanh", clamp=1.9, gain=0.19),  # FrEIA, AllInOneBlock
+    ScaleMap("tanh", clamp=1.9, gain=0.19, shift_gain=0.1),  # FrEIA, AllInOneBlock
     ScaleMap("atan", clamp=1.9, gain=1.9),  # FrEIA, GLOWCouplingBlock
+    ScaleMap("sigmoid", offset=1.0, max_scale=3.0, shift_first=True, shift_gain=-2.0),
+    ScaleMap("sigmoid", max_scale=0.5, eps=1e-3, divide=True),
+    ScaleMap("softplus_asinh", gain=3.0, eps=0.1, max_scale=2.0),
+    ScaleMap("softplus_tanh", gain=2.0, clamp=1.5, offset=1.0, shift_first=True, shift_gain=0.3),
+    ScaleMap("additive", shift_gain=0.1),
 ]
 PARAMS = [a + b for a in ("blocked", "interleaved", "feature_major") for b in ("", "_raw_first")]
 SHAPES = [(3, 2), (1, 129), (127, 3), (4, 1000), (2, 3, 7), (2, 5, 3, 3), (2, 12, 8, 8)]

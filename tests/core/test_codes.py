@@ -74,7 +74,7 @@ def test_public_names_are_those_of_the_enumerations(names, kinds):
 
 def test_maps_come_back_from_what_kernels_are_given():
     for kind in get_args(ScaleKindName):
-        smap = ops.ScaleMap(kind, gain=0.5, shift_first=True, divide=kind == "exp")
+        smap = ops.ScaleMap(kind, gain=0.5, shift_gain=0.1, shift_first=True, divide=kind == "exp")
         assert scale_map_of(smap.code, smap.numbers, smap.flags) == smap
     for tails in get_args(spline_map.Tails):
         smap = ops.SplineMap(bins=5, tails=tails, bound=2.0, scale=0.5)
@@ -151,10 +151,10 @@ BAD = (-1, -5, 2**31, 2**40)
 @pytest.mark.parametrize(
     ("call", "argument", "values"),
     [
-        (affine, "kind", [7, *BAD]),
+        (affine, "kind", [9, *BAD]),
         (affine, "flags", [32, *BAD]),
         (coupling, "layout", [6, *BAD]),
-        (coupling, "kind", [7, *BAD]),
+        (coupling, "kind", [9, *BAD]),
         (coupling, "flags", [32, *BAD]),
         (spline, "kind", [4, *BAD]),
         (spline, "tails", [4, *BAD]),
@@ -172,7 +172,7 @@ BAD = (-1, -5, 2**31, 2**40)
         (layer, "tangents", [-1, 2, -5]),
         (quantize, "bits", [0, 9, *BAD]),
         (autoregressive, "family", [2, *BAD]),
-        (autoregressive, "kind", [7, *BAD]),
+        (autoregressive, "kind", [9, *BAD]),
         (autoregressive, "flags", [32, *BAD]),
         (
             autoregressive,

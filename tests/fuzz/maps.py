@@ -3,20 +3,21 @@
 import math
 
 from pyflowkern import ops
+from pyflowkern.ops.scale_map import KINDS
 
 
 def scale_map(draw):
-    kind = draw.choice(("exp", "tanh", "atan", "sigmoid", "softplus", "softclip", "additive"))
+    kind = draw.choice(KINDS)
     if draw.flag():
         return kind
     options = {"clamp": draw.number(0.1, 4), "gain": draw.number(0.1, 2)}
-    if kind in ("sigmoid", "softplus"):
-        options = {"offset": draw.number(-2, 3), "eps": draw.choice((0.0, 1e-3))}
-        if kind == "softplus":
-            options["max_scale"] = draw.choice((math.inf, 3.0))
+    if kind == "sigmoid" or kind.startswith("softplus"):
+        options |= {"offset": draw.number(-2, 3), "eps": draw.choice((0.0, 1e-3))}
+        options["max_scale"] = draw.choice((math.inf, 3.0))
     elif kind in ("exp", "additive", "softclip"):
         options = {}
-    return ops.ScaleMap(kind, shift_first=draw.flag(), divide=draw.flag(), **options)
+    flags = {"shift_first": draw.flag(), "divide": draw.flag()}
+    return ops.ScaleMap(kind, shift_gain=draw.choice((1.0, 0.1, -2.0)), **flags, **options)
 
 
 def spline_map(draw):

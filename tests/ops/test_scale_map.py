@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 from laws import normal
-from torch import atan, exp, log, sigmoid, tanh
+from torch import asinh, atan, exp, log, sigmoid, tanh
 from torch.nn.functional import softplus
 
 from pyflowkern.ops import ScaleMap, affine, affine_coupling, scale_map
+from pyflowkern.ops.scale_map import PRESETS
 
 C = 1.9  # a clamp that is nobody's default
 
@@ -33,9 +34,9 @@ def normflows_sigmoid(x, t, u):
 
 
 def all_in_one(x, t, u):
-    """FrEIA scales the network's whole output by 0.1; an adapter does that to the shift, ``gain`` to the scale."""
+    """FrEIA scales the network's whole output by 0.1."""
     s = C * tanh(0.1 * u)
-    return exp(s) * x + t, s
+    return exp(s) * x + 0.1 * t, s
 
 
 def torchflows(u):
@@ -97,7 +98,7 @@ LAYERS = {
         times(lambda u: C * 2 * (sigmoid(u) - 0.5)),
     ),
     "FrEIA AllInOneBlock": (
-        ScaleMap("tanh", clamp=C, gain=0.1 * C),
+        ScaleMap("tanh", clamp=C, gain=0.1 * C, shift_gain=0.1),
         "blocked_raw_first",
         all_in_one,
     ),
@@ -120,6 +121,21 @@ LAYERS = {
         ScaleMap("sigmoid", offset=2.0, shift_first=True),
         "blocked_raw_first",
         glow_pytorch,
+    ),
+    "bayesflow AffineTransform": (
+        scale_map("softplus_asinh"),
+        "feature_major_raw_first",
+        times(lambda u: log(softplus(asinh(u) + math.log(math.e - 1)))),
+    ),
+    "softplus(4 tanh(u / 4) + log(e - 1))": (
+        scale_map("softplus_tanh"),
+        "blocked",
+        times(lambda u: log(softplus(4 * tanh(u / 4) + math.log(math.e - 1)))),
+    ),
+    "3 sigmoid(u - log 2)": (
+        ScaleMap("sigmoid", max_scale=3.0, offset=-math.log(2)),
+        "blocked",
+        times(lambda u: log(3 * sigmoid(u - math.log(2)))),
     ),
     "clamp tanh(u / clamp)": (
         ScaleMap("tanh", clamp=C),
@@ -186,6 +202,27 @@ def test_layers_of_other_libraries(backend, layer):
     # x = (y - t) / s: the scales above reach e^-8 and e^+8
     torch.testing.assert_close(back[0], x.detach(), rtol=1e-11, atol=1e-11)
     close(back[1:], (-expected[1].detach(),))
+
+
+@pytest.mark.parametrize("name", ["softplus_asinh", "softplus_tanh"])
+def test_a_raw_scale_of_zero_is_the_scale_one(backend, name):
+    x = normal_on(backend, 3, 4)
+    close(affine(x, torch.zeros_like(x), torch.zeros_like(x), scale_map=name), (x, 0 * x[:, 0]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_raw_scales_of_every_size(backend, name, dtype):
+    """Also where their squares are infinite: the logarithm of the scale is as in plain PyTorch, and finite if it is."""
+    size = 10.0 ** torch.arange(-40, 38.5, 0.5, dtype=torch.float64)
+    u = torch.cat([-size, size]).to(dtype)[None].to(backend)
+    exact = scale_map(name).log_scale(u.double())
+    one = torch.zeros_like(u.T)
+    _, found = affine(one, u.T.contiguous(), one, scale_map=name)
+    # of two functions, relative, and of a logarithm near a scale of one
+    error = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact[0], rtol=error, atol=error)
+    assert exact.isfinite().all()
 
 
 @pytest.mark.parametrize("layer", [name for name in LAYERS if "utoregressive" in name])
