@@ -34,12 +34,14 @@ class MAF(Flow):
             (an order for each layer, the same in every flow).
         residual: networks of residual blocks, one for each width, which must be the same.
         activation: relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus.
+        gated: the context gates the residual blocks, too (see :class:`~pyflowkern.nn.MaskedMLP`).
         scale_map: scale of the layers: a name or a :class:`~pyflowkern.ops.ScaleMap`.
         base: the latent's distribution (see :class:`Flow`); None for the standard normal.
 
     Raises:
         TypeError: for counts that are no ints and flags that are no bools.
-        ValueError: for a shape that is no vector's, a count below 1, an unknown name, or a base of another shape.
+        ValueError: for a shape that is no vector's, a count below 1, an unknown name, a base of another shape, or gates
+            without a context or residual blocks.
 
     Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation"
     (2017).
@@ -63,11 +65,12 @@ class MAF(Flow):
         order: str = "reverse",
         residual: bool = False,
         activation: str = "relu",
+        gated: bool = False,
         scale_map: str | ops.ScaleMap = "softclip",
         base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_vector(event_shape)
-        check_flags(residual=residual)
+        check_flags(residual=residual, gated=gated)
         context_features = check_count("context_features", context_features, 0)
         transform = ops.scale_map(scale_map)
         layers = [
@@ -79,6 +82,7 @@ class MAF(Flow):
                 order=feature_order(order, shape[0], i),
                 residual=residual,
                 activation=activation,
+                gated=gated,
             )
             for i in range(check_count("transforms", transforms))
         ]

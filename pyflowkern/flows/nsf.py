@@ -94,6 +94,7 @@ class NSF(Flow):
         circular: the data are angles: ``tails="circular"``.
         mixing: ``"plu"``, ``"permutation"``, ``"none"``, or None for the default above.
         residual: networks of residual blocks.
+        gated: the context gates the residual blocks of vectors, too, as Durkan et al. (2019) have it.
         unconditional: splines for the passing features of a coupling, too.
         context_features: size ``K`` of the context ``[N, K]``; 0 for an unconditional flow.
         bits: bits a pixel of uint8 data (see :class:`Flow`); None for real data.
@@ -137,6 +138,7 @@ class NSF(Flow):
         circular: bool = False,
         mixing: str | None = None,
         residual: bool = True,
+        gated: bool = False,
         unconditional: bool = False,
         context_features: int = 0,
         bits: int | None = None,
@@ -146,7 +148,7 @@ class NSF(Flow):
         conditioner: ConditionerFactory | None = None,
     ) -> None:
         check_flags(autoregressive=autoregressive, circular=circular)
-        check_flags(residual=residual, unconditional=unconditional)
+        check_flags(residual=residual, gated=gated, unconditional=unconditional)
         shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         widths = parse_widths(hidden)
         transforms, levels, steps = check_counts(transforms=transforms, levels=levels, steps=steps)
@@ -156,7 +158,9 @@ class NSF(Flow):
         mixing = _check_mixing(mixing, domain, autoregressive)
         coupled = unconditional or conditioner is not None
         _check_together(shape, bits, autoregressive, domain is not None, coupled)
+        _check_gates(gated, residual, len(shape) == 1 and conditioner is None, context_features)
         network: dict[str, Any] = {"residual": residual, "context_features": context_features}
+        network |= {"gated": True} if gated else {}
         if autoregressive:
             layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
             bijection: Bijection = _mixed(layers, shape[0], spline, mixing)
@@ -217,6 +221,13 @@ def _check_together(
         )
 
 
+def _check_gates(gated: bool, residual: bool, known: bool, context_features: int) -> None:
+    if gated and not (residual and known and context_features):
+        raise ValueError(
+            "gated=True needs context_features, residual=True, a vector, and the networks of this flow"
+        )
+
+
 def _check_mixing(
     mixing: str | None, domain: tuple[float, float] | None, autoregressive: bool
 ) -> str:
@@ -229,7 +240,12 @@ def _check_mixing(
 
 
 def _network(
-    widths: tuple[int, ...], spatial_dims: int, *, residual: bool, context_features: int
+    widths: tuple[int, ...],
+    spatial_dims: int,
+    *,
+    residual: bool,
+    context_features: int,
+    gated: bool = False,
 ) -> ConditionerFactory:
     """Return the factory of a coupling's network."""
     if not residual and spatial_dims == 0:
@@ -238,6 +254,7 @@ def _network(
         raise ValueError(f"residual blocks must have one width, got hidden={widths}")
     options: dict[str, Any] = {"hidden": widths[0], "context_features": context_features}
     if spatial_dims == 0:
+        options["gated"] = gated
         return partial(ResidualMLP, blocks=len(widths), activate_last=False, **options)
     if not residual:
         return partial(ConvNet, spatial_dims=spatial_dims, **options)

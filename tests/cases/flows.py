@@ -35,16 +35,20 @@ FLOWS = [
     case("RealNVP vector", lambda: RealNVP((5,)), (5,)),
     case("RealNVP pixels", lambda: RealNVP((1, 4, 4), levels=1, bits=5), (1, 4, 4)),
     case("MAF", lambda: MAF(5), (5,)),
-    case("MAF residual", lambda: MAF(5, residual=True, scale_map="tanh", order="random"), (5,)),
+    case(
+        "MAF residual",
+        lambda: MAF(5, residual=True, gated=True, scale_map="tanh", order="random"),
+        (5,),
+    ),
     case("MAF on a mixture", lambda: MAF(5, base=flows.MixtureOfGaussians(5, 3)), (5,)),
     case("IAF", lambda: IAF(5), (5,)),
-    case("NSF", lambda: NSF(5), (5,)),
+    case("NSF", lambda: NSF(5, gated=True), (5,)),
     case(
         "NSF unconditional",
         lambda: NSF(5, unconditional=True, tails="affine", mixing="none", residual=False),
         (5,),
     ),
-    case("NSF autoregressive", lambda: NSF(5, autoregressive=True), (5,)),
+    case("NSF autoregressive", lambda: NSF(5, autoregressive=True, gated=True), (5,)),
     case(
         "NSF autoregressive plu",
         lambda: NSF(5, autoregressive=True, mixing="plu", residual=False),

@@ -336,3 +336,22 @@ def test_other_splines():
     flow = flows.NSF(4, spline=SplineMap(bins=5, bound=2.0, tails="affine"), **SMALL)
     assert flow.bijection[0].spline.params == 16
     assert flows.NSF(4, spline=SplineMap(tails="none"), **SMALL).domain == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "given", [{"residual": False}, {"context_features": 0}, {"event_shape": (1, 4, 4)}]
+)
+def test_gates_need_blocks_a_context_and_vectors(given):
+    arguments = {"event_shape": 3, "hidden": 4, "context_features": 2} | given
+    with pytest.raises(ValueError, match="gated=True needs context_features"):
+        flows.NSF(**arguments, gated=True)
+
+
+def test_gates_reach_every_network():
+    for flow in (
+        flows.MAF(3, hidden=(4, 4), context_features=2, residual=True, gated=True),
+        flows.NSF(3, hidden=(4, 4), context_features=2, gated=True),
+        flows.NSF(3, hidden=(4, 4), context_features=2, gated=True, autoregressive=True),
+    ):
+        gates = [name for name, _ in flow.named_parameters() if ".gates." in name]
+        assert len(gates) == 5 * 2 * 2  # layers, blocks, weight and bias
