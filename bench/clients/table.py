@@ -32,9 +32,11 @@ def built(model: Foreign, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the model as it is, and an accelerated copy, with weights as after some training."""
     torch.manual_seed(0)
     plain = model.build()
+    spread = 0.1 if len(model.shape) == 1 else 0.01
     with torch.no_grad():
         for p in plain.parameters():
-            p.add_(0.1 * p.shape[-1] ** -0.5 * torch.randn_like(p) if p.dim() > 1 else 0.0)
+            if p.requires_grad and p.dim() > 1:
+                p.add_(spread * p.shape[-1] ** -0.5 * torch.randn_like(p))
     plain = plain.to(dtype)
     fast = copy.deepcopy(plain)
     pyflowkern.accelerate(fast)
@@ -62,7 +64,8 @@ def _errors(model: Foreign) -> Numbers:
     for each in built(model, torch.float64):
         x, c = data(model, 64, torch.float64)
         value = model.log_prob(each, x, c)
-        grads = torch.autograd.grad(value.mean(), [*each.parameters()], allow_unused=True)
+        leaves = [p for p in each.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(value.mean(), leaves, allow_unused=True)
         torch.manual_seed(2)
         with torch.no_grad():
             drawn = model.sample(each, 16, None if c is None else c[:16])
@@ -96,7 +99,7 @@ def work(model: Foreign, each: Any) -> dict[str, Callable[[], Any]]:
     """Return what is timed of a model."""
     x, c = data(model, model.batch, torch.float32)
     _, given = data(model, model.samples, torch.float32)
-    parameters = [*each.parameters()]
+    parameters = [p for p in each.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
 
     def step() -> None:
