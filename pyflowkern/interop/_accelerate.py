@@ -8,7 +8,7 @@ import torch
 
 from pyflowkern.core.checks import check_flag
 from pyflowkern.interop._classes import patch_classes, restore_classes
-from pyflowkern.interop._doors import put, take_away
+from pyflowkern.interop._doors import ReplicaDoor, put, take_away
 from pyflowkern.interop._kinds import kind_of, known_base
 from pyflowkern.interop._report import Entry, Report
 
@@ -109,7 +109,7 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
     if any(method in module.__dict__ for method in known.methods):
         return Entry(name, label, note="a method was replaced for this instance")
     outcome = known.look(module)
-    for door in outcome.doors:
+    for door in (*outcome.doors, *([ReplicaDoor(module)] if outcome.doors else [])):
         put(door)
     if not outcome.doors and known.quiet:
         return None

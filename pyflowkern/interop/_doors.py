@@ -14,6 +14,7 @@ from pyflowkern.nn.links import Door
 __all__ = [
     "ORIGINAL",
     "MethodDoor",
+    "ReplicaDoor",
     "doors_of",
     "is_off",
     "put",
@@ -68,6 +69,20 @@ class MethodDoor(Door):
         """Run the library's own method."""
         method = getattr(type(self.module), self.name)
         return getattr(method, ORIGINAL, method)(self.module, *args, **kwargs)
+
+
+class ReplicaDoor(Door):
+    """Replicas of ``torch.nn.DataParallel`` are shallow copies: without this, they would run the original."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module, "_replicate_for_data_parallel")
+
+    def __call__(self) -> torch.nn.Module:
+        """Return a replica that has the library's own methods."""
+        replica: torch.nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        for door in doors_of(replica):
+            del replica.__dict__[door.name]
+        return replica
 
 
 def put(door: Door) -> None:

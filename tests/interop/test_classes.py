@@ -67,3 +67,12 @@ def test_a_model_restored_within_runs_itself_until_the_next_call(x):
 def test_strict_needs_a_model():
     with pytest.raises(ValueError, match="strict=True needs a model"):
         pyflowkern.accelerate(strict=True)
+
+
+def test_replicas_of_data_parallel_run_the_library_itself(x):
+    mine = model()
+    pyflowkern.accelerate(mine)
+    replica = mine._replicate_for_data_parallel()
+    assert not any(isinstance(v, Door) for v in replica.__dict__.values())
+    assert any(isinstance(v, Door) for v in mine.__dict__.values())
+    assert all(map(torch.equal, replica.forward(x), mine(x)))
