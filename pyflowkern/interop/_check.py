@@ -13,7 +13,7 @@ from pyflowkern.interop._layers import ForeignLayer
 from pyflowkern.nn.chain import Run
 from pyflowkern.nn.links import obstructed
 
-__all__ = ["disagreement", "same_values"]
+__all__ = ["comparable", "disagreement", "same_values"]
 
 _SAMPLES = 7
 #: Of float64 (float32 where softplus is torch's, which leaves out 2e-9): both sides round otherwise, and no more.
@@ -27,16 +27,17 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
     in float64 in evaluation mode, on the CPU.
     """
     try:
-        twin = copy.deepcopy(module)
+        twin = comparable(copy.deepcopy(module))
     except Exception as error:
         return f"it cannot be copied to be compared: {type(error).__name__}"
-    for part in twin.modules():
-        take_away(part)
-    twin = twin.cpu().double().eval()
+    draw = torch.Generator().manual_seed(0)
     layer = make(twin)
     link = layer._chain_link()
     if link is None:
         return "its form or a part of it is not known"
+    if any(waits() for waits in link.waits):  # for the first batch
+        with torch.no_grad(), the_library_itself():
+            layer(torch.randn(_SAMPLES, layer.features, generator=draw, dtype=torch.float64))
     if obstructed(link):
         return "hooks or methods of its own hang on it"
     dtype = torch.float64
@@ -44,7 +45,6 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
         twin, dtype = twin.float(), torch.float32
         if (link := layer._chain_link()) is None:
             return "its form or a part of it is not known"
-    draw = torch.Generator().manual_seed(0)
     x = 1.5 * torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype)
     context = None
     if link.context_features:
@@ -61,6 +61,22 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
     return (
         "" if same_values(got, want) else "its values are not those of the form that its name says"
     )
+
+
+def comparable(twin: torch.nn.Module) -> torch.nn.Module:
+    """Bring a copy of a transform to the CPU, float64 and evaluation mode, and move its parameters.
+
+    Those of a fresh model are mostly those of the identity, which says little.
+    """
+    for part in twin.modules():
+        take_away(part)
+    twin = twin.cpu().double().eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in twin.parameters():
+            if p.is_floating_point():
+                p.add_(torch.randn(p.shape, generator=draw, dtype=p.dtype), alpha=0.1)
+    return twin
 
 
 def same_values(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:

@@ -10,9 +10,18 @@ from torch import Tensor
 
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.nn.chain import Chains, Run, served
-from pyflowkern.nn.links import Link
+from pyflowkern.nn.links import Door, Link
 
-__all__ = ["ForeignLayer", "LayerDoor", "Runs", "layer_of", "single_doors"]
+__all__ = [
+    "ForeignLayer",
+    "Holds",
+    "LayerDoor",
+    "LayerMark",
+    "Runs",
+    "known_layer",
+    "layer_of",
+    "single_doors",
+]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -35,12 +44,19 @@ class ForeignLayer:
         """
         return None
 
+    def turned(self) -> Link | None:
+        """Return what the transform is in a chain of the other direction; None where it cannot be in one."""
+        return None
+
     def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
         """Do what the transform does by an op of its own, where no chain serves; None where the library should."""
         return None
 
     def _chain_link(self) -> Link | None:
-        return self.link() if self.features else None
+        link = self.link() if self.features else None
+        if link is not None:
+            link.turned = self.turned
+        return link
 
     def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Pair:
         """Run the library's own transform from data to latent."""
@@ -141,12 +157,43 @@ class LayerDoor(MethodDoor):
         return self.own(x, context, **others) if context is not None or others else self.own(x)
 
 
+class LayerMark(Door):
+    """Says what a transform is whose own methods stay: only with others is it faster.
+
+    It stands in the place of no method.
+    """
+
+    def __init__(self, layer: ForeignLayer) -> None:
+        super().__init__(layer.module, "_pyflowkern_layer")
+        self.layer = layer
+
+
+class Holds:
+    """Whether a buffer still has the values that steps followed from: load_state_dict, at least, writes to buffers."""
+
+    def __init__(self, module: torch.nn.Module, name: str, values: Tensor) -> None:
+        self._module, self._name, self._values = module, name, values.clone()
+
+    def __call__(self) -> bool:
+        now = self._module._buffers[self._name]
+        return (
+            now is not None
+            and now.device == self._values.device
+            and torch.equal(now, self._values)
+        )
+
+
+def known_layer(module: torch.nn.Module) -> ForeignLayer | None:
+    """Return the layer that a module's door says it is; None where there is none."""
+    for value in module.__dict__.values():
+        if isinstance(value, (LayerDoor, LayerMark)):
+            return value.layer
+    return None
+
+
 def layer_of(module: torch.nn.Module) -> ForeignLayer:
     """Return the layer that a module's door says it is; one that is always called where there is none."""
-    for value in module.__dict__.values():
-        if isinstance(value, LayerDoor):
-            return value.layer
-    return ForeignLayer(module)
+    return known_layer(module) or ForeignLayer(module)
 
 
 def single_doors(

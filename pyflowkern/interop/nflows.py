@@ -9,7 +9,7 @@ import torch
 from pyflowkern.interop._check import disagreement
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.interop._kinds import Kind, Library, Outcome
-from pyflowkern.interop._layers import ForeignLayer, Runs, layer_of, single_doors
+from pyflowkern.interop._layers import ForeignLayer, Holds, Runs, layer_of, single_doors
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import PermuteStep
 
@@ -29,24 +29,8 @@ class _Permutation(ForeignLayer):
         order = index.tolist()
         link = Link([PermuteStep(order)])
         link.watch(self.module, "_dim")
-        # a buffer may be written to, by load_state_dict at least
-        link.holds.append(_Holds(self.module, "_permutation", index.clone()))
+        link.holds.append(Holds(self.module, "_permutation", index))
         return link
-
-
-class _Holds:
-    """Whether a buffer still has the values that steps followed from."""
-
-    def __init__(self, module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
-        self._module, self._name, self._values = module, name, values
-
-    def __call__(self) -> bool:
-        now = self._module._buffers[self._name]
-        return (
-            now is not None
-            and now.device == self._values.device
-            and torch.equal(now, self._values)
-        )
 
 
 class _CompositeDoor(MethodDoor):

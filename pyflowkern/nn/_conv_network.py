@@ -26,9 +26,10 @@ def convolutions(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Return weights and biases for the op, or None where the layers must be called, or are faster.
 
-    They must be called for other activations than one ReLU between any two, for layers that were replaced, hooked or
-    parametrized, with hooks of all modules (:func:`may_be_read`), under autocast and under a function transform.  Under
-    a compiler they are called because it fuses them itself, and under ``torch.jit.trace``, which knows torch's alone.
+    They must be called for other activations than one ReLU (or LeakyReLU of slope 0) between any two, for layers that
+    were replaced, hooked or parametrized, with hooks of all modules (:func:`may_be_read`), under autocast and under a
+    function transform.  Under a compiler they are called because it fuses them itself, and under ``torch.jit.trace``,
+    which knows torch's alone.
     """
     if torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None:
         return None
@@ -39,7 +40,7 @@ def convolutions(
         return None
     if len(activations) != len(layers) - 1:  # something was appended
         return None
-    if not (may_be_read(layers, torch.nn.Conv2d) and may_be_read(activations, torch.nn.ReLU)):
+    if not (may_be_read(layers, torch.nn.Conv2d) and _are_relus(activations)):
         return None
     weights: list[Tensor] = []
     biases: list[Tensor] = []
@@ -53,6 +54,13 @@ def convolutions(
         biases.append(bias)
     # with a wrong input the layers are called, so that the error is torch's own
     return (weights, biases) if x.shape[1] == weights[0].shape[1] else None
+
+
+def _are_relus(activations: Sequence[Any]) -> bool:
+    """Whether all are ReLUs, by whatever name."""
+    return may_be_read(activations, torch.nn.ReLU, torch.nn.LeakyReLU) and all(
+        getattr(a, "negative_slope", 0.0) == 0 for a in activations
+    )
 
 
 def _widest(x: Tensor) -> int:

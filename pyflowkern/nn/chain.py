@@ -13,7 +13,7 @@ from torch import Tensor
 from pyflowkern._library import kernel_serves
 from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
 from pyflowkern.nn._hooks import globally_hooked
-from pyflowkern.nn.links import Link, Watched, obstructed
+from pyflowkern.nn.links import Link, Watched, joined, obstructed
 from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import ElementsStep
@@ -177,16 +177,16 @@ class Chains:
             if own is not None and obstructed(own):
                 blocked.append(partial(obstructed, own))
                 own = None
-            joined = None
+            both = None
             if own is not None and features in (0, _features(layer)):
-                joined = _joined(link, own)
-            if joined is None:
+                both = joined(link, own)
+            if both is None:
                 close()
                 if own is None:
                     parts.append(layer)
                     continue
             run.append(layer)
-            link, features = joined or own or link, _features(layer)
+            link, features = both or own or link, _features(layer)
         close()
         self._layers, self._parts, self._blocked = layers, parts, blocked
         self._runs = [part for part in parts if isinstance(part, Run)]
@@ -223,17 +223,6 @@ def _hidden_sizes(link: Link) -> Iterator[int]:
     for step in link.steps:
         if isinstance(step, ElementsStep) and step.network is not None:
             yield from (layer.outputs for layer in step.network.layers[:-1])
-
-
-def _joined(link: Link, own: Link) -> Link | None:
-    """Return a run's link with that of the next layer; None where no one op is both."""
-    if not link.modules:
-        return own
-    if link.backwards != own.backwards:
-        return None
-    if link.backwards:
-        return own if own.append(link) else None
-    return link if link.append(own) else None
 
 
 def _features(layer: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, repeat
 from operator import getitem, itemgetter
 from typing import Any
@@ -15,7 +16,7 @@ from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.nn._hooks import HOOKS
 from pyflowkern.ops.chain_steps import Step
 
-__all__ = ["ACTIVATIONS", "Door", "Link", "Watched", "activation_name", "obstructed"]
+__all__ = ["ACTIVATIONS", "Door", "Link", "Watched", "activation_name", "joined", "obstructed"]
 
 _hooks = itemgetter(*HOOKS)
 _children = itemgetter("_modules")
@@ -79,6 +80,8 @@ class Link:
     widest: int = 0
     #: Whether in float64, too, the steps are what the layers are.
     in_float64: bool = True
+    #: Makes the link of the same layers with ``backwards`` the other way round; None where there is none.
+    turned: Callable[[], Link | None] | None = None
 
     def watch(self, module: torch.nn.Module, *facts: str) -> None:
         """Note a module that is not called, and the attributes that the steps follow from."""
@@ -98,7 +101,10 @@ class Link:
         self.read(module, *names)
 
     def append(self, other: Link) -> bool:
-        """Add another link behind this one, unless their networks take different contexts."""
+        """Add another link behind this one, unless their networks take different contexts.
+
+        What turned them is forgotten: see :func:`joined`.
+        """
         sizes = {self.context_features, other.context_features} - {None}
         if len(sizes) > 1:
             return False
@@ -108,7 +114,36 @@ class Link:
             getattr(self, name).extend(getattr(other, name))
         self.widest = max(self.widest, other.widest)
         self.in_float64 &= other.in_float64
+        self.turned = None
         return True
+
+
+def joined(first: Link, second: Link) -> Link | None:
+    """Return the link of layers one after the other, data side first; None where no one op is both.
+
+    The links given may be changed.  Where one is backwards and the other is not, one that can be turned is.
+    """
+    if not first.modules:
+        return second
+    if first.backwards != second.backwards:
+        turned = second.turned() if second.turned else None
+        if turned is not None:
+            return joined(first, turned)
+        turned = first.turned() if first.turned else None
+        return None if turned is None else joined(turned, second)
+    one, other = first.turned, second.turned
+    ahead, behind = (second, first) if first.backwards else (first, second)
+    if not ahead.append(behind):
+        return None
+    if one and other:
+        ahead.turned = partial(_turned, one, other)
+    return ahead
+
+
+def _turned(first: Callable[[], Link | None], second: Callable[[], Link | None]) -> Link | None:
+    """Return the turned link of two layers from what turns each of them."""
+    one, other = first(), second()
+    return None if one is None or other is None else joined(one, other)
 
 
 def obstructed(link: Link) -> bool:

@@ -1,0 +1,41 @@
+"""What several transforms of normflows consist of."""
+
+from __future__ import annotations
+
+import torch
+
+from pyflowkern.ops import ScaleMap
+
+__all__ = ["PREFIX", "Awaits", "is_named", "scale_map_of"]
+
+PREFIX = "normflows"
+#: From latent to data; ``sigmoid`` divides there.
+_SCALE_MAPS = {
+    "exp": ScaleMap("exp"),
+    "sigmoid": ScaleMap("sigmoid", offset=2.0, divide=True),
+    "sigmoid_inv": ScaleMap("sigmoid", offset=2.0),
+}
+
+
+class Awaits:
+    """Whether an ActNorm has seen no batch yet, by which it would initialise itself, in evaluation mode, too."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        self._norm = norm
+
+    def __call__(self) -> bool:
+        done = self._norm._buffers.get("data_dep_init_done")
+        return done is None or not done > 0.0
+
+
+def is_named(module: torch.nn.Module | None, where: str) -> bool:
+    """Whether a module is of exactly the class that lies there in the package."""
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__qualname__}" == f"{PREFIX}.{where}"
+
+
+def scale_map_of(scale: object, name: object) -> ScaleMap | None:
+    """Return the map of an AffineCoupling, from latent to data; None for one that the library does not know."""
+    if not isinstance(scale, bool) or not isinstance(name, str):
+        return None
+    return _SCALE_MAPS.get(name) if scale else ScaleMap("additive")

@@ -1,0 +1,207 @@
+"""Transforms of vectors of normflows, as steps of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern import ops
+from pyflowkern.interop._images import Forms
+from pyflowkern.interop._layers import ForeignLayer, Holds, known_layer
+from pyflowkern.interop._normflows_images import CouplingForm
+from pyflowkern.interop._normflows_networks import mlp
+from pyflowkern.interop._normflows_parts import Awaits, is_named
+from pyflowkern.nn.links import Link
+from pyflowkern.ops import ScaleMap
+from pyflowkern.ops.chain_steps import ActNormStep, ElementsStep, LinearStep, PermuteStep
+
+__all__ = ["AffineCoupling", "AffineMatrix", "ConstantAffine", "Layer", "Permute", "layer_of"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Layer(ForeignLayer):
+    """A transform of normflows, whose ``forward`` goes from latent to data."""
+
+    module: Any
+
+    def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Pair:
+        """Run the library's own transform from data to latent."""
+        return self._call(self.module.inverse, x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, /) -> Pair:
+        """Run the library's own transform from latent to data."""
+        return self._call(self.module, z, context)
+
+    @staticmethod
+    def _call(method: Callable[..., Pair], x: Tensor, context: Tensor | None) -> Pair:
+        y, log_det = method(x) if context is None else method(x, context=context)
+        if isinstance(log_det, Tensor) and not log_det.dim() and isinstance(x, Tensor):
+            log_det = log_det.expand(x.shape[0])  # one number for all samples
+        return y, log_det
+
+
+class Permute(Layer):
+    """``flows.mixing.Permute`` along the features."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, int(module.num_channels))
+
+    def link(self) -> Link | None:
+        module, count = self.module, self.features
+        link = Link()
+        link.watch(module, "mode", "num_channels")
+        if module.mode == "swap":
+            half = (count + 1) // 2
+            link.steps.append(PermuteStep([*range(half, count), *range(half)]))
+            return link
+        order, back = (module._buffers.get(name) for name in ("inv_perm", "perm"))
+        if module.mode != "shuffle" or order is None or back is None:
+            return None
+        if order[back].tolist() != list(range(count)):
+            return None
+        link.steps.append(PermuteStep(order.tolist()))
+        link.holds += [Holds(module, "inv_perm", order), Holds(module, "perm", back)]
+        return link
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data."""
+        if (link := self.link()) is None:
+            return None
+        (step,) = link.steps
+        assert isinstance(step, PermuteStep)
+        order = step.order
+        link.steps = [PermuteStep([order.index(i) for i in range(len(order))])]
+        return _backwards(link)
+
+
+class ConstantAffine(Layer):
+    """``flows.ActNorm`` and ``flows.AffineConstFlow`` on vectors: ``z = (x - t) exp(-s)``."""
+
+    def __init__(self, module: Any) -> None:
+        shape = module.s.shape
+        fits = len(shape) == 2 and shape[0] == 1 and module.batch_dims in ([0], [0, 1])
+        super().__init__(module, int(shape[1]) if fits and module.t.shape == shape else 0)
+
+    def link(self) -> Link | None:
+        return self._link(lambda s, t: (-s, -t))
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data: ``x = exp(s) (z + t exp(-s))``."""
+        return _backwards(self._link(lambda s, t: (s, t * torch.exp(-s))))
+
+    def _link(self, of: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Link | None:
+        # of one feature the library takes the log-determinant for that of pixels
+        if self.module.batch_dims != [0]:
+            return None
+        link = Link([ActNormStep()])
+        link.watch(self.module, "batch_dims")
+        module = self.module
+        link.make(module, ("s", "t"), lambda inverse: of(module.s[0], module.t[0]))
+        if is_named(self.module, "flows.normalization.ActNorm"):
+            link.waits.append(Awaits(self.module))
+        return link
+
+
+class AffineMatrix(Layer):
+    """``flows.InvertibleAffine``: ``z = x W``, for ``W`` or its factors."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, int(module.num_channels))
+
+    def link(self) -> Link | None:
+        return self._link(False)
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data."""
+        return _backwards(self._link(True))
+
+    def _link(self, turned: bool) -> Link | None:
+        module = self.module
+        link = Link([LinearStep()])
+        link.watch(module, "use_lu", "num_channels")
+        names = ("log_S", "L") if module.use_lu else ("W", "W")
+        link.make(module, names, lambda inverse: self._matrix(inverse, turned))
+        return link
+
+    def _matrix(self, inverse: bool, turned: bool) -> Sequence[Tensor]:
+        """Return the step's matrix, or with ``inverse`` that of its inverse, and its log-determinant."""
+        module, other = self.module, inverse ^ turned
+        if module.use_lu:
+            factors = (module.P.argmax(1), module.L, module.U, module.log_S, module.sign_S)
+            weight, log_abs_det = ops.plu_matrix(*factors, inverse=other), module.log_S.sum()
+        elif other:
+            w: Any = module.W
+            _, log_abs_det, inverted = ops.slogdet_inverse(w.double())
+            weight, log_abs_det = inverted.to(w.dtype), log_abs_det.to(w.dtype)
+        else:
+            weight, log_abs_det = module.W, torch.linalg.slogdet(module.W)[1]
+        return weight.t(), -log_abs_det if turned else log_abs_det
+
+
+class AffineCoupling(Layer):
+    """``flows.AffineCouplingBlock``, on vectors and images."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self._forms = Forms(module, CouplingForm.read)
+        form = CouplingForm.read(module)
+        if form is not None:
+            self.features = self._count(form)
+
+    @staticmethod
+    def _count(form: CouplingForm) -> int:
+        """Return how many features vectors have; 0 where the network is not known."""
+        net = mlp(form.net, Link())
+        if net is None:
+            return 0
+        passing, outputs = net.layers[0].inputs, net.layers[-1].outputs
+        return passing + outputs // (1 if form.scale_map.kind == "additive" else 2)
+
+    def link(self) -> Link | None:
+        form = CouplingForm.read(self.module)
+        net = None if form is None else mlp(form.net, form.link)
+        if form is None or net is None:
+            return None
+        form.link.context_features = 0
+        features = [*range(self.features)]
+        first = ops.channel_split_sizes(len(features))[0]
+        ahead, behind = features[:first], features[first:]
+        passing, moved = (behind, ahead) if form.swap else (ahead, behind)
+        try:
+            step = ElementsStep(_from_data(form.scale_map), moved, passing, net)
+        except ValueError:  # which only calls can refuse
+            return None
+        form.link.steps.append(step)
+        return form.link
+
+    def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
+        """Run the coupling of images."""
+        if context is not None:
+            return None
+        name = "forward" if inverse else "inverse"
+        pair: Pair | None = self._forms.run(x, name, inverse)
+        return pair
+
+
+def layer_of(module: torch.nn.Module) -> ForeignLayer:
+    """Return the layer that a flow was found to be; one that is always called where there is none."""
+    layer = known_layer(module)
+    return Layer(module) if layer is None else layer
+
+
+def _from_data(scale_map: ScaleMap) -> ScaleMap:
+    """Return the inverse of ``z = s x + t``: ``(x - t) / s``."""
+    if scale_map.kind == "additive":
+        return replace(scale_map, shift_gain=-1.0)
+    return replace(scale_map, shift_first=True, divide=not scale_map.divide, shift_gain=-1.0)
+
+
+def _backwards(link: Link | None) -> Link | None:
+    if link is not None:
+        link.backwards = True
+    return link

@@ -1,0 +1,87 @@
+"""What is known of normflows 1.7.
+
+There ``forward`` goes from latent to data, and ``inverse`` from data to latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from pyflowkern.interop._check import disagreement
+from pyflowkern.interop._images import Form, FormDoor, form_disagreement
+from pyflowkern.interop._kinds import Kind, Library, Outcome
+from pyflowkern.interop._layers import LayerMark, single_doors
+from pyflowkern.interop._normflows_flows import FLOW
+from pyflowkern.interop._normflows_images import BlockForm, CouplingForm
+from pyflowkern.interop._normflows_parts import PREFIX
+from pyflowkern.interop._normflows_vectors import (
+    AffineCoupling,
+    AffineMatrix,
+    ConstantAffine,
+    Layer,
+    Permute,
+)
+
+__all__ = ["LIBRARY"]
+
+#: The methods, and whether they go from latent to data.
+_DIRECTIONS = {"inverse": False, "forward": True}
+
+
+def _vectors(
+    make: Callable[[torch.nn.Module], Layer], alone: bool, module: torch.nn.Module
+) -> Outcome:
+    """Look at a transform of vectors; those that are fast ``alone`` get methods of their own."""
+    layer = make(module)
+    if not layer.features:
+        return Outcome()
+    if why := disagreement(module, make):
+        return Outcome(note=why)
+    doors = single_doors(layer, "inverse", "forward") if alone else [LayerMark(layer)]
+    return Outcome(doors, runs="one op")
+
+
+def _coupling(module: torch.nn.Module) -> Outcome:
+    """Look at an affine coupling, of vectors or images: in a chain where its network is known, else by its own op."""
+    layer = AffineCoupling(module)
+    form = CouplingForm.read(module)
+    if form is None:
+        return Outcome(note="only couplings of channels are known, of halves")
+    outputs = 2 if form.scale_map.kind == "additive" else 4
+    put_in = {form.net: torch.nn.Linear(2, outputs)}
+    if why := form_disagreement(module, _DIRECTIONS, CouplingForm.read, (4,), put_in):
+        return Outcome(note=why)
+    known = layer.features and not disagreement(module, AffineCoupling)
+    if not known:
+        layer.features = 0
+    runs = "one op" if known else "own op"
+    return Outcome(single_doors(layer, "inverse", "forward"), runs=runs)
+
+
+def _images(read: Callable[[torch.nn.Module], Form | None], module: torch.nn.Module) -> Outcome:
+    """Look at a transform of images."""
+    if why := form_disagreement(module, _DIRECTIONS, read):
+        return Outcome(note=why)
+    doors = [FormDoor(module, name, inverse, read) for name, inverse in _DIRECTIONS.items()]
+    return Outcome(doors, runs="own op")
+
+
+LIBRARY = Library(
+    PREFIX,
+    (PREFIX,),
+    {
+        "core.NormalizingFlow": FLOW,
+        "core.ConditionalNormalizingFlow": FLOW,
+        "flows.affine.coupling.AffineCouplingBlock": Kind(_coupling),
+        "flows.affine.coupling.AffineConstFlow": Kind(
+            partial(_vectors, ConstantAffine, False), quiet=True
+        ),
+        "flows.affine.glow.GlowBlock": Kind(partial(_images, BlockForm.read)),
+        "flows.mixing.InvertibleAffine": Kind(partial(_vectors, AffineMatrix, False)),
+        "flows.mixing.Permute": Kind(partial(_vectors, Permute, False)),
+        "flows.normalization.ActNorm": Kind(partial(_vectors, ConstantAffine, False), quiet=True),
+    },
+)
