@@ -30,20 +30,23 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
         twin = comparable(copy.deepcopy(module))
     except Exception as error:
         return f"it cannot be copied to be compared: {type(error).__name__}"
-    draw = torch.Generator().manual_seed(0)
-    layer = make(twin)
-    link = layer._chain_link()
+    return _differs(make(twin), twin)
+
+
+def _differs(layer: ForeignLayer, twin: torch.nn.Module) -> str:
+    link, dtype = layer._chain_link(), torch.float64
     if link is None:
         return "its form or a part of it is not known"
+    draw = torch.Generator().manual_seed(0)
     if any(waits() for waits in link.waits):  # for the first batch
         with torch.no_grad(), the_library_itself():
-            layer(torch.randn(_SAMPLES, layer.features, generator=draw, dtype=torch.float64))
+            layer(torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype))
     if obstructed(link):
         return "hooks or methods of its own hang on it"
-    dtype = torch.float64
     if not link.in_float64:
-        twin, dtype = twin.float(), torch.float32
-        if (link := layer._chain_link()) is None:
+        twin.float()
+        link, dtype = layer._chain_link(), torch.float32
+        if link is None:
             return "its form or a part of it is not known"
     x = 1.5 * torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype)
     context = None
