@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyflowkern._library import kernel_serves
-from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
+from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.interop._check import comparable, same_values
 from pyflowkern.interop._doors import MethodDoor, the_library_itself
-from pyflowkern.nn._conv_network import convolutions
-from pyflowkern.nn._hooks import globally_hooked
+from pyflowkern.nn.chain import undisturbed
+from pyflowkern.nn.convolutions import convolutions
 from pyflowkern.nn.links import Link, Watched, obstructed
 from pyflowkern.ops.conv_network import evaluate_convolutions
 
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.float64)
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Form:
@@ -188,10 +187,7 @@ def served_samples(x: object) -> TypeGuard[Tensor]:
         and x.dim() in (2, 4)
         and 0 not in x.shape
         and kernel_serves("affine_coupling", x, dtypes=_DTYPES)
-        and not autocasts(x)
-        and not globally_hooked()
-        and torch._C._get_tracing_state() is None
-        and torch._C._get_dispatch_mode(_FAKE) is None
+        and undisturbed(x)
     )
 
 

@@ -18,7 +18,7 @@ from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import ElementsStep
 
-__all__ = ["Chains", "Layer", "Run", "served"]
+__all__ = ["Chains", "Layer", "Run", "served", "undisturbed"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -203,7 +203,14 @@ def served(x: Tensor) -> bool:
         and type(x) in PLAIN_TENSORS
         and x.dim() == 2
         and kernel_serves("chain", x, dtypes=CHAIN_DTYPES)
-        and not autocasts(x)
+        and undisturbed(x)
+    )
+
+
+def undisturbed(x: Tensor) -> bool:
+    """Whether nothing would see that an op runs in the place of layers: autocast, hooks of all modules, tracers."""
+    return (
+        not autocasts(x)
         and not globally_hooked()
         and torch._C._get_tracing_state() is None  # to a tracer sizes are tensors
         and torch._C._get_dispatch_mode(_FAKE) is None  # which no test of values may meet

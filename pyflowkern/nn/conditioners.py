@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
 from pyflowkern.nn._blocks import gate_layers, residual_block, run_blocks
-from pyflowkern.nn._conv_network import convolutions
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._relu_network import linear_layers
+from pyflowkern.nn.convolutions import convolutions
 from pyflowkern.ops.conv_network import evaluate_convolutions
 from pyflowkern.ops.relu_network import evaluate_network
 
