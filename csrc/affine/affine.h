@@ -281,4 +281,13 @@ PFK_HD void with_scale_kind(int kind, F f) {
   }
 }
 
+// The scale of a kind that is known at run time: on a GPU, where all threads take the same branch,
+// one loop with a branch needs fewer registers than a loop for each kind.
+template <class V>
+PFK_HD Scale<V> scale_of_kind(int kind, V u, const AffineMap<Lane<V>>& m) {
+  Scale<V> s;
+  with_scale_kind(kind, [&](auto k) { s = scale_of<decltype(k)::value>(u, m); });
+  return s;
+}
+
 PFK_END

@@ -13,30 +13,6 @@
 PFK_BEGIN
 namespace {
 
-template <class T>
-__device__ Scale<T> scale_of_kind(int kind, T u, const AffineMap<T>& m) {
-  switch (kind) {
-    case kExp:
-      return scale_of<kExp>(u, m);
-    case kTanh:
-      return scale_of<kTanh>(u, m);
-    case kAtan:
-      return scale_of<kAtan>(u, m);
-    case kSigmoid:
-      return scale_of<kSigmoid>(u, m);
-    case kSoftplus:
-      return scale_of<kSoftplus>(u, m);
-    case kSoftclipScale:
-      return scale_of<kSoftclipScale>(u, m);
-    case kSoftplusAsinh:
-      return scale_of<kSoftplusAsinh>(u, m);
-    case kSoftplusTanh:
-      return scale_of<kSoftplusTanh>(u, m);
-    default:
-      return scale_of<kAdditive>(u, m);
-  }
-}
-
 template <class S, bool kWide>
 struct Pointers {
   using P = Pack<S, kWide>;

@@ -166,35 +166,29 @@ __device__ ElementColumn<T> column_of(const ChainOp& o, const ChainBlock<T>& b,
 template <class T>
 __device__ void chain_affine(const ChainRun<T>& run, const ChainOp& o, ChainBlock<T>& b) {
   const AffineMap<T> m = run.maps[o.map].affine;
-  with_scale_kind(o.scale_kind, [&](auto kind) {
-    constexpr int k = decltype(kind)::value;
-    each_number(o.rows, [&](int j, int s) {
-      const T* p = &b.at(o.params + j * o.feature_step, s);
-      const Scale<T> scale =
-          scale_of<k>(k == kAdditive ? p[0] : p[o.param_step * kChainSamples], m);
-      T& x = b.at(o.out + run.ints[o.in_order + j], s);
-      x = affine_apply(x, scale.factor, p[0], m);
-      b.log_det += static_cast<double>(scale.log_factor);
-    });
+  const int raw = o.scale_kind == kAdditive ? 0 : o.param_step * kChainSamples;
+  each_number(o.rows, [&](int j, int s) {
+    const T* p = &b.at(o.params + j * o.feature_step, s);
+    const Scale<T> scale = scale_of_kind(o.scale_kind, p[raw], m);
+    T& x = b.at(o.out + run.ints[o.in_order + j], s);
+    x = affine_apply(x, scale.factor, p[0], m);
+    b.log_det += static_cast<double>(scale.log_factor);
   });
 }
 
 template <class T>
 __device__ void chain_affine_vjp(const ChainRun<T>& run, const ChainOp& o, const ChainBlock<T>& b) {
   const AffineMap<T> m = run.maps[o.map].affine;
-  with_scale_kind(o.scale_kind, [&](auto kind) {
-    constexpr int k = decltype(kind)::value;
-    each_number(o.rows, [&](int j, int s) {
-      T *p = &b.at(o.params + j * o.feature_step, s), *raw = p + o.param_step * kChainSamples;
-      const int d = run.ints[o.in_order + j];
-      T& g = b.at(o.out + d, s);
-      const Scale<T> scale = scale_of<k>(k == kAdditive ? p[0] : *raw, m);
-      const AffineGrad<T> r =
-          affine_vjp(b.at(o.in + d, s), p[0], g, b.at(run.grad_log, s), scale, m);
-      g = r.in;
-      *p = r.shift;
-      if (k != kAdditive) *raw = r.raw;
-    });
+  const int raw = o.scale_kind == kAdditive ? 0 : o.param_step * kChainSamples;
+  each_number(o.rows, [&](int j, int s) {
+    T* p = &b.at(o.params + j * o.feature_step, s);
+    const int d = run.ints[o.in_order + j];
+    T& g = b.at(o.out + d, s);
+    const Scale<T> scale = scale_of_kind(o.scale_kind, p[raw], m);
+    const AffineGrad<T> r = affine_vjp(b.at(o.in + d, s), p[0], g, b.at(run.grad_log, s), scale, m);
+    g = r.in;
+    p[raw] = r.raw;
+    p[0] = r.shift;  // the last one, as the additive map has it alone
   });
 }
 

@@ -2,6 +2,7 @@
 
 from pyflowkern.nn._base import Bijection, BijectionTransform, Sequential
 from pyflowkern.nn.autoregressive import Inverse, MaskedAutoregressive
+from pyflowkern.nn.batch_norm import BatchNorm
 from pyflowkern.nn.conditioners import (
     MLP,
     ConvNet,
@@ -35,6 +36,7 @@ __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "BatchNorm",
     "Bijection",
     "BijectionTransform",
     "CircularShift",

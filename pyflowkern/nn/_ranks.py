@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["process_groups", "write_parameters"]
+__all__ = ["moments_of_all", "process_groups", "write_parameters"]
 
 
 def process_groups(layer: torch.nn.Module) -> list[Any]:
@@ -27,6 +27,38 @@ def process_groups(layer: torch.nn.Module) -> list[Any]:
         return [mesh.get_group(axis) for axis in range(mesh.ndim)]
     wrapper = DistributedDataParallel._get_active_ddp_module()
     return [] if wrapper is None else [wrapper.process_group]
+
+
+def moments_of_all(
+    mean: Tensor, var: Tensor, count: Tensor, groups: list[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and count over all processes of the groups, some of which may have no data.
+
+    Gradients of mean and variance are those of what all processes compute from them.
+    """
+    if not groups:
+        return mean, var, count
+    mean, var = (torch.where(count > 0, t, 0.0) for t in (mean, var))
+    sums = _Sum.apply(torch.cat([count * mean, count.view(1)]), groups)  # type: ignore[no-untyped-call]
+    total_mean, total = sums[:-1] / sums[-1], sums[-1].detach()
+    squares = _Sum.apply(count * (var + (mean - total_mean).square()), groups)  # type: ignore[no-untyped-call]
+    return total_mean, squares / total, total
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes of some groups, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, groups: list[Any]) -> Tensor:
+        ctx.groups = groups
+        t = t.clone(memory_format=torch.contiguous_format)
+        for group in groups:
+            dist.all_reduce(t, group=group)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Sum.apply(grads[0], ctx.groups), None  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

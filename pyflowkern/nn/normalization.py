@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -14,7 +13,7 @@ from pyflowkern import ops
 from pyflowkern._library import transformed
 from pyflowkern.core.checks import check_channels, check_count
 from pyflowkern.nn._base import Bijection
-from pyflowkern.nn._ranks import process_groups, write_parameters
+from pyflowkern.nn._ranks import moments_of_all, process_groups, write_parameters
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep
 
@@ -145,7 +144,7 @@ class ActNorm(Bijection):
         groups = process_groups(self) if given is None else [given]
         if x.numel() == 0 and not groups:
             return
-        mean, var, count = _over_all_ranks(*_finite_moments(x), groups)
+        mean, var, count = moments_of_all(*_finite_moments(x), groups)
         # a spread below the rounding of the mean is no spread
         spread = var > (torch.finfo(torch.float32).eps * mean).square()
         log_scale = torch.where(spread & var.isfinite(), -0.5 * torch.log(var), 0.0)
@@ -199,22 +198,3 @@ def _finite_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     fill = (mean * factor).view(-1, *[1] * (x.dim() - 2))
     mean, var = ops.channel_moments(torch.where(rows, x, fill))
     return mean, var * factor, count * x.shape[2:].numel()
-
-
-def _over_all_ranks(
-    mean: Tensor, var: Tensor, count: Tensor, groups: list[Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, variance and count over all ranks of the groups, some of which may be empty."""
-    if not groups:
-        return mean, var, count
-    mean, var = (torch.where(count > 0, t, 0.0) for t in (mean, var))
-    sums = _summed(torch.cat([count * mean, count.view(1)]), groups)
-    total_mean, total = sums[:-1] / sums[-1], sums[-1]
-    squares = _summed(count * (var + (mean - total_mean).square()), groups)
-    return total_mean, squares / total, total
-
-
-def _summed(t: Tensor, groups: list[Any]) -> Tensor:
-    for group in groups:
-        dist.all_reduce(t, group=group)
-    return t

@@ -54,6 +54,14 @@ class Damped(torch.nn.Module):
         return torch.tanh(self.net(x)) - x / 2
 
 
+def after_batches(layer):
+    """Give a batch normalization statistics as of data."""
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.arange(layer.channels) - 1.5)
+        layer.running_var.copy_(torch.arange(layer.channels) / 2 + 0.25)
+    return layer
+
+
 COUPLINGS = [
     ModuleCase("affine", lambda: Affine(5, MLP), (5,)),
     ModuleCase("affine swap", lambda: Affine(5, RESIDUAL, swap=True), (5,)),
@@ -154,6 +162,11 @@ OTHERS = [
     ModuleCase("circular shift", lambda: nn.CircularShift(4, bound=6.0, shift=0.5), (4, 2)),
     ModuleCase("actnorm", lambda: nn.ActNorm(4), (4,)),
     ModuleCase("actnorm image", lambda: nn.ActNorm(2), (2, 3, 2)),
+    ModuleCase("batch norm", lambda: after_batches(nn.BatchNorm(4)), (4,)),
+    ModuleCase("batch norm image", lambda: after_batches(nn.BatchNorm(2, eps=0.1)), (2, 3, 2)),
+    ModuleCase(
+        "batch norm of nothing learned", lambda: after_batches(nn.BatchNorm(3, affine=False)), (3,)
+    ),
     ModuleCase("linear plu", lambda: nn.InvertibleLinear(5), (5,)),
     ModuleCase("linear dense", lambda: nn.InvertibleLinear(5, parameterization="dense"), (5,)),
     ModuleCase(

@@ -47,6 +47,7 @@ SEQUENCES = {
         nn.InvertibleConv1x1(D, parameterization="householder"),
         nn.ActNorm(D),
     ],
+    "batch norm": lambda: [nn.BatchNorm(D), Affine(D, mlp), nn.BatchNorm(D, affine=False)],
     "glow": lambda: [nn.GlowStep(D), Affine(D, mlp), nn.GlowStep(D, parameterization="dense")],
     "circle": lambda: [
         nn.CircularShift(D, bound=6.0, shift=0.5),

@@ -1,4 +1,4 @@
-"""ActNorm's initialisation in several processes: equal where they train one model, independent otherwise."""
+"""Statistics in several processes: those of all where they train one model, independent otherwise."""
 
 import copy
 import io
@@ -129,6 +129,57 @@ def uneven(rank, kind):
     torch.testing.assert_close(*states)
 
 
+def normalizing(synchronize=True):
+    torch.manual_seed(0)
+    kind = {"synchronize": synchronize}
+    return nn.Sequential(nn.BatchNorm(C, **kind), nn.InvertibleLinear(C), nn.BatchNorm(C, **kind))
+
+
+def batch_norm(rank, kind):
+    """The gradients of one process that has all samples, whose loss is the mean of those of the processes."""
+    wrapped = DistributedDataParallel(normalizing(), broadcast_buffers=kind == "buffers")
+    alone = normalizing()
+    for step in range(2):
+        for module in (wrapped, alone):
+            module.zero_grad()
+        loss_of(wrapped(batch(rank) + step)).backward()
+        z, log_det = alone(both() + step)
+        parts = [(z[:10], log_det[:10]), (z[10:], log_det[10:])]
+        (sum(map(loss_of, parts)) / 2).backward()
+        for a, b in zip(wrapped.module.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        wrapped.module.state_dict(), alone.state_dict(), atol=1e-4, rtol=1e-5
+    )
+    assert torch.equal(wrapped.module.eval()(batch(0))[0], wrapped.module(batch(0))[0])
+
+
+def batch_norm_of_input(rank, kind):
+    """Gradients of the data are those of what both processes compute; one of them has none at all."""
+    mine = (batch(0) if rank == 0 else batch(0)[:0]).requires_grad_()
+    layer = nn.BatchNorm(C, process_group=dist.group.WORLD)
+    (mine_grad,) = torch.autograd.grad(loss_sum(layer(mine)), mine)
+    alone = nn.BatchNorm(C)
+    x = batch(0).requires_grad_()
+    (expected,) = torch.autograd.grad(loss_sum(alone(x)), x)
+    torch.testing.assert_close(mine_grad, expected if rank == 0 else expected[:0])
+    torch.testing.assert_close(layer.state_dict(), alone.state_dict())
+
+
+def loss_sum(result):
+    z, log_det = result
+    return (z**3).sum() + (log_det * torch.arange(len(log_det))).sum()
+
+
+def batch_norm_of_each(rank, kind):
+    """Without synchronization each process has the statistics of its own batch, and may stop when it likes."""
+    wrapped = DistributedDataParallel(normalizing(synchronize=False), broadcast_buffers=False)
+    loss_of(wrapped(batch(rank))).backward()
+    alone = normalizing()
+    alone(batch(rank))
+    torch.testing.assert_close(wrapped.module.state_dict(), alone.state_dict())
+
+
 SCENARIOS = {
     "DDP": (ddp, "buffers"),
     "DDP without buffers": (ddp, "no buffers"),
@@ -140,6 +191,10 @@ SCENARIOS = {
     "one process alone": (independent, "one alone"),
     "a group that was given": (given_group, "forward"),
     "a group that was given, through the inverse": (given_group, "inverse"),
+    "batch norm": (batch_norm, "buffers"),
+    "batch norm without buffers": (batch_norm, "no buffers"),
+    "batch norm, one process without data": (batch_norm_of_input, ""),
+    "batch norm of each process": (batch_norm_of_each, ""),
     "Join with uneven inputs": (uneven, ""),
 }
 
