@@ -75,16 +75,21 @@ class Forms:
 
     def run(self, x: object, name: str, inverse: bool) -> Any:
         """Do what the method of that name does, by a few ops; None where they do not serve."""
-        if not served_samples(x) or (form := self._known()) is None:
+        if not served_samples(x) or (ready := self.ready(x, name)) is None:
             return None
-        watched = form.watched
-        if watched is None or form.channels not in (None, x.shape[1]) or watched.overrides(name):
+        form, tensors = ready
+        return form.run(x, tensors, inverse)
+
+    def ready(self, x: Tensor, name: str) -> tuple[Form, list[Tensor]] | None:
+        """Return the form and its tensors as they are now, where they may stand for the method of that name."""
+        if (form := self._known()) is None or (watched := form.watched) is None:
             return None
-        tensors = watched.tensors()
-        if tensors is None:
+        if form.channels not in (None, x.shape[1]) or watched.overrides(name):
+            return None
+        if (tensors := watched.tensors()) is None:
             return None
         fit = all(t.dtype == x.dtype and t.device == x.device for t in tensors)
-        return form.run(x, tensors, inverse) if fit else None
+        return (form, tensors) if fit else None
 
     def _known(self) -> Form | None:
         """Return the form; None where something hangs on a part."""

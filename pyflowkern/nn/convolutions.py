@@ -16,7 +16,7 @@ __all__ = ["convolutions"]
 
 #: Measured: of smaller images vectors stay half empty, and wider layers leave nothing to gain over torch's; the more
 #: pixels, the wider.
-_WIDEST = ((256, 256), (64, 128), (16, 64))
+_WIDEST = ((256, 512), (64, 256), (16, 128))
 #: The op gives an image to one thread; torch divides it, which is worth it from so many pixels on.
 _PIXELS_OF_A_THREAD = 1024
 
