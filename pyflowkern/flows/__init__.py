@@ -3,6 +3,7 @@
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._continuous import ContinuousBijection
 from pyflowkern.flows._distribution import FlowDistribution
+from pyflowkern.flows._lazy import LazyFlow
 from pyflowkern.flows.autoregressive import IAF, MAF
 from pyflowkern.flows.bases import MixtureOfGaussians, StandardNormal, Uniform
 from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousTerms
@@ -23,6 +24,7 @@ __all__ = [
     "FlowDistribution",
     "FlowMatching",
     "Glow",
+    "LazyFlow",
     "MixtureOfGaussians",
     "RealNVP",
     "StandardNormal",

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
 from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_dtype
 from pyflowkern.flows._arguments import check_flags, expand_context, parse_shape
-from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows._domain import Domain, PixelDomain, without_density
+from pyflowkern.flows._forms import FlowForms
 from pyflowkern.flows._hints import warn_of_unsuitable
 from pyflowkern.flows._one_op import log_prob_by_one_op
 from pyflowkern.flows._torch_base import as_base
-from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, MultiScale
+from pyflowkern.nn import Bijection, Dequantize, MultiScale
 
 __all__ = ["Flow"]
 
 
-class Flow(Bijection):
+class Flow(FlowForms):
     r"""A density model: :math:`\log p(x) = \log p_Z(f(x)) + \log|\det \partial f / \partial x|`.
 
     ``forward`` maps data to a latent ``z`` that is always one tensor ``[N, D]``;
@@ -134,17 +133,6 @@ class Flow(Bijection):
             x, last = self.preprocess.inverse(x)
             log_det = log_det + last
         return x, log_det
-
-    @property
-    def domain(self) -> tuple[float, float] | None:
-        """Ends of the interval that each element of ``x`` lies in; None for the real line."""
-        return None if self._domain is None else self._domain.ends
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Where the data lie, as a constraint of torch over events: the real line or the domain."""
-        each = constraints.real if self.domain is None else constraints.interval(*self.domain)
-        return constraints.independent(each, len(self.event_shape))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the log-density of ``x`` in nats, ``[N]``: -inf outside of a bounded domain.
@@ -307,45 +295,6 @@ class Flow(Bijection):
         if isinstance(self.bijection, MultiScale):
             return self.bijection.split_latents(z)
         return [z.reshape(z.shape[0], *self._latent_shape)]
-
-    def distribution(
-        self, context: Tensor | None = None, *, validate_args: bool | None = None
-    ) -> FlowDistribution:
-        """Return a :class:`torch.distributions.Distribution` of the data.
-
-        Args:
-            context: ``[*batch, K]``: its leading axes become the batch shape.
-            validate_args: refuse values outside of the support, as :class:`FlowDistribution` does; None
-                follows torch's default.
-
-        Example:
-            >>> import torch
-            >>> from pyflowkern import flows
-            >>> d = flows.RealNVP(2, steps=2, hidden=8).distribution()
-            >>> x = d.rsample((3, 4))
-            >>> d.event_shape, tuple(x.shape), tuple(d.log_prob(x).shape)
-            (torch.Size([2]), (3, 4, 2), (3, 4))
-        """
-        return FlowDistribution(self, context, validate_args=validate_args)
-
-    def transform(self, context: Tensor | None = None, **options: Any) -> BijectionTransform:
-        """Return the flow as a torch Transform; it knows its own event shapes and its domain.
-
-        A flow on a bounded domain maps the interval onto itself: both sides are constrained to it.
-        """
-        options.pop("event_dim", None)
-        latent: constraints.Constraint = constraints.real
-        if self.domain is not None and self.preprocess is None:
-            latent = constraints.interval(*self.domain)
-        return BijectionTransform(
-            self,
-            context,
-            len(self.event_shape),
-            1,
-            domain=self.support,
-            codomain=constraints.independent(latent, 1),
-            **options,
-        )
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return ``(D,)``."""

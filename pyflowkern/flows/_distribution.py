@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Transform, constraints
 
 __all__ = ["FlowDistribution"]
 
@@ -30,6 +30,9 @@ class DensityModel(Protocol):
 
     def rsample(self, n: int, context: Tensor | None = None) -> Tensor:
         """Return samples with gradients."""
+
+    def transform(self, context: Tensor | None = None) -> Transform:
+        """Return the map from data to latent."""
 
 
 class FlowDistribution(Distribution):
@@ -79,6 +82,11 @@ class FlowDistribution(Distribution):
     def support(self) -> constraints.Constraint:
         """The real line or the flow's domain; for pixels the unit interval and the margin of alpha."""
         return self.flow.support
+
+    @property
+    def transform(self) -> Transform:
+        """The map from data to latent, one for each context: a transform of torch."""
+        return self.flow.transform(self.context)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """Return the distribution with another batch shape, of the same class.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 
 from torch import Tensor
+from torch.nn import Module
 
 from pyflowkern._library import transformed
 from pyflowkern.flows._domain import Domain
-from pyflowkern.nn import ActNorm, Bijection
+from pyflowkern.nn import ActNorm, BatchNorm, Bijection, Standardize
 
 __all__ = ["warn_of_unsuitable"]
 
@@ -26,6 +27,7 @@ def warn_of_unsuitable(
         outside: which samples ``[N]`` lie outside of the domain.
         domain: of the flow.
         bijection: of the flow; one with ActNorm finds the scale of the data itself, in training mode.
+            One with BatchNorm or Standardize has it.
 
     Returns:
         Whether that is done: not under transforms, where nothing can be looked at.  Data on a GPU are not
@@ -44,13 +46,13 @@ def warn_of_unsuitable(
                 f"log_prob is -inf; {domain.hint(x)}",
                 stacklevel=4,
             )
-    elif domain is None and not any(_has_scale(m) for m in norms):
+    elif domain is None and not any(map(_has_scale, bijection.modules())):
         size = float(x.detach()[:1000].abs().float().nanmedian())
         if size > _LARGE:
             other = (
                 "call the flow in training mode first, where ActNorm finds their scale"
                 if norms
-                else "begin with nn.ActNorm"
+                else "begin with flow.standardize(data) or nn.ActNorm"
             )
             warnings.warn(
                 f"the data are of size {size:.3g}, and this flow is made for about unit variance: standardise them "
@@ -60,8 +62,11 @@ def warn_of_unsuitable(
     return True
 
 
-def _has_scale(layer: ActNorm) -> bool:
-    """Whether the layer has started, or been given parameters, or starts from the data that it sees now."""
-    return layer.training or bool(
-        (layer.initialized != 0) | layer.log_scale.any() | layer.bias.any()
-    )
+def _has_scale(layer: Module) -> bool:
+    """Whether the layer has seen data or been given parameters, or takes its scale from the data that it sees now."""
+    if isinstance(layer, ActNorm):
+        known = (layer.initialized != 0) | layer.log_scale.any() | layer.bias.any()
+        return layer.training or bool(known)
+    if isinstance(layer, BatchNorm):
+        return layer.training or bool(layer.batches > 0)
+    return isinstance(layer, Standardize) and bool(layer.log_scale.any() | layer.bias.any())

@@ -27,6 +27,7 @@ from pyflowkern.nn.normalization import ActNorm
 from pyflowkern.nn.preprocess import Dequantize, Logit
 from pyflowkern.nn.reshape import Permutation, Reverse, Squeeze
 from pyflowkern.nn.spline import CircularShift, SplineCoupling
+from pyflowkern.nn.standardize import Standardize
 from pyflowkern.nn.vector_field import VectorField, VectorFieldMLP
 from pyflowkern.nn.vector_field_conv import VectorFieldConv
 from pyflowkern.nn.vector_field_unet import VectorFieldUNet
@@ -60,6 +61,7 @@ __all__ = [
     "SplineCoupling",
     "Split",
     "Squeeze",
+    "Standardize",
     "VectorField",
     "VectorFieldConv",
     "VectorFieldMLP",

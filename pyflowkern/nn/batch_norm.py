@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,15 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.core.checks import check_channels, check_count, check_flag, check_number
-from pyflowkern.core.dtypes import accumulation_dtype
-from pyflowkern.nn._base import Bijection
 from pyflowkern.nn._ranks import moments_of_all, process_groups
+from pyflowkern.nn._statistics import OfStatistics
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep
 
 __all__ = ["BatchNorm"]
 
 
-class BatchNorm(Bijection):
+class BatchNorm(OfStatistics):
     r"""Normalize each channel by the mean ``m`` and variance ``v`` of the batch, or of all batches before.
 
     .. math:: z = e^{\ell}\,\frac{x - m}{\sqrt{v + \epsilon}} + b, \qquad
@@ -191,18 +190,6 @@ class BatchNorm(Bijection):
             if t is not None:
                 torch.nn.init.constant_(t, value)
         self.batches.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
-        """Convert what is learned; statistics stay float32 where it becomes half."""
-        before = {k: t for k, t in self._buffers.items() if t is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            # the count is always float32: compilers lose additions to a float64 number without axes
-            wanted = old.dtype if name == "batches" else accumulation_dtype(new.dtype)  # type: ignore[union-attr]
-            if new is not None and new.dtype != wanted:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process_group": None}

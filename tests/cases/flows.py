@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from laws import ODE, ModuleCase
 
 from pyflowkern import flows, nn
@@ -16,6 +17,9 @@ NSF = partial(flows.NSF, transforms=2, steps=1, hidden=(4, 4), bins=4, context_f
 SOLVER = {"divergence": "exact", "method": "rk4", "step_size": 0.25}
 FIXED = SOLVER | {"context_features": K}
 CNF, FFJORD = partial(flows.CNF, **FIXED), partial(flows.FFJORD, **FIXED)
+
+#: Data of the mean and scale that the laws draw, nearly.
+STANDARD = torch.linspace(-2, 2, 30).view(6, 5)[:, [1, 0, 3, 2, 4]]
 
 case = partial(ModuleCase, atol=1e-8)  # of up to ten layers, one after another
 #: There and back is the identity but for the error of RK4 in four steps, for each block.
@@ -41,6 +45,7 @@ FLOWS = [
         (5,),
     ),
     case("MAF on a mixture", lambda: MAF(5, base=flows.MixtureOfGaussians(5, 3)), (5,)),
+    case("MAF of other scales", lambda: MAF(5).standardize(STANDARD), (5,)),
     case("IAF", lambda: IAF(5), (5,)),
     case("NSF", lambda: NSF(5, gated=True), (5,)),
     case(

@@ -54,6 +54,10 @@ class Damped(torch.nn.Module):
         return torch.tanh(self.net(x)) - x / 2
 
 
+#: Data of some mean and scale.
+MOVED = torch.tensor([[1.0, 3.0, 2.0], [2.0, -5.0, 2.5]])
+
+
 def after_batches(layer):
     """Give a batch normalization statistics as of data."""
     with torch.no_grad():
@@ -167,6 +171,8 @@ OTHERS = [
     ModuleCase(
         "batch norm of nothing learned", lambda: after_batches(nn.BatchNorm(3, affine=False)), (3,)
     ),
+    ModuleCase("standardize", lambda: nn.Standardize(3).fit(MOVED), (3,)),
+    ModuleCase("standardize image", lambda: nn.Standardize(3).fit(MOVED), (3, 2, 2)),
     ModuleCase("linear plu", lambda: nn.InvertibleLinear(5), (5,)),
     ModuleCase("linear dense", lambda: nn.InvertibleLinear(5, parameterization="dense"), (5,)),
     ModuleCase(

@@ -178,9 +178,11 @@ def test_samples_are_latents_of_the_generator_and_have_their_density(case):
     torch.testing.assert_close(flow.inverse(z, context)[0], x, rtol=0, atol=case.atol)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in FLOWS if not c.no_graph], ids=str
-)  # fields are random
+# fields are random, and a standardized flow has the scale of its data
+NEUTRAL = [c for c in FLOWS if not c.no_graph and "of other scales" not in c.name]
+
+
+@pytest.mark.parametrize("case", NEUTRAL, ids=str)
 def test_a_new_flow_is_volume_preserving_and_finite(case):
     flow = case.build().eval()
     _, x, context = case.make(dtype=torch.float32)

@@ -48,6 +48,11 @@ SEQUENCES = {
         nn.ActNorm(D),
     ],
     "batch norm": lambda: [nn.BatchNorm(D), Affine(D, mlp), nn.BatchNorm(D, affine=False)],
+    "standardize": lambda: [
+        nn.Standardize(D).fit(3 * torch.randn(9, D) + 5),
+        Affine(D, mlp),
+        nn.Standardize(D),
+    ],
     "glow": lambda: [nn.GlowStep(D), Affine(D, mlp), nn.GlowStep(D, parameterization="dense")],
     "circle": lambda: [
         nn.CircularShift(D, bound=6.0, shift=0.5),
