@@ -159,15 +159,16 @@ class NSF(Flow):
         coupled = unconditional or conditioner is not None
         _check_together(shape, bits, autoregressive, domain is not None, coupled)
         _check_gates(gated, residual, len(shape) == 1 and conditioner is None, context_features)
-        network: dict[str, Any] = {"residual": residual, "context_features": context_features}
-        network |= {"gated": True} if gated else {}
+        network: dict[str, Any] = {
+            "residual": residual,
+            "context_features": context_features,
+            "gated": gated,
+        }
         if autoregressive:
             layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
             bijection: Bijection = _mixed(layers, shape[0], spline, mixing)
         else:
-            if conditioner is None:
-                conditioner = _network(widths, len(shape) - 1, **network)
-            conditioner = taking_context(conditioner, context_features)
+            conditioner = _conditioner(conditioner, widths, len(shape) - 1, network)
             coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
             if len(shape) > 1:
                 prior = partial(ConvNet, hidden=widths[0], context_features=context_features)
@@ -237,6 +238,17 @@ def _check_mixing(
     if mixing == "plu" and domain is not None:
         raise ValueError("mixing must be 'permutation' or 'none' on a bounded domain, got 'plu'")
     return mixing
+
+
+def _conditioner(
+    given: ConditionerFactory | None,
+    widths: tuple[int, ...],
+    spatial_dims: int,
+    network: dict[str, Any],
+) -> ConditionerFactory:
+    """Return the factory of a coupling's network, of which the user's is asked to take the context."""
+    made = _network(widths, spatial_dims, **network) if given is None else given
+    return taking_context(made, network["context_features"])
 
 
 def _network(

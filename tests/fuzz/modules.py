@@ -77,6 +77,7 @@ MODULES = {
         (2, 4, 4),
     ),
     "flows.IAF": lambda: ({"event_shape": 3, "transforms": 2, "hidden": (8,)}, (3,)),
+    "flows.LazyFlow": lambda: ({"flow": flows.MAF(3, transforms=1, hidden=8)}, None),
     "flows.MAF": lambda: ({"event_shape": 3, "transforms": 2, "hidden": (8,)}, (3,)),
     "flows.MixtureOfGaussians": lambda: ({"dims": 3, "components": 2}, None),
     "flows.NSF": lambda: ({"event_shape": 3, "transforms": 2, "hidden": (8,), "bins": 4}, (3,)),
