@@ -149,21 +149,18 @@ class NSF(Flow):
     ) -> None:
         check_flags(autoregressive=autoregressive, circular=circular)
         check_flags(residual=residual, gated=gated, unconditional=unconditional)
-        shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         widths = parse_widths(hidden)
+        shape = parse_shape(event_shape) if autoregressive else parse_event(event_shape)
         transforms, levels, steps = check_counts(transforms=transforms, levels=levels, steps=steps)
         context_features = check_count("context_features", context_features, 0)
         spline = _spline_map(spline, check_count("bins", bins), bound, tails, circular)
         domain = spline.interval if spline.tails in ("circular", "none") else None
         mixing = _check_mixing(mixing, domain, autoregressive)
-        coupled = unconditional or conditioner is not None
-        _check_together(shape, bits, autoregressive, domain is not None, coupled)
+        coupled, bounded = unconditional or conditioner is not None, domain is not None
+        _check_together(shape, bits, autoregressive, bounded, coupled)
         _check_gates(gated, residual, len(shape) == 1 and conditioner is None, context_features)
-        network: dict[str, Any] = {
-            "residual": residual,
-            "context_features": context_features,
-            "gated": gated,
-        }
+        network: dict[str, Any] = {"residual": residual, "gated": gated}
+        network["context_features"] = context_features
         if autoregressive:
             layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
             bijection: Bijection = _mixed(layers, shape[0], spline, mixing)
@@ -171,9 +168,8 @@ class NSF(Flow):
             conditioner = _conditioner(conditioner, widths, len(shape) - 1, network)
             coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
             if len(shape) > 1:
-                prior = partial(ConvNet, hidden=widths[0], context_features=context_features)
                 level = partial(_image_steps, steps, coupling, conditioner)
-                bijection = _image_levels(shape, levels, level, prior)
+                bijection = _image_levels(shape, levels, level, widths[0], context_features)
             else:
                 layers = _couplings(shape[0], transforms, conditioner, coupling, spline, mixing)
                 bijection = _mixed(layers, shape[0], spline, mixing)
@@ -277,10 +273,12 @@ def _image_levels(
     shape: tuple[int, ...],
     levels: int,
     level: Callable[[int], list[Bijection]],
-    prior: Callable[..., torch.nn.Module],
+    hidden: int,
+    context_features: int,
 ) -> MultiScale:
-    """Return the levels of an image flow, a network ``prior`` standardising what leaves after each."""
+    """Return the levels of an image flow, a network standardising what leaves after each."""
     check_space(shape, levels)
+    prior = partial(ConvNet, hidden=hidden, context_features=context_features)
     return squeeze_levels(shape, levels, level, partial(prior, spatial_dims=len(shape) - 1))
 
 
