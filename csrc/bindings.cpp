@@ -105,13 +105,19 @@ void add_chain_codes(pybind11::dict& c) {
                             {"LINEAR", kLinearStep},
                             {"PLU", kPluStep},
                             {"SHIFT", kShiftStep},
-                            {"ELEMENTS", kElementsStep}});
+                            {"ELEMENTS", kElementsStep},
+                            {"LU", kLuStep}});
   c["ChainBase"] = dict_of({{"NONE", kNoBase}, {"NORMAL", kNormalBase}});
   c["ChainLayerFlag"] = dict_of({{"MASKED", kLayerMasked},
                                  {"COLUMNS", kLayerColumns},
                                  {"ROWS", kLayerRows},
                                  {"CONTEXT", kLayerContext},
-                                 {"GATE", kLayerGate}});
+                                 {"GATE", kLayerGate},
+                                 {"CONTEXT_BIAS", kLayerContextBias}});
+  c["ChainContext"] = dict_of({{"NONE", kNoContext},
+                               {"ADD", kAddContext},
+                               {"JOINED", kJoinContext},
+                               {"ACTIVATED", kActivateContext}});
 }
 
 void add_transport_codes(pybind11::dict& c) {

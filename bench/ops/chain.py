@@ -19,10 +19,11 @@ def masked(transform: str | ops.SplineMap, order: Sequence[int], width: int) -> 
     degrees = [1 + u * (features - 1) // width for u in range(width)]
     hidden = [sum(d <= e for d in degrees) for e in degrees]
     last = [sum(d <= j for d in degrees) for j in range(features) for _ in range(per)]
+    rows = [m * per + k for m in order for k in range(per)]
     layers = [
-        ops.ChainLayer(width, features, prefixes=degrees, columns=True),
+        ops.ChainLayer(width, features, prefixes=degrees, columns=order),
         ops.ChainLayer(width, width, prefixes=hidden),
-        ops.ChainLayer(per * features, width, prefixes=last, rows=True),
+        ops.ChainLayer(per * features, width, prefixes=last, rows=rows),
     ]
     return ops.ElementsStep(transform, order, order, ops.ChainNetwork(layers))
 

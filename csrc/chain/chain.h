@@ -16,7 +16,8 @@
 // depend on the number of threads.
 //
 // Units of masked networks are sorted such that a unit reads the first inputs of its layer and no
-// others (`prefix`), which saves half of the products.
+// others (`prefix`), which saves half of the products.  Other libraries keep their weights in
+// another order: `columns` and `rows` say which.
 #pragma once
 
 #include "actnorm/actnorm.h"
@@ -29,22 +30,32 @@ namespace pfk {
 struct ChainLayer {
   int64_t in, out;
   int flags;           // ChainLayerFlags
-  const void* given;   // the weight, [out, in]
-  const void* weight;  // as it is read, rows of `stride`: masked ones are sorted, with zeros
+  const void* given;   // the weight, rows of `lead` numbers
+  int64_t lead;        // `in`; the first layer may read the context as its last inputs
+  const void* weight;  // as it is read, rows of `stride`: those in another order or with a mask are
+                       // copies, sorted and with zeros
   int64_t stride;
-  const void *panels, *turned;  // of the weight and of its transpose (core/gemm.h), or null
-  const void* bias;             // or null
-  const int32_t* prefix;        // masked: the inputs that each row reads, ascending
+  const int32_t *columns, *rows;  // which column belongs to an input, which row to a unit, or null
+  const void *panels, *turned;    // of the weight and of its transpose (core/gemm.h), or null
+  const void* bias;               // or null
+  const int32_t* prefix;          // masked: the inputs that each row reads, ascending
   int64_t before, after;  // rows of the tile: the layer's inputs before and after the activation
   int64_t grad, grad_stride, grad_bias;  // places in the gradients of a task
   int64_t adjoint;  // rows of the tile: the gradient of a hidden layer's output
-  // What a layer between the first and the last does with the context c: it adds C c, or multiplies
-  // its sums by the gate sigmoid(C c + d); sums and gate then have rows of the tile of their own.
+  // What a layer between the first and the last does with the context c: it adds C c (+ d), or
+  // multiplies its sums by the gate sigmoid(C c + d); sums and gate then have rows of the tile of
+  // their own.  The first layer may add a(C c + d): `gate` are then the rows of C c + d.
   const void *context, *gate_bias;  // C [out, K], or null; d
-  bool gated;
+  const void* context_bias;         // d of a sum that has a bias already, or null
+  bool gated, activated;
   int64_t ungated, gate;
   int64_t grad_context, grad_gate_bias;
 };
+
+// Whether products read a copy of a layer's weight.
+inline bool is_copied(const ChainLayer& y) {
+  return y.prefix != nullptr || y.columns != nullptr || y.rows != nullptr;
+}
 
 // Elements: features `moves` change, by parameters that a network computes from features `reads`.
 // Parameter k of moved feature j is row j feature_step + k param_step of the network's output.
@@ -61,7 +72,8 @@ struct ChainElements {
   Activation activation;
   int layers;  // 0: the parameters are a tensor, `shared`
   ChainLayer* layer;
-  const void* context_weight;  // [out of the first layer, K], or null
+  const void* context_weight;  // of the first layer, K numbers in rows of `context_lead`, or null
+  int64_t context_lead;
   const void* shared;
   int64_t grad_context, context_stride, grad_shared;
   int64_t params, params_count;  // rows of the tile: the output of the network
@@ -93,8 +105,12 @@ struct ChainGrad {
   int64_t rows, columns, at, stride;
   bool negative;             // the sum is that of the negative: inverses of shifts
   bool of_log_det;           // of log|det| itself: the sum of grad_log_det
-  int layer = -1, step = 0;  // of a weight or a bias, whose order may be another
+  int layer = -1, step = 0;  // of a layer, whose order may be another
+  int part = 0;              // of it: ChainPart
 };
+
+// The tensors of a layer: its weight, what has a number for each unit, and weights of a context.
+enum ChainPart : int { kNoPart, kWeightPart, kUnitPart, kContextPart };
 
 struct ChainArgs {
   int64_t samples, features, context;

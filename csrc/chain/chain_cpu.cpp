@@ -17,6 +17,8 @@ PFK_DECLARE_LEVELS(void chain_prepare(ChainArgs&, PluArgs*, bool, void*);
                                              void*, void*);
                    void chain_finish_factors(const ChainArgs&, const ChainStep&, PluArgs&, double,
                                              bool, void*);
+                   void chain_finish_triangles(const ChainArgs&, const ChainStep&, PluArgs&, double,
+                                               bool, void*, void* const*);
                    double chain_sum(const ChainArgs&, bool))
 
 PFK_BEGIN
@@ -85,6 +87,15 @@ void chain_finish_factors(const ChainArgs& a, const ChainStep& s, PluArgs& f, do
                           bool wide, void* room) {
   wide ? finish_factors<double>(a, s, f, log_sum, typed<double>(room))
        : finish_factors<float>(a, s, f, log_sum, typed<float>(room));
+}
+void chain_finish_triangles(const ChainArgs& a, const ChainStep& s, PluArgs& f, double log_sum,
+                            bool wide, void* room, void* const* out) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    finish_triangles<T>(a, s, f, log_sum, typed<T>(room), typed<T>(out[0]), typed<T>(out[1]),
+                        typed<T>(out[2]));
+  };
+  wide ? run(0.0) : run(0.0F);
 }
 
 PFK_END
@@ -195,17 +206,25 @@ Tensors place_gradients(Chain& chain, const Tensors& tensors) {
 void finish_steps(Chain& chain, double sum) {
   ChainArgs& a = chain.a;
   PluArgs* factors = chain.t.factors.data();
-  const Tensor room = empty(chain.t.like, {chain.t.factors.empty() ? 0 : a.features * a.features});
+  const int64_t matrix =
+      a.features * a.features;  // and three more, of which the last is a diagonal
+  const Tensor room = empty(chain.t.like, {chain.t.factors.empty() ? 0 : 3 * matrix + a.features});
   for (int64_t i = 0; i < a.steps; ++i) {
     const ChainStep& s = a.step[i];
     const ChainGrad* to = chain.t.grads.data() + s.first_tensor;
     if (s.kind == kActNormStep) {
       PFK_CALL_LEVEL(chain_finish_actnorm, a, s, sum, chain.wide, to[0].out, to[1].out);
-    } else if (s.kind == kPluStep) {  // the permutation comes first
+      continue;
+    }
+    const double log_sum = a.inverse ? -sum : sum;
+    if (s.kind == kPluStep) {  // the permutation comes first
       factors->grad_lower = to[1].out, factors->grad_upper = to[2].out;
       factors->grad_log_diag = to[3].out;
-      const double log_sum = a.inverse ? -sum : sum;
       PFK_CALL_LEVEL(chain_finish_factors, a, s, *factors++, log_sum, chain.wide, data_of(room));
+    } else if (s.kind == kLuStep) {
+      void* const out[] = {to[0].out, to[1].out, to[2].out};
+      PFK_CALL_LEVEL(chain_finish_triangles, a, s, *factors++, log_sum, chain.wide, data_of(room),
+                     out);
     }
   }
 }

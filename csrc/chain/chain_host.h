@@ -6,89 +6,16 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "affine/affine_host.h"
 #include "chain/chain.h"
 #include "chain/chain_order.h"
-#include "core/host.h"
+#include "chain/chain_reader.h"
 #include "spline/spline_form.h"
 
 namespace pfk {
-
-// Reads the integers of a program one after the other.
-class ChainReader {
- public:
-  ChainReader(const Tensor& program, const Tensor& numbers, const std::vector<Tensor>& tensors)
-      : program_(program), numbers_(numbers), tensors_(tensors) {
-    STD_TORCH_CHECK(program.scalar_type() == ScalarType::Int && program.is_contiguous() &&
-                        numbers.scalar_type() == ScalarType::Double && numbers.is_contiguous(),
-                    "pyflowkern::chain: a program is int32 and its numbers are float64");
-    ints_ = static_cast<const int32_t*>(program.const_data_ptr());
-    count_ = program.numel();
-  }
-  int64_t next() { return *many(1); }
-  int64_t size(int64_t least = 0) {
-    const int64_t n = next();
-    STD_TORCH_CHECK(n >= least, "pyflowkern::chain: a size of ", n, " in a program");
-    return n;
-  }
-  const int32_t* many(int64_t n) {
-    STD_TORCH_CHECK(n >= 0 && at_ + n <= count_, "pyflowkern::chain: a program of ", count_,
-                    " numbers ends too early");
-    at_ += n;
-    return ints_ + at_ - n;
-  }
-  const int32_t* indices(int64_t n, int64_t end) {
-    const int32_t* p = many(n);
-    for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(p[i] >= 0 && p[i] < end, "pyflowkern::chain: index ", p[i], " of ", end);
-    }
-    return p;
-  }
-  std::vector<double> numbers(int64_t at, int64_t n) const {
-    STD_TORCH_CHECK(at >= 0 && n >= 0 && at + n <= numbers_.numel(),
-                    "pyflowkern::chain: numbers that a program has not");
-    const double* p = static_cast<const double*>(numbers_.const_data_ptr()) + at;
-    return {p, p + n};
-  }
-  // The next tensor, with this many axes: a number, `columns`, or [rows, columns].
-  const Tensor& tensor(int64_t axes, int64_t rows, int64_t columns) {
-    STD_TORCH_CHECK(next_tensor_ < tensors_.size(), "pyflowkern::chain: too few tensors");
-    const Tensor& t = tensors_[next_tensor_++];
-    STD_TORCH_CHECK(t.dim() == axes && (axes < 1 || t.sizes()[axes - 1] == columns) &&
-                        (axes < 2 || t.sizes()[0] == rows),
-                    "pyflowkern::chain: tensor ", next_tensor_ - 1, " has ", t.dim(), " axes and ",
-                    t.numel(), " numbers, for ", rows, " rows of ", columns);
-    return t;
-  }
-  size_t tensors_read() const { return next_tensor_; }
-  void end() const {
-    STD_TORCH_CHECK(at_ == count_ && next_tensor_ == tensors_.size(),
-                    "pyflowkern::chain: a program that does not end with its tensors");
-  }
-
- private:
-  const Tensor &program_, &numbers_;
-  const std::vector<Tensor>& tensors_;
-  const int32_t* ints_;
-  int64_t count_, at_ = 0;
-  size_t next_tensor_ = 0;
-};
-
-struct ChainTensors {
-  Tensor like;  // dtype and device of all
-  std::optional<Tensor> c;
-  std::vector<Tensor> dense;  // parameters, contiguous
-  std::vector<ChainStep> steps;
-  std::vector<ChainLayer> layers;
-  std::vector<ChainGrad> grads;  // one for each tensor, those without a gradient with no rows
-  std::vector<std::vector<int32_t>> walks;   // tables of inverses of autoregressive steps
-  std::vector<std::vector<int64_t>> orders;  // the permutations of `factors`
-  std::vector<PluArgs> factors;              // of the steps kPluStep, in their order
-  ChainArgs args{};
-  int64_t prepared = 0;  // numbers of what is computed once a call
-};
 
 class ChainBuilder {
  public:
@@ -198,6 +125,9 @@ class ChainBuilder {
       case kPluStep:
         read_factors(s);
         break;
+      case kLuStep:
+        read_triangles(s);
+        break;
       case kShiftStep: {
         s.bound = reader_.numbers(reader_.next(), 1)[0];
         s.first = parameter(1, 1, n, n, &s.grad);
@@ -210,19 +140,44 @@ class ChainBuilder {
     t_.steps.push_back(s);
   }
 
-  void read_factors(ChainStep& s) {
-    const int64_t n = t_.args.features;
+  // A matrix that is made of factors, and the place of its gradient.
+  PluArgs new_factors(ChainStep& s) {
     PluArgs f{};
-    f.size = n;
+    f.size = t_.args.features;
     f.inverse = t_.args.inverse;
-    f.permutation = permutation(n);
-    s.stride = padded(n);
+    s.stride = padded(f.size);
     s.grad = t_.args.size;
-    t_.args.size += n * s.stride;
+    t_.args.size += f.size * s.stride;
+    t_.prepared += 3 * f.size * s.stride + 2 * s.stride;
+    return f;
+  }
+
+  void read_factors(ChainStep& s) {
+    PluArgs f = new_factors(s);
+    const int64_t n = f.size;
+    f.permutation = permutation(n);
     f.lower = factor(2, n, n), f.upper = factor(2, n, n);
     s.given = f.log_diag = factor(1, 1, n), f.sign = factor(1, 1, n);
     t_.factors.push_back(f);
-    t_.prepared += n * padded(n);
+  }
+
+  void read_triangles(ChainStep& s) {
+    const int64_t n = t_.args.features, packed = n * (n - 1) / 2;
+    STD_TORCH_CHECK(!on_device_ && n <= 128, "pyflowkern::chain: triangles of ", n, " features");
+    s.bound = reader_.numbers(reader_.next(), 1)[0];
+    PluArgs f = new_factors(s);
+    f.permutation = unchanged_order(n);
+    f.lower = factor(1, 1, packed), f.upper = factor(1, 1, packed);
+    s.given = f.log_diag = factor(1, 1, n);
+    s.second = parameter(1, 1, n, n, &s.grad_second);
+    t_.grads.back().negative = t_.args.inverse;
+    t_.factors.push_back(f);
+  }
+
+  const int64_t* unchanged_order(int64_t n) {
+    std::vector<int64_t>& order = t_.orders.emplace_back(n);
+    std::iota(order.begin(), order.end(), 0);
+    return order.data();
   }
 
   static int checked_scale_flags(int64_t flags) {
@@ -254,7 +209,9 @@ class ChainBuilder {
     e.residual = reader_.next() != 0, e.activate_last = reader_.next() != 0;
     e.activation =
         static_cast<Activation>(checked_kind("activation", reader_.next(), kMaskedActivations));
-    const bool with_context = reader_.next() != 0;
+    const int first_context = checked_kind("context", reader_.next(), kChainContexts);
+    STD_TORCH_CHECK(first_context == kNoContext || (a.context > 0 && e.layers > 0),
+                    "pyflowkern::chain: a context that is not there, or without a network");
     e.read = reader_.indices(e.reads, a.features), e.moved = reader_.indices(e.moves, a.features);
     e.params_count = e.moves * e.per_feature;
     const int64_t last_row = (e.moves - 1) * e.feature_step + (e.per_feature - 1) * e.param_step;
@@ -268,15 +225,12 @@ class ChainBuilder {
       e.shared = parameter(1, 1, e.params_count, e.params_count, &e.grad_shared);
     }
     int64_t inputs = e.reads;
-    for (int l = 0; l < e.layers; ++l) inputs = read_layer(e, l, inputs);
+    for (int l = 0; l < e.layers; ++l) {
+      inputs = read_layer(e, l, inputs, l == 0 && first_context == kJoinContext);
+    }
     STD_TORCH_CHECK(e.layers == 0 || inputs == e.params_count, "pyflowkern::chain: a network of ",
                     inputs, " outputs for ", e.params_count);
-    if (with_context) {
-      const int64_t out = t_.layers[t_.layers.size() - e.layers].out;
-      STD_TORCH_CHECK(e.layers > 0, "pyflowkern::chain: a context without a network");
-      e.context_stride = padded(a.context);
-      e.context_weight = parameter(2, out, a.context, e.context_stride, &e.grad_context);
-    }
+    if (first_context != kNoContext) read_first_context(e, first_context);
     e.params = e.rows;
     e.rows += e.params_count;
     int64_t of_gradients = 3 * e.widest;
@@ -291,7 +245,39 @@ class ChainBuilder {
     a.rows = e.rows > a.rows ? e.rows : a.rows;
   }
 
-  int64_t read_layer(ChainElements& e, int l, int64_t inputs) {
+  // What the next tensors' gradients belong to.
+  void of_layer(int l, ChainPart part) {
+    ChainGrad& g = t_.grads.back();
+    g.layer = l, g.step = static_cast<int>(t_.steps.size()), g.part = part;
+  }
+
+  void read_first_context(ChainElements& e, int how) {
+    ChainLayer& y = t_.layers[t_.layers.size() - e.layers];
+    STD_TORCH_CHECK(!on_device_ || (how == kAddContext && y.rows == nullptr),
+                    "pyflowkern::chain: a context that only CPUs know");
+    const int64_t count = t_.args.context;
+    e.context_stride = padded(count);
+    e.context_lead = count;
+    if (how == kAddContext) {
+      e.context_weight = parameter(2, y.out, count, e.context_stride, &e.grad_context);
+      of_layer(0, kContextPart);
+    } else if (how == kJoinContext) {
+      const int64_t size = type_ == ScalarType::Double ? 8 : 4;
+      e.context_weight = static_cast<const char*>(y.given) + y.in * size;
+      e.context_lead = y.lead;
+    } else {
+      y.context = parameter(2, y.out, count, e.context_stride, &y.grad_context);
+      of_layer(0, kContextPart);
+      y.gate_bias = parameter(1, 1, y.out, y.out, &y.grad_gate_bias);
+      of_layer(0, kUnitPart);
+      y.activated = true;
+      y.gate = e.rows;
+      e.rows += y.out;
+    }
+    if (y.rows != nullptr) t_.prepared += y.out * padded(count) + padded(y.out);
+  }
+
+  int64_t read_layer(ChainElements& e, int l, int64_t inputs, bool joined) {
     ChainArgs& a = t_.args;
     ChainLayer y{};
     y.out = reader_.size(), y.in = reader_.size();
@@ -302,10 +288,6 @@ class ChainBuilder {
     const int64_t hidden = l > 0 ? t_.layers[t_.layers.size() - l].out : y.out;
     STD_TORCH_CHECK(!e.residual || l == e.layers - 1 || y.out == hidden,
                     "pyflowkern::chain: residual blocks of several widths");
-    STD_TORCH_CHECK(
-        (!(y.flags & kLayerColumns) || (l == 0 && y.in == a.features)) &&
-            (!(y.flags & kLayerRows) || (l == e.layers - 1 && y.out == a.features * e.per_feature)),
-        "pyflowkern::chain: a layer whose features cannot be sorted");
     if (y.flags & kLayerMasked) {
       y.prefix = reader_.many(y.out);
       int32_t before = 0;
@@ -314,26 +296,31 @@ class ChainBuilder {
                         "pyflowkern::chain: prefixes must ascend");
         before = y.prefix[r];
       }
-      t_.prepared += y.out * padded(y.in) + padded(y.out);
     }
-    STD_TORCH_CHECK((y.flags & kLayerMasked) || !(y.flags & (kLayerColumns | kLayerRows)),
-                    "pyflowkern::chain: a dense layer is not sorted");
+    if (y.flags & kLayerColumns) y.columns = reader_.order(y.in);
+    if (y.flags & kLayerRows) y.rows = reader_.order(y.out);
+    STD_TORCH_CHECK(!on_device_ || y.prefix != nullptr || !is_copied(y),
+                    "pyflowkern::chain: orders of dense layers are known to CPUs alone");
+    if (is_copied(y)) t_.prepared += y.out * padded(y.in);
+    if (y.rows != nullptr || (y.flags & kLayerContextBias)) t_.prepared += padded(y.out);
     if (l > 0) {
       y.before = e.rows, y.after = e.rows + y.in;
       e.rows += 2 * y.in;
     }
     e.widest = y.in > e.widest ? y.in : e.widest;
-    y.grad_stride = padded(y.in);
+    // the gradient of the context's part stands beside that of the others
+    y.grad_stride = padded(y.in) + (joined ? padded(a.context) : 0);
     a.widest = y.grad_stride > a.widest ? y.grad_stride : a.widest;
-    y.given = y.weight = parameter(2, y.out, y.in, y.grad_stride, &y.grad);
-    y.stride = y.in;
-    t_.grads.back().layer = l;
-    t_.grads.back().step = static_cast<int>(t_.steps.size());
+    y.lead = y.stride = y.in + (joined ? a.context : 0);
+    y.given = y.weight = parameter(2, y.out, y.lead, y.grad_stride, &y.grad);
+    t_.grads.back().columns = y.in;
+    of_layer(l, kWeightPart);
     if (with_bias) {
       y.bias = parameter(1, 1, y.out, y.out, &y.grad_bias);
-      t_.grads.back().layer = l;
-      t_.grads.back().step = static_cast<int>(t_.steps.size());
+      of_layer(l, kUnitPart);
     }
+    STD_TORCH_CHECK(!(y.flags & kLayerContextBias) || (y.flags & kLayerContext),
+                    "pyflowkern::chain: a bias of a context that is not added");
     if (y.flags & (kLayerContext | kLayerGate)) read_context(e, y, l);
     t_.layers.push_back(y);
     return y.out;
@@ -346,10 +333,30 @@ class ChainBuilder {
                     "pyflowkern::chain: a context of a layer that takes none");
     e.context_stride = padded(t_.args.context);
     y.context = parameter(2, y.out, t_.args.context, e.context_stride, &y.grad_context);
+    of_layer(l, kContextPart);
+    if (y.rows != nullptr) {
+      t_.prepared += y.out * padded(t_.args.context) + padded(y.out);
+    }
+    if (y.flags & kLayerContextBias) read_context_bias(y, l);
     if (!y.gated) return;
     y.gate_bias = parameter(1, 1, y.out, y.out, &y.grad_gate_bias);
+    of_layer(l, kUnitPart);
     y.ungated = e.rows, y.gate = e.rows + y.out;
     e.rows += 2 * y.out;
+  }
+
+  // Its gradient is that of the layer's own bias, with which it is added.
+  void read_context_bias(ChainLayer& y, int l) {
+    const void* bias = keep(floating(1, 1, y.out));
+    if (y.bias != nullptr) {
+      y.context_bias = bias;
+    } else {
+      y.bias = bias;
+      y.grad_bias = t_.args.size;
+      t_.args.size += y.out;
+    }
+    t_.grads.push_back({nullptr, 1, y.out, y.grad_bias, y.out, false, false, -1, 0});
+    of_layer(l, kUnitPart);
   }
 
   ChainTensors& t_;

@@ -127,17 +127,8 @@ class ChainNetworks : protected ChainWriter {
     o.tensor = w.weight[l], o.stride = static_cast<int>(y.in);
     if (y.prefix == nullptr) return;
     o.prefix = ints(y.prefix, y.out);
-    if (y.flags & kLayerColumns) o.column_order = ints(w.e.read, w.e.reads);
-    if (y.flags & kLayerRows) o.row_order = ints(given_rows(w.e).data(), y.out);
-  }
-  static std::vector<int32_t> given_rows(const ChainElements& e) {
-    std::vector<int32_t> rows;
-    for (int64_t j = 0; j < e.moves; ++j) {
-      for (int64_t k = 0; k < e.per_feature; ++k) {
-        rows.push_back(static_cast<int32_t>(e.moved[j] * e.per_feature + k));
-      }
-    }
-    return rows;
+    if (y.columns != nullptr) o.column_order = ints(y.columns, y.in);
+    if (y.rows != nullptr) o.row_order = ints(y.rows, y.out);
   }
 
   // The parameters, from features in rows from x on.

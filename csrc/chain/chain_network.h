@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The networks of a chain on a tile: units are rows, samples are columns.
 //
-//   h = W0 x + b0 (+ C c);   plain: h <- Wi a(h) + bi;   residual: h <- h + W'' a(W' a(h) + b') +
-//   b'' between the first layer and the last.  What a layer between them computes, before h is
-//   added, may have the context added, or be multiplied by a gate, sigmoid(C c + d).
+//   h = W0 x + b0 (+ C c, or a(C c + d));   plain: h <- Wi a(h) + bi;   residual: h <- h + W'' a(W'
+//   a(h) + b') + b'' between the first layer and the last.  What a layer between them computes,
+//   before h is added, may have the context added, or be multiplied by a gate, sigmoid(C c + d).
 //
 // Products read a weight as it lies: number by number on the left (core/gemm.h), its transpose by
 // other steps.  A masked layer reads the first inputs of a block of its rows, and no others.
@@ -176,25 +176,62 @@ void deactivate(Activation activation, const ChainRows<T>& w, int64_t n, const T
 }
 
 // ---- contexts ----------------------------------------------------------------------------------
+// A weight of the context, [out, K], its rows `lead` apart, and the place of its gradient.
+struct ContextWeight {
+  const void* p;
+  int64_t lead, place, stride;
+};
+
+// What the sums of a layer have added: C c, with C null for none.
+template <class T>
+ContextWeight added_context(const ChainElements& e, int l, int64_t context) {
+  const ChainLayer& y = e.layer[l];
+  if (l > 0) return {y.gated ? nullptr : y.context, context, y.grad_context, e.context_stride};
+  if (y.lead > y.in) {  // joined: the gradient stands beside that of the other inputs
+    return {e.context_weight, e.context_lead, y.grad + (y.in + 15) / 16 * 16, y.grad_stride};
+  }
+  return {e.context_weight, e.context_lead, e.grad_context, e.context_stride};
+}
+
 // Rows [begin, end) of `out` += C c, for a weight C that has all rows.
 template <class T>
-void add_context(const void* weight, const ChainRows<T>& w, const T* c, int64_t context,
+void add_context(const ContextWeight& weight, const ChainRows<T>& w, const T* c, int64_t context,
                  int64_t begin, int64_t end, T* out) {
-  gemm<T>({typed<T>(weight) + begin * context, context, 1}, {c, w.width}, end - begin, w.columns,
-          context, {out + begin * w.width, w.width}, true);
+  gemm<T>({typed<T>(weight.p) + begin * weight.lead, weight.lead, 1}, {c, w.width}, end - begin,
+          w.columns, context, {out + begin * w.width, w.width}, true);
+}
+
+// Rows [begin, end) of C c + d, of a gate or of what the first layer activates.
+template <class T>
+void context_sums(const ChainLayer& y, const ChainRows<T>& w, const T* c, int64_t context,
+                  int64_t begin, int64_t end) {
+  T* gate = w.row(y.gate);
+  for (int64_t r = begin; r < end; ++r) {
+    const Vec<T> b = typed<T>(y.gate_bias)[r];
+    for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) b.store(gate + r * w.width + i);
+  }
+  add_context({y.context, context, 0, 0}, w, c, context, begin, end, gate);
+}
+
+// Rows [begin, end) of `out` += a(C c + d).
+template <class T>
+void add_activated(const ChainElements& e, const ChainLayer& y, const ChainRows<T>& w, const T* c,
+                   int64_t context, int64_t begin, int64_t end, T* out) {
+  context_sums(y, w, c, context, begin, end);
+  const T* sums = w.row(y.gate + begin);
+  T* to = out + begin * w.width;
+  each_unit(e.activation, w, end - begin, [&](auto which, int64_t i) {
+    const Vec<T> value = activation_curve<decltype(which)::value>(Vec<T>::load(sums + i)).value;
+    (Vec<T>::load(to + i) + value).store(to + i);
+  });
 }
 
 // The gates of rows [begin, end).
 template <class T>
 void compute_gates(const ChainLayer& y, const ChainRows<T>& w, const T* c, int64_t context,
                    int64_t begin, int64_t end) {
-  T* gate = w.row(y.gate);
-  for (int64_t r = begin; r < end; ++r) {
-    const Vec<T> b = typed<T>(y.gate_bias)[r];
-    for (int64_t i = 0; i < w.columns; i += Vec<T>::kLanes) b.store(gate + r * w.width + i);
-  }
-  add_context(y.context, w, c, context, begin, end, gate);
-  T* rows = gate + begin * w.width;
+  context_sums(y, w, c, context, begin, end);
+  T* rows = w.row(y.gate + begin);
   activate(Activation::kSigmoid, w, end - begin, rows, rows);
 }
 
@@ -226,18 +263,17 @@ void gates_backward(const ChainLayer& y, const ChainRows<T>& w, int64_t begin, i
   }
 }
 
-// From the gradients of C c, in `out` rows, to those of C, at `place`, and of c.
+// From the gradients of C c, in `out` rows, to those of C and of c.
 template <class T>
-void context_backward(const void* weight, int64_t place, int64_t out, const ChainElements& e,
-                      const ChainRows<T>& w, const T* c, T* grad_c, int64_t context, const T* grad,
-                      T* grads) {
+void context_backward(const ContextWeight& weight, int64_t out, const ChainRows<T>& w, const T* c,
+                      T* grad_c, int64_t context, const T* grad, T* grads) {
   if (grads != nullptr) {
-    const Rows<const T> right = turn(w, c, w.width, context, e.context_stride);
-    gemm<T>({grad, w.width, 1}, right, out, context, w.count, {grads + place, e.context_stride},
+    const Rows<const T> right = turn(w, c, w.width, context, (context + 15) / 16 * 16);
+    gemm<T>({grad, w.width, 1}, right, out, context, w.count, {grads + weight.place, weight.stride},
             !w.first);
   }
   if (grad_c != nullptr) {
-    gemm<T>({typed<T>(weight), 1, context}, {grad, w.width}, context, w.columns, out,
+    gemm<T>({typed<T>(weight.p), 1, weight.lead}, {grad, w.width}, context, w.columns, out,
             {grad_c, w.width}, true);
   }
 }
@@ -247,14 +283,14 @@ template <class T>
 void layer_context_backward(const ChainElements& e, int l, const ChainRows<T>& w, const T* c,
                             T* grad_c, int64_t context, const T* grad, T* grads) {
   const ChainLayer& y = e.layer[l];
-  if (l == 0 && e.context_weight != nullptr) {
-    context_backward(e.context_weight, e.grad_context, y.out, e, w, c, grad_c, context, grad,
-                     grads);
-  }
-  if (y.context == nullptr) return;
-  const T* from = y.gated ? w.row(y.ungated) : grad;
-  context_backward(y.context, y.grad_context, y.out, e, w, c, grad_c, context, from, grads);
-  if (y.gated && grads != nullptr) add_row_sums(w, from, y.out, grads + y.grad_gate_bias);
+  const ContextWeight added = added_context<T>(e, l, context);
+  if (added.p != nullptr) context_backward(added, y.out, w, c, grad_c, context, grad, grads);
+  if (!y.gated && !y.activated) return;
+  T* from = w.row(y.gated ? y.ungated : y.gate);
+  if (y.activated) deactivate<T>(e.activation, w, y.out, from, grad, nullptr, from);
+  const ContextWeight own{y.context, context, y.grad_context, e.context_stride};
+  context_backward<T>(own, y.out, w, c, grad_c, context, from, grads);
+  if (grads != nullptr) add_row_sums<T>(w, from, y.out, grads + y.grad_gate_bias);
 }
 
 // ---- a network ---------------------------------------------------------------------------------
@@ -268,6 +304,15 @@ void gather_reads(const ChainElements& e, const ChainRows<T>& w, const T* x, int
 
 inline Activation seen_through(const ChainElements& e, int l) {
   return l == e.layers - 1 && !e.activate_last ? Activation::kIdentity : e.activation;
+}
+
+// What the context adds to rows [begin, end) of a layer's sums.
+template <class T>
+void add_contexts(const ChainElements& e, int l, const ChainRows<T>& w, const T* c, int64_t context,
+                  int64_t begin, int64_t end, T* out) {
+  const ContextWeight added = added_context<T>(e, l, context);
+  if (added.p != nullptr) add_context(added, w, c, context, begin, end, out);
+  if (e.layer[l].activated) add_activated(e, e.layer[l], w, c, context, begin, end, out);
 }
 
 // Computes the parameters, from the rows that gather_reads left; `c` holds the rows of the context.
@@ -302,8 +347,7 @@ void network_forward(const ChainElements& e, const ChainRows<T>& w, const T* c, 
       continue;
     }
     layer_forward(y, w, in, output(l), skip);
-    const void* of_context = l == 0 ? e.context_weight : y.context;
-    if (of_context != nullptr) add_context(of_context, w, c, context, 0, y.out, output(l));
+    add_contexts(e, l, w, c, context, 0, y.out, output(l));
   }
 }
 

@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "chain/chain.h"
+#include "core/activations.h"
 #include "core/gemm.h"
 
 PFK_BEGIN
@@ -13,21 +14,18 @@ PFK_BEGIN
 namespace {
 
 // ---- before the tiles --------------------------------------------------------------------------
-// The feature's place in the tensor of row r of a layer's sorted rows.
-inline int64_t given_row(const ChainLayer& y, const ChainElements& e, int64_t r) {
-  if (!(y.flags & kLayerRows)) return r;
-  return e.moved[r / e.per_feature] * e.per_feature + r % e.per_feature;
-}
+// The row of unit r in the tensors of a layer.
+inline int64_t given_row(const ChainLayer& y, int64_t r) { return y.rows ? y.rows[r] : r; }
 
-// A masked weight, sorted, and its bias.
+// A weight that is masked or in another order.
 template <class T>
-void pack_masked(const ChainLayer& y, const ChainElements& e, T* weight) {
+void copy_weight(const ChainLayer& y, T* weight) {
   const T* given = typed<T>(y.given);
   for (int64_t r = 0; r < y.out; ++r, weight += y.stride) {
-    const T* from = given + given_row(y, e, r) * y.in;
-    const int64_t n = y.prefix[r];
-    if (y.flags & kLayerColumns) {
-      for (int64_t c = 0; c < n; ++c) weight[c] = from[e.read[c]];
+    const T* from = given + given_row(y, r) * y.lead;
+    const int64_t n = y.prefix == nullptr ? y.in : y.prefix[r];
+    if (y.columns != nullptr) {
+      for (int64_t c = 0; c < n; ++c) weight[c] = from[y.columns[c]];
     } else {
       memcpy(weight, from, n * sizeof(T));
     }
@@ -35,20 +33,64 @@ void pack_masked(const ChainLayer& y, const ChainElements& e, T* weight) {
   }
 }
 
+// Rows of n numbers, `lead` apart, in the order of a layer's units.
 template <class T>
-void prepare_layers(const ChainElements& e, T*& room) {
+const void* copy_units(const ChainLayer& y, const void* given, int64_t lead, int64_t n, T*& room) {
+  T* to = room;
+  for (int64_t r = 0; r < y.out; ++r) {
+    memcpy(to + r * n, typed<T>(given) + given_row(y, r) * lead, n * sizeof(T));
+  }
+  room += (y.out * n + 15) / 16 * 16;
+  return to;
+}
+
+template <class T>
+void prepare_layers(ChainElements& e, int64_t context, T*& room) {
   for (int l = 0; l < e.layers; ++l) {
     ChainLayer& y = e.layer[l];
-    if (y.prefix == nullptr) continue;
-    y.stride = (y.in + 15) / 16 * 16;
-    pack_masked(y, e, room);
-    y.weight = room;
-    room += y.out * y.stride;
-    if (y.bias == nullptr || !(y.flags & kLayerRows)) continue;
-    for (int64_t r = 0; r < y.out; ++r) room[r] = typed<T>(y.bias)[given_row(y, e, r)];
-    y.bias = room;
-    room += (y.out + 15) / 16 * 16;
+    if (is_copied(y)) {
+      y.stride = (y.in + 15) / 16 * 16;
+      copy_weight(y, room);
+      y.weight = room;
+      room += y.out * y.stride;
+    }
+    if (y.bias != nullptr && (y.rows != nullptr || y.context_bias != nullptr)) {
+      T* bias = room;
+      y.bias = copy_units(y, y.bias, 1, 1, room);
+      for (int64_t r = 0; y.context_bias != nullptr && r < y.out; ++r) {
+        bias[r] += typed<T>(y.context_bias)[given_row(y, r)];
+      }
+    }
+    if (y.rows == nullptr) continue;
+    if (l == 0 && e.context_weight != nullptr) {
+      e.context_weight = copy_units(y, e.context_weight, e.context_lead, context, room);
+      e.context_lead = context;
+    }
+    if (y.context != nullptr) y.context = copy_units(y, y.context, context, context, room);
+    if (y.gate_bias != nullptr) y.gate_bias = copy_units(y, y.gate_bias, 1, 1, room);
   }
+}
+
+// The diagonal of U from raw numbers, and the derivative of its logarithm.
+inline double lu_diagonal(double raw, double eps) { return softplus_(raw) + eps; }
+inline double lu_log_slope(double raw, double eps) {
+  return 1 / (1 + exp_(-raw)) / lu_diagonal(raw, eps);
+}
+
+// The factors of a matrix from packed triangles, as plu() reads them.  Returns their end.
+template <class T>
+T* unpack_triangles(ChainStep& s, PluArgs& f, T* room) {
+  const int64_t n = f.size;
+  T *lower = room, *upper = lower + n * n, *log_diag = upper + n * n, *sign = log_diag + n;
+  const T *below = typed<T>(f.lower), *above = typed<T>(f.upper), *raw = typed<T>(s.given);
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < r; ++c) lower[r * n + c] = *below++;
+    for (int64_t c = r + 1; c < n; ++c) upper[r * n + c] = *above++;
+    log_diag[r] = static_cast<T>(log_(lu_diagonal(static_cast<double>(raw[r]), s.bound)));
+    sign[r] = T(1);
+  }
+  f.lower = lower, f.upper = upper, f.log_diag = log_diag, f.sign = sign;
+  return sign + n;
 }
 
 // The panels of a layer, and those of its transpose, which the backward pass alone reads.
@@ -97,8 +139,17 @@ void prepare_chain(ChainArgs& a, PluArgs* factors, T* room) {
         room += n * n;
         a.log_det_of_all += sum_of<T>(s.given, n);
         break;
+      case kLuStep: {
+        T* end = unpack_triangles(s, *factors, room);
+        a.log_det_of_all += sum_of<T>(factors->log_diag, n);
+        factors->out = end;
+        plu(*factors++, sizeof(T) == 8);
+        s.first = end;
+        room = end + n * n;
+        break;
+      }
       case kElementsStep:
-        prepare_layers(s.elements, room);
+        prepare_layers(s.elements, a.context, room);
         break;
       default:
         break;
@@ -138,6 +189,39 @@ void sum_row(const ChainArgs& a, const ChainGrad& g, int64_t r, int64_t n, T* to
   }
 }
 
+// The gradient of a layer's tensor, in the tensor's order; what a mask hides gets none.
+template <class T>
+void finish_layer(const ChainArgs& a, const ChainGrad& g, const ChainLayer& y, T* out) {
+  if (g.part == kUnitPart) {
+    for (int64_t r = 0; r < g.columns; ++r) {
+      out[given_row(y, r)] = static_cast<T>(sum_tasks<T>(a, g.at + r));
+    }
+    return;
+  }
+  if (g.part == kContextPart) {
+    for (int64_t r = 0; r < g.rows; ++r) {
+      sum_row<T>(a, g, r, g.columns, out + given_row(y, r) * g.columns);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < g.rows; ++r) {
+    T* to = out + given_row(y, r) * y.lead;
+    const int64_t n = y.prefix == nullptr ? y.in : y.prefix[r];
+    if (y.columns != nullptr) {
+      for (int64_t c = 0; c < y.in; ++c) {
+        to[y.columns[c]] = c < n ? static_cast<T>(sum_tasks<T>(a, g.at + r * g.stride + c)) : T(0);
+      }
+    } else {
+      sum_row<T>(a, g, r, n, to);
+      for (int64_t c = n; c < y.in; ++c) to[c] = T(0);
+    }
+    if (y.lead == y.in) continue;
+    ChainGrad joined = g;  // the context's part stands behind the others
+    joined.at += (y.in + 15) / 16 * 16;
+    sum_row<T>(a, joined, r, y.lead - y.in, to + y.in);
+  }
+}
+
 template <class T>
 void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
   T* out = typed<T>(g.out);
@@ -145,30 +229,9 @@ void finish_gradient(const ChainArgs& a, const ChainGrad& g, double log_sum) {
     *out = static_cast<T>(log_sum);
     return;
   }
-  if (g.layer >= 0) {
+  if (g.part != kNoPart) {
     const ChainElements& e = a.step[g.step].elements;
-    const ChainLayer& y = e.layer[g.layer];
-    if (g.rows == 1 && g.at == y.grad_bias) {
-      for (int64_t r = 0; r < g.columns; ++r) {
-        out[given_row(y, e, r)] = static_cast<T>(sum_tasks<T>(a, g.at + r));
-      }
-      return;
-    }
-    if (y.prefix != nullptr) {
-      for (int64_t r = 0; r < g.rows; ++r) {
-        T* to = out + given_row(y, e, r) * g.columns;
-        const int64_t n = y.prefix[r];
-        if (y.flags & kLayerColumns) {
-          for (int64_t c = 0; c < g.columns; ++c) {
-            to[e.read[c]] = c < n ? static_cast<T>(sum_tasks<T>(a, g.at + r * g.stride + c)) : T(0);
-          }
-          continue;
-        }
-        sum_row<T>(a, g, r, n, to);
-        for (int64_t c = n; c < g.columns; ++c) to[c] = T(0);
-      }
-      return;
-    }
+    return finish_layer(a, g, e.layer[g.layer], out);
   }
   for (int64_t r = 0; r < g.rows; ++r) {
     T* to = out + r * g.columns;
@@ -200,6 +263,23 @@ void finish_factors(const ChainArgs& a, const ChainStep& s, PluArgs& f, double l
   T* diagonal = typed<T>(f.grad_log_diag);
   for (int64_t d = 0; d < f.size; ++d) {
     diagonal[d] = static_cast<T>(static_cast<double>(diagonal[d]) + log_sum);
+  }
+}
+
+// The gradients of packed triangles; `room` has as many numbers as four matrices.
+template <class T>
+void finish_triangles(const ChainArgs& a, const ChainStep& s, PluArgs& f, double log_sum, T* room,
+                      T* below, T* above, T* of_raw) {
+  const int64_t n = f.size;
+  T *lower = room + n * n, *upper = lower + n * n, *diagonal = upper + n * n;
+  f.grad_lower = lower, f.grad_upper = upper, f.grad_log_diag = diagonal;
+  finish_factors(a, s, f, log_sum, room);
+  const T* raw = typed<T>(s.given);
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < r; ++c) *below++ = lower[r * n + c];
+    for (int64_t c = r + 1; c < n; ++c) *above++ = upper[r * n + c];
+    of_raw[r] = static_cast<T>(static_cast<double>(diagonal[r]) *
+                               lu_log_slope(static_cast<double>(raw[r]), s.bound));
   }
 }
 

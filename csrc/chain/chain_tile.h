@@ -93,6 +93,22 @@ void permute_rows(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, b
   swap_states(w);
 }
 
+// to = from + bias, or, in the inverse, - bias.
+template <class T>
+void add_bias(const ChainArgs& a, const ChainStep& s, const ChainRows<T>& w, const T* from, T* to) {
+  const T* bias = typed<T>(s.second);
+  each_state(a, w, [&](int64_t i, int64_t d) {
+    (Vec<T>::load(from + i) + Vec<T>(a.inverse ? -bias[d] : bias[d])).store(to + i);
+  });
+}
+
+template <class T>
+void multiply_rows(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
+  gemm<T>({typed<T>(s.first), a.features, 1}, {w.state, w.rows.width}, a.features, w.rows.columns,
+          a.features, {w.other, w.rows.width}, false);
+  swap_states(w);
+}
+
 template <class T>
 void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
   using V = Vec<T>;
@@ -108,9 +124,12 @@ void step_forward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w) {
     }
     case kLinearStep:
     case kPluStep:
-      gemm<T>({typed<T>(s.first), a.features, 1}, {x, w.rows.width}, a.features, w.rows.columns,
-              a.features, {w.other, w.rows.width}, false);
-      return swap_states(w);
+      return multiply_rows(a, s, w);
+    case kLuStep:
+      if (a.inverse) add_bias(a, s, w.rows, x, x);
+      multiply_rows(a, s, w);
+      if (!a.inverse) add_bias<T>(a, s, w.rows, w.state, w.state);
+      return;
     case kShiftStep: {
       const T* shift = typed<T>(s.first);
       const T bound = static_cast<T>(s.bound);
@@ -208,6 +227,20 @@ void matrix_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w
   swap_states(w);
 }
 
+// z = W x + b, or x = W^-1 (z - b), of which W^-1 is the matrix and z - b what it multiplies.
+template <class T>
+void lu_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, Rows<T> x, T* grads) {
+  const int64_t n = a.features;
+  if (!a.inverse) {
+    if (grads != nullptr) add_row_sums(w.rows, w.state, n, grads + s.grad_second);
+    return matrix_backward(a, s, w, x, grads);
+  }
+  copy_rows<T>(x.p, x.stride, w.other, w.rows.width, n, w.rows.columns);
+  add_bias<T>(a, s, w.rows, w.other, w.other);
+  matrix_backward(a, s, w, Rows<T>{w.other, w.rows.width}, grads);
+  if (grads != nullptr) add_row_sums(w.rows, w.state, n, grads + s.grad_second);
+}
+
 // An autoregressive inverse: it is computed again, as nothing but its argument x is kept.
 template <class T>
 void walk_backward(const ChainArgs& a, const ChainElements& e, const ChainTileWork<T>& w, Rows<T> x,
@@ -255,6 +288,8 @@ void step_backward(const ChainArgs& a, const ChainStep& s, ChainTileWork<T>& w, 
     case kLinearStep:
     case kPluStep:
       return matrix_backward(a, s, w, x, grads);
+    case kLuStep:
+      return lu_backward(a, s, w, x, grads);
     case kShiftStep:
       if (grads != nullptr) add_row_sums(w.rows, w.state, a.features, grads + s.grad);
       return;

@@ -103,8 +103,7 @@ class ChainWalk {
       for (int64_t i = 0; i < w_.columns; i += Vec<T>::kLanes) b.store(row + i);
     }
     if (y.gated) return compute_gates(y, w_, c_, context_, begin, end);
-    const void* of_context = l == 0 ? e_.context_weight : y.context;
-    if (of_context != nullptr) add_context(of_context, w_, c_, context_, begin, end, sums(l));
+    add_contexts(e_, l, w_, c_, context_, begin, end, sums(l));
   }
 
   // Adds the products of rows [begin, end) with inputs [from, to).

@@ -94,21 +94,28 @@ enum ChainStepKind : int {
   kLinearStep,
   kPluStep,
   kShiftStep,
-  kElementsStep
+  kElementsStep,
+  kLuStep
 };
-constexpr int kChainSteps = kElementsStep + 1;
+constexpr int kChainSteps = kLuStep + 1;
 enum ChainBase : int { kNoBase, kNormalBase };
 constexpr int kChainBases = kNormalBase + 1;
-// kLayerColumns, kLayerRows: columns or rows of the weight stand in the order of the features.
-// kLayerContext: a product with the context is added; kLayerGate: its sigmoid is a factor.
+// kLayerColumns, kLayerRows: columns or rows are taken in an order that follows.
+// kLayerContext: a product with the context is added, kLayerContextBias: and a bias of its own;
+// kLayerGate: its sigmoid is a factor.
 enum ChainLayerFlags : int {
   kLayerMasked = 1,
   kLayerColumns = 2,
   kLayerRows = 4,
   kLayerContext = 8,
-  kLayerGate = 16
+  kLayerGate = 16,
+  kLayerContextBias = 32
 };
-constexpr int kAllChainLayerFlags = 2 * kLayerGate - 1;
+constexpr int kAllChainLayerFlags = 2 * kLayerContextBias - 1;
+// What the first layer of a network does with the context c: it adds C c, reads it as its last
+// inputs, or adds a(C c + d).
+enum ChainContext : int { kNoContext, kAddContext, kJoinContext, kActivateContext };
+constexpr int kChainContexts = kActivateContext + 1;
 
 // ---- transport ----------------------------------------------------------------------------------
 enum SinkhornSchedule : int { kAlternating, kSymmetric, kAccelerated };

@@ -14,6 +14,7 @@ __all__ = [
     "MOST_MASKED_LAYERS",
     "AffineFlag",
     "ChainBase",
+    "ChainContext",
     "ChainLayerFlag",
     "ChainStep",
     "ElementFamily",
@@ -213,6 +214,7 @@ class ChainStep(IntEnum):
     PLU = 3
     SHIFT = 4
     ELEMENTS = 5
+    LU = 6
 
 
 class ChainBase(IntEnum):
@@ -226,10 +228,20 @@ class ChainLayerFlag(IntFlag):
     """How the weights of a network's layer are read, and what the layer does with a context."""
 
     MASKED = 1  # each row reads the first columns alone
-    COLUMNS = 2  # columns stand in the order of the features, not in that of reading
+    COLUMNS = 2  # columns are taken in an order that follows
     ROWS = 4  # rows likewise
     CONTEXT = 8  # a product with the context is added
     GATE = 16  # the sigmoid of a product with the context is a factor
+    CONTEXT_BIAS = 32  # the product that is added has a bias of its own
+
+
+class ChainContext(IntEnum):
+    """What the first layer of a network does with the context."""
+
+    NONE = 0
+    ADD = 1
+    JOINED = 2
+    ACTIVATED = 3
 
 
 # --- transport ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 
 from pyflowkern.interop._normflows_parts import is_named
 from pyflowkern.nn.links import Link
-from pyflowkern.ops.chain_steps import ChainLayer, ChainNetwork
+from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 
 __all__ = ["mlp"]
 

@@ -12,7 +12,7 @@ from pyflowkern.core.structure import Structure
 from pyflowkern.nn.conditioners import MLP, ResidualMLP
 from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.nn.masked import MaskedLinear, MaskedMLP
-from pyflowkern.ops.chain_steps import ChainLayer, ChainNetwork
+from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 
 __all__ = ["Ends", "coupling_network", "masked_network"]
 
@@ -110,7 +110,7 @@ def _network(
             activation,
             residual,
             activate_last,
-            net.context_features > 0,
+            "add" if net.context_features > 0 else "none",
         )
     except ValueError:  # layers that do not fit each other: calling them says so
         return None
@@ -237,7 +237,8 @@ def masked_network(net: torch.nn.Module, link: Link) -> ChainNetwork | None:
             mask = mask.view(net.features, net.outputs, -1)[order].flatten(0, 1)
         prefixes = _prefixes(mask)
         assert layer is not None
-        form = {"prefixes": prefixes, "columns": i == 0, "rows": i == last}
+        form = {"prefixes": prefixes, "columns": net.order if i == 0 else None}
+        form["rows"] = _rows_of(net) if i == last else None
         gate = _gate_of(gates, i, len(inner))
         known = None if prefixes is None else _layer(layer, link, gate, **form)
         if known is None or (known.outputs, known.inputs) != tuple(mask.shape):
@@ -246,7 +247,13 @@ def masked_network(net: torch.nn.Module, link: Link) -> ChainNetwork | None:
     residual = any(layer.residual is not None for layer in plan.layers)
     if not _context(net, link):
         return None
-    return ChainNetwork(tuple(found), net.activation, residual, True, net.context_features > 0)
+    context = "add" if net.context_features > 0 else "none"
+    return ChainNetwork(tuple(found), net.activation, residual, True, context)
+
+
+def _rows_of(net: MaskedMLP) -> list[int]:
+    """Return the rows of a masked network's last layer in the order in which features are moved."""
+    return [m * net.outputs + k for m in net.order for k in range(net.outputs)]
 
 
 def _prefixes(mask: Tensor) -> list[int] | None:

@@ -11,7 +11,8 @@ from pyflowkern.core.checks import check_count, check_flag, takes_two
 from pyflowkern.core.structure import Structure, structure_device
 from pyflowkern.nn._base import Bijection
 from pyflowkern.ops import channel_split_sizes, checkerboard_mask
-from pyflowkern.ops.chain_steps import ChainNetwork, ElementsStep
+from pyflowkern.ops.chain_network import ChainNetwork
+from pyflowkern.ops.chain_steps import ElementsStep
 from pyflowkern.ops.elements import ElementMap
 
 __all__ = [

@@ -21,13 +21,13 @@ from pyflowkern.ops.autoregressive import (
     autoregressive_inverse_reference,
 )
 from pyflowkern.ops.chain import chain, chain_reference
+from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import (
     ActNormStep,
-    ChainLayer,
-    ChainNetwork,
     ElementsStep,
     LinearStep,
+    LUStep,
     PermuteStep,
     PLUStep,
     ShiftStep,
@@ -109,6 +109,7 @@ __all__ = [
     "ChainNetwork",
     "ChainProgram",
     "ElementsStep",
+    "LUStep",
     "LinearStep",
     "MaskedLayer",
     "MaskedPlan",

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from pyflowkern.core.codes import ChainLayerFlag, ChainStep, MaskedActivation, numbered
+from pyflowkern.core.codes import (
+    ChainContext,
+    ChainLayerFlag,
+    ChainStep,
+    MaskedActivation,
+    numbered,
+)
+from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 from pyflowkern.ops.chain_steps import (
     ActNormStep,
-    ChainLayer,
-    ChainNetwork,
     ElementsStep,
     LinearStep,
+    LUStep,
     PermuteStep,
     PLUStep,
     ShiftStep,
@@ -23,7 +29,8 @@ __all__ = ["read_step", "write_step"]
 
 _ACTIVATIONS = numbered(MaskedActivation)
 _NAMES = list(_ACTIVATIONS)
-_MASKED, _COLUMNS, _ROWS, _ADDED, _GATED = (flag.value for flag in ChainLayerFlag)
+_FIRST = numbered(ChainContext)
+_MASKED, _COLUMNS, _ROWS, _ADDED, _GATED, _BIAS = (flag.value for flag in ChainLayerFlag)
 _CONTEXTS = {"none": 0, "add": _ADDED, "gate": _GATED}
 
 
@@ -40,6 +47,9 @@ def write_step(step: Step, program: list[int], numbers: list[float]) -> None:
     elif isinstance(step, ShiftStep):
         program += [ChainStep.SHIFT.value, len(numbers)]
         numbers.append(step.bound)
+    elif isinstance(step, LUStep):
+        program += [ChainStep.LU.value, len(numbers)]
+        numbers.append(step.eps)
     else:
         _write_elements(step, program, numbers)
 
@@ -59,12 +69,14 @@ def _write_elements(step: ElementsStep, program: list[int], numbers: list[float]
         program += [0, 0, 1, 0, 0]
     else:
         flags = int(net.residual), int(net.activate_last)
-        program += [len(net.layers), *flags, _ACTIVATIONS[net.activation], int(net.context)]
+        program += [len(net.layers), *flags, _ACTIVATIONS[net.activation], _FIRST[net.context]]
     program += [*step.reads, *step.moves]
     for layer in () if net is None else net.layers:
         flag = _MASKED * (layer.prefixes is not None)
-        flag += _COLUMNS * layer.columns + _ROWS * layer.rows + _CONTEXTS[layer.context]
-        program += [layer.outputs, layer.inputs, int(layer.bias), flag, *(layer.prefixes or ())]
+        flag += _COLUMNS * (layer.columns is not None) + _ROWS * (layer.rows is not None)
+        flag += _CONTEXTS[layer.context] + _BIAS * layer.context_bias
+        program += [layer.outputs, layer.inputs, int(layer.bias), flag]
+        program += [*(layer.prefixes or ()), *(layer.columns or ()), *(layer.rows or ())]
 
 
 def read_step(features: int, program: Iterator[int], numbers: list[float]) -> Step:
@@ -74,6 +86,8 @@ def read_step(features: int, program: Iterator[int], numbers: list[float]) -> St
         return PermuteStep(tuple(islice(program, features)))
     if kind == ChainStep.SHIFT:
         return ShiftStep(numbers[next(program)])
+    if kind == ChainStep.LU:
+        return LUStep(numbers[next(program)])
     if kind == ChainStep.ELEMENTS:
         return _read_elements(program, numbers)
     if kind == ChainStep.ACTNORM:
@@ -94,12 +108,14 @@ def _read_elements(program: Iterator[int], numbers: list[float]) -> ElementsStep
     for _ in range(depth):
         outputs, inputs, bias, flag = islice(program, 4)
         prefixes = tuple(islice(program, outputs)) if flag & _MASKED else None
-        columns, rows = bool(flag & _COLUMNS), bool(flag & _ROWS)
+        columns = tuple(islice(program, inputs)) if flag & _COLUMNS else None
+        rows = tuple(islice(program, outputs)) if flag & _ROWS else None
         how = "gate" if flag & _GATED else "add" if flag & _ADDED else "none"
-        layers.append(ChainLayer(outputs, inputs, bool(bias), prefixes, columns, rows, how))
+        orders = prefixes, columns, rows
+        layers.append(ChainLayer(outputs, inputs, bool(bias), *orders, how, bool(flag & _BIAS)))
     network = None
     if layers:
-        form = _NAMES[activation], bool(residual), bool(activate_last), bool(context)
+        form = _NAMES[activation], bool(residual), bool(activate_last), list(_FIRST)[context]
         network = ChainNetwork(tuple(layers), *form)
     layout = "feature_major" if param_step == 1 else "blocked"
     return ElementsStep(transform, features[1], features[0], network, layout)

@@ -12,13 +12,13 @@ from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.dtypes import full_precision
 from pyflowkern.ops._masked_network import Connection, inverse_by_passes, layer_values
 from pyflowkern.ops.actnorm import actnorm_reference
+from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import (
     ActNormStep,
-    ChainLayer,
-    ChainNetwork,
     ElementsStep,
     LinearStep,
+    LUStep,
     PermuteStep,
     PLUStep,
     ShiftStep,
@@ -67,9 +67,27 @@ def _run_step(
             order = order.round().long()
         weight = plu_matrix_reference(order, lower, upper, log_diag, signs, inverse=inverse)
         return functional.linear(x, weight), sign * log_diag.sum()
+    if isinstance(step, LUStep):
+        return _run_lu(step, x, own, inverse)
     if isinstance(step, ShiftStep):
         return wrapped(x + sign * own[0], step.bound), None
     return _run_elements(step, x, context, own, inverse)
+
+
+def _run_lu(step: LUStep, x: Tensor, own: list[Tensor], inverse: bool) -> tuple[Tensor, Tensor]:
+    lower, upper, raw, bias = own
+    d, size = functional.softplus(raw, threshold=40.0) + step.eps, x.shape[1]
+    below, above = (
+        f(size, size, o).to(x.device)
+        for f, o in ((torch.tril_indices, -1), (torch.triu_indices, 1))
+    )
+    left = torch.eye(size, dtype=x.dtype, device=x.device).index_put(tuple(below), lower)
+    right = torch.diag(d).index_put(tuple(above), upper)
+    log_det = d.log().sum()
+    if not inverse:
+        return functional.linear(functional.linear(x, right), left, bias), log_det
+    y = torch.linalg.solve_triangular(left, (x - bias).mT, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(right, y, upper=True).mT, -log_det
 
 
 def _run_elements(
@@ -110,26 +128,34 @@ def _parameters(
         flat = own[0].unsqueeze(0).expand(x.shape[0], -1)
     else:
         reads = x.index_select(1, _index(step.reads, x))
-        flat = _network(step, net, reads, context, own)
+        flat = _network(net, reads, context, own)
     if step.layout == "feature_major":
         return flat.reshape(x.shape[0], count, step.parameters)
     return flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
 
 
-def _network(
-    step: ElementsStep, net: ChainNetwork, x: Tensor, context: Tensor | None, own: list[Tensor]
-) -> Tensor:
+def _network(net: ChainNetwork, x: Tensor, context: Tensor | None, own: list[Tensor]) -> Tensor:
     """Return the network's outputs, in the order of the moved features."""
     last, left = len(net.layers) - 1, iter(own)
     tensors, added, gates = [], {}, []
     for i, layer in enumerate(net.layers):
-        tensors.append(_ordered(step, layer, next(left), next(left) if layer.bias else None))
+        weight = next(left)
+        if i == 0 and net.context == "joined":
+            added[0] = _of_context(layer, context, weight[:, layer.inputs :], None)
+            weight = weight[:, : layer.inputs]
+        tensors.append(_ordered(layer, weight, next(left) if layer.bias else None))
+        if layer.context == "none":
+            continue
+        with_bias = layer.context == "gate" or layer.context_bias
+        value = _of_context(layer, context, next(left), next(left) if with_bias else None)
         if layer.context == "add":
-            added[i] = functional.linear(_given(context), next(left))
-        elif layer.context == "gate":
-            gates.append(torch.sigmoid(functional.linear(_given(context), next(left), next(left))))
-    if net.context:
-        added[0] = functional.linear(_given(context), next(left))
+            added[i] = value
+        else:
+            gates.append(torch.sigmoid(value))
+    if net.context in ("add", "activated"):
+        active = net.context == "activated"
+        value = _of_context(net.layers[0], context, next(left), next(left) if active else None)
+        added[0] = ACTIVATIONS[net.activation](value) if active else value
     inactive = {0} if net.activate_last else {0, last}
     connections = [
         Connection(
@@ -148,22 +174,28 @@ def _network(
     return layer_values(x, connections, linear, gates)[-1]
 
 
-def _given(context: Tensor | None) -> Tensor:
+def _of_context(
+    layer: ChainLayer, context: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return a product with the context, in the order of a layer's units."""
     assert context is not None  # checked by every caller
-    return context
+    own = None if bias is None else _rows(layer, bias)
+    return functional.linear(context, _rows(layer, weight), own)
+
+
+def _rows(layer: ChainLayer, t: Tensor) -> Tensor:
+    """Return the rows of a tensor in the order of a layer's units."""
+    return t if layer.rows is None else t.index_select(0, _index(layer.rows, t))
 
 
 def _ordered(
-    step: ElementsStep, layer: ChainLayer, weight: Tensor, bias: Tensor | None
+    layer: ChainLayer, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias in the order in which features are read and moved, masked entries zero."""
-    if layer.columns:
-        weight = weight.index_select(1, _index(step.reads, weight))
-    if layer.rows:
-        per = step.parameters
-        rows = _index([m * per + k for m in step.moves for k in range(per)], weight)
-        weight = weight.index_select(0, rows)
-        bias = None if bias is None else bias.index_select(0, rows)
+    """Return weight and bias in the order of inputs and units, masked entries zero."""
+    if layer.columns is not None:
+        weight = weight.index_select(1, _index(layer.columns, weight))
+    weight = _rows(layer, weight)
+    bias = None if bias is None else _rows(layer, bias)
     if layer.prefixes is not None:
         columns = torch.arange(layer.inputs, device=weight.device)
         weight = torch.where(columns < _index(layer.prefixes, weight)[:, None], weight, 0.0)

@@ -33,8 +33,8 @@ from pyflowkern.ops.chain_program import ChainProgram
 __all__ = ["CHAIN_DTYPES", "chain", "chain_reference", "computes", "run_chain"]
 
 CHAIN_DTYPES = (torch.float32, torch.float64)
-#: Devices whose kernels run all programs: others have no inverse of autoregressive steps, and no contexts of layers
-#: behind the first.
+#: Devices whose kernels run all programs: others have no inverse of autoregressive steps, and nothing that is special
+#: (``ChainProgram.special``).
 WHOLE = ("cpu",)
 #: Samples of a tile: the kept inputs of steps are rounded up to whole tiles.
 _TILE = 16
@@ -110,7 +110,7 @@ def computes(program: ChainProgram, x: Tensor, inverse: bool) -> bool:
     """Whether the kernel of a tensor's device runs a program in a direction."""
     if inverse and not program.invertible:
         return False
-    special = program.deep_contexts or (inverse and program.autoregressive)
+    special = program.special or (inverse and program.autoregressive)
     return not special or x.device.type in WHOLE
 
 

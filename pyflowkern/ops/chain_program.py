@@ -12,11 +12,13 @@ from torch import Tensor
 from pyflowkern.core.checks import check_count, check_list
 from pyflowkern.core.codes import ChainBase, numbered
 from pyflowkern.ops._chain_code import read_step, write_step
+from pyflowkern.ops.chain_network import ChainNetwork
 from pyflowkern.ops.chain_steps import (
     MOST_PLU,
     ActNormStep,
     ElementsStep,
     LinearStep,
+    LUStep,
     PermuteStep,
     PLUStep,
     ShiftStep,
@@ -26,7 +28,7 @@ from pyflowkern.ops.chain_steps import (
 __all__ = ["ChainProgram", "Wanted"]
 
 _BASES = numbered(ChainBase)
-_KINDS = (PermuteStep, ActNormStep, LinearStep, PLUStep, ShiftStep, ElementsStep)
+_KINDS = (PermuteStep, ActNormStep, LinearStep, PLUStep, LUStep, ShiftStep, ElementsStep)
 _HEAD = 4
 
 
@@ -50,7 +52,7 @@ class ChainProgram:
     Args:
         features: number ``D`` of features.
         steps: data side first: :class:`PermuteStep`, :class:`ActNormStep`, :class:`LinearStep`, :class:`PLUStep`,
-            :class:`ShiftStep` and :class:`ElementsStep`.
+            :class:`LUStep`, :class:`ShiftStep` and :class:`ElementsStep`.
         context_features: size ``K`` of the context; 0 for none.
         base: ``"normal"`` adds the log-density of the standard normal at ``z`` to the log-determinant; ``"none"`` not.
 
@@ -84,8 +86,9 @@ class ChainProgram:
     invertible: bool = field(init=False, repr=False, compare=False)
     #: Whether a step moves features that its network reads, so that its inverse finds one after the other.
     autoregressive: bool = field(init=False, repr=False, compare=False)
-    #: Whether layers of networks behind the first ones read the context.
-    deep_contexts: bool = field(init=False, repr=False, compare=False)
+    #: Whether anything is in it that only some devices run: contexts other than a product that the first layer adds,
+    #: dense weights in another order, and matrices in packed triangles.
+    special: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("features", self.features)
@@ -117,12 +120,7 @@ class ChainProgram:
             "autoregressive": any(
                 isinstance(s, ElementsStep) and {*s.moves} & {*s.reads} for s in self.steps
             ),
-            "deep_contexts": any(
-                layer.context != "none"
-                for s in self.steps
-                if isinstance(s, ElementsStep) and s.network
-                for layer in s.network.layers
-            ),
+            "special": any(map(_is_special, self.steps)),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -143,7 +141,7 @@ class ChainProgram:
     def _check_step(self, i: int, step: Step) -> None:
         if isinstance(step, PermuteStep) and len(step.order) != self.features:
             raise ValueError(f"steps[{i}] must order {self.features} features, got {step.order}")
-        if isinstance(step, PLUStep) and self.features > MOST_PLU:
+        if isinstance(step, PLUStep | LUStep) and self.features > MOST_PLU:
             raise ValueError(
                 f"steps[{i}] must be a LinearStep for more than {MOST_PLU} features, got {self.features}"
             )
@@ -153,16 +151,6 @@ class ChainProgram:
                     f"steps[{i}] must name features below {self.features}, "
                     f"got moves={step.moves} and reads={step.reads}"
                 )
-            layers = () if step.network is None else step.network.layers
-            sorted_features = (
-                [(step.reads, layers[0].columns), (step.moves, layers[-1].rows)] if layers else []
-            )
-            for features, by_feature in sorted_features:
-                if by_feature and len(features) != self.features:
-                    raise ValueError(
-                        f"steps[{i}] has a layer in the order of the features, which must be all {self.features}, "
-                        f"got {features}"
-                    )
             if step.network is not None and step.network.contexts and not self.context_features:
                 raise ValueError(
                     f"steps[{i}] has a network with a context: context_features must be positive"
@@ -179,24 +167,50 @@ class ChainProgram:
             pairs = (("lower", matrix), ("upper", matrix), ("log_diag", vector), ("sign", vector))
             first = Wanted(vector, f"permutation {of}", integers=True)
             return [first, *(Wanted(shape, f"{name} {of}") for name, shape in pairs)]
+        if isinstance(step, LUStep):
+            packed = (self.features * (self.features - 1) // 2,)
+            names = (("lower", packed), ("upper", packed), ("raw_diag", vector), ("bias", vector))
+            return [Wanted(shape, f"{name} {of}") for name, shape in names]
         if isinstance(step, ShiftStep):
             return [Wanted(vector, f"shift {of}")]
         if isinstance(step, PermuteStep):
             return []
         if step.network is None:
             return [Wanted((len(step.moves) * step.parameters,), f"parameters {of}")]
+        return self._wanted_of_network(step.network, of)
+
+    def _wanted_of_network(self, network: ChainNetwork, of: str) -> list[Wanted]:
         wanted = []
-        for k, layer in enumerate(step.network.layers):
-            shape = layer.outputs, layer.inputs
+        for k, layer in enumerate(network.layers):
+            joined = self.context_features if k == 0 and network.context == "joined" else 0
+            shape = layer.outputs, layer.inputs + joined
             wanted.append(Wanted(shape, f"weight of layers[{k}] {of}"))
             if layer.bias:
                 wanted.append(Wanted(shape[:1], f"bias of layers[{k}] {of}"))
             if layer.context != "none":
                 shape = layer.outputs, self.context_features
                 wanted.append(Wanted(shape, f"weight of the context of layers[{k}] {of}"))
-            if layer.context == "gate":
-                wanted.append(Wanted(shape[:1], f"bias of the gate of layers[{k}] {of}"))
-        if step.network.context:
-            shape = step.network.layers[0].outputs, self.context_features
+            if layer.context == "gate" or layer.context_bias:
+                name = "gate" if layer.context == "gate" else "context"
+                wanted.append(Wanted(shape[:1], f"bias of the {name} of layers[{k}] {of}"))
+        if network.context in ("add", "activated"):
+            shape = network.layers[0].outputs, self.context_features
             wanted.append(Wanted(shape, f"weight of the context {of}"))
+            if network.context == "activated":
+                wanted.append(Wanted(shape[:1], f"bias of the context {of}"))
         return wanted
+
+
+def _is_special(step: Step) -> bool:
+    """Whether a step needs what only some devices have."""
+    if isinstance(step, LUStep):
+        return True
+    if not isinstance(step, ElementsStep) or step.network is None:
+        return False
+    layers, context = step.network.layers, step.network.context
+    if context in ("joined", "activated") or (context == "add" and layers[0].rows is not None):
+        return True
+    return any(
+        layer.context != "none" or (layer.prefixes is None and (layer.columns or layer.rows))
+        for layer in layers
+    )

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from laws import OpCase, Sample, normal
+from laws.foreign import few_foreign_flows, foreign_flows, shuffled
 from laws.ops import STATES
 
 from cases.autoregressive import MAPS
@@ -70,18 +71,19 @@ def gated_steps(**options):
     )
 
 
-def autoregressive(transform, order, widths=(9, 7), context=False, residual=False, **options):
+def autoregressive(transform, order, widths=(9, 7), context="none", residual=False, **options):
     """A masked network, units sorted by degree as :class:`nn.MaskedMLP` sorts them."""
     features, per = len(order), ElementsStep(transform, [0]).parameters
-    least = 0 if context else min(1, features - 1)
+    least = 0 if context != "none" else min(1, features - 1)
     degrees = [[least + u * (features - least) // w for u in range(w)] for w in widths]
-    first = ChainLayer(widths[0], features, prefixes=degrees[0], columns=True)
+    first = ChainLayer(widths[0], features, prefixes=degrees[0], columns=order)
     layers = [first]
     for low, high in itertools.pairwise(degrees):
         prefixes = [sum(d <= e for d in low) for e in high]
         layers.append(ChainLayer(len(high), len(low), prefixes=prefixes))
     prefixes = [sum(d <= j for d in degrees[-1]) for j in range(features) for _ in range(per)]
-    layers.append(ChainLayer(per * features, widths[-1], residual is False, prefixes, rows=True))
+    rows = [m * per + k for m in order for k in range(per)]
+    layers.append(ChainLayer(per * features, widths[-1], residual is False, prefixes, rows=rows))
     net = ChainNetwork(layers, residual=residual, context=context, **options)
     return ElementsStep(transform, order, order, net)
 
@@ -143,10 +145,10 @@ def whole_flows():
         4,
         [
             ShiftStep(3.0),
-            autoregressive(SplineMap(bins=3, tails="circular"), [2, 0, 3, 1], context=True),
+            autoregressive(SplineMap(bins=3, tails="circular"), [2, 0, 3, 1], context="add"),
             PermuteStep([3, 1, 0, 2]),
             LinearStep(),
-            coupling("sigmoid", 4, residual=True, widths=(6, 6, 6), context=True),
+            coupling("sigmoid", 4, residual=True, widths=(6, 6, 6), context="add"),
         ],
     )
 
@@ -160,12 +162,12 @@ def samples(dtype):
         if not unit:
             yield sample(17, 4, [autoregressive(transform, [1, 3, 0, 2])], dtype)
     for activation, residual in itertools.product(ACTIVATIONS, (False, True)):
-        options = {"activation": activation, "residual": residual, "context": True}
+        options = {"activation": activation, "residual": residual, "context": "add"}
         widths = (20, 20, 20) if residual else (20, 33)
         yield sample(33, 3, [coupling("exp", 3, widths, **options)], dtype)
         yield sample(33, 3, [autoregressive("tanh", [0, 2, 1], widths, **options)], dtype)
     yield sample(5, 4, [coupling("atan", 4, (7,) * 5, residual=True, activate_last=False)], dtype)
-    yield sample(9, 1, [autoregressive("affine", [0], context=True), PLUStep()], dtype)
+    yield sample(9, 1, [autoregressive("affine", [0], context="add"), PLUStep()], dtype)
     yield sample(9, 70, [autoregressive("affine", [*range(70)], (130, 70))], dtype)
     yield from wide(dtype)
     yield sample(9, 128, [PLUStep(), ActNormStep(), LinearStep()], dtype)
@@ -175,10 +177,18 @@ def samples(dtype):
     yield sample(40, 3, [ElementsStep("softplus", [2, 1], layout="blocked")], dtype)
     yield sample(40, 3, [], dtype)
     yield from contexts(dtype)
+    yield from foreign(dtype)
+
+
+def foreign(dtype, inverse=False):
+    for n, (features, steps) in itertools.product((0, 1, 20, 300), foreign_flows()):
+        yield sample(n, features, steps, dtype, inverse=inverse)
+    yield sample(20, 4, [shuffled(autoregressive("exp", [2, 0, 1, 3]))], dtype, inverse=inverse)
+    yield sample(20, 5, [shuffled(coupling("tanh", 5, context="add"))], dtype, inverse=inverse)
 
 
 def contexts(dtype, inverse=False):
-    for n, context in itertools.product((1, 20, 300), (False, True)):
+    for n, context in itertools.product((1, 20, 300), ("none", "add")):
         for step in gated_steps(context=context):
             yield sample(n, 3, [step], dtype, inverse=inverse)
 
@@ -188,7 +198,7 @@ def wide(dtype):
 
     All are smooth: of so many units, the input of one is near a kink.
     """
-    smooth = {"activation": "tanh", "context": True}
+    smooth = {"activation": "tanh", "context": "add"}
     for n in (256, 600):
         steps = [coupling("softclip", 5, (161, 170), **smooth), PermuteStep([2, 3, 4, 0, 1])]
         steps.append(coupling("exp", 5, (164,) * 3, residual=True, activation="silu"))
@@ -199,9 +209,9 @@ def wide(dtype):
 def small(dtype):
     tanh = {"activation": "tanh"}
     layers = [
-        autoregressive("exp", [2, 0, 1], (4, 5), context=True, **tanh),
+        autoregressive("exp", [2, 0, 1], (4, 5), context="add", **tanh),
         PermuteStep([1, 2, 0]),
-        coupling(ScaleMap("softplus", eps=1e-3, divide=True), 3, (4,), context=True, **tanh),
+        coupling(ScaleMap("softplus", eps=1e-3, divide=True), 3, (4,), context="add", **tanh),
     ]
     yield sample(4, 3, layers, dtype)
     splines = [coupling(SplineMap(bins=2), 3, (4,) * 3, residual=True, activation="silu")]
@@ -217,6 +227,8 @@ def small(dtype):
         autoregressive("exp", [2, 0, 1], (4,) * 3, **options),
     )
     yield sample(4, 3, [with_contexts(step, {1: "add", 2: "gate"}) for step in gated], dtype)
+    for features, steps in few_foreign_flows():
+        yield sample(4, features, steps, dtype)
 
 
 def densities(dtype):
@@ -233,7 +245,7 @@ def inverse_flows():
     own = ElementsStep(SplineMap(bins=5, tails="circular"), [3, 0])
     angles = coupling(SplineMap(bins=3, tails="circular"), 4, residual=True, widths=(6, 6, 6))
     yield 4, [ShiftStep(3.0), own, PermuteStep([3, 1, 0, 2]), LinearStep(), angles]
-    yield 3, [coupling("softplus", 3, (20,), context=True, activation="gelu"), ActNormStep()]
+    yield 3, [coupling("softplus", 3, (20,), context="add", activation="gelu"), ActNormStep()]
 
 
 def inverses(dtype):
@@ -245,7 +257,7 @@ def inverses(dtype):
         if not unit:
             yield sample(17, 4, [autoregressive(transform, [1, 3, 0, 2])], dtype, inverse=True)
     for activation, residual in itertools.product(ACTIVATIONS, (False, True)):
-        options = {"activation": activation, "residual": residual, "context": True}
+        options = {"activation": activation, "residual": residual, "context": "add"}
         widths = (20,) * 5 if residual else (20, 33)
         step = autoregressive("tanh", [0, 2, 1], widths, **options)
         yield sample(33, 3, [step], dtype, inverse=True)
@@ -253,6 +265,7 @@ def inverses(dtype):
     for step in reads_what_passes():
         yield sample(20, 4, [step], dtype, inverse=True)
     yield from contexts(dtype, inverse=True)
+    yield from foreign(dtype, inverse=True)
 
 
 def reads_what_passes():
@@ -276,18 +289,20 @@ def reads_what_passes():
 
 
 def few_inverses(dtype):
-    net = coupling("tanh", 3, (4,), context=True, activation="elu")
+    net = coupling("tanh", 3, (4,), context="add", activation="elu")
     yield sample(4, 3, [net, ActNormStep(), PLUStep()], dtype, inverse=True)
     yield sample(4, 3, [coupling(SplineMap(bins=2), 3), ShiftStep(4.0)], dtype, inverse=True)
-    options = {"context": True, "activation": "tanh"}
+    options = {"context": "add", "activation": "tanh"}
     masked = autoregressive("exp", [2, 0, 1], (4, 5), **options)
     yield sample(4, 3, [masked, PermuteStep([1, 2, 0])], dtype, inverse=True)
     masked = autoregressive(SplineMap(bins=2), [0, 2, 1], (5,) * 3, residual=True, **options)
     yield sample(4, 3, [with_contexts(masked, {1: "add", 2: "gate"})], dtype, inverse=True)
+    for features, steps in few_foreign_flows():
+        yield sample(4, features, steps, dtype, inverse=True)
 
 
 def few_densities(dtype):
-    net = coupling("tanh", 3, (4,), context=True, activation="elu")
+    net = coupling("tanh", 3, (4,), context="add", activation="elu")
     yield sample(4, 3, [LinearStep(), net, ActNormStep()], dtype, "normal")
     yield sample(4, 3, [], dtype, "normal")
 

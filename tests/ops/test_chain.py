@@ -17,6 +17,7 @@ from cases.chain import (
 )
 from cases.spline import every_map
 from laws import normal
+from laws.foreign import foreign_flows
 
 from pyflowkern import _library, ops
 from pyflowkern.core.activations import ACTIVATIONS
@@ -54,11 +55,13 @@ def programs():
         yield ChainProgram(4, [autoregressive(transform, [1, 3, 0, 2])])
     for activation in ACTIVATIONS:
         steps = [
-            coupling("exp", 3, (4,) * 3, residual=True, activation=activation, context=True),
+            coupling("exp", 3, (4,) * 3, residual=True, activation=activation, context="add"),
             autoregressive("exp", [2, 0, 1], (4,) * 3, residual=True, activate_last=False),
         ]
         yield ChainProgram(3, steps, K)
-    yield ChainProgram(3, [*gated_steps(context=True)], K)
+    yield ChainProgram(3, [*gated_steps(context="add")], K)
+    for features, steps in foreign_flows():
+        yield ChainProgram(features, steps, K)
     yield ChainProgram(1, [])
     yield ChainProgram(2, [PermuteStep([1, 0]), ActNormStep(), LinearStep(), PLUStep()])
     yield ChainProgram(2, [ShiftStep(1.5), ShiftStep(0.5)], base="normal")
@@ -91,14 +94,14 @@ def test_programs_lie_on_the_host_whatever_the_defaults_are():
 
 def test_the_first_numbers_of_elements():
     """As csrc/chain reads them, one after the other."""
-    step = coupling("tanh", 4, (5,), context=True)
+    step = coupling("tanh", 4, (5,), context="add")
     program = ChainProgram(4, [step], K)
     head = [4, K, 0, 1, 5]
     own = [0, 1, 0, 0, 0, 0, 0, 6, 2, 1, 2, 2, 2, 2, 0, 1, 1, 1]
     assert program.codes.tolist() == [*head, *own, 0, 1, 2, 3, 5, 2, 1, 0, 4, 5, 1, 0]
     assert program.numbers.tolist() == ScaleMap("tanh").numbers
     masked = ChainProgram(2, [autoregressive("tanh", [1, 0], (2,))])
-    layers = [2, 2, 1, 1 + 2, 1, 1, 4, 2, 1, 1 + 4, 0, 0, 2, 2]
+    layers = [2, 2, 1, 1 + 2, 1, 1, 1, 0, 4, 2, 1, 1 + 4, 0, 0, 2, 2, 2, 3, 0, 1]
     assert masked.codes.tolist()[-len(layers) - 4 :] == [1, 0, 1, 0, *layers]
 
 
@@ -162,7 +165,7 @@ def test_kept_blocks_are_the_inputs_of_steps_that_compute():
         (lambda: ChainProgram(129, [PLUStep()]), ValueError, "must be a LinearStep"),
         (lambda: ChainProgram(2, [coupling("exp", 3)]), ValueError, "name features below 2"),
         (
-            lambda: ChainProgram(3, [coupling("exp", 3, context=True)]),
+            lambda: ChainProgram(3, [coupling("exp", 3, context="add")]),
             ValueError,
             "context_features must be positive",
         ),
@@ -199,17 +202,6 @@ def test_networks_that_see_what_they_move_are_refused():
     ]
     with pytest.raises(ValueError, match="parameters of feature 0 without"):
         ElementsStep("tanh", [0, 1], [0, 1], ChainNetwork(layers, residual=True))
-
-
-def test_orders_of_features_are_those_of_all_features():
-    with pytest.raises(ValueError, match="are for layers with prefixes"):
-        ChainLayer(4, 2, columns=True)
-    first = ChainLayer(4, 2, prefixes=[0, 1, 1, 1], columns=True)
-    last = ChainLayer(4, 4, prefixes=[1, 1, 2, 2], rows=True)
-    step = ElementsStep("tanh", [0, 1], [0, 1], ChainNetwork([first, last]))
-    ChainProgram(2, [step])
-    with pytest.raises(ValueError, match=r"in the order of the features, which must be all 3"):
-        ChainProgram(3, [step])
 
 
 def test_wrong_tensors_are_named(backend):
@@ -270,7 +262,7 @@ def test_masked_weights_do_not_count(backend, inverse):
 
 def test_gates_are_gated_linear_units(backend):
     """As in the residual blocks of Durkan et al. (2019)."""
-    step = next(gated_steps(context=True))
+    step = next(gated_steps(context="add"))
     given = sample(20, 3, [step], torch.float64)
     program, x, context = given.fixed["program"], given.tensors["x"], given.tensors["context"]
     tensors = given.tensors["tensors"]
@@ -291,7 +283,7 @@ def test_gates_are_gated_linear_units(backend):
 def test_an_autoregressive_step_is_undone(backend):
     """By one op, whatever lies between such steps; NaN in one sample stays there."""
     steps = [
-        autoregressive(SplineMap(bins=4), [4, 0, 3, 1, 2], (30, 20), context=True),
+        autoregressive(SplineMap(bins=4), [4, 0, 3, 1, 2], (30, 20), context="add"),
         PermuteStep([2, 4, 0, 1, 3]),
         autoregressive("tanh", [0, 1, 2, 3, 4], (13,) * 5, residual=True, activation="silu"),
         coupling(SplineMap(bins=4), 5),
