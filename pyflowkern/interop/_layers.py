@@ -14,7 +14,6 @@ from pyflowkern.nn.links import Door, Link
 
 __all__ = [
     "ForeignLayer",
-    "Holds",
     "LayerDoor",
     "LayerMark",
     "Runs",
@@ -166,21 +165,6 @@ class LayerMark(Door):
     def __init__(self, layer: ForeignLayer) -> None:
         super().__init__(layer.module, "_pyflowkern_layer")
         self.layer = layer
-
-
-class Holds:
-    """Whether a buffer still has the values that steps followed from: load_state_dict, at least, writes to buffers."""
-
-    def __init__(self, module: torch.nn.Module, name: str, values: Tensor) -> None:
-        self._module, self._name, self._values = module, name, values.clone()
-
-    def __call__(self) -> bool:
-        now = self._module._buffers[self._name]
-        return (
-            now is not None
-            and now.device == self._values.device
-            and torch.equal(now, self._values)
-        )
 
 
 def known_layer(module: torch.nn.Module) -> ForeignLayer | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from pyflowkern.interop._networks import Family
 from pyflowkern.ops import ScaleMap
 
-__all__ = ["PREFIX", "Awaits", "is_named", "scale_map_of"]
+__all__ = ["FAMILY", "PREFIX", "Awaits", "is_named", "scale_map_of"]
 
 PREFIX = "normflows"
+FAMILY = Family("normflows.nets.resnet", "normflows.nets.made", "add", "gate", activated=False)
 #: From latent to data; ``sigmoid`` divides there.
 _SCALE_MAPS = {
     "exp": ScaleMap("exp"),

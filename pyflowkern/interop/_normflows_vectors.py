@@ -8,18 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pyflowkern import ops
 from pyflowkern.interop._images import Forms
-from pyflowkern.interop._layers import ForeignLayer, Holds, known_layer
+from pyflowkern.interop._layers import ForeignLayer, known_layer
+from pyflowkern.interop._networks import Holds
 from pyflowkern.interop._normflows_images import CouplingForm
 from pyflowkern.interop._normflows_networks import mlp
 from pyflowkern.interop._normflows_parts import Awaits, is_named
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
-from pyflowkern.ops.chain_steps import ActNormStep, ElementsStep, LinearStep, PermuteStep
+from pyflowkern.ops.chain_steps import (
+    MOST_PLU,
+    ActNormStep,
+    ElementsStep,
+    LinearStep,
+    LUStep,
+    PermuteStep,
+)
 
-__all__ = ["AffineCoupling", "AffineMatrix", "ConstantAffine", "Layer", "Permute", "layer_of"]
+__all__ = [
+    "AffineCoupling",
+    "AffineMatrix",
+    "ConstantAffine",
+    "Layer",
+    "Permute",
+    "Shuffle",
+    "layer_of",
+    "turned_round",
+]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -65,7 +83,7 @@ class Permute(Layer):
         if order[back].tolist() != list(range(count)):
             return None
         link.steps.append(PermuteStep(order.tolist()))
-        link.holds += [Holds(module, "inv_perm", order), Holds(module, "perm", back)]
+        link.holds += [Holds(module, "inv_perm"), Holds(module, "perm")]
         return link
 
     def turned(self) -> Link | None:
@@ -76,7 +94,7 @@ class Permute(Layer):
         assert isinstance(step, PermuteStep)
         order = step.order
         link.steps = [PermuteStep([order.index(i) for i in range(len(order))])]
-        return _backwards(link)
+        return turned_round(link)
 
 
 class ConstantAffine(Layer):
@@ -92,7 +110,7 @@ class ConstantAffine(Layer):
 
     def turned(self) -> Link | None:
         """Return the link of the steps from latent to data: ``x = exp(s) (z + t exp(-s))``."""
-        return _backwards(self._link(lambda s, t: (s, t * torch.exp(-s))))
+        return turned_round(self._link(lambda s, t: (s, t * torch.exp(-s))))
 
     def _link(self, of: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Link | None:
         # of one feature the library takes the log-determinant for that of pixels
@@ -118,7 +136,7 @@ class AffineMatrix(Layer):
 
     def turned(self) -> Link | None:
         """Return the link of the steps from latent to data."""
-        return _backwards(self._link(True))
+        return turned_round(self._link(True))
 
     def _link(self, turned: bool) -> Link | None:
         module = self.module
@@ -201,7 +219,71 @@ def _from_data(scale_map: ScaleMap) -> ScaleMap:
     return replace(scale_map, shift_first=True, divide=not scale_map.divide, shift_gain=-1.0)
 
 
-def _backwards(link: Link | None) -> Link | None:
+def turned_round(link: Link | None) -> Link | None:
+    """Let a link be of the steps of the other direction."""
     if link is not None:
-        link.backwards = True
+        link.backwards = not link.backwards
     return link
+
+
+class Shuffle(Layer):
+    """``LULinearPermute``: a permutation, then a matrix in packed triangles."""
+
+    def __init__(self, module: Any) -> None:
+        inner = module._modules.get("linear")
+        super().__init__(module, 0 if inner is None else int(inner.features))
+
+    def link(self) -> Link | None:
+        if (link := self._parts()) is None:
+            return None
+        linear, order = self.module.linear, self.module.permutation._permutation
+        link.steps += [PermuteStep(order.tolist()), LUStep(linear.eps)]
+        link.read(linear, "lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
+        return link
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data: ``U^-1 L^-1 (z - b)``, then the permutation undone."""
+        if (link := self._parts()) is None:
+            return None
+        linear, order = self.module.linear, self.module.permutation._permutation
+        link.steps += [ActNormStep(), LinearStep(), PermuteStep(order.argsort().tolist())]
+        link.make(
+            linear, ("bias", "bias"), lambda inverse: (torch.zeros_like(linear.bias), -linear.bias)
+        )
+        link.make(linear, ("bias", "bias"), self._matrix)
+        return turned_round(link)
+
+    def _parts(self) -> Link | None:
+        """Note the parts."""
+        module = self.module
+        permutation, linear = (module._modules.get(name) for name in ("permutation", "linear"))
+        if not is_named(permutation, "flows.mixing._RandomPermutation") or permutation._dim != 1:
+            return None
+        if not is_named(linear, "flows.mixing._LULinear") or linear.using_cache:
+            return None
+        if permutation._permutation.numel() != self.features or self.features > MOST_PLU:
+            return None
+        link = Link()
+        link.watch(module)
+        link.watch(permutation, "_dim")
+        link.watch(linear, "features", "using_cache", "eps")
+        link.holds.append(Holds(permutation, "_permutation"))
+        return link
+
+    def _matrix(self, inverse: bool) -> Sequence[Tensor]:
+        """Return the inverse of ``L U``, or that itself, and minus its log-determinant."""
+        linear, size = self.module.linear, self.features
+        raw = linear.unconstrained_upper_diag
+        log_diag = (functional.softplus(raw) + linear.eps).log()
+        lower, upper = (
+            entries.new_zeros(size, size).index_put(
+                tuple(of(size, size, o, device=raw.device)), entries
+            )
+            for entries, of, o in (
+                (linear.lower_entries, torch.tril_indices, -1),
+                (linear.upper_entries, torch.triu_indices, 1),
+            )
+        )
+        order, ones = torch.arange(size, device=raw.device), torch.ones_like(raw)
+        matrix = ops.plu_matrix(order, lower, upper, log_diag, ones, inverse=not inverse)
+        return matrix, -log_diag.sum()

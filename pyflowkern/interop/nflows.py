@@ -9,7 +9,8 @@ import torch
 from pyflowkern.interop._check import disagreement
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.interop._kinds import Kind, Library, Outcome
-from pyflowkern.interop._layers import ForeignLayer, Holds, Runs, layer_of, single_doors
+from pyflowkern.interop._layers import ForeignLayer, Runs, layer_of, single_doors
+from pyflowkern.interop._networks import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import PermuteStep
 
@@ -29,7 +30,7 @@ class _Permutation(ForeignLayer):
         order = index.tolist()
         link = Link([PermuteStep(order)])
         link.watch(self.module, "_dim")
-        link.holds.append(Holds(self.module, "_permutation", index))
+        link.holds.append(Holds(self.module, "_permutation"))
         return link
 
 

@@ -16,7 +16,9 @@ from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import LayerMark, single_doors
 from pyflowkern.interop._normflows_flows import FLOW
 from pyflowkern.interop._normflows_images import BlockForm, CouplingForm
+from pyflowkern.interop._normflows_layers import LAYERS, Turned
 from pyflowkern.interop._normflows_parts import PREFIX
+from pyflowkern.interop._normflows_splines import SplineDoor
 from pyflowkern.interop._normflows_vectors import (
     AffineCoupling,
     AffineMatrix,
@@ -69,19 +71,34 @@ def _images(read: Callable[[torch.nn.Module], Form | None], module: torch.nn.Mod
     return Outcome(doors, runs="own op")
 
 
+def _elements(name: str, net: str, module: torch.nn.Module) -> Outcome:
+    """Look at what a spline flow consists of: its elements are one op where its network must be called."""
+    return Outcome([SplineDoor(module, name, net)], runs="own op")
+
+
+#: Transforms of which several together are faster, but not one alone.
+_WITH_OTHERS = (ConstantAffine, AffineMatrix, Permute)
+#: Those that a report does not name where they are left alone: they are in models of images, too.
+_QUIET = (ConstantAffine,)
+
 LIBRARY = Library(
     PREFIX,
     (PREFIX,),
     {
         "core.NormalizingFlow": FLOW,
         "core.ConditionalNormalizingFlow": FLOW,
+        **{
+            name: Kind(partial(_vectors, layer, layer not in _WITH_OTHERS), quiet=layer in _QUIET)
+            for name, layer in LAYERS.items()
+        },
         "flows.affine.coupling.AffineCouplingBlock": Kind(_coupling),
-        "flows.affine.coupling.AffineConstFlow": Kind(
-            partial(_vectors, ConstantAffine, False), quiet=True
-        ),
         "flows.affine.glow.GlowBlock": Kind(partial(_images, BlockForm.read)),
-        "flows.mixing.InvertibleAffine": Kind(partial(_vectors, AffineMatrix, False)),
-        "flows.mixing.Permute": Kind(partial(_vectors, Permute, False)),
-        "flows.normalization.ActNorm": Kind(partial(_vectors, ConstantAffine, False), quiet=True),
+        "flows.base.Reverse": Kind(partial(_vectors, Turned, True)),
+        "flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive": Kind(
+            partial(_elements, "_elementwise", "autoregressive_net"), ("_elementwise",)
+        ),
+        "flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling": Kind(
+            partial(_elements, "_piecewise_cdf", "transform_net"), ("_piecewise_cdf",)
+        ),
     },
 )

@@ -16,7 +16,7 @@ from pyflowkern.nn._hooks import globally_hooked
 from pyflowkern.nn.links import Link, Watched, joined, obstructed
 from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
-from pyflowkern.ops.chain_steps import ElementsStep
+from pyflowkern.ops.chain_steps import ElementsStep, LUStep
 
 __all__ = ["Chains", "Layer", "Run", "served", "undisturbed"]
 
@@ -166,7 +166,7 @@ class Chains:
 
         def close() -> None:
             nonlocal run, link, features
-            if any(isinstance(step, ElementsStep) for step in link.steps):
+            if any(isinstance(step, (ElementsStep, LUStep)) for step in link.steps):
                 parts.append(Run(run, link, features))
             else:
                 parts.extend(run)

@@ -24,6 +24,29 @@ def flow(*flows, base=None):
     return nf.NormalizingFlow(base or nf.distributions.DiagGaussian(D), list(flows))
 
 
+def masked(mask, **options):
+    nets = {name: nf.nets.MLP([D, 8, D]) for name in "st"}
+    return nf.flows.MaskedAffineFlow(torch.tensor(mask), **{**nets, **options})
+
+
+def made(**options):
+    return nf.flows.MaskedAffineAutoregressive(D, 16, **options)
+
+
+def nsf(layer, **options):
+    flows = [layer(D, 2, 16, **options), nf.flows.LULinearPermute(D), layer(D, 1, 16, **options)]
+    return flow(*flows, base=nf.distributions.DiagGaussian(D, trainable=False))
+
+
+def conditional(*flows):
+    return nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(D), [*flows])
+
+
+K = 3
+Coupled, Autoregressive = (
+    nf.flows.CoupledRationalQuadraticSpline,
+    nf.flows.AutoregressiveRationalQuadraticSpline,
+)
 #: Flows of vectors, each of which is one op with its base.
 VECTORS = {
     "RealNVP": lambda: flow(
@@ -36,6 +59,35 @@ VECTORS = {
         nf.flows.InvertibleAffine(D), coupling(), nf.flows.InvertibleAffine(D, use_lu=False)
     ),
     "fixed base": lambda: flow(coupling(), base=nf.distributions.DiagGaussian(D, trainable=False)),
+    "masks": lambda: flow(
+        masked([1.0, 0, 1, 0]),
+        nf.flows.ActNorm(D),
+        masked([0, 1, 1, 1]),
+        masked([1, 0, 0, 0], s=None),
+    ),
+    "NSF": lambda: nsf(Coupled),
+    "NSF with reversed masks": lambda: nsf(Coupled, reverse_mask=True, activation=torch.nn.SiLU),
+    "autoregressive NSF": lambda: nsf(Autoregressive),
+    "permuted degrees": lambda: nsf(Autoregressive, permute_mask=True, num_bins=5, tail_bound=2),
+    "MAF": lambda: flow(
+        made(), nf.flows.Permute(D), nf.flows.ActNorm(D), made(activation=torch.tanh)
+    ),
+    "MAF with matrices": lambda: flow(
+        made(), nf.flows.LULinearPermute(D), nf.flows.InvertibleAffine(D), made(num_blocks=1)
+    ),
+    "MAF turned round": lambda: flow(
+        nf.flows.Reverse(made()), nf.flows.LULinearPermute(D), nf.flows.Reverse(made())
+    ),
+    "LU alone": lambda: flow(nf.flows.LULinearPermute(D)),
+    "conditional MAF": lambda: conditional(
+        made(context_features=K), nf.flows.LULinearPermute(D), made(context_features=K)
+    ),
+    "conditional NSF": lambda: conditional(
+        Coupled(D, 2, 16, K), nf.flows.LULinearPermute(D), Coupled(D, 1, 16, K)
+    ),
+    "conditional autoregressive NSF": lambda: conditional(
+        Autoregressive(D, 2, 16, K), nf.flows.LULinearPermute(D), Autoregressive(D, 1, 16, K)
+    ),
 }
 
 
@@ -65,8 +117,17 @@ IMAGES = {
 }
 
 
+def context_of(model, count=6):
+    """Return the context that a model needs, as a list of none or one."""
+    if not isinstance(model, nf.ConditionalNormalizingFlow):
+        return []
+    return [normal(count, K, seed=2).to(next(model.parameters()))]
+
+
 def log_prob(model, x):
-    return model.log_prob(x, None) if isinstance(model, nf.MultiscaleFlow) else model.log_prob(x)
+    if isinstance(model, nf.MultiscaleFlow):
+        return model.log_prob(x, None)
+    return model.log_prob(x, *context_of(model))
 
 
 def data(model, dtype=torch.float64):
@@ -119,7 +180,7 @@ def test_samples_are_drawn_alike(name):
     found = []
     for m in (model, twin):
         torch.manual_seed(5)
-        found.append(m.sample(5))
+        found.append(m.sample(6, *context_of(m)))
     torch.testing.assert_close(*found, **CLOSE)
 
 
@@ -134,9 +195,10 @@ def test_other_methods_are_those_of_the_library(name):
         "inverse_and_log_det",
         "forward_kld",
     ):
-        want = getattr(model, method)(x)
+        given = [x, *context_of(model)]
+        want = getattr(model, method)(*given)
         # log-dets of a model in float64 come in float32, as from the library
-        torch.testing.assert_close(getattr(twin, method)(x), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(twin, method)(*given), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -146,7 +208,7 @@ def test_a_flow_is_one_op(name, calls):  # noqa: F811
     calls.clear()
     log_prob(twin, x)
     assert len(calls) == 1
-    twin.sample(3)
+    twin.sample(6, *context_of(twin))
     assert len(calls) == 2
 
 
@@ -198,7 +260,7 @@ def test_keys_stay_and_new_values_count(name):
     torch.testing.assert_close(log_prob(twin, x), log_prob(other, x), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["RealNVP", "ActNorm", "Glow"])
+@pytest.mark.parametrize("name", ["RealNVP", "ActNorm", "MAF", "Glow"])
 def test_an_accelerated_model_starts_itself_as_the_library_does(name):
     torch.manual_seed(0)
     model = {**VECTORS, **IMAGES}[name]().double()
