@@ -50,15 +50,10 @@ def parse_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def parse_event(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the shape; raise below two dimensions or beyond three spatial axes."""
+    """Return the shape; raise beyond three spatial axes."""
     event = parse_shape(shape)
     if len(event) > 4:
         raise ValueError(f"event_shape must have at most 3 spatial axes, got {shape!r}")
-    if event == (1,):
-        raise ValueError(
-            f"event_shape must have at least 2 dimensions for a coupling, got {shape!r}; "
-            "for one dimension take flows.NSF(1, autoregressive=True) or flows.MAF(1)"
-        )
     return event
 
 

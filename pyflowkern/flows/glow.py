@@ -42,7 +42,7 @@ class Glow(Flow):
     and coupling.
 
     Args:
-        event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D`` (at least 2)
+        event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D``
             for vectors.
         levels: number of levels (not for vectors); ``2 ** levels`` must divide each spatial size.
         steps: steps a level.
@@ -58,7 +58,7 @@ class Glow(Flow):
 
     Raises:
         TypeError: for counts that are no ints, and a conditioner whose networks do not take the context.
-        ValueError: for sizes that do not divide, fewer than 2 dimensions, a count below 1, or a base of another shape.
+        ValueError: for sizes that do not divide, a count below 1, or a base of another shape.
 
     Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
 

@@ -79,7 +79,8 @@ class NSF(Flow):
     coupling), and split, as in Glow.
 
     Args:
-        event_shape: a dimension ``D`` or ``(D,)`` (at least 2 for couplings), or ``(C, *space)``.
+        event_shape: a dimension ``D`` or ``(D,)``, or ``(C, *space)``.  In one dimension couplings are splines whose
+            parameters follow from the context alone.
         transforms: number of spline layers (vectors).
         levels: number of levels (images); ``2 ** levels`` must divide each spatial size.
         steps: steps a level (images).
@@ -107,8 +108,8 @@ class NSF(Flow):
     Raises:
         TypeError: for counts that are no ints, flags that are no bools, and a conditioner whose
             networks do not take the context.
-        ValueError: for a count below 1, an unknown name, fewer than 2 dimensions for a coupling,
-            sizes that do not divide, or what does not go together (images and angles, say).
+        ValueError: for a count below 1, an unknown name, sizes that do not divide, or what does not
+            go together (images and angles, say).
 
     Source: Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows" (2019); for angles
     Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
@@ -307,7 +308,9 @@ def _couplings(
     alternate = channel_mask(features, interleaved=True)
     layers: list[Bijection] = []
     for i in range(transforms):
-        if mixing == "plu":  # mixes all features: any split will do, and halves are the fastest
+        if (
+            mixing == "plu" or features == 1
+        ):  # mixes all features: any split will do, and halves are the fastest
             layers.append(coupling(features, conditioner, swap=i % 2 == 1))
             continue
         mask = alternate ^ (i % 2 == 1)

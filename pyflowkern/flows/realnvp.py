@@ -46,7 +46,7 @@ class RealNVP(Flow):
     residual MLPs.
 
     Args:
-        event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D`` (at least 2)
+        event_shape: ``(C, *space)`` with 1 to 3 spatial axes, or a dimension ``D``
             for vectors.
         levels: number of levels (not for vectors); ``2 ** levels`` must divide each spatial size.
         steps: couplings of one kind a level.
@@ -61,7 +61,7 @@ class RealNVP(Flow):
 
     Raises:
         TypeError: for counts that are no ints, and a conditioner whose networks do not take the context.
-        ValueError: for sizes that do not divide, fewer than 2 dimensions, a count below 1, or a base of another shape.
+        ValueError: for sizes that do not divide, a count below 1, or a base of another shape.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
 

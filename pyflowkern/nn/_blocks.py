@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_flag
 
-__all__ = ["gate_layers", "gate_values", "residual_block", "run_blocks"]
+__all__ = ["gate_layers", "gate_values", "linear_layer", "residual_block", "run_blocks"]
 
 
 def residual_block(
@@ -50,3 +50,12 @@ def run_blocks(network: torch.nn.Module, h: Tensor, context: Tensor | None) -> T
     for i, block in enumerate(blocks):
         h = h + (block(h) * gates[i] if gates else block(h))
     return h
+
+
+def linear_layer(inputs: int, outputs: int) -> torch.nn.Linear:
+    """Return a layer; without inputs, of which torch warns, its output is its bias."""
+    layer = torch.nn.Linear(max(inputs, 1), outputs)
+    if not inputs:
+        layer.weight = torch.nn.Parameter(layer.weight.detach()[:, :0].clone())
+        layer.in_features = 0
+    return layer

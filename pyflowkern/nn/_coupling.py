@@ -59,7 +59,7 @@ class Coupling(Bijection):
     A channel split gives the conditioner only the channels that pass, and takes parameters of only
     those that are transformed.  ``compact`` does the same for a channel mask; without it, the
     conditioner of a mask reads all of ``x``, zero where transformed, and returns parameters of all
-    channels.
+    channels.  A channel split of one channel transforms it, and the conditioner reads the context alone.
 
     Args:
         channels: channels ``C`` of the input ``[N, C, *space]``.
@@ -74,15 +74,21 @@ class Coupling(Bijection):
 
     def __init__(self, channels: int, split: str | Tensor, swap: bool, compact: bool) -> None:
         super().__init__()
-        self.channels = channels = check_split(split, channels)
         self.swap = swap = check_flag("swap", swap)
+        channels = check_count("channels", channels)
+        alone = channels == 1 and isinstance(split, str) and split == "channel"
+        if alone:  # the channel is transformed, whatever `swap` is
+            split = torch.tensor([not swap], device="cpu")
+        self.channels = channels = check_split(split, channels)
         self.split = "mask" if isinstance(split, Tensor) else split
         # True where transformed, after the swap
         mask = split ^ swap if isinstance(split, Tensor) else None
         self._mask = None if mask is None else Structure(mask)
         self._slice: slice | None = None
         index = None
-        if self.split == "channel":
+        if alone:
+            self._slice, self.sizes = slice(0), (0, 1)
+        elif self.split == "channel":
             first = channel_split_sizes(channels)[0]
             self._slice = slice(first, None) if swap else slice(first)
             self.sizes = channel_split_sizes(channels, swap)
@@ -211,7 +217,7 @@ def check_split(split: str | Tensor, channels: int) -> int:
     elif channels < (2 if split == "channel" else 1):
         raise ValueError(
             f"channels must be at least 2 for a channel split, got {channels}; "
-            "one dimension has nothing to condition on: use nn.MaskedAutoregressive"
+            "one channel has no second part"
         )
     return channels
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
-from pyflowkern.nn._blocks import gate_layers, residual_block, run_blocks
+from pyflowkern.nn._blocks import gate_layers, linear_layer, residual_block, run_blocks
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn._relu_network import linear_layers
 from pyflowkern.nn.convolutions import convolutions
@@ -109,7 +109,7 @@ class MLP(_Conditioner):
             raise ValueError("hidden must have a width at least, got none")
         in_features, out_features = _sizes(in_features, out_features)
         super().__init__(widths[0], context_features)
-        self.first = torch.nn.Linear(in_features, widths[0])
+        self.first = linear_layer(in_features, widths[0])
         body: list[torch.nn.Module] = [activation()]
         for before, width in itertools.pairwise(widths):
             body += [torch.nn.Linear(before, width), activation()]
@@ -173,7 +173,7 @@ class ResidualMLP(_Conditioner):
         in_features, out_features = _sizes(in_features, out_features)
         super().__init__(hidden, context_features)
         self.activate_last = check_flag("activate_last", activate_last)
-        self.first = torch.nn.Linear(in_features, hidden)
+        self.first = linear_layer(in_features, hidden)
         self.blocks = torch.nn.ModuleList(
             residual_block(
                 torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, hidden), activation

@@ -46,13 +46,13 @@ class AffineCoupling(Coupling):
             and returns parameters of those that are transformed; for masks it reads all of ``x``,
             zero where transformed, and returns parameters of all channels.
         split: ``"channel"``, ``"checkerboard"`` or a boolean mask ``[C]`` or ``[C, *space]``,
-            True where transformed.  A channel split transforms the last ``C // 2`` channels.
+            True where transformed.  A channel split transforms the last ``C // 2`` channels; of one
+            channel it transforms that one, and ``g`` reads no channel but the context alone.
         swap: exchange the two parts.
         scale_map: how ``u`` becomes a scale: a name or a :class:`~pyflowkern.ops.ScaleMap`.
 
     Raises:
-        ValueError: for fewer than 2 channels with a channel split, an unknown split or map, a
-            mask of another size.
+        ValueError: for less than one channel, an unknown split or map, a mask of another size.
         TypeError: for a conditioner that cannot be called, a mask that is not boolean, a swap that is no bool,
             and a context given to a conditioner that takes none.
 

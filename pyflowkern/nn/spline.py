@@ -38,7 +38,8 @@ class SplineCoupling(Coupling):
             transformed; for masks over space it reads all of ``x``, zero where transformed, and
             returns parameters of all channels.
         split: ``"channel"``, ``"checkerboard"`` or a boolean mask ``[C]`` or ``[C, *space]``,
-            True where transformed.  A channel split transforms the last ``C // 2`` channels.
+            True where transformed.  A channel split transforms the last ``C // 2`` channels; of one
+            channel it transforms that one, and ``g`` reads no channel but the context alone.
         swap: exchange the two parts.
         spline: which splines; None for a :class:`~pyflowkern.ops.SplineMap` of the options.
         unconditional: whether the passing channels also go through splines, one for each channel,
@@ -46,9 +47,8 @@ class SplineCoupling(Coupling):
         **options: arguments of :class:`~pyflowkern.ops.SplineMap`: ``bins=8``, ``bound=3.0``, ...
 
     Raises:
-        ValueError: for fewer than 2 channels with a channel split, an unknown split, a mask of
-            another size or one that leaves a part without channels, wrong options, or options
-            beside a ``spline``.
+        ValueError: for less than one channel, an unknown split, a mask of another size or one that
+            leaves a part without channels, wrong options, or options beside a ``spline``.
         TypeError: for a conditioner that cannot be called, a mask that is not boolean, or a
             ``spline`` that is no SplineMap; and for a context given to a conditioner that takes none.
 
@@ -84,7 +84,8 @@ class SplineCoupling(Coupling):
         if not isinstance(conditioner, torch.nn.Module):  # the user's own module keeps its weights
             start_at(self.conditioner, identity.repeat(moves))
         check_flag("unconditional", unconditional)
-        self.unconditional = torch.nn.Parameter(identity.repeat(passes)) if unconditional else None
+        own = unconditional and passes > 0
+        self.unconditional = torch.nn.Parameter(identity.repeat(passes)) if own else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform ``x`` ``[N, C, *space]``; return ``(z, log_det[N])``."""

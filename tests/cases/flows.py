@@ -53,6 +53,18 @@ FLOWS = [
         lambda: NSF(5, unconditional=True, tails="affine", mixing="none", residual=False),
         (5,),
     ),
+    case(
+        "NSF of one dimension",
+        lambda: NSF(1, mixing="none"),
+        (1,),
+        idle=tuple(f"bijection.layers.{i}.conditioner.first.weight" for i in range(2)),
+    ),
+    case(
+        "RealNVP of one dimension",
+        lambda: RealNVP(1),
+        (1,),
+        idle=tuple(f"bijection.layers.{i}.conditioner.first.weight" for i in (1, 3)),
+    ),
     case("NSF autoregressive", lambda: NSF(5, autoregressive=True, gated=True), (5,)),
     case(
         "NSF autoregressive plu",

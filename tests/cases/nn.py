@@ -70,6 +70,15 @@ COUPLINGS = [
     ModuleCase("affine", lambda: Affine(5, MLP), (5,)),
     ModuleCase("affine swap", lambda: Affine(5, RESIDUAL, swap=True), (5,)),
     ModuleCase("affine channel mask", lambda: Affine(5, MLP, split=INTERLEAVED), (5,)),
+    ModuleCase(
+        "affine of one channel", lambda: Affine(1, MLP), (1,), idle=("conditioner.first.weight",)
+    ),
+    ModuleCase(
+        "spline of one channel",
+        lambda: Spline(1, RESIDUAL, swap=True, bins=3, unconditional=True),
+        (1,),
+        idle=("conditioner.first.weight",),
+    ),
     ModuleCase("affine image", lambda: Affine(3, CONV, scale_map="sigmoid"), (3, 2, 3)),
     ModuleCase("affine checkerboard", lambda: Affine(2, CONV, split="checkerboard"), (2, 3, 2)),
     ModuleCase("affine mask", lambda: Affine(3, CONV, split=MASK, swap=True), (3, 1, 2)),

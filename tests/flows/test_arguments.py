@@ -1,5 +1,6 @@
 """Arguments of flows: bases of torch, integers of NumPy, flags, contexts for all, networks that take the context."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -143,12 +144,22 @@ def test_flags_are_bools(build, name):
         build()
 
 
-def test_couplings_of_one_dimension_say_what_works():
-    for build in (flows.NSF, flows.RealNVP, flows.Glow):
-        with pytest.raises(
-            ValueError, match=r"flows.NSF\(1, autoregressive=True\) or flows.MAF\(1\)"
-        ):
-            build(1)
+@pytest.mark.parametrize("build", [flows.NSF, flows.RealNVP, flows.Glow])
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_couplings_of_one_dimension_follow_the_context_alone(build, context_features):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow = build(1, hidden=8, context_features=context_features)
+    flow = randomize(flow).double().eval()
+    c = torch.randn(2, context_features).double() if context_features else None
+    x = torch.linspace(-60, 60, 20001).double()[:, None]
+    for i in range(2):
+        log_prob = flow.log_prob(x, None if c is None else c[i])
+        mass = torch.trapezoid(log_prob.exp(), x[:, 0])
+        torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-3, rtol=0)
+        other = log_prob
+    if c is not None:
+        assert not torch.allclose(flow.log_prob(x, c[0]), other)
 
 
 # --- contexts ---

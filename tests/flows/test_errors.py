@@ -15,7 +15,6 @@ from pyflowkern import flows, nn
             {"levels": 3},
             r"divisible by 2\^levels = 8 for levels=3, got \(3, 12, 12\)",
         ),
-        (1, {}, "event_shape must have at least 2 dimensions for a coupling, got 1"),
         (0, {}, "event_shape must be .* got 0"),
         ((), {}, r"event_shape must be .* got \(\)"),
         ((3, 0, 4), {}, r"event_shape must be .* got \(3, 0, 4\)"),

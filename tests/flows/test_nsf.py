@@ -252,7 +252,6 @@ def test_a_circular_flow_learns_two_directions():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: flows.NSF(1), "at least 2 dimensions for a coupling, got 1"),
         (lambda: flows.NSF(4, transforms=0), "transforms must be at least 1, got 0"),
         (lambda: flows.NSF(4, hidden=0), "hidden must be at least 1, .* got 0"),
         (lambda: flows.NSF(4, hidden=()), r"hidden must be at least 1, .* got \(\)"),

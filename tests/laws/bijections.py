@@ -53,10 +53,10 @@ def check_copies(module, fresh, x, context=None):
 
 
 def check_gradients(module, loss):
-    """Every parameter has a gradient, finite and somewhere not zero."""
+    """Every parameter has a gradient, finite and somewhere not zero, but those of no number."""
     module.zero_grad()
     loss.backward()
     for name, p in module.named_parameters():
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
-        assert p.grad.abs().max() > 0, name
+        assert p.grad.any() or not p.numel(), name

@@ -97,7 +97,7 @@ def test_split_standardises_by_a_prior_given_the_kept_half():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: nn.AffineCoupling(1, MLP), ValueError, "channels must be at least 2 .* got 1"),
+        (lambda: nn.AffineCoupling(0, MLP), ValueError, "channels must be at least 1, got 0"),
         (lambda: nn.Split(1), ValueError, "channels must be at least 2 .* got 1"),
         (
             lambda: nn.AffineCoupling(4, MLP, split="rows"),
