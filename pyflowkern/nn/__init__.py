@@ -18,7 +18,9 @@ from pyflowkern.nn.coupling import (
     channel_mask,
     checkerboard_mask,
 )
+from pyflowkern.nn.gin import GINCoupling
 from pyflowkern.nn.glow import GlowStep
+from pyflowkern.nn.identity import start_as_identity
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.linear import InvertibleConv1x1, InvertibleLinear
 from pyflowkern.nn.masked import MaskedMLP
@@ -44,6 +46,7 @@ __all__ = [
     "Conditioner",
     "ConvNet",
     "Dequantize",
+    "GINCoupling",
     "GlowStep",
     "Inverse",
     "InvertibleConv1x1",
@@ -69,4 +72,5 @@ __all__ = [
     "channel_mask",
     "checkerboard_mask",
     "jacobi_inverse",
+    "start_as_identity",
 ]

@@ -16,12 +16,12 @@ from pyflowkern.nn.convolutions import convolutions
 from pyflowkern.ops.conv_network import evaluate_convolutions
 from pyflowkern.ops.relu_network import evaluate_network
 
-__all__ = ["MLP", "ConvNet", "PeriodicInput", "ResidualConvNet", "ResidualMLP", "start_at"]
+__all__ = ["MLP", "ConvNet", "NetworkBase", "PeriodicInput", "ResidualConvNet", "ResidualMLP"]
 
 Activation = Callable[[], torch.nn.Module]
 
 
-class _Conditioner(torch.nn.Module):
+class NetworkBase(torch.nn.Module):
     """Base of the networks: a context adds ``C context`` to the first layer's output.
 
     That is the same as concatenating the context to the input, at every pixel.
@@ -65,7 +65,7 @@ class _Conditioner(torch.nn.Module):
         return bias
 
 
-class MLP(_Conditioner):
+class MLP(NetworkBase):
     r"""A multilayer perceptron on vectors ``[N, in_features] -> [N, out_features]``.
 
     .. math:: h_0 = W_0 x + C c + b_0, \qquad h_i = W_i\, a(h_{i-1}) + b_i,
@@ -126,7 +126,7 @@ class MLP(_Conditioner):
         return out
 
 
-class ResidualMLP(_Conditioner):
+class ResidualMLP(NetworkBase):
     r"""A residual network on vectors ``[N, in_features] -> [N, out_features]``.
 
     The first layer is linear, each block is :math:`h \leftarrow h + W_2\, a(W_1\, a(h) + b_1) + b_2`, and the last
@@ -203,7 +203,7 @@ class ResidualMLP(_Conditioner):
         return out
 
 
-class ConvNet(_Conditioner):
+class ConvNet(NetworkBase):
     r"""The three convolutions of Glow, 3x3, 1x1 and 3x3: ``[N, in_channels, *space] -> [N, out_channels, *space]``.
 
     .. math:: y = W_3 * a(W_2 * a(W_1 * x + C c)),
@@ -259,7 +259,7 @@ class ConvNet(_Conditioner):
         return out
 
 
-class ResidualConvNet(_Conditioner):
+class ResidualConvNet(NetworkBase):
     r"""A residual network of 3x3 convolutions: ``[N, in_channels, *space] -> [N, out_channels, *space]``.
 
     Each block is :math:`h \leftarrow h + W_2 * a(W_1 * a(h) + b_1) + b_2`, the last layer a 1x1 convolution that
@@ -364,18 +364,6 @@ class PeriodicInput(torch.nn.Module):
         angle = x * self.factor
         features = torch.cat([angle.cos(), angle.sin()], 1)
         return condition(self.net, features, context)
-
-
-def start_at(conditioner: torch.nn.Module, values: Tensor) -> None:
-    """Make a new conditioner of this file return ``values`` on its channel axis; do nothing to others."""
-    if isinstance(conditioner, PeriodicInput):
-        start_at(conditioner.net, values)
-    elif isinstance(conditioner, _Conditioner):
-        last = conditioner.last
-        while isinstance(last, torch.nn.Sequential):
-            last = last[-1]
-        with torch.no_grad():
-            last.bias.copy_(values)  # type: ignore[operator]
 
 
 def _sizes(inputs: int, outputs: int) -> tuple[int, int]:

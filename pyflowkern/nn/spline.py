@@ -12,7 +12,7 @@ from pyflowkern.core.checks import check_channels, check_count, check_flag, chec
 from pyflowkern.nn._base import Bijection, zero_log_det
 from pyflowkern.nn._chain_networks import coupling_network
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
-from pyflowkern.nn.conditioners import start_at
+from pyflowkern.nn._last_layer import start_at
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import SplineMap
 from pyflowkern.ops.chain_steps import ElementsStep, ShiftStep

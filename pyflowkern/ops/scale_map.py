@@ -160,6 +160,42 @@ class ScaleMap:
             return v / (1 + torch.abs(v / self.clamp))
         return torch.zeros_like(raw)
 
+    def identity_raw(self) -> float:
+        r"""Return the raw parameter ``u`` with :math:`s(u) = 1`.
+
+        Raises:
+            ValueError: for a map that is never 1, such as a sigmoid whose ``max_scale + eps`` is not above 1.
+
+        Example:
+            >>> from pyflowkern.ops import ScaleMap
+            >>> round(ScaleMap("softplus", eps=1e-3).identity_raw(), 4)
+            0.5397
+        """
+        try:
+            return self._raw_of_one()
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise ValueError(f"{self} must have a scale of 1 somewhere") from None
+
+    def _raw_of_one(self) -> float:
+        rest = 1 - self.eps
+        if self.kind == "additive":
+            return 0.0
+        if self.kind == "exp":
+            return (math.log(rest) - self.offset) / self.gain
+        if self.kind == "sigmoid":
+            share = rest / self.max_scale
+            return (math.log(share) - math.log1p(-share) - self.offset) / self.gain
+        if not self.kind.startswith("softplus"):
+            return -self.offset / self.gain
+        if self.max_scale < 1:
+            raise ValueError
+        v = math.log(math.expm1(rest))
+        if self.kind == "softplus_asinh":
+            return math.sinh(v - self.offset) / self.gain
+        if self.kind == "softplus_tanh":
+            return self.clamp * math.atanh((v - self.offset) / self.clamp) / self.gain
+        return (v - self.offset) / self.gain
+
     def shift(self, raw: Tensor) -> Tensor:
         """Return the shift of the raw parameter: ``shift_gain`` times it."""
         return raw if self.shift_gain == 1 else raw * self.shift_gain

@@ -6,7 +6,7 @@ import torch
 from laws import ODE, ModuleCase
 
 from pyflowkern import flows, nn
-from pyflowkern.ops import SplineMap
+from pyflowkern.ops import ScaleMap, SplineMap
 
 K = 3
 MLP = partial(nn.MLP, hidden=8, context_features=K)
@@ -17,6 +17,7 @@ CONV3D = partial(nn.ConvNet, hidden=4, context_features=K, spatial_dims=3)
 PERIODIC = partial(nn.PeriodicInput, conditioner=MLP, bound=5.0)
 INTERLEAVED = nn.channel_mask(5, interleaved=True)
 IRREGULAR = torch.tensor([True, False, False, True, False])
+SHIFTED = ScaleMap("softplus", shift_first=True, divide=True, shift_gain=0.5)
 THREE_BINS = SplineMap(bins=3)
 MASK = torch.tensor([[[True, False]], [[True, True]], [[False, False]]])
 
@@ -84,6 +85,9 @@ COUPLINGS = [
     ModuleCase("affine mask", lambda: Affine(3, CONV, split=MASK, swap=True), (3, 1, 2)),
     ModuleCase("affine sequence", lambda: Affine(3, CONV1D, scale_map="softplus"), (3, 4)),
     ModuleCase("affine volume", lambda: Affine(2, CONV3D, scale_map="atan"), (2, 1, 2, 2)),
+    ModuleCase("gin", lambda: nn.GINCoupling(5, MLP, scale_map=SHIFTED, swap=True), (5,)),
+    ModuleCase("gin channel mask", lambda: nn.GINCoupling(5, MLP, split=INTERLEAVED), (5,)),
+    ModuleCase("gin image", lambda: nn.GINCoupling(4, CONV, scale_map="atan"), (4, 2, 3)),
     ModuleCase("additive", lambda: nn.AdditiveCoupling(4, MLP), (4,)),
     ModuleCase(
         "additive checkerboard",

@@ -23,6 +23,7 @@ MODULES = {
     "nn.CircularShift": lambda: ({"channels": 4}, (4,)),
     "nn.ConvNet": lambda: ({"in_channels": 3, "out_channels": 2, "hidden": 4}, (3, 4, 4)),
     "nn.Dequantize": lambda: ({"bits": 8}, (3,)),
+    "nn.GINCoupling": lambda: ({"channels": 6, "conditioner": nn.MLP}, (6,)),
     "nn.GlowStep": lambda: ({"channels": 4}, (4, 3, 3)),
     "nn.Inverse": lambda: ({"bijection": nn.ActNorm(3)}, (3,)),
     "nn.InvertibleConv1x1": lambda: ({"channels": 4}, (4, 3, 3)),

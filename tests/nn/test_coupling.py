@@ -8,6 +8,7 @@ import torch
 from laws import normal, randomize
 
 from pyflowkern import nn
+from pyflowkern.ops import ScaleMap
 
 MLP = partial(nn.MLP, hidden=8)
 CONV = partial(nn.ConvNet, hidden=8)
@@ -169,3 +170,34 @@ def test_masks_survive_changes_of_a_layers_memory(build, split):
 def test_a_mask_without_values_is_refused():
     with pytest.raises(ValueError, match=r"split must be a mask with values, .* meta"):
         nn.AffineCoupling(4, MLP, split=torch.ones(4, dtype=torch.bool, device="meta"))
+
+
+# --- volume-preserving couplings ---
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3, 2)])
+def test_gin_is_what_its_authors_compute(backend, shape):
+    """As Sorrenson et al. (2020): bounded log-scales less their mean over the transformed channels."""
+    network = partial(nn.ConvNet, hidden=4) if len(shape) > 1 else MLP
+    clamped = ScaleMap("atan", clamp=1.9, gain=1.9)
+    layer = randomize(nn.GINCoupling(6, network, scale_map=clamped)).double().to(backend)
+    x = normal(5, *shape).to(backend)
+    shift, raw = layer.conditioner(x[:, :3]).chunk(2, 1)
+    log_scale = 1.9 * 0.636 * torch.atan(raw)
+    log_scale = log_scale - log_scale.mean(1, keepdim=True)
+    z, log_det = layer(x)
+    expected = torch.cat([x[:, :3], log_scale.exp() * x[:, 3:] + shift], 1)
+    torch.testing.assert_close(z, expected)
+    assert not log_det.any()
+    assert not torch.allclose(z[:, 3:] - x[:, 3:], shift)
+
+
+def test_gin_takes_splits_of_channels():
+    for split in ("checkerboard", torch.ones(6, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="split must be 'channel' or a boolean mask"):
+            nn.GINCoupling(6, MLP, split=split)
+    with pytest.raises(ValueError, match="scale_map must have a scale"):
+        nn.GINCoupling(6, MLP, scale_map="additive")
+    x = normal(4, 2)  # a single transformed channel
+    layer = randomize(nn.GINCoupling(2, MLP)).double()
+    torch.testing.assert_close(layer(x)[0][:, 1] - x[:, 1], layer.conditioner(x[:, :1])[:, 0])

@@ -210,6 +210,41 @@ def test_a_raw_scale_of_zero_is_the_scale_one(backend, name):
     close(affine(x, torch.zeros_like(x), torch.zeros_like(x), scale_map=name), (x, 0 * x[:, 0]))
 
 
+@pytest.mark.parametrize(
+    "smap",
+    [
+        *(scale_map(name) for name in PRESETS if name != "sigmoid"),
+        ScaleMap("sigmoid", offset=2.0, eps=1e-3),
+        ScaleMap("sigmoid", gain=2.0, max_scale=3.0, divide=True),
+        ScaleMap("exp", gain=0.5, offset=1.0, eps=0.2),
+        ScaleMap("tanh", gain=3.0, offset=0.7),
+        ScaleMap("softplus_asinh", gain=2.0, eps=0.1),
+        ScaleMap("softplus_tanh", gain=2.0, clamp=1.5, offset=1.0),
+    ],
+    ids=str,
+)
+def test_the_raw_scale_of_the_identity(smap):
+    u = torch.tensor([smap.identity_raw()], dtype=torch.float64)
+    close((smap.log_scale(u),), (torch.zeros_like(u),))
+
+
+@pytest.mark.parametrize(
+    "smap",
+    [
+        scale_map("sigmoid"),
+        ScaleMap("sigmoid", max_scale=0.5),
+        ScaleMap("softplus", max_scale=0.9),
+        ScaleMap("softplus", eps=1.5),
+        ScaleMap("softplus_tanh", clamp=0.1),
+        ScaleMap("exp", gain=0.0, offset=1.0),
+    ],
+    ids=str,
+)
+def test_maps_that_are_never_one(smap):
+    with pytest.raises(ValueError, match="must have a scale of 1 somewhere"):
+        smap.identity_raw()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_raw_scales_of_every_size(backend, name, dtype):
