@@ -16,11 +16,17 @@ from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 __all__ = [
     "Family",
     "Holds",
+    "InTraining",
     "MaskedNetwork",
     "activation_of",
+    "idle",
     "masked_network",
+    "multilayer",
     "residual_network",
 ]
+
+#: Numbers that are compared in a microsecond.
+_SHORT = 64
 
 #: Functions that networks are made with.
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -36,6 +42,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     functional.gelu: "gelu",
     functional.softplus: "softplus",
 }
+#: Those of packages that need not be installed.
+_NAMED = {"nessai.flows.utils.silu": "silu"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Family:
         made: the module of MADE.
         first_context: what a MADE's first layer adds: ``"activated"`` :math:`a(C c + d)`, ``"add"`` :math:`C c + d`.
         block_context: what blocks of a MADE do with it: ``"add"`` after the first layer, ``"gate"`` at the end.
-        activated: whether a MADE of feed-forward blocks has an activation after its first layer.
+        activated: whether a MADE has an activation of its own, which follows the first layer of feed-forward blocks.
     """
 
     resnet: str
@@ -65,7 +73,8 @@ class Family:
 class Holds:
     """Whether a buffer is still what steps followed from.
 
-    It is compared where it is another tensor or was written to, as by load_state_dict: masks are as large as weights.
+    Short ones on the CPU are compared at each call.  Others are where they are another tensor or were written to, as by
+    load_state_dict: masks are as large as weights, and on a GPU a comparison waits.
     """
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
@@ -73,23 +82,38 @@ class Holds:
         values = module._buffers[name]
         assert values is not None
         self._values = values.clone()
+        self._always = values.is_cpu and values.numel() <= _SHORT
         self._seen = self._state(values)
 
     @staticmethod
-    def _state(values: Tensor) -> tuple[Tensor, int]:
-        return values, -1 if values.is_inference() else values._version
+    def _state(values: Tensor) -> tuple[int, int, int]:
+        version = -1 if values.is_inference() else values._version
+        return id(values), values.data_ptr(), version
 
     def __call__(self) -> bool:
         now = self._module._buffers.get(self._name)
         if now is None:
             return False
-        state = self._state(now)
-        if state[0] is self._seen[0] and state[1] == self._seen[1] >= 0:
-            return True
-        same = torch.equal(now.to(self._values), self._values)
-        if same:
+        if not self._always:
+            state = self._state(now)
+            if state == self._seen and state[2] >= 0:
+                return True
             self._seen = state
-        return same
+        known = self._values
+        if now.dtype == known.dtype and now.device == known.device and torch.equal(now, known):
+            return True
+        self._seen = 0, 0, -1
+        return False
+
+
+class InTraining:
+    """Whether a module is in training, where it does something else than a chain."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def __call__(self) -> bool:
+        return self._module.training
 
 
 def activation_of(owners: Sequence[Any], link: Link) -> str | None:
@@ -98,7 +122,9 @@ def activation_of(owners: Sequence[Any], link: Link) -> str | None:
     for owner in owners:
         module = owner._modules.get("activation")
         if module is None:
-            name = _FUNCTIONS.get(owner.__dict__.get("activation"), "")
+            name = _name_of(owner.__dict__.get("activation"))
+            if not name:
+                return None
             link.watch(owner, "activation")
         else:
             name, options = ACTIVATIONS.get(type(module), ("", {}))
@@ -112,6 +138,43 @@ def activation_of(owners: Sequence[Any], link: Link) -> str | None:
     if names == {"softplus"}:  # torch's own is linear from 20 on
         link.in_float64 = False
     return names.pop() if len(names) == 1 else None if names else "identity"
+
+
+def _name_of(function: Any) -> str:
+    known = next((name for f, name in _FUNCTIONS.items() if f is function), "")
+    if known:
+        return known
+    where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+    return _NAMED.get(where, "")
+
+
+def idle(dropout: Any, link: Link) -> bool:
+    """Whether a module is a dropout; it is noted, so that its network is called where it drops something."""
+    if type(dropout) is not torch.nn.Dropout:
+        return False
+    link.watch(dropout, "p")
+    if dropout.p > 0:
+        link.waits.append(InTraining(dropout))
+    return True
+
+
+def multilayer(
+    layers: Sequence[Any], activation: str | None, link: Link, joined: int = 0
+) -> ChainNetwork | None:
+    """Return linear layers with one activation between them as a network, after noting the layers.
+
+    Args:
+        layers: first to last.
+        activation: its name; None for one that is not known.
+        link: what they are noted in.
+        joined: how many of the first layer's inputs, the last ones, are a context.
+    """
+    found = [_linear(layer, link, 0 if i else joined) for i, layer in enumerate(layers)]
+    if None in found or activation is None:
+        return None
+    link.context_features = joined
+    link.widest = max([0, *(layer.outputs for layer in found[:-1] if layer is not None)])
+    return _network(found, activation, False, True, "joined" if joined else "none")
 
 
 def residual_network(family: Family, net: Any, link: Link) -> ChainNetwork | None:
@@ -181,18 +244,16 @@ def masked_network(
     if preprocessing is not None and type(preprocessing) is not torch.nn.Identity:
         return None
     found: list[Any] = [*blocks._modules.values()]
-    residual = all(family.has(b, "made", "MaskedResidualBlock") for b in found)
-    link.watch(net)
+    link.watch(net, "use_residual_blocks")
     link.watch(blocks)
     if preprocessing is not None:
         link.watch(preprocessing)
-    if not residual or not all(_plain_block(b, link) for b in found):
+    residual = bool(net.use_residual_blocks)
+    if (between := _linears_between(family, found, residual, link)) is None:
         return None
-    activation = activation_of(found, link) if found else None
-    linears = [inner.get("initial_layer")]
-    for block in found:
-        linears += block._modules["linear_layers"]._modules.values()
-    linears.append(inner.get("final_layer"))
+    linears = [inner.get("initial_layer"), *between, inner.get("final_layer")]
+    owners = [net, *found] if family.activated else found
+    activation = activation_of(owners, link) if owners else None
     if activation is None or not all(family.has(m, "made", "MaskedLinear") for m in linears):
         return None
     order = _order(linears[-1], len(parameters))
@@ -202,8 +263,30 @@ def masked_network(
     layers = form.layers(linears, link)
     if layers is None:
         return None
-    network = _network(layers, activation, True, False, form.first)
+    network = _network(layers, activation, residual, not residual, form.first)
     return None if network is None else MaskedNetwork(network, order)
+
+
+def _linears_between(
+    family: Family, blocks: Sequence[Any], residual: bool, link: Link
+) -> list[Any] | None:
+    """Return the masked layers of all blocks, after noting the blocks; None where they do what no chain does."""
+    if residual:
+        if not all(family.has(b, "made", "MaskedResidualBlock") for b in blocks):
+            return None
+        if not all(_plain_block(b, link) for b in blocks):
+            return None
+        return [m for b in blocks for m in b._modules["linear_layers"]._modules.values()]
+    if not family.activated:
+        return None
+    for block in blocks:
+        if not family.has(block, "made", "MaskedFeedforwardBlock"):
+            return None
+        if block.batch_norm is not None or not idle(block._modules.get("dropout"), link):
+            return None
+        link.watch(block)
+        link.absent.append((block, "batch_norm"))
+    return [block._modules.get("linear") for block in blocks]
 
 
 class _MadeForm:
@@ -237,7 +320,7 @@ class _MadeForm:
             prefixes = _prefixes(mask[rows][:, columns])
             if prefixes is None or mask.shape != linear.weight.shape:
                 return None
-            if 0 < i < last and rows != columns:
+            if 0 < i < last and rows != columns and self.net.use_residual_blocks:
                 return None  # blocks add units, which must be the same ones
             link.holds.append(Holds(linear, "mask"))
             options: dict[str, Any] = {"prefixes": prefixes, "columns": columns, "rows": rows}
@@ -262,7 +345,7 @@ class _MadeForm:
         else:
             link.read(linear, "bias")
         of_block = i % 2 == (1 if self.family.block_context == "add" else 0)
-        if not self.context or i in (0, last) or not of_block:
+        if not self.context or i in (0, last) or not of_block or not self.net.use_residual_blocks:
             return True
         layer = _context_layer(self.blocks[(i - 1) // 2], self.context)
         if layer is None:
@@ -291,12 +374,11 @@ def _plain_block(block: Any, link: Link) -> bool:
     layers, dropout = (block._modules.get(name) for name in ("linear_layers", "dropout"))
     if type(layers) is not torch.nn.ModuleList or len(layers._modules) != 2:
         return False
-    if block.use_batch_norm or type(dropout) is not torch.nn.Dropout:
+    if block.use_batch_norm:
         return False
     link.watch(block, "use_batch_norm")
     link.watch(layers)
-    link.watch(dropout, "p", *(["training"] if dropout.p > 0 else []))
-    return not (dropout.p > 0 and dropout.training)
+    return idle(dropout, link)
 
 
 def _context_layer(block: Any, size: int) -> torch.nn.Linear | None:
