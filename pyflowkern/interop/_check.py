@@ -13,7 +13,7 @@ from pyflowkern.interop._layers import ForeignLayer
 from pyflowkern.nn.chain import Run
 from pyflowkern.nn.links import obstructed
 
-__all__ = ["comparable", "disagreement", "same_values"]
+__all__ = ["comparable", "disagreement", "own_disagreement", "same_values"]
 
 _SAMPLES = 7
 #: Of float64 (float32 where softplus is torch's, which leaves out 2e-9): both sides round otherwise, and no more.
@@ -48,7 +48,7 @@ def _differs(layer: ForeignLayer, twin: torch.nn.Module) -> str:
         link, dtype = layer._chain_link(), torch.float32
         if link is None:
             return "its form or a part of it is not known"
-    x = 1.5 * torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype)
+    x = _numbers(link.bounded, (_SAMPLES, layer.features), draw, dtype)
     context = None
     if link.context_features:
         context = torch.randn(_SAMPLES, link.context_features, generator=draw, dtype=dtype)
@@ -64,6 +64,66 @@ def _differs(layer: ForeignLayer, twin: torch.nn.Module) -> str:
     return (
         "" if same_values(got, want) else "its values are not those of the form that its name says"
     )
+
+
+def _numbers(
+    bounded: bool, shape: tuple[int, ...], draw: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Return inputs of a transform: in [0, 1] for one that takes no others."""
+    make = torch.rand if bounded else torch.randn
+    return (1.0 if bounded else 1.5) * make(shape, generator=draw, dtype=dtype)
+
+
+def own_disagreement(
+    module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLayer]
+) -> str:
+    """Return why ops must not stand for a transform around its network, which is called; empty if they may.
+
+    Both directions are compared, on vectors or, where the library does not take these, on images of 4x4 pixels.
+    """
+    try:
+        twin = comparable(copy.deepcopy(module))
+    except Exception as error:
+        return f"it cannot be copied to be compared: {type(error).__name__}"
+    layer, why = make(twin), ""
+    for space in ((), (4, 4)):
+        for bounded in (False, True):
+            why = _own_differs(layer, twin, bounded, space)
+            if not why or not why.startswith(_FAILS):
+                return why
+    return why
+
+
+_FAILS = "the library itself fails"
+
+
+def _own_differs(
+    layer: ForeignLayer, twin: torch.nn.Module, bounded: bool, space: tuple[int, ...]
+) -> str:
+    draw, dtype = torch.Generator().manual_seed(0), torch.float64
+    x = _numbers(bounded, (_SAMPLES, layer.features, *space), draw, dtype)
+    sizes = [
+        size
+        for part in twin.modules()
+        for name in ("context_features", "context_channels")
+        if isinstance(size := getattr(part, name, None), int)
+    ]
+    context = None
+    if sizes:
+        context = torch.randn(_SAMPLES, sizes[0], *space, generator=draw, dtype=dtype)
+    for inverse in (False, True):
+        with torch.no_grad(), the_library_itself():
+            try:
+                want = layer.inverse(x, context) if inverse else layer(x, context)
+            except Exception as error:
+                return f"{_FAILS} on a few numbers: {type(error).__name__}: {error}"
+            got = layer.by_op(x, context, inverse)
+        if got is None:
+            return "its form is not known"
+        if not same_values(got, want):
+            return "its values are not those of the form that its name says"
+        x = want[0]
+    return ""
 
 
 def comparable(twin: torch.nn.Module) -> torch.nn.Module:

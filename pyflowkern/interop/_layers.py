@@ -17,6 +17,7 @@ __all__ = [
     "LayerDoor",
     "LayerMark",
     "Runs",
+    "arguments",
     "known_layer",
     "layer_of",
     "single_doors",
@@ -35,6 +36,8 @@ class ForeignLayer:
 
     def __init__(self, module: torch.nn.Module, features: int = 0) -> None:
         self.module, self.features = module, features
+        #: Whether chains may stand for it.
+        self.chained = True
 
     def link(self) -> Link | None:
         """Return what this transform is in a chain; None where the library must be called.
@@ -47,12 +50,15 @@ class ForeignLayer:
         """Return what the transform is in a chain of the other direction; None where it cannot be in one."""
         return None
 
+    def fit(self, features: int) -> None:
+        """Take as many features as all neighbours have, where the transform takes any."""
+
     def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
         """Do what the transform does by an op of its own, where no chain serves; None where the library should."""
         return None
 
     def _chain_link(self) -> Link | None:
-        link = self.link() if self.features else None
+        link = self.link() if self.features and self.chained else None
         if link is not None:
             link.turned = self.turned
         return link
@@ -89,6 +95,9 @@ class Runs:
         """Return runs, and layers to be called, data side first; None where there are no runs."""
         if modules != self._modules:
             self._layers, self._modules = [self._make(m) for m in modules], modules
+            sizes = {layer.features for layer in self._layers} - {0}
+            for layer in self._layers if len(sizes) == 1 else ():
+                layer.fit(*sizes)
         return self._chains.parts(self._layers)
 
     def pair(
@@ -131,6 +140,13 @@ class Runs:
         return parts[0].fused(x, context, base, inverse=inverse, checked=True)
 
 
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Return input and context of a call; None for other arguments than these, which the library may know."""
+    if not kwargs:
+        return (args[0], args[1] if len(args) == 2 else None) if len(args) in (1, 2) else None
+    return (args[0], kwargs["context"]) if len(args) == 1 and [*kwargs] == ["context"] else None
+
+
 class LayerDoor(MethodDoor):
     """One direction of a transform that is called with ``(x, context=None)`` and returns a pair.
 
@@ -145,15 +161,15 @@ class LayerDoor(MethodDoor):
         self.layer, self.inverse = layer, inverse
         self._runs = Runs(layer_of)
 
-    def run(self, x: Any, context: Any = None, **others: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run one op; the library's method where none serves."""
-        if not others:
-            pair = self._runs.fused([self.module], x, context, inverse=self.inverse)
+        if (known := arguments(args, kwargs)) is not None:
+            pair = self._runs.fused([self.module], *known, inverse=self.inverse)
             if pair is None:
-                pair = self.layer.by_op(x, context, self.inverse)
+                pair = self.layer.by_op(*known, self.inverse)
             if pair is not None:
                 return pair
-        return self.own(x, context, **others) if context is not None or others else self.own(x)
+        return self.own(*args, **kwargs)
 
 
 class LayerMark(Door):

@@ -116,16 +116,16 @@ class InTraining:
         return self._module.training
 
 
-def activation_of(owners: Sequence[Any], link: Link) -> str | None:
-    """Return the name of the one activation that all have as ``activation``, after noting it; None for others."""
+def activation_of(owners: Sequence[Any], link: Link, attribute: str = "activation") -> str | None:
+    """Return the name of the one activation that all have under that name, after noting it; None for others."""
     names = set()
     for owner in owners:
-        module = owner._modules.get("activation")
+        module = owner._modules.get(attribute)
         if module is None:
-            name = _name_of(owner.__dict__.get("activation"))
+            name = _name_of(owner.__dict__.get(attribute))
             if not name:
                 return None
-            link.watch(owner, "activation")
+            link.watch(owner, attribute)
         else:
             name, options = ACTIVATIONS.get(type(module), ("", {}))
             if any(getattr(module, key) != value for key, value in options.items()):
@@ -244,11 +244,11 @@ def masked_network(
     if preprocessing is not None and type(preprocessing) is not torch.nn.Identity:
         return None
     found: list[Any] = [*blocks._modules.values()]
-    link.watch(net, "use_residual_blocks")
+    link.watch(net, *(["use_residual_blocks"] if family.activated else []))
     link.watch(blocks)
     if preprocessing is not None:
         link.watch(preprocessing)
-    residual = bool(net.use_residual_blocks)
+    residual = bool(net.use_residual_blocks) if family.activated else True
     if (between := _linears_between(family, found, residual, link)) is None:
         return None
     linears = [inner.get("initial_layer"), *between, inner.get("final_layer")]
@@ -259,7 +259,7 @@ def masked_network(
     order = _order(linears[-1], len(parameters))
     if order is None:
         return None
-    form = _MadeForm(family, net, found, order, parameters)
+    form = _MadeForm(family, net, found, residual, order, parameters)
     layers = form.layers(linears, link)
     if layers is None:
         return None
@@ -297,10 +297,11 @@ class _MadeForm:
         family: Family,
         net: Any,
         blocks: Sequence[Any],
+        residual: bool,
         order: list[int],
         parameters: Sequence[int],
     ) -> None:
-        self.family, self.net, self.blocks = family, net, blocks
+        self.family, self.net, self.blocks, self.residual = family, net, blocks, residual
         self.order, self.parameters = order, parameters
         layer = net._modules.get("context_layer")
         self.context = 0 if layer is None else int(layer.weight.shape[1])
@@ -320,7 +321,7 @@ class _MadeForm:
             prefixes = _prefixes(mask[rows][:, columns])
             if prefixes is None or mask.shape != linear.weight.shape:
                 return None
-            if 0 < i < last and rows != columns and self.net.use_residual_blocks:
+            if 0 < i < last and rows != columns and self.residual:
                 return None  # blocks add units, which must be the same ones
             link.holds.append(Holds(linear, "mask"))
             options: dict[str, Any] = {"prefixes": prefixes, "columns": columns, "rows": rows}
@@ -345,7 +346,7 @@ class _MadeForm:
         else:
             link.read(linear, "bias")
         of_block = i % 2 == (1 if self.family.block_context == "add" else 0)
-        if not self.context or i in (0, last) or not of_block or not self.net.use_residual_blocks:
+        if not self.context or i in (0, last) or not of_block or not self.residual:
             return True
         layer = _context_layer(self.blocks[(i - 1) // 2], self.context)
         if layer is None:

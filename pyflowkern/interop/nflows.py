@@ -1,75 +1,165 @@
-"""What is known of nflows 0.14 and its copies in other packages."""
+"""What is known of nflows, 0.14 and later, and its copies in other packages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pyflowkern.interop._check import disagreement
-from pyflowkern.interop._doors import MethodDoor
+from pyflowkern.interop._check import disagreement, own_disagreement
 from pyflowkern.interop._kinds import Kind, Library, Outcome
-from pyflowkern.interop._layers import ForeignLayer, Runs, layer_of, single_doors
-from pyflowkern.interop._networks import Holds
-from pyflowkern.nn.links import Link
-from pyflowkern.ops.chain_steps import PermuteStep
+from pyflowkern.interop._layers import ForeignLayer, LayerMark, known_layer, single_doors
+from pyflowkern.interop._nflows_elements import Autoregressive, Coupling, Unconditional
+from pyflowkern.interop._nflows_flows import CompositeDoor, FlowDoor, Identity, Normal
+from pyflowkern.interop._nflows_linear import (
+    ActNorm,
+    Affine,
+    BatchNorm,
+    Inverse,
+    Linear,
+    LULinear,
+    Permutation,
+)
+from pyflowkern.interop._nflows_names import PREFIXES
 
-__all__ = ["LIBRARY"]
+__all__ = ["BASE", "LIBRARY", "elements", "marked"]
 
-
-class _Permutation(ForeignLayer):
-    """``nflows.transforms.permutations.Permutation`` along the features."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__(module, module._permutation.numel())  # type: ignore[operator]
-
-    def link(self) -> Link | None:
-        index = self.module._buffers["_permutation"]
-        if index is None or self.module._dim != 1:
-            return None
-        order = index.tolist()
-        link = Link([PermuteStep(order)])
-        link.watch(self.module, "_dim")
-        link.holds.append(Holds(self.module, "_permutation"))
-        return link
+Make = Callable[[Any], ForeignLayer]
 
 
-class _CompositeDoor(MethodDoor):
-    """One direction of a CompositeTransform."""
+def marked(make: Make, note: str = "") -> Kind:
+    """Return the kind of transforms that only with others are faster."""
 
-    def __init__(self, module: torch.nn.Module, name: str) -> None:
-        super().__init__(module, name)
-        self._runs = Runs(layer_of)
-
-    def run(self, inputs: Any, context: Any = None) -> Any:
-        """Run the transforms, as many as possible by one op."""
-        modules = [*self.module._transforms._modules.values()]  # type: ignore[union-attr]
-        pair = self._runs.pair(modules, inputs, context, inverse=self.name == "inverse")
-        return self.own(inputs, context) if pair is None else pair
-
-
-def _single(make: type[ForeignLayer]) -> Kind:
     def look(module: torch.nn.Module) -> Outcome:
         if why := disagreement(module, make):
             return Outcome(note=why)
-        return Outcome(single_doors(make(module)), runs="one op")
+        return Outcome([LayerMark(make(module))], runs="one op", note=note)
 
     return Kind(look)
 
 
-def _composite(module: torch.nn.Module) -> Outcome:
+def _linear(module: torch.nn.Module) -> Outcome:
+    if why := disagreement(module, LULinear):
+        return Outcome(note=why)
+    note = "weights are read at each call, where the library keeps a cache in evaluation mode"
     return Outcome(
-        [_CompositeDoor(module, "forward"), _CompositeDoor(module, "inverse")], runs="one op"
+        single_doors(LULinear(module)), runs="one op", note=note if module.using_cache else ""
     )
 
 
+def elements(make: Make) -> Kind:
+    """Return the kind of transforms with networks, which run by ops of their own where no chain knows the network."""
+
+    def look(module: torch.nn.Module) -> Outcome:
+        layer: Any = make(module)
+        note = _CUBIC if "Cubic" in type(module).__name__ else ""
+        why = disagreement(module, make)
+        if not why:
+            return Outcome(single_doors(layer), runs="one op", note=note)
+        if other := own_disagreement(module, make):
+            return Outcome(note=other)
+        layer.chained = False
+        return Outcome(single_doors(layer), runs="own op", note=f"its network is called: {why}")
+
+    return Kind(look)
+
+
+_CUBIC = "the inverse solves its cubic equations to rounding, the library up to 1e-3"
+
+
+def _act_norm(module: torch.nn.Module) -> Outcome:
+    if why := disagreement(module, ActNorm):
+        return Outcome(note=why)
+    return Outcome(single_doors(ActNorm(module)), runs="one op")
+
+
+def _composite(module: torch.nn.Module) -> Outcome:
+    doors = [CompositeDoor(module, "forward"), CompositeDoor(module, "inverse")]
+    return Outcome(doors, runs="one op")
+
+
+def _inverse(module: Any) -> Outcome:
+    if (layer := known_layer(module._transform)) is None or not layer.features:
+        return Outcome()
+    return Outcome([LayerMark(Inverse(module))], runs="one op")
+
+
+def _unsized(make: Make) -> Kind:
+    """Return the kind of transforms that take any number of features."""
+
+    def look(module: torch.nn.Module) -> Outcome:
+        if why := disagreement(module, _Sized(make)):
+            return Outcome(note=why)
+        return Outcome([LayerMark(make(module))], runs="one op")
+
+    return Kind(look, quiet=True)
+
+
+class _Sized:
+    """Makes layers of some number of features."""
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+
+    def __call__(self, module: torch.nn.Module) -> ForeignLayer:
+        layer = self._make(module)
+        layer.fit(3)
+        return layer
+
+
+def _base(module: torch.nn.Module) -> Outcome:
+    if Normal(module)._chain_link() is None:
+        return Outcome(note="samples are no vectors")
+    return Outcome([LayerMark(Normal(module))], runs="one op")
+
+
+def _flow(module: torch.nn.Module) -> Outcome:
+    return Outcome([FlowDoor(module, "_log_prob")], runs="one op")
+
+
+BASE = Kind(_base, ("log_prob", "_log_prob"))
+_SPLINES = ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
+_PIECEWISE = tuple(f"Piecewise{kind}" for kind in _SPLINES)
+_FLOW = Kind(_flow, ("_log_prob", "log_prob"))
 LIBRARY = Library(
     "nflows",
-    ("nflows", "glasflow.nflows"),
+    PREFIXES,
     {
+        "flows.base.Flow": _FLOW,
+        "flows.autoregressive.MaskedAutoregressiveFlow": _FLOW,
+        "flows.realnvp.SimpleRealNVP": _FLOW,
         "transforms.base.CompositeTransform": Kind(_composite),
-        "transforms.permutations.Permutation": _single(_Permutation),
-        "transforms.permutations.RandomPermutation": _single(_Permutation),
-        "transforms.permutations.ReversePermutation": _single(_Permutation),
+        "transforms.nonlinearities.CompositeCDFTransform": Kind(_composite),
+        "transforms.base.InverseTransform": Kind(_inverse, quiet=True),
+        **{
+            f"transforms.coupling.{name}CouplingTransform": elements(Coupling)
+            for name in ("Affine", "Additive", *_PIECEWISE)
+        },
+        **{
+            f"transforms.autoregressive.Masked{name}AutoregressiveTransform": elements(
+                Autoregressive
+            )
+            for name in ("Affine", *_PIECEWISE)
+        },
+        **{
+            f"transforms.nonlinearities.Piecewise{kind}CDF": elements(Unconditional)
+            for kind in _SPLINES
+        },
+        **{
+            f"transforms.permutations.{name}": marked(Permutation)
+            for name in ("Permutation", "RandomPermutation", "ReversePermutation")
+        },
+        "transforms.lu.LULinear": Kind(_linear),
+        "transforms.linear.NaiveLinear": marked(Linear),
+        "transforms.qr.QRLinear": marked(Linear),
+        "transforms.svd.SVDLinear": marked(Linear),
+        "transforms.normalization.ActNorm": Kind(_act_norm),
+        "transforms.normalization.BatchNorm": marked(BatchNorm),
+        "transforms.standard.PointwiseAffineTransform": _unsized(Affine),
+        "transforms.standard.AffineTransform": _unsized(Affine),
+        "transforms.standard.IdentityTransform": _unsized(Identity),
+        "distributions.normal.StandardNormal": BASE,
+        "distributions.normal.DiagonalNormal": BASE,
     },
 )

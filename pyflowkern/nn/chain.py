@@ -106,6 +106,8 @@ class Run:
             if self.outgrown or not _alike(program, tensors, x):
                 return None
             raise
+        if self._link.bounded and not torch.isfinite(log_det).all():
+            return None  # the layers say why
         return z, log_det
 
     def _takes(self, x: Tensor, context: Tensor | None) -> bool:

@@ -16,7 +16,16 @@ from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.nn._hooks import HOOKS
 from pyflowkern.ops.chain_steps import Step
 
-__all__ = ["ACTIVATIONS", "Door", "Link", "Watched", "activation_name", "joined", "obstructed"]
+__all__ = [
+    "ACTIVATIONS",
+    "Door",
+    "Link",
+    "Watched",
+    "activation_name",
+    "hooked",
+    "joined",
+    "obstructed",
+]
 
 _hooks = itemgetter(*HOOKS)
 _children = itemgetter("_modules")
@@ -80,6 +89,8 @@ class Link:
     widest: int = 0
     #: Whether in float64, too, the steps are what the layers are.
     in_float64: bool = True
+    #: Whether layers refuse values outside of an interval, where steps give NaN.
+    bounded: bool = False
     #: Makes the link of the same layers with ``backwards`` the other way round; None where there is none.
     turned: Callable[[], Link | None] | None = None
 
@@ -114,6 +125,7 @@ class Link:
             getattr(self, name).extend(getattr(other, name))
         self.widest = max(self.widest, other.widest)
         self.in_float64 &= other.in_float64
+        self.bounded |= other.bounded
         self.turned = None
         return True
 
@@ -144,6 +156,11 @@ def _turned(first: Callable[[], Link | None], second: Callable[[], Link | None])
     """Return the turned link of two layers from what turns each of them."""
     one, other = first(), second()
     return None if one is None or other is None else joined(one, other)
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether hooks hang on a module."""
+    return any(map(any, _hooks(module.__dict__)))
 
 
 def obstructed(link: Link) -> bool:

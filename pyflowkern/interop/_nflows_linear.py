@@ -1,0 +1,247 @@
+"""Transforms of nflows that have no network, as steps of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyflowkern.interop._images import served_samples
+from pyflowkern.interop._layers import ForeignLayer, layer_of
+from pyflowkern.interop._networks import Holds, InTraining
+from pyflowkern.interop._nflows_names import is_named
+from pyflowkern.nn.links import Link
+from pyflowkern.ops import actnorm, slogdet_inverse
+from pyflowkern.ops.chain_steps import ActNormStep, LinearStep, LUStep, PermuteStep
+
+__all__ = ["ActNorm", "Affine", "BatchNorm", "Inverse", "LULinear", "Linear", "Permutation"]
+
+_HOUSEHOLDER = "transforms.orthogonal.HouseholderSequence"
+
+
+class Permutation(ForeignLayer):
+    """``transforms.permutations.Permutation`` along the features."""
+
+    module: Any
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module, module._permutation.numel())  # type: ignore[operator]
+
+    def link(self) -> Link | None:
+        return self._link(False)
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data."""
+        return _backwards(self._link(True))
+
+    def _link(self, turned: bool) -> Link | None:
+        index = self.module._buffers["_permutation"]
+        if index is None or self.module._dim != 1:
+            return None
+        order = (index.argsort() if turned else index).tolist()
+        link = Link([PermuteStep(order)])
+        link.watch(self.module, "_dim")
+        link.holds.append(Holds(self.module, "_permutation"))
+        return link
+
+
+class LULinear(ForeignLayer):
+    """``transforms.lu.LULinear``: ``z = L U x + b`` in packed triangles."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, int(module.features))
+
+    def link(self) -> Link | None:
+        module = self.module
+        link = Link([LUStep(float(module.eps))])
+        link.watch(module, "features", "eps")
+        link.read(module, "lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
+        return link
+
+
+class Linear(ForeignLayer):
+    """``transforms.linear.Linear`` of another kind: its matrix is made at each call, by the library's own code."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, int(module.features))
+
+    def link(self) -> Link | None:
+        module = self.module
+        if not all(is_named(part, _HOUSEHOLDER) for part in module.children()):
+            return None
+        link = Link([LinearStep(), ActNormStep()])
+        link.watch(module, "features")
+        for part in module.children():
+            link.watch(part)
+        link.make(module, ["bias"] * 4, self._tensors)
+        return link
+
+    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+        module, bias = self.module, self.module.bias
+        if module.using_cache and not module.training:
+            module._check_forward_cache()
+            weight, log_abs_det = module.cache.weight, module.cache.logabsdet
+        else:
+            weight, log_abs_det = module.weight_and_logabsdet()
+        if inverse:
+            weight = slogdet_inverse(weight)[2]
+        return weight, log_abs_det, torch.zeros_like(bias), bias
+
+
+class ActNorm(ForeignLayer):
+    """``transforms.normalization.ActNorm``: ``z = exp(s) x + t``."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, module.log_scale.numel())
+
+    def link(self) -> Link | None:
+        return self._link(self._tensors)
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data: ``x = exp(-s) (z - t)``."""
+        return _backwards(self._link(self._turned_tensors))
+
+    def _link(self, make: Any) -> Link | None:
+        link = Link([ActNormStep()])
+        link.watch(self.module)
+        link.make(self.module, ("log_scale", "shift"), make)
+        link.waits.append(Awaits(self.module))
+        return link
+
+    def by_op(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        """Normalize images by one op."""
+        norm = self.module
+        if not served_samples(x) or x.dim() != 4 or x.shape[1] != self.features or Awaits(norm)():
+            return None
+        return actnorm(x, *self._tensors(inverse), inverse=inverse)
+
+    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+        log_scale = self.module.log_scale
+        return log_scale, self.module.shift * torch.exp(-log_scale)
+
+    def _turned_tensors(self, inverse: bool) -> Sequence[Tensor]:
+        return -self.module.log_scale, -self.module.shift
+
+
+class Awaits:
+    """Whether an ActNorm waits for its first batch, by which it initialises itself in training."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        self._norm = norm
+
+    def __call__(self) -> bool:
+        return self._norm.training and not self._norm._buffers["initialized"]
+
+
+class BatchNorm(ForeignLayer):
+    """``transforms.normalization.BatchNorm`` with running statistics."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, module.bias.numel())
+
+    def link(self) -> Link | None:
+        return self._link(self._tensors)
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data."""
+        return _backwards(self._link(self._turned_tensors))
+
+    def _link(self, make: Any) -> Link:
+        link = Link([ActNormStep()])
+        link.watch(self.module, "eps")
+        link.waits.append(InTraining(self.module))
+        link.make(self.module, ("unconstrained_weight", "bias"), make)
+        return link
+
+    def _log_scale(self) -> Tensor:
+        norm = self.module
+        return torch.log(norm.weight) - 0.5 * torch.log(norm.running_var + norm.eps)
+
+    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+        log_scale = self._log_scale()
+        return log_scale, self.module.bias * torch.exp(-log_scale) - self.module.running_mean
+
+    def _turned_tensors(self, inverse: bool) -> Sequence[Tensor]:
+        log_scale = self._log_scale()
+        return -log_scale, self.module.running_mean * torch.exp(log_scale) - self.module.bias
+
+
+class Affine(ForeignLayer):
+    """``transforms.standard.PointwiseAffineTransform``: ``z = x * scale + shift``, neither of them trained."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        sizes = {t.numel() for t in (module._scale, module._shift)} - {1}
+        shapes = {t.dim() for t in (module._scale, module._shift)}
+        fits = len(sizes) <= 1 and shapes <= {0, 1}
+        self._any = fits and not sizes
+        super().__init__(module, sizes.pop() if fits and sizes else 0)
+
+    def fit(self, features: int) -> None:
+        """Take as many features as its neighbours have, if it is made of single numbers."""
+        if self._any:
+            self.features = features
+
+    def link(self) -> Link | None:
+        return self._link(self._tensors)
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data."""
+        return _backwards(self._link(self._turned_tensors))
+
+    def _link(self, make: Any) -> Link:
+        link = Link([ActNormStep()])
+        link.watch(self.module)
+        link.make(self.module, ("_scale", "_shift"), make)
+        return link
+
+    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+        scale, shift = self.module._scale, self.module._shift
+        return self._of_each(torch.log(scale)), self._of_each(shift / scale)
+
+    def _turned_tensors(self, inverse: bool) -> Sequence[Tensor]:
+        return self._of_each(-torch.log(self.module._scale)), self._of_each(-self.module._shift)
+
+    def _of_each(self, numbers: Tensor) -> Tensor:
+        return numbers.expand(self.features).contiguous()
+
+
+class Inverse(ForeignLayer):
+    """``transforms.base.InverseTransform``."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        self._inner = layer_of(module._transform)
+        super().__init__(module, self._inner.features)
+
+    def link(self) -> Link | None:
+        return self._of(self._inner._chain_link())
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps in the other direction."""
+        return self._of(self._inner.turned())
+
+    def _of(self, link: Link | None) -> Link | None:
+        if link is not None:
+            link.backwards = not link.backwards
+            link.turned = self.turned
+            link.watch(self.module)
+        return link
+
+
+def _backwards(link: Link | None) -> Link | None:
+    if link is not None:
+        link.backwards = True
+    return link
