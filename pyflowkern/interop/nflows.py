@@ -8,6 +8,18 @@ from typing import Any
 import torch
 
 from pyflowkern.interop._check import disagreement, own_disagreement
+from pyflowkern.interop._functions_nflows import (
+    rational_quadratic_spline,
+    unconstrained_rational_quadratic_spline,
+)
+from pyflowkern.interop._functions_nflows_polynomial import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+    unconstrained_cubic_spline,
+    unconstrained_linear_spline,
+    unconstrained_quadratic_spline,
+)
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import ForeignLayer, LayerMark, known_layer, single_doors
 from pyflowkern.interop._nflows_elements import Autoregressive, Coupling, Unconditional
@@ -23,7 +35,20 @@ from pyflowkern.interop._nflows_linear import (
 )
 from pyflowkern.interop._nflows_names import PREFIXES
 
-__all__ = ["BASE", "LIBRARY", "elements", "marked"]
+__all__ = [
+    "BASE",
+    "LIBRARY",
+    "cubic_spline",
+    "elements",
+    "linear_spline",
+    "marked",
+    "quadratic_spline",
+    "rational_quadratic_spline",
+    "unconstrained_cubic_spline",
+    "unconstrained_linear_spline",
+    "unconstrained_quadratic_spline",
+    "unconstrained_rational_quadratic_spline",
+]
 
 Make = Callable[[Any], ForeignLayer]
 

@@ -11,6 +11,10 @@ from functools import partial
 import torch
 
 from pyflowkern.interop._check import disagreement
+from pyflowkern.interop._functions_normflows import (
+    rational_quadratic_spline,
+    unconstrained_rational_quadratic_spline,
+)
 from pyflowkern.interop._images import Form, FormDoor, form_disagreement
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import LayerMark, single_doors
@@ -27,7 +31,11 @@ from pyflowkern.interop._normflows_vectors import (
     Permute,
 )
 
-__all__ = ["LIBRARY"]
+__all__ = [
+    "LIBRARY",
+    "rational_quadratic_spline",
+    "unconstrained_rational_quadratic_spline",
+]
 
 #: The methods, and whether they go from latent to data.
 _DIRECTIONS = {"inverse": False, "forward": True}

@@ -137,7 +137,8 @@ def solve(
             ``max_steps``, ``grid``, ``interp``, ``perturb`` and ``norm``.  The norm is a name, or a function of one
             tuple: a zero in place of the time, the state's entries, their adjoints, and the gradient of each parameter.
         compat: "torchdiffeq" takes the same steps and evaluations as that package: the last step passes the end and is
-            interpolated, the field at the end of a step is evaluated just before it, and "rk4" is the 3/8 rule.
+            interpolated, the field at the end of a step is evaluated just before it, and "rk4" is the 3/8 rule.  Only
+            "adaptive_heun" and "fehlberg2" differ: there it takes the last slope of a step for the first of the next.
 
     Returns:
         A :class:`Solution`: ``ys [T, *shape]``, ``ts``, ``status``, ``stats``.

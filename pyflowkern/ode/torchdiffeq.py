@@ -22,7 +22,14 @@ from pyflowkern.ode.solve import solve, warn_unless_ok
 from pyflowkern.ode.tableaus import Tableau, tableau
 from pyflowkern.ode.times import joined, number
 
-__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+__all__ = [
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "settings_of_adjoint",
+    "settings_of_options",
+]
 
 #: Options of methods with step control, of fixed steps, and of both; an option of the other kind gives a warning.
 _ADAPTIVE = ("first_step", "min_step", "max_step", "max_num_steps", "dtype")
@@ -82,7 +89,7 @@ def odeint(
     if method is not None:
         settings["method"] = method
     if options is not None:
-        _add(settings, _settings_of("options", options, method or "dopri5", func, y0))
+        _add(settings, settings_of_options("options", options, method or "dopri5", func, y0))
     if event_fn is not None:
         return _until(func, y0, t, event_fn, settings)
     solution = solve(func, y0, t, **settings)
@@ -141,36 +148,12 @@ def odeint_adjoint(
         >>> tuple(field.weight.grad.shape)
         (2, 2)
     """
-    other = adjoint_method is not None and adjoint_method != method
-    if other and options is not None and adjoint_options is None:
-        raise ValueError(
-            "adjoint_options must be given with options and another adjoint_method: those of "
-            f"{method!r} need not fit {adjoint_method!r}"
-        )
-    back: dict[str, Any] = {}
-    if adjoint_options is not None or options is not None:
-        chosen = adjoint_options
-        if chosen is None:
-            chosen = {k: v for k, v in (options or {}).items() if k != "norm"}
-        chosen = dict(chosen)
-        seminorm = chosen.get("norm") == "seminorm"
-        if seminorm:
-            del chosen["norm"]
-        settings.setdefault("seminorm", seminorm)
-        name = adjoint_method or method or "dopri5"
-        back = _settings_of("adjoint_options", chosen, name, func, y0)
-        back.pop("jump_t", None)  # each stretch between two jumps has a backward solve of its own
-    settings.setdefault("seminorm", False)
-    given = {"rtol": adjoint_rtol, "atol": adjoint_atol, "method": adjoint_method}
-    back |= {k: v for k, v in given.items() if v is not None}
-    if back:
-        settings["backward"] = back
-    if adjoint_params is not None:
-        settings["params"] = tuple(adjoint_params)
-    return odeint(
-        func, y0, t, method=method, options=options, event_fn=event_fn,
-        **({"adjoint": "continuous"} | settings),
+    made = settings_of_adjoint(
+        func, y0, method, options, adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options,
+        adjoint_params,
     )  # fmt: skip
+    settings = {"adjoint": "continuous", "seminorm": made.pop("seminorm")} | settings | made
+    return odeint(func, y0, t, method=method, options=options, event_fn=event_fn, **settings)
 
 
 def odeint_event(
@@ -272,7 +255,7 @@ def odeint_dense(
     if method is not None:
         settings["method"] = method
     if options is not None:
-        _add(settings, _settings_of("options", options, method or "dopri5", func, y0))
+        _add(settings, settings_of_options("options", options, method or "dopri5", func, y0))
     ends: Any = [t0, t1]  # tensors may carry gradients
     solution = solve(func, y0, ends, dense=True, **settings)
     warn_unless_ok(solution.status)
@@ -304,7 +287,47 @@ def _add(settings: dict[str, Any], more: Mapping[str, Any]) -> None:
     settings.update(more)
 
 
-def _settings_of(
+def settings_of_adjoint(
+    func: Any,
+    y0: Any,
+    method: str | Tableau | None,
+    options: Mapping[str, Any] | None,
+    adjoint_rtol: Any,
+    adjoint_atol: Any,
+    adjoint_method: str | Tableau | None,
+    adjoint_options: Mapping[str, Any] | None,
+    adjoint_params: Iterable[Tensor] | None,
+) -> dict[str, Any]:
+    """Return what :func:`odeint_adjoint` is given as settings of :func:`solve`."""
+    settings: dict[str, Any] = {"seminorm": False}
+    other = adjoint_method is not None and adjoint_method != method
+    if other and options is not None and adjoint_options is None:
+        raise ValueError(
+            "adjoint_options must be given with options and another adjoint_method: those of "
+            f"{method!r} need not fit {adjoint_method!r}"
+        )
+    back: dict[str, Any] = {}
+    if adjoint_options is not None or options is not None:
+        if adjoint_options is None:
+            chosen = {k: v for k, v in (options or {}).items() if k != "norm"}
+        else:
+            chosen = dict(adjoint_options)
+        if chosen.get("norm") == "seminorm":
+            del chosen["norm"]
+            settings["seminorm"] = True
+        name = adjoint_method or method or "dopri5"
+        back = settings_of_options("adjoint_options", chosen, name, func, y0)
+        back.pop("jump_t", None)  # each stretch between two jumps has a backward solve of its own
+    given = {"rtol": adjoint_rtol, "atol": adjoint_atol, "method": adjoint_method}
+    back |= {k: v for k, v in given.items() if v is not None}
+    if back:
+        settings["backward"] = back
+    if adjoint_params is not None:
+        settings["params"] = tuple(adjoint_params)
+    return settings
+
+
+def settings_of_options(
     name: str, options: Mapping[str, Any], method: str | Tableau, func: Any, y0: Any
 ) -> dict[str, Any]:
     """Return options of torchdiffeq as settings of :func:`solve`; warn of those that it does not have.
