@@ -111,6 +111,6 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
     outcome = known.look(module)
     for door in (*outcome.doors, *([ReplicaDoor(module)] if outcome.doors else [])):
         put(door)
-    if not outcome.doors and (known.quiet or not outcome.note):
+    if not outcome.runs and (known.quiet or not outcome.note):
         return None
     return Entry(name, label, outcome.runs if outcome.doors else "", outcome.gain, outcome.note)

@@ -13,6 +13,7 @@ from pyflowkern.nn.chain import Chains, Run, served
 from pyflowkern.nn.links import Door, Link
 
 __all__ = [
+    "MARK",
     "ForeignLayer",
     "LayerDoor",
     "LayerMark",
@@ -24,6 +25,8 @@ __all__ = [
 ]
 
 Pair = tuple[Tensor, Tensor]
+#: Where an instance keeps its mark.
+MARK = "_pyflowkern_layer"
 
 
 class ForeignLayer:
@@ -179,7 +182,7 @@ class LayerMark(Door):
     """
 
     def __init__(self, layer: ForeignLayer) -> None:
-        super().__init__(layer.module, "_pyflowkern_layer")
+        super().__init__(layer.module, MARK)
         self.layer = layer
 
 
