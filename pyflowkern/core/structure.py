@@ -26,13 +26,15 @@ class Structure:
     """
 
     def __init__(self, value: Tensor) -> None:
-        self.host = value.detach().clone().cpu()
+        with torch.inference_mode(False):  # calls that are differentiated may use it later
+            self.host = value.detach().clone().cpu()
         self._on_device = {self.host.device: self.host}
 
     def on(self, device: torch.device) -> Tensor:
         """Return the tensor on a device."""
         if device not in self._on_device:
-            self._on_device[device] = self.host.to(device)
+            with torch.inference_mode(False):
+                self._on_device[device] = self.host.to(device)
         return self._on_device[device]
 
     def __getstate__(self) -> Tensor:

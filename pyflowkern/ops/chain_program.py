@@ -108,11 +108,14 @@ class ChainProgram:
             own = self._wanted(i, step)
             tensors += own
             counts.append(len(own))
+        with torch.inference_mode(False):  # calls that are differentiated may use it later
+            codes = torch.tensor(program, dtype=torch.int32, device="cpu")
+            constants = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         blocks = 1 + sum(not isinstance(step, PermuteStep) for step in self.steps)
         values = {
             "steps": tuple(self.steps),
-            "codes": torch.tensor(program, dtype=torch.int32, device="cpu"),
-            "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
+            "codes": codes,
+            "numbers": constants,
             "tensors": tuple(tensors),
             "counts": tuple(counts),
             "blocks": blocks,

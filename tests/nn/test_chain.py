@@ -245,3 +245,17 @@ def test_networks_behind_a_mask_are_checked_as_those_of_the_layers(calls):
     first.weight = torch.nn.Parameter(normal(first.weight.shape[0], D + 1))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         flow(x)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_first_called_in_inference_mode_trains(name):
+    flow = trained(name, 1)[0]
+    x = torch.randn(6, D)
+    context = torch.randn(6, K) if flow.context_features else None
+    fresh = copy.deepcopy(flow)  # has no programs yet
+    with torch.inference_mode():
+        fresh.log_prob(x, context)
+    found, want = (
+        derivatives(lambda *a, f=f: [f.log_prob(*a)], f, x, context) for f in (fresh, flow)
+    )
+    torch.testing.assert_close(found, want)
