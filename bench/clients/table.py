@@ -198,7 +198,7 @@ def main() -> None:
         if args.name in model.name:
             try:
                 found = measured(model, args.seconds)
-            except ImportError as error:
+            except ModuleNotFoundError as error:
                 found = {"failed": f"not installed ({error.name})"}
             kept["models"][model.name] = found
             print(line(model.name, found), flush=True)
