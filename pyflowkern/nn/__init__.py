@@ -24,6 +24,7 @@ from pyflowkern.nn.identity import start_as_identity
 from pyflowkern.nn.jacobi import jacobi_inverse
 from pyflowkern.nn.linear import InvertibleConv1x1, InvertibleLinear
 from pyflowkern.nn.masked import MaskedMLP
+from pyflowkern.nn.mixed_spline import MixedSplineCoupling
 from pyflowkern.nn.multiscale import MultiScale
 from pyflowkern.nn.normalization import ActNorm
 from pyflowkern.nn.preprocess import Dequantize, Logit
@@ -54,6 +55,7 @@ __all__ = [
     "Logit",
     "MaskedAutoregressive",
     "MaskedMLP",
+    "MixedSplineCoupling",
     "MultiScale",
     "PeriodicInput",
     "Permutation",

@@ -12,6 +12,7 @@ from pyflowkern.nn.autoregressive import MaskedAutoregressive
 from pyflowkern.nn.conditioners import PeriodicInput
 from pyflowkern.nn.coupling import AffineCoupling
 from pyflowkern.nn.masked import MaskedMLP
+from pyflowkern.nn.mixed_spline import MixedSplineCoupling
 from pyflowkern.nn.spline import SplineCoupling
 from pyflowkern.ops import ScaleMap
 from pyflowkern.ops.elements import ElementMap
@@ -56,6 +57,8 @@ def start_as_identity(module: Module) -> Module:
             values = _raw(layer.element_map).repeat(layer.features)
         elif isinstance(layer, AffineCoupling):
             values = _raw(layer.scale_map).repeat_interleave(layer.sizes[1])
+        elif isinstance(layer, MixedSplineCoupling):
+            values = torch.cat([_raw(layer.splines[c]) for c in layer.moved])
         elif isinstance(layer, SplineCoupling):
             values = _raw(layer.spline).repeat(layer.sizes[1])
             if layer.unconditional is not None:

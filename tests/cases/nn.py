@@ -18,6 +18,13 @@ PERIODIC = partial(nn.PeriodicInput, conditioner=MLP, bound=5.0)
 INTERLEAVED = nn.channel_mask(5, interleaved=True)
 IRREGULAR = torch.tensor([True, False, False, True, False])
 SHIFTED = ScaleMap("softplus", shift_first=True, divide=True, shift_gain=0.5)
+MIXED = [
+    *(SplineMap(bins=3, bound=b) for b in (2.0, 3.0)),
+    SplineMap("quadratic", bins=4),
+    SplineMap(bins=3, tails="circular", bound=4.0),
+    SplineMap(bins=3, bound=5.0),
+    SplineMap(bins=3, bound=2.5),
+]
 THREE_BINS = SplineMap(bins=3)
 MASK = torch.tensor([[[True, False]], [[True, True]], [[False, False]]])
 
@@ -124,6 +131,14 @@ COUPLINGS = [
         "spline of a circle",
         lambda: Spline(5, PERIODIC, tails="circular", bound=5.0, bins=4),
         (5,),
+    ),
+    ModuleCase("splines of their own", lambda: nn.MixedSplineCoupling(6, MLP, MIXED), (6,)),
+    ModuleCase(
+        "splines of their own, mask",
+        lambda: nn.MixedSplineCoupling(
+            6, RESIDUAL, MIXED, split=nn.channel_mask(6, interleaved=True), swap=True
+        ),
+        (6,),
     ),
     ModuleCase("split", lambda: nn.Split(3, CONV), (3, 2, 2)),
     ModuleCase("split without prior", lambda: nn.Split(3), (3, 2, 2)),

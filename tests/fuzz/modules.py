@@ -8,6 +8,7 @@ import torch
 from fuzz.check import Finding, copied, same_bits
 from fuzz.draw import MODES, Draw
 from pyflowkern import flows, nn
+from pyflowkern.ops import SplineMap
 
 
 def conv(a, b):
@@ -32,6 +33,10 @@ MODULES = {
     "nn.MLP": lambda: ({"in_features": 3, "out_features": 2, "hidden": 8}, (3,)),
     "nn.MaskedAutoregressive": lambda: ({"features": 3, "hidden": (8,)}, (3,)),
     "nn.MaskedMLP": lambda: ({"features": 3, "outputs": 2, "hidden": (8,)}, (3,)),
+    "nn.MixedSplineCoupling": lambda: (
+        {"channels": 2, "conditioner": nn.MLP, "splines": [SplineMap(), SplineMap(bins=4)]},
+        (2,),
+    ),
     "nn.MultiScale": lambda: (
         {
             "event_shape": (4, 2, 2),

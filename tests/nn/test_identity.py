@@ -32,6 +32,12 @@ LAYERS = {
         ),
         (4,),
     ),
+    "splines of their own": (
+        lambda: nn.MixedSplineCoupling(
+            4, MLP, [SplineMap(bins=3), SplineMap("cubic", bins=3)] * 2
+        ),
+        (4,),
+    ),
     "one channel": (lambda: nn.AffineCoupling(1, MLP, scale_map="softplus"), (1,)),
     "autoregressive": (lambda: nn.MaskedAutoregressive(4, (8,), transform="softplus"), (4,)),
     "autoregressive additive": (
