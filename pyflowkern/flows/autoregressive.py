@@ -12,7 +12,7 @@ from pyflowkern.core.checks import check_count
 from pyflowkern.flows._arguments import check_flags, parse_vector, parse_widths
 from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import feature_order
-from pyflowkern.nn import Bijection, Inverse, MaskedAutoregressive, Sequential
+from pyflowkern.nn import BatchNorm, Bijection, Inverse, MaskedAutoregressive, Sequential
 
 __all__ = ["IAF", "MAF"]
 
@@ -36,6 +36,8 @@ class MAF(Flow):
         activation: relu, leaky_relu, elu, tanh, sigmoid, silu, gelu or softplus.
         gated: the context gates the residual blocks, too (see :class:`~pyflowkern.nn.MaskedMLP`).
         scale_map: scale of the layers: a name or a :class:`~pyflowkern.ops.ScaleMap`.
+        batch_norm: a :class:`~pyflowkern.nn.BatchNorm` behind each layer, as the authors have it: densities of a
+            training batch then depend on all of it, and samples are those of the running statistics.
         base: the latent's distribution (see :class:`Flow`); None for the standard normal.
 
     Raises:
@@ -67,10 +69,11 @@ class MAF(Flow):
         activation: str = "relu",
         gated: bool = False,
         scale_map: str | ops.ScaleMap = "softclip",
+        batch_norm: bool = False,
         base: torch.nn.Module | Distribution | None = None,
     ) -> None:
         shape = parse_vector(event_shape)
-        check_flags(residual=residual, gated=gated)
+        check_flags(residual=residual, gated=gated, batch_norm=batch_norm)
         context_features = check_count("context_features", context_features, 0)
         transform = ops.scale_map(scale_map)
         layers = [
@@ -86,7 +89,12 @@ class MAF(Flow):
             )
             for i in range(check_count("transforms", transforms))
         ]
-        bijection = Sequential(*(self._directed(layer) for layer in layers))
+        directed: list[Bijection] = []
+        for layer in layers:
+            directed.append(self._directed(layer))
+            if batch_norm:
+                directed.append(BatchNorm(shape[0]))
+        bijection = Sequential(*directed)
         super().__init__(bijection, shape, base=base, context_features=context_features)
 
     def _directed(self, layer: MaskedAutoregressive) -> Bijection:

@@ -46,6 +46,7 @@ FLOWS = [
     ),
     case("MAF on a mixture", lambda: MAF(5, base=flows.MixtureOfGaussians(5, 3)), (5,)),
     case("MAF of other scales", lambda: MAF(5).standardize(STANDARD), (5,)),
+    case("MAF with batch norm", lambda: MAF(5, batch_norm=True), (5,)),
     case("IAF", lambda: IAF(5), (5,)),
     case("NSF", lambda: NSF(5, gated=True), (5,)),
     case(
