@@ -32,7 +32,8 @@ def network(draw, inputs, outputs, context, prefixes=None):
     seen = [sum(d <= e for d in degrees[-1]) for e in prefixes] if masked else None
     layers.append(ops.ChainLayer(outputs, widths[-1], draw.flag(), seen))
     last = draw.flag() if residual else True
-    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), residual, last, context)
+    how = "add" if context else "none"
+    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), residual, last, how)
 
 
 def elements(draw, d, context):
