@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._layers import ForeignLayer, Holds
+from pyflowkern.interop._layers import ForeignLayer
+from pyflowkern.interop._networks import Holds
 from pyflowkern.interop._zuko_elements import Univariate, name_of, univariate_of
 from pyflowkern.interop._zuko_networks import dense_network, is_of, masked_network
 from pyflowkern.interop._zuko_unconditional import UNCONDITIONAL
@@ -162,7 +163,7 @@ class Coupling(Conditional):
         network = dense_network(net, len(reads), sizes_of(net)[0] - len(reads), link)
         if network is None:
             return None
-        link.holds.append(Holds(module, "mask", mask))
+        link.holds.append(Holds(module, "mask"))
         try:
             link.steps.append(ElementsStep(univariate.transform, moves, reads, network))
         except ValueError:  # layers of other sizes: calling them says so

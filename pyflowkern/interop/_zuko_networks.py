@@ -82,7 +82,7 @@ def masked_network(
         layer = _layer(linear, context if i == 0 else 0, link, orders, i)
         if layer is None or linear._parameters["weight"].shape != known[i].shape:  # type: ignore[union-attr]
             return None
-        link.holds.append(Holds(linear, "mask", known[i]))
+        link.holds.append(Holds(linear, "mask"))
         layers.append(layer)
     network = _network(layers, activation, features, context, link)
     return None if network is None else (network, orders)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._layers import Holds
+from pyflowkern.interop._networks import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep, LinearStep, PermuteStep
 
@@ -20,7 +20,7 @@ def _permutation(module: torch.nn.Module, names: list[str], features: int, link:
     order = module._buffers.get(names[0]) if len(names) == 1 else None
     if order is None or order.dim() != 1:
         return False
-    link.holds.append(Holds(module, names[0], order))
+    link.holds.append(Holds(module, names[0]))
     link.steps.append(PermuteStep(order.tolist()))
     return True
 
