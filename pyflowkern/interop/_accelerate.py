@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import torch
@@ -10,9 +11,14 @@ from pyflowkern.core.checks import check_flag
 from pyflowkern.interop._classes import patch_classes, restore_classes
 from pyflowkern.interop._doors import ReplicaDoor, put, take_away
 from pyflowkern.interop._kinds import kind_of, known_base
+from pyflowkern.interop._patches import patch_functions, restore_functions
 from pyflowkern.interop._report import Entry, Report
 
 __all__ = ["accelerate", "restore"]
+
+_lock = threading.RLock()
+#: One for each call of ``accelerate()`` without a model that was not undone.
+_holds: list[object] = []
 
 
 def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) -> Report:
@@ -26,7 +32,10 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
 
     Without a model, the classes of the libraries that are installed are patched for this process, so that models which
     other code builds are accelerated at their first call.  Libraries are imported for that.  What a copy got meanwhile,
-    it keeps until it is restored itself.
+    it keeps until it is restored itself.  Their functions for splines, and those of torchdiffeq, are replaced by
+    :mod:`pyflowkern.interop.nflows`, :mod:`~pyflowkern.interop.normflows` and :mod:`~pyflowkern.interop.torchdiffeq`,
+    under every global name that a module holds them by; attributes, default arguments and closures keep them.  A
+    ``with`` block undoes all that unless another one, or a call before it, still wants it.
 
     Args:
         model: any module; what is known inside of it is accelerated.  None for all models of this process.
@@ -53,8 +62,13 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
             raise ValueError(
                 "strict=True needs a model: which ones the process will build is not known yet"
             )
-        found = patch_classes(_equip_all)
-        return Report([Entry("", name, "one op") for name in found], undo=restore)
+        hold = object()
+        with _lock:
+            _holds.append(hold)
+            classes, functions = patch_classes(_equip_all), patch_functions()
+        entries = [Entry("", name, "one op") for name in classes]
+        entries += [Entry("", name, "own op", note="functions") for name in functions]
+        return Report(entries, undo=partial(_release, hold))
     _check(model)
     report = Report(_equip_all(model), undo=partial(restore, model))
     if strict and report.left:
@@ -66,10 +80,10 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
 
 
 def restore(model: torch.nn.Module | None = None) -> None:
-    """Undo :func:`accelerate`: give all modules of a model, or all classes that were patched, their own methods back.
+    """Undo :func:`accelerate`: give all modules of a model, or all that was patched, their own methods back.
 
     Args:
-        model: any module; None undoes ``accelerate()`` without a model.
+        model: any module; None undoes ``accelerate()`` without a model, however often it was called.
 
     Raises:
         TypeError: for a model that is no module.
@@ -79,11 +93,23 @@ def restore(model: torch.nn.Module | None = None) -> None:
         >>> pyflowkern.restore(torch.nn.Linear(2, 2))
     """
     if model is None:
-        restore_classes()
+        with _lock:
+            _holds.clear()
+            restore_classes()
+            restore_functions()
         return
     _check(model)
     for module in model.modules():
         take_away(module)
+
+
+def _release(hold: object) -> None:
+    """End one call of ``accelerate()``; the last one undoes what all of them did."""
+    with _lock:
+        if hold in _holds:
+            _holds.remove(hold)
+            if not _holds:
+                restore()
 
 
 def _check(model: object) -> None:

@@ -16,7 +16,7 @@ import torch
 from pyflowkern.interop._doors import ORIGINAL, MethodDoor, is_off, take_away
 from pyflowkern.interop._kinds import kind_of, libraries
 
-__all__ = ["patch_classes", "restore_classes"]
+__all__ = ["is_installed", "patch_classes", "restore_classes"]
 
 Equip = Callable[[torch.nn.Module], object]
 _lock = threading.RLock()
@@ -36,7 +36,7 @@ def patch_classes(equip: Equip) -> list[str]:
     with _lock:
         for library in libraries():
             for prefix in library.prefixes:
-                if not _installed(prefix):
+                if not is_installed(prefix):
                     continue
                 found.append(prefix)
                 for where, kind in library.kinds.items():
@@ -57,7 +57,7 @@ def restore_classes() -> None:
         _seen.clear()
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     """Whether a package is there; a top-level one is imported, one inside of another only if that was."""
     top, _, inner = package.partition(".")
     if inner and top not in sys.modules:
