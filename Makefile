@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflowkern) CMakeLists.txt pyproject.toml
 # libraries that tests compare with, installed without their dependencies: what tests import needs torch and the above
-PEERS := nflows normflows torchdiffeq zuko
+PEERS := FrEIA nflows normflows torchdiffeq zuko
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
 .PHONY: demo test test-fast fuzz lint format build bench gpu clean

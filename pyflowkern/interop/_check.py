@@ -39,8 +39,11 @@ def _differs(layer: ForeignLayer, twin: torch.nn.Module) -> str:
         return "its form or a part of it is not known"
     draw = torch.Generator().manual_seed(0)
     if any(waits() for waits in link.waits):  # for the first batch
-        with torch.no_grad(), the_library_itself():
-            layer(torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype))
+        try:
+            with torch.no_grad(), the_library_itself():
+                layer(torch.randn(_SAMPLES, layer.features, generator=draw, dtype=dtype))
+        except Exception as error:
+            return f"the library itself fails on a few numbers: {type(error).__name__}: {error}"
     if obstructed(link):
         return "hooks or methods of its own hang on it"
     if not link.in_float64:
