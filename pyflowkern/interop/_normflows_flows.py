@@ -16,7 +16,7 @@ from pyflowkern.interop._normflows_vectors import layer_of
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep
 
-__all__ = ["FLOW"]
+__all__ = ["CLASS_FLOW", "FLOW"]
 
 _METHODS = (
     "forward",
@@ -74,8 +74,7 @@ class _FlowDoor(MethodDoor):
 
     def _flows(self) -> list[Any]:
         """Return the flows, data side first."""
-        flows = self.module._modules.get("flows")
-        return [] if flows is None else [*flows._modules.values()][::-1]
+        return _data_first(self.module)
 
     def _pair(self, x: Any, *others: Any, inverse: bool = False, **named: Any) -> Any:
         """Return both results of the flows; None for other arguments than those of the library, too."""
@@ -147,20 +146,65 @@ class _FlowDoor(MethodDoor):
 
     def _draw(self, num_samples: Any, context: Any) -> tuple[Tensor, Tensor]:
         """Return samples of the base that went through the flows, and their log-densities."""
-        flows = self._flows()
-        z, log_q = self.module._modules["q0"](num_samples, **self._for_base(context))
-        if (pair := self._runs.pair(flows, z, context, inverse=True)) is not None:
-            z, log_det = pair
-            return z, log_q - log_det.to(log_q.dtype)
-        for flow in reversed(flows):
-            z, log_det = flow(z, **self._for_base(context))
-            log_q -= log_det
-        return z, log_q
+        given = self._for_base(context)
+        z, log_q = self.module._modules["q0"](num_samples, **given)
+        return _sampled(self._runs, self._flows(), z, log_q, given)
 
     def _for_base(self, context: Any) -> dict[str, Any]:
         """Return the context as the library hands it on: conditional flows do so though it be None."""
         conditional = is_named(self.module, "core.ConditionalNormalizingFlow")
         return {"context": context} if conditional else {}
+
+
+class _ClassFlowDoor(MethodDoor):
+    """A method of a ClassCondFlow, whose base alone depends on the class."""
+
+    module: Any
+
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self._runs = Runs(layer_of)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the flows, as many as possible by one op."""
+        found = getattr(self, f"_{self.name}")(*args, **kwargs)
+        return self.own(*args, **kwargs) if found is None else found
+
+    def _log_prob(self, *args: Any, **named: Any) -> Any:
+        if len(args) != 2 or named:
+            return None
+        pair = self._runs.pair(_data_first(self.module), args[0])
+        if pair is None:
+            return None
+        of_base = self.module.q0.log_prob(pair[0], args[1])
+        return pair[1] + of_base.to(pair[1].dtype)
+
+    def _forward_kld(self, *args: Any, **named: Any) -> Any:
+        log_prob = self._log_prob(*args, **named)
+        return None if log_prob is None else -log_prob.mean()
+
+    def _sample(self, num_samples: Any = 1, y: Any = None) -> Any:
+        z, log_q = self.module.q0(num_samples, y)
+        return _sampled(self._runs, _data_first(self.module), z, log_q, {})
+
+
+def _data_first(module: Any) -> list[Any]:
+    """Return the flows, data side first."""
+    flows = module._modules.get("flows")
+    return [] if flows is None else [*flows._modules.values()][::-1]
+
+
+def _sampled(
+    runs: Runs, flows: list[Any], z: Any, log_q: Tensor, context: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return samples of a base that went through the flows, and their log-densities."""
+    pair = runs.pair(flows, z, context.get("context"), inverse=True)
+    if pair is not None:
+        return pair[0], log_q - pair[1].to(log_q.dtype)
+    for flow in reversed(flows):
+        z, log_det = flow(z, **context)
+        log_q -= log_det
+    return z, log_q
 
 
 _NOT_KNOWN = object()
@@ -171,14 +215,25 @@ def _in_default_dtype(pair: Any) -> Any:
     return None if pair is None else (pair[0], pair[1].to(torch.get_default_dtype()))
 
 
+def _has_layers(module: torch.nn.Module) -> bool:
+    """Whether a flow is a transform that a chain knows."""
+    layers = [known_layer(m) for m in _data_first(module) if m is not None]
+    return any(layer is not None and layer.features for layer in layers)
+
+
 def _look(module: torch.nn.Module) -> Outcome:
-    flows = module._modules.get("flows")
-    inner = [] if flows is None else [*flows._modules.values()]
-    layers = [known_layer(m) for m in inner if m is not None]
-    if not any(layer is not None and layer.features for layer in layers):
+    if not _has_layers(module):
         return Outcome()
     note = "as in the library, log-dets are in torch's default dtype, but log_prob's"
     return Outcome([_FlowDoor(module, name) for name in _METHODS], runs="one op", note=note)
 
 
+def _look_at_classes(module: torch.nn.Module) -> Outcome:
+    if not _has_layers(module):
+        return Outcome()
+    return Outcome([_ClassFlowDoor(module, name) for name in _OF_CLASSES], runs="one op")
+
+
+_OF_CLASSES = ("log_prob", "forward_kld", "sample")
 FLOW = Kind(_look, _METHODS, quiet=True)
+CLASS_FLOW = Kind(_look_at_classes, _OF_CLASSES, quiet=True)

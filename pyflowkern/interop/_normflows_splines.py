@@ -155,6 +155,10 @@ class SplineDoor(MethodDoor):
         width = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
         spline_map = spline_map_of(module, module.num_bins, width)
         of_elements = self.name == "_piecewise_cdf"
+        if spline_map is None and not inputs.is_cuda and inputs.dim() == 2:
+            found = _of_features(module, inputs, params, bool(inverse), width)
+            if found is not None:
+                return found[0], found[1] if of_elements else found[1].sum(1)
         if spline_map is None or not served_samples(inputs) or type(params) is not Tensor:
             return self.own(inputs, params, inverse)
         shape = (*inputs.shape, spline_map.params)
@@ -162,3 +166,43 @@ class SplineDoor(MethodDoor):
             return self.own(inputs, params, inverse)
         options = {"inverse": bool(inverse), "elementwise": of_elements}
         return ops.spline(inputs, params.reshape(shape), spline_map, **options)
+
+
+def _of_features(
+    spline: Any, x: Tensor, params: Tensor, inverse: bool, width: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return values and log-derivatives of splines whose features have tails of their own.
+
+    None where an input lies outside of its interval: there the library's splines of this kind give 0, and ours do not.
+    """
+    tails, bound, bins = spline.tails, spline.tail_bound, spline.num_bins
+    size = 3 * bins + 1
+    fits = isinstance(tails, (list, tuple)) and len(tails) == x.shape[1]
+    if not fits or not served_samples(x) or params.numel() != x.numel() * size:
+        return None
+    bounds = torch.as_tensor(bound, dtype=x.dtype).expand(x.shape[1])
+    if not (x.abs() < bounds).all() or params.dtype != x.dtype:
+        return None
+    raw, y, log_derivatives = params.reshape(*x.shape, size), [], []
+    for i, (tail, limit) in enumerate(zip(tails, bounds.tolist(), strict=True)):
+        if tail not in ("linear", "circular"):
+            return None
+        # all knots have a raw derivative: those of the ends do not count, or the last one is the first
+        first = raw[:, i, : 2 * bins]
+        rest = raw[:, i, 2 * bins + 1 : -1] if tail == "linear" else raw[:, i, 2 * bins : -1]
+        spline_map = SplineMap(
+            bins=bins,
+            bound=limit,
+            tails=tail,
+            min_bin_width=spline.min_bin_width,
+            min_bin_height=spline.min_bin_height,
+            min_derivative=spline.min_derivative,
+            scale=1.0 if width is None else 1.0 / math.sqrt(width),
+        )
+        of_one = torch.cat([first, rest], 1).unsqueeze(1)
+        value, log_derivative = ops.spline(
+            x[:, i : i + 1], of_one, spline_map, inverse=inverse, elementwise=True
+        )
+        y.append(value)
+        log_derivatives.append(log_derivative)
+    return torch.cat(y, 1), torch.cat(log_derivatives, 1)

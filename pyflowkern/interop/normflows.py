@@ -18,7 +18,7 @@ from pyflowkern.interop._functions_normflows import (
 from pyflowkern.interop._images import Form, FormDoor, form_disagreement
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import LayerMark, single_doors
-from pyflowkern.interop._normflows_flows import FLOW
+from pyflowkern.interop._normflows_flows import CLASS_FLOW, FLOW
 from pyflowkern.interop._normflows_images import BlockForm, CouplingForm
 from pyflowkern.interop._normflows_layers import LAYERS, Turned
 from pyflowkern.interop._normflows_parts import PREFIX
@@ -95,6 +95,7 @@ LIBRARY = Library(
     {
         "core.NormalizingFlow": FLOW,
         "core.ConditionalNormalizingFlow": FLOW,
+        "core.ClassCondFlow": CLASS_FLOW,
         **{
             name: Kind(partial(_vectors, layer, layer not in _WITH_OTHERS), quiet=layer in _QUIET)
             for name, layer in LAYERS.items()

@@ -1,18 +1,27 @@
 """Models of normflows: what runs in the place of their transforms gives what the library gives."""
 
+import copy
+
+import normflows as nf
 import pytest
 import torch
 from laws.chains import calls
+from laws.draws import normal
 from laws.normflows_models import (
     CLOSE,
     IMAGES,
     VECTORS,
+    D,
     context_of,
+    coupling,
     data,
     derivatives,
+    glow,
     log_prob,
     pair,
 )
+
+import pyflowkern
 
 __all__ = ["calls"]  # a fixture
 
@@ -78,3 +87,55 @@ def test_training_goes_as_without(name):
             optimizer.step()
             losses.append(loss.item())
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-8)
+
+
+def test_a_glow_block_is_a_network_of_convolutions_and_three_ops():
+    twin, x = glow(side=16), torch.randn(2, 3, 16, 16)
+    log_prob(twin, x)
+    pyflowkern.accelerate(twin)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        log_prob(twin, x)
+    found = {e.key: e.count for e in profile.key_averages() if e.key.startswith("pyflowkern::")}
+    blocks = sum(isinstance(m, nf.flows.GlowBlock) for m in twin.modules())
+    names = ("conv_network", "affine_coupling", "plu_matrix", "linear_mix")
+    assert found == {f"pyflowkern::{name}": blocks for name in names}
+
+
+def test_classes_of_the_base_stay(calls):
+    torch.manual_seed(0)
+    base = nf.distributions.ClassCondDiagGaussian(D, 3)
+    model = nf.ClassCondFlow(base, [coupling(), nf.flows.Permute(D), coupling()]).double()
+    twin = copy.deepcopy(model)
+    pyflowkern.accelerate(twin)
+    calls.clear()
+    x, y = normal(6, D), torch.tensor([0, 1, 2, 0, 1, 2])
+    found = []
+    for m in (model, twin):
+        torch.manual_seed(1)
+        found.append([m.log_prob(x, y), m.forward_kld(x, y), *m.sample(6, y), *m.sample(6)])
+    torch.testing.assert_close(*found, **CLOSE)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_circular_splines_are_those_of_the_library(inside):
+    options = {"tail_bound": torch.tensor([5.0, 3.0, 4.0, 3.0])}
+    torch.manual_seed(0)
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(D),
+        [
+            nf.flows.CircularAutoregressiveRationalQuadraticSpline(D, 1, 8, [1, 2], **options),
+            nf.flows.CircularCoupledRationalQuadraticSpline(D, 1, 8, [1, 3], **options),
+        ],
+    ).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    twin = copy.deepcopy(model)
+    assert sum("Piecewise" in e.kind for e in pyflowkern.accelerate(twin).accelerated) == 2
+    x = normal(6, D).clamp(-2, 2) * (1 if inside else 3)
+    torch.testing.assert_close(derivatives(twin, x), derivatives(model, x), **CLOSE)
+    z = normal(6, D, seed=2).clamp(-2, 2)
+    torch.testing.assert_close(
+        twin.forward_and_log_det(z), model.forward_and_log_det(z), rtol=1e-6, atol=1e-6
+    )
