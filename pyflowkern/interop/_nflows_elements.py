@@ -14,7 +14,6 @@ from pyflowkern.interop._images import served_samples
 from pyflowkern.interop._layers import ForeignLayer
 from pyflowkern.interop._networks import (
     Family,
-    Holds,
     activation_of,
     idle,
     masked_network,
@@ -28,6 +27,7 @@ from pyflowkern.interop._nflows_maps import (
     unconditional_elements,
 )
 from pyflowkern.interop._nflows_names import PREFIXES, is_named
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.ops.chain_network import ChainNetwork
 from pyflowkern.ops.chain_steps import ElementsStep

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyflowkern.interop._images import served_samples
 from pyflowkern.interop._layers import ForeignLayer, layer_of
-from pyflowkern.interop._networks import Holds, InTraining
 from pyflowkern.interop._nflows_names import is_named
+from pyflowkern.interop._watches import Holds, InTraining
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import actnorm, slogdet_inverse
 from pyflowkern.ops.chain_steps import ActNormStep, LinearStep, LUStep, PermuteStep

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from pyflowkern.interop._networks import Holds
 from pyflowkern.interop._normflows_networks import Ends, mlp
 from pyflowkern.interop._normflows_vectors import Layer
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
 from pyflowkern.ops.chain_steps import ElementsStep

@@ -13,10 +13,10 @@ from torch.nn import functional
 from pyflowkern import ops
 from pyflowkern.interop._images import Forms
 from pyflowkern.interop._layers import ForeignLayer, known_layer
-from pyflowkern.interop._networks import Holds
 from pyflowkern.interop._normflows_images import CouplingForm
 from pyflowkern.interop._normflows_networks import mlp
 from pyflowkern.interop._normflows_parts import Awaits, is_named
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
 from pyflowkern.ops.chain_steps import (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._networks import Holds
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 
