@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.interop._layers import ForeignLayer
-from pyflowkern.interop._networks import Holds
+from pyflowkern.interop._watches import Holds
 from pyflowkern.interop._zuko_elements import Univariate, name_of, univariate_of
 from pyflowkern.interop._zuko_networks import dense_network, is_of, masked_network
 from pyflowkern.interop._zuko_unconditional import UNCONDITIONAL

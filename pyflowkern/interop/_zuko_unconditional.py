@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._networks import Holds
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep, LinearStep, PermuteStep
 
