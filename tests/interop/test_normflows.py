@@ -38,6 +38,20 @@ def test_log_densities_and_gradients_are_those_of_the_library(name):
     )
 
 
+def test_float32_is_as_exact_as_the_librarys(name):
+    model, twin = pair(name)
+    x = data(model)
+    want = derivatives(model, x)
+
+    def error(m):
+        found = derivatives(m.float(), x.float())
+        return max(
+            (a - b).abs().max() / (1 + b.abs().max()) for a, b in zip(found, want, strict=True)
+        )
+
+    assert error(twin) <= 3 * error(model) + 1e-6
+
+
 def test_samples_are_drawn_alike(name):
     model, twin = pair(name)
     found = []
