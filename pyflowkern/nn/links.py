@@ -160,7 +160,7 @@ def _turned(first: Callable[[], Link | None], second: Callable[[], Link | None])
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether hooks hang on a module."""
-    return any(map(any, _hooks(module.__dict__)))
+    return any(_hooks(module.__dict__))
 
 
 def obstructed(link: Link) -> bool:

@@ -112,6 +112,11 @@ class ChainProgram:
             codes = torch.tensor(program, dtype=torch.int32, device="cpu")
             constants = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         blocks = 1 + sum(not isinstance(step, PermuteStep) for step in self.steps)
+        with torch.inference_mode(
+            False
+        ):  # a program that is made in inference mode serves training, too
+            codes = torch.tensor(program, dtype=torch.int32, device="cpu")
+            constants = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         values = {
             "steps": tuple(self.steps),
             "codes": codes,

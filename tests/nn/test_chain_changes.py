@@ -309,3 +309,12 @@ def test_functional_calls_use_the_given_tensors(calls):
     torch.testing.assert_close(flow(x)[0], before)
     flow.load_state_dict(other, strict=False)
     torch.testing.assert_close(found, flow(x)[0])
+
+
+def test_a_flow_that_is_first_run_in_inference_mode_is_trained():
+    model, x = flows.MAF(3), torch.randn(5, 3)
+    with torch.inference_mode():
+        want = model.log_prob(x)
+    found = model.log_prob(x)
+    found.sum().backward()
+    torch.testing.assert_close(found, want)
