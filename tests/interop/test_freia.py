@@ -1,8 +1,11 @@
 """Networks of FrEIA: what runs in the place of their transforms gives what the library gives."""
 
 import copy
+import importlib.util
 import pickle
+import sys
 import threading
+import types
 import warnings
 
 import FrEIA.framework as ff
@@ -325,3 +328,21 @@ def test_deprecated_networks_run_too():
         want = old(data(old))
         assert "" in [e.name for e in pyflowkern.accelerate(old).accelerated]
         torch.testing.assert_close(old(data(old)), want, **CLOSE)
+
+
+def test_the_copy_in_anomalib_is_known(monkeypatch):
+    name = "anomalib.models.components.flow"
+    package = types.ModuleType(name)
+    package.InvertibleModule = fm.InvertibleModule
+    monkeypatch.setitem(sys.modules, name, package)
+    spec = importlib.util.spec_from_file_location(
+        f"{name}.all_in_one_block", sys.modules[fm.AllInOneBlock.__module__].__file__
+    )
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    block = copied.AllInOneBlock([(D,)], subnet_constructor=fc).double()
+    twin = copy.deepcopy(block)
+    (entry,) = pyflowkern.accelerate(twin).accelerated
+    assert entry.runs == "one op"
+    x = (normal(N, D),)
+    torch.testing.assert_close(twin(x), block(x), **CLOSE)

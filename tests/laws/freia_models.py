@@ -120,6 +120,7 @@ PARTS = {
 IMAGES = {
     "AllInOne images": lambda: blocks_of_images(ALL),
     "soft images": lambda: blocks_of_images(ALL, permute_soft=True, global_affine_type="EXP"),
+    "many channels": lambda: blocks_of_images(ALL, 18),
     "GLOW images": lambda: blocks_of_images(GLOW),
     "RNVP images": lambda: blocks_of_images(fm.RNVPCouplingBlock, clamp_activation="TANH"),
     "NICE images": lambda: blocks_of_images(fm.NICECouplingBlock),
@@ -134,5 +135,6 @@ if LATER:
 MODELS = {**ONE, **PARTS, **IMAGES}
 
 
-def blocks_of_images(cls, **options):
-    return sequence(*[(cls, None, {"subnet_constructor": conv, **options})] * 2, dims=(4, 6, 6))
+def blocks_of_images(cls, channels=4, **options):
+    block = (cls, None, {"subnet_constructor": conv, **options})
+    return sequence(block, block, dims=(channels, 6, 6))
