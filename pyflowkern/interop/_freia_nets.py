@@ -20,6 +20,7 @@ from pyflowkern.nn.links import Link
 __all__ = ["GraphDoor", "SequenceDoor"]
 
 Key = tuple[int, ...]
+Segment = tuple[Key, list[Any], Chains]
 
 
 class _Place:
@@ -64,8 +65,7 @@ class _Line:
     """Transforms one after another, with the conditions that each of them gets."""
 
     def __init__(self) -> None:
-        self._known: list[Any] = []
-        self._segments: list[tuple[Key, list[Any], Chains]] = []
+        self._found: tuple[list[Any], list[Segment]] = [], []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles start empty."""
@@ -82,9 +82,11 @@ class _Line:
         nodes: list[Any] | None = None,
     ) -> tuple[Tensor, Any] | None:
         """Return the output, and the log-determinant as the library adds it up; None where no op would run."""
-        if self._known != [modules, keys]:
-            self._find(modules, keys, nodes)
-        found = [(key, s.parts(places), places) for key, places, s in self._segments]
+        known, segments = self._found  # in one piece: other threads may find them, too
+        if known != [modules, keys]:
+            segments = _segments(modules, keys, nodes)
+            self._found = [modules, keys], segments
+        found = [(key, s.parts(places), places) for key, places, s in segments]
         if all(parts is None for _, parts, _ in found):
             return None
         total: Any = 0
@@ -106,19 +108,19 @@ class _Line:
                 total = _sum(total, log_det, jac)
         return x, total
 
-    def _find(self, modules: list[Any], keys: list[Key], nodes: list[Any] | None) -> None:
-        """Divide the line where the conditions are others."""
-        self._segments = []
-        run: list[Any] = []
-        common: Key = ()
-        for i, (module, key) in enumerate(zip(modules, keys, strict=True)):
-            if run and key and common and key != common:
-                self._segments.append((common, run, Chains()))
-                run, common = [], ()
-            run.append(_Place(module, key, nodes[i] if nodes else None))
-            common = common or key
-        self._segments.append((common, run, Chains()))
-        self._known = [modules, keys]
+
+def _segments(modules: list[Any], keys: list[Key], nodes: list[Any] | None) -> list[Segment]:
+    """Divide a line where the conditions are others."""
+    found: list[Segment] = []
+    run: list[Any] = []
+    common: Key = ()
+    for i, (module, key) in enumerate(zip(modules, keys, strict=True)):
+        if run and key and common and key != common:
+            found.append((common, run, Chains()))
+            run, common = [], ()
+        run.append(_Place(module, key, nodes[i] if nodes else None))
+        common = common or key
+    return [*found, (common, run, Chains())]
 
 
 _preserves = attrgetter("preserves_volume")
