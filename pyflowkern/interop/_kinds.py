@@ -69,7 +69,7 @@ class Library:
 
 
 #: Modules of this package that have a ``LIBRARY``; each is imported with the first look at a model.
-LIBRARIES: tuple[str, ...] = ("nflows", "normflows", "glow", "zuko", "freia")
+LIBRARIES: tuple[str, ...] = ("nflows", "nessai", "glasflow", "normflows", "glow", "zuko", "freia")
 
 
 def libraries() -> list[Library]:

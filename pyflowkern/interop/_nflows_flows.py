@@ -16,7 +16,7 @@ from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link, hooked
 from pyflowkern.ops.chain_steps import ActNormStep
 
-__all__ = ["CompositeDoor", "DensityDoor", "FlowDoor", "Identity", "Normal"]
+__all__ = ["CompositeDoor", "DensityDoor", "FlowDoor", "Identity", "NessaiDoor", "Normal"]
 
 
 class Identity(ForeignLayer):
@@ -155,3 +155,18 @@ class FlowDoor(DensityDoor):
         else:
             log_prob = flow._distribution.log_prob(noise)
         return log_prob + log_det
+
+
+class NessaiDoor(DensityDoor):
+    """``log_prob`` or ``forward_and_log_prob`` of a flow of nessai or glasflow, whose base takes no context."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Return log-densities, and latents where the method does, by one op where one computes all of it."""
+        named = {"context" if k == "conditional" else k: v for k, v in kwargs.items()}
+        known = arguments(args, named)
+        if self.name != "log_prob" and getattr(self.module._distribution, "_var", 1) != 1:
+            known = None  # latents of the op are those of a standard normal density
+        pair = None if known is None else self.fused(*known)
+        if pair is None:
+            return self.own(*args, **kwargs)
+        return pair[1] if self.name == "log_prob" else pair

@@ -1,0 +1,22 @@
+"""What is known of glasflow's own flows and couplings, around its copy of nflows."""
+
+from __future__ import annotations
+
+from pyflowkern.interop._kinds import Library
+from pyflowkern.interop._nflows_elements import Coupling
+from pyflowkern.interop.nessai import FLOW
+from pyflowkern.interop.nflows import elements
+
+__all__ = ["LIBRARY"]
+
+_MASKED = ("Affine", "PiecewiseLinear", "PiecewiseQuadratic", "PiecewiseRationalQuadratic")
+LIBRARY = Library(
+    "glasflow",
+    ("glasflow",),
+    {
+        "transforms.coupling.AffineCouplingTransform": elements(Coupling),
+        "flows.realnvp.RealNVP": FLOW,
+        "flows.nsf.CouplingNSF": FLOW,
+        **{f"flows.autoregressive.Masked{name}AutoregressiveFlow": FLOW for name in _MASKED},
+    },
+)

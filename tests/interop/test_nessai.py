@@ -1,0 +1,46 @@
+"""nessai's flows, which consist of glasflow's copy of nflows, where both are installed."""
+
+import copy
+
+import pytest
+import torch
+from laws.draws import normal
+
+import pyflowkern
+
+utils = pytest.importorskip("nessai.flows.utils")
+D = 4
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CONFIGS = {
+    "RealNVP": {"ftype": "realnvp"},
+    "MAF": {"ftype": "maf"},
+    "NSF": {"ftype": "nsf"},
+    "MLP": {"ftype": "realnvp", "net": "mlp", "activation": "silu"},
+    "variance": {
+        "ftype": "realnvp",
+        "distribution": "mvn",
+        "distribution_kwargs": {"var": 2.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flows_are_those_of_the_library(name):
+    torch.manual_seed(0)
+    sizes = {"n_inputs": D, "n_neurons": 8, "n_blocks": 3, "n_layers": 2}
+    model = utils.configure_model({**CONFIGS[name], **sizes}).double()
+    x = normal(9, D)
+    model.train().log_prob(x)
+    twin = copy.deepcopy(model)
+    assert not pyflowkern.accelerate(twin).left
+    for training in (True, False, True):
+        for m in (model.train(training), twin.train(training)):
+            m.zero_grad()
+        torch.testing.assert_close(twin.log_prob(x), model.log_prob(x), **CLOSE)
+        want = model.forward_and_log_prob(x)
+        torch.testing.assert_close(twin.forward_and_log_prob(x), want, **CLOSE)
+    for m in (model, twin):
+        torch.manual_seed(1)
+        m.apply(utils.reset_weights)
+        m.apply(utils.reset_permutations)
+    torch.testing.assert_close(twin.log_prob(x), model.log_prob(x), **CLOSE)
