@@ -30,7 +30,7 @@ from laws.freia_models import (
 import pyflowkern
 from pyflowkern.nn.links import Door
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-9}
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 #: Those that can be pickled: functions within functions cannot.
 PICKLED = ["GLOW given"]
 
