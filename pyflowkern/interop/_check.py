@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor
@@ -23,14 +24,44 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLayer]) -> str:
     """Return why a chain must not stand for a transform, found by running both on a few numbers; empty if it may.
 
-    Versions of a library differ, and what a class is named says little: so each transform is compared once, as a copy
-    in float64 in evaluation mode, on the CPU.
+    Versions of a library differ, and what a class is named says little: so transforms are compared, as copies in
+    float64 in evaluation mode, on the CPU; those of the same classes and the same steps once.
     """
+    form = _form(module, make)
+    if form is not None and form in _agreed:
+        return ""
     try:
         twin = comparable(copy.deepcopy(module))
     except Exception as error:
         return f"it cannot be copied to be compared: {type(error).__name__}"
-    return _differs(make(twin), twin)
+    why = _differs(make(twin), twin)
+    if not why and form is not None:
+        _agreed.add(form)
+    return why
+
+
+#: Forms of transforms that agreed with the library.
+_agreed: set[object] = set()
+_PLAIN = (int, float, str, type(None), FunctionType, BuiltinFunctionType)
+
+
+def _form(module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLayer]) -> object:
+    """Return all that a transform computes by, but for its tensors; None where it must be compared itself."""
+    link = make(module)._chain_link()
+    if link is None or obstructed(link):
+        return None
+    parts = [(type(part), *_settings(part)) for part in module.modules()]
+    names = tuple(name for _, _, name in link.sources)
+    return tuple(parts), names, tuple(link.steps), link.context_features, link.bounded
+
+
+def _settings(part: torch.nn.Module) -> Iterator[object]:
+    """Yield the attributes of a module that are numbers, texts and functions, or lists of such."""
+    for key, value in part.__dict__.items():
+        if isinstance(value, _PLAIN) and key != "training":
+            yield key, value
+        elif isinstance(value, (list, tuple)):
+            yield key, repr(value)
 
 
 def _differs(layer: ForeignLayer, twin: torch.nn.Module) -> str:
