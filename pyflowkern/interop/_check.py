@@ -36,12 +36,15 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
         return f"it cannot be copied to be compared: {type(error).__name__}"
     why = _differs(make(twin), twin)
     if not why and form is not None:
+        if len(_agreed) >= _MOST_FORMS:
+            _agreed.clear()
         _agreed.add(form)
     return why
 
 
 #: Forms of transforms that agreed with the library.
 _agreed: set[object] = set()
+_MOST_FORMS = 1000
 _PLAIN = (int, float, str, type(None), FunctionType, BuiltinFunctionType)
 
 
