@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ _WIDE = 128
 #: Features, and units of any hidden layer, up to which one op runs on CUDA, where a block of threads has all of a tile:
 #: wider layers are left to torch's products.
 _WIDE_ON_CUDA = 128
+#: States whose runs are kept.
+_STATES = 3
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _is_cpu = attrgetter("is_cpu")
 
@@ -138,64 +140,80 @@ class Run:
         return program
 
 
+class _Found(NamedTuple):
+    """The runs of some layers as they were found."""
+
+    layers: list[Any]
+    #: Runs, and layers that are called.
+    parts: list[Layer | Run]
+    runs: list[Run]
+    #: Whether what kept a layer out of the runs, such as a hook, is still there.
+    blocked: list[Callable[[], bool]]
+
+    def holds(self, layers: list[Any]) -> bool:
+        return (
+            layers == self.layers
+            and all(run.watched.unchanged() and not run.outgrown for run in self.runs)
+            and all(blocked() for blocked in self.blocked)
+        )
+
+
 class Chains:
-    """The runs of a sequence of layers, found anew whenever a layer or what it consists of is another."""
+    """The runs of a sequence of layers, found anew whenever a layer or what it consists of is another.
+
+    Those of a few states are kept, as a training loop goes back and forth between training and evaluation.
+    """
 
     def __init__(self, owner: object = None) -> None:
         #: The modules of the sequence that this belongs to: shallow copies have others.
         self.owner = owner
-        self._layers: list[Any] = []
-        self._parts: list[Layer | Run] = []
-        self._runs: list[Run] = []
-        #: Whether what kept a layer out of the runs, such as a hook, is still there.
-        self._blocked: list[Callable[[], bool]] = []
+        #: The last one first.  Never changed, but replaced: other threads may read it.
+        self._known: list[_Found] = []
 
     def parts(self, layers: list[Any]) -> list[Layer | Run] | None:
         """Return runs, and layers that are called; None where there are no runs."""
-        if (
-            layers != self._layers
-            or not all(run.watched.unchanged() and not run.outgrown for run in self._runs)
-            or not all(blocked() for blocked in self._blocked)
-        ):
-            self._find(layers)
-        return self._parts if self._runs else None
-
-    def _find(self, layers: list[Any]) -> None:
-        parts: list[Layer | Run] = []
-        blocked: list[Callable[[], bool]] = []
-        run: list[Any] = []
-        link, features = Link(), 0
-
-        def close() -> None:
-            nonlocal run, link, features
-            if any(isinstance(step, (ElementsStep, LUStep)) for step in link.steps):
-                parts.append(Run(run, link, features))
-            else:
-                parts.extend(run)
-            run, link, features = [], Link(), 0
-
-        for layer in layers:
-            own = layer._chain_link() if hasattr(layer, "_chain_link") else None
-            if own is not None and obstructed(own):
-                blocked.append(partial(obstructed, own))
-                own = None
-            both = None
-            if own is not None and features in (0, _features(layer)):
-                both = joined(link, own)
-            if both is None:
-                close()
-                if own is None:
-                    parts.append(layer)
-                    continue
-            run.append(layer)
-            link, features = both or own or link, _features(layer)
-        close()
-        self._layers, self._parts, self._blocked = layers, parts, blocked
-        self._runs = [part for part in parts if isinstance(part, Run)]
+        known = self._known
+        found = next((each for each in known if each.holds(layers)), None) or _find(layers)
+        if not known or found is not known[0]:
+            self._known = [found, *(each for each in known if each is not found)][:_STATES]
+        return found.parts if found.runs else None
 
     def __reduce__(self) -> tuple[type[Chains], tuple[()]]:
         """Copies and pickles start empty."""
         return Chains, ()
+
+
+def _find(layers: list[Any]) -> _Found:
+    parts: list[Layer | Run] = []
+    blocked: list[Callable[[], bool]] = []
+    run: list[Any] = []
+    link, features = Link(), 0
+
+    def close() -> None:
+        nonlocal run, link, features
+        if any(isinstance(step, (ElementsStep, LUStep)) for step in link.steps):
+            parts.append(Run(run, link, features))
+        else:
+            parts.extend(run)
+        run, link, features = [], Link(), 0
+
+    for layer in layers:
+        own = layer._chain_link() if hasattr(layer, "_chain_link") else None
+        if own is not None and obstructed(own):
+            blocked.append(partial(obstructed, own))
+            own = None
+        both = None
+        if own is not None and features in (0, _features(layer)):
+            both = joined(link, own)
+        if both is None:
+            close()
+            if own is None:
+                parts.append(layer)
+                continue
+        run.append(layer)
+        link, features = both or own or link, _features(layer)
+    close()
+    return _Found(layers, parts, [part for part in parts if isinstance(part, Run)], blocked)
 
 
 def served(x: Tensor) -> bool:

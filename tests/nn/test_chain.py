@@ -225,7 +225,7 @@ def test_layers_that_are_too_wide_for_a_block_of_threads_are_called_on_cuda():
         ):
             flow = nn.Sequential(layer)
             flow(torch.randn(2, features))
-            (run,) = flow.__dict__["_chains"]._runs
+            (run,) = flow.__dict__["_chains"]._known[0].runs
             x = SimpleNamespace(is_cuda=True, shape=(2, features), dtype=torch.float32)
             assert run._takes(x, None) == fits
 

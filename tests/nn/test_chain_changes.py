@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from pyflowkern import _library, flows, nn, use_reference
+from pyflowkern.nn import chain
 from pyflowkern.ops import ScaleMap
 
 __all__ = ["calls"]  # a fixture
@@ -318,3 +319,19 @@ def test_a_flow_that_is_first_run_in_inference_mode_is_trained():
     found = model.log_prob(x)
     found.sum().backward()
     torch.testing.assert_close(found, want)
+
+
+def test_runs_are_found_once_for_each_of_the_states_that_a_loop_goes_through(monkeypatch):
+    """Training and evaluation in turns, of layers of which one is called in training."""
+    found = []
+    find = chain._find
+    monkeypatch.setattr(chain, "_find", lambda layers: found.append(1) or find(layers))
+    flow = nn.Sequential(Affine(D, mlp), nn.BatchNorm(D), Affine(D, mlp, swap=True))
+    x = torch.randn(7, D)
+    for _ in range(4):
+        flow.train()(x)
+        flow.eval()(x)
+    assert len(found) == 2
+    flow.layers[2] = Affine(D, mlp)
+    flow(x)
+    assert len(found) == 3
