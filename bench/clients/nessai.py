@@ -40,7 +40,13 @@ def run(dims: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         sampler = FlowSampler(
-            Mixture(), output=folder, seed=1234, nlive=1000, pytorch_threads=2, resume=False, plot=False
+            Mixture(),
+            output=folder,
+            seed=1234,
+            nlive=1000,
+            pytorch_threads=2,
+            resume=False,
+            plot=False,
         )
         sampler.run(plot=False, save=False)
         seconds = time.perf_counter() - begin

@@ -10,6 +10,7 @@ import torch
 from pyflowkern.core.checks import check_flag
 from pyflowkern.interop._classes import patch_classes, restore_classes
 from pyflowkern.interop._doors import ReplicaDoor, put, take_away
+from pyflowkern.interop._gains import expected_gain
 from pyflowkern.interop._kinds import kind_of, known_base
 from pyflowkern.interop._patches import patch_functions, restore_functions
 from pyflowkern.interop._report import Entry, Report
@@ -139,4 +140,6 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
         put(door)
     if not outcome.runs and (known.quiet or not outcome.note):
         return None
-    return Entry(name, label, outcome.runs if outcome.doors else "", outcome.gain, outcome.note)
+    runs = outcome.runs if outcome.doors else ""
+    gain = outcome.gain or (expected_gain(label) if runs else "")
+    return Entry(name, label, runs, gain, outcome.note)

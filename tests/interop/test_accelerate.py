@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyflowkern
+from pyflowkern.interop._gains import expected_gain
 
 
 def test_a_model_with_nothing_known_is_left_alone():
@@ -35,3 +36,11 @@ def test_a_report_is_a_table():
     assert "one op" in lines[2]
     assert lines[3].startswith("_transforms.0")
     assert lines[3].endswith("may do anything")
+
+
+def test_gains_are_those_of_transforms_that_were_measured():
+    assert expected_gain("nflows.PiecewiseRationalQuadraticCouplingTransform").startswith(
+        "5.7-6.2x a step"
+    )
+    assert expected_gain("normflows.MaskedAffineAutoregressive").startswith("4.7-10x a step")
+    assert expected_gain("nflows.LULinear") == ""
