@@ -12,7 +12,7 @@ from torch import Tensor
 from pyflowkern.interop._doors import take_away, the_library_itself
 from pyflowkern.interop._layers import ForeignLayer
 from pyflowkern.nn.chain import Run
-from pyflowkern.nn.links import obstructed
+from pyflowkern.nn.links import Door, obstructed
 
 __all__ = ["comparable", "disagreement", "own_disagreement", "same_values"]
 
@@ -53,9 +53,18 @@ def _form(module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLaye
     link = make(module)._chain_link()
     if link is None or obstructed(link):
         return None
+    if any(_is_own(value) for part in module.modules() for value in part.__dict__.values()):
+        return None
     parts = [(type(part), *_settings(part)) for part in module.modules()]
     names = tuple(name for _, _, name in link.sources)
     return tuple(parts), names, tuple(link.steps), link.context_features, link.bounded
+
+
+def _is_own(value: object) -> bool:
+    """Whether an attribute may compute anything, or holds its module: methods of instances, closures, partials."""
+    if isinstance(value, FunctionType):
+        return value.__closure__ is not None
+    return callable(value) and not isinstance(value, (BuiltinFunctionType, torch.nn.Module, Door))
 
 
 def _settings(part: torch.nn.Module) -> Iterator[object]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pyflowkern._library import observed
 from pyflowkern.interop._doors import ORIGINAL, MethodDoor, is_off, take_away
 from pyflowkern.interop._kinds import kind_of, libraries
 
@@ -72,7 +73,7 @@ def _class_of(where: str) -> type | None:
     module, _, name = where.rpartition(".")
     try:
         cls = getattr(import_module(module), name, None)
-    except ImportError:  # a version that has no such module, or one whose own imports are missing
+    except Exception:  # a version that has no such module, or one that cannot be imported here
         return None
     return cls if isinstance(cls, type) else None
 
@@ -93,7 +94,7 @@ def _through_door(method: Callable[..., Any], name: str, equip: Equip) -> Callab
     def through_door(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or is_off():
             return method(self, *args, **kwargs)
-        if self not in _seen:
+        if self not in _seen and not _recorded():
             with _lock:
                 _look(self, equip)
         door = self.__dict__.get(name)
@@ -105,9 +106,14 @@ def _through_door(method: Callable[..., Any], name: str, equip: Equip) -> Callab
     return through_door
 
 
+def _recorded() -> bool:
+    """Whether something records or transforms what is computed now: no look at a module belongs to that."""
+    return observed() or torch._C._get_tracing_state() is not None
+
+
 def _look(module: torch.nn.Module, equip: Equip) -> None:
     """Equip an instance of exactly a known class; subclasses run their own code."""
-    if module in _seen:
+    if module in _seen or not _replaced:  # another thread was here first, or has restored all
         return
     if kind_of(type(module)) is not None:
         equip(module)

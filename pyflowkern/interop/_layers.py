@@ -97,10 +97,11 @@ class Runs:
     def parts(self, modules: list[Any]) -> Sequence[Any] | None:
         """Return runs, and layers to be called, data side first; None where there are no runs."""
         if modules != self._modules:
-            self._layers, self._modules = [self._make(m) for m in modules], modules
-            sizes = {layer.features for layer in self._layers} - {0}
-            for layer in self._layers if len(sizes) == 1 else ():
+            layers = [self._make(m) for m in modules]
+            sizes = {layer.features for layer in layers} - {0}
+            for layer in layers if len(sizes) == 1 else ():
                 layer.fit(*sizes)
+            self._layers, self._modules = layers, modules  # whole: other threads may read them
         return self._chains.parts(self._layers)
 
     def pair(

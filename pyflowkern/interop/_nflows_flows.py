@@ -51,7 +51,10 @@ class CompositeDoor(MethodDoor):
         if known is not None:
             inverse = self.name == "inverse"
             pair = self._runs.pair(parts_of(self.module), *known, inverse=inverse)
-        return self.own(*args, **kwargs) if pair is None else pair
+        if pair is None:
+            return self.own(*args, **kwargs)
+        outputs, log_det = pair
+        return outputs, log_det.to(args[0].dtype)  # the library adds up in the dtype of its input
 
 
 def parts_of(module: Any) -> list[Any]:

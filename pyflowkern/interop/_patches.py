@@ -89,9 +89,7 @@ def patch_functions() -> list[str]:
                 continue
             try:
                 theirs, ours = import_module(patch.module), import_module(patch.ours)
-            except (
-                ImportError
-            ):  # a version without this module, or one whose own imports are missing
+            except Exception:  # a version without this module, or one that cannot be imported here
                 continue
             found.append(patch.module)
             for name in patch.names:

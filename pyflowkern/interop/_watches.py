@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,27 +26,44 @@ class Holds:
         assert values is not None
         self._values = values.clone()
         self._always = values.is_cpu and values.numel() <= _SHORT
-        self._seen = self._state(values)
-
-    @staticmethod
-    def _state(values: Tensor) -> tuple[int, int, int]:
-        version = -1 if values.is_inference() else values._version
-        return id(values), values.data_ptr(), version
+        self._seen = _Seen.of(values)
 
     def __call__(self) -> bool:
         now = self._module._buffers.get(self._name)
         if now is None:
             return False
-        if not self._always:
-            state = self._state(now)
-            if state == self._seen and state[2] >= 0:
-                return True
-            self._seen = state
+        if not self._always and self._seen.is_still(now):
+            return True
         known = self._values
         if now.dtype == known.dtype and now.device == known.device and torch.equal(now, known):
+            self._seen = _Seen.of(now)
             return True
-        self._seen = 0, 0, -1
         return False
+
+
+class _Seen(NamedTuple):
+    """A tensor whose values were compared.
+
+    The alias keeps its memory: while it lives, no other tensor has that address.
+    """
+
+    tensor: Tensor
+    alias: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        version = -1 if tensor.is_inference() else tensor._version
+        return cls(tensor, tensor.detach(), version)
+
+    def is_still(self, now: Tensor) -> bool:
+        """Whether this is the same tensor with the same memory, to which nothing that counts versions has written."""
+        return (
+            now is self.tensor
+            and now.data_ptr() == self.alias.data_ptr()
+            and self.version >= 0
+            and now._version == self.version
+        )
 
 
 class InTraining:

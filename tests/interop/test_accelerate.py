@@ -1,9 +1,15 @@
 """accelerate(): what a model keeps, whichever library it is from."""
 
+from functools import partial
+from types import MethodType
+
 import pytest
 import torch
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import AffineCouplingTransform, CompositeTransform, LULinear
 
 import pyflowkern
+from pyflowkern.interop import _check
 from pyflowkern.interop._gains import expected_gain
 
 
@@ -44,3 +50,42 @@ def test_gains_are_those_of_transforms_that_were_measured():
     )
     assert expected_gain("normflows.MaskedAffineAutoregressive").startswith("4.7-10x a step")
     assert expected_gain("nflows.LULinear") == ""
+
+
+def lu_composite():
+    return CompositeTransform([LULinear(4), LULinear(4)])
+
+
+def test_an_instance_that_cannot_be_read_is_left_alone():
+    model = lu_composite()
+    del model._transforms[1].eps
+    report = pyflowkern.accelerate(model)
+    assert [entry.name for entry in report.left] == ["_transforms.1"]
+    assert "AttributeError" in report.left[0].note
+
+
+def test_devices_and_autocast_of_the_caller_do_not_matter():
+    for around in (torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16)):
+        _check._agreed.clear()
+        model = lu_composite()
+        with around:
+            assert len(pyflowkern.accelerate(model, strict=True).accelerated) == 3
+
+
+def test_forms_that_were_compared_say_nothing_of_methods_of_an_instance():
+    def doubled(self, params):
+        scale, shift = AffineCouplingTransform._scale_and_shift(self, params)
+        return 2 * scale, shift
+
+    def make():
+        return AffineCouplingTransform(torch.tensor([1, 0]), lambda i, o: ResidualNet(i, o, 8))
+
+    pyflowkern.accelerate(make(), strict=True)
+    known = len(_check._agreed)
+    for own in (MethodType(doubled, mine := make()), partial(doubled, mine)):
+        mine._scale_and_shift = own
+        x = torch.randn(5, 2)
+        want = mine(x)
+        assert pyflowkern.accelerate(mine).left
+        assert all(map(torch.equal, mine(x), want))
+    assert len(_check._agreed) == known

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from nflows.transforms import CompositeTransform, RandomPermutation, ReversePermutation
+from nflows.transforms import (
+    CompositeTransform,
+    LULinear,
+    RandomPermutation,
+    ReversePermutation,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyflowkern
+from pyflowkern.interop import _check, _classes, _patches
 from pyflowkern.nn.links import Door
 
 
@@ -78,3 +85,42 @@ def test_replicas_of_data_parallel_run_the_library_itself(x):
     assert not any(isinstance(v, Door) for v in replica.__dict__.values())
     assert any(isinstance(v, Door) for v in mine.__dict__.values())
     assert all(map(torch.equal, replica.forward(x), mine(x)))
+
+
+def test_no_look_belongs_to_what_is_recorded(x):
+    _check._agreed.clear()
+    traced, made, mine = LULinear(4), LULinear(4), LULinear(4)
+    wanted = len(make_fx(lambda v: made(v)[0])(x).graph.nodes)
+    with pyflowkern.accelerate():
+        assert torch.jit.trace(traced, (x,), check_trace=False)(x)[0].shape == x.shape
+        assert len(make_fx(lambda v: made(v)[0])(x).graph.nodes) == wanted
+        torch.func.vmap(lambda v: mine(v[None])[0])(x)
+        for each in (traced, made, mine):
+            assert "forward" not in each.__dict__
+            each(x)
+            assert isinstance(each.__dict__["forward"], Door)
+
+
+def test_first_calls_under_autocast_count(x):
+    _check._agreed.clear()
+    mine = LULinear(4)
+    with pyflowkern.accelerate(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mine(x)
+        assert isinstance(mine.__dict__["forward"], Door)
+
+
+def test_who_waits_while_all_is_restored_looks_no_more():
+    mine = LULinear(4)
+    _classes._look(mine, pyflowkern.accelerate)
+    assert "forward" not in mine.__dict__
+    assert mine not in _classes._seen
+
+
+def test_libraries_that_fail_to_be_imported_are_not_there(tmp_path, monkeypatch):
+    (tmp_path / "broken_flows.py").write_text("raise RuntimeError('made for another numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _classes.is_installed("broken_flows")
+    assert _classes._class_of("broken_flows.Flow") is None
+    broken = _patches.Patch("broken_flows", "broken_flows", ("f",), "pyflowkern.interop.nflows")
+    monkeypatch.setattr(_patches, "PATCHES", (broken,))
+    assert _patches.patch_functions() == []

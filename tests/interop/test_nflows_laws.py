@@ -9,6 +9,7 @@ import torch
 from interop.test_nflows import CLOSE, context_of, data, make, pair
 from laws.chains import calls  # noqa: F401
 from laws.nflows_models import VECTORS
+from nflows import transforms
 
 import pyflowkern
 from pyflowkern.nn.links import Door
@@ -170,3 +171,16 @@ def test_parts_that_are_put_in_later_count():
     for m in (model, twin):
         m._transform._transforms[0].tail_bound = 1.0
     torch.testing.assert_close(twin.log_prob(x), model.log_prob(x), **CLOSE)
+
+
+def test_log_determinants_add_up_in_the_dtype_of_the_input():
+    shift, scale = (torch.tensor(v, dtype=torch.float64) for v in (0.5, 2.0))
+    model = transforms.CompositeTransform(
+        [transforms.PointwiseAffineTransform(shift, scale), transforms.LULinear(4)]
+    )
+    x = torch.randn(5, 4)
+    want = [*model(x), *model.inverse(x)]
+    pyflowkern.accelerate(model)
+    got = [*model(x), *model.inverse(x)]
+    assert [t.dtype for t in got] == [t.dtype for t in want] == [torch.float32] * 4
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
