@@ -76,6 +76,11 @@ def test_targets_exist():
         assert re.search(rf"^{target}:", rules, re.MULTILINE)
 
 
+def test_the_table_of_accelerated_models_is_the_one_that_was_measured():
+    name = "bench/results/cpu-amd-epyc/accelerate.md"
+    assert between("accelerate.md", name) == (ROOT / name).read_text().strip()
+
+
 @every_page
 def test_links_lead_somewhere(page):
     folder = ROOT if page == "README.md" else ROOT / "docs"
