@@ -65,8 +65,8 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
             )
         hold = object()
         with _lock:
-            _holds.append(hold)
             classes, functions = patch_classes(_equip_all), patch_functions()
+            _holds.append(hold)
         entries = [Entry("", name, "one op") for name in classes]
         entries += [Entry("", name, "own op", note="functions") for name in functions]
         return Report(entries, undo=partial(_release, hold))

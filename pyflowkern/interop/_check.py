@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import BuiltinFunctionType, FunctionType
 
 import torch
@@ -45,7 +46,7 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
 #: Forms of transforms that agreed with the library.
 _agreed: set[object] = set()
 _MOST_FORMS = 1000
-_PLAIN = (int, float, str, type(None), FunctionType, BuiltinFunctionType)
+_PLAIN = (int, float, str, type(None), type, FunctionType, BuiltinFunctionType)
 
 
 def _form(module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLayer]) -> object:
@@ -61,17 +62,21 @@ def _form(module: torch.nn.Module, make: Callable[[torch.nn.Module], ForeignLaye
 
 
 def _is_own(value: object) -> bool:
-    """Whether an attribute may compute anything, or holds its module: methods of instances, closures, partials."""
+    """Whether an attribute may compute anything, or holds its module: methods of instances, closures."""
+    if isinstance(value, partial):
+        return _is_own(value.func)
     if isinstance(value, FunctionType):
         return value.__closure__ is not None
-    return callable(value) and not isinstance(value, (BuiltinFunctionType, torch.nn.Module, Door))
+    return callable(value) and not isinstance(value, (*_PLAIN, torch.nn.Module, Door))
 
 
 def _settings(part: torch.nn.Module) -> Iterator[object]:
-    """Yield the attributes of a module that are numbers, texts and functions, or lists of such."""
+    """Yield the attributes of a module that are numbers, texts, classes and functions, or lists of such."""
     for key, value in part.__dict__.items():
         if isinstance(value, _PLAIN) and key != "training":
             yield key, value
+        elif isinstance(value, partial):
+            yield key, value.func, repr(value.args), repr(value.keywords)
         elif isinstance(value, (list, tuple)):
             yield key, repr(value)
 

@@ -9,7 +9,7 @@ from nflows.nn.nets import ResidualNet
 from nflows.transforms import AffineCouplingTransform, CompositeTransform, LULinear
 
 import pyflowkern
-from pyflowkern.interop import _check
+from pyflowkern.interop import _accelerate, _check
 from pyflowkern.interop._gains import expected_gain
 
 
@@ -89,3 +89,17 @@ def test_forms_that_were_compared_say_nothing_of_methods_of_an_instance():
         assert pyflowkern.accelerate(mine).left
         assert all(map(torch.equal, mine(x), want))
     assert len(_check._agreed) == known
+
+
+def test_a_call_that_failed_holds_nothing(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    before = CompositeTransform.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(_accelerate, "patch_functions", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pyflowkern.accelerate()
+    with pyflowkern.accelerate():
+        assert CompositeTransform.forward is not before
+    assert CompositeTransform.forward is before
