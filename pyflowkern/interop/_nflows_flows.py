@@ -167,9 +167,14 @@ class NessaiDoor(DensityDoor):
         """Return log-densities, and latents where the method does, by one op where one computes all of it."""
         named = {"context" if k == "conditional" else k: v for k, v in kwargs.items()}
         known = arguments(args, named)
-        if self.name != "log_prob" and getattr(self.module._distribution, "_var", 1) != 1:
+        if self.name != "log_prob" and not _is_standard(self.module._distribution):
             known = None  # latents of the op are those of a standard normal density
         pair = None if known is None else self.fused(*known)
         if pair is None:
             return self.own(*args, **kwargs)
         return pair[1] if self.name == "log_prob" else pair
+
+
+def _is_standard(base: Any) -> bool:
+    """Whether a base is the standard normal density itself, with nothing before it."""
+    return is_named(base, "distributions.normal.StandardNormal") or getattr(base, "_var", 0) == 1

@@ -44,3 +44,19 @@ def test_flows_are_those_of_the_library(name):
         m.apply(utils.reset_weights)
         m.apply(utils.reset_permutations)
     torch.testing.assert_close(twin.log_prob(x), model.log_prob(x), **CLOSE)
+
+
+def test_latents_are_those_before_a_base_of_its_own_scale():
+    from glasflow.flows import RealNVP
+    from glasflow.nflows.distributions.normal import DiagonalNormal
+
+    base = DiagonalNormal([D])
+    model = RealNVP(D, 2, n_neurons=8, distribution=base).double().eval()
+    with torch.no_grad():
+        base.mean_.fill_(1.0)
+        base.log_std_.fill_(0.5)
+    twin, x = copy.deepcopy(model), normal(9, D)
+    assert not pyflowkern.accelerate(twin).left
+    want = model.forward_and_log_prob(x)
+    torch.testing.assert_close(twin.forward_and_log_prob(x), want, **CLOSE)
+    torch.testing.assert_close(twin.log_prob(x), want[1], **CLOSE)
