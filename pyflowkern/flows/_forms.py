@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -121,12 +122,17 @@ class FlowForms(Bijection):
                 f"density, got a {type(self).__name__} of a {type(inner).__name__} with domain {self.domain}; "
                 "standardize the data before they come"
             )
+        if isinstance(data, Tensor) and tuple(data.shape[1:]) != tuple(self.event_shape):
+            raise ValueError(
+                f"data must have shape [N, {', '.join(map(str, self.event_shape))}], got {tuple(data.shape)}"
+            )
         first = inner[0] if len(inner) else None
         if type(first) is not Standardize:
-            like = next(t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-            first = Standardize(self.event_shape[0]).to(like)
+            floating = (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+            first = Standardize(self.event_shape[0]).to(next(floating, torch.empty(0)))
+            self.bijection = Sequential(first, *inner)
+            for module in (self.bijection, first):  # the other layers keep their modes
+                module.training = inner.training
         if data is not None:
             first.fit(data)
-        layers = [layer for layer in inner if layer is not first]
-        self.bijection = Sequential(first, *layers).train(inner.training)
         return self

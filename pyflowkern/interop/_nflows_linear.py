@@ -82,7 +82,7 @@ class Linear(ForeignLayer):
         link.make(module, ["bias"] * 4, self._tensors)
         return link
 
-    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+    def _tensors(self, inverse: bool) -> Sequence[Any]:
         module, bias = self.module, self.module.bias
         if module.using_cache and not module.training:
             module._check_forward_cache()
@@ -90,7 +90,9 @@ class Linear(ForeignLayer):
         else:
             weight, log_abs_det = module.weight_and_logabsdet()
         if inverse:
-            weight = slogdet_inverse(weight)[2]
+            sign, _, weight = slogdet_inverse(weight)
+            if bool(sign == 0):  # the library says that it is singular
+                return [None] * 4
         return weight, log_abs_det, torch.zeros_like(bias), bias
 
 

@@ -181,7 +181,7 @@ def _of_features(
     fits = isinstance(tails, (list, tuple)) and len(tails) == x.shape[1]
     if not fits or not served_samples(x) or params.numel() != x.numel() * size:
         return None
-    bounds = torch.as_tensor(bound, dtype=x.dtype).expand(x.shape[1])
+    bounds = torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand(x.shape[1])
     if not (x.abs() < bounds).all() or params.dtype != x.dtype:
         return None
     raw, y, log_derivatives = params.reshape(*x.shape, size), [], []

@@ -148,15 +148,20 @@ class AffineMatrix(Layer):
         link.make(module, names, lambda inverse: self._matrix(inverse, turned))
         return link
 
-    def _matrix(self, inverse: bool, turned: bool) -> Sequence[Tensor]:
-        """Return the step's matrix, or with ``inverse`` that of its inverse, and its log-determinant."""
+    def _matrix(self, inverse: bool, turned: bool) -> Sequence[Any]:
+        """Return the step's matrix, or with ``inverse`` that of its inverse, and its log-determinant.
+
+        A singular one has none: the library is called then, and says so.
+        """
         module, other = self.module, inverse ^ turned
         if module.use_lu:
             factors = (module.P.argmax(1), module.L, module.U, module.log_S, module.sign_S)
             weight, log_abs_det = ops.plu_matrix(*factors, inverse=other), module.log_S.sum()
         elif other:
             w: Any = module.W
-            _, log_abs_det, inverted = ops.slogdet_inverse(w.double())
+            sign, log_abs_det, inverted = ops.slogdet_inverse(w.double())
+            if bool(sign == 0):
+                return None, None
             weight, log_abs_det = inverted.to(w.dtype), log_abs_det.to(w.dtype)
         else:
             weight, log_abs_det = module.W, torch.linalg.slogdet(module.W)[1]

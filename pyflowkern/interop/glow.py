@@ -148,7 +148,7 @@ def _block_disagreement(module: torch.nn.Module, form: _BlockForm) -> str:
         try:
             twin(x)  # perhaps the first batch, by which parts of it initialise themselves
             want = twin(x)
-            back = (want[0], torch.randn_like(want[3]))
+            back = (want[0], torch.randn(want[3].shape, generator=draw, dtype=want[3].dtype))
             want = (*want, twin.reverse(*back), twin.reverse(*back, reconstruct=True))
         except Exception as error:
             return f"the library itself fails on a few numbers: {type(error).__name__}: {error}"

@@ -108,13 +108,8 @@ class ChainProgram:
             own = self._wanted(i, step)
             tensors += own
             counts.append(len(own))
-        with torch.inference_mode(False):  # calls that are differentiated may use it later
-            codes = torch.tensor(program, dtype=torch.int32, device="cpu")
-            constants = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         blocks = 1 + sum(not isinstance(step, PermuteStep) for step in self.steps)
-        with torch.inference_mode(
-            False
-        ):  # a program that is made in inference mode serves training, too
+        with torch.inference_mode(False):  # calls that are differentiated may use it later
             codes = torch.tensor(program, dtype=torch.int32, device="cpu")
             constants = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         values = {

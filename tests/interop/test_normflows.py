@@ -153,3 +153,14 @@ def test_circular_splines_are_those_of_the_library(inside):
     torch.testing.assert_close(
         twin.forward_and_log_det(z), model.forward_and_log_det(z), rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_singular_matrix_is_the_librarys_error():
+    layer = nf.flows.InvertibleAffine(3, use_lu=False)
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(3), [nf.flows.MaskedAffineAutoregressive(3, 8), layer]
+    )
+    pyflowkern.accelerate(model)
+    layer.W.data.zero_()
+    with pytest.raises(RuntimeError, match="singular"):
+        model.forward(torch.randn(4, 3))

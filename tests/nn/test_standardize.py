@@ -125,3 +125,17 @@ def test_continuous_flows_take_it_too():
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_standardizing_a_flow_keeps_modes_and_what_hangs_on_it():
+    flow = flows.MAF(2, transforms=2, hidden=4)
+    flow.bijection[1].eval()
+    flow.standardize(torch.randn(9, 2))
+    assert flow.bijection.training
+    assert flow.bijection[0].training
+    assert not flow.bijection[2].training
+    whole = flow.bijection
+    flow.standardize(torch.randn(9, 2))
+    assert flow.bijection is whole
+    with pytest.raises(ValueError, match=r"data must have shape \[N, 2\], got \(9, 2, 5\)"):
+        flow.standardize(torch.randn(9, 2, 5))
