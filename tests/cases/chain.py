@@ -297,8 +297,6 @@ def few_inverses(dtype):
     yield sample(4, 3, [masked, PermuteStep([1, 2, 0])], dtype, inverse=True)
     masked = autoregressive(SplineMap(bins=2), [0, 2, 1], (5,) * 3, residual=True, **options)
     yield sample(4, 3, [with_contexts(masked, {1: "add", 2: "gate"})], dtype, inverse=True)
-    for features, steps in few_foreign_flows():
-        yield sample(4, features, steps, dtype, inverse=True)
 
 
 def few_densities(dtype):

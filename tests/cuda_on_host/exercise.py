@@ -123,10 +123,10 @@ def linear():
 def chain():
     """Every step and option, there and back; more rows of units than a product takes at a time; tasks of two tiles."""
     steps = [
-        flow.coupling(ops.SplineMap(bins=3), 4, (6, 6, 6), context=True, residual=True),
+        flow.coupling(ops.SplineMap(bins=3), 4, (6, 6, 6), context="add", residual=True),
         *(ops.PLUStep(), ops.ActNormStep(), ops.PermuteStep([2, 0, 3, 1]), ops.LinearStep()),
         *(ops.ShiftStep(9.0), ops.ElementsStep("softplus", [2, 1], layout="blocked")),
-        flow.coupling("tanh", 4, swap=True, context=True, activation="gelu"),
+        flow.coupling("tanh", 4, swap=True, context="add", activation="gelu"),
     ]
     cubic = flow.autoregressive(ops.SplineMap("cubic", bins=3), [1, 3, 0, 2], (130, 7))
     masked = flow.autoregressive("exp", [3, 0, 2, 1])

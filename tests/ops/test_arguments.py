@@ -94,10 +94,10 @@ def calls():
     yield "ScaleMap", "shift_first", partial(ops.ScaleMap, "exp")
     yield "ScaleMap", "divide", partial(ops.ScaleMap, "exp")
     yield "MaskedLayer", "gated", partial(ops.MaskedLayer, torch.ones(3, 3).tril(-1))
-    for flag in ("bias", "columns", "rows"):
-        yield "ChainLayer", flag, partial(ops.ChainLayer, 3, 2)
+    yield "ChainLayer", "bias", partial(ops.ChainLayer, 3, 2)
+    yield "ChainLayer", "context_bias", partial(ops.ChainLayer, 3, 2, context="add")
     layers = [ops.ChainLayer(3, 2), ops.ChainLayer(3, 3)]
-    for flag in ("residual", "activate_last", "context"):
+    for flag in ("residual", "activate_last"):
         yield "ChainNetwork", flag, partial(ops.ChainNetwork, layers)
 
 

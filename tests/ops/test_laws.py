@@ -122,7 +122,15 @@ def test_dtypes_may_be_mixed(backend, case):
 HELPERS = {
     *("MaskedLayer", "MaskedPlan", "ScaleMap", "SplineMap", "scale_map"),
     *("channel_split_sizes", "checkerboard_mask", "draw_probe", "rademacher"),
-    *("ActNormStep", "ElementsStep", "LinearStep", "PLUStep", "PermuteStep", "ShiftStep"),
+    *(
+        "ActNormStep",
+        "ElementsStep",
+        "LUStep",
+        "LinearStep",
+        "PLUStep",
+        "PermuteStep",
+        "ShiftStep",
+    ),
     *("ChainLayer", "ChainNetwork", "ChainProgram"),
     "Sinkhorn",  # a result
 }
