@@ -15,8 +15,17 @@ def order(draw, size):
     return torch.randperm(size, generator=draw.generator).tolist()
 
 
+def layer(draw, outputs, inputs, prefixes, use="none"):
+    """Return a layer, whose weight may have its rows and columns in another order."""
+    columns, rows = (order(draw, n) if draw.flag() else None for n in (inputs, outputs))
+    biased = use == "add" and draw.flag()
+    return ops.ChainLayer(outputs, inputs, draw.flag(), prefixes, columns, rows, use, biased)
+
+
 def network(draw, inputs, outputs, context, prefixes=None):
     """Return a network, masked where it is told how many inputs each output may see."""
+    uses = ("none", "add", "gate") if context else ("none",)
+    first = draw.choice(("none", "add", "joined", "activated")) if context else "none"
     residual, masked = draw.flag(), prefixes is not None
     widths = [draw.size(1, 33)] * (2 * draw.choice((0, 1, 2)) + 1)
     if not residual:
@@ -25,15 +34,14 @@ def network(draw, inputs, outputs, context, prefixes=None):
     degrees = [sorted(draw.choice(range(inputs)) for _ in range(w)) for w in widths]
     if residual:
         degrees = degrees[:1] * len(widths)
-    layers = [ops.ChainLayer(widths[0], inputs, draw.flag(), degrees[0] if masked else None)]
+    layers = [layer(draw, widths[0], inputs, degrees[0] if masked else None)]
     for low, high in itertools.pairwise(degrees):
         seen = [sum(d <= e for d in low) for e in high] if masked else None
-        layers.append(ops.ChainLayer(len(high), len(low), draw.flag(), seen))
+        layers.append(layer(draw, len(high), len(low), seen, draw.choice(uses)))
     seen = [sum(d <= e for d in degrees[-1]) for e in prefixes] if masked else None
-    layers.append(ops.ChainLayer(outputs, widths[-1], draw.flag(), seen))
+    layers.append(layer(draw, outputs, widths[-1], seen))
     last = draw.flag() if residual else True
-    how = "add" if context else "none"
-    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), residual, last, how)
+    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), residual, last, first)
 
 
 def elements(draw, d, context):
@@ -70,6 +78,7 @@ def chain(draw):
         ops.ActNormStep,
         ops.LinearStep,
         ops.PLUStep,
+        lambda: ops.LUStep(draw.choice((1e-3, 0.5))),
         lambda: ops.ShiftStep(draw.choice((1.0, 3.0))),
         *[lambda: elements(draw, d, k > 0 and draw.flag())] * 3,
     )
