@@ -156,6 +156,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward_cuda(
     const Maybe& context, const Tensor& program, const Tensor& numbers, Tensors tensors,
     bool inverse, bool with_x, bool with_context, bool with_tensors) {
   const DeviceGuard guard(kept.get_device_index());
+  check_features(program, x);
   const int64_t samples = x.sizes()[0];
   ChainCall call(kept, samples, context, program, numbers, tensors, inverse);
   const ChainListing& l = call.plan->l;

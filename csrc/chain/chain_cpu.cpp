@@ -164,14 +164,13 @@ struct Chain {
 std::tuple<Tensor, Tensor, Tensor> chain(const Tensor& x, const Maybe& context,
                                          const Tensor& program, const Tensor& numbers,
                                          Tensors tensors, int64_t blocks, bool inverse) {
-  STD_TORCH_CHECK(x.dim() == 2, "pyflowkern::chain: x must have two axes");
+  check_features(program, x);
   const Tensor in = dense(x);
   const int64_t samples = in.sizes()[0];
   Chain chain(in, samples, context, program, numbers, tensors, inverse, false);
   ChainArgs& a = chain.a;
-  STD_TORCH_CHECK(in.sizes()[1] == a.features && (blocks == 0 || blocks == a.blocks),
-                  "pyflowkern::chain: x of ", in.sizes()[1], " features for ", a.features, ", or ",
-                  blocks, " blocks for ", a.blocks);
+  STD_TORCH_CHECK(blocks == 0 || blocks == a.blocks, "pyflowkern::chain: ", blocks, " blocks for ",
+                  a.blocks);
   Tensor z = empty(in, {samples, a.features}), log_det = empty(in, {samples});
   Tensor kept = empty(in, {blocks * a.features * chain_columns(samples)});
   a.x = in.const_data_ptr(), a.z = data_of(z), a.log_det = data_of(log_det);
@@ -235,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensors> chain_backward(const Maybe& grad_z, const Ma
                                                    const Tensor& numbers, Tensors tensors,
                                                    bool inverse, bool with_x, bool with_context,
                                                    bool with_tensors) {
+  check_features(program, x);
   const int64_t samples = x.sizes()[0];
   Chain chain(kept, samples, context, program, numbers, tensors, inverse, true);
   ChainArgs& a = chain.a;

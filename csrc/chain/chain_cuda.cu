@@ -78,15 +78,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 std::tuple<Tensor, Tensor, Tensor> chain_cuda(const Tensor& x, const Maybe& context,
                                               const Tensor& program, const Tensor& numbers,
                                               Tensors tensors, int64_t blocks, bool inverse) {
-  STD_TORCH_CHECK(x.dim() == 2, "pyflowkern::chain: x must have two axes");
+  check_features(program, x);
   const DeviceGuard guard(x.get_device_index());
   const Tensor in = dense(x);
   const int64_t samples = in.sizes()[0];
   ChainCall call(in, samples, context, program, numbers, tensors, inverse);
   const ChainListing& l = call.plan->l;
-  STD_TORCH_CHECK(in.sizes()[1] == l.features && (blocks == 0 || blocks == l.blocks),
-                  "pyflowkern::chain: x of ", in.sizes()[1], " features for ", l.features, ", or ",
-                  blocks, " blocks for ", l.blocks);
+  STD_TORCH_CHECK(blocks == 0 || blocks == l.blocks, "pyflowkern::chain: ", blocks, " blocks for ",
+                  l.blocks);
   Tensor z = empty(in, {samples, in.sizes()[1]}), log_det = empty(in, {samples});
   Tensor kept = empty(in, {blocks * l.features * chain_columns(samples)});
   if (samples == 0) return {z, log_det, kept};

@@ -24,6 +24,16 @@ struct ChainTensors {
   int64_t prepared = 0;  // numbers of what is computed once a call
 };
 
+// Refuses a program for other data than x before anything is as large as it says.
+inline void check_features(const Tensor& program, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2, "pyflowkern::chain: x must have two axes");
+  STD_TORCH_CHECK(program.scalar_type() == ScalarType::Int && program.numel() > 0,
+                  "pyflowkern::chain: a program is int32");
+  const int64_t features = *static_cast<const int32_t*>(program.const_data_ptr());
+  STD_TORCH_CHECK(x.sizes()[1] == features, "pyflowkern::chain: x of ", x.sizes()[1],
+                  " features for ", features);
+}
+
 // Reads the integers of a program one after the other.
 class ChainReader {
  public:

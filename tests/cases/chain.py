@@ -101,6 +101,11 @@ def value(wanted, i, dtype):
     return drawn / max(wanted.shape[-1], 1) ** 0.5 if len(wanted.shape) == 2 else 0.5 * drawn
 
 
+def leaves(program, dtype):
+    """Values for the tensors of a program, with gradients."""
+    return [value(w, i, dtype).requires_grad_() for i, w in enumerate(program.tensors)]
+
+
 def called(function):
     """Return the op with the permutations and signs, which have no gradients, apart from the other tensors."""
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from laws.draws import normal
 from pyflowkern.ops import ChainLayer, ChainNetwork, ElementsStep, LUStep, PermuteStep, SplineMap
 
 
@@ -84,3 +85,23 @@ def few_foreign_flows():
     yield 3, [made(3, 4, 2, "exp", context="activated", activation="tanh"), LUStep(0.1)]
     yield 3, [made(3, 4, 2, "tanh", residual=True, context="joined", activation="tanh")]
     yield 3, [shuffled(glu_coupling(3, 4, activation="softplus"))]
+
+
+def agree(found, expected, inputs, dtype):
+    """Compare results and the gradients of everything."""
+    tight = (
+        {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-4}
+    )
+    torch.testing.assert_close(found, expected, **tight)
+    grads = [
+        torch.autograd.grad((z.sin() * _weights(z)).sum() + (log * _weights(log)).sum(), inputs)
+        for z, log in (found, expected)
+    ]
+    for a, b in zip(*grads, strict=True):
+        scale = b.abs().max().clamp(min=1.0) if b.numel() else 1.0
+        torch.testing.assert_close(a / scale, b / scale, **tight)
+    return grads[0]
+
+
+def _weights(t):
+    return normal(*t.shape, seed=11, dtype=t.dtype)

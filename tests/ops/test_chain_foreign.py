@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases.chain import K, autoregressive, coupling, sample, value, with_contexts
+from cases.chain import K, autoregressive, coupling, leaves, sample, with_contexts
 from laws import normal
-from laws.foreign import shuffled
+from laws.foreign import agree, shuffled
 from torch.nn import functional
 
 from pyflowkern import ops
@@ -17,7 +17,6 @@ from pyflowkern.ops import (
     ChainNetwork,
     ChainProgram,
     ElementsStep,
-    LUStep,
     ScaleMap,
     SplineMap,
 )
@@ -115,30 +114,6 @@ def made_step(features, degrees, transform, rows, residual, with_context):
         context="activated" if with_context else "none",
     )
     return ElementsStep(transform, range(features), range(features), net)
-
-
-def leaves(program, dtype):
-    return [value(w, i, dtype).requires_grad_() for i, w in enumerate(program.tensors)]
-
-
-def agree(found, expected, inputs, dtype):
-    """Compare results and the gradients of everything."""
-    tight = (
-        {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-4}
-    )
-    torch.testing.assert_close(found, expected, **tight)
-    grads = [
-        torch.autograd.grad((z.sin() * weights(z)).sum() + (log * weights(log)).sum(), inputs)
-        for z, log in (found, expected)
-    ]
-    for a, b in zip(*grads, strict=True):
-        scale = b.abs().max().clamp(min=1.0) if b.numel() else 1.0
-        torch.testing.assert_close(a / scale, b / scale, **tight)
-    return grads[0]
-
-
-def weights(t):
-    return normal(*t.shape, seed=11, dtype=t.dtype)
 
 
 def by_passes(z, function):
@@ -370,76 +345,3 @@ def test_orders_may_change_what_a_spline_finds_where(backend):
         for y, layout in zip(nets, ("blocked", "feature_major"), strict=True)
     ]
     torch.testing.assert_close(*results)
-
-
-# ---- matrices -----------------------------------------------------------------------------------
-
-
-def triangles(lower, upper, raw, eps):
-    n = len(raw)
-    left, right = torch.eye(n, dtype=raw.dtype), torch.zeros(n, n, dtype=raw.dtype)
-    left[tuple(torch.tril_indices(n, n, -1))] = lower
-    right[tuple(torch.triu_indices(n, n, 1))] = upper
-    right = right + torch.diag(functional.softplus(raw) + eps)
-    return left, right
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", [1, 2, 5, 33])
-@pytest.mark.parametrize("inverse", [False, True])
-def test_a_matrix_in_packed_triangles(backend, features, inverse, dtype):
-    program = ChainProgram(features, [LUStep(eps=1e-3)])
-    tensors = leaves(program, dtype)
-    lower, upper, raw, bias = tensors
-    for t in (lower, upper):  # an inverse of larger ones grows with its size
-        t.detach().mul_(features**-0.5)
-    x = normal(19, features, seed=3, dtype=dtype).requires_grad_()
-    left, right = triangles(lower, upper, raw, 1e-3)
-    log_det = (-1 if inverse else 1) * right.diagonal().log().sum().expand(19)
-    matrix = torch.linalg.inv(left @ right) if inverse else left @ right
-    moved = functional.linear(x - bias if inverse else x, matrix, None if inverse else bias)
-    found = ops.chain(x, program, tensors, inverse=inverse)
-    agree(found, (moved, log_det), [x, *tensors], dtype)
-
-
-def test_diagonals_of_any_size(backend):
-    """Softplus of large numbers is the number, of very small ones nothing but eps; slopes stay finite."""
-    program = ChainProgram(4, [LUStep(eps=1e-3)])
-    lower, upper = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
-    raw = torch.tensor([-800.0, -30.0, 30.0, 800.0], dtype=torch.float64).requires_grad_()
-    x = torch.ones(1, 4, dtype=torch.float64)
-    z, log_det = ops.chain(x, program, [lower, upper, raw, lower[:4]])
-    d = functional.softplus(raw.detach(), threshold=50.0) + 1e-3
-    torch.testing.assert_close(z[0], d, rtol=1e-13, atol=0)
-    torch.testing.assert_close(log_det[0], d.log().sum(), rtol=1e-13, atol=0)
-    (grad,) = torch.autograd.grad(log_det.sum(), raw)
-    torch.testing.assert_close(grad, torch.sigmoid(raw.detach()) / d, rtol=1e-12, atol=0)
-
-
-# ---- what is refused ----------------------------------------------------------------------------
-
-
-def test_tensors_of_these_steps_are_named(backend):
-    layers = [
-        ChainLayer(3, 1),
-        ChainLayer(3, 3, context="add", context_bias=True),
-        ChainLayer(2, 3),
-    ]
-    joined = ElementsStep("exp", [1], [0], ChainNetwork(layers, context="joined"))
-    active = ElementsStep("exp", [1], [0], ChainNetwork(layers[::2], context="activated"))
-    program = ChainProgram(2, [joined, active, LUStep()], K)
-    names = [w.name for w in program.tensors]
-    assert [tuple(w.shape) for w in program.tensors] == [
-        *[(3, 1 + K), (3,), (3, 3), (3,), (3, K), (3,), (2, 3), (2,)],
-        *[(3, 1), (3,), (2, 3), (2,), (3, K), (3,)],
-        *[(1,), (1,), (2,), (2,)],
-    ]
-    assert names[5] == "bias of the context of layers[1] of steps[0]"
-    tensors = [value(w, i, torch.float32) for i, w in enumerate(program.tensors)]
-    x, context = torch.zeros(4, 2), torch.zeros(4, K)
-    ops.chain(x, program, tensors, context=context)
-    for i in range(len(tensors)):
-        given = list(tensors)
-        given[i] = torch.zeros(7, 7) if tensors[i].dim() == 2 else torch.zeros(7)
-        with pytest.raises(ValueError, match=rf"tensors\[{i}\], the {names[i][:8]}"):
-            ops.chain(x, program, given, context=context)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases.chain import K, value
+from cases.chain import K, leaves, value
 from laws import normal
-from laws.foreign import glu_coupling, shuffled
+from laws.foreign import agree, glu_coupling, shuffled
+from torch.nn import functional
 
 from pyflowkern import ops
 from pyflowkern.ops import ChainLayer, ChainProgram, LUStep
@@ -47,20 +48,45 @@ def test_an_order_says_which_row_and_column_belongs_to_a_unit(backend):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_lu_is_the_product_of_its_triangles(backend):
-    program = ChainProgram(3, [LUStep(eps=1e-3)])
-    lower, upper, raw, bias = (value(w, i, torch.float64) for i, w in enumerate(program.tensors))
-    left = torch.eye(3, dtype=torch.float64)
-    left[1, 0], left[2, 0], left[2, 1] = lower
-    right = torch.diag(torch.nn.functional.softplus(raw) + 1e-3)
-    right[0, 1], right[0, 2], right[1, 2] = upper
-    x = normal(5, 3, seed=1)
-    z, log_det = ops.chain(x, program, [lower, upper, raw, bias])
-    torch.testing.assert_close(z, x @ (left @ right).mT + bias)
-    torch.testing.assert_close(log_det, torch.linalg.slogdet(left @ right)[1].expand(5))
-    back, minus = ops.chain(z, program, [lower, upper, raw, bias], inverse=True)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(minus, -log_det)
+def triangles(lower, upper, raw, eps):
+    n = len(raw)
+    left, right = torch.eye(n, dtype=raw.dtype), torch.zeros(n, n, dtype=raw.dtype)
+    left[tuple(torch.tril_indices(n, n, -1))] = lower
+    right[tuple(torch.triu_indices(n, n, 1))] = upper
+    right = right + torch.diag(functional.softplus(raw) + eps)
+    return left, right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [1, 2, 5, 33])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_matrix_in_packed_triangles(backend, features, inverse, dtype):
+    program = ChainProgram(features, [LUStep(eps=1e-3)])
+    tensors = leaves(program, dtype)
+    lower, upper, raw, bias = tensors
+    for t in (lower, upper):  # an inverse of larger ones grows with its size
+        t.detach().mul_(features**-0.5)
+    x = normal(19, features, seed=3, dtype=dtype).requires_grad_()
+    left, right = triangles(lower, upper, raw, 1e-3)
+    log_det = (-1 if inverse else 1) * right.diagonal().log().sum().expand(19)
+    matrix = torch.linalg.inv(left @ right) if inverse else left @ right
+    moved = functional.linear(x - bias if inverse else x, matrix, None if inverse else bias)
+    found = ops.chain(x, program, tensors, inverse=inverse)
+    agree(found, (moved, log_det), [x, *tensors], dtype)
+
+
+def test_diagonals_of_any_size(backend):
+    """Softplus of large numbers is the number, of very small ones nothing but eps; slopes stay finite."""
+    program = ChainProgram(4, [LUStep(eps=1e-3)])
+    lower, upper = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    raw = torch.tensor([-800.0, -30.0, 30.0, 800.0], dtype=torch.float64).requires_grad_()
+    x = torch.ones(1, 4, dtype=torch.float64)
+    z, log_det = ops.chain(x, program, [lower, upper, raw, lower[:4]])
+    d = functional.softplus(raw.detach(), threshold=50.0) + 1e-3
+    torch.testing.assert_close(z[0], d, rtol=1e-13, atol=0)
+    torch.testing.assert_close(log_det[0], d.log().sum(), rtol=1e-13, atol=0)
+    (grad,) = torch.autograd.grad(log_det.sum(), raw)
+    torch.testing.assert_close(grad, torch.sigmoid(raw.detach()) / d, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("eps", [-1.0, float("inf"), float("nan")])
