@@ -89,8 +89,6 @@ class Run:
         if not (checked or served(x)) or not self._takes(x, context):
             return None
         program = self._program(base)
-        if (inverse or self._link.backwards) and self.watched.overrides("inverse"):
-            return None
         inverse ^= self._link.backwards
         if not computes(program, x, inverse):
             return None

@@ -168,9 +168,13 @@ def obstructed(link: Link) -> bool:
     dicts = [m.__dict__ for m in link.modules]
     return (
         any(map(any, map(_hooks, dicts)))
-        or any(_replaced(d, "forward") for d in dicts)
+        or any(_replaced(d, name) for d in dicts for name in _METHODS)
         or any(waits() for waits in link.waits)
     )
+
+
+#: What a layer is called by; which of the two goes from data to latent is the library's choice.
+_METHODS = ("forward", "inverse")
 
 
 def _replaced(attributes: dict[str, Any], name: str) -> bool:
@@ -206,7 +210,7 @@ class Watched:
         self._modules = link.modules
         self._types = [*map(type, link.modules)]
         self._dicts = [m.__dict__ for m in link.modules]
-        self._known_doors = [d.get("forward") for d in self._dicts]
+        self._known_doors = [[d.get(name) for d in self._dicts] for name in _METHODS]
         self._parents = [d for d in self._dicts if d["_modules"]]
         self._known_children = [
             *chain.from_iterable(d["_modules"].values() for d in self._parents)
@@ -225,7 +229,8 @@ class Watched:
             return (
                 [*map(type, self._modules)] == self._types
                 and not any(map(any, map(_hooks, self._dicts)))
-                and [*map(dict.get, self._dicts, repeat("forward"))] == self._known_doors
+                and [[*map(dict.get, self._dicts, repeat(name))] for name in _METHODS]
+                == self._known_doors
                 and [*chain.from_iterable(map(dict.values, map(_children, self._parents)))]
                 == self._known_children
                 and [get(d) for get, d in self._facts] == self._known_facts

@@ -164,3 +164,18 @@ def test_a_singular_matrix_is_the_librarys_error():
     layer.W.data.zero_()
     with pytest.raises(RuntimeError, match="singular"):
         model.forward(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("method", ["forward", "inverse"])
+def test_a_method_that_replaces_a_door_is_called(method):
+    """From data to latent the library calls ``inverse``."""
+    steps = [nf.flows.MaskedAffineAutoregressive(3, 8) for _ in range(3)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(3), steps)
+    pyflowkern.accelerate(model)
+    x = torch.randn(4, 3)
+    run = getattr(model, method)
+    run(x)
+    setattr(steps[1], method, lambda x, context=None: (x + 1, torch.zeros(len(x))))
+    got = run(x)
+    pyflowkern.restore(model)
+    torch.testing.assert_close(got, run(x))

@@ -255,7 +255,7 @@ def test_an_inverse_of_the_instance_is_called(calls):
     flow, z, _ = make("affine")
     flow[0].inverse = lambda z, context=None: (z * 0, z[:, 0])
     torch.testing.assert_close(flow.inverse(z)[0], z * 0)
-    assert not calls
+    assert not any(len(program.steps) == 3 for program in calls)
 
 
 @pytest.mark.parametrize("around", ["flow", "bijection"])
