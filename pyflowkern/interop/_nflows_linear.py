@@ -96,25 +96,45 @@ class Linear(ForeignLayer):
         return weight, log_abs_det, torch.zeros_like(bias), bias
 
 
-class ActNorm(ForeignLayer):
-    """``transforms.normalization.ActNorm``: ``z = exp(s) x + t``."""
+class _Scaling(ForeignLayer):
+    """A scale and a shift of each feature, as the step ActNorm has them; subclasses make its tensors."""
 
     module: Any
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module, module.log_scale.numel())
+    #: As many tensors of the module as the step has.
+    names: tuple[str, str]
 
     def link(self) -> Link | None:
         return self._link(self._tensors)
 
     def turned(self) -> Link | None:
-        """Return the link of the steps from latent to data: ``x = exp(-s) (z - t)``."""
+        """Return the link of the steps from latent to data."""
         return _backwards(self._link(self._turned_tensors))
 
-    def _link(self, make: Any) -> Link | None:
+    def _link(self, make: Any) -> Link:
         link = Link([ActNormStep()])
         link.watch(self.module)
-        link.make(self.module, ("log_scale", "shift"), make)
+        link.make(self.module, self.names, make)
+        return link
+
+    def _tensors(self, inverse: bool) -> Sequence[Any]:
+        """Return the logarithm of the scale, and what is added before it; None where the library must be called."""
+        raise NotImplementedError
+
+    def _turned_tensors(self, inverse: bool) -> Sequence[Any]:
+        """Return those of the map from latent to data."""
+        raise NotImplementedError
+
+
+class ActNorm(_Scaling):
+    """``transforms.normalization.ActNorm``: ``z = exp(s) x + t``."""
+
+    names = ("log_scale", "shift")
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, module.log_scale.numel())
+
+    def _link(self, make: Any) -> Link:
+        link = super()._link(make)
         link.waits.append(Awaits(self.module))
         return link
 
@@ -125,11 +145,11 @@ class ActNorm(ForeignLayer):
             return None
         return actnorm(x, *self._tensors(inverse), inverse=inverse)
 
-    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+    def _tensors(self, inverse: bool) -> Sequence[Any]:
         log_scale = self.module.log_scale
         return log_scale, self.module.shift * torch.exp(-log_scale)
 
-    def _turned_tensors(self, inverse: bool) -> Sequence[Tensor]:
+    def _turned_tensors(self, inverse: bool) -> Sequence[Any]:
         return -self.module.log_scale, -self.module.shift
 
 
@@ -143,45 +163,40 @@ class Awaits:
         return self._norm.training and not self._norm._buffers["initialized"]
 
 
-class BatchNorm(ForeignLayer):
+class BatchNorm(_Scaling):
     """``transforms.normalization.BatchNorm`` with running statistics."""
 
-    module: Any
+    names = ("unconstrained_weight", "bias")
 
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.bias.numel())
 
-    def link(self) -> Link | None:
-        return self._link(self._tensors)
-
-    def turned(self) -> Link | None:
-        """Return the link of the steps from latent to data."""
-        return _backwards(self._link(self._turned_tensors))
-
     def _link(self, make: Any) -> Link:
-        link = Link([ActNormStep()])
-        link.watch(self.module, "eps")
+        link = super()._link(make)
+        link.facts.append((self.module, ("eps",)))
         link.waits.append(InTraining(self.module))
-        link.make(self.module, ("unconstrained_weight", "bias"), make)
         return link
 
     def _log_scale(self) -> Tensor:
         norm = self.module
         return torch.log(norm.weight) - 0.5 * torch.log(norm.running_var + norm.eps)
 
-    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+    def _tensors(self, inverse: bool) -> Sequence[Any]:
         log_scale = self._log_scale()
         return log_scale, self.module.bias * torch.exp(-log_scale) - self.module.running_mean
 
-    def _turned_tensors(self, inverse: bool) -> Sequence[Tensor]:
+    def _turned_tensors(self, inverse: bool) -> Sequence[Any]:
         log_scale = self._log_scale()
         return -log_scale, self.module.running_mean * torch.exp(log_scale) - self.module.bias
 
 
-class Affine(ForeignLayer):
-    """``transforms.standard.PointwiseAffineTransform``: ``z = x * scale + shift``, neither of them trained."""
+class Affine(_Scaling):
+    """``transforms.standard.PointwiseAffineTransform``: ``z = x * scale + shift``, neither of them trained.
 
-    module: Any
+    The library is called where a scale is negative, which the step does not have.
+    """
+
+    names = ("_scale", "_shift")
 
     def __init__(self, module: Any) -> None:
         sizes = {t.numel() for t in (module._scale, module._shift)} - {1}
@@ -195,28 +210,18 @@ class Affine(ForeignLayer):
         if self._any:
             self.features = features
 
-    def link(self) -> Link | None:
-        return self._link(self._tensors)
-
-    def turned(self) -> Link | None:
-        """Return the link of the steps from latent to data."""
-        return _backwards(self._link(self._turned_tensors))
-
-    def _link(self, make: Any) -> Link:
-        link = Link([ActNormStep()])
-        link.watch(self.module)
-        link.make(self.module, ("_scale", "_shift"), make)
-        return link
-
-    def _tensors(self, inverse: bool) -> Sequence[Tensor]:
+    def _tensors(self, inverse: bool) -> Sequence[Any]:
         scale, shift = self.module._scale, self.module._shift
-        return self._of_each(torch.log(scale)), self._of_each(shift / scale)
+        return self._of_each(scale, torch.log(scale), shift / scale)
 
-    def _turned_tensors(self, inverse: bool) -> Sequence[Tensor]:
-        return self._of_each(-torch.log(self.module._scale)), self._of_each(-self.module._shift)
+    def _turned_tensors(self, inverse: bool) -> Sequence[Any]:
+        scale = self.module._scale
+        return self._of_each(scale, -torch.log(scale), -self.module._shift)
 
-    def _of_each(self, numbers: Tensor) -> Tensor:
-        return numbers.expand(self.features).contiguous()
+    def _of_each(self, scale: Tensor, *numbers: Tensor) -> Sequence[Any]:
+        if not bool((scale > 0).all()):
+            return [None, None]
+        return [t.expand(self.features).contiguous() for t in numbers]
 
 
 class Inverse(ForeignLayer):

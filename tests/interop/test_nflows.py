@@ -312,3 +312,20 @@ def test_a_cached_matrix_stays_the_one_of_the_cache():
             m.log_prob(x)
             m._transform._transforms[1].unconstrained_diagonal.add_(1.0)
     torch.testing.assert_close(twin.log_prob(x), model.log_prob(x), **CLOSE)
+
+
+def test_a_scale_that_becomes_negative_is_the_librarys():
+    """The step of a chain has the logarithm of a scale; a comparison of an earlier instance says nothing of it."""
+    models = []
+    for _ in range(2):
+        first = transforms.PointwiseAffineTransform(torch.zeros(D), torch.arange(1.0, D + 1))
+        models.append(transforms.CompositeTransform([first, spline()]).double())
+    twins = copy.deepcopy(models)
+    pyflowkern.accelerate(twins[0])
+    for model in (*models, *twins):
+        model._transforms[0]._scale[1] *= -1
+    pyflowkern.accelerate(twins[1])  # of the form that was compared
+    x = data("NSF")
+    for model, twin in zip(models, twins, strict=True):
+        torch.testing.assert_close(twin(x), model(x), equal_nan=True, **CLOSE)
+        assert twin(x)[0].isfinite().all()
