@@ -15,9 +15,9 @@ from pyflowkern.interop._freia_parts import (
     LOG_FIFTH,
     Constants,
     FreiaLayer,
-    Held,
     global_map_of,
 )
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
 from pyflowkern.ops.chain_steps import ActNormStep, ElementsStep, LinearStep, PermuteStep
@@ -120,7 +120,7 @@ class AllInOne(FreiaLayer):
         if order.is_floating_point() or order[other].tolist() != [*range(self.features)]:
             return False
         link.steps.append(PermuteStep(order.tolist()))
-        link.holds += [Held(module, names[0], order), Held(module, names[1], other)]
+        link.holds += [Holds(module, names[0]), Holds(module, names[1])]
         return True
 
     def _matrix(self, names: Sequence[str], inverse: bool) -> Sequence[Tensor]:
@@ -150,7 +150,7 @@ class Permutation(FreiaLayer):
             return None
         link = Link([PermuteStep(order.tolist())])
         link.watch(module)
-        link.holds += [Held(module, "perm", order), Held(module, "perm_inv", back)]
+        link.holds += [Holds(module, "perm"), Holds(module, "perm_inv")]
         return link
 
 

@@ -13,7 +13,7 @@ from pyflowkern.core.structure import Structure
 from pyflowkern.interop._layers import ForeignLayer
 from pyflowkern.ops import ScaleMap
 
-__all__ = ["PREFIXES", "Constants", "FreiaLayer", "Held", "called", "clamp_of", "global_map_of"]
+__all__ = ["PREFIXES", "Constants", "FreiaLayer", "called", "clamp_of", "global_map_of"]
 
 PREFIXES = ("FrEIA", "anomalib.models.components.flow")
 Pair = tuple[Tensor, Tensor]
@@ -54,23 +54,6 @@ class FreiaLayer(ForeignLayer):
         if not isinstance(log_det, Tensor):
             log_det = x.new_tensor(float(log_det))
         return y, log_det.expand(x.shape[0]) if log_det.numel() == 1 else log_det
-
-
-class Held:
-    """Whether a parameter or a buffer that never learns still has the values that steps followed from."""
-
-    def __init__(self, module: torch.nn.Module, name: str, values: Tensor) -> None:
-        self._module, self._name, self._values = module, name, values.clone()
-
-    def __call__(self) -> bool:
-        inside = self._module._parameters
-        now = (inside if self._name in inside else self._module._buffers)[self._name]
-        return (
-            now is not None
-            and now.device == self._values.device
-            and now.dtype == self._values.dtype
-            and torch.equal(now, self._values)
-        )
 
 
 class Constants:

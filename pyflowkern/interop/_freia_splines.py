@@ -8,7 +8,8 @@ import torch
 
 from pyflowkern.interop._freia_layers import CouplingLayer
 from pyflowkern.interop._freia_moves import Coupling, Move
-from pyflowkern.interop._freia_parts import FreiaLayer, Held
+from pyflowkern.interop._freia_parts import FreiaLayer
+from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ElementsStep, SplineMap
 
@@ -45,7 +46,7 @@ def _map_of(base: Any) -> SplineMap | None:
 
 def _watch(link: Link, base: Any) -> None:
     link.watch(base, *_FACTS)
-    link.holds += [Held(base, name, base._buffers[name]) for name in _BUFFERS]
+    link.holds += [Holds(base, name) for name in _BUFFERS]
 
 
 def _coupling(module: Any) -> Coupling | None:

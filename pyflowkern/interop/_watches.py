@@ -14,22 +14,23 @@ _SHORT = 64
 
 
 class Holds:
-    """Whether a buffer is still what steps followed from.
+    """Whether a buffer, or a parameter that never learns, is still what steps followed from.
 
     Short ones on the CPU are compared at each call.  Others are where they are another tensor or were written to, as by
     load_state_dict: masks are as large as weights, and on a GPU a comparison waits.
     """
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
-        self._module, self._name = module, name
-        values = module._buffers[name]
+        self._home = module._parameters if name in module._parameters else module._buffers
+        self._name = name
+        values = self._home[name]
         assert values is not None
-        self._values = values.clone()
+        self._values = values.detach().clone()
         self._always = values.is_cpu and values.numel() <= _SHORT
         self._seen = _Seen.of(values)
 
     def __call__(self) -> bool:
-        now = self._module._buffers.get(self._name)
+        now = self._home.get(self._name)
         if now is None:
             return False
         if not self._always and self._seen.is_still(now):

@@ -25,12 +25,18 @@ def _permutation(module: torch.nn.Module, names: list[str], features: int, link:
     return True
 
 
-def _rotation(module: torch.nn.Module, names: list[str], features: int, link: Link) -> bool:
-    if not _is_matrix(module, names, features):
+def _matrix(
+    made: Callable[[torch.nn.Module, str, bool], Sequence[Tensor]],
+    module: torch.nn.Module,
+    names: list[str],
+    features: int,
+    link: Link,
+) -> bool:
+    """Note a matrix that is made of another one at each call."""
+    if len(names) != 1 or _tensor(module, names[0]).shape != (features, features):
         return False
     link.steps.append(LinearStep())
-    twice = [names[0], names[0]]
-    link.make(module, twice, functools.partial(_rotated, module, names[0]))
+    link.make(module, [*names, *names], functools.partial(made, module, names[0]))
     return True
 
 
@@ -38,15 +44,6 @@ def _rotated(module: torch.nn.Module, name: str, inverse: bool) -> Sequence[Tens
     matrix = _tensor(module, name)
     rotation = torch.linalg.matrix_exp(matrix - matrix.mT)
     return [rotation.mT if inverse else rotation, rotation.new_zeros(())]
-
-
-def _lu(module: torch.nn.Module, names: list[str], features: int, link: Link) -> bool:
-    if not _is_matrix(module, names, features):
-        return False
-    link.steps.append(LinearStep())
-    twice = [names[0], names[0]]
-    link.make(module, twice, functools.partial(_multiplied, module, names[0]))
-    return True
 
 
 def _multiplied(module: torch.nn.Module, name: str, inverse: bool) -> Sequence[Tensor]:
@@ -84,10 +81,6 @@ def _standardized(
     return [scale.log().expand(features), (loc / scale).expand(features)]
 
 
-def _is_matrix(module: torch.nn.Module, names: list[str], features: int) -> bool:
-    return len(names) == 1 and _tensor(module, names[0]).shape == (features, features)
-
-
 def _tensor(module: torch.nn.Module, name: str) -> Tensor:
     found = module._parameters[name] if name in module._parameters else module._buffers[name]
     assert found is not None
@@ -97,7 +90,7 @@ def _tensor(module: torch.nn.Module, name: str) -> Tensor:
 _Step = Callable[[torch.nn.Module, list[str], int, Link], bool]
 UNCONDITIONAL: dict[str, _Step] = {
     "zuko.transforms.PermutationTransform": _permutation,
-    "zuko.transforms.RotationTransform": _rotation,
-    "zuko.transforms.LULinearTransform": _lu,
+    "zuko.transforms.RotationTransform": functools.partial(_matrix, _rotated),
+    "zuko.transforms.LULinearTransform": functools.partial(_matrix, _multiplied),
     "torch.distributions.transforms.AffineTransform": _affine,
 }
