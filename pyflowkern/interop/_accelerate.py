@@ -135,8 +135,12 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
     take_away(module)  # of an earlier call
     if any(method in module.__dict__ for method in known.methods):
         return Entry(name, label, note="a method was replaced for this instance")
-    try:  # what is computed to be compared is on the CPU, in the dtypes that it is given
-        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    try:  # what is compared is on the CPU, in the dtypes that it is given, and draws nothing of the user's
+        with (
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+        ):
             outcome = known.look(module)
     except Exception as error:  # an instance that is not what its class makes of others
         return Entry(name, label, note=f"looking at it failed: {type(error).__name__}: {error}")

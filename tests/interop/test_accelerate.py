@@ -3,8 +3,15 @@
 from functools import partial
 from types import MethodType
 
+import normflows as nf
+import numpy as np
 import pytest
 import torch
+import zuko
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import AllInOneBlock, GLOWCouplingBlock
+from laws import glow_script
+from nflows.flows import SimpleRealNVP
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import AffineCouplingTransform, CompositeTransform, LULinear
 
@@ -103,3 +110,31 @@ def test_a_call_that_failed_holds_nothing(monkeypatch):
     with pyflowkern.accelerate():
         assert CompositeTransform.forward is not before
     assert CompositeTransform.forward is before
+
+
+def freia_blocks():
+    model = SequenceINN(6)
+    for block in (AllInOneBlock, GLOWCouplingBlock):
+        model.append(block, subnet_constructor=lambda a, b: torch.nn.Linear(a, b))
+    return model
+
+
+MODELS = {
+    "nflows": lambda: SimpleRealNVP(4, 8, 2, 1),
+    "normflows": lambda: nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(2), [nf.flows.AffineCouplingBlock(nf.nets.MLP([1, 8, 2]))]
+    ),
+    "normflows Glow": lambda: nf.flows.GlowBlock(4, 8),
+    "zuko": lambda: zuko.flows.NSF(3, transforms=1),
+    "FrEIA": freia_blocks,
+    "Glow": lambda: glow_script.Glow(3, 2, 1),
+}
+
+
+@pytest.mark.parametrize("library", MODELS)
+def test_accelerating_draws_no_random_numbers_of_the_users(library):
+    model = MODELS[library]()
+    states = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002 - which FrEIA uses
+    assert pyflowkern.accelerate(model).accelerated
+    assert torch.equal(torch.get_rng_state(), states[0])
+    np.testing.assert_equal(np.random.get_state(), states[1])  # noqa: NPY002
