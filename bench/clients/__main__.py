@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from bench import _environment
+from bench._timing import Neighbours
 from bench.clients import lampe, nessai, sbi, tutorials
+from bench.clients._results import read, too_busy, write
 
 Client = Callable[[], dict[str, Any]]
 CLIENTS: dict[str, Client] = {
@@ -57,13 +59,14 @@ def run_here(name: str, accelerated: bool, threads: int) -> None:
 def run_apart(name: str, accelerated: bool, threads: int) -> dict[str, Any]:
     """Run one client in a process of its own."""
     words = [sys.executable, "-m", "bench.clients", "--here", name, "--threads", str(threads)]
+    before = Neighbours()
     done = subprocess.run(
         words + ["--accelerated"] * accelerated, capture_output=True, text=True, check=False
     )
     for line in done.stdout.splitlines():
         if line.startswith(_MARK):
             found: dict[str, Any] = json.loads(line[len(_MARK) :])
-            return found
+            return found | {"neighbours": before.cores()}
     return {"failed": done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]}
 
 
@@ -74,6 +77,8 @@ def rows(name: str, plain: dict[str, Any], fast: dict[str, Any]) -> list[str]:
     lines = []
     for key, before in plain.items():
         after = fast[key]
+        if key == "neighbours":
+            continue
         if key.endswith("(s)"):
             lines.append(
                 f"| {name} | {key} | {before:.3g} | {after:.3g} | {before / after:.2f}x |"
@@ -105,21 +110,21 @@ def main() -> None:
     facts = _environment.describe(device) | {"threads": args.threads}
     folder = args.out or Path(__file__).parents[1] / "results" / _environment.slug(facts, device)
     path = folder / "clients.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = read(path)
     for name in CLIENTS:
         if name.startswith(args.name):
             pair = [run_apart(name, accelerated, args.threads) for accelerated in (False, True)]
             print("\n".join(rows(name, *pair)), flush=True)
-            kept[name] = {"library": pair[0], "accelerated": pair[1], "facts": facts}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1, default=str) + "\n")
+            busy = max(each.get("neighbours", 0.0) for each in pair)
+            if not too_busy(busy, args.threads):
+                kept[name] = {"library": pair[0], "accelerated": pair[1], "facts": facts}
     head = ["| client | what | library | accelerated | |", "|---|---|---|---|---|"]
     lines = [
         line
         for name, each in kept.items()
         for line in rows(name, each["library"], each["accelerated"])
     ]
-    (folder / "clients.md").write_text("\n".join([*head, *lines]) + "\n")
+    write(path, kept, [*head, *lines])
 
 
 if __name__ == "__main__":

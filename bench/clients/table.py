@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 import pyflowkern
 from bench import _environment
 from bench._timing import Neighbours
+from bench.clients._results import read, too_busy, write
 from bench.clients.models import MODELS, Foreign
 
 Numbers = dict[str, Any]
@@ -191,8 +191,7 @@ def main() -> None:
     facts = _environment.describe(device)
     folder = args.out or Path(__file__).parents[1] / "results" / _environment.slug(facts, device)
     path = folder / "accelerate.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {"facts": facts, "models": {}}
-    kept["facts"] = facts
+    kept = {"models": {}} | read(path) | {"facts": facts}
     print("\n".join(HEAD))
     for model in MODELS:
         if args.name in model.name:
@@ -200,12 +199,11 @@ def main() -> None:
                 found = measured(model, args.seconds)
             except ModuleNotFoundError as error:
                 found = {"failed": f"not installed ({error.name})"}
-            kept["models"][model.name] = found
             print(line(model.name, found), flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1, default=str) + "\n")
+            if not too_busy(found.get("neighbours", 0.0), args.threads):
+                kept["models"][model.name] = found
     lines = [line(name, each) for name, each in kept["models"].items()]
-    (folder / "accelerate.md").write_text("\n".join([*HEAD, *lines]) + "\n")
+    write(path, kept, [*HEAD, *lines])
 
 
 if __name__ == "__main__":
