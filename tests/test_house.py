@@ -19,7 +19,7 @@ ORDER = [
         ("flows", "data", "transport"),
         ("nn",),
         ("ode",),
-        ("ops",),
+        ("ops", "testing"),
         ("core",),
     ],
     ("_library", "_version"),

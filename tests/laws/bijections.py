@@ -5,8 +5,9 @@ import pickle
 
 import torch
 
+from pyflowkern.testing import check_bijection
+
 EPS64 = 1e-9  # of quantities of order one after some hundred float64 operations
-LOG_DET_SHARE = 10  # a log-determinant adds up about ten such errors, one for each feature
 JACOBIAN = 1e-8  # the LU decomposition of a Jacobian loses about one digit more than EPS64
 
 
@@ -22,25 +23,12 @@ def jacobian_log_det(fn, x):
 
 def check_inverse(bijection, x, context=None, atol=EPS64):
     """``f^-1(f(x)) = x``, and the two log-determinants are each other's negative."""
-    z, log_det = bijection(x, context)
-    back, inverse_log_det = bijection.inverse(z, context)
-    assert back.shape == x.shape
-    assert log_det.shape == inverse_log_det.shape == x.shape[:1]
-    torch.testing.assert_close(back, x, atol=atol, rtol=0)
-    torch.testing.assert_close(inverse_log_det, -log_det, atol=LOG_DET_SHARE * atol, rtol=0)
+    check_bijection(bijection, x, context, atol=atol, rtol=0, laws=["shapes", "inverse"])
 
 
 def check_log_det(bijection, x, context=None, atol=JACOBIAN):
     """``log_det`` is the log-determinant of the Jacobian, in both directions."""
-    row = None if context is None else context[:1]
-    same = None if row is None else row.expand(len(x), -1)
-    z, log_det = bijection(x, same)
-    torch.testing.assert_close(
-        log_det, jacobian_log_det(lambda v: bijection(v, row)[0], x), atol=atol, rtol=JACOBIAN
-    )
-    _, inverse_log_det = bijection.inverse(z, same)
-    expected = jacobian_log_det(lambda v: bijection.inverse(v, row)[0], z.detach())
-    torch.testing.assert_close(inverse_log_det, expected, atol=atol, rtol=JACOBIAN)
+    check_bijection(bijection, x, context, atol=atol, rtol=JACOBIAN, laws=["log_det"])
 
 
 def check_copies(module, fresh, x, context=None):
