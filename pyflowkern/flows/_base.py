@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_dtype
 from pyflowkern.flows._arguments import check_flags, expand_context, parse_shape
+from pyflowkern.flows._chunks import Array, decode_in_chunks, log_prob_in_chunks
 from pyflowkern.flows._domain import Domain, PixelDomain, without_density
 from pyflowkern.flows._forms import FlowForms
 from pyflowkern.flows._hints import warn_of_unsuitable
@@ -134,11 +135,32 @@ class Flow(FlowForms):
             log_det = log_det + last
         return x, log_det
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, x: Tensor | Array, context: Tensor | Array | None = None, *, chunk: int | None = None
+    ) -> Tensor:
         """Return the log-density of ``x`` in nats, ``[N]``: -inf outside of a bounded domain.
 
         Where the first data on a CPU lie outside, or far from unit variance, a warning says what helps.
+
+        Args:
+            x: ``[N, *event_shape]`` as in :meth:`forward`.
+            context: as in :meth:`forward`.
+            chunk: compute so many rows at a time, so that memory is needed for those alone.  Gradients are those of one
+                call; their memory is bounded, too, as activations are computed again.  ``x`` and a context with a row
+                for each may then be NumPy arrays, such as a memory-mapped file, of any float dtype, and lie on another
+                device than the flow; the result lies where ``x`` does.
+
+        Kernels give a row the same bits with ``chunk`` as without; torch's own products may round them in another
+        order.  Continuous flows choose their steps, and beyond 64 dimensions their probes, by the rows that come
+        together; dropout and uint8 pixels draw random numbers at each call.
+
+        Raises:
+            TypeError: for another dtype, an array without ``chunk``, and a ``chunk`` that is no int.
+            ValueError: for another shape, a context that does not fit, a ``chunk`` below 1, and any ``chunk`` where
+                layers in training mode take statistics of the batch.
         """
+        if chunk is not None:
+            return log_prob_in_chunks(self, x, context, chunk)
         x, outside = self._inside_domain(x)
         return without_density(outside, self._log_prob_inside(x, context))
 
@@ -176,10 +198,18 @@ class Flow(FlowForms):
         y, log_det = ops.logit(v.double() + 0.5 ** (17 + bits), alpha=self.preprocess.alpha)
         return y, log_det - pixels * bits * math.log(2)
 
-    def bits_per_dim(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Return :math:`-\log_2 p(x) / D`, ``[N]``; with ``bits`` that of discrete pixels."""
-        result = ops.bits_per_dim(self.log_prob(x, context), self.dims)
-        if self.preprocess is not None and x.is_floating_point():
+    def bits_per_dim(
+        self, x: Tensor | Array, context: Tensor | Array | None = None, *, chunk: int | None = None
+    ) -> Tensor:
+        r"""Return :math:`-\log_2 p(x) / D`, ``[N]``; with ``bits`` that of discrete pixels.
+
+        Args and errors are those of :meth:`log_prob`.
+        """
+        given = {} if chunk is None else {"chunk": chunk}
+        result = ops.bits_per_dim(self.log_prob(x, context, **given), self.dims)
+        # arrays name their dtypes
+        pixels = x.dtype == torch.uint8 if isinstance(x, Tensor) else x.dtype.name == "uint8"
+        if self.preprocess is not None and not pixels:
             return result + self.preprocess.bits  # density on [0, 1] to probability of a level
         return result
 
@@ -192,6 +222,7 @@ class Flow(FlowForms):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         quantized: bool = False,
+        chunk: int | None = None,
     ) -> Tensor:
         """Draw ``n`` samples, without gradient.
 
@@ -203,21 +234,24 @@ class Flow(FlowForms):
             temperature: factor on the latents.
             generator: source of randomness.
             quantized: return uint8 pixels (flows with ``bits``).
+            chunk: compute so many samples at a time, so that memory is needed for those, the latents and the result;
+                the samples are the same, but as :meth:`log_prob` says.
 
         Returns:
             ``[n, *event_shape]``.
 
         Raises:
-            ValueError: for n or temperature below 0, a context of another shape, or ``quantized``
+            ValueError: for n or temperature below 0, a chunk below 1, a context of another shape, or ``quantized``
                 without ``bits``.
-            TypeError: for an n that is not an int, and a ``quantized`` that is not a bool.
+            TypeError: for an n or a chunk that is not an int, and a ``quantized`` that is not a bool.
         """
         check_flags(quantized=quantized)
         if quantized and self.preprocess is None:
             raise ValueError(
                 "quantized=True needs a flow made with bits=..., this one has bits=None"
             )
-        x = self.rsample(n, context, temperature=temperature, generator=generator)
+        given = {} if chunk is None else {"chunk": chunk}
+        x = self.rsample(n, context, temperature=temperature, generator=generator, **given)
         if self.preprocess is None:
             return x
         return self.preprocess.quantize(x) if quantized else x.clamp(0, 1)
@@ -229,12 +263,16 @@ class Flow(FlowForms):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """Draw ``n`` samples with gradients; pixels are not cut to the unit interval.
 
         Args and errors are those of :meth:`sample`.
         """
-        return self._decode(*self._latents(n, context, temperature, generator))
+        z, context = self._latents(n, context, temperature, generator)
+        if chunk is None:
+            return self._decode(z, context)
+        return torch.cat([*decode_in_chunks(self, self._decode, z, context, chunk)])
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Return the data of latents, where nothing else is wanted."""
@@ -247,12 +285,20 @@ class Flow(FlowForms):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        chunk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` samples and their log-densities under this flow in one pass, with gradients.
 
         Args and errors are those of :meth:`sample`; the density is that of temperature 1.
         """
         z, context = self._latents(n, context, temperature, generator)
+        if chunk is None:
+            return self._decode_with_density(z, context)
+        parts = decode_in_chunks(self, self._decode_with_density, z, context, chunk)
+        x, log_prob = map(torch.cat, zip(*parts, strict=True))
+        return x, log_prob
+
+    def _decode_with_density(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, log_det = self.inverse(z, context)
         return x, self.base.log_prob(z) - log_det  # type: ignore[operator]
 
@@ -340,6 +386,10 @@ class Flow(FlowForms):
             pixels = f" (or {hint})" if name.startswith("x") else ""
             raise TypeError(f"{name} must be {self._anchor.dtype}{pixels}, got {x.dtype}")
         check_dtype(name, x, self._anchor.dtype, "flow")
+
+    def _check_context(self, context: Tensor | None, n: int) -> Tensor | None:
+        """Return the context with a row for each of ``n`` samples; labels stay labels.  Raise where it does not fit."""
+        return self._context_of(context, n)
 
     def _context_of(self, context: Tensor | None, n: int) -> Tensor | None:
         """Return the context of each of ``n`` samples; raise where it does not fit."""

@@ -22,13 +22,15 @@ class DensityModel(Protocol):
     def support(self) -> constraints.Constraint:
         """Where the data lie."""
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None, **chunk: int) -> Tensor:
         """Return the log-density ``[N]``."""
 
-    def sample_and_log_prob(self, n: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sample_and_log_prob(
+        self, n: int, context: Tensor | None = None, **chunk: int
+    ) -> tuple[Tensor, Tensor]:
         """Return samples with gradients and their log-density."""
 
-    def rsample(self, n: int, context: Tensor | None = None) -> Tensor:
+    def rsample(self, n: int, context: Tensor | None = None, **chunk: int) -> Tensor:
         """Return samples with gradients."""
 
     def transform(self, context: Tensor | None = None) -> Transform:
@@ -104,30 +106,39 @@ class FlowDistribution(Distribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw ``[*sample_shape, *batch_shape, *event_shape]``, with gradients."""
+    def rsample(self, sample_shape: Any = (), *, chunk: int | None = None) -> Tensor:
+        """Draw ``[*sample_shape, *batch_shape, *event_shape]``, with gradients; ``chunk`` as in :meth:`log_prob`."""
         lead = torch.Size(sample_shape) + self.batch_shape
-        return self.flow.rsample(lead.numel(), self._context(lead)).reshape(
-            lead + self.event_shape
-        )
+        drawn = self.flow.rsample(lead.numel(), self._context(lead), **_given(chunk))
+        return drawn.reshape(lead + self.event_shape)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Any = (), *, chunk: int | None = None) -> Tensor:
         """Draw ``[*sample_shape, *batch_shape, *event_shape]``, without gradients."""
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            return self.rsample(sample_shape, **_given(chunk))
 
-    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(
+        self, sample_shape: Any = (), *, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draw samples, with gradients, and return their log-densities from the same pass.
 
         Returns:
             ``[*sample_shape, *batch_shape, *event_shape]`` and ``[*sample_shape, *batch_shape]``.
         """
         lead = torch.Size(sample_shape) + self.batch_shape
-        x, log_prob = self.flow.sample_and_log_prob(lead.numel(), self._context(lead))
+        x, log_prob = self.flow.sample_and_log_prob(
+            lead.numel(), self._context(lead), **_given(chunk)
+        )
         return x.reshape(lead + self.event_shape), log_prob.reshape(lead)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of ``[*sample, *batch, *event]``, one number an event."""
+    def log_prob(self, value: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Return the log-density of ``[*sample, *batch, *event]``, one number an event.
+
+        Args:
+            value: the events.
+            chunk: compute so many events at a time, so that memory is needed for those alone, as in
+                :meth:`Flow.log_prob`.
+        """
         if (
             self._validate_args
             and value.dtype != torch.uint8  # any byte is a pixel
@@ -137,13 +148,18 @@ class FlowDistribution(Distribution):
         cut = value.dim() - len(self.event_shape)
         lead = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
         x = value.expand(*lead, *value.shape[cut:]).reshape(lead.numel(), *value.shape[cut:])
-        return self.flow.log_prob(x, self._context(lead)).reshape(lead)
+        return self.flow.log_prob(x, self._context(lead), **_given(chunk)).reshape(lead)
 
     def _context(self, lead: torch.Size) -> Tensor | None:
         if self.context is None:
             return None
         size = self.context.shape[-1]
         return self.context.expand(*lead, size).reshape(lead.numel(), size)
+
+
+def _given(chunk: int | None) -> dict[str, int]:
+    """Return the argument if there is one: models of other classes may not have it."""
+    return {} if chunk is None else {"chunk": chunk}
 
 
 def _check_expands(name: str, shape: torch.Size, wanted: torch.Size) -> None:

@@ -11,7 +11,7 @@ from pyflowkern._library import transformed
 from pyflowkern.flows._domain import Domain
 from pyflowkern.nn import ActNorm, BatchNorm, Bijection, Standardize
 
-__all__ = ["warn_of_unsuitable"]
+__all__ = ["has_statistics", "warn_of_unsuitable"]
 
 #: Data of this typical size and above are too large for networks and splines of unit scale.
 _LARGE = 100.0
@@ -62,11 +62,15 @@ def warn_of_unsuitable(
     return True
 
 
+def has_statistics(layer: ActNorm) -> bool:
+    """Whether the layer has seen data or been given parameters."""
+    return bool((layer.initialized != 0) | layer.log_scale.any() | layer.bias.any())
+
+
 def _has_scale(layer: Module) -> bool:
     """Whether the layer has seen data or been given parameters, or takes its scale from the data that it sees now."""
     if isinstance(layer, ActNorm):
-        known = (layer.initialized != 0) | layer.log_scale.any() | layer.bias.any()
-        return layer.training or bool(known)
+        return layer.training or has_statistics(layer)
     if isinstance(layer, BatchNorm):
         return layer.training or bool(layer.batches > 0)
     return isinstance(layer, Standardize) and bool(layer.log_scale.any() | layer.bias.any())

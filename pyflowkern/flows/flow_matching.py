@@ -135,6 +135,7 @@ class FlowMatching(CNF):
         generator: torch.Generator | None = None,
         quantized: bool = False,
         guidance: float = 1.0,
+        chunk: int | None = None,
     ) -> Tensor:
         """Draw ``n`` samples, without gradient.
 
@@ -146,6 +147,7 @@ class FlowMatching(CNF):
             generator: source of randomness.
             quantized: return uint8 pixels (flows with ``bits``).
             guidance: the weight ``w`` of the condition, see :class:`FlowMatching`.
+            chunk: as in :meth:`Flow.sample`.
 
         Returns:
             ``[n, *event_shape]``.
@@ -157,7 +159,12 @@ class FlowMatching(CNF):
         """
         flow = self._guided("guidance", guidance)
         return super(FlowMatching, flow).sample(
-            n, context, temperature=temperature, generator=generator, quantized=quantized
+            n,
+            context,
+            temperature=temperature,
+            generator=generator,
+            quantized=quantized,
+            chunk=chunk,
         )
 
     def guided(self, weight: float) -> FlowMatching:
@@ -214,6 +221,14 @@ class FlowMatching(CNF):
         null = self._anchor.new_zeros(self.context_features)
         null[-1] = 1
         return null
+
+    def _check_context(self, context: Tensor | None, n: int) -> Tensor | None:
+        if self.classes and isinstance(context, Tensor) and not context.is_floating_point():
+            check_labels(context, n, self.context_features)
+            return context.expand(
+                n
+            )  # weights take more memory: they are made for the rows of a call
+        return super()._check_context(context, n)
 
     def _context_of(self, context: Tensor | None, n: int) -> Tensor | None:
         if context is None and self.context_dropout:
