@@ -63,7 +63,7 @@ $(VENV)/compilers: constraints.txt pyproject.toml
 $(VENV)/tools: $(VENV)/compilers
 	$(say) "set-up 3/4: tools to build, test and train, about 300 MB to download, 1 to 2 minutes"
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS) typer pillow pyyaml lightning \
-	  tensorboard matplotlib scikit-learn scikit-image
+	  tensorboard matplotlib scikit-learn scikit-image pyarrow
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
 	touch $@
 

@@ -15,7 +15,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-DATA = "photos, digits, a .csv or .npy file, or a folder of images"
+DATA = "photos, digits, a .csv, .npy or .parquet file, or a folder of images"
+ProgressOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress", help="Show a bar on stderr.  [default: if that is a terminal]"
+    ),
+]
 CheckpointArgument = Annotated[
     Path,
     typer.Argument(
@@ -79,7 +85,7 @@ def train(
         ),
     ] = None,
     data0: Annotated[
-        str | None, typer.Option(help="Of a bridge: a .csv or .npy file of rows where it begins.")
+        str | None, typer.Option(help="Of a bridge: a file of rows where it begins.")
     ] = None,
     data1: Annotated[
         str | None, typer.Option(help="Of a bridge: a file of rows where it ends.")
@@ -147,7 +153,8 @@ def train(
     \b
     Options of the YAML file and of --set, with their defaults:
       context_columns: '', label_column: '', labels: False
-      data: photos, data0: '', data1: '', flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
+      data: photos, stream: auto   rows stay in a .npy or .parquet file: always, never, or auto, from 1 GiB on
+      data0: '', data1: '', flow: Glow, out: out/train, steps: 2000, batch_size: 64, lr: 0.001
       flow_args: {}          arguments of the flow, such as levels, steps, transforms, hidden
       size: 32               side of the images, for photos and folders
       warmup: 50             steps of linear warm-up; a cosine follows
@@ -218,7 +225,7 @@ def sample(
     out: Annotated[
         Path,
         typer.Option(
-            help="File to write: .png (a grid of images), .csv (rows of numbers) or .npy (either)."
+            help="File to write: .png (a grid of images), .csv or .parquet (rows of numbers) or .npy (either)."
         ),
     ],
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many samples.")] = 64,
@@ -255,10 +262,12 @@ def sample(
             help="Of FlowMatching with contexts: the weight of the condition; above 1 more typical of it."
         ),
     ] = 1.0,
+    progress: ProgressOption = None,
 ) -> None:
     """Draw samples from a trained flow, in the units of the data it was trained on.
 
-    Samples of a bridge are where paths end that begin at rows of the first table.
+    Samples of a bridge are where paths end that begin at rows of the first table.  Of millions of samples only some are
+    in memory at a time; the file appears when it is whole.
 
     \b
     Example  pyflowkern sample out/demo --out samples.png --temperature 0.8
@@ -276,6 +285,7 @@ def sample(
         context=context,
         label=label,
         guidance=guidance,
+        bar=progress,
     )
     typer.echo(f"{out}: {n} samples")
 
@@ -296,6 +306,7 @@ def evaluate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON instead of a sentence.")
     ] = False,
+    progress: ProgressOption = None,
 ) -> None:
     """Score data with a trained flow: the mean over rows, and its standard error.  Lower is better.
 
@@ -308,7 +319,7 @@ def evaluate(
     """  # noqa: D301
     from pyflowkern.train.inference import evaluate_checkpoint
 
-    result = evaluate_checkpoint(run, data, seed=seed)
+    result = evaluate_checkpoint(run, data, seed=seed, bar=progress)
     line = "{score:.4f} +- {standard_error:.4f} {unit}, mean over {rows} rows of {data} after {step} steps"
     typer.echo(json.dumps(result) if as_json else line.format(**result))
 

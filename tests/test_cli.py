@@ -272,7 +272,7 @@ BAD = {
     "npy axes": ("a.npy", _save(np.zeros((4, 2, 2, 2))), "a.npy: wants real [N, D]"),
     "channels": ("a.npy", _save(np.zeros((9, 5, 8, 8), np.uint8)), "a.npy: images have 1 or 3"),
     "folder": ("images", _folder, "broken.png: not a readable image"),
-    "other": ("t.txt", _text("1,2"), "t.txt: wants a .csv or .npy file"),
+    "other": ("t.txt", _text("1,2"), "t.txt: wants a .csv, .npy or .parquet file"),
 }
 
 
@@ -357,7 +357,20 @@ def test_other_bad_calls(digits, table, tmp_path):
         ("train", "--data", "digits", "--out", digits): "holds a run already",
         ("train", "--resume", digits, "--overwrite"): "give it alone",
         ("sample", digits, "--out", "s.csv"): "s.csv: these samples go to a .png or .npy file",
-        ("sample", table / "run", "--out", "s.png"): "s.png: these samples go to a .csv or .npy",
+        (
+            "sample",
+            table / "run",
+            "--out",
+            "s.png",
+        ): "s.png: these samples go to a .csv, .npy or .parquet",
+        (
+            "sample",
+            digits,
+            "--out",
+            "s.png",
+            "-n",
+            10**12,
+        ): "samples would need 1.02e+06 GB of mem",
         ("sample", "none", "--out", "s.png"): "none: not a pyflowkern checkpoint (no such file)",
         ("evaluate", "no.ckpt"): "no.ckpt: not a pyflowkern checkpoint",
         ("evaluate", digits, "--data", "none"): "none: no such file or folder",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyflowkern.data.batches import Batches, step_seed
@@ -17,26 +20,46 @@ from pyflowkern.data.dataset import (
     parts_of,
     split_rows,
 )
-from pyflowkern.data.files import image_set, read_array, read_folder, read_table, vector_set
+from pyflowkern.data.files import (
+    ArrayFile,
+    folder_parts,
+    image_set,
+    read_array,
+    read_folder,
+    read_table,
+    table_parts,
+    vector_set,
+)
 from pyflowkern.data.pairs import PairSet, pair_set
+from pyflowkern.data.parquet import ParquetTable, check_pyarrow, parquet_writer
 from pyflowkern.data.photos import load_photos
+from pyflowkern.data.streamed import Blocks, Moments, Streamed, open_blocks, streamed_set
 
 __all__ = [
     "Batch",
     "Batches",
+    "Blocks",
     "Columns",
     "Condition",
     "Conditioned",
     "DataError",
     "DataSet",
+    "Moments",
     "PairSet",
+    "Parts",
+    "Streamed",
+    "check_pyarrow",
     "find_columns",
     "image_set",
     "load",
     "load_pairs",
+    "open_blocks",
+    "parquet_writer",
     "parts_of",
     "read",
+    "read_parts",
     "step_seed",
+    "streamed_set",
     "take_context",
     "vector_set",
 ]
@@ -68,8 +91,9 @@ def load(
     seed: int = 0,
     context: Columns | None = None,
     labels: bool = False,
+    stream: bool = False,
 ) -> DataSet:
-    """Load ``photos``, ``digits``, a ``.csv`` or ``.npy`` file or a folder of images.
+    """Load ``photos``, ``digits``, a ``.csv``, ``.npy`` or ``.parquet`` file or a folder of images.
 
     Args:
         source: A name or a path.
@@ -77,6 +101,7 @@ def load(
         seed: Decides the split into training and held-out rows, except for ``photos``.
         context: The columns of a table that are contexts of the others.
         labels: Take the labels of a set that has some, ``digits``, as classes.
+        stream: Leave the training rows in the file, ``.npy`` or ``.parquet``: :func:`streamed_set`.
 
     Raises:
         DataError: One line that names the file and the row at fault.
@@ -89,6 +114,8 @@ def load(
         raise DataError(f"{source}: has no labels of its own, as digits have; name a column")
     if context is not None and source in ("photos", "digits"):
         raise DataError(f"{source}: holds images, which have no columns for a context")
+    if stream:
+        return streamed_set(open_blocks(Path(source)), seed, context)
     if source == "photos":
         return load_photos(size)
     if source == "digits":
@@ -101,7 +128,7 @@ def load(
 
 
 def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairSet:
-    """Load two ``.csv`` or ``.npy`` files of rows with the same columns.
+    """Load two files of rows with the same columns.
 
     Args:
         first: A path.
@@ -122,15 +149,55 @@ def read(source: str | Path, *, size: int = 32) -> tuple[Tensor, list[str]]:
     Raises:
         DataError: One line that names the file and the row at fault.
     """
-    path = Path(source)
+    path, suffix = _existing(source), Path(source).suffix.lower()
     if path.is_dir():
         return read_folder(path, size), []
+    if suffix == ".npy":
+        return read_array(path), []
+    if suffix == ".csv":
+        return read_table(path)
+    table = ParquetTable(path)
+    return torch.cat([*table.parts(2**16)]), table.columns
+
+
+class Parts(NamedTuple):
+    """The rows of a file in their order, a part at a time."""
+
+    parts: Iterator[tuple[Tensor, list[str]]]  #: what :func:`read` gives of all rows
+    total: int | None  #: how many rows there are, if the file says so
+
+
+def read_parts(source: str | Path, *, size: int = 32, numbers: int = 2**16) -> Parts:
+    r"""Read a file or folder as :func:`read` does, about so many numbers at a time, in whole rows.
+
+    Images come in multiples of 128, but for the last.  Errors are those of :func:`read`, when the row at fault is read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("t.csv").write_text("a,b" + 5 * "\n1,2")
+        >>> [(rows.shape[0], header) for rows, header in read_parts("t.csv", numbers=6).parts]
+        [(3, ['a', 'b']), (2, ['a', 'b'])]
+    """
+    path, suffix = _existing(source), Path(source).suffix.lower()
+    if path.is_dir():
+        total, images = folder_parts(path, size)
+        return Parts(((part, []) for part in images), total)
+    if suffix == ".npy":
+        array = ArrayFile(path, numbers)
+        return Parts(((array.read(i), []) for i in range(len(array.counts))), sum(array.counts))
+    if suffix == ".csv":
+        return Parts(table_parts(path, numbers), None)
+    table = ParquetTable(path)
+    rows = max(1, numbers // len(table.columns))
+    return Parts(((part, table.columns) for part in table.parts(rows)), sum(table.counts))
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source)
     if not path.exists():
         raise DataError(
             f"{source}: no such file or folder, nor one of the named sets (photos, digits)"
         )
-    if path.suffix.lower() == ".csv":
-        return read_table(path)
-    if path.suffix.lower() == ".npy":
-        return read_array(path), []
-    raise DataError(f"{source}: wants a .csv or .npy file or a folder of images")
+    if not path.is_dir() and path.suffix.lower() not in (".csv", ".npy", ".parquet"):
+        raise DataError(f"{source}: wants a .csv, .npy or .parquet file or a folder of images")
+    return path

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyflowkern.data.dataset import Batch, DataSet
+from pyflowkern.data.dataset import Batch, DataSet, InTurn, Rows
 
 __all__ = ["Batches", "step_seed"]
 
@@ -36,21 +36,35 @@ class Batches:
     """
 
     def __init__(self, data: DataSet, batch_size: int, seed: int) -> None:
-        self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._flip, self._batch_size, self._seed = data.flip, batch_size, seed
+        self._rows = data.train if isinstance(data.train, InTurn) else _Permuted(data.train)
         self._per_pass = max(1, len(data.train) // batch_size)
-        self._order = lru_cache(maxsize=1)(self._permutation)
-
-    def _permutation(self, pass_: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step_seed(self._seed, -2 - pass_))
-        return torch.randperm(len(self._data.train), generator=generator)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step."""
         pass_, position = divmod(step, self._per_pass)
-        start = position * self._batch_size
-        rows = self._data.train[self._order(pass_)[start : start + self._batch_size]]
-        if not self._data.flip or not isinstance(rows, Tensor):
+        begin = position * self._batch_size
+        rows = self._rows.shuffled(self._seed, pass_, begin, begin + self._batch_size)
+        if not self._flip or not isinstance(rows, Tensor):
             return rows
         generator = torch.Generator().manual_seed(step_seed(self._seed, step))
         mirrored = torch.rand(len(rows), generator=generator) < 0.5
         return torch.where(mirrored.view(-1, 1, 1, 1), rows.flip(3), rows)
+
+
+class _Permuted:
+    """Rows that are addressed by number, each pass in another order."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._order = lru_cache(maxsize=1)(self._permutation)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _permutation(self, seed: int, pass_: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(seed, -2 - pass_))
+        return torch.randperm(len(self._rows), generator=generator)
+
+    def shuffled(self, seed: int, pass_: int, begin: int, end: int) -> Batch:
+        return self._rows[self._order(seed, pass_)[begin:end]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ __all__ = [
     "Conditioned",
     "DataError",
     "DataSet",
+    "InTurn",
     "Rows",
     "parts_of",
     "split_rows",
@@ -79,6 +80,16 @@ class Rows(Protocol):
     def __getitem__(self, index: Tensor) -> Batch: ...
 
 
+@runtime_checkable
+class InTurn(Protocol):
+    """Rows that are read in an order of their own, which suits where they lie."""
+
+    def __len__(self) -> int: ...
+
+    def shuffled(self, seed: int, pass_: int, begin: int, end: int) -> Batch:
+        """Return rows by their places in the order of a pass, which follows from the seed."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """What contexts are: columns with their mean and standard deviation, or the classes of one column.
@@ -103,7 +114,7 @@ class DataSet:
     """
 
     name: str
-    train: Rows
+    train: Rows | InTurn
     validation: Batch
     bits: int | None = None
     levels: int = 256
@@ -112,6 +123,7 @@ class DataSet:
     std: Tensor | None = None
     columns: list[str] = field(default_factory=list)
     condition: Condition | None = None
+    checksum: int | None = None  #: of all rows, where they were read one after the other
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +137,9 @@ class DataSet:
 
     def fingerprint(self) -> int:
         """Return a checksum of sample rows, by which a resumed run knows that its data is the same."""
+        if self.checksum is not None:
+            return self.checksum
+        assert not isinstance(self.train, InTurn)  # which come with a checksum
         index = torch.linspace(0, len(self.train) - 1, min(len(self.train), 256)).long()
         crc = zlib.crc32(f"{len(self.train)} {self.shape}".encode())
         for batch in (self.train[index], self.validation):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,19 @@ from pyflowkern.data.conditioned import Columns, take_context
 from pyflowkern.data.dataset import Condition, DataError, DataSet, split_rows
 from pyflowkern.data.photos import read_image
 
-__all__ = ["image_set", "moments_of", "read_array", "read_folder", "read_table", "vector_set"]
+__all__ = [
+    "ArrayFile",
+    "check_finite",
+    "check_moments",
+    "folder_parts",
+    "image_set",
+    "moments_of",
+    "read_array",
+    "read_folder",
+    "read_table",
+    "table_parts",
+    "vector_set",
+]
 
 IMAGE_SUFFIXES = {
     ".png",
@@ -62,35 +74,52 @@ def _numbers(cells: list[str]) -> list[float] | None:
 
 def read_table(path: Path) -> tuple[Tensor, list[str]]:
     """Read a comma-separated table of numbers; a first row without any number is its header."""
-    rows: list[list[float]] = []
-    header: list[str] = []
+    parts, headers = zip(*table_parts(path, 2**16), strict=True)
+    return torch.cat(parts), headers[0]
+
+
+def table_parts(path: Path, numbers: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Read a table a part at a time, with about so many numbers; each part comes with the header."""
+    header, rows = list[str](), list[list[float]]()
+    width, some = 0, False
+    for line, cells in _table_lines(path):
+        if not width and all(_numbers([cell]) is None for cell in cells):
+            header, width = [cell.strip() for cell in cells], len(cells)
+            continue
+        width = width or len(cells)
+        rows.append(_table_row(path, line, cells, width))
+        if len(rows) * width >= numbers:
+            yield torch.tensor(rows, dtype=torch.float32), header
+            rows, some = [], True
+    if rows:
+        yield torch.tensor(rows, dtype=torch.float32), header
+    elif not some:
+        raise DataError(f"{path}: holds no rows of numbers")
+
+
+def _table_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the lines of a table that are not empty, and their numbers."""
     check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for line, cells in enumerate(csv.reader(file), start=1):
-                if not cells:
-                    continue
-                numbers = _numbers(cells)
-                if not rows and not header and all(_numbers([cell]) is None for cell in cells):
-                    header = [cell.strip() for cell in cells]
-                    continue
-                if numbers is None:
-                    bad = next(c for c in cells if _numbers([c]) is None)
-                    raise DataError(f"{path}, row {line}: {bad.strip()[:40]!r} is not a number")
-                if len(numbers) != len(header or (rows[0] if rows else numbers)):
-                    wanted = len(header or rows[0])
-                    raise DataError(
-                        f"{path}, row {line}: {len(numbers)} columns instead of {wanted}"
-                    )
-                for cell, number in zip(cells, numbers, strict=True):
-                    if not abs(number) <= LARGEST:  # false for NaN, too
-                        raise DataError(f"{path}, row {line}: {_unusable(cell, number)}")
-                rows.append(numbers)
+                if cells:
+                    yield line, cells
     except (OSError, UnicodeDecodeError, csv.Error, MemoryError) as error:
         raise DataError(f"{path}: not a readable table ({error})") from None
-    if not rows:
-        raise DataError(f"{path}: holds no rows of numbers")
-    return torch.tensor(rows, dtype=torch.float32), header
+
+
+def _table_row(path: Path, line: int, cells: list[str], width: int) -> list[float]:
+    numbers = _numbers(cells)
+    if numbers is None:
+        bad = next(c for c in cells if _numbers([c]) is None)
+        raise DataError(f"{path}, row {line}: {bad.strip()[:40]!r} is not a number")
+    if len(numbers) != width:
+        raise DataError(f"{path}, row {line}: {len(numbers)} columns instead of {width}")
+    for cell, number in zip(cells, numbers, strict=True):
+        if not abs(number) <= LARGEST:  # false for NaN, too
+            raise DataError(f"{path}, row {line}: {_unusable(cell, number)}")
+    return numbers
 
 
 def vector_set(
@@ -129,7 +158,18 @@ def moments_of(
         places: where the columns stand in the file, from 0 on; as they come if None.
         constant: what follows from a constant column.
     """
-    mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
+    doubles = rows.double()
+    return check_moments(name, doubles.mean(0), doubles.std(0, correction=0), places, constant)
+
+
+def check_moments(
+    name: str,
+    mean: Tensor,
+    std: Tensor,
+    places: Sequence[int] | None = None,
+    constant: str = "so it has no density",
+) -> tuple[Tensor, Tensor]:
+    """Return float64 moments of columns as float32; raise DataError for a column that is constant.  Args as above."""
     smallest = torch.finfo(torch.float32).tiny
     for i, (centre, spread) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)):
         column = 1 + (i if places is None else places[i])
@@ -152,6 +192,43 @@ def image_set(path: Path, images: Tensor, seed: int) -> DataSet:
 
 def read_array(path: Path) -> Tensor:
     """Read a ``.npy`` file of images (uint8, four axes) or vectors (real, two axes)."""
+    return _array_rows(path, _open_array(path))
+
+
+class ArrayFile:
+    """A ``.npy`` file as :func:`read_array` takes it, of which blocks of rows are read.
+
+    The file is mapped anew for each block: one that has become shorter is an error then, and what was read need not
+    stay in memory.
+
+    Args:
+        path: the file.
+        numbers: about how many a block has.
+
+    Raises:
+        DataError: one line, for a file that is damaged, empty or of another kind.
+    """
+
+    def __init__(self, path: Path, numbers: int) -> None:
+        array = _open_array(path)
+        self.name, self.columns, self.shape = str(path), list[str](), tuple(array.shape[1:])
+        self._path, self._all = path, len(array)
+        # 128 images are scored at a time, and their noise must not depend on the blocks
+        self._rows = max(1, numbers // math.prod(self.shape) // 128) * 128
+        begins = range(0, self._all, self._rows)
+        self.counts = [min(self._rows, self._all - begin) for begin in begins]
+
+    def read(self, block: int) -> Tensor:
+        """Return the rows of a block: ``float32 [n, D]``, or ``uint8 [n, C, H, W]``."""
+        array = _open_array(self._path)
+        if array.shape != (self._all, *self.shape):
+            raise DataError(f"{self.name}: has changed while it was read")
+        begin = block * self._rows
+        return _array_rows(self._path, array[begin : begin + self._rows], begin)
+
+
+def _open_array(path: Path) -> np.ndarray[Any, Any]:
+    """Map a ``.npy`` file: images ``[N, C, H, W]`` or vectors ``[N, D]``."""
     check_regular(path)
     try:  # mapped: a header that promises more than the file holds is refused before memory is taken for it
         array = np.load(path, allow_pickle=False, mmap_mode="r")
@@ -167,19 +244,39 @@ def read_array(path: Path) -> Tensor:
             array = array.transpose(0, 3, 1, 2)
         if array.shape[1] not in (1, 3):
             raise DataError(f"{path}: images have 1 or 3 channels, got shape {list(array.shape)}")
-        return torch.from_numpy(_copied(path, array, np.uint8))
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
+    elif array.ndim != 2 or array.dtype.kind not in "fiu":
         raise DataError(
             f"{path}: wants real [N, D] vectors or uint8 [N, C, H, W] images, "
             f"got {array.dtype} {list(array.shape)}"
         )
+    return array
+
+
+def _array_rows(path: Path, array: np.ndarray[Any, Any], row: int = 0) -> Tensor:
+    """Return rows of a mapped array, the first of which is number ``row`` of the file, from 0 on."""
+    if array.ndim == 4:
+        return torch.from_numpy(_copied(path, array, np.uint8))
     rows = _copied(path, array, np.float32)
-    bad = np.argwhere(~np.isfinite(rows))
-    if bad.size:
-        row, column = bad[0]
-        value = array[row, column]
-        raise DataError(f"{path}, row {row + 1}: {_unusable(str(value), float(value))}")
+    check_finite(str(path), rows, lambda i, j: array[i, j], row)
     return torch.from_numpy(rows)
+
+
+def check_finite(
+    name: str, rows: np.ndarray[Any, Any], value: Callable[[int, int], Any], row: int = 0
+) -> None:
+    """Raise DataError for the first number that float32 cannot hold.
+
+    Args:
+        name: of the file.
+        rows: float32 ``[n, D]``, where such a number is inf or NaN.
+        value: gives the number as the file has it.
+        row: number of the first row in the file, from 0 on.
+    """
+    if np.isfinite(rows).all():
+        return
+    i, j = (int(k) for k in np.argwhere(~np.isfinite(rows))[0])
+    held = value(i, j)
+    raise DataError(f"{name}, row {row + i + 1}: {_unusable(str(held), float(held))}")
 
 
 def _copied(path: Path, array: np.ndarray[Any, Any], dtype: type) -> np.ndarray[Any, Any]:
@@ -206,7 +303,13 @@ def _square(image: Tensor, path: Path, size: int) -> Tensor:
 
 def read_folder(path: Path, size: int) -> Tensor:
     """Read the images of a folder and its subfolders, centre-cropped and scaled down to ``size``."""
+    return torch.cat([*folder_parts(path, size)[1]])
+
+
+def folder_parts(path: Path, size: int, images: int = 128) -> tuple[int, Iterator[Tensor]]:
+    """Return how many images a folder has, and what reads ``images`` of them at a time as :func:`read_folder` does."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"{path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return torch.stack([_square(read_image(f), f, size) for f in files])
+    parts = (files[begin : begin + images] for begin in range(0, len(files), images))
+    return len(files), (torch.stack([_square(read_image(f), f, size) for f in p]) for p in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyflowkern.data import (
     DataSet,
     load,
     load_pairs,
+    open_blocks,
     parts_of,
     read,
 )
@@ -28,6 +30,8 @@ __all__ = ["BRIDGE", "DataBridge", "load_data", "start_rows"]
 BRIDGE = transport.SchrodingerBridge.__name__
 #: Epsilon of the held-out score, for each standardised column.
 EPSILON = 0.1
+#: Bytes of float32 from which on a file is streamed: on every machine, as which rows are held out follows from it.
+STREAMED = 2**30
 
 
 class DataBridge(DataModel):
@@ -88,14 +92,28 @@ def load_data(config: TrainConfig) -> DataSet:
         if any(given):
             raise ConfigError(f"data0 and data1 are for {BRIDGE}; {config.flow} takes data")
         options: dict[str, Any] = {"size": config.size, "seed": config.seed}
-        return load(config.data, context=context, labels=config.labels, **options)
+        options |= {"labels": config.labels, "stream": _streams(config)}
+        return load(config.data, context=context, **options)
     if context is not None or config.labels:
         raise ConfigError(f"{BRIDGE} takes no context and no labels")
+    if config.stream == "always":
+        raise ConfigError(f"{BRIDGE} reads its tables whole: stream must be auto or never")
     if not all(given):
         raise ConfigError(f"{BRIDGE} needs two tables, data0 and data1")
     if config.data != TrainConfig().data:
         raise ConfigError(f"{BRIDGE} takes data0 and data1, not data (got {config.data!r})")
     return load_pairs(config.data0, config.data1, seed=config.seed)
+
+
+def _streams(config: TrainConfig) -> bool:
+    """Whether the rows of a file stay there, of which some are in memory at a time."""
+    path = Path(config.data)
+    if config.stream != "auto":
+        return config.stream == "always"
+    if not path.is_file() or path.suffix.lower() not in (".npy", ".parquet"):
+        return False
+    file = open_blocks(path)
+    return 4 * sum(file.counts) * math.prod(file.shape) >= STREAMED
 
 
 def start_rows(

@@ -161,7 +161,7 @@ def load_trained(path: Path) -> Trained:
     checkpoint = load_checkpoint(path)
     own = checkpoint["pyflowkern"]
     try:
-        config = with_earlier_defaults(TrainConfig.create(own["config"]))
+        config = with_earlier_defaults(TrainConfig.stored(own["config"]))
         model = build(config, own["data"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

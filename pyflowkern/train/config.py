@@ -67,6 +67,7 @@ class TrainConfig:
     context_columns: str = ""  #: of a table: columns on which the others depend, such as a,b
     label_column: str = ""  #: of a table: the column of classes on which the others depend
     labels: bool = False  #: the labels of digits as classes
+    stream: str = "auto"  #: leave the rows of a .npy or .parquet file there: always, never, or auto, from 1 GiB on
     flow: str = "Glow"  #: a class of pyflowkern.flows, or SchrodingerBridge
     flow_args: dict[str, Any] = field(default_factory=dict)
     out: str = "out/train"
@@ -115,9 +116,16 @@ class TrainConfig:
             raise ConfigError(
                 "context_columns, label_column and labels exclude each other: give one of them"
             )
+        if config.stream not in ("auto", "always", "never"):
+            raise ConfigError(f"stream must be auto, always or never, got {config.stream!r}")
         if config.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(f"precision must be 32-true or bf16-mixed, got {config.precision!r}")
         return config
+
+    @classmethod
+    def stored(cls, options: dict[str, Any]) -> TrainConfig:
+        """Check the options of a run, which an earlier version may have written: it read every file whole."""
+        return cls.create({"stream": "never"} | options)
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ from pyflowkern.data import (
 )
 from pyflowkern.train.checkpoint import Trained
 from pyflowkern.train.config import ConfigError
-from pyflowkern.train.data_model import DataFlow
 
-__all__ = ["contexts_of", "with_context"]
+__all__ = ["ContextOf", "contexts_of", "with_context"]
+
+#: Gives the contexts of the samples from one number to before another, as :meth:`DataFlow.sample` takes them.
+ContextOf = Callable[[int, int], Tensor | None]
 
 
-def contexts_of(
-    trained: Trained, n: int, context: str | None, label: int | None
-) -> dict[str, Any]:
-    """Return the contexts of ``n`` samples, as an argument of :meth:`DataFlow.sample`.
+def contexts_of(trained: Trained, context: str | None, label: int | None) -> ContextOf:
+    """Return what gives the contexts of samples.
 
     Raises:
         ConfigError: one line, for a context that the flow does not take or that is missing.
@@ -39,40 +39,39 @@ def contexts_of(
     if condition is None or not condition.classes:
         if label is not None:
             raise ConfigError("label is for runs with labels, this one has none")
-        return {"context": _numbers(trained, condition, n, context)}
+        return _numbers(trained, condition, context)
     if context is not None:
         raise ConfigError("context is for runs with context columns; this one has labels")
     if label is None:
-        assert isinstance(trained.model, DataFlow)
-        return {"context": trained.model.in_turn(n)}
+        classes = len(condition.classes)
+        return lambda begin, end: torch.arange(begin, end) % classes
     if label not in condition.classes:
         known = ", ".join(map(str, condition.classes))
         raise ConfigError(f"label must be one of {known}, got {label}")
-    return {"context": torch.full((n,), condition.classes.index(label))}
+    number = condition.classes.index(label)
+    return lambda begin, end: torch.full((end - begin,), number)
 
 
-def _numbers(
-    trained: Trained, condition: Condition | None, n: int, given: str | None
-) -> Tensor | None:
+def _numbers(trained: Trained, condition: Condition | None, given: str | None) -> ContextOf:
     if condition is None:
         if given is not None:
             raise ConfigError("context is for runs with context columns, this one has none")
-        return None
+        return lambda begin, end: None
     wanted = f"{len(condition.columns)} numbers ({', '.join(condition.columns)})"
     if given is None:
         if getattr(trained.model.flow, "context_dropout", 0):
-            return None  # the flow knows what stands for no context
+            return lambda begin, end: None  # the flow knows what stands for no context
         raise ConfigError(f"context must be given: {wanted}, or a file of them")
-    if Path(given).suffix.lower() in (".csv", ".npy"):
+    if Path(given).suffix.lower() in (".csv", ".npy", ".parquet"):
         rows = _of_file(given, condition)
-        return rows[torch.arange(n) % len(rows)]
+        return lambda begin, end: rows[torch.arange(begin, end) % len(rows)]
     try:
         row = torch.tensor([float(number) for number in given.split(",")])
     except ValueError:
         raise ConfigError(f"context must be {wanted}, or a file of them, got {given!r}") from None
     if len(row) != len(condition.columns) or not all(map(math.isfinite, row.tolist())):
         raise ConfigError(f"context must be {wanted}, got {given!r}")
-    return row.expand(n, -1)
+    return lambda begin, end: row.expand(end - begin, -1)
 
 
 def _of_file(source: str, condition: Condition) -> Tensor:

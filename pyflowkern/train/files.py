@@ -6,10 +6,12 @@ import fcntl
 import os
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["write_atomic"]
+__all__ = ["open_atomic", "write_atomic"]
 
 _PREFIX, _SUFFIX = ".pyflowkern-", ".tmp"
 
@@ -17,42 +19,74 @@ _PREFIX, _SUFFIX = ".pyflowkern-", ".tmp"
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write ``data`` to ``path``, so that a reader finds the old file or the new one and never a part.
 
-    The data goes to a temporary file beside ``path``, is flushed to the disk and then renamed.  The temporary name
-    is random and is opened only if nothing has it, so that a link which someone else put there is never followed.
-    A process that is killed while it writes leaves its temporary file; the next write into the folder removes it.
-
-    Raises:
-        OSError: naming ``path``, for a full disk, a folder without permission and the like.
+    It is :func:`open_atomic` for what is in memory already, with the same errors.
 
     Example:
         >>> write_atomic(Path("scores.txt"), b"1.5")
         >>> Path("scores.txt").read_text()
         '1.5'
     """
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Give the block a file to write in parts, which stands at ``path`` once the block has ended well, and not before.
+
+    The data goes to a temporary file beside ``path``, is flushed to the disk and then renamed.  The temporary name
+    is random and is opened only if nothing has it, so that a link which someone else put there is never followed.
+    A block that raises leaves nothing.  A process that is killed while it writes leaves its temporary file; the next
+    write into the folder removes it.
+
+    Raises:
+        OSError: naming ``path``, for a full disk, a folder without permission and the like; those of the block that
+            name another file stay as they are.
+
+    Example:
+        >>> with open_atomic(Path("scores.txt")) as file:
+        ...     for score in ("1.5", "2.5"):
+        ...         _ = file.write(score.encode())
+        >>> Path("scores.txt").read_text()
+        '1.52.5'
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
-        _write(path, data)
+        with _temporary(path) as file:
+            yield file
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if not _is_about(error, path):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
+@contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """Give the block a temporary file beside ``path``, which takes its name at the end or goes."""
     temporary, handle = _open_temporary(path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)  # while the file is still locked
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether an error is one of writing to ``path``: of its temporary file, a folder above it, or an open file."""
+    if error.filename is None:
+        return True
+    named = Path(os.fsdecode(error.filename))
+    return path.is_relative_to(named) or named.name.startswith(_PREFIX)
 
 
 def _open_temporary(folder: Path) -> tuple[Path, int]:

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pyflowkern.data import Batch, DataError, read
+from pyflowkern.data import Batch, DataError, Moments, read_parts
 from pyflowkern.train.bridges import DataBridge, load_data, start_rows
 from pyflowkern.train.checkpoint import Trained, load_trained
 from pyflowkern.train.config import ConfigError
-from pyflowkern.train.contexts import contexts_of, with_context
-from pyflowkern.train.files import write_atomic
-from pyflowkern.train.model import score
+from pyflowkern.train.contexts import ContextOf, contexts_of, with_context
+from pyflowkern.train.model import evaluation
 from pyflowkern.train.plots import save_grid
+from pyflowkern.train.progress import progress
+from pyflowkern.train.signals import signals_raise
 from pyflowkern.train.threads import limited_threads
+from pyflowkern.train.writers import rows_into
 
 __all__ = ["evaluate_checkpoint", "save_samples"]
 
 
-#: Values that are drawn at a time; the flow needs some hundred times as many numbers meanwhile.
-_AT_ONCE = 2**20
+#: Values that are drawn or scored at a time; the flow needs some hundred times as many numbers meanwhile.
+_DRAWN, _SCORED = 2**18, 2**16
+#: Images and pairs of a bridge that are scored at a time.
+_IMAGES = 128
 #: Steps of a bridge's path.
 BRIDGE_STEPS = 100
-#: Bytes that a value takes until it is in a file: the sample, and what is made of it.
-_BYTES = {".png": 16, ".npy": 8, ".csv": 64}
+#: Bytes that a pixel takes until it is in a picture: the sample, and what is made of it.
+_BYTES = 16
 
 
 def save_samples(
@@ -47,8 +50,12 @@ def save_samples(
     context: str | None = None,
     label: int | None = None,
     guidance: float = 1.0,
+    bar: bool | None = None,
 ) -> None:
-    """Draw ``n`` samples and write them as ``.png`` (images), ``.csv`` (vectors) or ``.npy`` (either).
+    """Draw ``n`` samples and write them as ``.png`` (images), ``.csv`` or ``.parquet`` (vectors) or ``.npy`` (either).
+
+    They are written as they are drawn, so that memory is needed for some of them; only a picture is made of all.  The
+    file stands under its name once it is whole.
 
     Samples of a bridge are the ends of paths that begin at rows of ``start``, by default of the table at that end;
     ``backward`` paths run from the second table to the first.
@@ -69,31 +76,38 @@ def save_samples(
         raise ConfigError(f"temperature must be 1 for a bridge, got {temperature}")
     if not bridge and (start is not None or backward):
         raise ConfigError(f"start and backward are for bridges, {checkpoint} is a flow")
-    given = (
-        {}
-        if bridge and context is None and label is None
-        else contexts_of(trained, n, context, label)
-    )
+    given: dict[str, Any] = {}
+    if not bridge or context is not None or label is not None:
+        given["context_of"] = contexts_of(trained, context, label)
     if guidance != 1:
         given["guidance"] = _guidance(trained, guidance)
-    suffix = out.suffix.lower()
-    suffixes = (".png", ".npy") if trained.facts["bits"] is not None else (".csv", ".npy")
+    suffix, pixels = out.suffix.lower(), trained.facts["bits"] is not None
+    suffixes = (".png", ".npy") if pixels else (".csv", ".npy", ".parquet")
     if suffix not in suffixes:
-        raise ConfigError(f"{out}: these samples go to a {' or '.join(suffixes)} file")
+        known = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]])
+        raise ConfigError(f"{out}: these samples go to a {known} file")
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder, wants a file")
-    _check_memory(n, n * math.prod(trained.facts["shape"]) * _BYTES[suffix])
-    samples = (
-        _ends(trained, n, seed, start, backward)
+    drawn = (
+        _ends(
+            trained,
+            start_rows(trained.config, n, seed, start=start, backward=backward),
+            start,
+            backward,
+        )
         if bridge
-        else _draw(trained, n, temperature, seed, **given)
+        else _drawn(trained, n, temperature, **given)
     )
-    if suffix == ".png":
-        save_grid(out, samples, trained.facts["levels"], columns=math.ceil(math.sqrt(n)))
-    elif suffix == ".npy":
-        write_atomic(out, _array(samples))
-    else:
-        write_atomic(out, _table(samples, trained.facts["columns"]).encode())
+    with _drawing(trained, n, seed, bar) as advance:
+        parts = _told(drawn, advance)
+        if suffix == ".png":
+            _check_memory(n, n * math.prod(trained.facts["shape"]) * _BYTES)
+            columns = math.ceil(math.sqrt(n))
+            save_grid(out, torch.cat([*parts]), trained.facts["levels"], columns=columns)
+            return
+        with rows_into(out, n, tuple(trained.facts["shape"]), trained.facts["columns"]) as write:
+            for part in parts:
+                write(part)
 
 
 def _check_memory(n: int, wanted: int) -> None:
@@ -105,34 +119,43 @@ def _check_memory(n: int, wanted: int) -> None:
         )
 
 
-@torch.no_grad()
-def _draw(
-    trained: Trained,
-    n: int,
-    temperature: float,
-    seed: int,
-    context: Tensor | None = None,
-    **options: float,
-) -> Tensor:
-    """Draw in parts, so that memory is needed for the samples and for a part of the flow's own numbers."""
+@contextmanager
+def _drawing(trained: Trained, n: int, seed: int, bar: bool | None) -> Iterator[Any]:
+    """Run the block with the seed, the threads and the signals of drawing, and give it the bar's function."""
     shape = tuple(trained.facts["shape"])
-    part = min(n, max(1, _AT_ONCE // math.prod(shape)))
-    places = torch.arange(n).split(part)
     threads = trained.config.threads
-    with torch.random.fork_rng(), limited_threads(trained.model, part, shape, threads):
+    with (
+        torch.random.fork_rng(),
+        limited_threads(trained.model, min(n, _part(shape)), shape, threads),
+        signals_raise(),
+        progress("sample", n, bar) as advance,
+    ):
         torch.manual_seed(seed)
-        sample: Any = trained.model.sample
-        return torch.cat(
-            [
-                sample(
-                    len(i),
-                    None if context is None else context[i],
-                    temperature=temperature,
-                    **options,
-                )
-                for i in places
-            ]
-        )
+        yield advance
+
+
+def _part(shape: tuple[int, ...]) -> int:
+    """Return how many samples are drawn at a time."""
+    return max(1, _DRAWN // math.prod(shape))
+
+
+def _told(parts: Iterable[Tensor], advance: Any) -> Iterator[Tensor]:
+    """Yield the parts, and tell the bar of each that is done with."""
+    for part in parts:
+        yield part
+        advance(len(part))
+
+
+@torch.no_grad()
+def _drawn(
+    trained: Trained, n: int, temperature: float, context_of: ContextOf, **options: float
+) -> Iterator[Tensor]:
+    """Draw in parts, so that memory is needed for a part of the samples and of the flow's own numbers."""
+    part = _part(tuple(trained.facts["shape"]))
+    sample: Any = trained.model.sample
+    for begin in range(0, n, part):
+        end = min(begin + part, n)
+        yield sample(end - begin, context_of(begin, end), temperature=temperature, **options)
 
 
 def _guidance(trained: Trained, weight: float) -> float:
@@ -147,53 +170,52 @@ def _guidance(trained: Trained, weight: float) -> float:
     return weight
 
 
-def _ends(trained: Trained, n: int, seed: int, start: str | None, backward: bool) -> Tensor:
-    model, config = trained.model, trained.config
+def _ends(trained: Trained, rows: Tensor, start: str | None, backward: bool) -> Iterator[Tensor]:
+    """Yield where paths end that begin at the rows, some at a time: a path has many steps."""
+    model = trained.model
     assert isinstance(model, DataBridge)
-    rows = start_rows(config, n, seed, start=start, backward=backward)
     _check_kind(trained.facts, start or "the table", tuple(rows.shape[1:]), None)
-    with torch.random.fork_rng(), limited_threads(model, n, tuple(rows.shape[1:]), config.threads):
-        torch.manual_seed(seed)
-        return model.ends(rows, steps=BRIDGE_STEPS, backward=backward)
+    part = max(1, _DRAWN // (rows.shape[1] * BRIDGE_STEPS // 4))
+    return (model.ends(some, steps=BRIDGE_STEPS, backward=backward) for some in rows.split(part))
 
 
-def _array(samples: Tensor) -> memoryview:
-    buffer = io.BytesIO()
-    np.save(buffer, samples.numpy())
-    return buffer.getbuffer()
-
-
-def _table(samples: Tensor, columns: list[str]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    if columns:
-        writer.writerow(columns)
-    writer.writerows(samples.tolist())
-    return text.getvalue()
-
-
+@torch.no_grad()
 def evaluate_checkpoint(
-    checkpoint: Path, source: str | None = None, *, seed: int = 0
+    checkpoint: Path, source: str | None = None, *, seed: int = 0, bar: bool | None = None
 ) -> dict[str, Any]:
-    """Score the run's own held-out rows, or every row of other data."""
+    """Score the run's own held-out rows, or every row of other data, which is read as it is scored.
+
+    Raises:
+        ConfigError: one line, for a checkpoint that cannot be used, and data for a bridge.
+        DataError: one line, for data that cannot be used.
+    """
     trained = load_trained(checkpoint)
-    rows = _rows(trained, source)
-    with limited_threads(
-        trained.model, 128, tuple(trained.facts["shape"]), trained.config.threads
+    shape, moments = tuple(trained.facts["shape"]), Moments()
+    parts, total = _parts(trained, source)
+    at_once = _IMAGES
+    if trained.facts["bits"] is None and not isinstance(trained.model, DataBridge):
+        at_once = max(_IMAGES, _SCORED // math.prod(shape))
+    with (
+        evaluation(trained.model, seed),
+        limited_threads(trained.model, at_once, shape, trained.config.threads),
+        progress("evaluate", total, bar) as advance,
     ):
-        scores = score(trained.model, rows, seed=seed).double()
+        for rows in parts:
+            for part in rows.split(at_once):
+                moments.update(trained.model.scores(part))
+                advance(len(part))
     return {
-        "score": float(scores.mean()),
-        "standard_error": float(scores.std(correction=0)) / math.sqrt(len(scores)),
+        "score": float(moments.mean),
+        "standard_error": float(moments.std) / math.sqrt(moments.count),
         "unit": trained.unit,
-        "rows": len(scores),
+        "rows": moments.count,
         "data": source or trained.facts["name"],
         "step": trained.step,
     }
 
 
-def _rows(trained: Trained, source: str | None) -> Batch:
-    """Return the held-out rows of the run's own data or of a named set, else every row of a file."""
+def _parts(trained: Trained, source: str | None) -> tuple[Iterable[Batch], int | None]:
+    """Return the held-out rows of the run's own data or of a named set, else every row of a file; and how many."""
     config, facts = trained.config, trained.facts
     if isinstance(trained.model, DataBridge) and source is not None:
         raise ConfigError("a bridge is scored on its own held-out rows, without data")
@@ -205,14 +227,19 @@ def _rows(trained: Trained, source: str | None) -> Batch:
                 f"{data.name}: has changed since training, so its held-out rows are not known any more; "
                 "give a file of held-out rows with --data"
             )
-        return data.validation
-    rows: Batch
-    rows, header = read(str(source), size=config.size)
+        return [data.validation], len(data.validation)
+    parts, total = read_parts(str(source), size=config.size, numbers=_SCORED)
+    return (_of_kind(trained, str(source), *part) for part in parts), total
+
+
+def _of_kind(trained: Trained, source: str, rows: Tensor, header: list[str]) -> Batch:
+    """Return rows of a file with their contexts, having seen that they are what the flow was trained on."""
+    taken: Batch = rows
     bits = 8 if rows.dim() == 4 else None
-    if facts.get("condition"):
-        rows = with_context(trained, str(source), rows, header)
-    _check_kind(facts, str(source), tuple(rows.shape[1:]), bits)
-    return rows
+    if trained.facts.get("condition"):
+        taken = with_context(trained, source, rows, header)
+    _check_kind(trained.facts, source, tuple(taken.shape[1:]), bits)
+    return taken
 
 
 def _check_kind(

@@ -20,7 +20,7 @@ from pyflowkern.train.bridges import load_data
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.model import build
 
-__all__ = ["peak_memory", "seconds_of", "step_seconds"]
+__all__ = ["forget_peak", "peak", "peak_memory", "seconds_of", "step_seconds"]
 
 
 def _stepper(config: TrainConfig, data: DataSet) -> Callable[[int], None]:
@@ -77,8 +77,8 @@ def peak_memory(config: TrainConfig, *, reference: bool) -> float:
     return float(answer.stdout.split()[-1])
 
 
-def _peak() -> float:
-    """Return the peak resident memory in MB since :func:`_forget_peak`; elsewhere than on Linux since the start."""
+def peak() -> float:
+    """Return the peak resident memory in MB since :func:`forget_peak`; elsewhere than on Linux since the start."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -86,7 +86,7 @@ def _peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Lower the kernel's high-water mark to what is resident now (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -96,12 +96,12 @@ def _main() -> None:
     request = json.loads(sys.argv[1])
     config = TrainConfig.create(request["config"])
     step = _stepper(config, load_data(config))
-    _forget_peak()
-    before = _peak()
+    forget_peak()
+    before = peak()
     with use_reference(request["reference"]):
         for number in range(3):
             step(number)
-    print(_peak() - before)
+    print(peak() - before)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ __all__ = [
     "DataFlow",
     "DataModel",
     "build",
+    "evaluation",
     "held_out",
     "score",
     "with_defaults",
@@ -180,20 +181,20 @@ def score(model: DataModel, rows: Batch, *, seed: int = 0, batch_size: int = 128
 
     Dequantisation noise comes from ``seed``, so two models are scored under the same noise.
     """
-    with _evaluation(model, seed):
+    with evaluation(model, seed):
         return torch.cat([model.scores(part) for part in rows.split(batch_size)])
 
 
 @torch.no_grad()
 def held_out(model: DataModel, rows: Batch, *, seed: int = 0, batch_size: int = 128) -> float:
     """Return what a run's curve shows of rows that are held out: the mean score, or loss, in eval mode."""
-    with _evaluation(model, seed):
+    with evaluation(model, seed):
         parts = [(len(part), model.objective(part)[1]) for part in rows.split(batch_size)]
     return sum(n * float(shown) for n, shown in parts) / len(rows)
 
 
 @contextmanager
-def _evaluation(model: DataModel, seed: int) -> Iterator[None]:
+def evaluation(model: DataModel, seed: int) -> Iterator[None]:
     """Run the block in eval mode, with random numbers that follow from the seed."""
     was_training = model.training
     model.eval()

@@ -49,7 +49,7 @@ def resume_config(out: Path) -> TrainConfig:
     """Return the config that a run's folder holds; the folder itself may have been moved."""
     if not (out / "config.yaml").exists():
         raise ConfigError(f"{out}: holds no run to resume (no config.yaml)")
-    stored = TrainConfig.create(TrainConfig.read(out / "config.yaml"))
+    stored = TrainConfig.stored(TrainConfig.read(out / "config.yaml"))
     return replace(with_earlier_defaults(stored), out=str(out))
 
 

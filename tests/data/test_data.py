@@ -157,7 +157,7 @@ NAN[3, 1] = np.nan
 #: name of the file, how to write it, what the one line must say
 BAD_DATA = {
     "missing": ("none.csv", lambda path: None, "none.csv: no such file"),
-    "suffix": ("t.txt", _text("1,2"), "t.txt: wants a .csv or .npy"),
+    "suffix": ("t.txt", _text("1,2"), "t.txt: wants a .csv, .npy or .parquet file"),
     "empty csv": ("t.csv", _text(""), "t.csv: holds no rows"),
     "header alone": ("t.csv", _text("a,b\n"), "t.csv: holds no rows"),
     "word": ("t.csv", _text("a,b\n1,2\n3,four\n"), "t.csv, row 3: 'four' is not a number"),

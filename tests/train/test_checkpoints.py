@@ -237,7 +237,7 @@ def test_an_overwritten_run_leaves_no_files_behind(run, monkeypatch):
 
 
 NUMBERS = {
-    "samples": (("-n", 10**12), "1000000000000 samples would need 1.28e+05 GB of memory"),
+    "samples": (("-n", 10**12), "1000000000000 samples would take 8e+03 GB or more"),
     "infinite": (("--temperature", "inf"), "temperature must be a number from 0 on, got inf"),
     "not a number": (("--temperature", "nan"), "temperature"),
 }
@@ -257,7 +257,7 @@ def test_samples_do_not_go_into_a_folder(run, capsys, monkeypatch):
 
 
 def test_samples_drawn_in_parts_are_as_many_as_asked_for(run, monkeypatch):
-    monkeypatch.setattr("pyflowkern.train.inference._AT_ONCE", 6)  # three rows of two numbers
+    monkeypatch.setattr("pyflowkern.train.inference._DRAWN", 6)  # three rows of two numbers
     from pyflowkern.train.inference import save_samples
 
     save_samples(run, run / "s.npy", 8)
