@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make build | make bench: each does all its own set-up.
+# make demo | make test | make lint | make docs | make build | make bench: each does all its own set-up.
 # make gpu: build, test, sanitize and measure with the torch that $(PYTHON) has, on its GPU.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflow
 PEERS := FrEIA nflows normflows torchdiffeq zuko
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
-.PHONY: demo test test-fast fuzz lint format build bench gpu clean
+.PHONY: demo test test-fast fuzz lint format docs build bench gpu clean
 demo: $(VENV)/installed
 	$(say) "the demonstration, 4 minutes"
 	$(BIN)/pyflowkern demo
@@ -33,6 +33,11 @@ lint: $(VENV)/tools
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# the pages of docs/ and the reference of all public names into out/docs; a warning is an error
+docs: $(VENV)/docs
+	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs out/docs
+	@echo "out/docs/index.html"
 
 # the libraries into the source tree, for development: pyflowkern/lib is found before an installed wheel
 build: $(VENV)/tools
@@ -65,6 +70,10 @@ $(VENV)/tools: $(VENV)/compilers
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS) typer pillow pyyaml lightning \
 	  tensorboard matplotlib scikit-learn scikit-image pyarrow
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt sphinx furo myst-parser sphinx-copybutton
 	touch $@
 
 # Of the output only the progress is shown, [7/47] Building ...; all of it if the build fails.

@@ -1,0 +1,60 @@
+"""Sphinx: ``make docs`` builds the pages into out/docs, and fails at a warning."""
+
+import importlib
+import re
+
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+from pyflowkern import __version__
+
+project = "pyflowkern"
+author = "the pyflowkern authors"
+release = version = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3  # links between pages name headings, as on the web view of the repository
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+python_use_unqualified_type_names = True
+napoleon_use_ivar = True  # attributes of a named tuple are described once
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"pyflowkern {version}"
+copybutton_prompt_text = ">>> |... |$ "
+copybutton_prompt_is_regexp = True
+
+#: Packages whose public names are all in the reference.
+REFERENCE = ("", ".flows", ".interop", ".nn", ".ode", ".ops", ".testing", ".train", ".transport")
+
+
+def name_files(app: Sphinx, page: str, source: list[str]) -> None:
+    """Write the paths of files outside the pages as text: links to them work in the repository alone."""
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", source[0])
+
+
+def find_undocumented(app: Sphinx, error: Exception | None) -> None:
+    """Warn of public names without an entry in the reference."""
+    found = app.env.domaindata["py"]["objects"]
+    for module in () if error else map("pyflowkern{}".format, REFERENCE):
+        package = importlib.import_module(module)
+        for name in package.__all__:
+            if f"{module}.{name}" not in found and not name.startswith("__"):
+                logging.getLogger(__name__).warning("%s.%s is not in the reference", module, name)
+
+
+def setup(app: Sphinx) -> None:
+    """Connect both: Sphinx calls this."""
+    app.connect("source-read", name_files)
+    app.connect("build-finished", find_undocumented)
