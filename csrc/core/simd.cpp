@@ -61,4 +61,4 @@ extern "C" __attribute__((visibility("default"))) const char* pyflowkern_version
 
 // Counts the changes of the ops' schemas and of the numbers in core/codes.h: Python refuses a
 // library that was built for other ones, as a kernel takes its arguments as they come.
-extern "C" __attribute__((visibility("default"))) int pyflowkern_schemas() { return 8; }
+extern "C" __attribute__((visibility("default"))) int pyflowkern_schemas() { return 9; }

@@ -21,7 +21,7 @@ from pyflowkern.flows._guidance import (
     weights_of,
 )
 from pyflowkern.flows.cnf import CNF
-from pyflowkern.nn import BijectionTransform, MultiScale, VectorField
+from pyflowkern.nn import BijectionTransform, MultiScale, VectorField, VectorFieldMLP
 from pyflowkern.transport import (
     ConditionalFlowMatcher,
     ExactOptimalTransportConditionalFlowMatcher,
@@ -257,10 +257,16 @@ class FlowMatching(CNF):
     def _field(self, s: Tensor | float, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the velocity from data to base."""
         given = () if context is None else (context,)
-        field = next(self.blocks()).field
-        state = x if isinstance(self.bijection, MultiScale) else x.flatten(1)  # images, or vectors
-        velocity: Tensor = field(1 - s, state, *given)
+        velocity: Tensor = self._network()(1 - s, self._state(x), *given)
         return velocity.reshape(x.shape)
+
+    def _network(self) -> torch.nn.Module:
+        field: torch.nn.Module = next(self.blocks()).field
+        return field
+
+    def _state(self, x: Tensor) -> Tensor:
+        """Return points as the field takes them: images, or vectors."""
+        return x if x.dim() == 2 or isinstance(self.bijection, MultiScale) else x.flatten(1)
 
     def loss(
         self,
@@ -306,6 +312,10 @@ class FlowMatching(CNF):
         if context is not None and self.training and self.context_dropout:
             draw = torch.rand(len(x1), 1, device=x1.device, generator=generator)
             context = torch.where(draw < self.context_dropout, self._null(), context)
+        field = self._network()
+        if isinstance(field, VectorFieldMLP):  # which has the gradients from one pass
+            ahead = torch.rsub(s, 1)  # shorter than 1 - s
+            return field.squared_error(ahead, self._state(xs), self._state(-us), context)
         return mse_loss(self._field(s, xs, context), -us)
 
 

@@ -25,6 +25,8 @@ __all__ = [
     "call_layers",
     "check_field",
     "check_states",
+    "each_sample",
+    "of_samples",
     "parameters_of",
     "probes_of",
     "work_dtype",
@@ -190,6 +192,20 @@ class DivergenceField(torch.nn.Module):
             return velocity, divergence
         kinetic = velocity.flatten(1).square().sum(1)
         return velocity, divergence, kinetic, norms.sum(0) if exact else norms.mean(0)
+
+
+def of_samples(factor: Tensor | float, x: Tensor) -> bool:
+    """Whether a factor is a number, or one for each sample, ``[N, 1]``."""
+    if not isinstance(factor, Tensor):
+        return True
+    return factor.dtype == x.dtype and factor.shape == (len(x), 1)
+
+
+def each_sample(factor: Tensor | float, x: Tensor) -> Tensor | None:
+    """Return such a factor as ``[N]``, None for 1."""
+    if isinstance(factor, Tensor):
+        return factor.squeeze(1)
+    return None if factor == 1 else x.new_full((len(x),), factor)
 
 
 def _product(velocity: Tensor, x: Tensor, e: Tensor, recorded: bool) -> Tensor:

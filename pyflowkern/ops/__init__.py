@@ -1,7 +1,7 @@
 """Public ops: each a fused kernel with a pure-PyTorch reference beside it."""
 
 from pyflowkern import _library
-from pyflowkern.ops import field_time  # noqa: F401  (an op that fields call)
+from pyflowkern.ops import field_loss, field_time  # noqa: F401  (ops that fields call)
 from pyflowkern.ops.actnorm import (
     actnorm,
     actnorm_reference,

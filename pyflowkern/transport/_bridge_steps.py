@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.core.dtypes import cast
+from pyflowkern.nn import VectorFieldMLP
 from pyflowkern.transport.matchers import SchrodingerBridgeConditionalFlowMatcher
 
 __all__ = ["Drift", "Regression", "matched", "mean_matching", "regression_loss", "walk"]
@@ -48,7 +49,12 @@ class Regression(NamedTuple):
 def regression_loss(network: Drift, terms: list[Regression]) -> Tensor:
     """Return the sum of the losses of a network's regressions, for which it is called once."""
     if len(terms) == 1:
-        return terms[0].loss(network(terms[0].t, terms[0].x))
+        term = terms[0]
+        if isinstance(network, VectorFieldMLP):  # which has the gradients from one pass
+            return network.squared_error(
+                term.t, term.x, term.target, scale=term.scale, weight=term.weight
+            )
+        return term.loss(network(term.t, term.x))
     outputs = network(torch.cat([term.t for term in terms]), torch.cat([term.x for term in terms]))
     parts = outputs.split([len(term.x) for term in terms])
     return torch.stack([term.loss(y) for term, y in zip(terms, parts, strict=True)]).sum()

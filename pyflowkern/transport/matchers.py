@@ -58,8 +58,7 @@ class ConditionalFlowMatcher:
 
     def compute_mu_t(self, x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
         """Return the mean of the path at times ``t``, ``[N, *shape]``."""
-        t = _like(t, x0)
-        return (1 - t) * x0 + t * x1
+        return torch.lerp(x0, x1, _like(t, x0))
 
     def compute_sigma_t(self, t: Any) -> Any:
         """Return the standard deviation of the path at times ``t``: a number, or a tensor of the shape of ``t``."""
@@ -80,9 +79,10 @@ class ConditionalFlowMatcher:
 
     def sample_xt(self, x0: Tensor, x1: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
         """Return the points of the paths at times ``t`` ``[N]`` with the noise ``epsilon`` ``[N, *shape]``."""
-        width = self.compute_sigma_t(t)
-        width = _like(width, x0)
-        return self.compute_mu_t(x0, x1, t) + width * epsilon
+        width, mean = self.compute_sigma_t(t), self.compute_mu_t(x0, x1, t)
+        if not isinstance(width, Tensor):
+            return torch.add(mean, epsilon, alpha=width) if width else mean
+        return mean + _like(width, x0) * epsilon
 
     def sample_noise_like(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw standard normal noise of the shape of ``x``."""

@@ -238,6 +238,25 @@ def field_divergence(draw):
     return Call(ops.field_divergence, given, ("x",))
 
 
+def field_loss(draw):
+    """The op takes what was checked: the method of the field that calls it does so."""
+    n, d, context = draw.size(), draw.size(1, 9), draw.choice((0, 0, 3))
+    hidden = [draw.size(1, 65) for _ in range(draw.choice((0, 1, 3)))]
+    options = draw.choice(("tanh", "softplus", "silu", "gelu")), draw.choice(("none", "concat"))
+    dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
+    field = nn.VectorFieldMLP(d, hidden, *options, context_features=context).to(dtype)
+    with torch.no_grad():
+        for p in field.parameters():
+            p.copy_(draw.tensor(*p.shape, scale=p.shape[-1] ** -0.5))
+    given = {
+        "t": draw.tensor(n).to(dtype),
+        "x": draw.tensor(n, d).to(dtype),
+        "target": draw.tensor(n, d).to(dtype),
+        "context": draw.tensor(n, context).to(dtype) if context else None,
+    }
+    return Call(field.squared_error, given)
+
+
 def field_layer(draw):
     n, c, space, tangents = draw.size(), draw.size(1, 17), draw.space(), draw.choice((0, 1, 2))
     given = {
@@ -354,7 +373,7 @@ CALLS = {
     f.__name__: f
     for f in (
         actnorm, add_noise, affine, affine_coupling, autoregressive_inverse, bits_per_dim, chain,
-        channel_moments, conv_network, dequantize, euler_maruyama, field_divergence, field_layer, glow_step,
+        channel_moments, conv_network, dequantize, euler_maruyama, field_divergence, field_layer, field_loss, glow_step,
         householder_matrix, hutchinson_trace, invertible_linear, logit, normal_log_prob, plan_draw,
         plan_product, plu_matrix, quantize, rational_quadratic_spline, relu_network, rk_combine,
         rk_error, sinkhorn, slogdet_inverse, spline, spline_coupling,

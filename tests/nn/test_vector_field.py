@@ -242,3 +242,67 @@ def test_wrong_contexts():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def squared_errors(field, t, x, target, context=None, scale=1.0, weight=1.0):
+    """The squared error and its gradients, by the method and by its formula."""
+    given = () if context is None else (context,)
+    losses = (
+        field.squared_error(t, x, target, context, scale=scale, weight=weight),
+        (weight * (scale * field(t, x, *given) - target).square()).mean(),
+    )
+    wanted = list(field.parameters())
+    return [(v.detach(), *torch.autograd.grad(v, wanted, allow_unused=True)) for v in losses]
+
+
+@pytest.mark.parametrize("context", [None, normal(6, 2, seed=9)])
+@pytest.mark.parametrize("time", TIMES)
+def test_the_squared_error_is_its_formula(time, context):
+    torch.manual_seed(0)
+    features = 0 if context is None else 2
+    field = nn.VectorFieldMLP(3, (16, 12), "silu", time, context_features=features).double()
+    x, target = normal(6, 3), normal(6, 3, seed=1)
+    each = normal(6, 1, seed=2)
+    for t in (0.3, torch.tensor(0.3), normal(6, seed=4)):
+        for factors in ((1.0, 1.0), (each, each.exp()), (2.0, normal(6, 3, seed=5))):
+            found, expected = squared_errors(field, t, x, target, context, *factors)
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_the_squared_error_calls_what_has_hooks_and_what_a_subclass_changed():
+    field, calls = make("concat"), []
+    x, t = normal(6, 3), normal(6, seed=4)
+    with torch.no_grad():
+        field.squared_error(t, x, x)
+        for module in (field, field.layers[1]):
+            handle = module.register_forward_hook(lambda *_: calls.append(1))
+            field.squared_error(t, x, x)
+            handle.remove()
+    assert len(calls) == 2
+
+    class Doubled(nn.VectorFieldMLP):
+        def forward(self, t, x, context=None):
+            return 2 * super().forward(t, x, context)
+
+    found, expected = squared_errors(Doubled(3, (8,), time="concat").double(), t, x, x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_squared_error_of_learned_states_and_contexts():
+    field = nn.VectorFieldMLP(3, (8,), time="concat", context_features=2).double()
+    leaves = [normal(6, n, seed=n).requires_grad_() for n in (3, 2)] + [normal(6).requires_grad_()]
+    x, context, t = leaves
+    losses = (
+        field.squared_error(t, x, 2 * x, context),
+        (field(t, x, context) - 2 * x).square().mean(),
+    )
+    found, expected = (torch.autograd.grad(v, leaves) for v in losses)
+    torch.testing.assert_close(found, expected)
+
+
+def test_wrong_targets_of_the_squared_error_are_named():
+    field, x = make("concat"), normal(6, 3)
+    with pytest.raises(ValueError, match="target must have shape"):
+        field.squared_error(0.5, x, x[:, :2])
+    with pytest.raises(TypeError, match="target must be"):
+        field.squared_error(0.5, x, x.long())
