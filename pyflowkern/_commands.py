@@ -125,6 +125,13 @@ def train(
     lr: Annotated[
         float | None, typer.Option(help="Learning rate, at its largest.  [default: 0.001]")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Activations of a discrete flow: stored, or reversible, which makes them again by inverses: memory "
+            "does not grow with depth, a step takes a third longer.  [default: stored]"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write to.  [default: out/train]")
     ] = None,
@@ -180,6 +187,8 @@ def train(
     flags |= {"steps": steps, "batch_size": batch_size, "lr": lr, "labels": labels or None}
     flags |= {"context_columns": context_columns, "label_column": label_column}
     options: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if memory is not None:
+        set_ = [*(set_ or []), f"flow_args.memory={memory}"]
     if out is not None:
         options["out"] = str(out)
     if resume is not None:

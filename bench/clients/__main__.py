@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from bench import _environment
+from bench._results import read, too_busy, write
 from bench._timing import Neighbours
 from bench.clients import lampe, nessai, sbi, tutorials
-from bench.clients._results import read, too_busy, write
 
 Client = Callable[[], dict[str, Any]]
 CLIENTS: dict[str, Client] = {

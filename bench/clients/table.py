@@ -21,8 +21,8 @@ from torch import Tensor
 
 import pyflowkern
 from bench import _environment
+from bench._results import read, too_busy, write
 from bench._timing import Neighbours
-from bench.clients._results import read, too_busy, write
 from bench.clients.models import MODELS, Foreign
 
 Numbers = dict[str, Any]

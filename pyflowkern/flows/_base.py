@@ -164,6 +164,9 @@ class Flow(FlowForms):
         x, outside = self._inside_domain(x)
         return without_density(outside, self._log_prob_inside(x, context))
 
+    def _way_back(self, inverse: bool) -> str:
+        return "call"  # noise of pixels has no inverse, and the bijection has its own way
+
     def _log_prob_inside(self, x: Tensor, context: Tensor | None) -> Tensor:
         if type(self).forward is Flow.forward and self.preprocess is None:
             context = self._context_of(context, x.shape[0])

@@ -57,6 +57,7 @@ def squeeze_levels(
     levels: int,
     level: Callable[[int], list[Bijection]],
     prior: ConditionerFactory,
+    memory: str,
 ) -> MultiScale:
     """Return the levels: a squeeze, ``level(channels)``, and after all but the last a split of the channels."""
     stack: list[Bijection] = []
@@ -64,7 +65,7 @@ def squeeze_levels(
     event = shape
     for i in range(levels):
         event = squeezed(event)
-        stack.append(Sequential(Squeeze(), *level(event[0])))
+        stack.append(Sequential(Squeeze(), *level(event[0]), memory=memory))
         if i < levels - 1:
             split = Split(event[0], prior)
             splits.append(split)

@@ -172,6 +172,9 @@ class ContinuousBijection(Bijection):
         """The end ``T`` of the time, a positive scalar tensor where it is learned."""
         return self._duration if self.log_duration is None else self.log_duration.exp()
 
+    def _way_back(self, inverse: bool) -> str:
+        return "keep"
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Go from data to latent; return ``(z, log_det[N])``."""
         result = self.integrate(x, context)

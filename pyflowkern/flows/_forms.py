@@ -130,7 +130,7 @@ class FlowForms(Bijection):
         if type(first) is not Standardize:
             floating = (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
             first = Standardize(self.event_shape[0]).to(next(floating, torch.empty(0)))
-            self.bijection = Sequential(first, *inner)
+            self.bijection = Sequential(first, *inner, memory=inner.memory)
             for module in (self.bijection, first):  # the other layers keep their modes
                 module.training = inner.training
         if data is not None:

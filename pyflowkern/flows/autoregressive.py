@@ -39,6 +39,8 @@ class MAF(Flow):
         batch_norm: a :class:`~pyflowkern.nn.BatchNorm` behind each layer, as the authors have it: densities of a
             training batch then depend on all of it, and samples are those of the running statistics.
         base: the latent's distribution (see :class:`Flow`); None for the standard normal.
+        memory: ``"stored"``, or ``"reversible"`` to make activations again in the backward pass, by the inverses of the
+            layers, in place of keeping them: see :class:`~pyflowkern.nn.Sequential`.
 
     Raises:
         TypeError: for counts that are no ints and flags that are no bools.
@@ -71,6 +73,7 @@ class MAF(Flow):
         scale_map: str | ops.ScaleMap = "softclip",
         batch_norm: bool = False,
         base: torch.nn.Module | Distribution | None = None,
+        memory: str = "stored",
     ) -> None:
         shape = parse_vector(event_shape)
         check_flags(residual=residual, gated=gated, batch_norm=batch_norm)
@@ -94,7 +97,7 @@ class MAF(Flow):
             directed.append(self._directed(layer))
             if batch_norm:
                 directed.append(BatchNorm(shape[0]))
-        bijection = Sequential(*directed)
+        bijection = Sequential(*directed, memory=memory)
         super().__init__(bijection, shape, base=base, context_features=context_features)
 
     def _directed(self, layer: MaskedAutoregressive) -> Bijection:

@@ -55,6 +55,8 @@ class Glow(Flow):
         conditioner: factory ``(in, out) -> module`` for the couplings, in place of the three
             convolutions (a two-layer MLP for vectors).
         base: the latent's distribution (see :class:`Flow`); None for the standard normal.
+        memory: ``"stored"``, or ``"reversible"`` to make activations again in the backward pass, by the inverses of the
+            layers, in place of keeping them: see :class:`~pyflowkern.nn.Sequential`.
 
     Raises:
         TypeError: for counts that are no ints, and a conditioner whose networks do not take the context.
@@ -86,6 +88,7 @@ class Glow(Flow):
         parameterization: str = "plu",
         conditioner: ConditionerFactory | None = None,
         base: torch.nn.Module | Distribution | None = None,
+        memory: str = "stored",
     ) -> None:
         shape = parse_event(event_shape)
         levels, steps, hidden = check_counts(levels=levels, steps=steps, hidden=hidden)
@@ -105,10 +108,10 @@ class Glow(Flow):
             return layers
 
         if vector:
-            bijection: Bijection = Sequential(*level(shape[0]))
+            bijection: Bijection = Sequential(*level(shape[0]), memory=memory)
         else:
             check_space(shape, levels)
-            bijection = squeeze_levels(shape, levels, level, convolutional)
+            bijection = squeeze_levels(shape, levels, level, convolutional, memory)
         super().__init__(
             bijection,
             shape,

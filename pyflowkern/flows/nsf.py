@@ -104,6 +104,8 @@ class NSF(Flow):
         base: the latent's distribution (see :class:`Flow`); None for the standard normal, or the
             uniform one on a bounded domain.
         conditioner: factory ``(in, out) -> module`` for the couplings.
+        memory: ``"stored"``, or ``"reversible"`` to make activations again in the backward pass, by the inverses of the
+            layers, in place of keeping them: see :class:`~pyflowkern.nn.Sequential`.
 
     Raises:
         TypeError: for counts that are no ints, flags that are no bools, and a conditioner whose
@@ -147,6 +149,7 @@ class NSF(Flow):
         spline: SplineMap | None = None,
         base: torch.nn.Module | Distribution | None = None,
         conditioner: ConditionerFactory | None = None,
+        memory: str = "stored",
     ) -> None:
         check_flags(autoregressive=autoregressive, circular=circular)
         check_flags(residual=residual, gated=gated, unconditional=unconditional)
@@ -157,23 +160,22 @@ class NSF(Flow):
         spline = _spline_map(spline, check_count("bins", bins), bound, tails, circular)
         domain = spline.interval if spline.tails in ("circular", "none") else None
         mixing = _check_mixing(mixing, domain, autoregressive)
-        coupled, bounded = unconditional or conditioner is not None, domain is not None
-        _check_together(shape, bits, autoregressive, bounded, coupled)
+        _check_fit(shape, bits, autoregressive, domain, unconditional or conditioner is not None)
         _check_gates(gated, residual, len(shape) == 1 and conditioner is None, context_features)
         network: dict[str, Any] = {"residual": residual, "gated": gated}
         network["context_features"] = context_features
         if autoregressive:
             layers = _autoregressive(shape[0], transforms, widths, spline, mixing, network)
-            bijection: Bijection = _mixed(layers, shape[0], spline, mixing)
+            bijection: Bijection = _mixed(layers, shape[0], spline, mixing, memory)
         else:
             conditioner = _conditioner(conditioner, widths, len(shape) - 1, network)
             coupling = partial(SplineCoupling, spline=spline, unconditional=unconditional)
             if len(shape) > 1:
                 level = partial(_image_steps, steps, coupling, conditioner)
-                bijection = _image_levels(shape, levels, level, widths[0], context_features)
+                bijection = _image_levels(shape, levels, level, widths[0], network, memory)
             else:
                 layers = _couplings(shape[0], transforms, conditioner, coupling, spline, mixing)
-                bijection = _mixed(layers, shape[0], spline, mixing)
+                bijection = _mixed(layers, shape[0], spline, mixing, memory)
         super().__init__(
             bijection,
             shape,
@@ -204,11 +206,15 @@ def _spline_map(
     return SplineMap(bins=bins, bound=bound, tails=tails)  # type: ignore[arg-type]
 
 
-def _check_together(
-    shape: tuple[int, ...], bits: int | None, autoregressive: bool, bounded: bool, coupled: bool
+def _check_fit(
+    shape: tuple[int, ...],
+    bits: int | None,
+    autoregressive: bool,
+    domain: tuple[float, float] | None,
+    coupled: bool,
 ) -> None:
     """Raise ValueError for arguments that exclude each other; ``coupled``: some of them are for couplings only."""
-    if (autoregressive or bounded) and (len(shape) > 1 or bits is not None):
+    if (autoregressive or domain is not None) and (len(shape) > 1 or bits is not None):
         raise ValueError(
             "autoregressive layers, angles and tails='none' are for real vectors, "
             f"got event_shape {shape if len(shape) > 1 else shape[0]!r} and bits={bits}"
@@ -275,12 +281,14 @@ def _image_levels(
     levels: int,
     level: Callable[[int], list[Bijection]],
     hidden: int,
-    context_features: int,
+    network: dict[str, Any],
+    memory: str,
 ) -> MultiScale:
     """Return the levels of an image flow, a network standardising what leaves after each."""
     check_space(shape, levels)
-    prior = partial(ConvNet, hidden=hidden, context_features=context_features)
-    return squeeze_levels(shape, levels, level, partial(prior, spatial_dims=len(shape) - 1))
+    options: dict[str, Any] = {"hidden": hidden, "spatial_dims": len(shape) - 1}
+    prior = partial(ConvNet, context_features=network["context_features"], **options)
+    return squeeze_levels(shape, levels, level, prior, memory)
 
 
 def _image_steps(
@@ -342,7 +350,9 @@ def _autoregressive(
     return layers
 
 
-def _mixed(layers: list[Bijection], features: int, spline: SplineMap, mixing: str) -> Sequential:
+def _mixed(
+    layers: list[Bijection], features: int, spline: SplineMap, mixing: str, memory: str
+) -> Sequential:
     """Put a matrix behind each layer where it mixes features, and a learned shift before each layer of angles."""
     mixed: list[Bijection] = []
     for layer in layers:
@@ -353,4 +363,4 @@ def _mixed(layers: list[Bijection], features: int, spline: SplineMap, mixing: st
         mixed.append(layer)
         if mixing == "plu":
             mixed.append(InvertibleLinear(features, init="permutation"))
-    return Sequential(*mixed)
+    return Sequential(*mixed, memory=memory)

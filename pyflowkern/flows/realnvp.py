@@ -58,6 +58,8 @@ class RealNVP(Flow):
         scale_map: scale of the couplings: a name or a :class:`~pyflowkern.ops.ScaleMap`.
         conditioner: factory ``(in, out) -> module`` in place of the residual networks.
         base: the latent's distribution (see :class:`Flow`); None for the standard normal.
+        memory: ``"stored"``, or ``"reversible"`` to make activations again in the backward pass, by the inverses of the
+            layers, in place of keeping them: see :class:`~pyflowkern.nn.Sequential`.
 
     Raises:
         TypeError: for counts that are no ints, and a conditioner whose networks do not take the context.
@@ -88,6 +90,7 @@ class RealNVP(Flow):
         scale_map: str | ScaleMap = "tanh",
         conditioner: ConditionerFactory | None = None,
         base: torch.nn.Module | Distribution | None = None,
+        memory: str = "stored",
     ) -> None:
         shape = parse_event(event_shape)
         levels, steps, hidden = check_counts(levels=levels, steps=steps, hidden=hidden)
@@ -107,10 +110,11 @@ class RealNVP(Flow):
         conditioner = taking_context(conditioner, context_features)
         coupling = partial(AffineCoupling, conditioner=conditioner, scale_map=scale_map)
         if vector:
-            bijection: Bijection = Sequential(*_channel_couplings(shape[0], steps, coupling))
+            layers = _channel_couplings(shape[0], steps, coupling)
+            bijection: Bijection = Sequential(*layers, memory=memory)
         else:
             check_space(shape, levels)
-            bijection = _multi_scale(shape, levels, steps, coupling)
+            bijection = _multi_scale(shape, levels, steps, coupling, memory)
         super().__init__(
             bijection,
             shape,
@@ -122,7 +126,11 @@ class RealNVP(Flow):
 
 
 def _multi_scale(
-    shape: tuple[int, ...], levels: int, steps: int, coupling: Callable[..., Bijection]
+    shape: tuple[int, ...],
+    levels: int,
+    steps: int,
+    coupling: Callable[..., Bijection],
+    memory: str,
 ) -> MultiScale:
     stack: list[Bijection] = []
     splits: list[Split] = []
@@ -136,7 +144,7 @@ def _multi_scale(
             split = Split(event[0])
             splits.append(split)
             event = (split.kept, *event[1:])
-        stack.append(Sequential(*layers))
+        stack.append(Sequential(*layers, memory=memory))
     return MultiScale(shape, stack, splits)
 
 

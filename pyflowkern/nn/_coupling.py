@@ -139,6 +139,46 @@ class Coupling(Bijection):
         """True where the layer transforms, on the host; None for a channel split or a checkerboard."""
         return None if self._mask is None else self._mask.host
 
+    conditioner: torch.nn.Module
+
+    def _move(
+        self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Transform the part of ``x`` that does not pass, with the parameters that the network made of the other."""
+        raise NotImplementedError
+
+    def _made_again(
+        self,
+        y: Tensor,
+        context: Tensor | None,
+        inverse: bool,
+        found: Callable[[Tensor], Tensor],
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]] | None:
+        """Find the input of a call from its output, and run the call again, with one evaluation of the network.
+
+        What passes is the same in both, so that the network reads the output.
+
+        Args:
+            y: the output.
+            context: of the call.
+            inverse: whether the call was one of :meth:`inverse`.
+            found: is given the input, and returns the leaf to use.
+
+        Returns:
+            Tensors the sum of whose gradients is that of the input, and what the call returns; None where a subclass
+            does something else.
+        """
+        known = self.__dict__
+        if not type(self).__module__.startswith("pyflowkern.nn.") or "forward" in known:
+            return None
+        leaf = y.detach().requires_grad_()
+        mask = self._mask_for(y)
+        params = condition(self.conditioner, self._passing(leaf, mask), context)
+        with torch.no_grad():
+            x = self._move(y, params, mask, not inverse)[0]
+        x = found(x)
+        return (x, leaf), self._move(x, params, mask, inverse)
+
     def _mask_for(self, x: Tensor) -> Tensor | None:
         if self.split == "checkerboard":
             return checkerboard_mask(tuple(x.shape[1:]), x.device) ^ self.swap

@@ -121,6 +121,9 @@ class MaskedAutoregressive(Bijection):
         params = condition(self.conditioner, x, context)
         return apply_elements(x, params, self.element_map, every=self._all.on(x.device))
 
+    def _way_back(self, inverse: bool) -> str:
+        return "invert" if inverse else "keep"  # forward is one evaluation of the network
+
     def _chain_link(self) -> Link | None:
         network = self.conditioner
         if type(self) is not MaskedAutoregressive or not isinstance(network, MaskedMLP):
@@ -201,6 +204,9 @@ class Inverse(Bijection):
         """Run the bijection forward."""
         pair: tuple[Tensor, Tensor] = self.bijection(z, context)
         return pair
+
+    def _way_back(self, inverse: bool) -> str:
+        return self.bijection._way_back(not inverse)
 
     def _chain_link(self) -> Link | None:
         link = self.bijection._chain_link() if isinstance(self.bijection, Bijection) else None

@@ -167,6 +167,10 @@ class BatchNorm(OfStatistics):
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             running.add_(torch.where(known, (new - running) * rate, 0.0))
 
+    def _way_back(self, inverse: bool) -> str:
+        # in training it notes each batch, and exchanges sums with other processes
+        return "call" if self.training else "invert"
+
     def _chain_link(self) -> Link | None:
         if type(self) is not BatchNorm:
             return None

@@ -117,6 +117,11 @@ class AffineCoupling(Coupling):
         check_channels("z" if inverse else "x", x, self.channels)
         mask = self._mask_for(x)
         params = condition(self.conditioner, self._passing(x, mask), context)
+        return self._move(x, params, mask, inverse)
+
+    def _move(
+        self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         return ops.affine_coupling(
             x,
             params,

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_channels
 from pyflowkern.nn._base import zero_log_det
-from pyflowkern.nn._coupling import Conditioner, condition
+from pyflowkern.nn._coupling import Conditioner
 from pyflowkern.nn.coupling import AffineCoupling
 from pyflowkern.ops import ScaleMap
 
@@ -70,10 +69,9 @@ class GINCoupling(AffineCoupling):
             shift_gain=given.shift_gain,
         )
 
-    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        check_channels("z" if inverse else "x", x, self.channels)
-        mask = self._mask_for(x)
-        params = condition(self.conditioner, self._passing(x, mask), context)
+    def _move(
+        self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         shift, raw = params.chunk(2, 1)
         log_scale = self.scale_map.log_scale(raw)
         if mask is None or self.sizes[0] == 0:

@@ -96,6 +96,9 @@ class MultiScale(Bijection):
             total = total + log_det + level_log_det
         return x, total
 
+    def _way_back(self, inverse: bool) -> str:
+        return "call"  # its levels have a way each
+
     def split_latents(self, z: Tensor) -> list[Tensor]:
         """Return the latents ``[N, C, *space]`` of each level, finest first."""
         check_floating("z", z)

@@ -111,6 +111,15 @@ class SplineCoupling(Coupling):
         x, log_det = self._splines(z, params, mask, passing=False, inverse=True)
         return x, log_det if more is None else log_det + more
 
+    def _move(
+        self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return self._splines(x, params, mask, passing=False, inverse=inverse)
+
+    def _made_again(self, *call: Any) -> Any:
+        # with splines of its own the part that passes is not the same in input and output
+        return None if self.unconditional is not None else super()._made_again(*call)
+
     def _chain_link(self) -> Link | None:
         parts = self._vector_parts()
         if type(self) is not SplineCoupling or parts is None:

@@ -1,0 +1,256 @@
+"""``python -m bench.memory``: memory, time and gradients of Glow's training step against its depth.
+
+Three ways to train the same flow: activations are kept (``stored``), each layer is run again by torch's checkpointing,
+which keeps its input (``checkpoint``), or inputs are found by the inverses of the layers (``reversible``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bench import _environment
+from bench._results import too_busy, write
+from bench._timing import Neighbours
+from pyflowkern import flows, nn
+
+__all__ = ["draw", "measure", "table"]
+
+WAYS = ("stored", "checkpoint", "reversible")
+SHAPE, LEVELS, HIDDEN, BATCH = (3, 32, 32), 3, 64, 32
+DEPTHS, ROUNDS = (4, 8, 16, 32, 64), 9
+MIB = 2**20
+
+
+class Checkpointed(nn.Bijection):
+    """A layer that keeps its input alone, and is run again in the backward pass."""
+
+    def __init__(self, layer: nn.Bijection) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return checkpoint(self.layer, x, context, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def glow(way: str, depth: int) -> flows.Glow:
+    """Return the same flow for each way, started from data, with weights away from zero and memory for gradients."""
+    torch.manual_seed(0)
+    memory = "reversible" if way == "reversible" else "stored"
+    flow = flows.Glow(SHAPE, levels=LEVELS, steps=depth, hidden=HIDDEN, memory=memory)
+    with torch.no_grad():
+        flow.log_prob(torch.randn(BATCH, *SHAPE))
+        for p in flow.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+            p.grad = torch.zeros_like(p)
+    if way == "checkpoint":
+        for level in flow.bijection.levels:  # type: ignore[union-attr]
+            layers: Any = level.layers  # type: ignore[union-attr]
+            for i, layer in enumerate(layers):
+                layers[i] = Checkpointed(layer)
+    return flow
+
+
+def step(flow: flows.Glow, x: Tensor) -> Tensor:
+    """Run a training step without its optimizer."""
+    flow.zero_grad(set_to_none=False)
+    loss = -flow.log_prob(x).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def gradient(flow: flows.Glow, x: Tensor) -> Tensor:
+    """Return the gradient of a step, of all parameters, in float64."""
+    step(flow, x)
+    return torch.cat([p.grad.flatten().double() for p in flow.parameters() if p.grad is not None])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_of_tensors(flow: flows.Glow, x: Tensor) -> float:
+    """Return the MiB of tensors that a step has at once, beyond those there before: the same number at each run."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step(flow, x)
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / MIB
+
+
+def kept_for_backward(flow: flows.Glow, x: Tensor) -> float:
+    """Return the MiB that autograd holds between forward and backward, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in (*flow.parameters(), *flow.buffers(), x)}
+    found: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = -flow.log_prob(x).mean()
+    del loss
+    return sum(found.values()) / MIB
+
+
+def resident(flow: flows.Glow, x: Tensor) -> float:
+    """Return by how many MiB the resident memory of this process grows at most during a step."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    step(flow, x)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def memory_of(way: str, depth: int) -> dict[str, float]:
+    """Return what one way takes at one depth, in a process that did nothing else before."""
+    flow, x = glow(way, depth), torch.randn(BATCH, *SHAPE)
+    found = {"resident_mib": resident(flow, x)}  # the first step of all
+    found["kept_mib"] = kept_for_backward(flow, x)
+    found["peak_mib"] = peak_of_tensors(flow, x)
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+# --- time and gradients ----------------------------------------------------------------------------------------------
+
+
+def times_and_gradients(depth: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Return median times of a step, in turns, and how far gradients are from those of the stored way."""
+    models, x = {way: glow(way, depth) for way in WAYS}, torch.randn(BATCH, *SHAPE)
+    found: dict[str, dict[str, float]] = {way: {} for way in WAYS}
+    wanted = gradient(models["stored"], x)
+    for way in WAYS:
+        found[way]["difference"] = _relative(gradient(models[way], x), wanted)
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, model in models.items():
+            begin = time.perf_counter()
+            step(model, x)
+            times[way].append(1e3 * (time.perf_counter() - begin))
+    for way in WAYS:
+        ratios = [a / b for a, b in zip(times[way], times["stored"], strict=True)]
+        found[way] |= {
+            "ms": round(statistics.median(times[way]), 2),
+            "time": round(statistics.median(ratios), 3),
+        }
+    exact = gradient(models["stored"].double(), x.double())
+    found["stored"]["rounding"] = _relative(wanted, exact)  # of float32 itself
+    found["reversible"]["difference_float64"] = _relative(
+        gradient(models["reversible"].double(), x.double()), exact
+    )
+    return found
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float(f"{float((found - wanted).norm() / wanted.norm()):.2e}")
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    out: Path, depths: Sequence[int] = DEPTHS, rounds: int = ROUNDS
+) -> list[dict[str, Any]]:
+    """Measure all ways at all depths; print them and write ``memory.json``, ``memory.md`` and ``memory.png``.
+
+    What was timed beside busy neighbours replaces no other result: it goes to ``out/bench`` of this folder.
+    """
+    facts = _environment.describe(torch.device("cpu"))
+    rows: list[dict[str, Any]] = []
+    before = Neighbours()
+    for depth in depths:
+        timed = times_and_gradients(depth, rounds)
+        for way in WAYS:
+            command = [sys.executable, "-m", "bench.memory", "--one", way, str(depth)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            one = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"K": depth, "way": way} | one | timed[way])
+            print(rows[-1], flush=True)
+    busy = before.cores()
+    kept = {"rows": rows, "neighbours": busy} | facts
+    if too_busy(busy, torch.get_num_threads()):
+        out = Path("out/bench")
+    write(out / "memory.json", kept, table(rows))
+    draw(out / "memory.png", rows)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table: a row for each depth and way."""
+    lines = [
+        "| K | activations | kept for backward (MiB) | peak of a step (MiB) | resident (MiB) | ms | vs stored "
+        "| gradients differ by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['K']} | {row['way']} | {row['kept_mib']:.1f} | {row['peak_mib']:.1f} | {row['resident_mib']:.0f} "
+            f"| {row['ms']:.0f} | {row['time']:.2f} | {row['difference']:.1e} |"
+        )
+    return lines
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw memory and time against the depth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    drawn = (("peak_mib", "peak of a step (MiB)"), ("time", "time of a step, stored = 1"))
+    for axes, (name, label) in zip(panels, drawn, strict=True):
+        for way in WAYS:
+            points = sorted((row["K"], row[name]) for row in rows if row["way"] == way)
+            axes.plot(*zip(*points, strict=True), "o-", label=way, markersize=4)
+        axes.set(xlabel="K, steps a level", ylabel=label, xscale="log", ylim=(0, None))
+        axes.set_xscale("log", base=2)
+        axes.legend()
+    batch = "x".join(map(str, (BATCH, *SHAPE)))
+    figure.suptitle(f"Glow, {batch}, L={LEVELS}, hidden {HIDDEN}: a training step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "K"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.one:
+        print(json.dumps(memory_of(args.one[0], int(args.one[1]))))
+        return
+    device = torch.device("cpu")
+    folder = (
+        Path(__file__).parent
+        / "results"
+        / _environment.slug(_environment.describe(device), device)
+    )
+    measure(args.out or folder)
+
+
+if __name__ == "__main__":
+    main()
