@@ -135,10 +135,16 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write to.  [default: out/train]")
     ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(help="Processes a machine, that share each batch: one a GPU.  [default: 1]"),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines.  [default: 1]")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with the run in this folder, exactly as if it had not stopped.  Given alone."
+            help="Go on with the run in this folder, exactly as if it had not stopped.  Given alone, or with "
+            "another number of --devices and --nodes."
         ),
     ] = None,
     overwrite: Annotated[
@@ -156,6 +162,7 @@ def train(
     Labels   pyflowkern train --data digits --labels --flow FlowMatching --set conv=unet --out out/digits
     Bridge   pyflowkern train --flow SchrodingerBridge --data0 a.csv --data1 b.csv --out out/bridge
     Resume   pyflowkern train --resume out/table
+    2 GPUs   pyflowkern train --data table.csv --flow NSF --devices 2 --out out/table
 
     \b
     Options of the YAML file and of --set, with their defaults:
@@ -175,6 +182,7 @@ def train(
       minutes: 0.0           stop after this long; 0: no limit
       max_bad_steps: 10      steps in a row with a non-finite loss before stopping
       threads: 0             CPU threads; 0: one for a small flow, else all
+      devices: 1, nodes: 1   processes a machine, and machines; torchrun's numbers come first
       seed: 0
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the step that they come in, with a checkpoint to resume from.
@@ -191,15 +199,18 @@ def train(
         set_ = [*(set_ or []), f"flow_args.memory={memory}"]
     if out is not None:
         options["out"] = str(out)
+    processes = {k: n for k, n in (("devices", devices), ("nodes", nodes)) if n is not None}
     if resume is not None:
         if config or options or set_ or overwrite:
             raise ConfigError("--resume takes every option from the run itself; give it alone")
-        finished = run(resume_config(resume), resume=True)
+        chosen = TrainConfig.create(resume_config(resume).to_dict() | processes)
+        finished = run(chosen, resume=True)
     else:
         base = TrainConfig.read(config) if config else {}
-        chosen = TrainConfig.create(_merge(base, options, set_ or []))
+        chosen = TrainConfig.create(_merge(base, options | processes, set_ or []))
         finished = run(chosen, overwrite=overwrite)
-    typer.echo(f"{finished.out}: last.ckpt, best.ckpt, metrics.csv, curve.png and more")
+    if finished.rank == 0:
+        typer.echo(f"{finished.out}: last.ckpt, best.ckpt, metrics.csv, curve.png and more")
 
 
 def _merge(base: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:

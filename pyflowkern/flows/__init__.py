@@ -9,6 +9,7 @@ from pyflowkern.flows.bases import MixtureOfGaussians, StandardNormal, Uniform
 from pyflowkern.flows.cnf import CNF, FFJORD, ContinuousTerms
 from pyflowkern.flows.flow_matching import FlowMatching
 from pyflowkern.flows.glow import Glow
+from pyflowkern.flows.likelihood import NegativeLogLikelihood
 from pyflowkern.flows.nsf import NSF
 from pyflowkern.flows.realnvp import RealNVP
 
@@ -26,6 +27,7 @@ __all__ = [
     "Glow",
     "LazyFlow",
     "MixtureOfGaussians",
+    "NegativeLogLikelihood",
     "RealNVP",
     "StandardNormal",
     "Uniform",

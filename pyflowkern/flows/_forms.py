@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows._domain import Domain
 from pyflowkern.flows._lazy import LazyFlow
+from pyflowkern.flows._processes import InProcesses
 from pyflowkern.nn import Bijection, BijectionTransform, Dequantize, Sequential, Standardize
 
 __all__ = ["FlowForms"]
@@ -18,7 +19,7 @@ __all__ = ["FlowForms"]
 Self = TypeVar("Self", bound="FlowForms")
 
 
-class FlowForms(Bijection):
+class FlowForms(InProcesses, Bijection):
     """What a flow can be turned into."""
 
     bijection: Bijection

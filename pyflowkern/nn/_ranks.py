@@ -34,31 +34,43 @@ def moments_of_all(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, variance and count over all processes of the groups, some of which may have no data.
 
-    Gradients of mean and variance are those of what all processes compute from them.
+    One exchange a group; every process computes the same from what all have sent.  Gradients of mean and variance are
+    those of what all processes compute from them.
     """
     if not groups:
         return mean, var, count
     mean, var = (torch.where(count > 0, t, 0.0) for t in (mean, var))
-    sums = _Sum.apply(torch.cat([count * mean, count.view(1)]), groups)  # type: ignore[no-untyped-call]
-    total_mean, total = sums[:-1] / sums[-1], sums[-1].detach()
-    squares = _Sum.apply(count * (var + (mean - total_mean).square()), groups)  # type: ignore[no-untyped-call]
+    rows = torch.cat([mean, var, count.view(1)])[None]
+    for group in reversed(groups):
+        rows = _gathered(rows, group)
+    means, variances = rows[:, : len(mean)], rows[:, len(mean) : -1]
+    counts = rows[:, -1:].detach()
+    total = counts.sum()
+    total_mean = (counts * means).sum(0) / total
+    squares = (counts * (variances + (means - total_mean).square())).sum(0)
     return total_mean, squares / total, total
 
 
+def _gathered(rows: Tensor, group: Any) -> Tensor:
+    """Return the rows of all processes of a group, one after another: sums with zeros, which have derivatives."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    padded = torch.nn.functional.pad(rows[None], (0, 0, 0, 0, rank, size - 1 - rank))
+    return _Sum.apply(padded, group).flatten(0, 1)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _Sum(torch.autograd.Function):
-    """The sum over all processes of some groups, whose gradient is the sum of their gradients."""
+    """The sum over all processes of a group, whose gradient is the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, groups: list[Any]) -> Tensor:
-        ctx.groups = groups
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
         t = t.clone(memory_format=torch.contiguous_format)
-        for group in groups:
-            dist.all_reduce(t, group=group)
+        dist.all_reduce(t, group=group)
         return t
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _Sum.apply(grads[0], ctx.groups), None  # type: ignore[no-untyped-call]
+        return _Sum.apply(grads[0], ctx.group), None  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class InvertibleLinear(HasPermutations, Bijection):
         if parameterization == "householder" and init != "rotation":
             raise ValueError(f"init must be 'rotation' for 'householder', got {init!r}")
         if init == "rotation":
-            rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
+            rotation = torch.linalg.qr(torch.randn(channels, channels))[0].contiguous()
         else:
             rotation = torch.eye(channels)
             rotation = rotation[torch.randperm(channels)] if init == "permutation" else rotation

@@ -14,10 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from pyflowkern.data import step_seed
 from pyflowkern.train.files import write_atomic
-from pyflowkern.train.model import held_out
-from pyflowkern.train.module import FlowModule, learning_rate, seed_generators
+from pyflowkern.train.module import FlowModule, learning_rate
 from pyflowkern.train.plots import image_grid, save_curve, save_grid
 from pyflowkern.train.signals import StopSignals, TrainingInterrupted
 
@@ -32,6 +30,8 @@ class History(Callback):
 
     The rows travel in the checkpoint, so a resumed run's files hold each step once.  Row 0 is the flow before
     training, after its ActNorm layers have seen one batch.
+
+    All processes of a run have the same rows, with the seconds of the first one, which alone writes and prints them.
     """
 
     def __init__(self, out: Path, *, talk: bool) -> None:
@@ -45,13 +45,7 @@ class History(Callback):
         """Initialise from one batch and score the untrained flow."""
         module = _flow_module(pl_module)
         if not self.rows:
-            seed = module.config.seed
-            rows = module.batches.batch(0).to(module.device)
-            seed_generators(step_seed(seed, 0), module.device)
-            with torch.no_grad():
-                train = float(module.model.objective(rows)[1])
-            rows = module.data.validation.to(module.device)
-            self._append(module, train, held_out(module.model, rows, seed=seed))
+            self._append(trainer, module, module.first_score(), module.held_out(module.model))
         self._start = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -65,7 +59,7 @@ class History(Callback):
         """Add a row."""
         module = _flow_module(pl_module)
         latest = float(trainer.callback_metrics["held_out"])
-        self._append(module, module.take_round_mean(), latest)
+        self._append(trainer, module, module.take_round_mean(), latest)
         _log(trainer, "held_out", latest, module.step)
         limit = module.config.minutes * 60
         if limit and self.rows[-1]["seconds"] >= limit:
@@ -84,16 +78,21 @@ class History(Callback):
 
     def _draw_curve(self, module: FlowModule) -> None:
         """Draw the curve, then wait 20 times as long as that took: in small runs drawing is most of the cost."""
+        if module.rank:
+            return
         start = time.monotonic()
         save_curve(self.out / "curve.png", self.rows, module.unit)
         end = time.monotonic()
         self._next_curve = end + 20 * (end - start)
 
-    def _append(self, module: FlowModule, train: float, held_out: float) -> None:
+    def _append(self, trainer: Trainer, module: FlowModule, train: float, held_out: float) -> None:
         seconds = self._before + time.monotonic() - self._start if self.rows else 0.0
+        seconds = trainer.strategy.broadcast(seconds)  # they may end the run, which all must do
         lr = learning_rate(module.config, max(0, module.step - 1))
         row = (module.step, train, held_out, lr, module.skipped, round(seconds, 2))
         self.rows.append(dict(zip(FIELDS, row, strict=True)))
+        if module.rank:
+            return
         write_atomic(self.out / "metrics.csv", self._table().encode())
         if time.monotonic() >= self._next_curve:
             self._draw_curve(module)
@@ -140,7 +139,7 @@ class KeepLastAndBest(Checkpoint):
         """Stop between two evaluations if a signal came."""
         module = _flow_module(pl_module)
         evaluated_next = module.step % module.config.every == 0
-        if self.signals.received and not evaluated_next and module.step < module.config.steps:
+        if self.signals.wanted and not evaluated_next and module.step < module.config.steps:
             trainer.save_checkpoint(self.out / "last.ckpt")
             self._stop(module)
 
@@ -154,8 +153,8 @@ class KeepLastAndBest(Checkpoint):
         self._stop(_flow_module(pl_module))
 
     def _stop(self, module: FlowModule) -> None:
-        if self.signals.received and module.step < module.config.steps:
-            raise TrainingInterrupted(self.signals.received, module.step, str(self.out))
+        if self.signals.wanted and module.step < module.config.steps:
+            raise TrainingInterrupted(self.signals.wanted, module.step, str(self.out))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far."""
@@ -175,6 +174,8 @@ class SampleGrid(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the grid."""
         module = _flow_module(pl_module)
+        if module.rank:
+            return
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(module.config.seed)
             images = module.evaluated.eval().sample(64).cpu()  # type: ignore[operator]
@@ -203,7 +204,7 @@ class StopEarly(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the reason, if this is what ended the run."""
-        if reason := self._reason():
+        if trainer.is_global_zero and (reason := self._reason()):
             step = _flow_module(pl_module).step
             print(f"stopped at step {step}: the held-out score {reason}")
 

@@ -85,6 +85,8 @@ class TrainConfig:
     max_bad_steps: int = 10  #: consecutive non-finite steps before stopping
     minutes: float = 0.0  #: stop after this long; 0: no limit
     threads: int = 0  #: CPU threads; 0: one for a small flow, as many as PyTorch has for others
+    devices: int = 1  #: processes a machine, each with a GPU of its own if there are any; torchrun's number comes first
+    nodes: int = 1  #: machines
     seed: int = 0
 
     @classmethod
@@ -98,7 +100,8 @@ class TrainConfig:
                     "(arguments of the flow belong under flow_args)"
                 )
         config = cls(**{name: _typed(name, value, known[name]) for name, value in options.items()})
-        for name in ("size", "steps", "batch_size", "lr", "clip", "every", "max_bad_steps"):
+        positive = ("size", "steps", "batch_size", "lr", "clip", "every", "max_bad_steps")
+        for name in (*positive, "devices", "nodes"):
             if not 0 < getattr(config, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
         if config.lr > 1e3:  # AdamW moves every weight by as much: far on, float32 overflows

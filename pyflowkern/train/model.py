@@ -24,7 +24,6 @@ __all__ = [
     "DataModel",
     "build",
     "evaluation",
-    "held_out",
     "score",
     "with_defaults",
     "with_earlier_defaults",
@@ -183,14 +182,6 @@ def score(model: DataModel, rows: Batch, *, seed: int = 0, batch_size: int = 128
     """
     with evaluation(model, seed):
         return torch.cat([model.scores(part) for part in rows.split(batch_size)])
-
-
-@torch.no_grad()
-def held_out(model: DataModel, rows: Batch, *, seed: int = 0, batch_size: int = 128) -> float:
-    """Return what a run's curve shows of rows that are held out: the mean score, or loss, in eval mode."""
-    with evaluation(model, seed):
-        parts = [(len(part), model.objective(part)[1]) for part in rows.split(batch_size)]
-    return sum(n * float(shown) for n, shown in parts) / len(rows)
 
 
 @contextmanager

@@ -16,11 +16,15 @@ from pyflowkern.data import Batch, Batches, DataSet, step_seed
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.model import data_facts
+from pyflowkern.train.ranks import check_alike, check_shares, start_together, sum_of_all
+from pyflowkern.train.signals import StopSignals
 
 __all__ = ["FlowModule", "MovingAverage", "TrainingDiverged", "learning_rate", "seed_generators"]
 
 #: The tensors of a module and of its copy, a name in both, and whether it is a weight (else a buffer).
 _Slot = tuple[dict[str, Tensor], dict[str, Tensor], str, bool]
+#: Held-out rows that are scored at a time.
+_PART = 128
 
 
 class TrainingDiverged(RuntimeError):
@@ -65,7 +69,7 @@ class MovingAverage(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
-        self.module = deepcopy(model)
+        self.module = deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long))
         self._slots = [*self._matching(model, "_parameters"), *self._matching(model, "_buffers")]
@@ -106,12 +110,28 @@ class _Round(IterableDataset[Batch]):
         return map(self._batches.batch, self._steps)
 
 
+class _Places(IterableDataset[int]):
+    """Which parts of the held-out rows a process scores; no sampler of Lightning's divides them again."""
+
+    def __init__(self, places: range) -> None:
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+
 class FlowModule(LightningModule):
     """Train a flow by maximum likelihood.
 
-    Everything random in a step follows from ``(seed, step)``: its rows, their mirroring and the dequantisation
+    Everything random in a step follows from ``(seed, step, rank)``: its rows, their mirroring and the dequantisation
     noise.  A checkpoint therefore needs no generator states, and a resumed run repeats the uninterrupted one
     bit for bit.
+
+    Several processes share each batch: rows and their mirroring are those of one process.  What a flow draws in a step
+    (noise, dropout, probes of continuous flows) is drawn anew for each row, and so by each process for itself.
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, model: DataModel) -> None:
@@ -123,9 +143,30 @@ class FlowModule(LightningModule):
         self.step = 0  #: batches seen, skipped ones included
         self.skipped = 0
         self.bad_in_a_row = 0
+        self.signals = StopSignals()
+        self.rank, self.ranks = 0, 1
         self._round: list[Tensor] = []
+        self._held_out = torch.zeros(0)
         self.facts = data_facts(data)
         self.unit = model.curve_unit
+
+    def setup(self, stage: str) -> None:
+        """Take this process's share of the batches, once the trainer knows how many processes there are."""
+        self.rank, self.ranks = self.global_rank, self.trainer.world_size
+        seed, size = self.config.seed, self.config.batch_size
+        self.batches = Batches(self.data, size, seed, rank=self.rank, ranks=self.ranks)
+        check_shares(self.batches.rows, self.ranks)
+        if self.ranks > 1:
+            start_together(self.model)
+
+    def on_fit_start(self) -> None:
+        """Compare what the processes have read."""
+        if self.ranks > 1:
+            options = self.config.to_dict()
+            facts = {"step": self.step, "data": self.facts["fingerprint"]}
+            check_alike(
+                facts | {name: options[name] for name in ("flow", "steps", "seed", "every")}
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the batches up to the next evaluation; the trainer asks anew after each."""
@@ -133,9 +174,14 @@ class FlowModule(LightningModule):
         steps = range(self.step, min((self.step // every + 1) * every, self.config.steps))
         return DataLoader(_Round(self.batches, steps), batch_size=None)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the held-out rows."""
-        return DataLoader(list(self.data.validation.split(128)), batch_size=None)  # type: ignore[arg-type]
+    def val_dataloader(self) -> DataLoader[int]:
+        """Return the numbers of the parts of the held-out rows that this process scores."""
+        return DataLoader(_Places(self._places()), batch_size=None)
+
+    def _places(self) -> range:
+        """Return this process's parts, one at least: a part beyond the last one has no rows."""
+        parts = -(-len(self.data.validation) // _PART)
+        return range(self.rank, max(parts, self.ranks), self.ranks)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the trained weights, as one call for all of them."""
@@ -146,22 +192,42 @@ class FlowModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one step, or skip it if its loss or gradient is not finite."""
-        seed_generators(step_seed(self.config.seed, self.step), self.device)
+        seed_generators(step_seed(self.config.seed, self.step, self.rank), self.device)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         optimizer.zero_grad()
         loss, shown = self.model.objective(batch)
-        self.manual_backward(loss)
+        part = len(batch) / self.batches.rows
+        # gradients are averaged over processes, whose shares may differ by a row
+        self.manual_backward(loss if self.ranks == 1 else loss * (self.ranks * part))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
         self.step += 1
-        if not bool(loss.isfinite() & norm.isfinite()):
+        finite = loss.isfinite() & norm.isfinite()
+        if self.ranks > 1:
+            finite, shown = self._of_all(finite, part * shown.detach())
+        if not bool(finite):
             self._skip(optimizer)
             return
         self.bad_in_a_row = 0
         optimizer.step()
         self.averaged.update()
         self._round.append(shown.detach())
+
+    def _of_all(self, finite: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether all processes may take the step, and their score; hear of signals to any of them."""
+        own = torch.tensor([float(not finite), float(shown), *self.signals.counts()])
+        bad, score, *signals = sum_of_all(own.double().to(self.device), self.ranks).tolist()
+        self.signals.hear(signals)
+        return torch.tensor(not bad), torch.tensor(score)
+
+    @torch.no_grad()
+    def first_score(self) -> float:
+        """Return the score of the first batch of all processes, from which layers start."""
+        rows = self.batches.batch(0).to(self.device)
+        seed_generators(step_seed(self.config.seed, 0, self.rank), self.device)
+        part = len(rows) / self.batches.rows
+        return float(sum_of_all(part * self.model.objective(rows)[1].double(), self.ranks))
 
     @property
     def latest_score(self) -> Tensor | None:
@@ -191,13 +257,44 @@ class FlowModule(LightningModule):
         return chosen  # type: ignore[no-any-return]
 
     def on_validation_epoch_start(self) -> None:
-        """Give every evaluation the same dequantisation noise."""
-        seed_generators(self.config.seed, self.device)
+        """Begin with no part scored."""
+        parts = -(-len(self.data.validation) // _PART)
+        self._held_out = torch.zeros(parts, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score held-out rows with the averaged weights."""
-        _, shown = self.evaluated.objective(batch)
-        self.log("held_out", shown, prog_bar=True, batch_size=len(batch))
+    def validation_step(self, place: int, batch_idx: int) -> None:
+        """Score a part of the held-out rows with the averaged weights."""
+        self._score(self.evaluated, place)
+
+    def on_validation_epoch_end(self) -> None:
+        """Take the mean over the rows of all processes."""
+        self.log("held_out", torch.tensor(self._mean_held_out()), prog_bar=True)
+
+    @torch.no_grad()
+    def held_out(self, model: DataModel) -> float:
+        """Return what the curve shows of the held-out rows: the mean score, or loss, of a model in eval mode."""
+        was_training = model.training
+        model.eval()
+        self.on_validation_epoch_start()
+        with torch.random.fork_rng():
+            for place in self._places():
+                self._score(model, place)
+        model.train(was_training)
+        return self._mean_held_out()
+
+    def _score(self, model: DataModel, place: int) -> None:
+        """Note the sum over a part of the held-out rows.
+
+        Every evaluation has the same dequantisation noise, whichever process scores the part.
+        """
+        if place < len(self._held_out):
+            rows = self.data.validation.split(_PART)[place].to(self.device)
+            seed_generators(step_seed(self.config.seed, place), self.device)
+            self._held_out[place] = len(rows) * model.objective(rows)[1].double()
+
+    def _mean_held_out(self) -> float:
+        """Return the mean over all parts: the same bits for any number of processes."""
+        sums = sum_of_all(self._held_out, self.ranks)  # each is zero in all processes but one
+        return float(sums.sum()) / len(self.data.validation)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the flow and where the run stands; Lightning's own counters are not needed."""

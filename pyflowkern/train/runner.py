@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
 from pyflowkern._memory import keep_memory
@@ -26,8 +27,14 @@ from pyflowkern.train.checkpoint import CheckpointIO, check_resumable
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import build, with_defaults, with_earlier_defaults
-from pyflowkern.train.module import FlowModule
-from pyflowkern.train.signals import StopSignals
+from pyflowkern.train.module import FlowModule, TrainingDiverged
+from pyflowkern.train.ranks import (
+    lost_processes,
+    started_by_torchrun,
+    strategy_options,
+    threads_for_processes,
+)
+from pyflowkern.train.signals import StopSignals, TrainingInterrupted
 from pyflowkern.train.threads import limited_threads
 
 __all__ = ["Run", "check_folder", "resume_config", "train"]
@@ -43,6 +50,11 @@ class Run:
     module: FlowModule
     history: list[dict[str, float]]
     out: Path
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes of the run this is; the first one, 0, has written the files."""
+        return self.module.rank
 
 
 def resume_config(out: Path) -> TrainConfig:
@@ -72,6 +84,10 @@ def train(
     Nothing is written before the data, the flow and a checkpoint to go on from have been found good.  SIGINT (Ctrl-C),
     SIGTERM and SIGHUP end the run after the step that they come in, with a checkpoint; a second one ends it at once.
 
+    With ``devices`` or ``nodes`` above 1, or under torchrun, several processes share each batch.  They are started by
+    torchrun or SLURM, else by Lightning, which runs this script again for each; all but the first are silent, write
+    nothing, and end with exit code 0 where a signal or numbers that are not finite end the run.
+
     Args:
         config: The options of the run.
         data: The data; loaded from ``config.data``, or ``data0`` and ``data1``, when not given.
@@ -81,6 +97,7 @@ def train(
 
     Raises:
         ConfigError: one line, for options or a checkpoint that cannot be used.
+        ProcessLost: one line, when another process of the run was killed or failed.
         DataError: one line, for data that cannot be used.
         TrainingDiverged: when too many steps in a row were not finite.
         TrainingInterrupted: after a signal.
@@ -89,7 +106,7 @@ def train(
     Example:
         >>> train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
     """
-    out, config = Path(config.out), with_defaults(config)
+    out, config = Path(config.out), started_by_torchrun(with_defaults(config))
     check_folder(out)
     keep_memory()
     if not (resume or overwrite) and any((out / name).exists() for name in _LEFT[:2]):
@@ -97,39 +114,48 @@ def train(
             f"{out}: holds a run already; resume it, overwrite it or name another folder"
         )
     data = data or load_data(config)
-    checkpoint = _checkpoint_of(out) if resume else None
+    checkpoint, remark = _checkpoint_of(out) if resume else (None, "")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         module = FlowModule(config, data, build(config, data))
     done = check_resumable(checkpoint, module) if checkpoint else 0
-    try:
-        if not checkpoint:
-            _remove_run(out)
-        write_atomic(out / "config.yaml", config.to_yaml().encode())
-        with limited_threads(module.model, config.batch_size, data.shape, config.threads):
-            return _fit(module, out, checkpoint, done)
-    except OSError as error:  # TensorBoard's do not say which file
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror or str(error), str(out)) from None
+    rows = -(-config.batch_size // (config.devices * config.nodes))
+    with limited_threads(module.model, rows, data.shape, config.threads, config.devices):
+        trainer, history = _trainer(module, out, done)
+        try:
+            if trainer.is_global_zero:
+                _begin(out, config, checkpoint, remark)
+            _fit(trainer, module, checkpoint)
+        except OSError as error:  # TensorBoard's do not say which file
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror or str(error), str(out)) from None
+    return Run(module, history.rows, out)
 
 
-def _checkpoint_of(out: Path) -> Path | None:
-    """Return where a run goes on from, None for one that ended before its first checkpoint; say what is unusual."""
+def _begin(out: Path, config: TrainConfig, checkpoint: Path | None, remark: str) -> None:
+    """Make the folder that of this run."""
+    if remark:
+        print(remark, flush=True)
+    if not checkpoint:
+        _remove_run(out)
+    write_atomic(out / "config.yaml", config.to_yaml().encode())
+
+
+def _checkpoint_of(out: Path) -> tuple[Path | None, str]:
+    """Return where a run goes on from, None for one that ended before its first checkpoint, and what is unusual."""
     last, best = (out / name for name in _LEFT[:2])
     if last.exists():
-        return last
+        return last, ""
     if best.exists():
-        print(f"{last} is gone; going on from {best}, which may be older", flush=True)
-        return best
+        return best, f"{last} is gone; going on from {best}, which may be older"
     if (out / "tensorboard").exists() and _reached(out / "metrics.csv") > 0:
         raise ConfigError(
             f"{out}: last.ckpt and best.ckpt are gone, so there is nothing to go on from; "
             "start again with --overwrite"
         )
-    if (out / "config.yaml").exists():
-        print(f"{out}: no checkpoint was written yet; starting at step 0", flush=True)
-    return None
+    started = (out / "config.yaml").exists()
+    return None, f"{out}: no checkpoint was written yet; starting at step 0" if started else ""
 
 
 def _reached(metrics: Path) -> int:
@@ -146,12 +172,13 @@ def _remove_run(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fit(module: FlowModule, out: Path, checkpoint: Path | None, done: int) -> Run:
+def _trainer(module: FlowModule, out: Path, done: int) -> tuple[Trainer, History]:
+    """Return a trainer that has written nothing yet, and its history."""
     config = module.config
     bar = sys.stderr.isatty()
-    signals = StopSignals()
+    module.signals = StopSignals(together=config.devices * config.nodes > 1)
     history = History(out, talk=not bar)
-    callbacks: list[Callback] = [history, KeepLastAndBest(out, signals)]
+    callbacks: list[Callback] = [history, KeepLastAndBest(out, module.signals)]
     if module.data.is_image:
         callbacks.append(SampleGrid(out))
     if config.patience:
@@ -162,24 +189,39 @@ def _fit(module: FlowModule, out: Path, checkpoint: Path | None, done: int) -> R
         logging.getLogger(name).setLevel(logging.ERROR)
     # an "epoch" of Lightning is the steps up to the next evaluation; it counts those of this process alone
     rounds = -(-config.steps // config.every) - done // config.every if done < config.steps else 0
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer = Trainer(
+                max_epochs=rounds,
+                reload_dataloaders_every_n_epochs=1,
+                accelerator="auto",
+                precision=config.precision,  # type: ignore[arg-type]
+                plugins=[CheckpointIO()],
+                callbacks=callbacks,
+                logger=EventLog(out, name="tensorboard", version="", purge_step=done),
+                num_sanity_val_steps=0,
+                enable_model_summary=False,
+                enable_progress_bar=bar,
+                **strategy_options(config, module.model, module.data),
+            )
+    except (MisconfigurationException, ValueError) as error:  # more devices than there are
+        raise ConfigError(" ".join(str(error).split())) from None
+    return trainer, history
+
+
+def _fit(trainer: Trainer, module: FlowModule, checkpoint: Path | None) -> None:
+    signals = module.signals
+    ranks = trainer.world_size
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer = Trainer(
-            max_epochs=rounds,
-            reload_dataloaders_every_n_epochs=1,
-            accelerator="auto",
-            devices=1,
-            precision=config.precision,  # type: ignore[arg-type]
-            plugins=[CheckpointIO()],
-            callbacks=callbacks,
-            logger=EventLog(out, name="tensorboard", version="", purge_step=done),
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
-            enable_progress_bar=bar,
-        )
         signals.install()
         try:
-            trainer.fit(module, ckpt_path=checkpoint)
+            with lost_processes(Path(module.config.out), ranks), threads_for_processes(ranks):
+                trainer.fit(module, ckpt_path=checkpoint)
+        except (TrainingInterrupted, TrainingDiverged):
+            if trainer.is_global_zero:
+                raise
+            raise SystemExit(0) from None  # all end together, and the first one says why
         finally:
             signals.restore()
-    return Run(module, history.rows, out)

@@ -31,13 +31,34 @@ class StopSignals:
 
     The first signal is remembered; a second one ends the process at once.  A signal that the caller ignores stays
     ignored, as ``nohup`` wants it.  Threads other than the main one cannot have handlers: there nothing changes.
+
+    Processes that train together stop after the same step: a signal counts once all have heard of it.
+
+    Args:
+        together: Whether there are several processes.
     """
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, *, together: bool = False) -> None:
         self.received: signal.Signals | None = None
+        self._together = together
+        self._heard: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def wanted(self) -> signal.Signals | None:
+        """The signal after which the run is to stop: in several processes the one that all have heard of."""
+        return self._heard if self._together else self.received
+
+    def counts(self) -> list[float]:
+        """Return 1 for the signal that came and 0 for others, to be added up over all processes."""
+        return [float(self.received is number) for number in self._NUMBERS]
+
+    def hear(self, counts: list[float]) -> None:
+        """Take the sums over all processes."""
+        came = (number for number, n in zip(self._NUMBERS, counts, strict=True) if n)
+        self._heard = self._heard or next(came, None)
 
     def install(self) -> None:
         """Take the signals over from whoever has them; called again, from who took them since."""

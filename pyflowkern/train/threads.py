@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ _WORTH_SHARING = 5e7
 
 @contextmanager
 def limited_threads(
-    model: nn.Module, rows: int, shape: tuple[int, ...], threads: int = 0
+    model: nn.Module, rows: int, shape: tuple[int, ...], threads: int = 0, processes: int = 1
 ) -> Iterator[None]:
     """Run the block with ``threads`` CPU threads; with 0, one thread where a batch is little work.
 
@@ -29,12 +30,14 @@ def limited_threads(
         rows: the size of a batch.
         shape: the shape of a row; every weight is taken to work once for each of its pixels.
         threads: how many, or 0.
+        processes: how many share this machine: as many share its threads, unless OMP_NUM_THREADS says how many.
     """
     before = torch.get_num_threads()
     weights = sum(p.numel() for p in model.parameters())
     if not threads:
         work = weights * rows * math.prod(shape[1:])
-        threads = 1 if work < _WORTH_SHARING else before
+        most = before if "OMP_NUM_THREADS" in os.environ else max(1, before // processes)
+        threads = 1 if work < _WORTH_SHARING else most
     torch.set_num_threads(threads)
     try:
         yield

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyflowkern.data import Batches, DataError, DataSet, load, photos
+from pyflowkern.data import Batches, step_seed, DataError, DataSet, load, photos
 from pyflowkern.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Crops, grid_patches
 
 
@@ -63,6 +63,22 @@ def test_a_pass_holds_each_row_once_and_a_batch_follows_from_seed_and_step():
 def test_a_batch_larger_than_the_data_is_all_of_it():
     data = DataSet("rows", torch.arange(3.0)[:, None], torch.zeros(1, 1))
     assert sorted(Batches(data, 64, seed=0).batch(4).flatten().tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rows", [3, 10])
+def test_processes_share_a_batch_and_its_mirroring(rows):
+    images = torch.arange(2 * rows, dtype=torch.uint8).view(rows, 1, 1, 2)
+    data = DataSet("two pixels", images, images[:1], bits=8, flip=True)
+    for step in range(3):
+        parts = [Batches(data, 7, 0, rank=rank, ranks=3).batch(step) for rank in range(3)]
+        assert [len(part) for part in parts] == ([1, 1, 1] if rows == 3 else [2, 2, 3])
+        assert torch.equal(torch.cat(parts), Batches(data, 7, 0).batch(step))
+
+
+def test_each_rank_has_a_seed_of_its_own():
+    seeds = [step_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)]
+    assert len(set(seeds)) == 8
+    assert step_seed(3, 4, 0) == step_seed(3, 4)
 
 
 def test_about_half_of_the_photos_are_mirrored():

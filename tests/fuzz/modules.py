@@ -87,6 +87,10 @@ MODULES = {
     "flows.MAF": lambda: ({"event_shape": 3, "transforms": 2, "hidden": (8,)}, (3,)),
     "flows.MixtureOfGaussians": lambda: ({"dims": 3, "components": 2}, None),
     "flows.NSF": lambda: ({"event_shape": 3, "transforms": 2, "hidden": (8,), "bins": 4}, (3,)),
+    "flows.NegativeLogLikelihood": lambda: (
+        {"flow": flows.MAF(3, transforms=1, hidden=8)},
+        None,
+    ),
     "flows.RealNVP": lambda: ({"event_shape": 3, "steps": 2, "hidden": 8}, (3,)),
     "flows.StandardNormal": lambda: ({"dims": 3}, None),
     "flows.Uniform": lambda: ({"dims": 3}, None),

@@ -5,8 +5,6 @@ import io
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from laws import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -209,38 +207,3 @@ def test_the_layer_waits_for_the_device_at_initialisation_only():
 def test_at_least_one_channel():
     with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         nn.ActNorm(0)
-
-
-#: How many samples of the first rank, which has ten of 30, are NaN.
-SPOILT_OF_A_RANK = (0, 4, 10)
-
-
-def batch_of_both(spoilt):
-    x = normal(30, 3).float() * 4 + 100
-    x[:spoilt, 0] = torch.nan
-    x[25, 2] = torch.inf if spoilt else x[25, 2]
-    return x
-
-
-def _rank(rank, file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    for spoilt in SPOILT_OF_A_RANK:
-        x = batch_of_both(spoilt)
-        layer = nn.ActNorm(3)
-        layer.process_group = dist.group.WORLD
-        layer(x[:10] if rank == 0 else x[10:])  # batches of different sizes
-        torch.save(layer.state_dict(), f"{results}/{rank}-{spoilt}.pt")
-    dist.destroy_process_group()
-
-
-def test_ranks_agree_on_the_moments_of_all_their_batches(tmp_path):
-    mp.spawn(_rank, args=(tmp_path / "store", tmp_path), nprocs=2)
-    for spoilt in SPOILT_OF_A_RANK:
-        layer = nn.ActNorm(3)
-        layer(batch_of_both(spoilt))
-        for rank in range(2):
-            state = torch.load(tmp_path / f"{rank}-{spoilt}.pt")
-            assert state["initialized"]
-            torch.testing.assert_close(state["log_scale"], layer.log_scale.detach())
-            torch.testing.assert_close(state["bias"], layer.bias.detach())

@@ -4,9 +4,9 @@ import copy
 import io
 from datetime import timedelta
 
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from laws import normal
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
@@ -116,6 +116,44 @@ def given_group(rank, kind):
         torch.testing.assert_close(each.state_dict(), single.state_dict(), atol=1e-4, rtol=1e-5)
 
 
+def spoilt(rank, kind):
+    """Samples with NaN or inf are left out, also where one process has no others."""
+    for count in (0, 4, 10):  # of the first process, which has ten of 30
+        x = normal(30, C, seed=2).float() * 4 + 100
+        x[:count, 0] = torch.nan
+        x[25, 2] = torch.inf if count else x[25, 2]
+        layer, single = nn.ActNorm(C, process_group=dist.group.WORLD), nn.ActNorm(C)
+        layer(x[:10] if rank == 0 else x[10:])
+        single(x)
+        assert layer.initialized
+        torch.testing.assert_close(layer.state_dict(), single.state_dict())
+
+
+def one_exchange(rank, kind):
+    """A layer's start is one collective, and so is each of the two passes of a normalization."""
+    calls = []
+    reduce = dist.all_reduce
+
+    def counted(*args, **options):
+        calls.append(args)
+        return reduce(*args, **options)
+
+    dist.all_reduce = counted
+    try:
+        layer = nn.ActNorm(C, process_group=dist.group.WORLD)
+        for _ in range(3):
+            loss_of(layer(batch(rank))).backward()
+        assert len(calls) == 1
+        norm = nn.BatchNorm(C, process_group=dist.group.WORLD)
+        loss_of(norm(batch(rank).requires_grad_())).backward()
+        assert len(calls) == 3
+    finally:
+        dist.all_reduce = reduce
+    states = [None, None]
+    dist.all_gather_object(states, {k: t.tolist() for k, t in layer.state_dict().items()})
+    assert states[0] == states[1], "the same bits"
+
+
 def uneven(rank, kind):
     wrapped = DistributedDataParallel(model())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
@@ -196,21 +234,16 @@ SCENARIOS = {
     "batch norm, one process without data": (batch_norm_of_input, ""),
     "batch norm of each process": (batch_norm_of_each, ""),
     "Join with uneven inputs": (uneven, ""),
+    "bad samples": (spoilt, ""),
+    "one exchange": (one_exchange, ""),
 }
 
 
-def _rank(rank, file):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def processes():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name, (run, kind) in SCENARIOS.items():
         try:
-            run(rank, kind)
+            run(dist.get_rank(), kind)
             dist.barrier()
         except Exception as error:
             error.add_note(f"in {name}")
@@ -218,6 +251,6 @@ def _rank(rank, file):
     dist.destroy_process_group()
 
 
-def test_starts(tmp_path):
+def test_starts():
     """One pair of processes runs all scenarios, because starting them takes longer than running."""
-    mp.spawn(_rank, args=(tmp_path / "store",), nprocs=2)
+    ranks.run(__file__, "processes", 2)
