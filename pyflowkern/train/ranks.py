@@ -61,7 +61,8 @@ def strategy_options(config: TrainConfig, model: DataModel, data: DataSet) -> di
     check_shares(min(config.batch_size, len(data.train)), ranks)
     if ranks > 1:
         options["strategy"] = DDPStrategy(
-            broadcast_buffers=False, find_unused_parameters=_has_idle_parameters(model, data, config.seed)
+            broadcast_buffers=False,
+            find_unused_parameters=_has_idle_parameters(model, data, config.seed),
         )
     return options
 

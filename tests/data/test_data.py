@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyflowkern.data import Batches, step_seed, DataError, DataSet, load, photos
+from pyflowkern.data import Batches, DataError, DataSet, load, photos, step_seed
 from pyflowkern.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Crops, grid_patches
 
 
