@@ -17,7 +17,6 @@ from pyflowkern.flows._domain import Domain, PixelDomain, without_density
 from pyflowkern.flows._forms import FlowForms
 from pyflowkern.flows._hints import warn_of_unsuitable
 from pyflowkern.flows._one_op import log_prob_by_one_op
-from pyflowkern.flows._processes import raise_if_sharded
 from pyflowkern.flows._torch_base import as_base
 from pyflowkern.nn import Bijection, Dequantize, MultiScale
 
@@ -119,11 +118,7 @@ class Flow(FlowForms):
         self._check_data("x", x)
         context = self._context_of(context, x.shape[0])
         y, first = (x, None) if self.preprocess is None else self._from_pixels(x)
-        try:
-            z, log_det = self.bijection(y, context)
-        except RuntimeError as error:
-            raise_if_sharded(self, error)
-            raise
+        z, log_det = self._run(self.bijection, y, context)
         return z.flatten(1), log_det if first is None else first + log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -132,11 +127,7 @@ class Flow(FlowForms):
         self._check_dtype("z", z)
         context = self._context_of(context, z.shape[0])
         z = z.reshape(z.shape[0], *self._latent_shape)
-        try:
-            x, log_det = self.bijection.inverse(z, context)
-        except RuntimeError as error:
-            raise_if_sharded(self, error)
-            raise
+        x, log_det = self._run(self.bijection.inverse, z, context)
         if self.preprocess is not None:
             x, last = self.preprocess.inverse(x)
             log_det = log_det + last
@@ -180,15 +171,7 @@ class Flow(FlowForms):
             if (by_one_op := log_prob_by_one_op(self, x, context)) is not None:
                 return by_one_op
         z, log_det = self(x, context)
-        log_prob: Tensor = self._base_log_prob(z) + log_det
-        return log_prob
-
-    def _base_log_prob(self, z: Tensor) -> Tensor:
-        try:
-            log_prob: Tensor = self.base.log_prob(z)  # type: ignore[operator]
-        except RuntimeError as error:
-            raise_if_sharded(self, error)
-            raise
+        log_prob: Tensor = self._run(self.base.log_prob, z) + log_det  # type: ignore[arg-type]
         return log_prob
 
     def _inside_domain(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -318,7 +301,7 @@ class Flow(FlowForms):
 
     def _decode_with_density(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, log_det = self.inverse(z, context)
-        return x, self._base_log_prob(z) - log_det
+        return x, self._run(self.base.log_prob, z) - log_det  # type: ignore[arg-type]
 
     @torch.no_grad()
     def interpolate(
@@ -380,25 +363,15 @@ class Flow(FlowForms):
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         context = self._context_of(context, n)
-        return self._base_sample(n, temperature, generator), context
-
-    def _base_sample(
-        self, n: int, temperature: float, generator: torch.Generator | None
-    ) -> Tensor:
-        try:
-            z: Tensor = self.base.sample(n, temperature=temperature, generator=generator)  # type: ignore[operator]
-        except RuntimeError as error:
-            raise_if_sharded(self, error)
-            raise
-        return z
+        draw = self.base.sample
+        z: Tensor = self._run(draw, n, temperature=temperature, generator=generator)  # type: ignore[arg-type]
+        return z, context
 
     def _check_latent(self, z: Tensor) -> None:
         if not isinstance(z, Tensor):
             raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
         if z.dim() != 2 or z.shape[1] != self.dims:
             raise ValueError(f"z must have shape [N, {self.dims}], got {tuple(z.shape)}")
-        if self._wrapped:
-            self._notice_direct_calls()
 
     def _check_data(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -406,8 +379,6 @@ class Flow(FlowForms):
         if x.dim() != 1 + len(self.event_shape) or tuple(x.shape[1:]) != self.event_shape:
             want = ", ".join(str(size) for size in self.event_shape)
             raise ValueError(f"{name} must have shape [N, {want}], got {tuple(x.shape)}")
-        if self._wrapped:
-            self._notice_direct_calls()
         if self.preprocess is None or x.dtype != torch.uint8:
             self._check_dtype(name, x)
 
@@ -424,6 +395,8 @@ class Flow(FlowForms):
 
     def _context_of(self, context: Tensor | None, n: int) -> Tensor | None:
         """Return the context of each of ``n`` samples; raise where it does not fit."""
+        if self._wrapped:
+            self._notice_direct_calls()
         context = expand_context(context, n, self.context_features)
         if context is not None:
             self._check_dtype("context", context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["InProcesses", "raise_if_sharded"]
+__all__ = ["InProcesses"]
 
 
 class InProcesses(torch.nn.Module):
@@ -34,6 +34,14 @@ class InProcesses(torch.nn.Module):
     @_ddp_params_and_buffers_to_ignore.setter
     def _ddp_params_and_buffers_to_ignore(self, names: Any) -> None:
         self.__dict__["_ignored"] = tuple(names)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a part of this module; name parameters that it finds sharded."""
+        try:
+            return function(*arguments, **options)
+        except RuntimeError as error:
+            _raise_if_sharded(self, error)
+            raise
 
     def _notice_direct_calls(self) -> None:
         """Warn once if a call records gradients that will not be averaged over processes.
@@ -66,7 +74,7 @@ def _averages(wrapper: object, module: torch.nn.Module) -> bool:
     return inside and dist.get_world_size(wrapper.process_group) > 1
 
 
-def raise_if_sharded(flow: torch.nn.Module, error: RuntimeError) -> None:
+def _raise_if_sharded(flow: torch.nn.Module, error: RuntimeError) -> None:
     """Raise an error that names the module and the remedy if what failed is reading parameters that are sharded.
 
     ``fully_shard`` gathers the parameters of a module around its ``forward`` alone.  Ops then meet a ``DTensor`` beside

@@ -18,7 +18,6 @@ from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import check_space, squeezed
 from pyflowkern.flows._continuous import ContinuousBijection, Integrals, without_log_det
 from pyflowkern.flows._domain import without_density
-from pyflowkern.flows._processes import raise_if_sharded
 from pyflowkern.flows._rescue import outside_graphs
 from pyflowkern.nn import (
     Bijection,
@@ -223,12 +222,8 @@ class CNF(Flow):
             solves.append(solve)
             return solve.end, solve.log_det.mean(1)
 
-        try:
-            z, log_det = run_through(self.bijection, x, run)
-        except RuntimeError as failure:
-            raise_if_sharded(self, failure)
-            raise
-        log_prob = self._base_log_prob(z.flatten(1)) + log_det
+        z, log_det = self._run(run_through, self.bijection, x, run)
+        log_prob = self._run(self.base.log_prob, z.flatten(1)) + log_det  # type: ignore[arg-type]
         log_prob = without_density(outside, log_prob if before is None else log_prob + before)
         kinetic = torch.stack([s.kinetic for s in solves]).sum(0)
         jacobian = torch.stack([s.jacobian for s in solves]).sum(0)

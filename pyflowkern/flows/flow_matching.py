@@ -295,7 +295,9 @@ class FlowMatching(CNF):
         if self.preprocess is not None:
             x1, _ = self._from_pixels(x1)
         if x0 is None:
-            x0 = self._base_sample(len(x1), 1.0, generator).reshape(x1.shape)
+            draw = self.base.sample
+            drawn: Tensor = self._run(draw, len(x1), temperature=1.0, generator=generator)  # type: ignore[arg-type]
+            x0 = drawn.reshape(x1.shape)
         elif not isinstance(x0, Tensor):
             raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
         elif x0.shape != x1.shape:
