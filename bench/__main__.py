@@ -135,8 +135,8 @@ def main() -> int:
         _busy.measure(args.out or folder)
         return 0
     if args.family == "big":
-        folder = ROOT / "results" / _environment.slug(_environment.describe(device), device)
-        _big.measure(args.out or folder, args.threads)
+        folder = _folder(args, _environment.slug(_environment.describe(device), device), False)
+        _big.measure(folder, args.threads, 10**6 if args.quick else 10**7)
         return 0
     if args.family == "cuda-report":
         print(report())

@@ -22,7 +22,7 @@ from bench import _environment
 
 __all__ = ["measure"]
 
-ROWS, DIMS = 10_000_000, 6
+DIMS = 6
 FLOW = ["--flow", "RealNVP", "--set", "flow_args.steps=4", "--set", "hidden=64"]
 CHUNKS = """
 import sys, numpy as np, torch
@@ -40,28 +40,28 @@ def _command(*words: object) -> list[str]:
     return [sys.executable, "-m", "pyflowkern", *map(str, words)]
 
 
-def _works(threads: int) -> Iterator[tuple[str, int, list[str]]]:
+def _works(rows: int, threads: int) -> Iterator[tuple[str, int, list[str]]]:
     """Yield what is measured, its rows, and the command."""
     train = _command(
         "train", "--data", "rows.npy", *FLOW, "--steps", 500, "--set", "stream=always"
     )
     few = "evaluate 1,000 rows"
     yield few, 1000, _command("evaluate", "run", "--data", "few.npy")
-    yield "evaluate .npy", ROWS, _command("evaluate", "run", "--data", "rows.npy")
-    yield "sample to .npy", ROWS, _command("sample", "run", "-n", ROWS, "--out", "s.npy")
-    yield "sample to .parquet", ROWS, _command("sample", "run", "-n", ROWS, "--out", "s.parquet")
-    yield "evaluate .parquet", ROWS, _command("evaluate", "run", "--data", "s.parquet")
+    yield "evaluate .npy", rows, _command("evaluate", "run", "--data", "rows.npy")
+    yield "sample to .npy", rows, _command("sample", "run", "-n", rows, "--out", "s.npy")
+    yield "sample to .parquet", rows, _command("sample", "run", "-n", rows, "--out", "s.parquet")
+    yield "evaluate .parquet", rows, _command("evaluate", "run", "--data", "s.parquet")
     chunks = [sys.executable, "-c", CHUNKS, str(threads)]
-    yield "log_prob(memmap, chunk=65536)", ROWS, chunks
-    yield "train: statistics, 500 steps", ROWS, [*train, "--out", "trained"]
+    yield "log_prob(memmap, chunk=65536)", rows, chunks
+    yield "train: statistics, 500 steps", rows, [*train, "--out", "trained"]
 
 
-def _write_rows() -> None:
+def _write_rows(count: int) -> None:
     """Write the rows part by part; some of them are what the flow is trained on."""
-    rows = np.lib.format.open_memmap("rows.npy", "w+", np.float32, (ROWS, DIMS))
+    rows = np.lib.format.open_memmap("rows.npy", "w+", np.float32, (count, DIMS))
     random = np.random.default_rng(0)
     mix = random.normal(size=(DIMS, DIMS))
-    for begin in range(0, ROWS, 2**18):
+    for begin in range(0, count, 2**18):
         part = rows[begin : begin + 2**18]
         part[:] = np.tanh(random.normal(size=part.shape) @ mix) + 0.1 * random.normal(
             size=part.shape
@@ -85,7 +85,7 @@ def _run(command: list[str], threads: int) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * 1024 / 1e6
 
 
-def measure(out: Path, threads: int) -> list[dict[str, Any]]:
+def measure(out: Path, threads: int, count: int) -> list[dict[str, Any]]:
     """Print and write seconds, rows a second and peak memory."""
     facts = _environment.describe(torch.device("cpu"))
     rows, before = list[dict[str, Any]](), Path.cwd()
@@ -97,12 +97,12 @@ def measure(out: Path, threads: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            _write_rows()
+            _write_rows(count)
             _run(
                 _command("train", "--data", "some.npy", *FLOW, "--steps", 300, "--out", "run"),
                 threads,
             )
-            for what, count, command in _works(threads):
+            for what, done, command in _works(count, threads):
                 seconds, peak = _run(command, threads)
                 if not rows:
                     first = seconds, peak
@@ -114,10 +114,10 @@ def measure(out: Path, threads: int) -> list[dict[str, Any]]:
                 }
                 row["more_mb"] = round(peak - first[1])
                 rows.append(row | facts)
-                speed = f"{count / (seconds - first[0]) / 1e6:.2g}" if len(rows) > 1 else ""
+                speed = f"{done / (seconds - first[0]) / 1e6:.2g}" if len(rows) > 1 else ""
                 more = f"{row['more_mb']}" if len(rows) > 1 else ""
                 lines.append(
-                    f"| {what} | {count:,} | {seconds:.1f} | {speed} | {peak:.0f} | {more} |"
+                    f"| {what} | {done:,} | {seconds:.1f} | {speed} | {peak:.0f} | {more} |"
                 )
                 print(lines[-1], flush=True)
         finally:

@@ -46,10 +46,9 @@ class ParquetTable:
         check_regular(path)
         self.name, self._path = str(path), path
         self._arrow = check_pyarrow(path)
-        # no threads and no second buffer: memory is to be that of a part
-        self._file = self._tried(
-            lambda: self._arrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=False)
-        )
+        # columns are read through small buffers, not whole: memory is to be that of a part
+        options = {"pre_buffer": False, "buffer_size": 2**20}
+        self._file = self._tried(lambda: self._arrow.parquet.ParquetFile(path, **options))
         schema, metadata = self._tried(lambda: (self._file.schema_arrow, self._file.metadata))
         types = self._arrow.types
         for field in schema:

@@ -207,7 +207,11 @@ def _shares(counts: list[int], fraction: float, most: int) -> list[int]:
 
 
 def streamed_set(
-    file: Blocks, seed: int, context: Columns | None = None, buffer: int = BUFFER
+    file: Blocks,
+    seed: int,
+    context: Columns | None = None,
+    buffer: int = BUFFER,
+    told: Callable[[int], object] = lambda rows: None,
 ) -> DataSet:
     """Return a file as a data set whose training rows stay in the file.
 
@@ -219,6 +223,7 @@ def streamed_set(
         seed: decides which rows are held out.
         context: The columns of a table that are contexts of the others.
         buffer: about how many numbers are in memory.
+        told: is told of each block that was looked at how many rows it had.
 
     Raises:
         DataError: one line that names the file and, if known, the row.
@@ -239,6 +244,7 @@ def streamed_set(
         held_out.append(rows[mask])
         if not images:
             moments.update(rows[~mask])
+        told(len(rows))
         if label and len(values) <= MOST_CLASSES:  # of more, all is said
             values = torch.cat([values, rows[:, places[0]].unique()]).unique()
     data = DataSet(file.name, torch.empty(0), torch.cat(held_out), checksum=checksum)

@@ -273,7 +273,7 @@ class Flow(FlowForms):
         z, context = self._latents(n, context, temperature, generator)
         if chunk is None:
             return self._decode(z, context)
-        return torch.cat([*decode_in_chunks(self, self._decode, z, context, chunk)])
+        return decode_in_chunks(self, lambda *a: (self._decode(*a),), z, context, chunk)[0]
 
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Return the data of latents, where nothing else is wanted."""
@@ -295,8 +295,7 @@ class Flow(FlowForms):
         z, context = self._latents(n, context, temperature, generator)
         if chunk is None:
             return self._decode_with_density(z, context)
-        parts = decode_in_chunks(self, self._decode_with_density, z, context, chunk)
-        x, log_prob = map(torch.cat, zip(*parts, strict=True))
+        x, log_prob = decode_in_chunks(self, self._decode_with_density, z, context, chunk)
         return x, log_prob
 
     def _decode_with_density(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

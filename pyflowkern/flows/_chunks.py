@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
@@ -61,18 +62,21 @@ def log_prob_in_chunks(
     else:
         context = flow._check_context(_read(context, flow) if _is_array(context) else context, n)
     home = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    rows, contexts = _parts(x, n, chunk, flow), _parts(context, n, chunk, flow)
-    return torch.cat([part.to(home) for part in _each(flow.log_prob, rows, contexts)])
+
+    def density(x: Tensor, context: Tensor | None) -> tuple[Tensor]:
+        return (flow.log_prob(x, context).to(home),)
+
+    return _joined(density, n, _parts(x, n, chunk, flow), _parts(context, n, chunk, flow))[0]
 
 
 def decode_in_chunks(
     flow: Chunked,
-    decode: Callable[[Tensor, Tensor | None], Any],
+    decode: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
     z: Tensor,
     context: Tensor | None,
     chunk: int,
-) -> Iterable[Any]:
-    """Yield ``decode(z, context)`` of ``chunk`` rows at a time; ``context`` has a row for each latent, or is None.
+) -> tuple[Tensor, ...]:
+    """Return ``decode(z, context)``, computed from ``chunk`` rows at a time; ``context`` has a row for each or is None.
 
     Raises:
         TypeError: for a ``chunk`` that is no int.
@@ -81,22 +85,34 @@ def decode_in_chunks(
     chunk = check_count("chunk", chunk)
     _check_rows_independent(flow, inverse=True)
     n = z.shape[0]
-    return _each(decode, _parts(z, n, chunk, flow), _parts(context, n, chunk, flow))
+    return _joined(decode, n, _parts(z, n, chunk, flow), _parts(context, n, chunk, flow))
 
 
-def _each(call: Callable[..., Any], *rows: Iterable[Part]) -> Iterator[Any]:
-    """Yield what ``call`` makes of the parts of each set of rows.
+def _joined(
+    call: Callable[..., tuple[Tensor, ...]], n: int, *rows: Iterable[Part]
+) -> tuple[Tensor, ...]:
+    """Return what ``call`` makes of the parts of each set of ``n`` rows, one after the other.
 
     Where gradients are recorded, the activations of a part are not kept but computed again in the backward pass, whose
     memory is then that of a part, too (Chen et al. 2016, *Training deep nets with sublinear memory cost*).
     """
 
-    def compute(*parts: Part) -> Any:
+    def compute(*parts: Part) -> tuple[Tensor, ...]:
         return call(*(part() for part in parts))
 
-    if torch.is_grad_enabled() and not observed():
-        compute = partial(checkpoint, compute, use_reentrant=False)
-    return map(compute, *rows)
+    if observed():
+        return tuple(map(torch.cat, zip(*map(compute, *rows), strict=True)))
+    if torch.is_grad_enabled():
+        again = partial(checkpoint, compute, use_reentrant=False)
+        return tuple(map(torch.cat, zip(*map(again, *rows), strict=True)))
+    whole: tuple[Tensor, ...] = ()
+    begin = 0
+    for parts in map(compute, *rows):  # written into the result, of which no second copy is made
+        whole = whole or tuple(part.new_empty(n, *part.shape[1:]) for part in parts)
+        for into, part in zip(whole, parts, strict=True):
+            into[begin : begin + len(part)] = part
+        begin += len(parts[0])
+    return whole
 
 
 def _parts(rows: Tensor | Array | None, n: int, chunk: int, flow: Chunked) -> Iterable[Part]:
@@ -148,6 +164,9 @@ def _read(array: Array, flow: Chunked, begin: int | None = None, end: int | None
 
     array = array if begin is None else array[begin:end]
     native = np.array(array, dtype=array.dtype.newbyteorder("="))
+    pages = getattr(array, "_mmap", None)  # of a file
+    if isinstance(pages, mmap.mmap) and array.mode == "r":
+        pages.madvise(mmap.MADV_DONTNEED)  # the file has them, so that the process need not
     return torch.from_numpy(native).to(flow._anchor.device, _dtype_of(array, flow))
 
 

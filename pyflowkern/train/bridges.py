@@ -12,6 +12,7 @@ from torch import Tensor
 from pyflowkern import transport
 from pyflowkern.data import (
     Batch,
+    Blocks,
     Columns,
     DataError,
     DataSet,
@@ -20,9 +21,11 @@ from pyflowkern.data import (
     open_blocks,
     parts_of,
     read,
+    streamed_set,
 )
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.data_model import DataModel
+from pyflowkern.train.progress import progress
 
 __all__ = ["BRIDGE", "DataBridge", "load_data", "start_rows"]
 
@@ -92,8 +95,10 @@ def load_data(config: TrainConfig) -> DataSet:
         if any(given):
             raise ConfigError(f"data0 and data1 are for {BRIDGE}; {config.flow} takes data")
         options: dict[str, Any] = {"size": config.size, "seed": config.seed}
-        options |= {"labels": config.labels, "stream": _streams(config)}
-        return load(config.data, context=context, **options)
+        if not config.labels and (file := _streamed(config)) is not None:
+            with progress("read", sum(file.counts)) as advance:
+                return streamed_set(file, config.seed, context, told=advance)
+        return load(config.data, context=context, labels=config.labels, **options)
     if context is not None or config.labels:
         raise ConfigError(f"{BRIDGE} takes no context and no labels")
     if config.stream == "always":
@@ -105,15 +110,16 @@ def load_data(config: TrainConfig) -> DataSet:
     return load_pairs(config.data0, config.data1, seed=config.seed)
 
 
-def _streams(config: TrainConfig) -> bool:
-    """Whether the rows of a file stay there, of which some are in memory at a time."""
+def _streamed(config: TrainConfig) -> Blocks | None:
+    """Return the file whose rows stay there, of which some are in memory at a time; None if all are to be."""
     path = Path(config.data)
-    if config.stream != "auto":
-        return config.stream == "always"
-    if not path.is_file() or path.suffix.lower() not in (".npy", ".parquet"):
-        return False
+    if config.stream == "always":
+        return open_blocks(path)
+    kinds = (".npy", ".parquet")
+    if config.stream == "never" or not path.is_file() or path.suffix.lower() not in kinds:
+        return None
     file = open_blocks(path)
-    return 4 * sum(file.counts) * math.prod(file.shape) >= STREAMED
+    return file if 4 * sum(file.counts) * math.prod(file.shape) >= STREAMED else None
 
 
 def start_rows(

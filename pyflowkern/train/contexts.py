@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,4 +98,6 @@ def with_context(trained: Trained, source: str, rows: Tensor, header: list[str])
     columns = Columns.parse(config.context_columns, config.label_column)
     if columns is None:
         raise DataError(f"{source}: has no labels, which the flow was trained with")
+    if set(condition.columns) <= set(header):  # by name, also where a run has their numbers
+        columns = replace(columns, names=condition.columns)
     return take_context(source, rows, header, columns, condition.classes or None)[0]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.data import Batch, DataError, Moments, read_parts
+from pyflowkern.data import Batch, Conditioned, DataError, Moments, read_parts
 from pyflowkern.train.bridges import DataBridge, load_data, start_rows
 from pyflowkern.train.checkpoint import Trained, load_trained
 from pyflowkern.train.config import ConfigError
@@ -236,10 +236,22 @@ def _of_kind(trained: Trained, source: str, rows: Tensor, header: list[str]) -> 
     """Return rows of a file with their contexts, having seen that they are what the flow was trained on."""
     taken: Batch = rows
     bits = 8 if rows.dim() == 4 else None
-    if trained.facts.get("condition"):
+    if condition := trained.facts.get("condition"):
         taken = with_context(trained, source, rows, header)
+        header = [name for name in header if name not in condition["columns"]]
     _check_kind(trained.facts, source, tuple(taken.shape[1:]), bits)
-    return taken
+    wanted = trained.facts["columns"]
+    if header == wanted or not (header and wanted):
+        return taken
+    if missing := [name for name in wanted if name not in header]:
+        known = ", ".join(header)
+        raise DataError(
+            f"{source}: has no column {missing[0]!r}, which the flow was trained on; its columns are {known}"
+        )
+    order = [header.index(name) for name in wanted]
+    if isinstance(taken, Conditioned):
+        return replace(taken, rows=taken.rows[:, order])
+    return taken[:, order]
 
 
 def _check_kind(
