@@ -21,7 +21,6 @@ from pyflowkern.flows._rescue import (
     Dynamics,
     check_export,
     guarded,
-    outside_graphs,
     rows_like,
     solve_rows,
 )
@@ -32,11 +31,21 @@ __all__ = ["ContinuousBijection", "Integrals", "without_log_det"]
 #: The most dimensions of which the trace is exact in eval mode by default.
 EXACT_UP_TO = 64
 _LOG_DET_WANTED = ContextVar("log_det_wanted", default=True)
+#: The same for what a compiler is tracing, which cannot follow a context variable.
+_traced_without = False
 
 
 @contextmanager
 def without_log_det() -> Iterator[None]:
     """Make inverses integrate the state alone, which is all that samples need; log-determinants are NaN."""
+    if torch.compiler.is_compiling():
+        global _traced_without
+        before, _traced_without = _traced_without, True
+        try:
+            yield
+        finally:
+            _traced_without = before
+        return
     token = _LOG_DET_WANTED.set(False)
     try:
         yield
@@ -44,9 +53,8 @@ def without_log_det() -> Iterator[None]:
         _LOG_DET_WANTED.reset(token)
 
 
-@outside_graphs  # type: ignore[untyped-decorator]
 def _log_det_is_wanted() -> bool:
-    return _LOG_DET_WANTED.get()
+    return not _traced_without if torch.compiler.is_compiling() else _LOG_DET_WANTED.get()
 
 
 @dataclass(frozen=True)
@@ -237,7 +245,7 @@ class ContinuousBijection(Bijection):
                 **({"params": (*self.field.parameters(), *params)} | settings | changes),
             )
 
-        ys, _ = solve_rows(solve, bad, settings)
+        ys, _ = solve_rows(solve, bad, settings, times)
         end = [y[-1] for y in ys]
         if not log_det:
             return Integrals(end[0], torch.full_like(changes, math.nan), zero, zero, True)
@@ -309,7 +317,7 @@ class ContinuousBijection(Bijection):
             field = dynamics if alive is None else guarded(dynamics, alive)
             return ode.solve(field, (_zeroed(bad, x),), list(times), **(settings | changes))
 
-        states: list[Tensor] = solve_rows(solve, bad, settings)[0]
+        states: list[Tensor] = solve_rows(solve, bad, settings, list(times))[0]
         return states[0]
 
 

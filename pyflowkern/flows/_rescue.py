@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyflowkern import ode
 from pyflowkern.ode.options import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
+from pyflowkern.ode.unrolled import unrolls
 
 __all__ = ["Dynamics", "check_export", "guarded", "outside_graphs", "rows_like", "solve_rows"]
 
@@ -33,14 +34,16 @@ _STEPS_PER_SAMPLE: dict[str, Any] = {
 
 #: Runs a function as it is under torch.compile, and says why where only a whole graph is wanted.
 outside_graphs = torch.compiler.disable(
-    reason="the ODE of a continuous flow is solved step by step, which no graph holds: compile without "
-    "fullgraph=True, or export with strict=False and fixed steps (method='rk4', step_size=0.1)"
+    reason="the ODE of a continuous flow is part of a graph where its steps are fixed and few (method='rk4', "
+    "step_size=0.1), with adjoint='direct': take such ones, or compile without fullgraph=True"
 )
 
 
-@outside_graphs  # type: ignore[untyped-decorator]
 def solve_rows(
-    solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
+    solve: Callable[..., ode.Solution],
+    bad: Tensor,
+    settings: Mapping[str, Any],
+    times: Sequence[float],
 ) -> tuple[list[Tensor], Tensor]:
     """Solve, and where it ends early find the samples that failed and solve for the others.
 
@@ -54,10 +57,20 @@ def solve_rows(
             ``alive``, with :func:`guarded` slopes.
         bad: ``[N]``, the samples that are known not to be finite.
         settings: those of the solver.
+        times: of the states.
 
     Returns:
         The states ``[T, N, ...]`` and ``bad`` with the samples that failed; those states are NaN.
     """
+    if unrolls(times, **settings):  # nothing looks at numbers there
+        return _masked(solve(bad), bad), bad
+    return _solve_rows(solve, bad, settings)  # type: ignore[no-any-return]
+
+
+@outside_graphs  # type: ignore[untyped-decorator]
+def _solve_rows(
+    solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
+) -> tuple[list[Tensor], Tensor]:
     solution = solve(bad)
     if not _is_known(solution.status) or solution.ok:
         return _masked(solution, bad), bad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributions import Uniform as TorchUniform
 
 from pyflowkern import ops
 from pyflowkern.core.checks import check_batched, check_count, check_number
+from pyflowkern.core.draws import normal_like, uniform_like
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import check_flags
 from pyflowkern.flows._domain import rounded_ends
@@ -60,7 +60,7 @@ class StandardNormal(torch.nn.Module):
         self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw ``[n, D]`` with standard deviation ``temperature``."""
-        z = _draw(torch.randn, (n, self.dims), self.zero, generator)
+        z = normal_like(self.zero, (n, self.dims), generator)
         return z if temperature == 1.0 else temperature * z
 
     def distribution(self) -> Independent[Normal]:
@@ -162,9 +162,9 @@ class MixtureOfGaussians(torch.nn.Module):
         """
         # not torch.multinomial, which wants at least one sample
         weights = torch.softmax(self.logits.detach().to(accumulation_dtype(self.means.dtype)), 0)
-        u = _draw(torch.rand, (n,), weights, generator)
+        u = uniform_like(weights, (n,), generator)
         chosen = torch.searchsorted(weights.cumsum(0)[:-1], u, right=True)
-        noise = _draw(torch.randn, (n, self.dims), self.means, generator)
+        noise = normal_like(self.means, (n, self.dims), generator)
         scales = torch.exp(self.log_scales) * temperature
         return self.means.index_select(0, chosen) + scales.index_select(0, chosen) * noise
 
@@ -230,7 +230,7 @@ class Uniform(torch.nn.Module):
         """Draw ``[n, D]``; ``temperature``, at most 1, shrinks the box about its middle."""
         if temperature > 1:
             raise ValueError(f"temperature must be at most 1 in a box, got {temperature}")
-        u = _draw(torch.rand, (n, self.dims), self.zero, generator)
+        u = uniform_like(self.zero, (n, self.dims), generator)
         middle, length = (self.low + self.high) / 2, self.high - self.low
         return middle + (u - 0.5) * (length * temperature)
 
@@ -242,22 +242,6 @@ class Uniform(torch.nn.Module):
     def extra_repr(self) -> str:
         """Return what the representation shows."""
         return f"dims={self.dims}, low={self.low:.6g}, high={self.high:.6g}"
-
-
-def _draw(
-    function: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    like: Tensor,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Call torch.rand or torch.randn for the dtype and the device of ``like``.
-
-    Without a generator none is passed: under torch.compile sizes may be symbolic only then.
-    """
-    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-    if generator is not None:
-        options["generator"] = generator
-    return function(shape, **options)
 
 
 def _check_z(z: Tensor, dims: int) -> None:

@@ -18,7 +18,6 @@ from pyflowkern.flows._base import Flow
 from pyflowkern.flows._build import check_space, squeezed
 from pyflowkern.flows._continuous import ContinuousBijection, Integrals, without_log_det
 from pyflowkern.flows._domain import without_density
-from pyflowkern.flows._rescue import outside_graphs
 from pyflowkern.nn import (
     Bijection,
     MultiScale,
@@ -181,7 +180,6 @@ class CNF(Flow):
             if isinstance(layer, ContinuousBijection):
                 yield layer
 
-    @outside_graphs  # type: ignore[untyped-decorator]
     def _decode(self, z: Tensor, context: Tensor | None) -> Tensor:
         with without_log_det():
             return super()._decode(z, context)

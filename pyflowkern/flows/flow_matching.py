@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from pyflowkern.core.checks import check_choice, check_count
+from pyflowkern.core.draws import uniform_like
 from pyflowkern.flows._distribution import FlowDistribution
 from pyflowkern.flows._guidance import (
     GuidedVelocity,
@@ -311,7 +312,7 @@ class FlowMatching(CNF):
         else:
             s, xs, us = matcher.sample_location_and_conditional_flow(x0, x1, generator=generator)
         if context is not None and self.training and self.context_dropout:
-            draw = torch.rand(len(x1), 1, device=x1.device, generator=generator)
+            draw = uniform_like(x1, (len(x1), 1), generator, torch.float32)
             context = torch.where(draw < self.context_dropout, self._null(), context)
         field = self._network()
         if isinstance(field, VectorFieldMLP):  # which has the gradients from one pass

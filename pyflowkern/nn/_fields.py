@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyflowkern._library import transformed
 from pyflowkern.core import activations
 from pyflowkern.core.checks import check_choice, check_flag, check_floating, is_integer
 from pyflowkern.core.dtypes import accumulation_dtype, full_precision
@@ -178,10 +179,14 @@ class DivergenceField(torch.nn.Module):
         probe, probes, method, per_probe, regularizers = wanted
         e = probes_of(x, probe, probes, method)
         recorded = torch.is_grad_enabled()
-        with torch.enable_grad():
-            start = x if x.requires_grad else x.detach().requires_grad_()
-            velocity = self(t, start, context)
-            products = [_product(velocity, start, v, recorded) for v in e]
+        if transformed() or torch.compiler.is_dynamo_compiling():  # which know this way alone
+            velocity, pull = torch.func.vjp(lambda start: self(t, start, context), x)  # type: ignore[misc]
+            products = [pull(v)[0] for v in e]
+        else:
+            with torch.enable_grad():
+                start = x if x.requires_grad else x.detach().requires_grad_()
+                velocity = self(t, start, context)
+                products = [_product(velocity, start, v, recorded) for v in e]
         pairs = [hutchinson_trace(v, p, with_norm=True) for v, p in zip(e, products, strict=True)]
         traces, norms = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
         if not recorded:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyflowkern._library import transformed
 from pyflowkern.core.activations import ACTIVATIONS as FUNCTIONS
 from pyflowkern.core.checks import check_choice, check_context, check_count
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
@@ -259,13 +260,18 @@ def _normalized(h: Tensor, samples: int, tangents: int, groups: int, eps: float)
     being the mean over a group.
     """
     primal, group = h[:samples], (-3, -2, -1)
-    y = torch.group_norm(primal, groups, eps=eps)
-    if not tangents:
-        return y
+    if not (tangents or transformed()):
+        return torch.group_norm(primal, groups, eps=eps)
     # native_group_norm also returns 1 / s, but without a gradient; var() warns of batches without samples
     centred = primal.unflatten(1, (groups, -1))
     centred = centred - centred.mean(group, keepdim=True)
     variance = centred.square().mean(group, keepdim=True)
+    if transformed():  # torch's op wants strides that vmap does not give it
+        y: Tensor = (centred * (variance + eps).rsqrt()).flatten(1, 2)
+    else:
+        y = torch.group_norm(primal, groups, eps=eps)
+    if not tangents:
+        return y
     grouped = y.unflatten(1, (groups, -1))
     moved = h[samples:].unflatten(0, (tangents, samples)).unflatten(2, (groups, -1))
     moved = moved - moved.mean(group, keepdim=True)

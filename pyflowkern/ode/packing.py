@@ -36,9 +36,9 @@ class Packing:
         self.per_sample = per_sample
         self.shapes = [e.shape for e in entries]
         self.dtypes = [e.dtype for e in entries]
-        dtype = entries[0].dtype.to_real()
+        dtype = _real_dtype(entries[0])
         for e in entries[1:]:
-            dtype = torch.promote_types(dtype, e.dtype.to_real())
+            dtype = torch.promote_types(dtype, _real_dtype(e))
         self.dtype = torch.float32 if dtype in _HALF else dtype
         start = 1 if per_sample else 0
         self.sizes = [
@@ -155,6 +155,10 @@ def check_allowed(rtol: float | Tensor, atol: float | Tensor) -> None:
         none = rtol == 0 and atol == 0
     if none:
         raise ValueError(f"rtol and atol must not both be 0, got {rtol} and {atol}")
+
+
+def _real_dtype(e: Tensor) -> torch.dtype:
+    return e.dtype.to_real() if e.is_complex() else e.dtype  # which torch.compile cannot call
 
 
 def _real(e: Tensor, kind: torch.dtype) -> Tensor:

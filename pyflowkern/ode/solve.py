@@ -26,6 +26,8 @@ from pyflowkern.ode.solution import DenseOutput, Inside, Solution, Stats, Status
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
 from pyflowkern.ode.times import joined, number, output_times
+from pyflowkern.ode.unrolled import integrate as integrate_unrolled
+from pyflowkern.ode.unrolled import unrolls
 
 __all__ = ["solve", "warn_unless_ok"]
 
@@ -147,7 +149,8 @@ def solve(
         TypeError: for a state that is not floating-point or complex, or a wrong result of ``func``.
         ValueError: for times that are not monotone and finite, unknown names, settings out of range, and tolerances
             that are both 0.
-        RuntimeError: inside transforms of torch.func, and in a backward pass for a tensor that was not found.
+        RuntimeError: inside transforms of torch.func for other than fixed steps with ``adjoint="direct"``, and in a
+            backward pass for a tensor that was not found.
 
     Example:
         >>> import torch
@@ -170,9 +173,16 @@ def solve(
     options = _with_callbacks(func, options, packing)
     t = joined(t)
     times, ts = output_times(t, start, options.per_sample)
-    solver = _solve if jump_t is None else _by_stretches(jump_t)
     field = packed_field(func, packing)
-    ys, steps = solver(func, field, start, times, t, options, params)
+    if options.callbacks is None and unrolls(
+        times, method=method, adjoint=adjoint, step_size=step_size, grid=grid, control=control,
+        dense=dense, jump_t=jump_t, compat=compat,
+    ):  # fmt: skip
+        steps = integrate_unrolled(field, start, times, options)
+        ys = steps.ys
+    else:
+        solver = _solve if jump_t is None else _by_stretches(jump_t)
+        ys, steps = solver(func, field, start, times, t, options, params)
     interpolation = None
     if dense:
         begin = times[0], start.detach()
@@ -264,8 +274,8 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]  # a graph for every step
-    reason="the steps of an ODE (pyflowkern.ode.solve) are not compiled: compile without fullgraph=True, or "
-    "compile the field alone; torch.export with strict=False takes fixed steps"
+    reason="the steps of an ODE (pyflowkern.ode.solve) are compiled where they are fixed, 128 evaluations of the field "
+    "at most, with adjoint='direct': take such ones, compile without fullgraph=True, or compile the field alone"
 )
 def _solve(
     func: Any,
@@ -342,8 +352,8 @@ def _first_slope(
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
-            "ode.solve does not run inside transforms of torch.func: use torch.autograd.grad, "
-            "and a batch axis with control='sample' in place of vmap"
+            "ode.solve runs inside transforms of torch.func with fixed steps and adjoint='direct' alone: use these, or "
+            "torch.autograd.grad, and a batch axis with control='sample' in place of vmap"
         )
     if params is not None:
         params = list(params)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_dense, check_floating, check_sizes
+from pyflowkern.core.draws import normal_like
 from pyflowkern.core.dtypes import accumulation_dtype, cast
 from pyflowkern.ops.philox import draw_seed, philox_blocks
 
@@ -60,10 +61,7 @@ def draw_probe(
         return draw_seed(seed, generator, x.device)
     if seed is not None:
         raise ValueError("seed is for kind='rademacher'; give a generator for 'gaussian'")
-    shape, dtype = (probes, *x.shape), accumulation_dtype(x.dtype)
-    if generator is None:  # named, it would keep torch.compile from symbolic sizes
-        return torch.randn(shape, dtype=dtype, device=x.device)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=x.device)
+    return normal_like(x, (probes, *x.shape), generator, accumulation_dtype(x.dtype))
 
 
 def rademacher(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

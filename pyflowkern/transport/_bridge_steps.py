@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
+from pyflowkern.core.draws import uniform_like
 from pyflowkern.core.dtypes import cast
 from pyflowkern.nn import VectorFieldMLP
 from pyflowkern.transport.matchers import SchrodingerBridgeConditionalFlowMatcher
@@ -96,7 +97,7 @@ def matched(
     their difference.
     """
     h = end - start
-    s = torch.rand(len(x0), dtype=x0.dtype, device=x0.device, generator=generator)
+    s = uniform_like(x0, (len(x0),), generator)
     s = MARGIN + (1 - 2 * MARGIN) * s
     matcher = SchrodingerBridgeConditionalFlowMatcher(sigma * math.sqrt(h), ot_method=None)
     _, x, u, z = matcher.sample_location_and_conditional_flow(

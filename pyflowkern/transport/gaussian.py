@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_count, check_floating, check_number
+from pyflowkern.core.draws import normal_like
 from pyflowkern.transport._arguments import check_generator, positive
 
 __all__ = ["GaussianBridge", "GaussianPath", "gaussian_bridge", "independent_gaussian_path"]
@@ -148,8 +149,7 @@ class GaussianPath:
         return torch.stack([*path, ends]).to(dtype)
 
     def _noise(self, n: int, generator: torch.Generator | None) -> Tensor:
-        shape, like = (n, len(self.mean0)), self.mean0
-        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+        return normal_like(self.mean0, (n, len(self.mean0)), generator)
 
     def _times(self, t: float | Tensor) -> Tensor:
         if not isinstance(t, Tensor):

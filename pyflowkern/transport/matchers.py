@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_flag, check_floating, check_number, check_shape
+from pyflowkern.core.draws import normal_like, uniform_like
 from pyflowkern.transport._arguments import check_generator, check_pair, positive
 from pyflowkern.transport.samplers import OTPlanSampler
 
@@ -87,7 +88,7 @@ class ConditionalFlowMatcher:
     def sample_noise_like(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw standard normal noise of the shape of ``x``."""
         check_generator(generator)
-        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return normal_like(x, x.shape, generator)
 
     def sample_location_and_conditional_flow(
         self,
@@ -137,7 +138,7 @@ class ConditionalFlowMatcher:
         check_generator(generator)
         check_flag("return_noise", return_noise)
         if t is None:
-            t = torch.rand(len(x0), dtype=x0.dtype, device=x0.device, generator=generator)
+            t = uniform_like(x0, (len(x0),), generator)
         else:
             check_floating("t", t)
             check_shape("t", t, (len(x0),))

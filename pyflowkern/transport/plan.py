@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_flag, check_floating
+from pyflowkern.core.draws import uniform_like
 from pyflowkern.ops.plan_tensors import PlanTensors
 from pyflowkern.transport._arguments import check_generator
 
@@ -221,14 +222,12 @@ class Plan:
 
     def _uniforms(self, n: int, generator: torch.Generator | None) -> Tensor:
         shape = (self.x.shape[0], n) if self.batched else (n,)
-        return torch.rand(shape, dtype=torch.float64, device=self.x.device, generator=generator)
+        return uniform_like(self.x, shape, generator, torch.float64)
 
     def _cells(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         assert self._sums is not None
         shape = (2, *self._sums.shape[:-1], n)
-        of_rows, of_columns = torch.rand(
-            shape, dtype=torch.float64, device=self.x.device, generator=generator
-        )
+        of_rows, of_columns = uniform_like(self.x, shape, generator, torch.float64)
         return self._partners(draw(self._sums, of_rows), of_columns)
 
     def _distinct(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.checks import check_choice, check_count, check_flag, check_floating
+from pyflowkern.core.draws import uniform_like
 from pyflowkern.transport._arguments import (
     check_generator,
     check_pair,
@@ -169,9 +170,7 @@ class OTPlanSampler:
             raise ValueError(f"pi must have shape [n, m], got {tuple(pi.shape)}")
         mass = pi.detach().double().flatten()
         if replace:
-            shape = (batch_size,)
-            uniforms = torch.rand(shape, dtype=mass.dtype, device=mass.device, generator=generator)
-            cells = draw(mass, uniforms)
+            cells = draw(mass, uniform_like(mass, (batch_size,), generator))
         else:
             if not int((mass > 0).sum()) >= batch_size:
                 raise ValueError(
@@ -211,7 +210,7 @@ class OTPlanSampler:
                 "replace must be True for a plan of a part of the mass: samples may have no partner"
             )
         shape = (1 + replace, len(x0))
-        return torch.rand(shape, dtype=torch.float64, device=x0.device, generator=generator)
+        return uniform_like(x0, shape, generator, torch.float64)
 
     def pairs_of(self, x0: Tensor, x1: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pairs that random numbers of :meth:`uniforms` choose: no others are drawn."""

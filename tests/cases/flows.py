@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from laws import ODE, ModuleCase
+from laws import ModuleCase
 
 from pyflowkern import flows, nn
 
@@ -23,7 +23,7 @@ STANDARD = torch.linspace(-2, 2, 30).view(6, 5)[:, [1, 0, 3, 2, 4]]
 
 case = partial(ModuleCase, atol=1e-8)  # of up to ten layers, one after another
 #: There and back is the identity but for the error of RK4 in four steps, for each block.
-ode = partial(ModuleCase, atol=1e-4, **ODE)
+ode = partial(ModuleCase, atol=1e-4, ode=True)
 
 FLOWS = [
     case("Glow image", lambda: Glow((1, 4, 4), levels=2), (1, 4, 4)),

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from laws import ODE, ModuleCase
+from laws import ModuleCase
 
 from pyflowkern import flows, nn
 from pyflowkern.ops import ScaleMap, SplineMap
@@ -242,7 +242,7 @@ OTHERS = [
 ]
 
 #: There and back is the identity but for the error of RK4 in four steps.
-ode = partial(ModuleCase, atol=1e-4, **ODE)
+ode = partial(ModuleCase, atol=1e-4, ode=True)
 continuous = partial(flows.ContinuousBijection, divergence="exact", method="rk4", step_size=0.25)
 
 CONTINUOUS = [

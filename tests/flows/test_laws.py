@@ -179,7 +179,7 @@ def test_samples_are_latents_of_the_generator_and_have_their_density(case):
 
 
 # fields are random, a standardized flow has the scale of its data, and BatchNorm adds to a variance
-NEUTRAL = [c for c in FLOWS if not c.no_graph and "of other scales" not in c.name]
+NEUTRAL = [c for c in FLOWS if not c.ode and "of other scales" not in c.name]
 NEUTRAL = [c for c in NEUTRAL if "batch norm" not in c.name]
 
 

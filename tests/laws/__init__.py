@@ -9,13 +9,13 @@ from laws.bijections import (
     jacobian_log_det,
 )
 from laws.draws import EMPTY, Calls, check_batched_gradients, few_elements, normal, unit
-from laws.modules import ODE, ModuleCase, randomize
+from laws.modules import ADAPTIVE, ModuleCase, randomize
 from laws.ops import OpCase, Sample, hold, law, run
 
 __all__ = [
+    "ADAPTIVE",
     "EMPTY",
     "EPS64",
-    "ODE",
     "Calls",
     "ModuleCase",
     "OpCase",

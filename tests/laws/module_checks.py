@@ -1,6 +1,7 @@
 """The laws of layers and flows: each takes a case, and raises an AssertionError that says what broke."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from laws.bijections import check_copies, check_inverse, check_log_det
 from laws.modules import directions, run
 from laws.op_checks import LAYOUTS, TWO_FORMULAS, same
-from pyflowkern import nn, use_reference
+from pyflowkern import flows, nn, use_reference
 
 #: Of one float64 quantity by two formulas, through several ops, each of which may differ by ``TWO_FORMULAS``.
 SEVERAL_OPS = 10 * TWO_FORMULAS
@@ -172,6 +173,8 @@ def check_compiles(case, compiler, options=None):
     Of a flow the gradients are those of the density: its layers have the law in both directions.
     """
     module, x, context = case.make()
+    for solves in (m for m in module.modules() if isinstance(m, flows.ContinuousBijection)):
+        solves.solver = {"method": "euler", "step_size": 0.5}  # a graph holds every evaluation
     leaves = [t.detach().requires_grad_() for t in (x, module(x, context)[0])]
     wanted = [*leaves, *module.parameters()]
 
@@ -182,11 +185,10 @@ def check_compiles(case, compiler, options=None):
         with torch.no_grad():
             return [density, *module.inverse(z, context)]
 
-    compiled, inverse = (
-        torch.compile(f, fullgraph=True, backend=compiler, options=options)
-        for f in (both, lambda z: module.inverse(z, context))
-    )
+    whole = partial(torch.compile, fullgraph=True, backend=compiler, options=options)
+    compiled = whole(both)
     if case.no_graph:
+        inverse = whole(lambda z: module.inverse(z, context))
         for f, given in ((compiled, leaves), (inverse, leaves[1:])):
             with pytest.raises(torch._dynamo.exc.Unsupported, match=case.no_graph):
                 f(*given)
@@ -202,9 +204,7 @@ def check_compiles(case, compiler, options=None):
 
 def check_determinism(case, threads):
     """The same bits of results and gradients each time, for any number of threads but for sums of torch's."""
-    n = (
-        120 if case.no_graph else 300
-    )  # some tasks for each thread; an ODE is many evaluations of them
+    n = 120 if case.ode else 300  # some tasks for each thread; an ODE is many evaluations of them
     module, x, context = case.make(n, torch.float32)
     torch_sums = any(isinstance(m, TORCH_SUMS) for m in module.modules())
     before = torch.get_num_threads()

@@ -33,6 +33,7 @@ class ModuleCase:
         idle: parameters that nothing depends on.
         no_graph: the error where both directions are to be one graph; empty where they can be.
         no_transforms: the error of gradients inside transforms of ``torch.func``, likewise.
+        ode: whether an ODE is solved, which is many evaluations of a network, and the start is no identity.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModuleCase:
     idle: tuple[str, ...] = ()
     no_graph: str = ""
     no_transforms: str = ""
+    ode: bool = False
 
     def __str__(self):
         return self.name
@@ -61,10 +63,11 @@ class ModuleCase:
         return module, x, normal(n, max(sizes), seed=4, dtype=dtype) if max(sizes) else None
 
 
-#: What solves an ODE: no graph holds the steps, whose number depends on the data.
-ODE = {
-    "no_graph": "the ODE of a continuous flow is solved step by step",
-    "no_transforms": "ode.solve does not run inside transforms of torch.func",
+#: What solves an ODE with adaptive steps: no graph holds them, as their number depends on the data.
+ADAPTIVE = {
+    "ode": True,
+    "no_graph": "the ODE of a continuous flow is part of a graph where its steps are fixed",
+    "no_transforms": "ode.solve runs inside transforms of torch.func with fixed steps",
 }
 
 

@@ -95,7 +95,7 @@ def test_direct_is_autograd_through_the_steps(name, checkpoint):
     t, y, states = TABLEAUS[name], y0, [y0]
     c = coefficients(t, torch.float64, y0.device)
     for i in range(4):
-        y, _ = differentiable_step(field, t, c, stage_times(c, 0.25 * i, 0.25, False), 0.25, y)
+        y, _ = differentiable_step(field, t, stage_times(c, 0.25 * i, 0.25, False), 0.25, y)
         states.append(y)
     plain = torch.stack([states[0], states[2], states[2], states[4]])
     expected = torch.autograd.grad((plain * g).sum(), [y0, *field.parameters()])

@@ -157,15 +157,6 @@ def test_the_last_allowed_step_is_taken(most, status, compat):
     torch.testing.assert_close(found.ys[:, 0], torch.tensor([0.0, 0.4, most / 10]))
 
 
-def test_transforms_of_torch_func_are_refused_with_an_alternative():
-    def end(y):
-        return ode.odeint(lambda t, y: -y, y, [0.0, 1.0])[-1].sum()
-
-    for transform in (torch.func.grad, torch.func.vmap):
-        with pytest.raises(RuntimeError, match="inside transforms"):
-            transform(end)(torch.ones(2, 3))
-
-
 @pytest.mark.parametrize("settings_of_solve", SOLVES, ids=str)
 def test_tolerances_that_are_both_zero_are_refused(settings_of_solve):
     def decay(t, y):

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from pyflowkern.ode.adjoints.gradients import Gradients
 from pyflowkern.ode.adjoints.problem import Problem, gradients_of_replay, time_gradients
-from pyflowkern.ode.adjoints.steps import differentiable_step, record_stages, step_pullback
+from pyflowkern.ode.adjoints.steps import (
+    differentiable_step,
+    interpolate,
+    record_stages,
+    step_pullback,
+)
 from pyflowkern.ode.loops import adaptive, device, fixed, per_sample
 from pyflowkern.ode.loops.per_sample import SampleTrajectory
 from pyflowkern.ode.options import Options
@@ -135,18 +140,9 @@ def _replay(problem: Problem, trajectory: Trajectory, y: Tensor) -> Tensor:
     outputs: list[Tensor] = [y] * len(trajectory.outputs)
     for j, (t, dt) in enumerate(zip(trajectory.t, trajectory.dt, strict=True)):
         times = stage_times(c, t, dt, perturb)
-        y1, slopes = differentiable_step(problem.field, method, c, times, dt, y)
+        y1, slopes = differentiable_step(problem.field, method, times, dt, y)
         for i, theta in at[j + 1]:
-            if theta is None:
-                outputs[i] = y1
-            elif not problem.options.linear:
-                assert method.dense is not None
-                outputs[i] = y
-                for row, k in zip(method.dense, slopes, strict=True):
-                    weight = sum(p * theta ** (d + 1) for d, p in enumerate(row))
-                    outputs[i] = torch.add(outputs[i], k, alpha=weight * dt)
-            else:
-                outputs[i] = torch.lerp(y, y1, theta)
+            outputs[i] = interpolate(method, problem.options.linear, y, y1, slopes, dt, theta)
         y = y1
     return torch.stack(outputs)
 
@@ -212,7 +208,6 @@ def _pull_samples(
 def _replay_samples(problem: Problem, trajectory: SampleTrajectory, y: Tensor) -> Tensor:
     """As :func:`_replay`."""
     method = problem.options.method
-    c = coefficients(method, y.dtype, y.device)
     count = problem.times.shape[0]
     outputs: list[Tensor] = [y] * count
     stand_in = _stand_in(trajectory)
@@ -225,7 +220,7 @@ def _replay_samples(problem: Problem, trajectory: SampleTrajectory, y: Tensor) -
         def scaled(s: Tensor, x: Tensor, h: Tensor = h) -> Tensor:
             return problem.field(s, x) * h
 
-        y1, _ = differentiable_step(scaled, method, c, times, 1.0, stand_in(y, dt))
+        y1, _ = differentiable_step(scaled, method, times, 1.0, stand_in(y, dt))
         stopped = (h == 0) & (torch.as_tensor(trajectory.status) != 0)[:, None]
         y = torch.where(stopped, y, y1)
         for i in range(1, count):

@@ -163,10 +163,10 @@ def _replay(problem: Problem, tape: Tape, y: Tensor) -> Tensor:
     z, outputs = y, [y] * len(problem.times)
     for j, (t, t1, dt) in enumerate(zip(tape.t, tape.t1, tape.dt, strict=True)):
         times = stage_times(c, t, dt, "")
-        after, _ = differentiable_step(problem.field, method, c, times, dt, z)
+        after, _ = differentiable_step(problem.field, method, times, dt, z)
         y = coupling * (y - z) + after
         times = stage_times(c, t1, -dt, "")
-        before, _ = differentiable_step(problem.field, method, c, times, -dt, y)
+        before, _ = differentiable_step(problem.field, method, times, -dt, y)
         z = z - (before - y)
         for i in _outputs_at(problem.times, tape, j):
             outputs[i] = y

@@ -13,7 +13,7 @@ from pyflowkern.ode.stages import Stages
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Coefficients, Tableau, dense_weights
 
-__all__ = ["differentiable_step", "record_stages", "step_pullback"]
+__all__ = ["differentiable_step", "interpolate", "record_stages", "step_pullback"]
 
 
 def record_stages(
@@ -92,13 +92,30 @@ def _through(argument: Tensor, slope: Tensor, k_bar: Tensor, gradients: Gradient
 
 
 def differentiable_step(
-    field: Field, method: Tableau, c: Coefficients, times: Sequence[Tensor], dt: float, y: Tensor
+    field: Field, method: Tableau, times: Sequence[Tensor], dt: float, y: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the state after a step and its slopes, computed by operations that autograd records."""
     slopes: list[Tensor] = []
     for i in range(method.stages):
         slopes.append(field(times[i], _combine(y, slopes, method.a[i], dt)))
     return _combine(y, slopes, method.b, dt), slopes
+
+
+def interpolate(
+    method: Tableau,
+    linear: bool,
+    y: Tensor,
+    y1: Tensor,
+    slopes: Sequence[Tensor],
+    dt: float,
+    theta: float | None,
+) -> Tensor:
+    """Return the state a fraction ``theta`` into a step, None for its end, by operations that autograd records."""
+    if theta is None:
+        return y1
+    if linear:
+        return torch.lerp(y, y1, theta)
+    return _combine(y, slopes, dense_weights(method, theta), dt)
 
 
 def _combine(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], dt: float) -> Tensor:
