@@ -4,6 +4,7 @@ import itertools
 
 import torch
 from laws import EMPTY, OpCase, Sample, few_elements, normal
+from laws.ops import FLOATS
 
 from pyflowkern.ops import (
     SplineMap,
@@ -59,9 +60,12 @@ SHAPES = [(1,), (5,), (3, 129), (127, 3), (2, 1000), (1, 2100), (2, 3, 4, 5)]
 
 
 def samples(dtype):
-    for smap, inverse in itertools.product(every_map(), (False, True)):
-        yield sample(smap, 7, 5, dtype=dtype, inverse=inverse)
-        yield sample(smap, 3, 4, 2, dtype=dtype, inverse=inverse, elementwise=True)
+    turn = FLOATS.index(dtype)
+    for (i, smap), inverse in itertools.product(enumerate(every_map()), (False, True)):
+        if (i + inverse + turn) % 2:  # the other one in the next dtype
+            yield sample(smap, 7, 5, dtype=dtype, inverse=inverse)
+        else:
+            yield sample(smap, 3, 4, 2, dtype=dtype, inverse=inverse, elementwise=True)
     for shape in SHAPES:
         yield sample(SplineMap(bins=8), *shape, dtype=dtype)
     for shape, kind, inverse in itertools.product(EMPTY, KINDS, (False, True)):
@@ -117,13 +121,16 @@ def coupling(split, shape, swap, dtype=torch.float64, smap=None, **options):
 
 
 def coupling_samples(dtype):
-    for split, swap, inverse in itertools.product(SPLITS, (False, True), (False, True)):
-        for shape in ((2, 6, 4, 5), (3, 5, 3, 3)):
-            found = coupling(split, shape, swap, dtype, inverse=inverse)
-            yield found
-            yield found.map(
-                lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-            )
+    turn = FLOATS.index(dtype)
+    for (i, split), swap, (j, shape) in itertools.product(
+        enumerate(SPLITS), (False, True), enumerate(((2, 6, 4, 5), (3, 5, 3, 3)))
+    ):
+        inverse = (i + swap + j + turn) % 2 == 1  # the other direction in the next dtype
+        found = coupling(split, shape, swap, dtype, inverse=inverse)
+        yield found
+        yield found.map(
+            lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+        )
     for shape in ((0, 4), (1, 2), (129, 3), (64, 10), (2, 7, 11), (2, 3, 40, 40)):
         for split, swap in itertools.product(("channel", "channels"), (False, True)):
             yield coupling(split, shape, swap, dtype)
