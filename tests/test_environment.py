@@ -50,17 +50,17 @@ def test_a_level_that_the_processor_lacks_is_a_warning(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("kind", "relative", "reason"),
     [
-        ("foreign", "is not pyflowkern's library: it holds no kernels of this package"),
-        ("text", "could not be loaded by torch"),
-        ("empty", "could not be loaded by torch"),
-        ("folder", "was not built or not installed"),
-        ("none", "was not built or not installed"),
+        ("foreign", False, "is not pyflowkern's library: it holds no kernels of this package"),
+        ("foreign", True, "is not pyflowkern's library: it holds no kernels of this package"),
+        ("text", False, "could not be loaded by torch"),
+        ("empty", True, "could not be loaded by torch"),
+        ("folder", False, "was not built or not installed"),
+        ("none", True, "was not built or not installed"),
     ],
 )
-@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-def test_a_library_that_is_not_ours(kind, reason, relative, tmp_path):
+def test_a_library_that_is_not_ours(kind, relative, reason, tmp_path):
     path = tmp_path / NAME
     if kind == "foreign":
         shutil.copy(_struct.__file__, path)
