@@ -114,6 +114,10 @@ void add_chain_codes(pybind11::dict& c) {
                                  {"CONTEXT", kLayerContext},
                                  {"GATE", kLayerGate},
                                  {"CONTEXT_BIAS", kLayerContextBias}});
+  c["ChainElementsFlag"] = dict_of({{"CENTRED", kCentredElements}, {"TURNED", kTurnedElements}});
+  c["ChainNetworkFlag"] = dict_of({{"RESIDUAL", kResidualNetwork},
+                                   {"ACTIVATE_BLOCKS", kActivateBlocks},
+                                   {"ACTIVATE_LAST", kActivateLast}});
   c["ChainContext"] = dict_of({{"NONE", kNoContext},
                                {"ADD", kAddContext},
                                {"JOINED", kJoinContext},

@@ -57,18 +57,33 @@ inline bool is_copied(const ChainLayer& y) {
   return y.prefix != nullptr || y.columns != nullptr || y.rows != nullptr;
 }
 
-// Elements: features `moves` change, by parameters that a network computes from features `reads`.
-// Parameter k of moved feature j is row j feature_step + k param_step of the network's output.
-struct ChainElements {
+// Moved features [begin, end), one after the other, to which the same map is done.  Parameter k of
+// feature j is row first + (j - begin) feature_step + k param_step of the network's output.
+struct ChainGroup {
   ElementFamily family;
   int kind, flags;  // of a scale map
   ScaleNumbers scale;
   SplineForm form;
   SplineNumbers spline;
+  int64_t begin, end, first;
   int64_t per_feature, feature_step, param_step;
+  int64_t row(int64_t j) const { return first + (j - begin) * feature_step; }
+  int64_t rows() const { return (end - begin) * per_feature; }
+};
+
+// Elements: features `moves` change, by parameters that a network computes from features `reads`.
+struct ChainElements {
+  const ChainGroup* group;
+  int groups;
+  bool centred;  // the log-scales of a sample have mean 0
+  bool turned;   // before a spline a feature is turned by half a circle as long as its interval
   int64_t reads, moves;
   const int32_t *read, *moved;
-  bool inverse, residual, activate_last;
+  // What the first layer reads: a feature, or where it has a frequency w its cos(w x) and sin(w x).
+  const double* frequency;  // of each read, 0 for what is no angle; null: there are no angles
+  const int32_t* start;     // which of the inputs is the first of a read
+  int64_t inputs;
+  bool inverse, residual, activate_blocks, activate_last;
   Activation activation;
   int layers;  // 0: the parameters are a tensor, `shared`
   ChainLayer* layer;
@@ -84,7 +99,21 @@ struct ChainElements {
   const int32_t* needs;   // [moves, hidden layers]: units that parameters of features up to it need
   int64_t passes;         // reads that are not moved, their places
   const int32_t* passing;
+  int64_t pulled;  // rows of the tile: the gradients of an angle's cosine and sine
 };
+
+// The group of a moved feature.
+inline const ChainGroup& group_of(const ChainElements& e, int64_t j) {
+  const ChainGroup* g = e.group;
+  while (g->end <= j) ++g;
+  return *g;
+}
+
+// The first input of the network that a feature becomes, and how many these are.
+inline int64_t first_input(const ChainElements& e, int64_t r) { return e.start ? e.start[r] : r; }
+inline int64_t input_count(const ChainElements& e, int64_t r) {
+  return e.frequency != nullptr && e.frequency[r] != 0 ? 2 : 1;
+}
 
 struct ChainStep {
   int kind;                    // ChainStepKind

@@ -6,6 +6,8 @@
 // what a step needs.
 #pragma once
 
+#include <algorithm>
+
 #include "chain/chain_code.h"
 #include "chain/chain_host.h"
 
@@ -108,16 +110,22 @@ class ChainNetworks : protected ChainWriter {
     if (e.context_weight != nullptr) w.context = tensor;
     if (e.layers == 0) w.output.push_back(at), at += static_cast<int>(e.params_count);
     w.params = w.output.back(), w.scratch = at;
-    if (e.family == kSplineElements) {
-      at += static_cast<int>(e.moves) * spline_map<float>(e.spline, e.form, false).scratch;
+    int scratch = 0;
+    for (int i = 0; i < e.groups; ++i) {
+      const ChainGroup& g = e.group[i];
+      if (g.family != kSplineElements) continue;
+      const int64_t size = (g.end - g.begin) * spline_map<float>(g.spline, g.form, false).scratch;
+      scratch = std::max(scratch, static_cast<int>(size));
     }
+    at += scratch;
     for (int i = 0; i < 2; ++i) w.gradient[i] = at, at += backwards ? widest : 0;
     reserve(at - l_.work());
     return w;
   }
 
   static int seen_through(const ChainElements& e, int l) {
-    const bool plain = l == 0 || (l == e.layers - 1 && !e.activate_last);
+    const bool last = l == e.layers - 1, opens = e.residual && !last && l % 2 == 1;
+    const bool plain = l == 0 || (last && !e.activate_last) || (opens && !e.activate_blocks);
     return static_cast<int>(plain ? Activation::kIdentity : e.activation);
   }
 
@@ -155,20 +163,23 @@ class ChainNetworks : protected ChainWriter {
 
   // Moves features by parameters; the gradients of both in the backward pass.
   void elements(const Network& w, ChainOpKind kind, int in) {
-    const ChainElements& e = w.e;
-    ChainOp& o = op(kind, static_cast<int>(e.moves), in, state_);
-    o.in_order = ints(e.moved, e.moves);
-    o.feature_step = static_cast<int>(e.feature_step);
-    o.param_step = static_cast<int>(e.param_step);
-    o.params = w.params, o.scratch = w.scratch;
-    ChainMapNumbers numbers;
-    if (e.family == kAffineElements) {
-      o.flags |= kAffine, o.scale_kind = e.kind;
-      numbers.affine = true, numbers.scale = e.scale, numbers.flags = e.flags;
-    } else {
-      numbers.has_spline = true, numbers.spline = e.spline, numbers.form = e.form;
+    for (int i = 0; i < w.e.groups; ++i) {
+      const ChainGroup& g = w.e.group[i];
+      const int count = static_cast<int>(g.end - g.begin);
+      ChainOp& o = op(kind, count, in, state_);
+      o.in_order = ints(w.e.moved + g.begin, count);
+      o.feature_step = static_cast<int>(g.feature_step);
+      o.param_step = static_cast<int>(g.param_step);
+      o.params = w.params + static_cast<int>(g.first), o.scratch = w.scratch;
+      ChainMapNumbers numbers;
+      if (g.family == kAffineElements) {
+        o.flags |= kAffine, o.scale_kind = g.kind;
+        numbers.affine = true, numbers.scale = g.scale, numbers.flags = g.flags;
+      } else {
+        numbers.has_spline = true, numbers.spline = g.spline, numbers.form = g.form;
+      }
+      o.map = map(numbers);
     }
-    o.map = map(numbers);
   }
 
   void elements_forward(const Network& w) {

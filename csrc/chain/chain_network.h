@@ -2,7 +2,7 @@
 // The networks of a chain on a tile: units are rows, samples are columns.
 //
 //   h = W0 x + b0 (+ C c, or a(C c + d));   plain: h <- Wi a(h) + bi;   residual: h <- h + W'' a(W'
-//   a(h) + b') + b'' between the first layer and the last.  What a layer between them computes,
+//   a(h) + b') + b'' between the first layer and the last, or W' h without activation.  What a layer between them computes,
 //   before h is added, may have the context added, or be multiplied by a gate, sigmoid(C c + d).
 //
 // Products read a weight as it lies: number by number on the left (core/gemm.h), its transpose by
@@ -10,6 +10,7 @@
 #pragma once
 
 #include "chain/chain.h"
+#include "chain/chain_inputs.h"
 #include "core/activations.h"
 #include "core/gemm.h"
 #include "core/rows.h"
@@ -17,17 +18,6 @@
 PFK_BEGIN
 
 namespace {
-
-// The work space of a tile.
-template <class T>
-struct ChainRows {
-  T* base;
-  int64_t width;           // between rows
-  int64_t count, columns;  // samples; in whole vectors
-  T* turned;               // room for the transpose of the widest layer
-  bool first;              // of a task's tiles: its gradients are written, not added
-  T* row(int64_t r) const { return base + r * width; }
-};
 
 // ---- products ----------------------------------------------------------------------------------
 // out += W in, where `weight` is W in one of its forms.
@@ -294,16 +284,11 @@ void layer_context_backward(const ChainElements& e, int l, const ChainRows<T>& w
 }
 
 // ---- a network ---------------------------------------------------------------------------------
-// The inputs that the first layer reads, rows one after the other.
-template <class T>
-void gather_reads(const ChainElements& e, const ChainRows<T>& w, const T* x, int64_t x_width) {
-  for (int64_t r = 0; r < e.reads; ++r) {
-    memcpy(w.row(r), x + e.read[r] * x_width, w.columns * sizeof(T));
-  }
-}
-
+// What a layer reads the one before it through.
 inline Activation seen_through(const ChainElements& e, int l) {
-  return l == e.layers - 1 && !e.activate_last ? Activation::kIdentity : e.activation;
+  const bool last = l == e.layers - 1, opens = e.residual && !last && l % 2 == 1;
+  const bool plain = (last && !e.activate_last) || (opens && !e.activate_blocks);
+  return plain ? Activation::kIdentity : e.activation;
 }
 
 // What the context adds to rows [begin, end) of a layer's sums.

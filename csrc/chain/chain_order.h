@@ -21,7 +21,8 @@ inline int32_t plan_feature(const ChainElements& e, const ChainLayer* layer, int
     return layer[l].prefix == nullptr ? static_cast<int32_t>(layer[l].in)
                                       : layer[l].prefix[rows - 1];
   };
-  const int64_t end = j * e.feature_step + (e.per_feature - 1) * e.param_step + 1;
+  const ChainGroup& g = group_of(e, j);
+  const int64_t end = g.row(j) + (g.per_feature - 1) * g.param_step + 1;
   int32_t most = inputs(last, end);
   for (int l = last; l > 0; --l) {
     need[l - 1] = std::max(need[l - 1], most);
@@ -55,7 +56,7 @@ inline int64_t plan_walk(ChainElements& e, ChainLayer* layer, int64_t features,
     places[j] = place[e.moved[j]];
     if (j > 0) std::copy_n(needs + (j - 1) * hidden, hidden, needs + j * hidden);
     const int32_t inputs = plan_feature(e, layer, j, needs + j * hidden);
-    for (; checked < inputs; ++checked) {
+    for (; checked < e.reads && first_input(e, checked) < inputs; ++checked) {
       STD_TORCH_CHECK(moves_at[e.read[checked]] < j,
                       "pyflowkern::chain: a feature's parameters depend on it or on later ones");
     }
@@ -65,7 +66,8 @@ inline int64_t plan_walk(ChainElements& e, ChainLayer* layer, int64_t features,
     layer[l].adjoint = e.rows + rows;
     rows += layer[l].out;
   }
-  return rows;
+  e.pulled = e.rows + rows;
+  return rows + (e.frequency != nullptr ? 2 : 0);
 }
 
 }  // namespace pfk

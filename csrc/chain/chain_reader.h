@@ -16,8 +16,10 @@ struct ChainTensors {
   std::vector<Tensor> dense;  // parameters, contiguous
   std::vector<ChainStep> steps;
   std::vector<ChainLayer> layers;
+  std::vector<ChainGroup> groups;
   std::vector<ChainGrad> grads;  // one for each tensor, those without a gradient with no rows
-  std::vector<std::vector<int32_t>> walks;   // tables of inverses of autoregressive steps
+  std::vector<std::vector<int32_t>> tables;  // of angles, and inverses of autoregressive steps
+  std::vector<std::vector<double>> frequencies;
   std::vector<std::vector<int64_t>> orders;  // the permutations of `factors`
   std::vector<PluArgs> factors;              // of the steps kPluStep and kLuStep, in their order
   ChainArgs args{};

@@ -270,10 +270,7 @@ void elements_step_backward(const ChainArgs& a, const ChainElements& e, const Ch
   T* of_context = a.grad_c == nullptr ? nullptr : w.grad_context;
   const T* more = network_backward(e, w.rows, w.context, of_context, a.context, grads);
   for (int64_t r = 0; r < (more == nullptr ? 0 : e.reads); ++r) {
-    T* g = w.state + e.read[r] * width;
-    for (int64_t i = 0; i < w.rows.columns; i += Vec<T>::kLanes) {
-      (Vec<T>::load(g + i) + Vec<T>::load(more + r * width + i)).store(g + i);
-    }
+    add_read_gradient(e, w.rows, r, more + first_input(e, r) * width, w.state + e.read[r] * width);
   }
 }
 

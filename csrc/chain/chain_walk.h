@@ -44,7 +44,7 @@ class ChainWalk {
       find_params(j);
       elements_forward(e_, map, j, j + 1, w_.width, w_.columns, x, output(last_), log_det);
       if (e_.places[j] < 0) continue;
-      memcpy(w_.row(e_.places[j]), x + e_.moved[j] * w_.width, w_.columns * sizeof(T));
+      gather_read(e_, w_, e_.places[j], x + e_.moved[j] * w_.width);
     }
     if (!keeps_) return;
     // the gradients of weights are sums over all units
@@ -63,14 +63,14 @@ class ChainWalk {
     }
     for (int64_t j = e_.moves; j-- > 0;) {
       T* of_feature = state + e_.moved[j] * w_.width;
-      if (e_.places[j] >= 0) pull_input(e_.places[j], of_feature);
+      if (e_.places[j] >= 0) pull_read(e_.places[j], of_feature);
       elements_backward(e_, map, j, j + 1, w_.width, w_.columns, x.p, x.stride, output(last_),
                         state, grad_log);
       for (int l = last_ - 1; l >= 0; --l) pull_units(l, units(j - 1, l), units(j, l));
     }
     for (int64_t i = 0; i < e_.passes; ++i) {
       const int32_t r = e_.passing[i];
-      pull_input(r, state + e_.read[r] * w_.width);
+      pull_read(r, state + e_.read[r] * w_.width);
     }
   }
 
@@ -145,12 +145,13 @@ class ChainWalk {
 
   // Parameters of a feature: rows that follow each other, or some of all parts of the output.
   void find_params(int64_t j) {
-    const int64_t first = j * e_.feature_step;
-    if (e_.param_step == 1 || e_.per_feature == 1) {
-      return sum_rows(last_, first, first + e_.per_feature);
+    const ChainGroup& g = group_of(e_, j);
+    const int64_t first = g.row(j);
+    if (g.param_step == 1 || g.per_feature == 1) {
+      return sum_rows(last_, first, first + g.per_feature);
     }
-    for (int64_t k = 0; k < e_.per_feature; ++k) {
-      const int64_t r = first + k * e_.param_step;
+    for (int64_t k = 0; k < g.per_feature; ++k) {
+      const int64_t r = first + k * g.param_step;
       start_rows(last_, r, r + 1);
       multiply(last_, r, r + 1, 0, inputs_of(e_.layer[last_], r));
     }
@@ -175,6 +176,16 @@ class ChainWalk {
   void pull_input(int64_t place, T* to) {
     const ChainLayer& y = e_.layer[0];
     pull(0, place, place + 1, first_reader(y, place), y.out, to, true);
+  }
+
+  // Adds the gradient of a feature that the network reads.
+  void pull_read(int64_t r, T* to) {
+    const int64_t first = first_input(e_, r), count = input_count(e_, r);
+    if (count == 1) return pull_input(first, to);
+    T* pulled = w_.row(e_.pulled);
+    memset(pulled, 0, 2 * w_.width * sizeof(T));
+    for (int64_t i = 0; i < count; ++i) pull_input(first + i, pulled + i * w_.width);
+    add_read_gradient(e_, w_, r, pulled, to);
   }
 
   // The gradients of units [begin, end) before their activation; those of later ones are known.

@@ -112,6 +112,14 @@ enum ChainLayerFlags : int {
   kLayerContextBias = 32
 };
 constexpr int kAllChainLayerFlags = 2 * kLayerContextBias - 1;
+// kCentredElements: log-scales of a sample have mean 0; kTurnedElements: before a spline, features are
+// turned by half a circle as long as its interval.
+enum ChainElementsFlags : int { kCentredElements = 1, kTurnedElements = 2 };
+constexpr int kAllChainElementsFlags = 2 * kTurnedElements - 1;
+// kResidualNetwork: pairs of layers are blocks; kActivateBlocks, kActivateLast: an activation
+// precedes the first layer of each block, and the last layer.
+enum ChainNetworkFlags : int { kResidualNetwork = 1, kActivateBlocks = 2, kActivateLast = 4 };
+constexpr int kAllChainNetworkFlags = 2 * kActivateLast - 1;
 // What the first layer of a network does with the context c: it adds C c, reads it as its last
 // inputs, or adds a(C c + d).
 enum ChainContext : int { kNoContext, kAddContext, kJoinContext, kActivateContext };

@@ -181,6 +181,13 @@ PFK_HD Vec<T> select(Mask<T> c, Vec<T> a, Vec<T> b) {
   return c.m ? a.v : b.v;
 }
 
+template <class T>
+PFK_HD bool any_lane(Mask<T> c) {
+  int64_t found = 0;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) found |= c.m[i];
+  return found != 0;
+}
+
 // Sum of the lanes in a fixed order, in double.
 template <class T>
 PFK_HD double sum_lanes(Vec<T> a) {

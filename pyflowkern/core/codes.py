@@ -15,7 +15,9 @@ __all__ = [
     "AffineFlag",
     "ChainBase",
     "ChainContext",
+    "ChainElementsFlag",
     "ChainLayerFlag",
+    "ChainNetworkFlag",
     "ChainStep",
     "ElementFamily",
     "FieldActivation",
@@ -233,6 +235,21 @@ class ChainLayerFlag(IntFlag):
     CONTEXT = 8  # a product with the context is added
     GATE = 16  # the sigmoid of a product with the context is a factor
     CONTEXT_BIAS = 32  # the product that is added has a bias of its own
+
+
+class ChainElementsFlag(IntFlag):
+    """What is done to the elements of a step besides their maps."""
+
+    CENTRED = 1  # the log-scales of a sample have mean 0
+    TURNED = 2  # before a spline, features are turned by half a circle as long as its interval
+
+
+class ChainNetworkFlag(IntFlag):
+    """The form of a network."""
+
+    RESIDUAL = 1  # pairs of layers are blocks
+    ACTIVATE_BLOCKS = 2  # an activation precedes the first layer of each block
+    ACTIVATE_LAST = 4  # and the last layer
 
 
 class ChainContext(IntEnum):

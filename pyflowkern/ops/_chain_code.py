@@ -7,7 +7,9 @@ from itertools import islice
 
 from pyflowkern.core.codes import (
     ChainContext,
+    ChainElementsFlag,
     ChainLayerFlag,
+    ChainNetworkFlag,
     ChainStep,
     MaskedActivation,
     numbered,
@@ -23,7 +25,7 @@ from pyflowkern.ops.chain_steps import (
     ShiftStep,
     Step,
 )
-from pyflowkern.ops.elements import ElementCode, element_code, element_of_code
+from pyflowkern.ops.elements import ElementCode, ElementMap, element_code, element_of_code
 
 __all__ = ["read_step", "write_step"]
 
@@ -31,6 +33,10 @@ _ACTIVATIONS = numbered(MaskedActivation)
 _NAMES = list(_ACTIVATIONS)
 _FIRST = numbered(ChainContext)
 _MASKED, _COLUMNS, _ROWS, _ADDED, _GATED, _BIAS = (flag.value for flag in ChainLayerFlag)
+_CENTRED, _TURNED = (flag.value for flag in ChainElementsFlag)
+_RESIDUAL, _ACTIVATE_BLOCKS, _ACTIVATE_LAST = (flag.value for flag in ChainNetworkFlag)
+#: In the place of where frequencies are.
+_NO_ANGLES = -1
 _CONTEXTS = {"none": 0, "add": _ADDED, "gate": _GATED}
 
 
@@ -55,21 +61,26 @@ def write_step(step: Step, program: list[int], numbers: list[float]) -> None:
 
 
 def _write_elements(step: ElementsStep, program: list[int], numbers: list[float]) -> None:
-    code, net, per = element_code(step.element_map), step.network, step.parameters
-    count = len(step.moves)
-    program += [
-        ChainStep.ELEMENTS.value,
-        *(code.family, code.kind, code.tails, code.parameterization, code.bins, code.flags),
-        *(len(numbers), len(code.numbers), per),
-        *((per, 1) if step.layout == "feature_major" else (1, count)),
-        *(len(step.reads), count),
-    ]
-    numbers += code.numbers
+    net, groups, count = step.network, step.groups, len(step.moves)
+    flags = _CENTRED * step.centred + _TURNED * step.turned
+    program += [ChainStep.ELEMENTS.value, flags, len(groups)]
+    for group in groups:
+        code, per = element_code(group.transform), group.parameters
+        program += [
+            *(code.family, code.kind, code.tails, code.parameterization, code.bins, code.flags),
+            *(len(numbers), len(code.numbers), group.features, per),
+            *((per, 1) if step.layout == "feature_major" else (1, count)),
+        ]
+        numbers += code.numbers
+    program += [len(step.reads), count]
     if net is None:
-        program += [0, 0, 1, 0, 0]
+        program += [0, 0, 0, 0, _NO_ANGLES]
     else:
-        flags = int(net.residual), int(net.activate_last)
-        program += [len(net.layers), *flags, _ACTIVATIONS[net.activation], _FIRST[net.context]]
+        flags = _RESIDUAL * net.residual
+        flags += _ACTIVATE_BLOCKS * net.activate_blocks + _ACTIVATE_LAST * net.activate_last
+        at = _NO_ANGLES if net.frequencies is None else len(numbers)
+        numbers += net.frequencies or ()
+        program += [len(net.layers), flags, _ACTIVATIONS[net.activation], _FIRST[net.context], at]
     program += [*step.reads, *step.moves]
     for layer in () if net is None else net.layers:
         flag = _MASKED * (layer.prefixes is not None)
@@ -96,13 +107,17 @@ def read_step(features: int, program: Iterator[int], numbers: list[float]) -> St
 
 
 def _read_elements(program: Iterator[int], numbers: list[float]) -> ElementsStep:
-    family, kind, tails, parameterization, bins, flags, at, size = islice(program, 8)
-    own = numbers[at : at + size]
-    transform = element_of_code(
-        ElementCode(family, kind, tails, parameterization, bins, own, flags)
-    )
-    _, _, param_step, reads, moves = islice(program, 5)
-    depth, residual, activate_last, activation, context = islice(program, 5)
+    step_flags, groups = islice(program, 2)
+    transforms: list[ElementMap] = []
+    param_step = 1
+    for _ in range(groups):
+        family, kind, tails, parameterization, bins, flags, at, size = islice(program, 8)
+        own = numbers[at : at + size]
+        code = ElementCode(family, kind, tails, parameterization, bins, own, flags)
+        count, _, _, param_step = islice(program, 4)
+        transforms += [element_of_code(code)] * count
+    reads, moves, depth, form, activation, context, at = islice(program, 7)
+    frequencies = None if at == _NO_ANGLES else numbers[at : at + reads]
     features = tuple(islice(program, reads)), tuple(islice(program, moves))
     layers = []
     for _ in range(depth):
@@ -115,7 +130,15 @@ def _read_elements(program: Iterator[int], numbers: list[float]) -> ElementsStep
         layers.append(ChainLayer(outputs, inputs, bool(bias), *orders, how, bool(flag & _BIAS)))
     network = None
     if layers:
-        form = _NAMES[activation], bool(residual), bool(activate_last), list(_FIRST)[context]
-        network = ChainNetwork(tuple(layers), *form)
+        network = ChainNetwork(
+            tuple(layers),
+            _NAMES[activation],
+            bool(form & _RESIDUAL),
+            bool(form & _ACTIVATE_LAST),
+            list(_FIRST)[context],
+            bool(form & _ACTIVATE_BLOCKS),
+            frequencies,
+        )
     layout = "feature_major" if param_step == 1 else "blocked"
-    return ElementsStep(transform, features[1], features[0], network, layout)
+    marks = bool(step_flags & _CENTRED), bool(step_flags & _TURNED)
+    return ElementsStep(transforms, features[1], features[0], network, layout, *marks)

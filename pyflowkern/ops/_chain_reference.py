@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,13 +11,19 @@ from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.dtypes import full_precision
-from pyflowkern.ops._masked_network import Connection, inverse_by_passes, layer_values
+from pyflowkern.ops._masked_network import (
+    Connection,
+    elementwise,
+    inverse_by_passes,
+    layer_values,
+)
 from pyflowkern.ops.actnorm import actnorm_reference
 from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import (
     ActNormStep,
     ElementsStep,
+    Group,
     LinearStep,
     LUStep,
     PermuteStep,
@@ -25,8 +32,10 @@ from pyflowkern.ops.chain_steps import (
     Step,
 )
 from pyflowkern.ops.density import normal_log_prob_reference
-from pyflowkern.ops.elements import apply_elements, wrapped
+from pyflowkern.ops.elements import wrapped
 from pyflowkern.ops.matrix import plu_matrix_reference
+from pyflowkern.ops.scale_map import ScaleMap
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = ["run_steps"]
 
@@ -93,7 +102,7 @@ def _run_lu(step: LUStep, x: Tensor, own: list[Tensor], inverse: bool) -> tuple[
 def _run_elements(
     step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    before = x.index_select(1, _index(step.moves, x))
+    before, apply = x.index_select(1, _index(step.moves, x)), partial(_apply, step)
     if inverse and {*step.moves} & {*step.reads}:
         count = len(step.moves)
         moved, log_det = inverse_by_passes(
@@ -101,14 +110,73 @@ def _run_elements(
             before,
             torch.arange(count, device=x.device),
             count,
-            step.element_map,
+            apply,
         )
     else:
-        params = _parameters(step, x, context, own)
-        moved, log_det = apply_elements(
-            before, params, step.element_map, inverse=inverse, reference=True
-        )
+        moved, log_det = apply(before, _parameters(step, x, context, own), inverse)
     return _replaced(step, x, moved), log_det
+
+
+def _apply(step: ElementsStep, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Transform the moved features ``[N, M]`` by their parameters, all of them in a row."""
+    if step.centred:
+        return _apply_centred(step, x, params, inverse)
+    if step.turned:
+        return _apply_turned(step, x, params, inverse)
+    return _apply_groups(step, x, params, inverse)
+
+
+def _apply_groups(
+    step: ElementsStep, x: Tensor, params: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    moved, total = [], x.new_zeros(x.shape[0])
+    for group in step.groups:
+        size = group.features * group.parameters
+        own = _of_elements(step, params.narrow(1, group.row, size), group)
+        y, log_det = elementwise(group.transform)(
+            x.narrow(1, group.begin, group.features), own, inverse
+        )
+        moved.append(y)
+        total = total + log_det
+    return torch.cat(moved, 1), total
+
+
+def _apply_centred(
+    step: ElementsStep, x: Tensor, params: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    (group,) = step.groups
+    given = group.transform
+    assert isinstance(given, ScaleMap)  # as the step has checked
+    shift, raw = _of_elements(step, params, group).unbind(2)
+    log_scale = given.log_scale(raw)
+    exp = ScaleMap(
+        "exp", shift_first=given.shift_first, divide=given.divide, shift_gain=given.shift_gain
+    )
+    own = torch.stack([shift, log_scale - log_scale.mean(1, keepdim=True)], 2)
+    return elementwise(exp)(x, own, inverse)[0], x.new_zeros(x.shape[0])
+
+
+def _apply_turned(
+    step: ElementsStep, x: Tensor, params: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    bounds = x.new_tensor([m.bound for m in step.maps if isinstance(m, SplineMap)])
+
+    def turned(v: Tensor) -> Tensor:
+        return torch.remainder(v, 2 * bounds) - bounds
+
+    if not inverse:
+        return _apply_groups(step, turned(x), params, False)
+    y = turned(_apply_groups(step, x, params, True)[0])
+    # beyond the interval, where z may be but y is not, this is not the log-determinant of the inverse spline
+    return y, -_apply_groups(step, turned(y), params, False)[1]
+
+
+def _of_elements(step: ElementsStep, params: Tensor, group: Group) -> Tensor:
+    """Return the parameters ``[N, features, P]`` of a group."""
+    n, size, per = params.shape[0], group.features, group.parameters
+    if step.layout == "feature_major":
+        return params.reshape(n, size, per)
+    return params.reshape(n, per, size).transpose(1, 2)
 
 
 def _replaced(step: ElementsStep, x: Tensor, moved: Tensor) -> Tensor:
@@ -122,16 +190,22 @@ def _replaced(step: ElementsStep, x: Tensor, moved: Tensor) -> Tensor:
 def _parameters(
     step: ElementsStep, x: Tensor, context: Tensor | None, own: list[Tensor]
 ) -> Tensor:
-    """Return the parameters ``[N, moved features, P]``."""
-    net, count = step.network, len(step.moves)
+    """Return the parameters of the moved features, all of them in a row."""
+    net = step.network
     if net is None:
-        flat = own[0].unsqueeze(0).expand(x.shape[0], -1)
-    else:
-        reads = x.index_select(1, _index(step.reads, x))
-        flat = _network(net, reads, context, own)
-    if step.layout == "feature_major":
-        return flat.reshape(x.shape[0], count, step.parameters)
-    return flat.reshape(x.shape[0], step.parameters, count).transpose(1, 2)
+        return own[0].unsqueeze(0).expand(x.shape[0], -1)
+    reads = x.index_select(1, _index(step.reads, x))
+    return _network(net, _inputs(net, reads), context, own)
+
+
+def _inputs(net: ChainNetwork, x: Tensor) -> Tensor:
+    """Return what the first layer reads: cosines and sines in the place of angles."""
+    if net.frequencies is None:
+        return x
+    columns = []
+    for w, column in zip(net.frequencies, x.unbind(1), strict=True):
+        columns += [column] if w == 0 else [(column * w).cos(), (column * w).sin()]
+    return torch.stack(columns, 1)
 
 
 def _network(net: ChainNetwork, x: Tensor, context: Tensor | None, own: list[Tensor]) -> Tensor:
@@ -157,6 +231,8 @@ def _network(net: ChainNetwork, x: Tensor, context: Tensor | None, own: list[Ten
         value = _of_context(net.layers[0], context, next(left), next(left) if active else None)
         added[0] = ACTIVATIONS[net.activation](value) if active else value
     inactive = {0} if net.activate_last else {0, last}
+    if not net.activate_blocks:
+        inactive.update(range(1, last, 2))
     connections = [
         Connection(
             i - 1,

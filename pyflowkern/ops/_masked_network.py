@@ -10,7 +10,10 @@ from torch import Tensor
 
 from pyflowkern.ops.elements import ElementMap, apply_elements
 
-__all__ = ["Connection", "inverse_by_passes", "layer_values"]
+__all__ = ["Apply", "Connection", "elementwise", "inverse_by_passes", "layer_values"]
+
+#: Elements, their parameters and whether it is the inverse that is wanted; returns elements and ``log_det[N]``.
+Apply = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class Connection(NamedTuple):
@@ -58,7 +61,7 @@ def inverse_by_passes(
     z: Tensor,
     level: Tensor,
     levels: int,
-    transform: ElementMap,
+    apply: Apply,
 ) -> tuple[Tensor, Tensor]:
     """Return ``x`` and the inverse's log-determinant: each pass finds the features of one level.
 
@@ -67,10 +70,19 @@ def inverse_by_passes(
         z: latent ``[N, D]``.
         level: level of each feature ``[D]``, from 0; its parameters depend on features of lower levels alone.
         levels: how many there are.
-        transform: what each feature went through.
+        apply: what the features went through: :func:`elementwise`.
     """
     x = torch.zeros_like(z)
     for t in range(levels):
-        inverted, _ = apply_elements(z, network(x), transform, inverse=True, reference=True)
+        inverted, _ = apply(z, network(x), True)
         x = torch.where(level == t, inverted, x)
-    return x, -apply_elements(x, network(x), transform, reference=True)[1]
+    return x, -apply(x, network(x), False)[1]
+
+
+def elementwise(transform: ElementMap) -> Apply:
+    """Return a map of elements as a function of elements, their parameters, and whether it is the inverse."""
+
+    def apply(x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return apply_elements(x, params, transform, inverse=inverse, reference=True)
+
+    return apply

@@ -10,7 +10,12 @@ from torch.nn import functional
 
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.codes import LayerFlag, MaskedActivation, StructureHead, StructureLayer
-from pyflowkern.ops._masked_network import Connection, inverse_by_passes, layer_values
+from pyflowkern.ops._masked_network import (
+    Connection,
+    elementwise,
+    inverse_by_passes,
+    layer_values,
+)
 from pyflowkern.ops.elements import ElementMap, apply_elements
 
 __all__ = ["SortedNetwork", "solve"]
@@ -94,7 +99,7 @@ class SortedNetwork:
             return theta.view(-1, self.features, self.outputs)
 
         z = z.index_select(1, self.order)
-        x, log_det = inverse_by_passes(network, z, level, self.levels, transform)
+        x, log_det = inverse_by_passes(network, z, level, self.levels, elementwise(transform))
         return x.index_select(1, torch.argsort(self.order)), log_det
 
     def gradients(

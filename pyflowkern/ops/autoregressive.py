@@ -24,7 +24,7 @@ from pyflowkern.core.checks import check_floating, check_list, check_same_device
 from pyflowkern.core.codes import MOST_MASKED_LAYERS, StructureHead, StructureLayer
 from pyflowkern.core.dtypes import accumulation_dtype, cast, full_precision
 from pyflowkern.core.register import register
-from pyflowkern.ops._masked_network import inverse_by_passes
+from pyflowkern.ops._masked_network import elementwise, inverse_by_passes
 from pyflowkern.ops._sorted_network import SortedNetwork, solve
 from pyflowkern.ops.elements import (
     ElementCode,
@@ -121,7 +121,8 @@ def autoregressive_inverse_reference(
     v, weights, biases, gates = _promoted(z, weights, biases, gates)
     with full_precision(z):
         x, log_det = inverse_by_passes(
-            lambda x: plan.parameters(x, weights, biases, gates), v, level, plan.levels, tau
+            lambda x: plan.parameters(x, weights, biases, gates),
+            *(v, level, plan.levels, elementwise(tau)),
         )
         return cast(x, z.dtype), log_det
 

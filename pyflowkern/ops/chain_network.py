@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_choice, check_count, check_flag, check_list
+from pyflowkern.core.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_list,
+    check_number,
+)
 
 __all__ = ["ChainLayer", "ChainNetwork", "indices_of"]
 
@@ -88,7 +95,9 @@ class ChainNetwork:
     .. math:: h_0 = W_0 x + b_0 + C c, \qquad h_i = W_i\, a(h_{i-1}) + b_i,
 
     or, with ``residual``, pairs of layers :math:`h \leftarrow h + W'' a(W' a(h) + b') + b''` between the first and the
-    last.  Tensors: those of each layer, then those of the first layer's context ``c``, as ``context`` says:
+    last.  Angles among the inputs may be replaced by their cosines and sines, which have no jump.
+
+    Tensors: those of each layer, then those of the first layer's context ``c``, as ``context`` says:
 
     ========= ========================================= =======================================================
     context   the first layer                           tensors
@@ -105,10 +114,14 @@ class ChainNetwork:
         residual: see above.
         activate_last: whether ``a`` precedes the last layer; networks without ``residual`` always have it there.
         context: what the first layer does with the context; see :class:`ChainLayer` for the others.
+        activate_blocks: whether ``a`` precedes the first layer of each residual block; without it blocks are
+            :math:`h \leftarrow h + W'' a(W' h + b') + b''`.
+        frequencies: of each number that the network reads, ``w`` where :math:`\cos(w x)` and :math:`\sin(w x)` take
+            its place, or 0: the first layer has two inputs, one after the other, for each angle.  None for no angles.
 
     Raises:
-        TypeError: for layers that are none, and flags that are no bools.
-        ValueError: for layers that do not fit each other, or an unknown activation.
+        TypeError: for layers that are none, flags that are no bools, and frequencies that are no numbers.
+        ValueError: for layers that do not fit each other, an unknown activation, and frequencies that are not finite.
 
     Source: Germain, Gregor, Murray and Larochelle, "MADE: Masked Autoencoder for Distribution Estimation" (2015), for
     the masks; He et al., "Identity mappings in deep residual networks" (2016), for the blocks.
@@ -125,6 +138,8 @@ class ChainNetwork:
     residual: bool = False
     activate_last: bool = True
     context: str = "none"
+    activate_blocks: bool = True
+    frequencies: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         check_list("layers", self.layers)
@@ -133,8 +148,9 @@ class ChainNetwork:
             if not isinstance(layer, ChainLayer):
                 raise TypeError(f"layers[{i}] must be a ChainLayer, got {type(layer).__name__}")
         check_choice("context", self.context, FIRST_CONTEXTS)
-        for name in ("residual", "activate_last"):
+        for name in ("residual", "activate_last", "activate_blocks"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
+        self._check_frequencies()
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
@@ -142,8 +158,9 @@ class ChainNetwork:
         count = len(self.layers)
         if not count or (self.residual and count % 2):
             raise ValueError(f"layers must be one at least, blocks are pairs of them; got {count}")
-        if not self.residual and not self.activate_last:
-            raise ValueError("activate_last=False is for residual networks, got residual=False")
+        for name in ("activate_last", "activate_blocks"):
+            if not self.residual and not getattr(self, name):
+                raise ValueError(f"{name}=False is for residual networks, got residual=False")
         width = self.layers[0].outputs
         for i, layer in enumerate(self.layers[1:], 1):
             if layer.inputs != self.layers[i - 1].outputs:
@@ -158,13 +175,33 @@ class ChainNetwork:
                     f"layers[{i}] must have context='none', which is for layers between the ends, got {how!r}"
                 )
 
+    def _check_frequencies(self) -> None:
+        if self.frequencies is None:
+            return
+        check_list("frequencies", self.frequencies)
+        found = tuple(check_number(f"frequencies[{i}]", w) for i, w in enumerate(self.frequencies))
+        if not all(map(math.isfinite, found)):
+            raise ValueError(f"frequencies must be finite, got {found}")
+        inputs = self.layers[0].inputs if self.layers else 0
+        if sum(1 + (w != 0) for w in found) != inputs:
+            raise ValueError(
+                f"frequencies must make the {inputs} inputs of layers[0], two of each angle, got {found}"
+            )
+        # without angles there is nothing to say
+        object.__setattr__(self, "frequencies", found if any(found) else None)
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers the network reads, besides the context."""
+        return self.layers[0].inputs if self.frequencies is None else len(self.frequencies)
+
     @property
     def contexts(self) -> bool:
         """Whether any layer reads the context."""
         return self.context != "none" or any(layer.context != "none" for layer in self.layers)
 
     def seen(self) -> list[int]:
-        """Return how many of the network's inputs each output depends on, from the first on."""
+        """Return how many of the numbers that the network reads each output depends on, from the first on."""
         seen: list[int] = []
         values: list[list[int]] = []  # of every layer
         for i, layer in enumerate(self.layers):
@@ -173,7 +210,12 @@ class ChainNetwork:
             if self.residual and i and i % 2 == 0 and i < len(self.layers) - 1:
                 seen = [max(pair) for pair in zip(seen, values[i - 2], strict=True)]
             values.append(seen)
-        return seen
+        if self.frequencies is None:
+            return seen
+        owner = [0]  # how many numbers the first inputs belong to
+        for i, w in enumerate(self.frequencies, 1):
+            owner += [i] * (1 + (w != 0))
+        return [owner[n] for n in seen]
 
 
 def indices_of(name: str, values: Sequence[int]) -> tuple[int, ...]:

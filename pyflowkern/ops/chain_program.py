@@ -87,7 +87,7 @@ class ChainProgram:
     #: Whether a step moves features that its network reads, so that its inverse finds one after the other.
     autoregressive: bool = field(init=False, repr=False, compare=False)
     #: Whether anything is in it that only some devices run: contexts other than a product that the first layer adds,
-    #: dense weights in another order, and matrices in packed triangles.
+    #: dense weights in another order, angles, elements that are turned or centred, and matrices in packed triangles.
     special: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class ChainProgram:
         if isinstance(step, PermuteStep):
             return []
         if step.network is None:
-            return [Wanted((len(step.moves) * step.parameters,), f"parameters {of}")]
+            return [Wanted((step.outputs,), f"parameters {of}")]
         return self._wanted_of_network(step.network, of)
 
     def _wanted_of_network(self, network: ChainNetwork, of: str) -> list[Wanted]:
@@ -208,8 +208,14 @@ def _is_special(step: Step) -> bool:
     """Whether a step needs what only some devices have."""
     if isinstance(step, LUStep):
         return True
-    if not isinstance(step, ElementsStep) or step.network is None:
+    if not isinstance(step, ElementsStep):
         return False
+    if step.centred or step.turned:
+        return True
+    if step.network is None:
+        return False
+    if step.network.frequencies is not None:
+        return True
     layers, context = step.network.layers, step.network.context
     if context in ("joined", "activated") or (context == "add" and layers[0].rows is not None):
         return True

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
-from pyflowkern.core.checks import check_number
+from pyflowkern.core.checks import check_flag, check_number
 from pyflowkern.ops.chain_network import ChainNetwork, indices_of
 from pyflowkern.ops.elements import ElementMap, element_map, element_parameters
+from pyflowkern.ops.scale_map import ScaleMap
+from pyflowkern.ops.spline_map import SplineMap
 
 __all__ = [
     "MOST_PLU",
     "ActNormStep",
     "ElementsStep",
+    "Group",
     "LUStep",
     "LinearStep",
     "PLUStep",
@@ -173,6 +177,19 @@ class ShiftStep:
         object.__setattr__(self, "bound", bound)
 
 
+class Group(NamedTuple):
+    """Moved features, one after the other, that have the same transform."""
+
+    transform: ElementMap
+    #: The first of them, among the moved ones, and how many there are.
+    begin: int
+    features: int
+    #: The first of their parameters.
+    row: int
+    #: How many parameters each of them has.
+    parameters: int
+
+
 @dataclass(frozen=True)
 class ElementsStep:
     r"""Transform some features one by one, with parameters that a network computes from others.
@@ -184,17 +201,26 @@ class ElementsStep:
 
     Args:
         transform: :math:`\tau`: ``"affine"``, the name of a scale map, a :class:`~pyflowkern.ops.ScaleMap` or a
-            :class:`~pyflowkern.ops.SplineMap`, with ``P`` parameters a feature.
+            :class:`~pyflowkern.ops.SplineMap`, with ``P`` parameters a feature; or a list of them, one for each moved
+            feature, whose numbers of parameters may differ.
         moves: the features that are transformed.
         reads: the features that the network reads, in the order of its inputs.
         network: ``g``; None for parameters that are the same for all samples: one tensor ``[len(moves) P]``.
         layout: ``"feature_major"``: the parameters of one feature stand together; ``"blocked"``: the first parameters
             of all features come first, then the second ones.
+        centred: the mean of a sample's log-scales is subtracted from each of them, so that the step preserves volume.
+        turned: features are angles of a circle from ``-B`` to ``B``, the bound of their splines, and are turned by
+            half of it before the spline: :math:`z = \tau((x \bmod 2 B) - B)`.
 
     Raises:
-        TypeError: for features that are no ints, and a network that is none.
-        ValueError: for features given twice, an unknown transform or layout, a network of other sizes, or one by which
-            the parameters of a feature would depend on that feature or on later ones.
+        TypeError: for features that are no ints, a network that is none, and flags that are no bools.
+        ValueError: for features given twice, an unknown transform or layout, another number of transforms, a network of
+            other sizes, or one by which the parameters of a feature would depend on that feature or on later ones; for
+            ``centred`` with anything but one scale map and features that the network does not read, and for ``turned``
+            with anything but splines that have linear tails.
+
+    Source: Sorrenson, Rother and Köthe, "Disentanglement by nonlinear ICA with general incompressible-flow networks
+    (GIN)" (2020), for ``centred``; Rezende et al., "Normalizing Flows on Tori and Spheres" (2020), for ``turned``.
 
     Example:
         >>> from pyflowkern.ops import ChainLayer, ChainNetwork, ElementsStep
@@ -203,14 +229,17 @@ class ElementsStep:
         2
     """
 
-    transform: str | ElementMap
+    transform: str | ElementMap | Sequence[str | ElementMap]
     moves: Sequence[int]
     reads: Sequence[int] = ()
     network: ChainNetwork | None = None
     layout: str = "feature_major"
+    centred: bool = False
+    turned: bool = False
+    #: The moved features, in their order, by transforms.
+    groups: tuple[Group, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "transform", element_map(self.transform))
         for name in ("moves", "reads"):
             indices = indices_of(name, getattr(self, name))
             if len(set(indices)) < len(indices):
@@ -220,8 +249,11 @@ class ElementsStep:
             raise ValueError("moves must name a feature at least, got none")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        self._set_transform()
+        self._set_groups()
         if len(self.moves) == 1:  # both are the same
             object.__setattr__(self, "layout", "feature_major")
+        self._check_flags()
         net = self.network
         if net is None:
             if self.reads:
@@ -229,38 +261,85 @@ class ElementsStep:
             return
         if not isinstance(net, ChainNetwork):
             raise TypeError(f"network must be a ChainNetwork, got {type(net).__name__}")
-        sizes = net.layers[0].inputs, net.layers[-1].outputs
-        want = len(self.reads), len(self.moves) * self.parameters
+        sizes, want = (net.inputs, net.layers[-1].outputs), (len(self.reads), self.outputs)
         if sizes != want:
             raise ValueError(f"network must map {want[0]} numbers to {want[1]}, got {sizes}")
         self._check_triangular(net)
 
-    @property
-    def parameters(self) -> int:
-        """How many parameters a moved feature has."""
-        return element_parameters(self.element_map)
+    def _set_transform(self) -> None:
+        given = self.transform
+        if not isinstance(given, list | tuple):
+            object.__setattr__(self, "transform", element_map(given))  # type: ignore[arg-type]
+            return
+        maps = tuple(map(element_map, given))
+        if len(maps) != len(self.moves):
+            raise ValueError(f"transform must be {len(self.moves)} maps, got {len(maps)}")
+        alike = len({*maps}) == 1
+        if not alike and self.layout != "feature_major":
+            raise ValueError(
+                f"layout must be 'feature_major' for several maps, got {self.layout!r}"
+            )
+        object.__setattr__(self, "transform", maps[0] if alike else maps)
+
+    def _set_groups(self) -> None:
+        groups, begin, row = [], 0, 0
+        for transform, members in itertools.groupby(self.maps):
+            size, parameters = len(list(members)), element_parameters(transform)
+            groups.append(Group(transform, begin, size, row, parameters))
+            begin, row = begin + size, row + size * parameters
+        object.__setattr__(self, "groups", tuple(groups))
+
+    def _check_flags(self) -> None:
+        if check_flag("centred", self.centred):
+            (only, *others) = self.groups
+            scales = isinstance(only.transform, ScaleMap) and only.transform.kind != "additive"
+            if others or not scales or {*self.moves} & {*self.reads}:
+                raise ValueError(
+                    "centred=True needs one scale map that is not additive, and a network that reads none of moves"
+                )
+        if check_flag("turned", self.turned) and not all(
+            isinstance(m, SplineMap) and m.tails == "linear" and m.parameterization != "domain"
+            for m in self.maps
+        ):
+            raise ValueError("turned=True needs splines with linear tails on a fixed interval")
 
     @property
-    def element_map(self) -> ElementMap:
-        """The transform, by whatever name it was given."""
-        return element_map(self.transform)
+    def maps(self) -> tuple[ElementMap, ...]:
+        """The transform of each moved feature."""
+        if isinstance(self.transform, tuple):
+            return self.transform
+        return (self.transform,) * len(self.moves)  # type: ignore[return-value]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters a moved feature has; where transforms differ, the most."""
+        return max(group.parameters for group in self.groups)
+
+    @property
+    def outputs(self) -> int:
+        """How many parameters all moved features have."""
+        return sum(group.features * group.parameters for group in self.groups)
 
     def _check_triangular(self, net: ChainNetwork) -> None:
         """Raise where a feature's parameters depend on it or on a later one: its log-determinant would be another."""
         place = {feature: i for i, feature in enumerate(self.reads)}
-        seen, count, per = net.seen(), len(self.moves), self.parameters
+        seen, count, groups = net.seen(), len(self.moves), self.groups
         free = len(self.reads)  # how many inputs come before all features that are left
-        for j in reversed(range(count)):
-            free = min(free, place.get(self.moves[j], free))
-            rows = (
-                range(j * per, (j + 1) * per)
-                if self.layout == "feature_major"
-                else range(j, count * per, count)
-            )
-            if max((seen[r] for r in rows), default=0) > free:
-                raise ValueError(
-                    f"network must compute the parameters of feature {self.moves[j]} without this and later ones"
+        for group in reversed(groups):
+            per = group.parameters
+            for j in reversed(range(group.features)):
+                feature = self.moves[group.begin + j]
+                free = min(free, place.get(feature, free))
+                first = group.row + j * per
+                rows = (
+                    range(first, first + per)
+                    if self.layout == "feature_major"
+                    else range(j, count * per, count)
                 )
+                if max((seen[r] for r in rows), default=0) > free:
+                    raise ValueError(
+                        f"network must compute the parameters of feature {feature} without this and later ones"
+                    )
 
 
 Step: TypeAlias = (

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from laws import OpCase, Sample, normal
+from laws.angles import angle_flows, few_angle_flows
 from laws.foreign import few_foreign_flows, foreign_flows, shuffled
 from laws.ops import STATES
 
@@ -195,7 +196,8 @@ def each_transform(dtype, **options):
 
 
 def foreign(dtype, inverse=False):
-    for n, (features, steps) in itertools.product((0, 1, 20, 300), foreign_flows()):
+    flows = *foreign_flows(), *angle_flows()
+    for n, (features, steps) in itertools.product((0, 1, 20, 300), flows):
         yield sample(n, features, steps, dtype, inverse=inverse)
     yield sample(20, 4, [shuffled(autoregressive("exp", [2, 0, 1, 3]))], dtype, inverse=inverse)
     yield sample(20, 5, [shuffled(coupling("tanh", 5, context="add"))], dtype, inverse=inverse)
@@ -241,7 +243,7 @@ def small(dtype):
         autoregressive("exp", [2, 0, 1], (4,) * 3, **options),
     )
     yield sample(4, 3, [with_contexts(step, {1: "add", 2: "gate"}) for step in gated], dtype)
-    for features, steps in few_foreign_flows():
+    for features, steps in (*few_foreign_flows(), *few_angle_flows()):
         yield sample(4, features, steps, dtype)
 
 
@@ -307,6 +309,8 @@ def few_inverses(dtype):
     yield sample(4, 3, [masked, PermuteStep([1, 2, 0])], dtype, inverse=True)
     masked = autoregressive(SplineMap(bins=2), [0, 2, 1], (5,) * 3, residual=True, **options)
     yield sample(4, 3, [with_contexts(masked, {1: "add", 2: "gate"})], dtype, inverse=True)
+    for features, steps in few_angle_flows():
+        yield sample(4, features, steps, dtype, inverse=True)
 
 
 def few_densities(dtype):

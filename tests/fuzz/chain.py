@@ -22,8 +22,11 @@ def layer(draw, outputs, inputs, prefixes, use="none"):
     return ops.ChainLayer(outputs, inputs, draw.flag(), prefixes, columns, rows, use, biased)
 
 
-def network(draw, inputs, outputs, context, prefixes=None):
-    """Return a network, masked where it is told how many inputs each output may see."""
+def network(draw, reads, outputs, context, prefixes=None):
+    """Return a network, masked where it is told how many numbers each output may see; some of these are angles."""
+    frequencies = [draw.choice((0.0, 1.0, 0.5)) for _ in range(reads)] if draw.flag() else None
+    owners = [i for i, w in enumerate(frequencies or [0.0] * reads) for _ in range(1 + (w != 0))]
+    inputs = len(owners)
     uses = ("none", "add", "gate") if context else ("none",)
     first = draw.choice(("none", "add", "joined", "activated")) if context else "none"
     residual, masked = draw.flag(), prefixes is not None
@@ -31,20 +34,24 @@ def network(draw, inputs, outputs, context, prefixes=None):
     if not residual:
         widths = [draw.size(1, 33) for _ in range(draw.choice((1, 2, 3)))]
     # a unit of degree m sees the first m inputs
-    degrees = [sorted(draw.choice(range(inputs)) for _ in range(w)) for w in widths]
+    degrees = [sorted(draw.choice(range(reads)) for _ in range(w)) for w in widths]
     if residual:
         degrees = degrees[:1] * len(widths)
-    layers = [layer(draw, widths[0], inputs, degrees[0] if masked else None)]
+    seen = [sum(owner < d for owner in owners) for d in degrees[0]] if masked else None
+    layers = [layer(draw, widths[0], inputs, seen)]
     for low, high in itertools.pairwise(degrees):
         seen = [sum(d <= e for d in low) for e in high] if masked else None
         layers.append(layer(draw, len(high), len(low), seen, draw.choice(uses)))
     seen = [sum(d <= e for d in degrees[-1]) for e in prefixes] if masked else None
     layers.append(layer(draw, outputs, widths[-1], seen))
     last = draw.flag() if residual else True
-    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), residual, last, first)
+    activated = draw.flag() if residual else True
+    form = residual, last, first, activated, frequencies
+    return ops.ChainNetwork(layers, draw.choice(ACTIVATIONS), *form)
 
 
-def elements(draw, d, context):
+def element_map(draw):
+    """Return the map of a feature."""
     transform = spline_map(draw) if draw.flag() else ops.scale_map(scale_map(draw))
     if (
         getattr(transform, "tails", "") == "none"
@@ -54,21 +61,52 @@ def elements(draw, d, context):
         draw.mode == "edges" and getattr(transform, "kind", "") == "linear"
     ):  # its slopes jump at knots
         transform = dataclasses.replace(transform, kind="rational_quadratic")
-    layout = draw.choice(("feature_major", "blocked"))
+    return transform
+
+
+def elements(draw, d, context):
     kind = draw.choice(
         ("coupling", "autoregressive", "own") if d > 1 else ("autoregressive", "own")
     )
     moves = order(draw, d)
+    cut = (
+        0
+        if kind == "autoregressive"
+        else draw.size(1, d)
+        if kind == "own"
+        else draw.size(1, d - 1)
+    )
+    moved = {"own": moves[:cut], "coupling": moves[cut:]}.get(kind, moves)
+    transform = element_map(draw)
+    layout = draw.choice(("feature_major", "blocked"))
+    if draw.flag() and draw.flag():
+        transform, layout = [element_map(draw) for _ in moved], "feature_major"
+    alone = not isinstance(transform, list)
+    scales = alone and getattr(transform, "kind", "") in (
+        "exp",
+        "tanh",
+        "atan",
+        "sigmoid",
+        "softclip",
+    )
+    flags = {"centred": scales and kind != "autoregressive" and draw.flag()}
+    # at the jump of a circle the rounding of one step decides
+    line = alone and getattr(transform, "tails", "") == "linear" and draw.mode != "edges"
+    flags["turned"] = line and transform.parameterization != "domain" and draw.flag()
+    step = ops.ElementsStep(transform, moved, layout=layout, **flags)
     if kind == "own":
-        return ops.ElementsStep(transform, moves[: draw.size(1, d)], layout=layout)
-    per = ops.ElementsStep(transform, [0]).parameters
+        return step
     if kind == "autoregressive":
-        seen = [j for j in range(d) for _ in range(per)]
-        net = network(draw, d, per * d, context, seen)
-        return ops.ElementsStep(transform, moves, moves, net)
-    cut = draw.size(1, d - 1)
-    net = network(draw, cut, per * (d - cut), context)
-    return ops.ElementsStep(transform, moves[cut:], moves[:cut], net, layout)
+        seen = [
+            g.begin + j
+            for g in step.groups
+            for j in range(g.features)
+            for _ in range(g.parameters)
+        ]
+        net = network(draw, d, step.outputs, context, seen)
+        return ops.ElementsStep(transform, moves, moves, net, **flags)
+    net = network(draw, cut, step.outputs, context)
+    return ops.ElementsStep(transform, moved, moves[:cut], net, layout, **flags)
 
 
 def chain(draw):

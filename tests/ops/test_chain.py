@@ -97,7 +97,7 @@ def test_the_first_numbers_of_elements():
     step = coupling("tanh", 4, (5,), context="add")
     program = ChainProgram(4, [step], K)
     head = [4, K, 0, 1, 5]
-    own = [0, 1, 0, 0, 0, 0, 0, 6, 2, 1, 2, 2, 2, 2, 0, 1, 1, 1]
+    own = [0, 1, 0, 1, 0, 0, 0, 0, 0, 6, 2, 2, 1, 2, 2, 2, 2, 2 + 4, 1, 1, -1]
     assert program.codes.tolist() == [*head, *own, 0, 1, 2, 3, 5, 2, 1, 0, 4, 5, 1, 0]
     assert program.numbers.tolist() == ScaleMap("tanh").numbers
     masked = ChainProgram(2, [autoregressive("tanh", [1, 0], (2,))])

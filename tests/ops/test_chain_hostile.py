@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases.chain import K, sample, value
+from laws.angles import angle_flows
 from laws.foreign import foreign_flows
 
 from pyflowkern import _library, ops
@@ -46,11 +47,18 @@ def run(program, codes, inverse=False, features=2):
         ([ORDERED], "none", -3, 4 + 32, "bias of a context that is not added"),
         ([ORDERED], "none", -3, 4 + 8, "a context of a layer that takes none"),
         ([ChainLayer(2, 1, columns=[0])], "none", -1, 2, "ends too early"),
-        ([ORDERED], "add", -9, 4, "context must be from 0 to 3, got 4"),
-        ([ORDERED], "joined", -9, 1, "tensor 0 has 2 axes"),
-        ([ORDERED], "activated", -9, 1, "does not end with its tensors"),
-        ([ORDERED], "add", -9, 3, "too few tensors"),
-        ([ORDERED], "none", -9, 2, "tensor 0 has 2 axes"),
+        ([ORDERED], "add", -10, 4, "context must be from 0 to 3, got 4"),
+        ([ORDERED], "joined", -10, 1, "tensor 0 has 2 axes"),
+        ([ORDERED], "activated", -10, 1, "does not end with its tensors"),
+        ([ORDERED], "add", -10, 3, "too few tensors"),
+        ([ORDERED], "none", -10, 2, "tensor 0 has 2 axes"),
+        ([ORDERED], "none", -9, 0, "a layer of 1 inputs for 2"),
+        ([ORDERED], "none", -9, 99, "numbers that a program has not"),
+        ([ORDERED], "none", -12, 8, "flags must"),
+        ([ORDERED], "none", 5, 4, "flags must"),
+        ([ORDERED], "none", 5, 2, "splines with linear tails alone are turned"),
+        ([ORDERED], "none", 15, 2, "maps of 2 features for 1"),
+        ([ORDERED], "none", 6, 0, "tensor 0 has 2 axes"),
     ],
 )
 def test_a_number_that_does_not_fit_is_refused(layers, context, at, number, message, inverse):
@@ -66,7 +74,7 @@ def test_a_context_needs_features():
     program = ChainProgram(2, [ElementsStep("exp", [1], [0], ChainNetwork([ORDERED]))])
     for context in (1, 2, 3):
         codes = program.codes.clone()
-        codes[-9] = context
+        codes[-10] = context
         with pytest.raises(RuntimeError, match="a context that is not there"):
             run(program, codes)
 
@@ -98,7 +106,7 @@ def test_any_number_of_a_program_may_be_another(inverse):
     """It is refused, or read as another program; what lies around is left alone."""
     _library.require_kernels("cpu")
     refused = 0
-    for features, steps in foreign_flows():
+    for features, steps in (*foreign_flows(), *angle_flows()):
         given = sample(3, features, steps, torch.float64, inverse=inverse)
         program, x, context = given.fixed["program"], given.tensors["x"], given.tensors["context"]
         tensors = [t.clone() for t in given.tensors["tensors"]]
