@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyflowkern.core.structure import Structure
-from pyflowkern.nn.conditioners import MLP, ResidualMLP
+from pyflowkern.nn.conditioners import MLP, PeriodicInput, ResidualMLP
 from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.nn.masked import MaskedLinear, MaskedMLP
 from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
@@ -35,7 +36,25 @@ def coupling_network(
     kind = type(conditioner)
     if kind is MLP:
         return _mlp(conditioner, link, ends)  # type: ignore[arg-type]
+    if kind is PeriodicInput and ends is None:
+        return _periodic(conditioner, link)  # type: ignore[arg-type]
     return _residual_mlp(conditioner, link, ends) if kind is ResidualMLP else None  # type: ignore[arg-type]
+
+
+def _periodic(net: PeriodicInput, link: Link) -> ChainNetwork | None:
+    """Return the network inside, which reads the cosines of all angles and then their sines."""
+    link.watch(net, "factor")
+    inside = coupling_network(net._modules["net"], link)  # type: ignore[arg-type]
+    if inside is None or inside.frequencies is not None or inside.inputs % 2:
+        return None
+    angles = inside.inputs // 2
+    columns = [c for i in range(angles) for c in (i, angles + i)]
+    first = replace(inside.layers[0], columns=columns)
+    try:
+        layers = first, *inside.layers[1:]
+        return replace(inside, layers=layers, frequencies=(float(net.factor),) * angles)
+    except (TypeError, ValueError):  # no number, or that of a circle that is no circle
+        return None
 
 
 def _mlp(net: MLP, link: Link, ends: Ends | None) -> ChainNetwork | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,15 +122,16 @@ class Coupling(Bijection):
 
     def _elements(
         self,
-        transform: ElementMap,
+        transform: ElementMap | Sequence[ElementMap],
         net: ChainNetwork,
         parts: tuple[list[int], list[int]],
         layout: str = "feature_major",
+        centred: bool = False,
     ) -> ElementsStep | None:
         """Return this layer as a step of a chain; None for a network of other sizes, which only calls can refuse."""
         passing, moved = parts
         try:
-            return ElementsStep(transform, moved, passing, net, layout)
+            return ElementsStep(transform, moved, passing, net, layout, centred)
         except ValueError:
             return None
 

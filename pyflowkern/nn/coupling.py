@@ -93,8 +93,10 @@ class AffineCoupling(Coupling):
         return self._run(z, context, inverse=True)
 
     def _chain_link(self) -> Link | None:
-        if type(self) not in (AffineCoupling, AdditiveCoupling):
-            return None
+        return self._affine_link() if type(self) in (AffineCoupling, AdditiveCoupling) else None
+
+    def _affine_link(self, centred: bool = False) -> Link | None:
+        """Return what the layer is in a chain; ``centred``: its log-scales have mean 0."""
         link, ends, parts = Link(), None, self._vector_parts()
         if parts is None:  # a mask, whose network reads and returns all channels
             if (mask := self.mask) is None or mask.dim() != 1 or mask.all() or not mask.any():
@@ -107,7 +109,8 @@ class AffineCoupling(Coupling):
             ends = Ends(passing, outputs, (size, size if additive else 2 * size))
         link.watch(self, *self._facts, "scale_map")
         net = coupling_network(self.conditioner, link, ends)
-        step = None if net is None else self._elements(self.scale_map, net, parts, "blocked")
+        form = "blocked", centred
+        step = None if net is None else self._elements(self.scale_map, net, parts, *form)
         if step is None:
             return None
         link.steps.append(step)

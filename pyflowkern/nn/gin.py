@@ -9,6 +9,7 @@ from pyflowkern import ops
 from pyflowkern.nn._base import zero_log_det
 from pyflowkern.nn._coupling import Conditioner
 from pyflowkern.nn.coupling import AffineCoupling
+from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
 
 __all__ = ["GINCoupling"]
@@ -68,6 +69,12 @@ class GINCoupling(AffineCoupling):
             divide=given.divide,
             shift_gain=given.shift_gain,
         )
+
+    def _chain_link(self) -> Link | None:
+        if type(self) is not GINCoupling or (link := self._affine_link(centred=True)) is None:
+            return None
+        link.watch(self, "_exp")
+        return link
 
     def _move(
         self, x: Tensor, params: Tensor, mask: Tensor | None, inverse: bool

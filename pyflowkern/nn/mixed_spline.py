@@ -12,8 +12,10 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.core.checks import check_channels, check_list
 from pyflowkern.core.structure import Structure
+from pyflowkern.nn._chain_networks import coupling_network
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
 from pyflowkern.nn._last_layer import start_at
+from pyflowkern.nn.links import Link
 from pyflowkern.ops import SplineMap
 
 __all__ = ["MixedSplineCoupling"]
@@ -110,6 +112,20 @@ class MixedSplineCoupling(Coupling):
 
     def _made_again(self, *call: Any) -> None:
         return None  # its parameters lie otherwise
+
+    def _chain_link(self) -> Link | None:
+        parts = self._vector_parts()
+        if type(self) is not MixedSplineCoupling or parts is None:
+            return None
+        link = Link()
+        link.watch(self, *self._facts, "splines", "moved", "_groups")
+        net = coupling_network(self.conditioner, link)
+        maps = [self.splines[c] for c in parts[1]]
+        step = None if net is None else self._elements(maps, net, parts)
+        if step is None:
+            return None
+        link.steps.append(step)
+        return link
 
     def _run(
         self, name: str, x: Tensor, context: Tensor | None, inverse: bool

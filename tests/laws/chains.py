@@ -18,6 +18,13 @@ mlp = partial(nn.MLP, hidden=(7, 6))
 residual = partial(nn.ResidualMLP, hidden=6)
 made = partial(nn.MaskedAutoregressive, D, (9, 8))
 made_of_blocks = partial(nn.MaskedAutoregressive, D, (9, 9), residual=True)
+of_angles = partial(nn.PeriodicInput, conditioner=mlp, bound=6.0)
+#: Angles, and others in intervals of their own.
+MIXED = [
+    *(SplineMap(bins=4, tails="circular", bound=6.0), SplineMap(bins=4)),
+    *(SplineMap(bins=4, bound=8.0), SplineMap("quadratic", bins=3, tails="affine")),
+    SplineMap(bins=2, tails="circular", bound=5.0),
+]
 Affine, Spline = nn.AffineCoupling, nn.SplineCoupling
 #: Of the modules, not subclasses of our own.
 ACTIVATIONS = [
@@ -59,6 +66,28 @@ SEQUENCES = {
         Spline(D, mlp, tails="circular", bound=6.0, bins=3),
         nn.CircularShift(D, bound=6.0, shift=0.5, learned=False),
         made(transform=SplineMap(bins=3, tails="circular", bound=6.0)),
+    ],
+    "angles": lambda: [
+        Spline(D, of_angles, split=INTERLEAVED, tails="circular", bound=6.0, bins=3),
+        nn.CircularShift(D, bound=6.0, shift=0.5),
+        Spline(D, of_angles, swap=True, tails="circular", bound=6.0, bins=3),
+        Affine(D, partial(of_angles, conditioner=residual)),
+    ],
+    "several splines": lambda: [
+        nn.MixedSplineCoupling(D, mlp, MIXED),
+        nn.MixedSplineCoupling(
+            D, partial(nn.PeriodicInput, conditioner=residual), MIXED, swap=True
+        ),
+        nn.MixedSplineCoupling(D, mlp, [MIXED[1]] * D, split=IRREGULAR),
+    ],
+    "volume": lambda: [
+        nn.GINCoupling(D, mlp),
+        nn.GINCoupling(D, residual, swap=True, scale_map=ScaleMap("atan", gain=2.0, divide=True)),
+        nn.GINCoupling(D, mlp, split=IRREGULAR, scale_map=ScaleMap("softplus", shift_first=True)),
+    ],
+    "context of angles": lambda: [
+        nn.GINCoupling(D, partial(of_angles, conditioner=partial(mlp, context_features=K))),
+        nn.MixedSplineCoupling(D, partial(mlp, context_features=K), MIXED),
     ],
     "autoregressive": lambda: [made(), made(order=[3, 1, 0, 2, 4]), made(transform="exp")],
     "residual": lambda: [
