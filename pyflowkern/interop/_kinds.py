@@ -10,7 +10,30 @@ import torch
 
 from pyflowkern.nn.links import Door
 
-__all__ = ["LIBRARIES", "Kind", "Library", "Outcome", "kind_of", "known_base", "libraries"]
+__all__ = [
+    "LIBRARIES",
+    "Kind",
+    "Library",
+    "Outcome",
+    "class_test",
+    "kind_of",
+    "known_base",
+    "libraries",
+]
+
+
+def class_test(*prefixes: str) -> Callable[..., bool]:
+    """Return a test of whether an object is of exactly one of some classes of a package, or of a copy of it.
+
+    It is called with the object and the places of classes, such as ``"nn.nets.resnet.ResidualNet"``.
+    """
+
+    def is_of(thing: object, *places: str) -> bool:
+        cls = type(thing)
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        return any(name == f"{prefix}.{place}" for prefix in prefixes for place in places)
+
+    return is_of
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from pyflowkern.interop._kinds import class_test
 from pyflowkern.interop._networks import Family
 from pyflowkern.ops import ScaleMap
 
 __all__ = ["FAMILY", "PREFIX", "Awaits", "is_named", "scale_map_of"]
 
 PREFIX = "normflows"
+#: Whether a module is of exactly a class that lies there in the package.
+is_named = class_test(PREFIX)
 FAMILY = Family("normflows.nets.resnet", "normflows.nets.made", "add", "gate", activated=False)
 #: From latent to data; ``sigmoid`` divides there.
 _SCALE_MAPS = {
@@ -28,12 +31,6 @@ class Awaits:
     def __call__(self) -> bool:
         done = self._norm._buffers.get("data_dep_init_done")
         return done is None or not done > 0.0
-
-
-def is_named(module: torch.nn.Module | None, where: str) -> bool:
-    """Whether a module is of exactly the class that lies there in the package."""
-    cls = type(module)
-    return f"{cls.__module__}.{cls.__qualname__}" == f"{PREFIX}.{where}"
 
 
 def scale_map_of(scale: object, name: object) -> ScaleMap | None:

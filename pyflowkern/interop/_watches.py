@@ -18,15 +18,20 @@ class Holds:
 
     Short ones on the CPU are compared at each call.  Others are where they are another tensor or were written to, as by
     load_state_dict: masks are as large as weights, and on a GPU a comparison waits.
+
+    Args:
+        module: the owner.
+        name: of the tensor.
+        short: numbers up to which it is short.
     """
 
-    def __init__(self, module: torch.nn.Module, name: str) -> None:
+    def __init__(self, module: torch.nn.Module, name: str, short: int = _SHORT) -> None:
         self._home = module._parameters if name in module._parameters else module._buffers
         self._name = name
         values = self._home[name]
         assert values is not None
         self._values = values.detach().clone()
-        self._always = values.is_cpu and values.numel() <= _SHORT
+        self._always = values.is_cpu and values.numel() <= short
         self._seen = _Seen.of(values)
 
     def __call__(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.interop._doors import MethodDoor, is_off
 from pyflowkern.interop._layers import MARK, Runs
+from pyflowkern.interop._watches import Holds
 from pyflowkern.interop._zuko_elements import name_of
 from pyflowkern.interop._zuko_layers import Called, Conditional
 from pyflowkern.interop._zuko_networks import is_of
@@ -28,6 +28,8 @@ _CALLED = (
 )
 #: Base distributions that are made as soon as a sample is drawn.
 _BASES = ("zuko.distributions.DiagNormal", "zuko.distributions.BoxUniform")
+#: Numbers of a base that are compared at each call on the CPU, where that takes less than a call of zuko.
+_MANY = 1 << 16
 
 
 class TransformDoor(MethodDoor):
@@ -91,6 +93,7 @@ class FlowDoor(MethodDoor):
         self._runs = Runs(layer_of)
         #: The base, what it makes, and whether that is a distribution of vectors.
         self._base: tuple[Any, Any, bool] = (None, None, False)
+        self._standard = _Standard()
 
     def run(self, c: Tensor | None = None) -> Any:
         """Return the distribution of a context."""
@@ -149,13 +152,7 @@ class FlowDoor(MethodDoor):
         base = self._vectors()
         if base is None or base.f.__name__ != "DiagNormal" or base._parameters:
             return False
-        loc, scale = base._buffers.values()
-        if "scale" in base._buffers and next(iter(base._buffers)) == "scale":
-            loc, scale = scale, loc
-        if loc is None or scale is None or loc.requires_grad or scale.requires_grad:
-            return False
-        zeros, ones = _standard(*loc.shape, loc.dtype, loc.device)
-        return torch.equal(loc, zeros) and torch.equal(scale, ones)
+        return self._standard.is_true_of(base)
 
 
 def _of_vectors(base: Any) -> bool:
@@ -167,9 +164,32 @@ def _of_vectors(base: Any) -> bool:
     ] == [1, 1]
 
 
-@cache
-def _standard(features: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    return [make(features, dtype=dtype, device=device) for make in (torch.zeros, torch.ones)]
+class _Standard:
+    """Whether a base has mean 0 and scale 1, looked at again where it was changed: on a GPU a look waits."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, list[str], list[Holds], bool] = (None, [], [], False)
+
+    def __reduce__(self) -> tuple[type[_Standard], tuple[()]]:
+        """Copies and pickles start empty."""
+        return _Standard, ()
+
+    def is_true_of(self, base: Any) -> bool:
+        buffers = [*base._buffers.values()]
+        if len(buffers) != 2 or any(b is None or b.requires_grad for b in buffers):
+            return False
+        known, names, holds, standard = self._known
+        if base is not known or [*base._buffers] != names or not all(h() for h in holds):
+            standard, names = _has_standard_values(base), [*base._buffers]
+            self._known = base, names, [Holds(base, n, _MANY) for n in names], standard
+        return standard
+
+
+def _has_standard_values(base: Any) -> bool:
+    loc, scale = base._buffers.values()
+    if "scale" in base._buffers and next(iter(base._buffers)) == "scale":
+        loc, scale = scale, loc
+    return not loc.any() and bool((scale == 1).all())
 
 
 # --- calls ---------------------------------------------------------------------------------------

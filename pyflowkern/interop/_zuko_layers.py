@@ -16,6 +16,7 @@ from pyflowkern.interop._zuko_networks import dense_network, is_of, masked_netwo
 from pyflowkern.interop._zuko_unconditional import UNCONDITIONAL
 from pyflowkern.nn.chain import served
 from pyflowkern.nn.links import Link
+from pyflowkern.ops.chain_network import ChainNetwork
 from pyflowkern.ops.chain_steps import ElementsStep
 from pyflowkern.ops.spline_map import SplineMap
 
@@ -68,10 +69,26 @@ class Conditional(Called):
             self._univariate, self._form = univariate_of(self.module), form
         return self._univariate
 
-    def in_chain(self) -> Univariate | None:
-        """Return the univariate transform, if it is one that a chain knows."""
-        found = self.univariate()
-        return None if found is None or found.turn else found
+    def step(
+        self, moves: Sequence[int], reads: Sequence[int], network: ChainNetwork | None
+    ) -> ElementsStep | None:
+        """Return the step of a chain; None for a network that does not fit it."""
+        univariate = self.univariate()
+        if univariate is None:
+            return None
+        turned = univariate.turn > 0
+        try:
+            return ElementsStep(univariate.transform, moves, reads, network, turned=turned)
+        except ValueError:  # calling the library says what is wrong
+            return None
+
+    @staticmethod
+    def linked(link: Link, step: ElementsStep | None) -> Link | None:
+        """Return the link with the step, if there is one."""
+        if step is None:
+            return None
+        link.steps.append(step)
+        return link
 
     def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
         """Let the network run as it is, and an op the univariate transforms if they are splines.
@@ -111,8 +128,7 @@ class MaskedAutoregressive(Conditional):
     def link(self) -> Link | None:
         """Return the step, which takes features in the order in which the masks let them see each other."""
         module, link = self.module, Link()
-        univariate = self.in_chain()
-        if univariate is None or self._context < 0:
+        if self.univariate() is None or self._context < 0:
             return None
         link.watch(module, "univariate", "shapes", "total", "passes")
         net = module._modules.get("hyper")
@@ -123,12 +139,7 @@ class MaskedAutoregressive(Conditional):
         # zuko's inverse makes so many passes, and is one only if they are enough
         if len(set(_seen(network.seen(), self._per))) > module.passes:
             return None
-        order = orders.features
-        try:
-            link.steps.append(ElementsStep(univariate.transform, order, order, network))
-        except ValueError:  # not autoregressive
-            return None
-        return link
+        return self.linked(link, self.step(orders.features, orders.features, network))
 
     def _apply(
         self, univariate: Univariate, x: Tensor, context: Tensor | None, inverse: bool
@@ -153,8 +164,8 @@ class Coupling(Conditional):
     def link(self) -> Link | None:
         """Return the step."""
         module, link = self.module, Link()
-        mask, univariate = module._buffers.get("mask"), self.in_chain()
-        if mask is None or mask.dim() != 1 or mask.dtype != torch.bool or univariate is None:
+        mask = module._buffers.get("mask")
+        if mask is None or mask.dim() != 1 or mask.dtype != torch.bool:
             return None
         reads = mask.nonzero().flatten().tolist()
         moves = (~mask).nonzero().flatten().tolist()
@@ -164,11 +175,7 @@ class Coupling(Conditional):
         if network is None:
             return None
         link.holds.append(Holds(module, "mask"))
-        try:
-            link.steps.append(ElementsStep(univariate.transform, moves, reads, network))
-        except ValueError:  # layers of other sizes: calling them says so
-            return None
-        return link
+        return self.linked(link, self.step(moves, reads, network))
 
     def _apply(
         self, univariate: Univariate, x: Tensor, context: Tensor | None, inverse: bool
@@ -201,8 +208,6 @@ class ElementWise(Conditional):
     def link(self) -> Link | None:
         """Return the step, whose parameters follow from the context alone, or are the same for all samples."""
         module, link = self.module, Link()
-        if (univariate := self.in_chain()) is None:
-            return None
         link.watch(module, "univariate", "shapes", "total")
         moves, net = range(self.features), module._modules.get("hyper")
         network = None
@@ -212,11 +217,7 @@ class ElementWise(Conditional):
                 return None
         elif not self._constant(link):
             return None
-        try:
-            link.steps.append(ElementsStep(univariate.transform, list(moves), [], network))
-        except ValueError:
-            return None
-        return link
+        return self.linked(link, self.step(list(moves), [], network))
 
     def _constant(self, link: Link) -> bool:
         phi = self.module._modules.get("phi")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyflowkern.interop._kinds import class_test
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
@@ -15,10 +16,8 @@ from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 __all__ = ["Orders", "dense_network", "is_of", "linears_of", "masked_network"]
 
 
-def is_of(thing: object, where: str) -> bool:
-    """Whether an object is of exactly the class of zuko that lies there, such as ``"nn.MLP"``."""
-    cls = type(thing)
-    return f"{cls.__module__}.{cls.__qualname__}" == f"zuko.{where}"
+#: Whether an object is of exactly the class of zuko that lies there, such as ``"nn.MLP"``.
+is_of = class_test("zuko")
 
 
 class Orders(NamedTuple):
@@ -64,10 +63,11 @@ def masked_network(
         outputs: how many numbers it returns for each feature.
         link: where it is noted.
     """
-    if (
-        not is_of(net, "nn.MaskedMLP")
-        or (parts := linears_of(net, "nn.MaskedLinear", link)) is None
-    ):
+    if not is_of(net, "nn.MaskedMLP"):
+        return None
+    residual = any(is_of(m, "nn.Residual") for m in net._modules.values())  # type: ignore[attr-defined]
+    parts = _blocks_of(net, link) if residual else linears_of(net, "nn.MaskedLinear", link)
+    if parts is None:
         return None
     linears, activation = parts
     masks = [linear._buffers.get("mask") for linear in linears]
@@ -84,7 +84,10 @@ def masked_network(
             return None
         link.holds.append(Holds(linear, "mask"))
         layers.append(layer)
-    network = _network(layers, activation, features, context, link)
+    # blocks add units, which must be the same ones
+    if residual and any(rows != orders.rows[0] for rows in orders.rows[:-1]):
+        return None
+    network = _network(layers, activation, features, context, link, residual)
     return None if network is None else (network, orders)
 
 
@@ -97,6 +100,24 @@ def linears_of(net: Any, linear: str, link: Link) -> tuple[list[torch.nn.Module]
         return None
     link.watch(net)
     return found, activation
+
+
+def _blocks_of(net: Any, link: Link) -> tuple[list[torch.nn.Module], str] | None:
+    """Return the layers and the activation of a masked network with residual blocks, after noting all of them.
+
+    None where blocks have several widths, with a layer between them.
+    """
+    first, *blocks, last = net._modules.values()
+    inner = [[*block._modules.values()] for block in blocks if is_of(block, "nn.Residual")]
+    if len(inner) < len(blocks) or any(len(parts) != 3 for parts in inner):
+        return None
+    linears = [first, *(m for parts in inner for m in parts[::2]), last]
+    activation = activation_name([parts[1] for parts in inner], link)
+    if activation is None or not all(is_of(m, "nn.MaskedLinear") for m in linears):
+        return None
+    for module in (net, *blocks):
+        link.watch(module)
+    return linears, activation
 
 
 def _layer(
@@ -127,13 +148,19 @@ def _layer(
 
 
 def _network(
-    layers: list[ChainLayer], activation: str, features: int, context: int, link: Link
+    layers: list[ChainLayer],
+    activation: str,
+    features: int,
+    context: int,
+    link: Link,
+    residual: bool = False,
 ) -> ChainNetwork | None:
     link.context_features = context
     if layers[0].inputs != features:
         return None
     try:
-        return ChainNetwork(layers, activation, context="joined" if context else "none")
+        first, form = "joined" if context else "none", (residual, not residual)
+        return ChainNetwork(layers, activation, *form, first, activate_blocks=not residual)
     except ValueError:  # layers that do not fit each other: calling them says so
         return None
 

@@ -56,8 +56,6 @@ def _transform(make: Callable[[torch.nn.Module], Conditional]) -> Kind:
             return Outcome([door], runs="one op")
         if by_op_differs(module, make):
             return Outcome(note=why)
-        if make(module).in_chain() is None:
-            why = "angles are turned before the spline"
         return Outcome([door], runs="own op", note=f"no chain: {why}")
 
     return Kind(look, ("forward",))

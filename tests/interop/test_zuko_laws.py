@@ -280,7 +280,10 @@ class Affine(zuko.transforms.MonotonicAffineTransform):
         (lambda: SOSPF(3, K), "no op knows its univariate transform, ShiftedSOSPTransform"),
         (lambda: GF(3, K), "no op knows its univariate transform, GaussianizationTransform"),
         (lambda: MAF(3, K, univariate=Affine), "no op knows its univariate transform, Affine"),
-        (lambda: MAF(3, K, residual=True), "its form or a part of it is not known"),
+        (
+            lambda: MAF(3, K, residual=True, hidden_features=(8, 9)),
+            "its form or a part of it is not known",
+        ),
         (
             lambda: NICE(3, K, activation=torch.nn.Softsign),
             "its form or a part of it is not known",

@@ -61,6 +61,14 @@ ONE_OP = {
     "additive": lambda c=0: NICE(
         D, c, univariate=zuko.transforms.AdditiveTransform, shapes=[()], **SMALL
     ),
+    "blocks": lambda c=0: NSF(
+        D, c, bins=4, residual=True, transforms=2, hidden_features=(9, 9), randperm=True
+    ),
+    "blocks, affine": lambda c=0: MAF(
+        D, c, residual=True, activation=torch.nn.ELU, transforms=2, hidden_features=(9,) * 3
+    ),
+    "NCSF": lambda c=0: NCSF(D, c, bins=4, **SMALL),
+    "NCSF of couplings": lambda c=0: NCSF(D, c, bins=4, passes=2, **SMALL),
     "standardized": _standardized,
     "mixed": _mixed,
     "single": _single,
@@ -70,8 +78,9 @@ ONE_OP = {
 }
 #: Flows whose splines are ops, with networks of zuko.
 OWN_OP = {
-    "NCSF": lambda c=0: NCSF(D, c, bins=4, **SMALL),
-    "blocks": lambda c=0: NSF(D, c, bins=4, residual=True, **SMALL),
+    "blocks of two widths": lambda c=0: NSF(
+        D, c, bins=4, residual=True, transforms=2, hidden_features=(8, 9)
+    ),
     "normalized": lambda c=0: Flow(
         [
             zuko.flows.GeneralCouplingTransform(
