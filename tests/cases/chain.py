@@ -323,6 +323,11 @@ def large(base="none"):
     return [sample(1000, f, steps, torch.float32, base) for f, steps in whole_flows()]
 
 
+def by_reference(drawn):
+    program, inverse = drawn.fixed["program"], drawn.fixed["inverse"]
+    return program.special or (inverse and program.autoregressive)
+
+
 of_chains = partial(
     OpCase,
     called(chain),
@@ -332,6 +337,7 @@ of_chains = partial(
     conditioned=4,
     rows={"x": 0, "context": 0},
     dtypes=STATES,
+    by_reference=by_reference,
 )
 CASES = [
     of_chains(samples, small, large=large, log_det=True, name="chain"),

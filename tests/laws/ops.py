@@ -108,6 +108,7 @@ class OpCase:
         reentrant: whether the gradient that comes in is left as it is.
         torch_sums: arguments whose gradients are products of torch's, which it may sum otherwise with other threads.
         shares: whether samples of a batch may be rounded otherwise than alone, and why.
+        by_reference: whether kernels of GPUs leave a sample of arguments to plain PyTorch.
         spreads: whether the first row of an argument may stand for all its rows.
     """
 
@@ -125,6 +126,7 @@ class OpCase:
     copies: Callable[[Sample], int] = lambda sample: 1
     placed: str = ""
     shares: str = ""
+    by_reference: Callable[[Sample], bool] = lambda sample: False
     spreads: bool = True
     conditioned: int = 0
     reentrant: bool = True
