@@ -9,7 +9,7 @@ from laws import normal
 
 from pyflowkern import flows, nn
 
-TIGHT = {"rtol": 1e-8, "atol": 1e-8, "max_steps": 200}  # towards a pole steps become ever smaller
+TIGHT = {"rtol": 1e-8, "atol": 1e-8, "max_steps": 100}  # towards a pole steps become ever smaller
 FIXED = {"method": "rk4", "step_size": 0.02}
 SETTINGS = [
     {**TIGHT},

@@ -302,7 +302,7 @@ def test_memory():
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_solves_leak_no_memory(adjoint):
-    """After 1000 solves with first and second gradients no tensor is left, without the garbage collector."""
+    """After 100 solves with first and second gradients no tensor is left, without the garbage collector."""
     field, (y0,) = Field(1), leaves(normal(1, 1))
     settings = {"method": "bosh3", "first_step": 1.0, "rtol": 1e3, "adjoint": adjoint}
 
@@ -323,7 +323,7 @@ def test_solves_leak_no_memory(adjoint):
     gc.disable()
     try:
         before = count()
-        work(1000)
+        work(100)
         assert count() - before <= 0
     finally:
         gc.enable()

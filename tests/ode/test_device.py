@@ -32,9 +32,15 @@ def both(field, y0, times, **settings):
 @pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize("check_every", [1, 8])
 def test_steps_are_those_of_the_ordinary_controller(method, check_every):
-    """The same decisions and, to the rounding of sums in another order, the same sizes."""
-    for span in SPANS:
-        for settings in SETTINGS:
+    """The same decisions and, to the rounding of sums in another order, the same sizes.
+
+    Every two of method, interval of checks, span and settings meet; not every three.
+    """
+    turn = ADAPTIVE.index(method) + (check_every > 1)
+    for i, span in enumerate(SPANS):
+        for j, settings in enumerate(SETTINGS):
+            if (i + j + turn) % 2:
+                continue
             # the host's controller looks at every step and has no check_every
             settings = settings | {"method": method, "check_every": check_every, "dense": True}
             a, b = both(pendulum, normal(7, 2), span, **settings)
