@@ -37,7 +37,7 @@ def test_every_command_can_be_parsed(monkeypatch):
 def gpu_tests(config):
     """Return the names of all tests that need a GPU: this process knows them, if it has collected every file."""
     files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
-    if files <= {name.partition("::")[0] for name in config.all_tests}:
+    if files <= config.collected:
         return config.gpu_tests
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

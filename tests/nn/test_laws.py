@@ -16,9 +16,8 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 kernels = pytest.mark.parametrize("backend", ["cpu", CUDA], indirect=True)
 #: With the C++ that it writes, which the flows of the same law have, too; of long graphs the strides alone.
 INDUCTOR = {
-    "affine": None,
     "glow step": None,
-    **dict.fromkeys(("spline image", "autoregressive residual", "multi-scale"), STRIDES),
+    **dict.fromkeys(("affine", "spline image", "autoregressive residual", "multi-scale"), STRIDES),
 }
 both = pytest.mark.parametrize("backend", ["reference", "cpu", CUDA], indirect=True)
 
