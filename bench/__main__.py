@@ -13,7 +13,7 @@ import torch
 import bench.models
 import bench.ops
 import pyflowkern
-from bench import _big, _busy, _environment, _report
+from bench import _big, _busy, _environment, _processes, _report
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
@@ -40,12 +40,23 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "family",
-        choices=[*families(), "all", "summary", "overview", "cuda-report", "steps", "busy", "big"],
+        choices=[
+            *families(),
+            "all",
+            "summary",
+            "overview",
+            "cuda-report",
+            "steps",
+            "busy",
+            "big",
+            "processes",
+        ],
         help="summary: the tables of docs/performance.md; overview: README.md's picture and rows; "
         "cuda-report: registers, accesses and bytes of the kernels; "
         "steps: launches and graphs of training steps; "
         "busy: training steps beside a process that keeps a core busy; "
-        "big: ten million rows, with the peak memory of each process",
+        "big: ten million rows, with the peak memory of each process; "
+        "processes: one run by 1, 2 and 4 processes, and after one of them was killed",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -137,6 +148,10 @@ def main() -> int:
     if args.family == "big":
         folder = _folder(args, _environment.slug(_environment.describe(device), device), False)
         _big.measure(folder, args.threads, 10**6 if args.quick else 10**7)
+        return 0
+    if args.family == "processes":
+        folder = ROOT / "results" / _environment.slug(_environment.describe(device), device)
+        _processes.measure(args.out or folder)
         return 0
     if args.family == "cuda-report":
         print(report())

@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _busy, _environment, _report, _steps
+from bench import _busy, _environment, _processes, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import Row, run_case
 from bench._scaling import plot_scaling
@@ -160,6 +160,20 @@ def test_scaling_is_drawn_where_cases_differ_only_in_a_number(tmp_path):
     rows.append(Row("one layer D=64", "ours", "call", "float32", p50=64.0))
     assert plot_scaling(picture, "title", rows)
     assert picture.stat().st_size > 1000
+
+
+def test_curves_of_processes_are_compared():
+    one = {"step": [0, 4, 8], "seconds": [0, 1, 1.5], "train": [3, 2, 1], "held_out": [3, 2.5, 2]}
+    other = one | {"held_out": [3, 2.5, 2.25]}
+    assert _processes._difference(one, other) == 0.25
+    assert _processes._milliseconds(one) == 125
+    rows = [
+        {"run": "a", "processes": 2, "step_ms": 12.34, "last": 2.0, "difference": 0.25},
+        {"run": "a: killed", "processes": "2, then 4", "ended_s": 1.25, "difference": 0.0},
+    ]
+    table = _processes._table(rows)
+    assert "| a | 2 | 12.3 | 2.0000 | 2.5e-01 |" in table
+    assert "| a: killed | 4 | 1.2 | 0.0e+00 |" in table
 
 
 def test_steps_are_timed_alone_and_beside_a_busy_process(tmp_path, monkeypatch):

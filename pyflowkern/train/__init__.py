@@ -2,12 +2,14 @@
 
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.module import FlowModule, TrainingDiverged
+from pyflowkern.train.ranks import ProcessLost
 from pyflowkern.train.runner import Run, train
 from pyflowkern.train.signals import TrainingInterrupted
 
 __all__ = [
     "ConfigError",
     "FlowModule",
+    "ProcessLost",
     "Run",
     "TrainConfig",
     "TrainingDiverged",

@@ -214,7 +214,8 @@ def _fit(trainer: Trainer, module: FlowModule, checkpoint: Path | None) -> None:
     signals = module.signals
     ranks = trainer.world_size
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", module="lightning" if trainer.is_global_zero else "")
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # a copy more, of a row
         signals.install()
         try:
             with lost_processes(Path(module.config.out), ranks), threads_for_processes(ranks):

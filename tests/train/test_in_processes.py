@@ -8,18 +8,22 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ranks
 import torch
+from lightning.pytorch import Trainer
 
 import pyflowkern
 from pyflowkern.train import FlowModule, TrainConfig, TrainingInterrupted, train
+from pyflowkern.train.bridges import load_data
 from pyflowkern.train.checkpoint import load_checkpoint
 from pyflowkern.train.config import ConfigError
 from pyflowkern.train.data_model import DataModel
+from pyflowkern.train.model import build
 
 FIXED = {"method": "rk4", "step_size": 0.5, "divergence": "exact"}
 COMMON = {"steps": 8, "every": 4, "warmup": 2, "lr": 5e-3}
@@ -77,6 +81,7 @@ def folder(tmp_path_factory):
     x = np.random.default_rng(0).normal(size=(3000, 2))
     x[:, 1] = 5 + 3 * x[:, 0] + 0.1 * x[:, 1]
     np.savetxt(folder / "t.csv", x, delimiter=",", fmt="%.6g")
+    np.savetxt(folder / "other.csv", 2 * x, delimiter=",", fmt="%.6g")
     np.savetxt(folder / "one.csv", x[:, 1:], delimiter=",", fmt="%.6g")
     return folder
 
@@ -108,10 +113,37 @@ def processes(folder):
         run = train(config(folder, name, folder / "two" / name))
         assert run.rank == rank
         assert rank == 0 or [row["step"] for row in run.history] == [0, 4, 8]
+    in_a_trainer_of_its_own(folder, rank)
+    other_data(folder, rank)
     one_bad_loss(folder, rank)
     a_signal_to_one(folder, rank)
     with pytest.raises(ConfigError, match="a batch of 1 rows is too small for 2 processes"):
         train(config(folder, "uneven shares", folder / "two" / "tiny", batch_size=1))
+
+
+def in_a_trainer_of_its_own(folder, rank):
+    """The module under Lightning's ddp as it is: each process has its rows, and all have the same weights."""
+    chosen = config(folder, "actnorm", folder / "unused", every=2)
+    data = load_data(chosen)
+    module = FlowModule(chosen, data, build(chosen, data))
+    off = ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar")
+    options = {"strategy": "ddp", "accelerator": "cpu", "devices": 2, "max_epochs": 1}
+    trainer = Trainer(**options, **dict.fromkeys(off, False))
+    trainer.fit(module)
+    assert module.step == 2
+    assert set(trainer.callback_metrics) == {"held_out"}
+    found = [None, None]
+    weights = {name: t.tolist() for name, t in module.state_dict().items()}
+    torch.distributed.all_gather_object(found, (module.batches.batch(0).tolist(), weights))
+    assert not any(row in found[1][0] for row in found[0][0])
+    assert found[0][1] == found[1][1]
+
+
+def other_data(folder, rank):
+    """Processes that have read other files say so before they train."""
+    chosen = config(folder, "uneven shares", folder / "unused")
+    with pytest.raises(ConfigError, match="has another checksum of the data"):
+        train(replace(chosen, data=str(folder / ("other.csv" if rank else "t.csv"))))
 
 
 def one_bad_loss(folder, rank):
