@@ -287,7 +287,8 @@ class FlowModule(LightningModule):
         """
         if place < len(self._held_out):
             rows = self.data.validation.split(_PART)[place].to(self.device)
-            seed_generators(step_seed(self.config.seed, place), self.device)
+            seed = self.config.seed  # of the first part, as in evaluations of a checkpoint
+            seed_generators(step_seed(seed, place) if place else seed, self.device)
             self._held_out[place] = len(rows) * model.objective(rows)[1].double()
 
     def _mean_held_out(self) -> float:
