@@ -25,6 +25,7 @@ from bench import _environment
 
 __all__ = ["measure"]
 
+ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 2, 4)
 STEPS = 200
 ROWS, DIMS = 20_000, 8
@@ -44,7 +45,7 @@ def _command(ranks: int, *words: object) -> list[str]:
 
 
 def _environment_of_runs() -> dict[str, str]:
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -143,9 +144,11 @@ def _recovery() -> Iterator[dict[str, Any]]:
         }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]], cores: int) -> str:
     """Return what docs/scale.md shows."""
     lines = [
+        f"Measured on {cores} cores, with one thread a process (`python -m bench processes`):",
+        "",
         "| run | processes | step, with evaluations (ms) | held out at the end | largest difference from one process |",
         "|---|---|---|---|---|",
     ]
@@ -165,6 +168,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
         if "ended_s" in r
     ]
     return "\n".join(lines) + "\n"
+
+
+def _into_page(table: Path) -> None:
+    """Write the table into docs/scale.md, between the marks with its name."""
+    name = table.absolute().relative_to(ROOT).as_posix()
+    page = ROOT / "docs/scale.md"
+    begin, _, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    page.write_text(f"{begin}<!-- {name} -->\n{table.read_text()}{end}{after}")
 
 
 def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -200,9 +212,16 @@ def measure(out: Path) -> list[dict[str, Any]]:
             rows = [*_curves(), *_recovery()]
         finally:
             os.chdir(before)
-    print(_table(rows))
+    table = _table(rows, int(facts["cores"]))
+    print(table)
     out.mkdir(parents=True, exist_ok=True)
     (out / "processes.json").write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
-    (out / "processes.md").write_text(_table(rows))
     _draw(out / "processes.png", rows)
+    if not out.absolute().is_relative_to(ROOT / "bench/results"):
+        (out / "processes.md").write_text(table)
+        return rows
+    picture = f"../{(out / 'processes.png').absolute().relative_to(ROOT).as_posix()}"
+    table += f"\n![Curves of one, two and four processes]({picture})\n"
+    (out / "processes.md").write_text(table)
+    _into_page(out / "processes.md")
     return rows

@@ -171,7 +171,7 @@ def test_curves_of_processes_are_compared():
         {"run": "a", "processes": 2, "step_ms": 12.34, "last": 2.0, "difference": 0.25},
         {"run": "a: killed", "processes": "2, then 4", "ended_s": 1.25, "difference": 0.0},
     ]
-    table = _processes._table(rows)
+    table = _processes._table(rows, 2)
     assert "| a | 2 | 12.3 | 2.0000 | 2.5e-01 |" in table
     assert "| a: killed | 4 | 1.2 | 0.0e+00 |" in table
 

@@ -171,8 +171,7 @@ class Flow(FlowForms):
             if (by_one_op := log_prob_by_one_op(self, x, context)) is not None:
                 return by_one_op
         z, log_det = self(x, context)
-        log_prob: Tensor = self._run(self.base.log_prob, z) + log_det  # type: ignore[arg-type]
-        return log_prob
+        return self._run(self.base.log_prob, z) + log_det  # type: ignore
 
     def _inside_domain(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return data of the domain, and which samples were outside of it: ``[N]``, None for none."""
@@ -362,9 +361,8 @@ class Flow(FlowForms):
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         context = self._context_of(context, n)
-        draw = self.base.sample
-        z: Tensor = self._run(draw, n, temperature=temperature, generator=generator)  # type: ignore[arg-type]
-        return z, context
+        latents = self._run(self.base.sample, n, temperature=temperature, generator=generator)  # type: ignore
+        return latents, context
 
     def _check_latent(self, z: Tensor) -> None:
         if not isinstance(z, Tensor):

@@ -250,7 +250,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(folder, tw
     assert time.monotonic() - begin < 30
     assert first.returncode == 1
     assert re.fullmatch(
-        rf"pyflowkern: another process of the run ended \(.*\); go on with: pyflowkern train --resume {out}\n",
+        rf"pyflowkern: another process of the run ended \([^/]*\); go on with: pyflowkern train --resume {out}\n",
         message,
     )
     assert load_checkpoint(out)["pyflowkern"]["progress"][0] == 4
