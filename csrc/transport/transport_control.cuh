@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads) prolong_kernel(const DeviceProblems 
   const DeviceCloud& c = d.cloud[1];
   const int64_t begin = p * c.count;
   const int memory = s.level > 1 ? s.memory : kNoStep;
-  const bool smallest = s.error <= s.last_error, back = memory == kProlongedStep && !smallest;
+  const bool smallest = has_not_grown(s.error, s.last_error);
+  const bool back = memory == kProlongedStep && !smallest;
   double length = 0;
   if (memory != kNoStep && smallest) {
     double product = 0, square = 0;

@@ -17,6 +17,9 @@ PFK_DECLARE_LEVELS(int64_t transport_panel(DType);
                    void transport_power(const GibbsArgs&, DType, int64_t, int64_t);
                    void transport_log(double*, int64_t); void transport_exp(double*, int64_t);
                    void transport_pass(const GibbsArgs&, DType, int64_t, int64_t);
+                   double transport_columns(const GibbsArgs&, DType, int64_t, const double*,
+                                            const double*, double*, int64_t);
+                   bool transport_near_one(const double*, int64_t);
                    void transport_product(const PlanProductArgs&, DType, int64_t, int64_t);
                    void transport_draw(const PlanDrawArgs&, DType, int64_t, int64_t))
 
@@ -66,6 +69,13 @@ void transport_pass(const GibbsArgs& a, DType dtype, int64_t begin, int64_t end)
     dtype == kFloat64 ? gibbs_pass_block<double>(a, block) : gibbs_pass_block<float>(a, block);
   }
 }
+
+double transport_columns(const GibbsArgs& a, DType dtype, int64_t tasks, const double* mass,
+                         const double* v, double* next, int64_t n) {
+  return dtype == kFloat64 ? gibbs_columns<double>(a, tasks, mass, v, next, n)
+                           : gibbs_columns<float>(a, tasks, mass, v, next, n);
+}
+bool transport_near_one(const double* factors, int64_t n) { return are_near_one(factors, n); }
 
 void transport_product(const PlanProductArgs& a, DType dtype, int64_t begin, int64_t end) {
   dtype == kFloat64 ? product_blocks<double>(a, begin, end) : product_blocks<float>(a, begin, end);
@@ -139,6 +149,15 @@ struct OnCpu {
   void pass(const GibbsArgs& a, DType dtype) const {
     rows(a,
          [&](int64_t begin, int64_t end) { PFK_CALL_LEVEL(transport_pass, a, dtype, begin, end); });
+  }
+  double columns(const GibbsArgs& a, const double* mass, const std::vector<double>& v,
+                 std::vector<double>& next, DType dtype) const {
+    const int64_t tasks = (a.scores.rows + a.task - 1) / a.task;
+    return PFK_CALL_LEVEL(transport_columns, a, dtype, tasks, mass, v.data(), next.data(),
+                          static_cast<int64_t>(v.size()));
+  }
+  bool near_one(const std::vector<double>& factors) const {
+    return PFK_CALL_LEVEL(transport_near_one, factors.data(), static_cast<int64_t>(factors.size()));
   }
   void product(const PlanProductArgs& a, DType dtype) const {
     rows(a, [&](int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 // six times as much.
 #pragma once
 
+#include "core/rows.h"
 #include "transport/transport_tiles.h"
 
 PFK_BEGIN
@@ -98,7 +99,63 @@ void gibbs_pass_block(const GibbsArgs& a, int64_t block) {
   for (int64_t j = 0; j < a.row; ++j) sums[j] = T(0);
   int64_t r = 0;
   for (; r + R <= rows; r += R) gibbs_rows<T, R>(a, first + r, sums);
-  for (; r < rows; ++r) gibbs_rows<T, 1>(a, first + r, sums);
+  switch (rows - r) {
+    case 1:
+      return gibbs_rows<T, 1>(a, first + r, sums);
+    case 2:
+      return gibbs_rows<T, 2>(a, first + r, sums);
+    case 3:
+      return gibbs_rows<T, 3>(a, first + r, sums);
+    case 4:
+      return gibbs_rows<T, 4>(a, first + r, sums);
+    case 5:
+      return gibbs_rows<T, 5>(a, first + r, sums);
+  }
+}
+
+// As many numbers as there are lanes of double.
+template <class T>
+PFK_HD Vec<double> load_wide(const T* p) {
+  if constexpr (sizeof(T) == 8) {
+    return Vec<double>::load(p);
+  } else {
+    typedef float Half __attribute__((vector_size(kVecBytes / 2)));
+    Half half;
+    memcpy(&half, p, sizeof(half));
+    return Vec<double>(__builtin_convertvector(half, Vec<double>::Raw));
+  }
+}
+
+// Whether all of n factors are near 1; not if one is NaN.
+inline bool are_near_one(const double* factors, int64_t n) {
+  Vec<double> far = 0.0;
+  each_vector<double>(n, [&](int64_t j, auto part) {
+    const Vec<double> f = load(factors + j, part, 1.0);
+    const auto near = mask_and(f > Vec<double>(0x1p-30), f < Vec<double>(0x1p30));
+    far = select(near, far, Vec<double>(1.0));
+  });
+  return sum_lanes(far) == 0;
+}
+
+// Adds up the sums of all tasks: the error with the factors v, and the factors of the next step.
+// The errors of columns are added in order, at every level of SIMD.
+template <class T>
+double gibbs_columns(const GibbsArgs& a, int64_t tasks, const double* mass, const double* v,
+                     double* next, int64_t n) {
+  using V = Vec<double>;
+  double error = 0;
+  each_vector<double>(n, [&](int64_t j, auto part) {
+    V sum = 0.0;
+    for (int64_t task = 0; task < tasks; ++task) {
+      sum += load_wide(typed<T>(a.sums) + task * a.row + j);
+    }
+    store(sum, next + j, part);
+    sum = load(next + j, part, 1.0);  // what pads a row may be infinite
+    const V off = load(mass + j, part) * abs_(load(v + j, part, 1.0) * sum - 1.0);
+    store(1.0 / sum, next + j, part);
+    for (int i = 0; i < V::kLanes; ++i) error += off.v[i];
+  });
+  return error;
 }
 
 }  // namespace

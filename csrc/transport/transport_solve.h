@@ -36,12 +36,12 @@ struct Prolonging {
 
   void apply(const double* mass, const std::vector<double>& now, std::vector<double>& to,
              double with_error) {
-    if (memory == kProlongedStep && !(with_error <= error)) {
+    if (memory == kProlongedStep && !has_not_grown(with_error, error)) {
       to = next, memory = kNoStep;
       return;
     }
     double length = 0;
-    if (memory != kNoStep && with_error <= error) {
+    if (memory != kNoStep && has_not_grown(with_error, error)) {
       double product = 0, square = 0;
       for (size_t j = 0; j < to.size(); ++j) {
         const double change = to[j] - now[j] - step[j];
@@ -76,25 +76,13 @@ class GibbsKernel {
   std::vector<T> columns, sums;
   std::vector<double> u, next_u, v, next_v, log_v, next_log_v, now;
 
-  static bool near_one(const std::vector<double>& factors) {
-    for (double f : factors) {
-      if (!(f > 0x1p-30 && f < 0x1p30)) return false;
-    }
-    return true;
-  }
+  bool near_one(const std::vector<double>& factors) const { return problem.run.near_one(factors); }
 
   // The sums of the columns give the error with v, and the next v; false if that is far from 1.
   bool pass() {
     problem.run.pass(args, problem.kDtype);
-    next_v.assign(v.size(), 0.0);
-    for (const T* part = sums.data(); part < sums.data() + sums.size(); part += args.row) {
-      for (size_t j = 0; j < v.size(); ++j) next_v[j] += part[j];
-    }
-    error = 0;
-    for (size_t j = 0; j < v.size(); ++j) {
-      error += problem.cloud[1].mass[j] * std::abs(v[j] * next_v[j] - 1);
-      next_v[j] = 1 / next_v[j];
-    }
+    next_v.resize(v.size());
+    error = problem.run.columns(args, problem.cloud[1].mass, v, next_v, problem.kDtype);
     return near_one(next_v);
   }
 

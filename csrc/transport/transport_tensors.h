@@ -21,6 +21,11 @@ constexpr double prolonged_by(double product, double square) {
 }
 // What is known of the iteration before.
 enum ProlongMemory : int { kNoStep, kPlainStep, kProlongedStep };
+// Whether an error has not grown.  While mass waits between clusters far apart the error stays the
+// same for many iterations, which prolonged steps cross: rounding must not count as growth.
+constexpr bool has_not_grown(double error, double smallest) {
+  return error <= smallest * (1 + 1e-6);
+}
 // The error beyond which a step is not prolonged: the smallest so far.  Compared with the last one
 // alone, steps too long could come for ever.
 constexpr double smallest_error(bool known, double smallest, double error) {

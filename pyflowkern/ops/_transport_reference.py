@@ -16,6 +16,8 @@ __all__ = ["gradient_of_mass", "gradient_of_points", "plan_draw", "plan_product"
 
 #: Of an epsilon above the last one: most iterations, and the error at which the next one begins.
 LEVEL_ITERATIONS, LEVEL_TOLERANCE = 8, 0.1
+#: Errors have grown where they are larger by more than this part of the smallest.
+ROUNDING = 1e-6
 #: How many of its own lengths a step is prolonged by at most.
 LONGEST_STEP = 30.0
 
@@ -109,18 +111,19 @@ class _Problem:
         grew by such a move, that is taken back.
         """
         last, error = self.last, self.error
-        if last is not None and last.prolonged and not bool(error <= last.error):
+        # the error may stay the same for many iterations: rounding must not count as growth
+        smallest = last is None or bool(error <= last.error * (1 + ROUNDING))
+        if last is not None and last.prolonged and not smallest:
             self.last = None
             return last.g
         step, length = g - self.potential[1], torch.zeros_like(error)
-        smallest = last is None or bool(error <= last.error)
         if last is not None and smallest:
             with torch.no_grad():
                 change = step - last.step
                 mass = self.mass[1]
                 slope = (mass * step * change).sum() / (mass * change * change).sum()
                 length = (-slope).clamp(0.0, LONGEST_STEP).nan_to_num(0.0)
-        least = error if smallest or last is None else last.error
+        least = error if last is None else torch.minimum(error, last.error)
         self.last = _Step(g, step, least, bool(length > 0))
         return g if last is None else g + length * (g - last.g)
 
