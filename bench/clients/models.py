@@ -283,6 +283,13 @@ MODELS = [
         512,
         goals={"sample": 50.0},
     ),
+    _zuko(
+        "MAF, residual D=6, 5 x (64, 64)",
+        partial(zuko_flow, "MAF", 6, (64, 64), residual=True),
+        6,
+        200,
+    ),
+    _zuko("NCSF D=6, 5 x (64, 64)", partial(zuko_flow, "NCSF", 6, (64, 64)), 6, 200),
     _normflows("RealNVP D=2, 16 x 64", partial(normflows_flow, "RealNVP", 2, 16, 64), (2,), 512),
     _normflows("MAF D=10, 5 x 64", partial(normflows_flow, "MAF", 10, 5, 64), (10,), 512),
     _normflows("NSF D=10, 5 x 64", partial(normflows_flow, "NSF", 10, 5, 64), (10,), 512),

@@ -320,7 +320,9 @@ def few_densities(dtype):
 
 
 def large(base="none"):
-    return [sample(1000, f, steps, torch.float32, base) for f, steps in whole_flows()]
+    of_angles = [*angle_flows()][2::2] if base == "none" else []
+    flows = *whole_flows(), *of_angles
+    return [sample(1000, f, steps, torch.float32, base) for f, steps in flows]
 
 
 def by_reference(drawn):
