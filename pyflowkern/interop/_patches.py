@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ class Patch(NamedTuple):
         names: of the functions, there and here.
         ours: the module of this package that has them.
         falls_back: whether the library's own function is called where ours refuses arguments; else ours does that.
-        left: for each function the values of ``method`` with which the library's own is the faster one.
     """
 
     package: str
@@ -35,7 +34,6 @@ class Patch(NamedTuple):
     names: tuple[str, ...]
     ours: str
     falls_back: bool = True
-    left: Mapping[str, frozenset[str]] = MappingProxyType({})
 
 
 def _of_nflows(package: str) -> Iterator[Patch]:
@@ -60,8 +58,6 @@ PATCHES: tuple[Patch, ...] = (
         ("odeint", "odeint_adjoint", "odeint_event"),
         "pyflowkern.interop.torchdiffeq",
         falls_back=False,
-        # gradients through the steps cost one call of autograd a stage, which torchdiffeq has once a solve
-        left={"odeint": frozenset({"euler", "midpoint", "heun2", "heun3", "rk4"})},
     ),
 )
 #: What calls itself by these names must go on to do so.
@@ -112,11 +108,9 @@ def _stand_in(theirs: FunctionType, ours: Callable[..., Any], patch: Patch) -> F
     """Return a function that runs ours, or theirs for compilers and for what ours refuses."""
     ours = getattr(ours, "__wrapped__", ours)  # errors are raised by the library itself
 
-    left = patch.left.get(theirs.__name__, frozenset())
-
     @functools.wraps(theirs)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or is_off() or kwargs.get("method") in left:
+        if torch.compiler.is_compiling() or is_off():
             return theirs(*args, **kwargs)
         if not patch.falls_back:
             return ours(*args, **kwargs)

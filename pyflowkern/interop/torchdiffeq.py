@@ -11,8 +11,8 @@ Other than there,
 * the field of :func:`odeint_adjoint` need not be a module, and times need not be a tensor;
 * a step size counts as a constant in gradients; torchdiffeq differentiates its guess of the first one, too, where none
   is given, which moves gradients by less than the tolerance;
-* gradients of ``t`` cost one evaluation for each time, and are not in the norm of the backward solve, where torchdiffeq
-  has the one of the time even if nobody wants it;
+* gradients of ``t`` cost one evaluation for each time (those through fixed steps are left to torchdiffeq), and are not
+  in the norm of the backward solve, where torchdiffeq has the one of the time even if nobody wants it;
 * ``interp="cubic"`` costs one evaluation more in each fixed step;
 * each stretch between two times of ``jump_t`` or ``step_t`` begins with a step size of its own;
 * the time of an event is exact to rounding, where torchdiffeq bisects down to ``atol``, and has its gradient without
@@ -77,7 +77,8 @@ def odeint(
 ) -> Any:
     r"""Integrate ``dy/dt = func(t, y)`` from ``y(t[0]) = y0``, with gradients through the steps.
 
-    The slopes of all stages are kept for the backward pass, which does not call the field again.
+    The slopes of all stages are kept for the backward pass, which does not call the field again; fixed steps are one
+    graph.
 
     Args:
         func: ``(t, y) -> dy/dt``; ``t`` is a 0-d tensor of the state's dtype.
@@ -109,7 +110,7 @@ def odeint(
         0.3679
     """
     settings = {"rtol": rtol, "atol": atol, "method": method, "options": options}
-    if not _serves(method, options, t):
+    if not _serves(method, options, t) or (_moves(method, t) and _original("odeint") is not None):
         return _theirs("odeint", settings)(func, y0, t, event_fn=event_fn, **settings)
     if event_fn is not None:
         settings["method"] = method or "dopri5"
@@ -274,6 +275,11 @@ def _serves(method: str | None, options: _Options, t: Any) -> bool:
     if any(key in given and given[key] != value for key, value in _CONSTANTS.items()):
         return False
     return "max_num_steps" not in given or t is None or len(t) == 2
+
+
+def _moves(method: str | None, t: Any) -> bool:
+    """Whether gradients are wanted of the ends of fixed steps; torchdiffeq has those of its steps, not of the flow."""
+    return method in _FIXED and isinstance(t, Tensor) and t.requires_grad
 
 
 def _states(solution: Solution, method: str | None, again: partial[Any]) -> Any:

@@ -114,6 +114,8 @@ class Packing:
             value: a number, a tensor that broadcasts with the state, or a sequence of these, one for each entry.
             device: of the state.
         """
+        if type(value) is float and value >= 0:
+            return value
         if self.is_tuple and isinstance(value, Tensor) and value.dim() > 0:
             value = tuple(value)
         several = isinstance(value, (tuple, list))

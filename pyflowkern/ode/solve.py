@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.adjoints.continuous import Continuous
-from pyflowkern.ode.adjoints.direct import Direct, run
+from pyflowkern.ode.adjoints.direct import Direct, run, unrolled
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now
 from pyflowkern.ode.adjoints.reversible import Reversible
 from pyflowkern.ode.callbacks import callbacks_of
@@ -291,6 +291,8 @@ def _solve(
     problem = Problem(field, times, options, None, context, given, 0)
     wanted: list[Tensor] = []
     if torch.is_grad_enabled():
+        if time is None and not given and (found := unrolled(problem, y0)) is not None:
+            return found
         problem.first, wanted, problem.read = _first_slope(func, field, y0, times, options, params)
         problem.held = tensors_in(field) if given else ()
     if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or wanted)):

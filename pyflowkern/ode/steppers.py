@@ -96,6 +96,17 @@ class Stepper:
             self.graphs = [self._last]
         return self._through(times, dt, y)
 
+    def whole(self, t: float, dt: float, y: Tensor, first: Graph | None = None) -> Tensor:
+        """Return the state after a step whose first slope is evaluated, too, or given as to :meth:`start`."""
+        times = stage_times(self.c, t, dt, self.perturb)
+        if first is not None:
+            self.start(t, y, dt, first)
+        if self.graphs is not None:
+            self.graphs = [] if first is None else [first]
+        if first is None:
+            self._slope(0, times[0], y)
+        return self._through(times, dt, y)
+
     def _through(self, times: Sequence[Tensor], dt: float | Tensor, y: Tensor) -> Tensor:
         """Evaluate all stages but the first at their times; return the state after the step."""
         arg = y

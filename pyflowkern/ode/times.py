@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,12 +62,10 @@ def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> t
         return columns.contiguous(), ts
     if times is None:  # numbers stay the user's own: torch.export then knows their values
         times = ts.tolist()
-    most = torch.finfo(y0.dtype).max
-    if any(most < abs(v) < math.inf for v in times):
-        raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")
-    gaps_ = [b - a for a, b in itertools.pairwise(times)]
-    if not all(math.isfinite(v) for v in times) or not (
-        all(g >= 0 for g in gaps_) or all(g <= 0 for g in gaps_)
-    ):
+    later = times[1:]
+    monotone = all(map(operator.le, times, later)) or all(map(operator.ge, times, later))
+    if not (monotone and all(map(math.isfinite, times))):
         raise ValueError(f"t must be finite and monotone, got {times}")
+    if max(abs(times[0]), abs(times[-1])) > torch.finfo(y0.dtype).max:
+        raise ValueError(f"t must be in the range of the state's {y0.dtype}, got {times}")
     return times, ts

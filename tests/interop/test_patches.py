@@ -131,6 +131,18 @@ def test_values_and_the_op(client, monkeypatch):
     assert not calls
 
 
+def test_solves_with_fixed_steps_are_ours(monkeypatch):
+    module, solves = sys.modules["pyflowkern.interop.torchdiffeq"], []
+    own = module.ode.solve
+    monkeypatch.setattr(module.ode, "solve", lambda *a, **k: solves.append(1) or own(*a, **k))
+    with pyflowkern.accelerate():
+        for method in ("euler", "midpoint", "rk4"):
+            torchdiffeq.odeint(
+                lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3), method=method
+            )
+    assert len(solves) == 3
+
+
 def test_what_ours_refuses_and_compilers_run_the_library(monkeypatch):
     one_bin, x = torch.zeros(3, 1), torch.rand(3)
     calls = called(monkeypatch)

@@ -62,6 +62,45 @@ def test_fixed_steps(method, times):
             options=perturbed | {"interp": "cubic"})  # fmt: skip
 
 
+def test_fixed_steps_are_one_graph():
+    settings = {"method": "rk4", "options": {"step_size": 0.15}}
+    compare("odeint", [0.0, 0.4, 1.0], 1e-10, needs_t=True, **settings)
+    y0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    t, field = torch.tensor([0.0, 1.0], dtype=torch.float64), Field()
+    twice = []
+    for lib in (ours, theirs):
+        y = lib.odeint(field, y0, t, **settings)
+        (grad,) = torch.autograd.grad(y[-1].square().sum(), y0, create_graph=True)
+        twice.append(torch.autograd.grad(grad.square().sum(), [y0, *field.parameters()][:-1]))
+    torch.testing.assert_close(*twice, rtol=1e-10, atol=1e-10)
+    y = ours.odeint(field, y0, t, **settings)
+    nodes = [y.grad_fn]
+    for node in nodes:
+        parents = {parent for parent, _ in node.next_functions} - {None, *nodes}
+        nodes += parents
+    names = {node.name() for node in nodes}
+    assert "TanhBackward0" in names
+    assert "DirectBackward" not in names
+
+
+def test_fields_that_differentiate_by_their_state():
+    field = Field()
+
+    def force(t, y):
+        energy = field(t, y).square().sum()
+        return -torch.autograd.grad(energy, y, create_graph=True)[0]
+
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for y0 in (torch.ones(3, 2).double(), torch.ones(3, 2).double().requires_grad_()):
+        y = ours.odeint(force, y0, t, method="midpoint", options={"step_size": 0.25})
+        grads = torch.autograd.grad(y[-1].sum(), [*field.parameters()][:-1])
+        start = y0.detach().requires_grad_()
+        want = theirs.odeint(force, start, t, method="midpoint", options={"step_size": 0.25})
+        torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+        want_grads = torch.autograd.grad(want[-1].sum(), [*field.parameters()][:-1])
+        torch.testing.assert_close(grads, want_grads, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["odeint", "odeint_adjoint"])
 def test_gradients_of_the_times(name):
     compare(name, [0.0, 0.4, 1.0], 1e-7, 1e-5, counts=False, needs_t=True, rtol=1e-8, atol=1e-8)

@@ -15,7 +15,7 @@ from pyflowkern.ode.packing import Field
 from pyflowkern.ode.solution import Stats, Status, Trajectory
 from pyflowkern.ode.steppers import Graph, Stepper
 
-__all__ = ["Plan", "integrate", "plan"]
+__all__ = ["Plan", "all_finite", "integrate", "plan"]
 
 _MANY = 1e15  # limit on the number of steps, which must not overflow
 
@@ -118,7 +118,7 @@ def integrate(
         return out
     # NaN and inf never disappear again, so one check of the end is enough; only if it fails, the steps are repeated
     # with a check of each, to find the last finite state
-    if not bool(torch.isfinite(out.ys[-1]).all()):
+    if not all_finite(out.ys[-1]):
         evaluations = out.stats.evaluations
         silent = replace(options, callbacks=None)  # they have been called for all steps already
         out = _run(field, y0, times, planned, silent, record, first, checked=True)
@@ -126,6 +126,11 @@ def integrate(
         total = evaluations + out.stats.evaluations
         out.stats = replace(out.stats, evaluations=total)
     return out
+
+
+def all_finite(y: Tensor) -> bool:
+    """Whether all numbers are finite; mostly their sum says so."""
+    return math.isfinite(y.sum().item()) or bool(torch.isfinite(y).all())
 
 
 def _run(
@@ -151,11 +156,10 @@ def _run(
         out.ys[i] = y0
         i += 1
     for t, dt in steps:
-        if not fresh:
-            stepper.start(t, y, dt, first if done == 0 else None)
         if callbacks is not None:
             callbacks.started(t, y, dt)
-        y1 = stepper.step(t, dt, y)
+        given = first if done == 0 else None
+        y1 = stepper.step(t, dt, y) if fresh else stepper.whole(t, dt, y, given)
         if checked and not bool(torch.isfinite(y1).all()):
             break
         if record or options.dense:
