@@ -6,6 +6,7 @@ import argparse
 import importlib
 import pkgutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 import bench.models
 import bench.ops
 import pyflowkern
-from bench import _big, _busy, _environment, _processes, _report
+from bench import _big, _busy, _environment, _memory, _processes, _report
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
@@ -25,6 +26,12 @@ from bench._summary import summary
 from bench._timing import Plan
 
 ROOT = Path(__file__).parent
+#: What takes a folder alone.
+WHOLE: dict[str, Callable[[Path], object]] = {
+    "busy": _busy.measure,
+    "memory": _memory.measure,
+    "processes": _processes.measure,
+}
 
 
 def families() -> dict[str, str]:
@@ -47,15 +54,15 @@ def arguments() -> argparse.Namespace:
             "overview",
             "cuda-report",
             "steps",
-            "busy",
             "big",
-            "processes",
+            *WHOLE,
         ],
         help="summary: the tables of docs/performance.md; overview: README.md's picture and rows; "
         "cuda-report: registers, accesses and bytes of the kernels; "
         "steps: launches and graphs of training steps; "
         "busy: training steps beside a process that keeps a core busy; "
         "big: ten million rows, with the peak memory of each process; "
+        "memory: memory, time and gradients of a training step of Glow by depth; "
         "processes: one run by 1, 2 and 4 processes, and after one of them was killed",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -141,17 +148,13 @@ def main() -> int:
     if args.family == "steps":
         measure(device, args.out)
         return 0
-    if args.family == "busy":
+    if args.family in WHOLE:
         folder = ROOT / "results" / _environment.slug(_environment.describe(device), device)
-        _busy.measure(args.out or folder)
+        WHOLE[args.family](args.out or folder)
         return 0
     if args.family == "big":
         folder = _folder(args, _environment.slug(_environment.describe(device), device), False)
         _big.measure(folder, args.threads, 10**6 if args.quick else 10**7)
-        return 0
-    if args.family == "processes":
-        folder = ROOT / "results" / _environment.slug(_environment.describe(device), device)
-        _processes.measure(args.out or folder)
         return 0
     if args.family == "cuda-report":
         print(report())

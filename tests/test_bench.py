@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _busy, _environment, _processes, _report, _steps
+from bench import _busy, _environment, _memory, _processes, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import Row, run_case
 from bench._scaling import plot_scaling
@@ -183,3 +183,21 @@ def test_steps_are_timed_alone_and_beside_a_busy_process(tmp_path, monkeypatch):
     assert [row["provider"] for row in rows][:2] == ["ours", "layers"]
     assert all(row["alone_ms"] > 0 < row["busy_ms"] for row in rows)
     assert json.loads((tmp_path / "busy.json").read_text()) == rows
+
+
+def test_memory_is_measured_against_depth(tmp_path, monkeypatch):
+    for name, value in (("SHAPE", (3, 8, 8)), ("LEVELS", 2), ("HIDDEN", 8), ("BATCH", 2)):
+        monkeypatch.setattr(_memory, name, value)
+    rows = _memory.measure(tmp_path, (1, 3), 1, _memory.memory_of)
+    assert [(row["K"], row["way"]) for row in rows] == [
+        (k, w) for k in (1, 3) for w in _memory.WAYS
+    ]
+    for name in ("kept_mib", "peak_mib"):
+        found = {(row["way"], row["K"]): row[name] for row in rows}
+        # of so small a flow checkpointing may take more than what it saves
+        assert found["reversible", 3] < found["checkpoint", 3]
+        assert found["reversible", 3] < found["stored", 3]
+        assert found["reversible", 3] < 1.1 * found["reversible", 1]
+    assert all(row["difference"] < 1e-5 and row["ms"] > 0 <= row["resident_mib"] for row in rows)
+    assert (tmp_path / "memory.md").read_text().count("\n") == 2 + len(rows)
+    assert (tmp_path / "memory.png").stat().st_size > 1000

@@ -190,8 +190,10 @@ def test_flags_override_yaml_and_numbers_may_be_written_freely(table, tmp_path):
     assert config.flow_args.items() >= {"hidden": 4, "steps": 3, "levels": 1}.items()
     succeeds("train", "run.yaml", "--steps", 1, "--out", "run", "--overwrite")
     whole = ("--set", "flow_args={hidden: 5}")
+    whole = (*whole, "--memory", "reversible")
     succeeds("train", "run.yaml", "--steps", 1, "--out", "run", "--overwrite", *whole)
     config = TrainConfig.create(TrainConfig.read(Path("run/config.yaml")))
+    assert config.flow_args["memory"] == "reversible"
     # 3: the default of the flow
     assert (config.flow_args["hidden"], config.flow_args["steps"]) == (
         5,
@@ -329,6 +331,7 @@ TRAIN = {
         "residual of NSF must be true or false, got 2",
     ),
     "fractional": ([], ["--set", "hidden=4.5"], "hidden of Glow must be a whole number, got 4.5"),
+    "memory": ([], ["--memory", "all"], "memory must be one of stored, reversible, got 'all'"),
     "value": ([], ["--set", "levels=4"], "spatial sizes divisible by 2^levels = 16"),
     "no value": ([], ["--set", "hidden"], "--set wants NAME=VALUE, got 'hidden'"),
     "yaml value": ([], ["--set", "hidden=["], "--set hidden=[: the value is not readable"),

@@ -1,4 +1,4 @@
-"""``python -m bench.memory``: memory, time and gradients of Glow's training step against its depth.
+"""``python -m bench memory``: memory, time and gradients of Glow's training step against its depth.
 
 Three ways to train the same flow: activations are kept (``stored``), each layer is run again by torch's checkpointing,
 which keeps its input (``checkpoint``), or inputs are found by the inverses of the layers (``reversible``).
@@ -6,13 +6,12 @@ which keeps its input (``checkpoint``), or inputs are found by the inverses of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ WAYS = ("stored", "checkpoint", "reversible")
 SHAPE, LEVELS, HIDDEN, BATCH = (3, 32, 32), 3, 64, 32
 DEPTHS, ROUNDS = (4, 8, 16, 32, 64), 9
 MIB = 2**20
+RESULTS = Path(__file__).parent / "results"
 
 
 class Checkpointed(nn.Bijection):
@@ -169,12 +169,24 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
+def in_a_process(way: str, depth: int) -> dict[str, float]:
+    """Return what :func:`memory_of` does, from a process of its own."""
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "bench._memory", way, str(depth), threads]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def measure(
-    out: Path, depths: Sequence[int] = DEPTHS, rounds: int = ROUNDS
+    out: Path,
+    depths: Sequence[int] = DEPTHS,
+    rounds: int = ROUNDS,
+    one: Callable[[str, int], dict[str, float]] = in_a_process,
 ) -> list[dict[str, Any]]:
     """Measure all ways at all depths; print them and write ``memory.json``, ``memory.md`` and ``memory.png``.
 
-    What was timed beside busy neighbours replaces no other result: it goes to ``out/bench`` of this folder.
+    What was timed beside busy neighbours replaces no committed result: it goes to ``out/bench``.
     """
     facts = _environment.describe(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
@@ -182,15 +194,12 @@ def measure(
     for depth in depths:
         timed = times_and_gradients(depth, rounds)
         for way in WAYS:
-            command = [sys.executable, "-m", "bench.memory", "--one", way, str(depth)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            one = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"K": depth, "way": way} | one | timed[way])
+            rows.append({"K": depth, "way": way} | one(way, depth) | timed[way])
             print(rows[-1], flush=True)
     busy = before.cores()
     kept = {"rows": rows, "neighbours": busy} | facts
-    if too_busy(busy, torch.get_num_threads()):
-        out = Path("out/bench")
+    if too_busy(busy, torch.get_num_threads()) and out.is_relative_to(RESULTS):
+        out = RESULTS.parents[1] / "out" / "bench" / out.name
     write(out / "memory.json", kept, table(rows))
     draw(out / "memory.png", rows)
     return rows
@@ -233,24 +242,6 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "K"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.one:
-        print(json.dumps(memory_of(args.one[0], int(args.one[1]))))
-        return
-    device = torch.device("cpu")
-    folder = (
-        Path(__file__).parent
-        / "results"
-        / _environment.slug(_environment.describe(device), device)
-    )
-    measure(args.out or folder)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # one measurement in a process of its own
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(memory_of(sys.argv[1], int(sys.argv[2]))))
