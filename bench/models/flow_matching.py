@@ -6,8 +6,9 @@ exact plan by SciPy.  "independent" is our step without transport, "eager" the s
 "torchcfm" is the step as one writes it with that library: torch's layers, and POT's exact plan on the CPU;
 "torchcfm independent" is that step without a plan.  Pairs are drawn at random: gradients are not compared.
 
-The target, 1.15 times the step without transport, is not reached on two cores, both of which a step uses: "ours" takes
-1.8 to 2.2 times as long, "ahead" no less, torchcfm with its exact plan 15 to 18 times.
+The target, 1.15 times the step without transport, cannot be reached on two cores, both of which a step uses: the plan
+alone takes longer than such a step, also in a thread of its own.  Potentials of the last batch are no better start of
+the next plan than none: at this epsilon they follow the samples of a batch.
 """
 
 from __future__ import annotations
@@ -218,5 +219,5 @@ CASES = [
     *(matching(d, batch) for d, batch in ((2, 256), (50, 512))),
     *(training(d) for d in (2, 10, 50)),
     *(plan(2_048, d, 10) for d in (2, 50)),
-    *(plan(16_384, d, 1) for d in (2, 784)),
+    plan(16_384, 2, 1),
 ]

@@ -250,7 +250,10 @@ class VectorFieldMLP(DivergenceField):
         for p in (*weights, *biases, *times, *contexts):
             if p.dtype != x.dtype:
                 return None
-        column = as_time(t, x).expand(len(x)).unsqueeze(1) if times else None
+        column = None
+        if times:
+            time = as_time(t, x)
+            column = (time if time.dim() else time.expand(x.shape[0])).unsqueeze(1)
         if context is None:
             return weights, biases, column, times
         joined, rows = context.to(x.dtype), [m.t() for m in contexts]

@@ -187,7 +187,8 @@ def _step_reference(
 
 
 def _finite(name: str, value: float) -> float:
-    value = check_number(name, value)
+    if type(value) is not float:
+        value = check_number(name, value)
     if not abs(value) < math.inf:  # torch.compile has no isfinite of numbers
         raise ValueError(f"{name} must be finite, got {value}")
     return value

@@ -38,6 +38,8 @@ def draw_seed(
         drawn = torch.randint(
             0, 2**63 - 1, (), dtype=torch.int64, device=source, generator=generator
         )
+        if generator is None:
+            return drawn
         # to the host it must have arrived, as kernels read it at once
         return drawn.to(device, non_blocking=device.type != "cpu")
     if generator is not None:
