@@ -31,7 +31,7 @@ __all__ = ["field_loss", "field_loss_reference"]
 _DTYPES = (torch.float32, torch.float64)
 _KINDS = tuple(ACTIVATIONS)
 #: Wider layers are left to products of all samples: every task has sums as large as the weights.
-_WIDEST = 256
+_WIDEST = 512
 
 
 def field_loss(

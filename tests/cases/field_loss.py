@@ -16,7 +16,7 @@ FORMS = {
     "nothing joined": (17, (16, 48, 9), 0),
     "one layer": (3, (3,), 1),
     "wide": (130, (200, 129), 2),
-    "beyond the kernel": (3, (300, 3), 1),
+    "beyond the kernel": (3, (600, 3), 1),
     "no units": (3, (0, 4), 1),
     "no outputs": (3, (4, 0), 1),
 }
