@@ -2,74 +2,98 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["Holds", "InTraining"]
 
-#: Numbers that are compared in a microsecond.
-_SHORT = 64
-
 
 class Holds:
     """Whether a buffer, or a parameter that never learns, is still what steps followed from.
 
-    Short ones on the CPU are compared at each call.  Others are where they are another tensor or were written to, as by
-    load_state_dict: masks are as large as weights, and on a GPU a comparison waits.
-
-    Args:
-        module: the owner.
-        name: of the tensor.
-        short: numbers up to which it is short.
+    On the CPU all of it is compared at each call, since writes through ``.data`` leave no trace.  The library itself
+    reads it at each call, and does more with it.  On a GPU, where a comparison would wait, it is compared where it is
+    another tensor or was written to, as by load_state_dict.
     """
 
-    def __init__(self, module: torch.nn.Module, name: str, short: int = _SHORT) -> None:
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
         self._home = module._parameters if name in module._parameters else module._buffers
         self._name = name
         values = self._home[name]
         assert values is not None
         self._values = values.detach().clone()
-        self._always = values.is_cpu and values.numel() <= short
-        self._seen = _Seen.of(values)
+        self._seen = _seen(values)
 
     def __call__(self) -> bool:
         now = self._home.get(self._name)
         if now is None:
             return False
-        if not self._always and self._seen.is_still(now):
+        if self._seen.is_still(now):
             return True
         known = self._values
         if now.dtype == known.dtype and now.device == known.device and torch.equal(now, known):
-            self._seen = _Seen.of(now)
+            self._seen = _seen(now)
             return True
         return False
 
 
-class _Seen(NamedTuple):
+class _Seen:
     """A tensor whose values were compared.
 
     The alias keeps its memory: while it lives, no other tensor has that address.
     """
 
-    tensor: Tensor
-    alias: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Seen:
-        version = -1 if tensor.is_inference() else tensor._version
-        return cls(tensor, tensor.detach(), version)
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.alias = tensor, tensor.detach()
+        self.address = tensor.data_ptr()
 
     def is_still(self, now: Tensor) -> bool:
-        """Whether this is the same tensor with the same memory, to which nothing that counts versions has written."""
-        return (
-            now is self.tensor
-            and now.data_ptr() == self.alias.data_ptr()
-            and self.version >= 0
-            and now._version == self.version
-        )
+        """Whether this is the same tensor with the same memory, and nothing has written to it."""
+        return now is self.tensor and now.data_ptr() == self.address and self._unwritten(now)
+
+    def _unwritten(self, now: Tensor) -> bool:
+        raise NotImplementedError
+
+
+class _Memory(_Seen):
+    """One whose memory is looked at: the bytes of it, for which Python needs a fraction of a microsecond."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        size = tensor.numel() * tensor.element_size()
+        self._now: Any = (ctypes.c_char * size).from_address(self.address) if size else b""
+        self._known = bytearray(self._now)
+
+    def _unwritten(self, now: Tensor) -> bool:
+        same: bool = self._known == self._now
+        return same
+
+
+class _Versions(_Seen):
+    """One that is asked how often it was written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        self._version = -1 if tensor.is_inference() else tensor._version
+
+    def _unwritten(self, now: Tensor) -> bool:
+        return self._version >= 0 and now._version == self._version
+
+
+class _Unknown(_Seen):
+    """One whose memory has gaps, of which nothing is known before it is compared."""
+
+    def _unwritten(self, now: Tensor) -> bool:
+        return False
+
+
+def _seen(tensor: Tensor) -> _Seen:
+    if not tensor.is_cpu:
+        return _Versions(tensor)
+    return _Memory(tensor) if tensor.is_contiguous() else _Unknown(tensor)
 
 
 class InTraining:

@@ -28,8 +28,6 @@ _CALLED = (
 )
 #: Base distributions that are made as soon as a sample is drawn.
 _BASES = ("zuko.distributions.DiagNormal", "zuko.distributions.BoxUniform")
-#: Numbers of a base that are compared at each call on the CPU, where that takes less than a call of zuko.
-_MANY = 1 << 16
 
 
 class TransformDoor(MethodDoor):
@@ -181,7 +179,7 @@ class _Standard:
         known, names, holds, standard = self._known
         if base is not known or [*base._buffers] != names or not all(h() for h in holds):
             standard, names = _has_standard_values(base), [*base._buffers]
-            self._known = base, names, [Holds(base, n, _MANY) for n in names], standard
+            self._known = base, names, [Holds(base, n) for n in names], standard
         return standard
 
 

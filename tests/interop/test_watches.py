@@ -29,6 +29,19 @@ def test_values_hold_until_they_are_others(size):
     assert not holds()
 
 
+def test_what_is_written_without_a_trace_is_seen():
+    for values in (torch.ones(40, 50), torch.ones(50, 40).t(), torch.ones(2000).bool()):
+        module, holds = holder(values)
+        module.mask.data.fill_(0)
+        assert not holds()
+        module.mask.data.fill_(1)
+        assert holds()
+        module.mask.data[7:8].zero_()
+        assert not holds()
+    module, holds = holder(torch.ones(0))
+    assert holds()
+
+
 def test_a_tensor_in_the_place_of_one_that_is_gone_is_another_one():
     module, holds = holder(torch.ones(300))
     for _ in range(50):
