@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
+from pyflowkern.core.structure import Structure
 from pyflowkern.interop._check import comparable, same_values
 from pyflowkern.interop._doors import MethodDoor, the_library_itself
 from pyflowkern.interop._freia_layers import global_numbers
 from pyflowkern.interop._freia_moves import Coupling, Move, all_in_one
 from pyflowkern.interop._freia_parts import Constants, FreiaLayer, called, global_map_of
+from pyflowkern.interop._freia_splines import spline_coupling, watch_domain
 from pyflowkern.interop._images import Form, Forms, evaluate_sequential, served_samples
 from pyflowkern.interop._layers import Runs, layer_of
-from pyflowkern.ops import ScaleMap
+from pyflowkern.nn._relu_network import linear_layers
+from pyflowkern.ops import ScaleMap, SplineMap
 
-__all__ = ["AllInOneForm", "BlockDoor", "CouplingForm", "block_disagreement"]
+__all__ = ["AllInOneForm", "BlockDoor", "CouplingForm", "SplineForm", "block_disagreement"]
 
 #: Measured: channels of images up to which scale, shift and matrix are faster by one op.
 _FEW = 16
 #: Measured: numbers of vectors from which on an op for each half is faster than the library's, its networks apart.
 _MANY = 50_000
+_LAYERS = (torch.nn.Conv2d, torch.nn.Linear)
 Read = Callable[[torch.nn.Module], Form | None]
 
 
@@ -36,6 +40,7 @@ class CouplingForm(Form):
         super().__init__()
         self.coupling, self.channels = coupling, coupling.count
         self.link.watch(module, *coupling.facts)
+        self._masks = [_mask(coupling, move) for move in coupling.moves]
         self.nets: dict[str, tuple[torch.nn.Module, list[Any], list[Any]]] = {}
         for move in coupling.moves:
             for name in move.nets:
@@ -43,28 +48,19 @@ class CouplingForm(Form):
 
     @classmethod
     def read(cls, of: Callable[[Any], Coupling | None], module: torch.nn.Module) -> Form | None:
-        """Return the form; None for halves of other sizes than those that the op divides channels in."""
+        """Return the form; None for what is moved by conditions alone, and halves of no channels."""
         coupling = of(module)
-        if coupling is None or not cls._fits(coupling):
+        if coupling is None or any(move.second is None for move in coupling.moves):
+            return None
+        if not all(len(coupling.halves(move)[1]) for move in coupling.moves):
             return None
         if any(module._modules.get(name) is None for m in coupling.moves for name in m.nets):
             return None
         return cls(module, coupling)
 
-    @staticmethod
-    def _fits(coupling: Coupling) -> bool:
-        return all(
-            isinstance(move.map, ScaleMap)
-            and move.second is not None
-            and len(coupling.halves(move)[1])
-            and ops.channel_split_sizes(coupling.count, not move.second)[1]
-            == len(coupling.halves(move)[1])
-            for move in coupling.moves
-        )
-
     def _net(self, net: Any) -> tuple[torch.nn.Module, list[Any], list[Any]]:
-        """Return a network, and its convolutions and activations if it is a Sequential of them."""
-        if type(net) is torch.nn.Sequential and type(next(iter(net), None)) is torch.nn.Conv2d:
+        """Return a network, and its layers and activations if it is a Sequential of convolutions or linear layers."""
+        if type(net) is torch.nn.Sequential and type(next(iter(net), None)) in _LAYERS:
             self.link.watch(net)
             layers = [*net._modules.values()]
             return net, layers[0::2], layers[1::2]
@@ -79,32 +75,78 @@ class CouplingForm(Form):
     ) -> tuple[Tensor, Tensor] | None:
         """Move one half after the other."""
         total: Tensor | None = None
-        for move in reversed(self.coupling.moves) if inverse else self.coupling.moves:
+        moves = [*zip(self.coupling.moves, self._masks, strict=True)]
+        for move, mask in reversed(moves) if inverse else moves:
             params = self._parameters(x, move, conditions)
             if params is None:
                 return None
-            x, log_det = ops.affine_coupling(
-                x,
-                params,
-                swap=not move.second,
-                scale_map=move.map,  # type: ignore[arg-type]
-                params_layout="blocked_raw_first",
-                inverse=inverse,
-            )
+            x, log_det = self._moved(x, params, move, mask, inverse)
             total = log_det if total is None else total + log_det
         return None if total is None else (x, total)
+
+    def _moved(
+        self, x: Tensor, params: Tensor, move: Move, mask: Structure | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        scale_map = move.map
+        if isinstance(scale_map, SplineMap):
+            return self._splined(x, params, move, inverse)
+        if move.centred:
+            raw, shift = params.chunk(2, 1)
+            log_scale = scale_map.log_scale(raw)
+            params = torch.cat([log_scale - log_scale.mean(move.centred, keepdim=True), shift], 1)
+            scale_map = ScaleMap("exp", shift_gain=scale_map.shift_gain)
+        y, log_det = ops.affine_coupling(
+            x,
+            params,
+            split="channel" if mask is None else mask.on(x.device),
+            swap=mask is None and not move.second,
+            scale_map=scale_map,
+            params_layout="blocked_raw_first",
+            inverse=inverse,
+        )
+        return y, torch.zeros_like(log_det) if move.centred else log_det
+
+    def _splined(
+        self, x: Tensor, params: Tensor, move: Move, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert move.domain is not None
+        moved = self.coupling.halves(move)[1]
+        raw = params.unflatten(1, (len(moved), move.numbers)).movedim(2, -1)
+        y, log_det = move.domain.run(x[:, moved.start : moved.stop], raw, inverse)
+        return torch.cat([x[:, : moved.start], y, x[:, moved.stop :]], 1), log_det
 
     def _parameters(self, x: Tensor, move: Move, conditions: Sequence[Tensor]) -> Tensor | None:
         reads, moved = self.coupling.halves(move)
         given = x[:, reads.start : reads.stop]
         if self.coupling.context:
             given = torch.cat([given, *conditions], 1)
-        found = [evaluate_sequential(given, *self.nets[name]) for name in move.nets]
+        found = [_evaluate(given, *self.nets[name]) for name in move.nets]
         params = found[0] if len(found) == 1 else torch.cat(found, 1)
-        additive = isinstance(move.map, ScaleMap) and move.map.kind == "additive"
-        wanted = (x.shape[0], len(moved) * (1 if additive else 2), *x.shape[2:])
+        wanted = (x.shape[0], len(moved) * move.numbers, *x.shape[2:])
         fits = params.shape == wanted and params.dtype == x.dtype
         return params if fits else None  # what does not, the library itself refuses or takes
+
+
+def _mask(coupling: Coupling, move: Move) -> Structure | None:
+    """Return which channels are moved, None where they are the half that ops call so."""
+    moved = coupling.halves(move)[1]
+    if len(moved) == ops.channel_split_sizes(coupling.count, not move.second)[1]:
+        return None
+    return Structure(torch.tensor([i in moved for i in range(coupling.count)], device="cpu"))
+
+
+def _evaluate(
+    x: Tensor, net: torch.nn.Module, layers: Sequence[Any], activations: Sequence[Any]
+) -> Tensor:
+    """Return ``net(x)``: by one op where that is faster."""
+    if x.dim() != 2:
+        return evaluate_sequential(x, net, layers, activations)
+    if len(layers) == len(activations) + 1 > 1:
+        known = linear_layers(x, layers, activations)
+        if known is not None:
+            return ops.relu_network(x, *known)
+    out: Tensor = net(x)
+    return out
 
 
 class AllInOneForm(CouplingForm):
@@ -149,7 +191,7 @@ class AllInOneForm(CouplingForm):
     def _mixed(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         module = self.module
         weight = module._parameters["w_perm_inv" if inverse else "w_perm"]
-        if weight.dim() > 1 and x.shape[1] <= _FEW:
+        if weight.dim() > 1 and x.shape[1] <= _FEW and not module.GIN:
             log_scale, bias = global_numbers(module)
             square, zero = weight.view(weight.shape[:2]), self._zero.like(x)
             return ops.glow_step(x, log_scale, bias, square, zero, inverse=inverse)
@@ -158,17 +200,30 @@ class AllInOneForm(CouplingForm):
         return y, -pixels * log_det if inverse else pixels * log_det
 
 
+class SplineForm(CouplingForm):
+    """A coupling by splines over intervals that its networks say."""
+
+    @classmethod
+    def read_spline(cls, module: torch.nn.Module) -> Form | None:
+        """Return the form of a RationalQuadraticSpline."""
+        found = cls.read(spline_coupling, module)
+        if found is not None:
+            watch_domain(found.link, module.spline_base)
+        return found
+
+
 class BlockDoor(MethodDoor):
     """``forward`` of a transform, which runs both directions.
 
     Args:
         layer: what it is in a chain.
         read: finds what runs by ops of its own; None for nothing.
+        quick: whether those are the faster ones for a few numbers, too.
     """
 
-    def __init__(self, layer: FreiaLayer, read: Read | None) -> None:
+    def __init__(self, layer: FreiaLayer, read: Read | None, quick: bool = False) -> None:
         super().__init__(layer.module)
-        self.layer = layer
+        self.layer, self._quick = layer, quick
         self._runs = Runs(layer_of)
         self._forms = None if read is None else Forms(layer.module, read)
 
@@ -190,15 +245,19 @@ class BlockDoor(MethodDoor):
             pair = self._runs.fused([self.module], x, context, inverse=rev)
             if pair is not None:
                 return pair
-        if self._forms is None or not served_samples(x) or not _alike(x, conditions):
+        if self._forms is None or (x.dim() == 2 and not self._pays(x)):
             return None
-        if x.dim() == 2 and (self.layer.is_block or x.numel() < _MANY):
+        if not served_samples(x) or not _alike(x, conditions):
             return None
         ready = self._forms.ready(x, "forward")
         if ready is None:
             return None
         form, tensors = ready
         return form.run(x, tensors, rev, conditions)  # type: ignore[call-arg]
+
+    def _pays(self, x: Tensor) -> bool:
+        """Whether ops for each half of vectors are the faster ones."""
+        return self._quick or (not self.layer.is_block and x.numel() >= _MANY)
 
 
 def _alike(x: Tensor, conditions: Sequence[Tensor]) -> bool:
@@ -247,8 +306,8 @@ def block_disagreement(module: torch.nn.Module, read: Read) -> str:
 
 def _stand_in(coupling: Coupling, move: Move, shape: Sequence[int]) -> torch.nn.Module:
     reads, moved = coupling.halves(move)
-    one = len(move.nets) > 1 or (isinstance(move.map, ScaleMap) and move.map.kind == "additive")
-    inputs, outputs = len(reads) + coupling.context, len(moved) * (1 if one else 2)
+    inputs = len(reads) + coupling.context
+    outputs = len(moved) * move.numbers // len(move.nets)
     if len(shape) == 1:
         return torch.nn.Linear(inputs, outputs)
     return torch.nn.Conv2d(inputs, outputs, 1)

@@ -50,10 +50,8 @@ class CouplingLayer(FreiaLayer):
         super().__init__(module)
         self._read = read
         known = read(module)
-        maps = [] if known is None else [move.map for move in known.moves]
-        self.preserves_volume = bool(maps) and all(
-            isinstance(m, ScaleMap) and m.kind == "additive" for m in maps
-        )
+        moves = [] if known is None else known.moves
+        self.preserves_volume = bool(moves) and all(move.preserves_volume for move in moves)
 
     def link(self) -> Link | None:
         coupling, link = self._read(self.module), Link()

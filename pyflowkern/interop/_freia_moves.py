@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.interop._freia_domains import Domain
 from pyflowkern.interop._freia_networks import sequential
 from pyflowkern.interop._freia_parts import clamp_of
 from pyflowkern.nn.links import Link
@@ -20,6 +21,7 @@ __all__ = [
     "Move",
     "all_in_one",
     "conditional_affine",
+    "gin",
     "glow",
     "nice",
     "one_sided",
@@ -37,11 +39,32 @@ class Move:
         nets: names of the networks; of two, one gives the raw scales and the other the shifts.
         second: whether the second half is moved; None for everything, by the conditions alone.
         map: the map of its numbers.
+        centred: axes over which log-scales have mean 0; none where they need not.
+        domain: of a spline.
     """
 
     nets: Sequence[str]
     second: bool | None
     map: ScaleMap | SplineMap
+    centred: tuple[int, ...] = ()
+    domain: Domain | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many raw numbers all networks make for an element."""
+        if isinstance(self.map, SplineMap):
+            return self.map.params
+        return 1 if self.map.kind == "additive" else 2
+
+    @property
+    def preserves_volume(self) -> bool:
+        """Whether all its log-determinants are 0."""
+        return bool(self.centred) or getattr(self.map, "kind", "") == "additive"
+
+    @property
+    def chained(self) -> bool:
+        """Whether a chain has it."""
+        return not self.centred and (self.domain is None or self.domain.plain)
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,8 @@ class Coupling:
         link.watch(module, *self.facts)
         if self.context:
             link.context_features = self.context
+        if not all(move.chained for move in self.moves):
+            return False
         try:
             return all(self._add(move, link, module) for move in self.moves)
         except ValueError:  # a network of other sizes: calling it says so
@@ -150,6 +175,13 @@ def one_sided(module: Any) -> Coupling | None:
     return _base(module, [Move(["subnet"], True, _clamped(module))])
 
 
+def gin(module: Any) -> Coupling | None:
+    """Return what a GINCouplingBlock is."""
+    scale_map = _clamped(module)
+    moves = [("subnet2", False), ("subnet1", True)]
+    return _base(module, [Move([net], second, scale_map, (1,)) for net, second in moves])
+
+
 def conditional_affine(module: Any) -> Coupling | None:
     """Return what a ConditionalAffineTransform is."""
     return _base(module, [Move(["subnet"], None, _clamped(module))])
@@ -160,7 +192,7 @@ def all_in_one(module: Any) -> Coupling | None:
     clamp, splits = module.clamp, module.splits
     if isinstance(clamp, bool) or not isinstance(clamp, (int, float)) or not clamp > 0:
         return None
-    if module.GIN or len(splits) != 2 or not all(splits):
+    if len(splits) != 2 or not all(splits):
         return None
     # version 0.2 does not divide by the clamp within the tanh
     gain = _gain(type(module), float(clamp))
@@ -168,8 +200,10 @@ def all_in_one(module: Any) -> Coupling | None:
         return None
     scale_map = ScaleMap("tanh", clamp=float(clamp), gain=gain, shift_gain=0.1)
     context = int(module.condition_channels) if module.conditional else 0
-    facts = ("clamp", "splits", "GIN", "conditional", "condition_channels")
-    return Coupling([Move(["subnet"], True, scale_map)], splits[0], sum(splits), context, facts)
+    facts = ("clamp", "splits", "GIN", "sum_dims", "conditional", "condition_channels")
+    centred = tuple(module.sum_dims) if module.GIN else ()
+    move = Move(["subnet"], True, scale_map, centred)
+    return Coupling([move], splits[0], sum(splits), context, facts)
 
 
 def _gain(cls: Any, clamp: float) -> float | None:

@@ -1,60 +1,43 @@
-"""Rational-quadratic splines of FrEIA, whose interval is learned, as steps of a chain."""
+"""Rational-quadratic splines of FrEIA as steps of a chain."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pyflowkern.interop._freia_domains import BUFFERS, FACTS, Domain, domain_of
 from pyflowkern.interop._freia_layers import CouplingLayer
 from pyflowkern.interop._freia_moves import Coupling, Move
+from pyflowkern.interop._freia_networks import sequential
 from pyflowkern.interop._freia_parts import FreiaLayer
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ElementsStep, SplineMap
+from pyflowkern.ops.chain_steps import ActNormStep
 
-__all__ = ["ElementwiseSpline", "SplineCoupling"]
-
-_BUFFERS = ("bins", "min_bin_sizes", "default_domain", "identity_tails", "default_width")
-_FACTS = ("domain_clamping", "parameter_counts")
+__all__ = ["ElementwiseSpline", "SplineCoupling", "spline_coupling", "watch_domain"]
 
 
-def _map_of(base: Any) -> SplineMap | None:
-    """Return the map of a spline; None for intervals that are not the same square, and clamped ones."""
-    if not all(isinstance(base._buffers.get(name), torch.Tensor) for name in _BUFFERS):
-        return None
-    bins, identity = int(base.bins), bool(base.identity_tails)
-    left, right, bottom, top = base.default_domain.tolist()
-    square = left == bottom == -right == -top and base.default_width.item() == 2 * right
-    names = ["widths", "heights", *(["total_width"] if identity else ["bottom", "left"]), "deltas"]
-    if [*base.parameter_counts] != names or base.domain_clamping is not None or not square:
-        return None
-    width, height = base.min_bin_sizes.tolist()
-    try:
-        return SplineMap(
-            bins=bins,
-            bound=right,
-            tails="linear" if identity else "affine",
-            min_bin_width=0.0 if identity else width,
-            min_bin_height=0.0 if identity else height,
-            min_derivative=0.0,
-            parameterization="domain",
-        )
-    except ValueError:  # a number of bins, for one, that no kernel has
-        return None
+def watch_domain(link: Link, base: Any) -> None:
+    """Note what a spline follows from."""
+    link.watch(base, *FACTS)
+    link.holds += [Holds(base, name) for name in BUFFERS]
 
 
-def _watch(link: Link, base: Any) -> None:
-    link.watch(base, *_FACTS)
-    link.holds += [Holds(base, name) for name in _BUFFERS]
-
-
-def _coupling(module: Any) -> Coupling | None:
-    spline_map = _map_of(module.spline_base)
-    if spline_map is None:
+def spline_coupling(module: Any) -> Coupling | None:
+    """Return what a RationalQuadraticSpline is."""
+    domain = domain_of(module.spline_base)
+    if domain is None:
         return None
     context = sum(int(shape[0]) for shape in module.dims_c) if module.conditional else 0
-    moves = [Move(["subnet1"], False, spline_map), Move(["subnet2"], True, spline_map)]
+    moves = [
+        Move(["subnet1"], False, domain.map, domain=domain),
+        Move(["subnet2"], True, domain.map, domain=domain),
+    ]
     count = module.split_len1 + module.split_len2
     return Coupling(moves, module.split_len1, count, context)
 
@@ -63,24 +46,53 @@ class SplineCoupling(CouplingLayer):
     """``RationalQuadraticSpline``: a coupling."""
 
     def __init__(self, module: Any) -> None:
-        super().__init__(_coupling, module)
+        super().__init__(spline_coupling, module)
 
     def link(self) -> Link | None:
         if (link := super().link()) is not None:
-            _watch(link, self.module.spline_base)
+            watch_domain(link, self.module.spline_base)
         return link
 
 
 class ElementwiseSpline(FreiaLayer):
-    """``ElementwiseRationalQuadraticSpline`` without a condition."""
+    """``ElementwiseRationalQuadraticSpline``; with a condition it is of float32, as the library has it."""
 
     def link(self) -> Link | None:
-        module = self.module
-        spline_map = None if module.conditional else _map_of(module)
-        if spline_map is None:
+        module, domain = self.module, domain_of(self.module)
+        if domain is None:
             return None
-        link = Link([ElementsStep(spline_map, range(self.features))])
+        link = Link()
         link.watch(module, "conditional", "channels")
-        _watch(link, module)
-        link.read(module, "spline_parameters")
+        watch_domain(link, module)
+        if module.conditional:
+            return link if domain.plain and self._given(link, domain.map) else None
+        spline = ElementsStep(domain.map, range(self.features))
+        if domain.plain:
+            link.steps.append(spline)
+            link.read(module, "spline_parameters")
+        else:
+            link.steps += [ActNormStep(), spline, ActNormStep()]
+            link.make(module, ["spline_parameters"] * 5, partial(self._tensors, domain))
         return link
+
+    def _tensors(self, domain: Domain, inverse: bool) -> Sequence[Tensor]:
+        """Return logarithms of a scale and shifts, raw numbers, and logarithms and shifts again."""
+        given = self.module.spline_parameters
+        raw, wide, high = domain.unclamped(given.view(self.features, -1))
+        none = torch.zeros_like(wide)
+        return -wide.log(), none, raw.reshape(-1), high.log(), none
+
+    def _given(self, link: Link, spline_map: SplineMap) -> bool:
+        """Add the step whose numbers a network makes of the condition; return whether the network is known."""
+        link.context_features = sum(self.sizes)
+        link.in_float64 = False
+        net = sequential(self.module._modules.get("subnet"), link, link.context_features)
+        if net is None:
+            return False
+        every = range(self.features)
+        try:
+            step = ElementsStep(spline_map, every, range(0), net, "feature_major")
+        except ValueError:  # a network of other sizes: calling it says so
+            return False
+        link.steps.append(step)
+        return True

@@ -5,6 +5,7 @@ There ``module((x,), c=[], rev=False, jac=True)`` goes from data to latent, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from pyflowkern.interop._freia_blocks import (
     AllInOneForm,
     BlockDoor,
     CouplingForm,
+    SplineForm,
     block_disagreement,
 )
 from pyflowkern.interop._freia_layers import (
@@ -30,6 +32,7 @@ from pyflowkern.interop._freia_layers import (
 from pyflowkern.interop._freia_moves import (
     Coupling,
     conditional_affine,
+    gin,
     glow,
     nice,
     one_sided,
@@ -63,28 +66,24 @@ def _actnorm(module: torch.nn.Module) -> Outcome:
     layer = NewActNorm(module)
     if not layer.features:
         return Outcome()
-    if why := disagreement(module, _with_values):
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        torch.nn.init.constant_(twin.log_scale, 0.3)  # type: ignore[arg-type]
+        torch.nn.init.constant_(twin.loc, 0.2)  # type: ignore[arg-type]
+        twin.is_initialized.fill_(True)  # type: ignore[operator]
+    if why := disagreement(twin, NewActNorm):
         return Outcome(note=why)
     return Outcome([LayerMark(layer)], runs="one op")
-
-
-def _with_values(twin: Any) -> FreiaLayer:
-    """Give a copy of an ActNorm values."""
-    with torch.no_grad():
-        torch.nn.init.constant_(twin.log_scale, 0.3)
-        torch.nn.init.constant_(twin.loc, 0.2)
-        twin.is_initialized.fill_(True)
-    return NewActNorm(twin)
 
 
 def _coupling(
     make: Callable[[Any], FreiaLayer],
     read: Callable[[torch.nn.Module], Form | None],
     module: torch.nn.Module,
+    note: str = "",
+    quick: bool = False,
 ) -> Outcome:
     """Look at a coupling: in a chain where its networks are known, else with its networks called."""
-    if getattr(module, "GIN", False):
-        return _left(module)
     if module.__dict__.get("w_perm") is not None:  # of the last call, which made it of reflections
         module.w_perm = module.w_perm_inv = None  # type: ignore[assignment]
     layer = make(module)
@@ -94,28 +93,30 @@ def _coupling(
         layer.features = 0
     if why and own:
         return Outcome(note=own)
-    doors = [BlockDoor(layer, None if own else read), LayerMark(layer)]
-    return Outcome(doors, runs="own op" if why else "one op")
+    doors = [BlockDoor(layer, None if own else read, quick), LayerMark(layer)]
+    return Outcome(doors, runs="own op" if why else "one op", note=note)
 
 
-def _spline(make: Callable[[Any], FreiaLayer], module: torch.nn.Module) -> Outcome:
-    """Look at a spline, which runs in chains alone."""
-    layer = make(module)
+_ROOTS = "where the library raises for a negative discriminant, values come out"
+
+
+def _elementwise(module: torch.nn.Module) -> Outcome:
+    """Look at a spline of each feature, which runs in chains alone."""
+    layer = ElementwiseSpline(module)
     if not layer.features:
-        return Outcome(note="only splines of vectors are known")
-    if why := disagreement(module, make):
+        return Outcome(note="of splines of images, only couplings are known")
+    if why := disagreement(module, ElementwiseSpline):
         return Outcome(note=why)
-    note = "where the library raises for a negative discriminant, values come out"
-    return Outcome([BlockDoor(layer, None), LayerMark(layer)], runs="one op", note=note)
+    return Outcome([BlockDoor(layer, None), LayerMark(layer)], runs="one op", note=_ROOTS)
 
 
-def _left(module: torch.nn.Module) -> Outcome:
-    return Outcome(note="couplings that take the mean off their scales have no op")
+def _linear_spline(module: torch.nn.Module) -> Outcome:
+    return Outcome(note="no op has linear splines whose bins have widths of their own")
 
 
-def _blocks(of: Callable[[Any], Coupling | None]) -> Kind:
+def _blocks(of: Callable[[Any], Coupling | None], quick: bool = False) -> Kind:
     make, read = partial(CouplingLayer, of), partial(CouplingForm.read, of)
-    return Kind(partial(_coupling, make, read), _METHODS)
+    return Kind(partial(_coupling, make, read, quick=quick), _METHODS)
 
 
 def _any_known(modules: list[Any]) -> bool:
@@ -161,11 +162,13 @@ LIBRARY = Library(
         _COUPLINGS + "NICECouplingBlock": _blocks(nice),
         _COUPLINGS + "AffineCouplingOneSided": _blocks(one_sided),
         _COUPLINGS + "ConditionalAffineTransform": _blocks(conditional_affine),
-        _COUPLINGS + "GINCouplingBlock": Kind(_left, _METHODS),
-        _SPLINES + "RationalQuadraticSpline": Kind(partial(_spline, SplineCoupling), _METHODS),
-        _SPLINES + "ElementwiseRationalQuadraticSpline": Kind(
-            partial(_spline, ElementwiseSpline), _METHODS
+        _COUPLINGS + "GINCouplingBlock": _blocks(gin),
+        _SPLINES + "RationalQuadraticSpline": Kind(
+            partial(_coupling, SplineCoupling, SplineForm.read_spline, note=_ROOTS, quick=True),
+            _METHODS,
         ),
+        _SPLINES + "ElementwiseRationalQuadraticSpline": Kind(_elementwise, _METHODS),
+        "modules.splines.linear.LinearSpline": Kind(_linear_spline, _METHODS),
         "modules.all_in_one_block.AllInOneBlock": _ALL_IN_ONE,
         "all_in_one_block.AllInOneBlock": _ALL_IN_ONE,
         "modules.fixed_transforms.PermuteRandom": Kind(partial(_marked, Permutation), _METHODS),

@@ -20,6 +20,7 @@ from laws.freia_models import (
     ONE,
     WITH,
     D,
+    Elementwise,
     N,
     blocks,
     fc,
@@ -61,6 +62,7 @@ def pair(name, dtype=torch.float64):
     model = make(name, dtype)
     twin = copy.deepcopy(model)
     assert pyflowkern.accelerate(twin).accelerated
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
     return model, twin
 
 
@@ -317,6 +319,32 @@ def test_subclasses_and_functions_of_users_are_left_alone():
     report = pyflowkern.accelerate(twin)
     assert [e.name for e in report.left] == ["module_list.0", "module_list.1"]
     torch.testing.assert_close(run(twin), run(model), **CLOSE)
+
+
+def test_splines_of_a_condition_are_of_single_precision(calls):  # noqa: F811
+    torch.manual_seed(0)
+    model = sequence((Elementwise, 0, WITH), (GLOW, 0, WITH))
+    twin = copy.deepcopy(model)
+    assert not pyflowkern.accelerate(twin).left
+    for rev in (False, True):
+        calls.clear()
+        x = data(model, torch.float32)
+        torch.testing.assert_close(run(twin, x, rev), run(model, x, rev), rtol=1e-4, atol=1e-4)
+        assert len(calls) == 1
+
+
+def test_what_has_no_op_is_reported():
+    class LinearSpline(GLOW):
+        pass
+
+    LinearSpline.__module__, LinearSpline.__qualname__ = (
+        "FrEIA.modules.splines.linear",
+        "LinearSpline",
+    )
+    report = pyflowkern.accelerate(sequence((LinearSpline, None, WITH)))
+    assert [e.note for e in report.left] == [
+        "no op has linear splines whose bins have widths of their own"
+    ]
 
 
 def test_deprecated_networks_run_too():

@@ -39,6 +39,7 @@ def pair(name, started=True):
     report = pyflowkern.accelerate(twin)
     assert len(report.accelerated) == sum(1 + len(b.flows) for b in model.blocks)
     assert not report.left
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
     return model, twin
 
 

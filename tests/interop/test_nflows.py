@@ -73,6 +73,7 @@ def pair(name, dtype=torch.float64):
     model = make(name, dtype)
     twin = copy.deepcopy(model)
     assert pyflowkern.accelerate(twin).accelerated
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
     return model, twin
 
 

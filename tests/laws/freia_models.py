@@ -1,11 +1,10 @@
-"""Networks of FrEIA, as its users build them.
-
-Models that only its sources after version 0.2 have take part where those are imported.
-"""
+"""Networks of FrEIA, as its users build them."""
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
 import torch
+
+from laws import freia_later
 
 __all__ = [
     "GLOW",
@@ -14,6 +13,7 @@ __all__ = [
     "ONE",
     "WITH",
     "D",
+    "Elementwise",
     "N",
     "blocks",
     "fc",
@@ -22,7 +22,11 @@ __all__ = [
 ]
 
 D, N = 5, 7
-LATER = hasattr(fm, "splines")
+OBLONG = (-1.0, 2.0, -4.0, 5.0)
+splines = getattr(fm, "splines", freia_later)
+Spline = splines.RationalQuadraticSpline
+LaterActNorm = fm.ActNorm if splines is not freia_later else freia_later.ActNorm
+Elementwise = splines.ElementwiseRationalQuadraticSpline
 
 
 def fc(inputs, outputs, activation=torch.nn.ReLU, between=()):
@@ -105,6 +109,15 @@ ONE = {
         (GLOW, 0, WITH),
     ),
     "ActNorm": lambda: sequence((fm.ActNorm, None, {}), (ALL, None, WITH), (fm.ActNorm, None, {})),
+    "later ActNorm": lambda: sequence((LaterActNorm, None, {}), (ALL, None, WITH)),
+    "spline": lambda: blocks(Spline, 0),
+    "identity tails": lambda: blocks(Spline, identity_tails=True, bins=4),
+    "elementwise": lambda: sequence(
+        (Elementwise, None, {"identity_tails": True}),
+        (GLOW, 0, WITH),
+        (Elementwise, None, {"domain_clamping": 4.0}),
+        (Elementwise, None, {"domain_clamping": 4.0, "default_domain": OBLONG}),
+    ),
     "graph": graph,
     "graph given": lambda: graph([3, 2]),
 }
@@ -114,6 +127,13 @@ PARTS = {
     "mixed": lambda: sequence(
         (GLOW, 0, WITH), (fm.GINCouplingBlock, 0, WITH), (fm.InvAutoAct, None, {}), (ALL, 0, WITH)
     ),
+    "GIN": lambda: blocks(fm.GINCouplingBlock, 0),
+    "GIN in blocks": lambda: blocks(ALL, gin_block=True, permute_soft=True),
+    "clamped": lambda: blocks(Spline, 0, domain_clamping=5.0),
+    "clamped, with identity tails": lambda: sequence(
+        (Spline, None, {**WITH, "domain_clamping": 5.0, "identity_tails": True}), (GLOW, 0, WITH)
+    ),
+    "oblong": lambda: blocks(Spline, default_domain=OBLONG),
     "own network": lambda: sequence((GLOW, 0, WITH), (GLOW, 0, {"subnet_constructor": Net})),
     "branches": lambda: graph([3], split=True),
 }
@@ -124,14 +144,10 @@ IMAGES = {
     "GLOW images": lambda: blocks_of_images(GLOW),
     "RNVP images": lambda: blocks_of_images(fm.RNVPCouplingBlock, clamp_activation="TANH"),
     "NICE images": lambda: blocks_of_images(fm.NICECouplingBlock),
+    "GIN images": lambda: blocks_of_images(fm.GINCouplingBlock),
+    "spline images": lambda: blocks_of_images(Spline, domain_clamping=4.0, bins=5),
+    "GIN in blocks of images": lambda: blocks_of_images(ALL, gin_block=True),
 }
-if LATER:
-    spline = fm.splines.RationalQuadraticSpline
-    ONE["spline"] = lambda: blocks(spline, 0)
-    ONE["identity tails"] = lambda: blocks(spline, identity_tails=True, bins=4)
-    PARTS["spline, clamped"] = lambda: sequence(
-        (spline, None, {**WITH, "domain_clamping": 5.0}), (GLOW, 0, WITH)
-    )
 MODELS = {**ONE, **PARTS, **IMAGES}
 
 

@@ -148,6 +148,7 @@ def pair(name, dtype=torch.float64):
     twin = copy.deepcopy(model)
     report = pyflowkern.accelerate(twin)
     assert report.accelerated
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
     return model, twin
 
 

@@ -108,6 +108,7 @@ def make(name, context=0, dtype=torch.float64):
     twin = copy.deepcopy(flow)
     report = pyflowkern.accelerate(twin, strict=True)
     assert {e.runs for e in report.entries} == {"one op" if name in ONE_OP else "own op"}
+    torch.testing.assert_close(twin.state_dict(), flow.state_dict(), rtol=0, atol=0)
     return flow, twin
 
 
