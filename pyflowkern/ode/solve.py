@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.ode.adjoints.continuous import Continuous
-from pyflowkern.ode.adjoints.direct import Direct, run, unrolled
+from pyflowkern.ode.adjoints.direct import Direct, run
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now
 from pyflowkern.ode.adjoints.reversible import Reversible
 from pyflowkern.ode.callbacks import callbacks_of
@@ -27,7 +27,7 @@ from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
 from pyflowkern.ode.times import joined, number, output_times
 from pyflowkern.ode.unrolled import integrate as integrate_unrolled
-from pyflowkern.ode.unrolled import unrolls
+from pyflowkern.ode.unrolled import one_graph, unrolls
 
 __all__ = ["solve", "warn_unless_ok"]
 
@@ -291,8 +291,10 @@ def _solve(
     problem = Problem(field, times, options, None, context, given, 0)
     wanted: list[Tensor] = []
     if torch.is_grad_enabled():
-        if time is None and not given and (found := unrolled(problem, y0)) is not None:
-            return found
+        if time is None and not given:
+            whole = one_graph(field, y0, times, options)
+            if whole is not None:
+                return whole.ys, whole
         problem.first, wanted, problem.read = _first_slope(func, field, y0, times, options, params)
         problem.held = tensors_in(field) if given else ()
     if not (torch.is_grad_enabled() and (y0.requires_grad or time is not None or wanted)):

@@ -1,7 +1,7 @@
 """Gradients of the discrete solution: each accepted step is repeated with a graph, from the last to the first.
 
 The forward pass keeps only the state at the start of each accepted step (or, with ``checkpoint=False``, the graphs of
-its stages, or of all fixed steps as one).  Step sizes count as constants.
+its stages).  Step sizes count as constants.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pyflowkern.ode.adjoints.steps import (
 from pyflowkern.ode.loops import adaptive, device, fixed, per_sample
 from pyflowkern.ode.loops.per_sample import SampleTrajectory
 from pyflowkern.ode.options import Options
-from pyflowkern.ode.solution import Stats, Trajectory
+from pyflowkern.ode.solution import Trajectory
 from pyflowkern.ode.steppers import stage_times
 from pyflowkern.ode.tableaus import coefficients
 
-__all__ = ["Direct", "integrator", "run", "unrolled"]
+__all__ = ["Direct", "integrator", "run"]
 
 
 def integrator(options: Options) -> Callable[..., Trajectory]:
@@ -86,50 +86,6 @@ class Direct(torch.autograd.Function):
             if t is not None and ctx.needs_input_grad[2]:
                 grad_t = time_gradients(problem, ys, grads, first).to(t.dtype)
         return (None, first + grads[0], grad_t, *gradients.totals)
-
-
-def unrolled(problem: Problem, y0: Tensor) -> tuple[Tensor, Trajectory] | None:
-    """Take fixed steps as operations of one graph, of which a backward pass is one call of autograd.
-
-    Stages with graphs of their own cost such a call each, and a search for what the field reads.
-
-    Args:
-        problem: the solve.
-        y0: first state.
-
-    Returns:
-        The outputs, packed, and the counts; None where the steps must be taken one by one: with settings that have
-        another meaning there, for a state that becomes NaN or infinite, and for fields that differentiate by a state
-        that requires no gradient.
-    """
-    o = problem.options
-    if not _one_graph(o) or y0.is_meta or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    if torch.compiler.is_exporting() or (y0.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    steps, outputs = fixed.plan(problem.times, o)
-    if len(steps) > o.max_steps:
-        return None
-    trajectory = Trajectory(y0, outputs=outputs)
-    for t, dt in steps:
-        trajectory.t.append(t)
-        trajectory.dt.append(dt)
-    try:
-        ys = _replay(problem, trajectory, y0)
-    except RuntimeError as error:
-        if y0.requires_grad or "does not require grad" not in str(error):
-            raise
-        return None
-    if not fixed.all_finite(ys.detach()[-1]):
-        return None
-    return ys, Trajectory(ys, stats=Stats(len(steps), 0, len(steps) * o.method.stages))
-
-
-def _one_graph(o: Options) -> bool:
-    """Whether settings say no more than which steps are taken."""
-    if o.adjoint != "direct" or o.checkpoint or o.dense or o.callbacks is not None:
-        return False
-    return o.linear and o.method.stages == o.method.needed
 
 
 def _by_step(trajectory: Trajectory) -> list[list[tuple[int, float | None]]]:
