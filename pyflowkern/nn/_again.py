@@ -75,6 +75,9 @@ class Call:
             known = module.__dict__
             if any(known[hooks] for hooks in HOOKS):
                 return None
+            # processes that take other ways would exchange other numbers of sums
+            if type(module) is torch.nn.SyncBatchNorm and module.training:
+                return None
             for name, t in known["_parameters"].items():
                 if t is None:
                     continue
@@ -177,7 +180,7 @@ class Call:
             needed = [*[needs[0]] * len(inputs), *needs[1:]]
             places = [i for i, need in enumerate(needed) if need]
             if self.walk.looks:
-                self._find_all(pair, wanted)
+                self._find_all(pair, wanted, inputs[0], leaf)
             pairs = [(o, g) for o, g in zip(pair, grads, strict=True) if g is not None]
             pairs = [(o, g) for o, g in pairs if o.requires_grad]
             found: list[Tensor | None] = [None] * len(wanted)
@@ -254,17 +257,22 @@ class Call:
             guard.keep(self.place, f"comes back with a relative error of {error:.1e} from the end")
             guard.report()
 
-    def _find_all(self, pair: Pair, known: Sequence[Tensor | None]) -> None:
+    def _find_all(
+        self, pair: Pair, known: Sequence[Tensor | None], x: Tensor, context: Tensor | None
+    ) -> None:
         """Raise RuntimeError where the layer reads a tensor whose gradient would be lost."""
-        ids = {id(t) for t in known}
-        for node in {*leaf_nodes(pair[0]), *leaf_nodes(pair[1])}:
-            t = getattr(node, "variable", None)
-            if isinstance(t, Tensor) and id(t) not in ids:
-                raise RuntimeError(
-                    f"a {type(self.layer).__name__} reads a tensor of shape {tuple(t.shape)} that requires a gradient "
-                    "and is no parameter of it: memory='reversible' would lose this gradient.  Make it a parameter, or "
-                    "use memory='stored'"
-                )
+        others = _leaves(pair).difference(known)
+        if not others:
+            return
+        with drawing_again(self._drawn, x.device):
+            again = self._run(x, context)
+        # what a call makes for itself, to differentiate by it, is another tensor at each call
+        for t in others & _leaves(again):
+            raise RuntimeError(
+                f"a {type(self.layer).__name__} reads a tensor of shape {tuple(t.shape)} that requires a gradient "
+                "and is no parameter of it: memory='reversible' would lose this gradient.  Make it a parameter, or "
+                "use memory='stored'"
+            )
 
     # --- how it was --------------------------------------------------------------------------------------------
 
@@ -299,6 +307,13 @@ class Call:
             if slots.get(name) is not given[i]:
                 changes.append((slots, name, given[i]))
         return _changed(changes) if changes else nullcontext()
+
+
+def _leaves(pair: Pair) -> set[Tensor]:
+    """Return the tensors that a result depends on and whose gradients autograd would add up."""
+    nodes = {*leaf_nodes(pair[0]), *leaf_nodes(pair[1])}
+    found = (getattr(node, "variable", None) for node in nodes)
+    return {t for t in found if isinstance(t, Tensor)}  # by identity
 
 
 def _products(

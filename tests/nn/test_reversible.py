@@ -8,58 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases.flows import FLOWS
+from laws.reversible import IMAGES, couplings, results, same, twin
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from pyflowkern import flows, nn, use_reference
-from pyflowkern.nn import _drift
 
-#: Of float64, several layers there and back.
-ROUNDING = 1e-10
 DISCRETE = [case for case in FLOWS if not case.no_graph]
-
-
-def twin(module):
-    """Return a copy that keeps no activations."""
-    other = copy.deepcopy(module)
-    for part in other.modules():
-        if isinstance(part, nn.Sequential):
-            part.memory = "reversible"
-    return other
-
-
-def results(call, module, *inputs):
-    """Return what a call gives, and the gradients of its inputs and of all parameters."""
-    inputs = [
-        t if t is None or not t.is_floating_point() else t.detach().requires_grad_()
-        for t in inputs
-    ]
-    torch.manual_seed(0)
-    y, log_det = call(*inputs)
-    wanted = [t for t in (*inputs, *module.parameters()) if t is not None and t.requires_grad]
-    options = {"allow_unused": True, "materialize_grads": True}
-    grads = torch.autograd.grad((y**3).sum() + (log_det**2).sum(), wanted, **options)
-    return [y.detach(), log_det.detach(), *grads, torch.rand(1)]
-
-
-def same(found, wanted, tolerance=ROUNDING):
-    for a, b in zip(found, wanted, strict=True):
-        largest = max([1.0, *b.abs().flatten().tolist()])
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
-
-
-def couplings(count=4, memory="reversible"):
-    """Return couplings that no op replaces: of images."""
-    layers = []
-    for i in range(count):
-        torch.manual_seed(i)
-        layers.append(nn.AffineCoupling(4, partial(nn.ConvNet, hidden=4), swap=i % 2 == 1))
-        for p in layers[-1].parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    return nn.Sequential(*layers, memory=memory).double()
-
-
-IMAGES = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(0)).double()
 
 
 @pytest.mark.parametrize("case", DISCRETE, ids=str)
@@ -134,89 +89,6 @@ def test_layers_whose_way_back_costs_much_keep_their_inputs():
     ).double()
     other = twin(one_solve)
     same(results(other, other, x[:, :3]), results(one_solve, one_solve, x[:, :3]))
-
-
-# --- errors on the way back ----------------------------------------------------------------------
-
-
-def test_an_ill_conditioned_layer_keeps_its_input():
-    bad = nn.AffineCoupling(4, partial(nn.ConvNet, hidden=4), scale_map="exp")
-    stored = nn.Sequential(*couplings(2), bad, *couplings(2)).float()
-    with torch.no_grad():
-        bad.conditioner.last.bias.copy_(torch.tensor([1.0, 1.0, -20.0, -20.0]))
-    other, x = twin(stored), IMAGES.float()
-    with pytest.warns(
-        UserWarning, match=r"layers\[2\] \(AffineCoupling\), which has a relative error of"
-    ):
-        found = results(other, other, x)
-    same(found, results(stored, stored, x), 1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        same(results(other, other, x), results(stored, stored, x), 1e-5)
-
-
-def test_errors_that_add_up_are_found(monkeypatch):
-    """From layer to layer they stay below the bound, from the end on they do not: an input between is kept."""
-    stored = couplings(12, "stored").float()
-    other, x = twin(stored), IMAGES.float()
-    monkeypatch.setitem(_drift.LARGEST, torch.float32, 2.5e-7)
-    with pytest.warns(UserWarning, match="from the end"):
-        results(other, other, x)
-    for _ in range(12):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            same(results(other, other, x), results(stored, stored, x), 1e-4)
-    kept = other._guards[0].kept
-    assert 0 < len(kept) < 12
-
-
-def test_samples_that_do_not_come_back_spoil_no_others():
-    """A scale that becomes 0 for one sample after the first look: the way back is 0 / 0 there."""
-    stored = couplings(2).float()
-    crush = _Crush()
-    whole = nn.Sequential(stored[0], crush, stored[1], memory="reversible")
-    x = IMAGES.float()
-    results(whole, whole, x)
-    crush.sample = 1
-    with pytest.warns(UserWarning, match=r"layers\[1\] \(_Crush\), which of 1 samples"):
-        grads = results(whole, whole, x)[2:-1]
-    assert all(g.isfinite().all() for g in grads)
-    whole.memory = "stored"
-    others = torch.arange(5) != 1
-    torch.testing.assert_close(grads[0][others], results(whole, whole, x)[2][others])
-
-
-class _Crush(nn.Bijection):
-    """A scale of 1, or of 0 for one sample."""
-
-    sample = None
-
-    def _scale(self, x):
-        scale = torch.ones_like(x)
-        if self.sample is not None:
-            scale[self.sample] = 0
-        return scale
-
-    def forward(self, x, context=None):
-        return x * self._scale(x), x.new_zeros(len(x))
-
-    def inverse(self, z, context=None):
-        return z / self._scale(z), z.new_zeros(len(z))
-
-
-def test_a_sample_without_gradient_spoils_nothing():
-    """It is infinite at the end, and not asked for."""
-    flow = couplings()
-    x = IMAGES.clone()
-    x[2] = torch.inf
-    z, log_det = flow(x)
-    fine = torch.arange(5) != 2
-    (z[fine].sum() + log_det[fine].sum()).backward()
-    found = [p.grad.clone() for p in flow.parameters()]
-    flow.zero_grad()
-    z, log_det = flow(IMAGES[fine])
-    (z.sum() + log_det.sum()).backward()
-    torch.testing.assert_close(found, [p.grad for p in flow.parameters()])
 
 
 # --- what a second call must not do --------------------------------------------------------------
@@ -338,6 +210,45 @@ def test_a_tensor_that_is_no_parameter_is_found():
         RuntimeError, match=r"reads a tensor of shape \(\) that requires a gradient"
     ):
         flow(IMAGES)[0].sum().backward()
+
+
+def test_a_layer_may_differentiate_by_tensors_of_its_own():
+    class Score(torch.nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.energy, self.last = torch.nn.Linear(1, 1), torch.nn.Conv2d(inputs, outputs, 1)
+
+        def forward(self, h):
+            with torch.enable_grad():
+                own = h.detach().requires_grad_()
+                energy = (self.energy(own[..., None]) ** 3).sum()
+                score = torch.autograd.grad(energy, own, create_graph=True)[0]
+            return self.last(h + score * own)
+
+    stored = nn.Sequential(*[nn.AffineCoupling(4, Score) for _ in range(2)]).double()
+    other = twin(stored)
+    same(results(other, other, IMAGES), results(stored, stored, IMAGES))
+
+
+def test_layers_that_exchange_sums_are_called_once():
+    """As often in all processes, whatever their data say of errors."""
+    calls = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.norm, self.last = (
+                torch.nn.SyncBatchNorm(inputs),
+                torch.nn.Conv2d(inputs, outputs, 1),
+            )
+
+        def forward(self, h):
+            calls.append(1)
+            return self.last(h)
+
+    flow = nn.Sequential(nn.AffineCoupling(4, Network), memory="reversible").double()
+    flow(IMAGES)[0].sum().backward()
+    assert len(calls) == 1
 
 
 def test_ddp_sees_every_parameter_once():
