@@ -28,7 +28,7 @@ from pyflowkern.nn._fields import (
 )
 from pyflowkern.nn._hooks import may_be_read
 from pyflowkern.ops.field import evaluate_field, evaluate_velocity
-from pyflowkern.ops.field_loss import field_loss
+from pyflowkern.ops.field_loss import field_loss, serves_field_loss
 from pyflowkern.ops.field_time import at_time
 from pyflowkern.ops.probe import probe_of
 
@@ -247,6 +247,8 @@ class VectorFieldMLP(DivergenceField):
         # what nn.Module's own look-up and iteration would find takes most of a small step's time
         times: list[Tensor] = list(self.times._parameters.values())  # type: ignore[arg-type]
         contexts: list[Tensor] = list(self.contexts._parameters.values())  # type: ignore[arg-type]
+        if not serves_field_loss(x, weights):
+            return None  # calling the field runs its own op, where there is one
         for p in (*weights, *biases, *times, *contexts):
             if p.dtype != x.dtype:
                 return None

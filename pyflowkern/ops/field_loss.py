@@ -26,12 +26,19 @@ from pyflowkern.core.lists import quick_apply
 from pyflowkern.core.register import register
 from pyflowkern.core.second_derivatives import gradient_of_reference, wants_reference
 
-__all__ = ["field_loss", "field_loss_reference"]
+__all__ = ["field_loss", "field_loss_reference", "serves_field_loss"]
 
 _DTYPES = (torch.float32, torch.float64)
 _KINDS = tuple(ACTIVATIONS)
 #: Wider layers are left to products of all samples: every task has sums as large as the weights.
 _WIDEST = 512
+
+
+def serves_field_loss(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a kernel computes the loss at such states: else layers, or other ops, are as good."""
+    if torch.compiler.is_compiling() or not kernel_serves("field_loss", x, dtypes=_DTYPES):
+        return False
+    return all(max(weight.shape) <= _WIDEST for weight in weights)
 
 
 def field_loss(
@@ -62,10 +69,8 @@ def field_loss(
     kind = _KINDS.index(activation)
     parameters = (*weights, *biases, *rows)
     others = (target, joined, scale, weight, *parameters)
-    if (
-        torch.compiler.is_compiling()  # which fuses the reference itself
-        or not kernel_serves("field_loss", x, *others, dtypes=_DTYPES)
-        or _is_wide(weights)
+    if not serves_field_loss(x, weights) or any(
+        t is not None and (t.dtype != x.dtype or t.device != x.device) for t in others
     ):
         return _reference(x, target, joined, scale, weight, weights, biases, rows, kind)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *others):
@@ -116,10 +121,6 @@ def _reference(
     error = (h if scale is None else scale[:, None] * h) - target
     square = error.square()
     return (square if weight is None else weight[:, None] * square).mean()
-
-
-def _is_wide(weights: Sequence[Tensor]) -> bool:
-    return any(max(w.shape) > _WIDEST for w in weights)
 
 
 # --- op ------------------------------------------------------------------------------------------

@@ -306,3 +306,14 @@ def test_wrong_targets_of_the_squared_error_are_named():
         field.squared_error(0.5, x, x[:, :2])
     with pytest.raises(TypeError, match="target must be"):
         field.squared_error(0.5, x, x.long())
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_squared_error_runs_the_op_of_the_field_where_it_has_no_kernel(device, monkeypatch):
+    """Layers too wide for the one pass, and other devices: the field is called, whose own op there is better."""
+    field = nn.VectorFieldMLP(2, (600,), time="concat").to(device)
+    calls = []
+    monkeypatch.setattr(type(field), "forward", lambda self, t, x, c=None: calls.append(1) or x)
+    x = torch.zeros(4, 2, device=device)
+    field.squared_error(torch.zeros(4, device=device), x, x)
+    assert calls
