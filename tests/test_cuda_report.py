@@ -24,7 +24,7 @@ def kernels():
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_kernel_uses_the_stack_or_spills(kernels, source):
     found = [k for k in kernels if k.source == source]
-    assert {k.arch for k in found} >= {"sm_80", "sm_90"}, "no report of the build"
+    assert {k.arch for k in found} >= {"sm_90"}, "no report of the build"  # or more, as wheels have
     assert not [(k.name, k.arch) for k in found if k.stack or k.spills]
 
 
