@@ -13,7 +13,7 @@ FLOWS = {
     "Glow": "flows.Glow((3, 16, 16), levels=2, steps=2, hidden=32), torch.randn(16, 3, 16, 16)",
     "FFJORD": "flows.FFJORD(6, hidden=(64, 64)), torch.randn(500, 6)",
 }
-#: Prints the page faults of a step, whose tensors take some MiB: the fewest of three times ten steps, as the heap may
+#: Prints the page faults of a step, whose tensors take some MiB: the fewest of three times five steps, as the heap may
 #: grow once more.
 LOOP = """
 import resource, sys, torch, pyflowkern
@@ -24,14 +24,14 @@ kept = sys.argv[1] == "keep" and pyflowkern.keep_memory()
 for flow, x in ({}):
     optimizer = torch.optim.AdamW(flow.parameters(), fused=True)
     seen = []
-    for i in range(60):
-        if i >= 30 and i % 10 == 0:
+    for i in range(30):
+        if i >= 15 and i % 5 == 0:
             seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         optimizer.zero_grad()
         (-flow.log_prob(x).mean()).backward()
         optimizer.step()
     seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    print(int(kept), min(b - a for a, b in zip(seen, seen[1:])) / 10)
+    print(int(kept), min(b - a for a, b in zip(seen, seen[1:])) / 5)
 """
 
 
