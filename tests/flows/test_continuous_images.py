@@ -28,7 +28,7 @@ def pixels(n, *shape):
 
 @pytest.mark.parametrize("options", [{}, {"levels": 1}, {"levels": None, "conv": True}], ids=str)
 def test_inverse_and_log_det(options):
-    flow, x = small(**options), normal(2, 1, 4, 4)
+    flow, x = small((1, 2, 4), **options), normal(2, 1, 2, 4)
     check_inverse(flow, x, atol=1e-7)  # solves with tolerance 1e-10
     expected = jacobian_log_det(lambda v: flow(v)[0], x)
     torch.testing.assert_close(flow(x)[1], expected, rtol=0, atol=1e-7)
