@@ -89,7 +89,7 @@ def solve_until(
     field = packed_field(func, packing)
     crossing = _search(field, event, start, (begin, far), options, jump_times(jump_t))
     times = torch.stack(
-        [t0.reshape(()).double(), torch.tensor(crossing.time, dtype=torch.float64)]
+        [t0.reshape(()).double(), t0.new_tensor(crossing.time, dtype=torch.float64)]
     )
     solved = solve(func, y0, times, jump_t=jump_t, **settings)
     failed = crossing.status not in (Status.ok, Status.no_event)

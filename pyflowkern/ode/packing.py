@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class Packing:
         self.dtype = torch.float32 if dtype in _HALF else dtype
         start = 1 if per_sample else 0
         self.sizes = [
-            shape[start:].numel() * (2 if kind.is_complex else 1)
+            math.prod(shape[start:]) * (2 if kind.is_complex else 1)
             for shape, kind in zip(self.shapes, self.dtypes, strict=True)
         ]
         self._has_complex = any(kind.is_complex for kind in self.dtypes)

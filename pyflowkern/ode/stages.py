@@ -88,7 +88,7 @@ class Stages:
 
     def inside(self, y: Tensor, weights: Sequence[float], dt: Step) -> Tensor:
         """Return ``y + dt sum_i w_i k_i`` for any weights."""
-        row = torch.tensor(weights, dtype=torch.float64)
+        row = torch.tensor(weights, dtype=torch.float64, device="cpu")
         if self.fused:
             return self._sum(y, row, dt)
         return self._plain(y, row.to(self.buffer), dt)

@@ -28,7 +28,8 @@ def stage_times(c: Coefficients, t: float, dt: float, perturb: str) -> tuple[Ten
     """
     # one call of torch fewer; on other devices this would wait for a copy
     if c.nodes.device.type == "cpu" and not perturb:
-        return torch.tensor([node * dt + t for node in c.host_nodes], dtype=c.dtype).unbind()
+        moments = [node * dt + t for node in c.host_nodes]
+        return torch.tensor(moments, dtype=c.dtype, device="cpu").unbind()
     if not perturb:
         return (c.nodes * dt + t).to(c.dtype).unbind()
     times = c.nodes.to(c.dtype) * dt + t

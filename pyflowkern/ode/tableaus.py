@@ -114,7 +114,9 @@ def _coefficients(method: Tableau, dtype: torch.dtype, device: torch.device) -> 
     n = method.needed
     rows = *method.a, method.b[:n]
     columns = [put([method.a[j][i] for j in range(i + 1, n)]) for i in range(n)]
-    dense = None if method.dense is None else torch.tensor(method.dense, dtype=torch.float64)
+    dense = None
+    if method.dense is not None:
+        dense = torch.tensor(method.dense, dtype=torch.float64, device="cpu")
     return Coefficients(
         rows=[put(row) for row in rows],
         columns=columns,

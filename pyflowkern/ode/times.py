@@ -43,7 +43,7 @@ def output_times(t: Tensor | Sequence[float], y0: Tensor, per_sample: bool) -> t
     else:
         try:
             times = [number(v) for v in t]
-            ts = torch.tensor(times, dtype=torch.float64)
+            ts = torch.tensor(times, dtype=torch.float64, device="cpu")
         except TypeError as error:
             raise TypeError(f"t must be a tensor or a sequence of numbers, got {t!r}") from error
     if ts.dim() != 1 and not (per_sample and ts.dim() == 2):

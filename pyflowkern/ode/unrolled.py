@@ -45,12 +45,12 @@ def unrolls(
 ) -> bool:
     """Whether a solve with these settings of :func:`pyflowkern.ode.solve` is unrolled here and now.
 
-    It is if its steps are known beforehand and its gradients are those of the steps: under a compiler that traces
-    Python, up to :data:`LIMIT` evaluations, and inside transforms of ``torch.func``.
+    It is if its steps are known beforehand and its gradients are those of the steps: under a compiler or exporter that
+    traces Python, up to :data:`LIMIT` evaluations, and inside transforms of ``torch.func``.
     """
     if not _followed():
         return False
-    compiled = torch.compiler.is_dynamo_compiling()
+    compiled = torch.compiler.is_compiling()
     chosen = tableau(method if compat is None else name_from_torchdiffeq(method))
     adaptive = chosen.error is not None and step_size is None and grid is None
     if adaptive or adjoint != "direct" or control != "batch" or dense or jump_t is not None:
@@ -124,7 +124,7 @@ def one_graph(
 
 def _followed() -> bool:
     """Whether a compiler traces Python, or a transform of ``torch.func`` follows what is computed."""
-    return torch.compiler.is_dynamo_compiling() or transformed()
+    return torch.compiler.is_compiling() or transformed()
 
 
 def _stage_times(

@@ -1,6 +1,5 @@
 """Flows compile into one graph, with the same results as in eager mode."""
 
-import io
 import math
 
 import pytest
@@ -52,29 +51,16 @@ def test_gaussian_probes_compile_for_every_number():
         assert draw(torch.zeros(n, 3)).shape == (1, n, 3)
 
 
-# --- torch.export ---
+def test_adaptive_steps_run_outside_of_graphs():
+    flow, x = flows.CNF(2, (8,)).eval(), torch.randn(4, 2)
+    found = torch.compile(flow.log_prob, backend="eager")(x)
+    torch.testing.assert_close(found, flow.log_prob(x), rtol=1e-4, atol=1e-4)
 
 
-class Density(torch.nn.Module):
-    def __init__(self, flow):
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x):
-        return self.flow.log_prob(x)
-
-
-def exported(flow, x, **options):
-    """Return the flow's density after torch.export, saving and loading."""
-    program = torch.export.export(Density(flow), (x,), **{"strict": False} | options)
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file).module()
-
+# --- numbers that a graph can hold ---
 
 FIXED = {"method": "midpoint", "step_size": 0.5}
-EXPORTED = {
+BUILDS = {
     "MAF": (lambda: flows.MAF(3, **SMALL), (3,)),
     "IAF": (lambda: flows.IAF(3, **SMALL), (3,)),
     "NSF": (lambda: flows.NSF(3, **SMALL), (3,)),
@@ -85,39 +71,6 @@ EXPORTED = {
     "Glow image": (lambda: flows.Glow((1, 4, 4), levels=1, steps=1, hidden=4), (1, 4, 4)),
     "CNF": (lambda: flows.CNF(3, (8,), **FIXED), (3,)),
 }
-
-
-@pytest.mark.parametrize("name", EXPORTED)
-def test_an_exported_flow_comes_back_from_its_file(name):
-    build, shape = EXPORTED[name]
-    flow = randomize(build()).eval()
-    x = normal(4, *shape, dtype=torch.float32) / 2
-    back = exported(
-        flow, x, dynamic_shapes=({0: torch.export.Dim("n")},) if name != "CNF" else None
-    )
-    torch.testing.assert_close(back(x), flow.log_prob(x))
-    if name != "CNF":
-        more = normal(7, *shape, seed=1, dtype=torch.float32) / 2
-        torch.testing.assert_close(back(more), flow.log_prob(more))
-
-
-def test_a_continuous_flow_says_what_compiles_and_what_is_exported():
-    flow, x = flows.CNF(2, (8,)).eval(), torch.randn(4, 2)
-    with pytest.raises(
-        RuntimeError, match=r"export cannot hold the ODE .* method='rk4', step_size=0.1"
-    ):
-        exported(flow, x)
-    with pytest.raises(
-        torch._dynamo.exc.Unsupported, match=r"the ODE of a continuous flow .* without fullgraph"
-    ):
-        torch.compile(flow.log_prob, fullgraph=True, backend="eager")(x)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="the ODE of a continuous flow"):
-        torch.compile(flow.sample, fullgraph=True, backend="eager")(5)
-    found = torch.compile(flow.log_prob, backend="eager")(x)
-    torch.testing.assert_close(found, flow.log_prob(x), rtol=1e-4, atol=1e-4)
-
-
-# --- numbers that a graph can hold ---
 
 
 class FloatArguments(TorchDispatchMode):
@@ -144,9 +97,9 @@ def test_ops_are_given_finite_numbers(build, kind):
     check_finite_arguments(build(3, hidden=8, scale_map=ScaleMap(kind), **small))
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", BUILDS)
 def test_ops_of_every_flow_are_given_finite_numbers(name):
-    build, shape = EXPORTED[name]
+    build, shape = BUILDS[name]
     check_finite_arguments(build(), *shape)
     if name == "CNF":
         check_finite_arguments(flows.CNF(3, (8,)))
@@ -162,27 +115,3 @@ def check_finite_arguments(flow, *shape):
         flow.sample(3)
     assert calls.names
     assert all(math.isfinite(value) for _, value in calls.found), calls.found
-
-
-class Two(torch.nn.Module):
-    """The densities of two flows: one package of both takes half of the compiler's time."""
-
-    def __init__(self, *flows):
-        super().__init__()
-        self.flows = torch.nn.ModuleList(flows)
-
-    def forward(self, x):
-        return [flow.log_prob(x) for flow in self.flows]
-
-
-@pytest.mark.slow
-def test_a_package_of_aotinductor_is_loaded(tmp_path):
-    two = Two(*(randomize(build(3, **SMALL)) for build in (flows.MAF, flows.NSF)))
-    two, x = two.eval().requires_grad_(False), normal(4, 3, dtype=torch.float32)
-    program = torch.export.export(two, (x,), strict=False)
-    path = torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(tmp_path / "f.pt2"),
-        inductor_configs={"aot_inductor.precompile_headers": False},  # no other package uses them
-    )
-    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), two(x))

@@ -154,17 +154,20 @@ def check_half_types(case, dtype):
 
 
 def check_autocast(case):
-    """Under autocast dtypes stay, and values are those of float32 but for networks in bfloat16."""
+    """Under autocast dtypes stay, and values are those of float32 but for networks in half types."""
     module, x, context = case.make(dtype=torch.float32)
     for _, call, start in directions(module, x, context):
         expected = run(call, start, context)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            found = run(call, start, context)
-        assert all(a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
-        assert all(t.isfinite().all() for t in found)
-        if not hasattr(module, "log_prob"):  # through many layers errors grow without such a bound
-            bound = HALF_ERROR * x[0].numel()
-            torch.testing.assert_close(found[1], expected[1], atol=bound, rtol=HALF_ERROR)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(x.device.type, dtype):
+                found = run(call, start, context)
+            assert all(a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+            assert all(t.isfinite().all() for t in found)
+            if not hasattr(
+                module, "log_prob"
+            ):  # through many layers errors grow without such a bound
+                bound = HALF_ERROR * x[0].numel()
+                torch.testing.assert_close(found[1], expected[1], atol=bound, rtol=HALF_ERROR)
 
 
 def check_compiles(case, compiler, options=None):
