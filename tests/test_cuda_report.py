@@ -24,7 +24,8 @@ def kernels():
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_kernel_uses_the_stack_or_spills(kernels, source):
     found = [k for k in kernels if k.source == source]
-    assert {k.arch for k in found} >= {"sm_90"}, "no report of the build"  # or more, as wheels have
+    # wheels have sm_80 as well, see CUDA_CODE in the Makefile
+    assert "sm_90" in {k.arch for k in found}, "no report of the build"
     assert not [(k.name, k.arch) for k in found if k.stack or k.spills]
 
 
