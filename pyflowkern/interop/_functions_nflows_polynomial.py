@@ -40,6 +40,9 @@ def linear_spline(
 ) -> Pair:
     """Transform every element by a piecewise linear function with equally wide bins.
 
+    The inverse is that of this function.  nflows' own searches its bin in knots of which it has moved the last one to
+    1 + 1e-6 of the box, and computes with these: in the last bin, of height h, it is off by up to 1e-6 / h.
+
     Args:
         inputs: ``[N, ...]``, inside of the box; asking that waits for the device, as in nflows.
         unnormalized_pdf: ``inputs.shape + (K,)``, whose softmax are the heights of the bins.
