@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,15 +30,22 @@ def masked(transform: str | ops.SplineMap, order: Sequence[int], width: int) -> 
 
 
 def coupling(
-    transform: str | ops.SplineMap, features: int, width: int, blocks: int, swap: bool
+    transform: str | ops.SplineMap,
+    features: int,
+    width: int,
+    blocks: int,
+    swap: bool,
+    angles: bool = False,
 ) -> ops.ElementsStep:
     """Return a coupling of halves, with a residual network of so many blocks, or two hidden layers for none."""
     halves = list(range(features - features // 2)), list(range(features - features // 2, features))
     reads, moves = halves[::-1] if swap else halves
     outputs = len(moves) * ops.ElementsStep(transform, [0]).parameters
-    sizes = [len(reads), *[width] * (2 * blocks + 1 if blocks else 2), outputs]
+    frequencies = [1.0] * len(reads) if angles else None
+    sizes = [len(reads) * (1 + angles), *[width] * (2 * blocks + 1 if blocks else 2), outputs]
     layers = [ops.ChainLayer(b, a) for a, b in itertools.pairwise(sizes)]
-    net = ops.ChainNetwork(layers, residual=blocks > 0, activate_last=blocks == 0)
+    form = {"residual": blocks > 0, "activate_last": blocks == 0}
+    net = ops.ChainNetwork(layers, frequencies=frequencies, **form)
     layout = "feature_major" if isinstance(transform, ops.SplineMap) else "blocked"
     return ops.ElementsStep(transform, moves, reads, net, layout)
 
@@ -53,6 +61,14 @@ def nsf(features: int, width: int, transforms: int = 5) -> ops.ChainProgram:
     for i in range(transforms):
         steps += [coupling(splines, features, width, 2, i % 2 == 1), ops.PLUStep()]
     return ops.ChainProgram(features, steps, base="normal")
+
+
+def nsf_of_angles(features: int, width: int, transforms: int = 5) -> ops.ChainProgram:
+    """Return circular splines, with a shift of the circle before each, and networks of cosines and sines."""
+    splines, steps = ops.SplineMap(bins=8, bound=math.pi, tails="circular"), list[Any]()
+    for i in range(transforms):
+        steps += [ops.ShiftStep(math.pi), coupling(splines, features, width, 0, i % 2 == 1, True)]
+    return ops.ChainProgram(features, steps)
 
 
 def realnvp(features: int, width: int, transforms: int = 5) -> ops.ChainProgram:
@@ -137,6 +153,7 @@ CASES = [
     flow("NSF D=6, 5 x 50", 200, nsf(6, 50)),
     flow("NSF D=20, 8 x 64", 4096, nsf(20, 64, 8)),
     flow("RealNVP D=6, 5 x (50, 50)", 200, realnvp(6, 50)),
+    flow("NSF of angles D=6, 5 x (64, 64)", 200, nsf_of_angles(6, 64), devices=("cpu",)),
     flow("MAF D=6, 5 x (50, 50)", 1, maf(6, 50), extra=True),
     flow("NSF D=6, 5 x 50", 1, nsf(6, 50), extra=True),
     *(
