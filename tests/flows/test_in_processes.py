@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases.flows import FLOWS
 from laws import normal
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -208,11 +208,19 @@ def not_registered():
         flow.sample(4, context)
 
 
+def stepped(flow, x):
+    """Take a step, and return the optimizer."""
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.1, momentum=0.9)
+    (-flow.log_prob(x).mean()).backward()
+    optimizer.step()
+    return optimizer
+
+
 def saves(folder):
     """The state of a flow that is sharded over two processes, with its optimizer's."""
     flow = shard(fresh_flow("Glow"), steps=True)
-    flow.log_prob(mine(both(flow))).mean().backward()
-    dcp.save(get_model_state_dict(flow), checkpoint_id=Path(folder) / "state")
+    model, optimizer = get_state_dict(flow, stepped(flow, mine(both(flow))))
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=Path(folder) / "state")
 
 
 def processes(folder):
@@ -237,14 +245,20 @@ def loads(folder):
 
 
 def check_loaded(flow, folder):
-    state = get_model_state_dict(flow)
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.1, momentum=0.9)
+    state = dict(zip(("model", "optimizer"), get_state_dict(flow, optimizer), strict=True))
     dcp.load(state, checkpoint_id=Path(folder) / "state")
-    set_model_state_dict(flow, state)
+    set_state_dict(
+        flow, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
     alone = fresh_flow("Glow")
+    expected = stepped(alone, both(alone))
+    for p, q in zip(alone.parameters(), flow.parameters(), strict=True):
+        close(whole(q), p)
+        momenta = (each.state[t]["momentum_buffer"] for each, t in ((optimizer, q), (expected, p)))
+        close(*map(whole, momenta))
     x = both(alone)
-    alone.log_prob(x)
-    alone.eval()
-    close(flow.eval().log_prob(x), alone.log_prob(x))
+    close(flow.eval().log_prob(x), alone.eval().log_prob(x))
 
 
 # --- the tests --------------------------------------------------------------------------------------
