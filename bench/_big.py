@@ -70,8 +70,8 @@ def _write_rows(count: int) -> None:
     np.save("few.npy", rows[:1000])
 
 
-def _run(command: list[str], threads: int) -> tuple[float, float]:
-    """Return seconds and peak memory (MB) of a process."""
+def _run(command: list[str], threads: int) -> tuple[float, float, float]:
+    """Return seconds, processor time (s) and peak memory (MB) of a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -82,7 +82,7 @@ def _run(command: list[str], threads: int) -> tuple[float, float]:
         seconds = time.perf_counter() - begin
         if status:
             raise SystemExit(f"{command}: {Path('log.txt').read_text()}")
-    return seconds, usage.ru_maxrss * 1024 / 1e6
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
 
 
 def measure(out: Path, threads: int, count: int) -> list[dict[str, Any]]:
@@ -90,9 +90,9 @@ def measure(out: Path, threads: int, count: int) -> list[dict[str, Any]]:
     facts = _environment.describe(torch.device("cpu"))
     rows, before = list[dict[str, Any]](), Path.cwd()
     lines = [
-        "| what | rows | time (s) | million rows/s | peak memory (MB) | more than for few rows (MB) |"
+        "| what | rows | time (s) | processor (s) | million rows/s | peak memory (MB) | more than for few rows (MB) |"
     ]
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|")
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -103,13 +103,14 @@ def measure(out: Path, threads: int, count: int) -> list[dict[str, Any]]:
                 threads,
             )
             for what, done, command in _works(count, threads):
-                seconds, peak = _run(command, threads)
+                seconds, cpu, peak = _run(command, threads)
                 if not rows:
                     first = seconds, peak
                 row = {
                     "what": what,
                     "rows": count,
                     "seconds": round(seconds, 2),
+                    "processor_seconds": round(cpu, 2),
                     "peak_mb": round(peak),
                 }
                 row["more_mb"] = round(peak - first[1])
@@ -117,7 +118,7 @@ def measure(out: Path, threads: int, count: int) -> list[dict[str, Any]]:
                 speed = f"{done / (seconds - first[0]) / 1e6:.2g}" if len(rows) > 1 else ""
                 more = f"{row['more_mb']}" if len(rows) > 1 else ""
                 lines.append(
-                    f"| {what} | {done:,} | {seconds:.1f} | {speed} | {peak:.0f} | {more} |"
+                    f"| {what} | {done:,} | {seconds:.1f} | {cpu:.1f} | {speed} | {peak:.0f} | {more} |"
                 )
                 print(lines[-1], flush=True)
         finally:
