@@ -24,9 +24,18 @@ __all__ = ["measure"]
 
 DIMS = 6
 FLOW = ["--flow", "RealNVP", "--set", "flow_args.steps=4", "--set", "hidden=64"]
-CHUNKS = """
-import sys, numpy as np, torch
+#: Written by each process when it ends: the largest memory of its own.  What the system says of a child counts the
+#: memory of its parent, too.
+PEAK = """
+import atexit, sys
 from pathlib import Path
+from pyflowkern.train.measure import peak
+atexit.register(lambda: Path("peak.txt").write_text(str(peak())))
+"""
+COMMAND = f"{PEAK}\nfrom pyflowkern.cli import main; main()"
+CHUNKS = f"""
+{PEAK}
+import numpy as np, torch
 from pyflowkern.train.checkpoint import load_trained
 torch.set_num_threads(int(sys.argv[1]))
 flow = load_trained(Path("run")).model.flow
@@ -37,7 +46,7 @@ with torch.no_grad():
 
 
 def _command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "pyflowkern", *map(str, words)]
+    return [sys.executable, "-c", COMMAND, *map(str, words)]
 
 
 def _works(rows: int, threads: int) -> Iterator[tuple[str, int, list[str]]]:
@@ -82,7 +91,7 @@ def _run(command: list[str], threads: int) -> tuple[float, float, float]:
         seconds = time.perf_counter() - begin
         if status:
             raise SystemExit(f"{command}: {Path('log.txt').read_text()}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
+    return seconds, usage.ru_utime + usage.ru_stime, float(Path("peak.txt").read_text())
 
 
 def measure(out: Path, threads: int, count: int) -> list[dict[str, Any]]:
