@@ -83,12 +83,19 @@ class AllInOne(FreiaLayer):
             return None
         scale_map, factor = found
         every = range(self.features)
+        if module.GIN:  # which has no scales of all features
+            link.steps.append(ElementsStep("additive", every))
+            link.make(module, ["global_offset"], self._offsets)
+            return link if self._permute(link, back=False) else None
         link.steps.append(ElementsStep(scale_map, every, layout="blocked"))
         link.make(module, ["global_scale"], self._numbers)
         if factor != 1:
             link.steps.append(ActNormStep())
             link.make(module, ["global_scale", "global_offset"], self._of_factor)
         return link if self._permute(link, back=False) else None
+
+    def _offsets(self, inverse: bool) -> Sequence[Tensor]:
+        return (self.module.global_offset.view(-1),)
 
     def _numbers(self, inverse: bool) -> Sequence[Tensor]:
         """Return the shifts, then the raw scales."""

@@ -64,7 +64,8 @@ class Move:
     @property
     def chained(self) -> bool:
         """Whether a chain has it."""
-        return not self.centred and (self.domain is None or self.domain.plain)
+        of_features = self.centred in ((), (1,))
+        return of_features and (self.domain is None or self.domain.plain)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Coupling:
         if (net := sequential(nets[0], link, self.context, rows)) is None:
             return False
         layout = "feature_major" if isinstance(move.map, SplineMap) else "blocked"
-        link.steps.append(ElementsStep(move.map, moved, reads, net, layout))
+        centred = bool(move.centred)
+        link.steps.append(ElementsStep(move.map, moved, reads, net, layout, centred))
         return True
 
 

@@ -92,6 +92,8 @@ ONE = {
     "GLOW uneven": lambda: blocks(GLOW, split_len=1, clamp=1.3, clamp_activation="SIGMOID"),
     "RNVP": lambda: blocks(fm.RNVPCouplingBlock, 0),
     "NICE": lambda: blocks(fm.NICECouplingBlock),
+    "GIN": lambda: blocks(fm.GINCouplingBlock, 0),
+    "GIN in blocks": lambda: blocks(ALL, gin_block=True, permute_soft=True),
     "one-sided": lambda: blocks(fm.AffineCouplingOneSided, 1),
     "condition alone": lambda: sequence((fm.ConditionalAffineTransform, 0, WITH), (GLOW, 0, WITH)),
     "AllInOne": lambda: blocks(ALL),
@@ -127,8 +129,6 @@ PARTS = {
     "mixed": lambda: sequence(
         (GLOW, 0, WITH), (fm.GINCouplingBlock, 0, WITH), (fm.InvAutoAct, None, {}), (ALL, 0, WITH)
     ),
-    "GIN": lambda: blocks(fm.GINCouplingBlock, 0),
-    "GIN in blocks": lambda: blocks(ALL, gin_block=True, permute_soft=True),
     "clamped": lambda: blocks(Spline, 0, domain_clamping=5.0),
     "clamped, with identity tails": lambda: sequence(
         (Spline, None, {**WITH, "domain_clamping": 5.0, "identity_tails": True}), (GLOW, 0, WITH)
