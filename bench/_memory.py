@@ -53,7 +53,7 @@ def glow(way: str, depth: int) -> flows.Glow:
         flow.log_prob(torch.randn(BATCH, *SHAPE))
         for p in flow.parameters():
             p.add_(0.01 * torch.randn_like(p))
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.ones_like(p)  # zeros would take no memory before they are written
     if way == "checkpoint":
         for level in flow.bijection.levels:  # type: ignore[union-attr]
             layers: Any = level.layers  # type: ignore[union-attr]
