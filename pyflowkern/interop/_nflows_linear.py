@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from pyflowkern.core.structure import Structure
 from pyflowkern.interop._images import served_samples
 from pyflowkern.interop._layers import ForeignLayer, layer_of
 from pyflowkern.interop._nflows_names import is_named
 from pyflowkern.interop._watches import Holds, InTraining
-from pyflowkern.nn.links import Link
-from pyflowkern.ops import actnorm, slogdet_inverse
+from pyflowkern.nn.links import Link, hooked
+from pyflowkern.ops import actnorm, invertible_linear, plu_matrix, slogdet_inverse
 from pyflowkern.ops.chain_steps import ActNormStep, LinearStep, LUStep, PermuteStep
 
-__all__ = ["ActNorm", "Affine", "BatchNorm", "Inverse", "LULinear", "Linear", "Permutation"]
+__all__ = [
+    "ActNorm",
+    "Affine",
+    "BatchNorm",
+    "Inverse",
+    "LULinear",
+    "Linear",
+    "OneByOneConvolution",
+    "Permutation",
+    "lu_matrix",
+]
 
+_PERMUTATIONS = [
+    f"transforms.permutations.{name}"
+    for name in ("Permutation", "RandomPermutation", "ReversePermutation")
+]
 _HOUSEHOLDER = "transforms.orthogonal.HouseholderSequence"
 
 
@@ -61,6 +78,55 @@ class LULinear(ForeignLayer):
         link.watch(module, "features", "eps")
         link.read(module, "lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
         return link
+
+
+class OneByOneConvolution(ForeignLayer):
+    """``transforms.conv.OneByOneConvolution``: ``z = L U P x + b`` at each pixel of an image."""
+
+    module: Any
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, int(module.features))
+        self.chained = False
+
+    def by_op(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        """Mix the channels by one op."""
+        module, size = self.module, self.features
+        permutation = module.permutation
+        if not served_samples(x) or x.dim() != 4 or x.shape[1] != size or hooked(permutation):
+            return None
+        if not is_named(permutation, *_PERMUTATIONS) or permutation._dim != 1:
+            return None
+        if "forward" in permutation.__dict__ or "inverse" in permutation.__dict__:
+            return None
+        matrix, log_abs_det = lu_matrix(module, inverse)
+        if matrix.dtype != x.dtype or matrix.device != x.device:
+            return None
+        order = permutation._permutation.argsort()
+        matrix = matrix[order] if inverse else matrix[:, order]
+        return invertible_linear(x, matrix, log_abs_det, module.bias, inverse=inverse)
+
+
+def lu_matrix(module: Any, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Return ``L U`` of an LULinear, or its inverse, and the log-determinant of ``L U``."""
+    raw = module.unconstrained_upper_diag
+    size, log_diag = len(raw), (functional.softplus(raw) + module.eps).log()
+    order, *places = (kept.on(raw.device) for kept in _places(size))
+    lower, upper = (
+        entries.new_zeros(size * size).index_put((at,), entries).view(size, size)
+        for entries, at in zip((module.lower_entries, module.upper_entries), places, strict=True)
+    )
+    matrix = plu_matrix(order, lower, upper, log_diag, torch.ones_like(raw), inverse=inverse)
+    return matrix, log_diag.sum()
+
+
+@lru_cache(maxsize=64)
+def _places(size: int) -> tuple[Structure, Structure, Structure]:
+    """Return the order of rows, and where the entries of both triangles lie in a matrix."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        rows = torch.arange(size)
+        lower, upper = torch.tril_indices(size, size, -1), torch.triu_indices(size, size, 1)
+        return (Structure(rows), *(Structure(at[0] * size + at[1]) for at in (lower, upper)))  # type: ignore[return-value]
 
 
 class Linear(ForeignLayer):

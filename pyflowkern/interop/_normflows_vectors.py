@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pyflowkern import ops
 from pyflowkern.interop._images import Forms
 from pyflowkern.interop._layers import ForeignLayer, known_layer
+from pyflowkern.interop._nflows_linear import lu_matrix
 from pyflowkern.interop._normflows_images import CouplingForm
 from pyflowkern.interop._normflows_networks import mlp
 from pyflowkern.interop._normflows_parts import Awaits, is_named
@@ -279,18 +279,5 @@ class Shuffle(Layer):
 
     def _matrix(self, inverse: bool) -> Sequence[Tensor]:
         """Return the inverse of ``L U``, or that itself, and minus its log-determinant."""
-        linear, size = self.module.linear, self.features
-        raw = linear.unconstrained_upper_diag
-        log_diag = (functional.softplus(raw) + linear.eps).log()
-        lower, upper = (
-            entries.new_zeros(size, size).index_put(
-                tuple(of(size, size, o, device=raw.device)), entries
-            )
-            for entries, of, o in (
-                (linear.lower_entries, torch.tril_indices, -1),
-                (linear.upper_entries, torch.triu_indices, 1),
-            )
-        )
-        order, ones = torch.arange(size, device=raw.device), torch.ones_like(raw)
-        matrix = ops.plu_matrix(order, lower, upper, log_diag, ones, inverse=not inverse)
-        return matrix, -log_diag.sum()
+        matrix, log_abs_det = lu_matrix(self.module.linear, not inverse)
+        return matrix, -log_abs_det

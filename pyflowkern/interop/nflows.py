@@ -31,6 +31,7 @@ from pyflowkern.interop._nflows_linear import (
     Inverse,
     Linear,
     LULinear,
+    OneByOneConvolution,
     Permutation,
 )
 from pyflowkern.interop._nflows_names import PREFIXES
@@ -67,10 +68,18 @@ def marked(make: Make, note: str = "") -> Kind:
 def _linear(module: torch.nn.Module) -> Outcome:
     if why := disagreement(module, LULinear):
         return Outcome(note=why)
-    note = "weights are read at each call, where the library keeps a cache in evaluation mode"
-    return Outcome(
-        single_doors(LULinear(module)), runs="one op", note=note if module.using_cache else ""
-    )
+    note = _CACHED if module.using_cache else ""
+    return Outcome(single_doors(LULinear(module)), runs="one op", note=note)
+
+
+_CACHED = "weights are read at each call, where the library keeps a cache in evaluation mode"
+
+
+def _convolution(module: torch.nn.Module) -> Outcome:
+    if why := own_disagreement(module, OneByOneConvolution):
+        return Outcome(note=why)
+    note = _CACHED if module.using_cache else ""
+    return Outcome(single_doors(OneByOneConvolution(module)), runs="own op", note=note)
 
 
 def elements(make: Make) -> Kind:
@@ -181,6 +190,7 @@ LIBRARY = Library(
             for name in ("Permutation", "RandomPermutation", "ReversePermutation")
         },
         "transforms.lu.LULinear": Kind(_linear),
+        "transforms.conv.OneByOneConvolution": Kind(_convolution),
         "transforms.linear.NaiveLinear": marked(Linear),
         "transforms.qr.QRLinear": marked(Linear),
         "transforms.svd.SVDLinear": marked(Linear),

@@ -252,6 +252,30 @@ def test_batch_norms_in_networks_are_called():
         torch.testing.assert_close(a, b)
 
 
+def test_convolutions_of_pixels_are_one_product():
+    torch.manual_seed(0)
+    model = transforms.OneByOneConvolution(6, identity_init=False).double()
+    with torch.no_grad():
+        model.bias.normal_()
+    twin = copy.deepcopy(model)
+    entry = pyflowkern.accelerate(twin).accelerated[0]
+    assert (entry.name, entry.runs) == ("", "own op")
+    found = []
+    for m in (model, twin):
+        x = normal(3, 6, 2, 5).requires_grad_()
+        for run in (m, m.inverse):
+            y, log_det = run(x)
+            loss = (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() + 3 * log_det.sum()
+            wanted = [x, m.bias, m.lower_entries, m.upper_entries, m.unconstrained_upper_diag]
+            found.append([y, log_det, *torch.autograd.grad(loss, wanted)])
+    torch.testing.assert_close(found[2:], found[:2], **CLOSE)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        twin(x)
+    assert sum(e.key == "pyflowkern::linear_mix" for e in profile.key_averages()) == 1
+    with pytest.raises(ValueError, match="4D"):
+        twin(normal(3, 6))
+
+
 def test_networks_that_are_not_known_are_called():
     class Net(torch.nn.Module):
         def __init__(self, inputs, outputs):
