@@ -1,4 +1,4 @@
-"""Second derivatives and compilers meet the libraries' own code: whole flows are right, and nothing is compiled twice."""
+"""Second derivatives and compilers meet the libraries' own code: flows are right, and compiled once."""
 
 import copy
 
