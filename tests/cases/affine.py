@@ -90,6 +90,7 @@ def coupling_small(dtype):
         yield coupling((3, 3, 2, 2), dtype, split=split, swap=swap)
     for layout in PARAMS[1:]:
         yield coupling((3, 4, 3), dtype, layout=layout)
+    yield coupling((3, 4, 2, 3), dtype).map(_channels_last)  # whose gradients are laid out like it
 
 
 def affine_sample(dtype, raw=(3, 5), shift=(3, 5), smap="exp", n=4, event=(3, 5), **options):
