@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflowkern) CMakeLists.txt pyproject.toml
 # libraries that tests compare with, installed without their dependencies: what tests import needs torch and the above
-PEERS := FrEIA glasflow nessai nflows normflows torchdiffeq zuko
+PEERS := FrEIA glasflow nessai nflows normflows sbi torchdiffeq zuko
 # machine code for one GPU, which the reports of kernels are about: a second one takes a sixth of nvcc's time
 CUDA_CODE := compute_80,sm_90
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
