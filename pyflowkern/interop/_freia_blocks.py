@@ -20,7 +20,7 @@ from pyflowkern.interop._freia_parts import Constants, FreiaLayer, called, globa
 from pyflowkern.interop._freia_splines import spline_coupling, watch_domain
 from pyflowkern.interop._images import Form, Forms, evaluate_sequential, served_samples
 from pyflowkern.interop._layers import Runs, layer_of
-from pyflowkern.nn._relu_network import linear_layers
+from pyflowkern.nn.relu_networks import linear_layers
 from pyflowkern.ops import ScaleMap, SplineMap
 
 __all__ = ["AllInOneForm", "BlockDoor", "CouplingForm", "SplineForm", "block_disagreement"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
 from pyflowkern.nn._blocks import gate_layers, linear_layer, residual_block, run_blocks
 from pyflowkern.nn._coupling import condition
-from pyflowkern.nn._relu_network import linear_layers
 from pyflowkern.nn.convolutions import convolutions
+from pyflowkern.nn.relu_networks import linear_layers
 from pyflowkern.ops.conv_network import evaluate_convolutions
 from pyflowkern.ops.relu_network import evaluate_network
 
