@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
+from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts, cast
 from pyflowkern.nn._drift import (
+    LARGEST,
     Guard,
     fingerprint,
     finite_samples,
@@ -61,23 +62,22 @@ class Call:
 
     def __init__(self, layer: Any, place: int, walk: Walk, casts: torch.dtype | None) -> None:
         self.layer, self.place, self.walk, self.casts = layer, place, walk, casts
-        self._training: bool = layer.training
+        self._modes: list[tuple[dict[str, Any], bool]] = []
         self._slots: list[_Slot] = []
         self._buffers: list[_Buffer] = []
         self._starts = False
+        self._dtype: torch.dtype | None = None
         self._drawn: RandomState | None = None
         self._mark: tuple[Tensor, Tensor] | None = None
 
     def look_at_modules(self) -> tuple[Tensor, ...] | None:
-        """Return the parameters of the layer; None where something hangs on a part of it that must happen once."""
+        """Return the parameters of the layer; None where a part of it must be called as it is, and once."""
         tensors: dict[int, tuple[int, Tensor]] = {}
         for module in self.layer.modules():
             known = module.__dict__
-            if any(known[hooks] for hooks in HOOKS):
+            if any(known[hooks] for hooks in HOOKS) or _called_once(module, self.walk.inverse):
                 return None
-            # processes that take other ways would exchange other numbers of sums
-            if type(module) is torch.nn.SyncBatchNorm and module.training:
-                return None
+            self._modes.append((known, module.training))
             for name, t in known["_parameters"].items():
                 if t is None:
                     continue
@@ -104,6 +104,8 @@ class Call:
         walk, device = self.walk, x.device
         before = walk.state
         assert before is not None
+        self._dtype = x.dtype
+        self.keeps |= x.dtype not in LARGEST  # there and back in half precision is another number
         with self._autocast([x]):
             # ActNorm starts from data on their way back only while gradients are recorded
             with torch.set_grad_enabled(self._starts and walk.inverse):
@@ -216,6 +218,8 @@ class Call:
         def found(x: Tensor) -> Tensor:
             """Note the input that was found, and make it a leaf."""
             nonlocal lost
+            assert self._dtype is not None
+            x = cast(x, self._dtype)  # under autocast a product has another one
             missing = not_finite(x)
             if missing is not None:
                 lost = missing if bad is None else missing & ~bad
@@ -229,7 +233,8 @@ class Call:
         with drawing_again(self._drawn, y.device):
             made = None if shortcut is None else shortcut(y, context, walk.inverse, found)
             if made is None:
-                with torch.no_grad():
+                # buffers that a call changes are as they were for the other one, too
+                with torch.no_grad(), self._as_it_was():
                     x = self._undo(y, context)
         if made is None:
             x = found(x)
@@ -294,10 +299,11 @@ class Call:
         return given
 
     def _as_it_was(self, given: Sequence[Tensor] = ()) -> AbstractContextManager[Any]:
-        """Give the layer the mode and the buffers of the first call, and these tensors, in a block."""
+        """Give the layer the modes and the buffers of the first call, and these tensors, in a block."""
         changes: list[tuple[dict[str, Any], str, Any]] = []
-        if self.layer.training != self._training:
-            changes += [(m.__dict__, "training", self._training) for m in self.layer.modules()]
+        for known, mode in self._modes:
+            if known["training"] != mode:
+                changes.append((known, "training", mode))
         for slots, name, buffer, value in self._buffers:
             if value is not None:
                 changes.append((slots, name, value.clone()))
@@ -307,6 +313,17 @@ class Call:
             if slots.get(name) is not given[i]:
                 changes.append((slots, name, given[i]))
         return _changed(changes) if changes else nullcontext()
+
+
+def _called_once(module: torch.nn.Module, inverse: bool) -> bool:
+    """Whether calls of a module change what others see, or it cannot be looked into."""
+    way = getattr(type(module), "_way_back", None)
+    if way is not None and way(module, inverse) == "call":
+        return True
+    # processes that take other ways would exchange other numbers of sums
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        return module.training
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _leaves(pair: Pair) -> set[Tensor]:

@@ -87,9 +87,14 @@ class Guard:
         return Guard, ()
 
 
+def _flat(x: Tensor) -> Tensor:
+    """Return the elements of each sample, ``[N, D]``."""
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
+
+
 def finite_samples(x: Tensor) -> Tensor:
     """Return which samples are finite, ``[N]``, after one pass over ``x``: those whose sum is."""
-    return x.flatten(1).sum(1).isfinite() if x.dim() > 1 else x.isfinite()
+    return _flat(x).sum(1).isfinite()
 
 
 def not_finite(x: Tensor) -> Tensor | None:
@@ -101,7 +106,7 @@ def not_finite(x: Tensor) -> Tensor | None:
 
 def scale_of(x: Tensor, finite: Tensor) -> Tensor:
     """Return what errors of each sample are relative to: its norm, or the median norm if that is larger."""
-    norms = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    norms = torch.linalg.vector_norm(_flat(x), dim=1)
     typical = norms[finite].median() if bool(finite.any()) else norms.new_zeros(())
     return torch.maximum(norms, typical).clamp_min(torch.finfo(x.dtype).tiny)
 
@@ -111,7 +116,7 @@ def relative_error(found: Tensor, wanted: Tensor, finite: Tensor) -> float:
     if not bool(finite.any()):
         return 0.0
     found, scale = found[finite], scale_of(wanted, finite)[finite]
-    error = torch.linalg.vector_norm((found - wanted[finite]).flatten(1), dim=1) / scale
+    error = torch.linalg.vector_norm(_flat(found - wanted[finite]), dim=1) / scale
     mean = float(error.square().mean().sqrt())
     return mean if mean == mean else float("inf")
 
@@ -128,4 +133,4 @@ def fingerprint(x: Tensor) -> Tensor:
 
     That of an error is as large as the error's norm, on the average over signs: what was not kept can be compared.
     """
-    return (x * _signs(tuple(x.shape[1:]), x.dtype, x.device)).flatten(1).sum(1)
+    return _flat(x * _signs(tuple(x.shape[1:]), x.dtype, x.device)).sum(1)

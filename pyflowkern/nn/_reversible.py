@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from pyflowkern._library import transformed
 from pyflowkern.core.dtypes import PLAIN_TENSORS, autocasts
@@ -48,6 +49,8 @@ def makes_again(x: Tensor, context: Tensor | None) -> bool:
         and not transformed()
         and not globally_hooked()
         and torch._C._get_tracing_state() is None
+        # weights that are computed once would come from the pass that has no graph
+        and not parametrize._cache_enabled
         and torch._C._get_dispatch_mode(_FAKE) is None
     )
 
@@ -123,10 +126,8 @@ def _plan(
             recorded = True  # or not: then the nodes behind it have nothing to do
             continue
         call = Call(part, places[id(part)], walk, casts)
-        # `call`: the layer does it itself, or its calls change what other processes or later calls see
-        how = part._way_back(walk.inverse)
-        tensors = None if how == "call" else call.look_at_modules()
-        if tensors is None:
+        tensors = call.look_at_modules()
+        if tensors is None:  # the layer does it itself, or must not be called twice
             recorded = True
             steps.append(_Step(part, False))
             continue
@@ -134,8 +135,7 @@ def _plan(
         if not recorded:
             steps.append(_Step(part, False))
             continue
-        # there and back in half precision is another number
-        call.keeps = how == "keep" or x.element_size() < 4 or call.place in walk.guard.kept
+        call.keeps = part._way_back(walk.inverse) == "keep" or call.place in walk.guard.kept
         steps.append(_Step(part, True, call, tensors))
     return steps
 
