@@ -51,7 +51,7 @@ class Conditioned:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Tensor) -> Conditioned:
+    def __getitem__(self, index: Tensor | slice) -> Conditioned:
         return Conditioned(self.rows[index], self.context[index])
 
     def split(self, size: int) -> tuple[Conditioned, ...]:

@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["InProcesses"]
 
+#: What torch says of a ``DTensor`` that an op cannot take.
+_OF_SHARDS = ("DTensor", "sharding strategy")
+
 
 class InProcesses(torch.nn.Module):
     """A module that learns of it when ``DistributedDataParallel`` wraps it."""
@@ -54,6 +57,10 @@ class InProcesses(torch.nn.Module):
             return
         if DistributedDataParallel._get_active_ddp_module() is not None:
             return
+        if (
+            torch._C._current_graph_task_id() != -1
+        ):  # checkpointing calls again what the wrapper called
+            return
         self.__dict__["_wrapped"] = 0
         if any(_averages(each, self) for each in gc.get_objects()):  # it may be gone
             warnings.warn(
@@ -81,7 +88,7 @@ def _raise_if_sharded(flow: torch.nn.Module, error: RuntimeError) -> None:
     tensors, and refuse.
     """
     tensors = sys.modules.get("torch.distributed.tensor")
-    if tensors is None:
+    if tensors is None or not any(words in str(error) for words in _OF_SHARDS):
         return
     names = {module: name for name, module in flow.named_modules()}
     for module in _running(error.__traceback__):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["moments_of_all", "process_groups", "write_parameters"]
 
+#: The groups of layers that ran in a ``DistributedDataParallel``.
+_LAST: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
+
 
 def process_groups(layer: torch.nn.Module) -> list[Any]:
     """Return the process groups over which the layer's gradients are averaged: none where one process trains it.
 
     They are the group of the ``DistributedDataParallel`` whose forward is running, or those of the mesh over which
-    ``fully_shard`` shards the layer's parameters, one for each axis.
+    ``fully_shard`` shards the layer's parameters, one for each axis.  A backward pass may call a layer again, as
+    checkpointing does: then they are those of its last call.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
@@ -26,7 +31,13 @@ def process_groups(layer: torch.nn.Module) -> list[Any]:
         mesh = part.sharded_param.device_mesh
         return [mesh.get_group(axis) for axis in range(mesh.ndim)]
     wrapper = DistributedDataParallel._get_active_ddp_module()
-    return [] if wrapper is None else [wrapper.process_group]
+    if wrapper is not None:
+        _LAST[layer] = [wrapper.process_group]
+        return _LAST[layer]
+    if torch._C._current_graph_task_id() != -1:
+        return _LAST.get(layer, [])
+    _LAST.pop(layer, None)
+    return []
 
 
 def moments_of_all(

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pyflowkern.train.files import write_atomic
+from pyflowkern.train.generators import forked_generators
 from pyflowkern.train.module import FlowModule, learning_rate
 from pyflowkern.train.plots import image_grid, save_curve, save_grid
 from pyflowkern.train.signals import StopSignals, TrainingInterrupted
@@ -176,7 +177,7 @@ class SampleGrid(Callback):
         module = _flow_module(pl_module)
         if module.rank:
             return
-        with torch.random.fork_rng(), torch.no_grad():
+        with forked_generators(module.device), torch.no_grad():
             torch.manual_seed(module.config.seed)
             images = module.evaluated.eval().sample(64).cpu()  # type: ignore[operator]
         save_grid(self.out / "samples.png", images, module.data.levels)

@@ -18,6 +18,7 @@ from pyflowkern.train.bridges import DataBridge, load_data, start_rows
 from pyflowkern.train.checkpoint import Trained, load_trained
 from pyflowkern.train.config import ConfigError
 from pyflowkern.train.contexts import ContextOf, contexts_of, with_context
+from pyflowkern.train.generators import forked_generators, seed_generators
 from pyflowkern.train.model import evaluation
 from pyflowkern.train.plots import save_grid
 from pyflowkern.train.progress import progress
@@ -124,13 +125,14 @@ def _drawing(trained: Trained, n: int, seed: int, bar: bool | None) -> Iterator[
     """Run the block with the seed, the threads and the signals of drawing, and give it the bar's function."""
     shape = tuple(trained.facts["shape"])
     threads = trained.config.threads
+    device = next(trained.model.parameters()).device
     with (
-        torch.random.fork_rng(),
+        forked_generators(device),
         limited_threads(trained.model, min(n, _part(shape)), shape, threads),
         signals_raise(),
         progress("sample", n, bar) as advance,
     ):
-        torch.manual_seed(seed)
+        seed_generators(seed, device)
         yield advance
 
 

@@ -17,6 +17,7 @@ from pyflowkern.flows import Flow
 from pyflowkern.train.bridges import BRIDGE, DataBridge
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.data_model import DataFlow, DataModel
+from pyflowkern.train.generators import forked_generators, seed_generators
 
 __all__ = [
     "BRIDGE",
@@ -190,8 +191,8 @@ def evaluation(model: DataModel, seed: int) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with forked_generators(device := next(model.parameters()).device):
+            seed_generators(seed, device)
             yield
     finally:
         model.train(was_training)

@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -15,11 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from pyflowkern.data import Batch, Batches, DataSet, step_seed
 from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.data_model import DataModel
+from pyflowkern.train.generators import forked_generators, seed_generators
 from pyflowkern.train.model import data_facts
 from pyflowkern.train.ranks import check_alike, check_shares, start_together, sum_of_all
 from pyflowkern.train.signals import StopSignals
 
-__all__ = ["FlowModule", "MovingAverage", "TrainingDiverged", "learning_rate", "seed_generators"]
+__all__ = ["FlowModule", "MovingAverage", "TrainingDiverged", "learning_rate"]
 
 #: The tensors of a module and of its copy, a name in both, and whether it is a weight (else a buffer).
 _Slot = tuple[dict[str, Tensor], dict[str, Tensor], str, bool]
@@ -46,14 +48,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what a step draws from: ``torch.manual_seed``, which visits every kind of device, costs more than a step."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 class MovingAverage(nn.Module):
@@ -157,7 +151,12 @@ class FlowModule(LightningModule):
         self.batches = Batches(self.data, size, seed, rank=self.rank, ranks=self.ranks)
         check_shares(self.batches.rows, self.ranks)
         if self.ranks > 1:
-            start_together(self.model)
+            start_together(self.model, dist.group.WORLD)
+
+    def teardown(self, stage: str) -> None:
+        """Let the flow be that of this process alone, whose next call waits for no other."""
+        if self.ranks > 1:
+            start_together(self.model, None)
 
     def on_fit_start(self) -> None:
         """Compare what the processes have read."""
@@ -274,7 +273,7 @@ class FlowModule(LightningModule):
         was_training = model.training
         model.eval()
         self.on_validation_epoch_start()
-        with torch.random.fork_rng():
+        with forked_generators(self.device):
             for place in self._places():
                 self._score(model, place)
         model.train(was_training)
@@ -286,7 +285,7 @@ class FlowModule(LightningModule):
         Every evaluation has the same dequantisation noise, whichever process scores the part.
         """
         if place < len(self._held_out):
-            rows = self.data.validation.split(_PART)[place].to(self.device)
+            rows = self.data.validation[place * _PART : (place + 1) * _PART].to(self.device)
             seed = self.config.seed  # of the first part, as in evaluations of a checkpoint
             seed_generators(step_seed(seed, place) if place else seed, self.device)
             self._held_out[place] = len(rows) * model.objective(rows)[1].double()

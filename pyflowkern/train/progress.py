@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ def progress(
     Args:
         what: stands in front of the bar.
         total: how many rows there are; None where nobody knows.
-        shown: whether there is a bar; None for one if stderr is a terminal.
+        shown: whether there is a bar; None for one if stderr is a terminal, of the first process alone where several
+            are started together.
     """
     from tqdm import tqdm
 
@@ -33,8 +35,14 @@ def progress(
         unit=" rows",
         unit_scale=True,
         file=sys.stderr,
-        disable=not (shown if given else sys.stderr.isatty()),
+        disable=not (shown if given else sys.stderr.isatty() and _is_first()),
         delay=0.0 if given else DELAY,
         leave=given,
     ) as bar:
         yield bar.update
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the processes that torchrun, Lightning or SLURM have started."""
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
 from pyflowkern.data import Batches, DataSet
@@ -25,6 +27,7 @@ __all__ = [
     "ProcessLost",
     "check_alike",
     "check_shares",
+    "check_started",
     "lost_processes",
     "start_together",
     "started_by_torchrun",
@@ -45,11 +48,15 @@ class ProcessLost(RuntimeError):
 
 def started_by_torchrun(config: TrainConfig) -> TrainConfig:
     """Return the config with as many processes as torchrun has started; as it is without torchrun."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if not _by_torchrun():
         return config
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = int(os.environ["WORLD_SIZE"]) // devices
     return TrainConfig.create(config.to_dict() | {"devices": devices, "nodes": nodes})
+
+
+def _by_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def strategy_options(config: TrainConfig, model: DataModel, data: DataSet) -> dict[str, Any]:
@@ -66,6 +73,30 @@ def strategy_options(config: TrainConfig, model: DataModel, data: DataSet) -> di
             find_unused_parameters=_has_idle_parameters(model, data, config.seed),
         )
     return options
+
+
+def check_started(strategy: Strategy, config: TrainConfig) -> None:
+    """Raise ConfigError unless the processes of the run are those that somebody starts.
+
+    Else they would wait for others, or each would train alone and write the same files.
+    """
+    devices, nodes = config.devices, config.nodes
+    environment = getattr(strategy, "cluster_environment", None)
+    of_slurm = isinstance(environment, SLURMEnvironment)
+    tasks = 1 if _by_torchrun() else int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks != (devices * nodes if of_slurm else 1):
+        raise ConfigError(
+            f"devices={devices} and nodes={nodes} want {devices * nodes} processes, and srun has started {tasks}: give "
+            "srun as many tasks, and --devices and --nodes as it has them (in interactive allocations use torchrun)"
+        )
+    by_hand = isinstance(environment, LightningEnvironment)
+    if nodes > 1 and by_hand and "NODE_RANK" not in os.environ:
+        raise ConfigError(
+            f"a run of {nodes} machines is started on each of them, by torchrun or SLURM, or with MASTER_ADDR, "
+            "MASTER_PORT and NODE_RANK in the environment; --nodes 1 runs on this machine alone"
+        )
+    if environment is not None:
+        environment.validate_settings(num_devices=devices, num_nodes=nodes)
 
 
 def check_shares(rows: int, ranks: int) -> None:
@@ -89,11 +120,11 @@ def _has_idle_parameters(model: DataModel, data: DataSet, seed: int) -> bool:
     return any(p.requires_grad and p.grad is None for p in trial.parameters())
 
 
-def start_together(model: torch.nn.Module) -> None:
-    """Make layers that start from data, or normalize by them, take the batch of all processes."""
+def start_together(model: torch.nn.Module, group: Any) -> None:
+    """Let layers that start from data, or normalize by them, take the batches of a group of processes; None: of one."""
     for layer in model.modules():
         if isinstance(layer, (ActNorm, BatchNorm)):
-            layer.process_group = dist.group.WORLD
+            layer.process_group = group
 
 
 def check_alike(facts: dict[str, Any]) -> None:
@@ -123,7 +154,9 @@ def lost_processes(out: Path, ranks: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        known = isinstance(error, dist.DistError) or any(word in text for word in _LOST)
+        known = isinstance(error, dist.DistError) or (
+            type(error) is RuntimeError and any(word in text for word in _LOST)
+        )
         text = re.sub(r"^\[/[^\]]*\] *", "", text)  # the place in gloo's sources
         if ranks < 2 or not known:
             raise

@@ -29,6 +29,7 @@ from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import build, with_defaults, with_earlier_defaults
 from pyflowkern.train.module import FlowModule, TrainingDiverged
 from pyflowkern.train.ranks import (
+    check_started,
     lost_processes,
     started_by_torchrun,
     strategy_options,
@@ -189,6 +190,7 @@ def _trainer(module: FlowModule, out: Path, done: int) -> tuple[Trainer, History
         logging.getLogger(name).setLevel(logging.ERROR)
     # an "epoch" of Lightning is the steps up to the next evaluation; it counts those of this process alone
     rounds = -(-config.steps // config.every) - done // config.every if done < config.steps else 0
+    options = strategy_options(config, module.model, module.data)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
@@ -203,9 +205,11 @@ def _trainer(module: FlowModule, out: Path, done: int) -> tuple[Trainer, History
                 num_sanity_val_steps=0,
                 enable_model_summary=False,
                 enable_progress_bar=bar,
-                **strategy_options(config, module.model, module.data),
+                **options,
             )
-    except (MisconfigurationException, ValueError) as error:  # more devices than there are
+        check_started(trainer.strategy, config)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        # more devices than there are, or other processes than srun has started
         raise ConfigError(" ".join(str(error).split())) from None
     return trainer, history
 

@@ -15,6 +15,7 @@ from laws import normal
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from pyflowkern import flows, nn
 
@@ -89,10 +90,21 @@ def direct_calls():
             warnings.simplefilter("error")
             flow.log_prob(x)  # once
     flow = fresh_flow("RealNVP")
+    flow.log_prob(x)  # layers start before anything is computed again
+    wrapped = DistributedDataParallel(Again(flow))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped(x).backward()  # calls the flow again, outside of the wrapper's forward
+    flow = fresh_flow("RealNVP")
     DistributedDataParallel(flow)  # is gone at once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         flow.log_prob(x)
+
+
+class Again(flows.NegativeLogLikelihood):
+    def forward(self, x):
+        return -checkpoint(self.flow.log_prob, x, use_reentrant=False).mean()
 
 
 def shard(flow, steps):
@@ -208,6 +220,19 @@ def not_registered():
         flow.sample(4, context)
 
 
+def other_errors():
+    """An error that has nothing to do with shards is what it was, though the parameters of other steps are sharded."""
+    flow, x, context = CASES["NSF"].make(n=4)
+    shard(flow, steps=True)
+
+    def refuse(*_):
+        raise RuntimeError("this network is out of order")
+
+    next(iter(flow.bijection)).register_forward_hook(refuse)
+    with pytest.raises(RuntimeError, match=r"^this network is out of order$"):
+        flow.log_prob(x, context)
+
+
 def stepped(flow, x):
     """Take a step, and return the optimizer."""
     optimizer = torch.optim.SGD(flow.parameters(), lr=0.1, momentum=0.9)
@@ -232,6 +257,7 @@ def processes(folder):
     starts_sharded()
     parts_alone()
     not_registered()
+    other_errors()
     saves(folder)
     dist.destroy_process_group()
 

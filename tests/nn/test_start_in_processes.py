@@ -11,6 +11,7 @@ from laws import normal
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from pyflowkern import nn
 
@@ -192,6 +193,30 @@ def batch_norm(rank, kind):
     assert torch.equal(wrapped.module.eval()(batch(0))[0], wrapped.module(batch(0))[0])
 
 
+class Again(torch.nn.Module):
+    """Computes its part again in the backward pass, as memory is saved."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def batch_norm_again(rank, kind):
+    """What is called again in the backward pass, where no wrapper's forward runs, exchanges sums as before."""
+    kept, again = normalizing(), normalizing()
+    for module in (kept, Again(again)):
+        wrapped = DistributedDataParallel(module, broadcast_buffers=False)
+        loss_of(wrapped(batch(rank))).backward()
+    for p, q in zip(kept.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+    other = copy.deepcopy(again).train()  # in no wrapper: one process alone may call it
+    if rank == 0:
+        loss_of(Again(other)(batch(0))).backward()
+
+
 def batch_norm_of_input(rank, kind):
     """Gradients of the data are those of what both processes compute; one of them has none at all."""
     mine = (batch(0) if rank == 0 else batch(0)[:0]).requires_grad_()
@@ -232,6 +257,7 @@ SCENARIOS = {
     "batch norm": (batch_norm, "buffers"),
     "batch norm without buffers": (batch_norm, "no buffers"),
     "batch norm, one process without data": (batch_norm_of_input, ""),
+    "batch norm, computed again": (batch_norm_again, ""),
     "batch norm of each process": (batch_norm_of_each, ""),
     "Join with uneven inputs": (uneven, ""),
     "bad samples": (spoilt, ""),

@@ -59,18 +59,27 @@ RUNS = {
         "flow_args": {"hidden": [8], "method": "rk4", "step_size": 0.5},
         "batch_size": 256,
     },
+    "bridge": {  # whose networks are trained in turns
+        "data": TrainConfig().data,
+        "data0": "t.csv",
+        "data1": "other.csv",
+        "flow": "SchrodingerBridge",
+        "flow_args": {"method": "dsbm_ipf", "hidden": [8], "steps": 4, "iteration_calls": 3},
+        "batch_size": 256,
+    },
 }
 #: How far training and held-out scores may lie from those of one process, relatively: by rounding; by what Adam makes
 #: of it in layers that begin where their gradient is zero, and so is nothing but rounding; by other draws of noise.
 ROUNDING, FROM_ZERO = (1e-6, 1e-6), (2e-3, 2e-3)
 CLOSE = {"actnorm": FROM_ZERO, "batch norm": FROM_ZERO}
-CLOSE |= {"pixels": (5e-3, 2e-3), "flow matching": (0.2, 5e-3)}
+CLOSE |= {"pixels": (5e-3, 2e-3), "flow matching": (0.2, 5e-3), "bridge": (0.5, 0.1)}
 
 
 def config(folder, name, out, **changes):
     options = {"data": "t.csv", "out": str(out), **COMMON, **RUNS[name], **changes}
-    if options["data"].endswith(".csv"):
-        options["data"] = str(folder / options["data"])
+    for key in ("data", "data0", "data1"):
+        if options.get(key, "").endswith(".csv"):
+            options[key] = str(folder / options[key])
     return TrainConfig.create(options)
 
 
@@ -113,6 +122,8 @@ def processes(folder):
         run = train(config(folder, name, folder / "two" / name))
         assert run.rank == rank
         assert rank == 0 or [row["step"] for row in run.history] == [0, 4, 8]
+        # the trained flow is one process's own, whose next training step waits for no other
+        assert not any(getattr(m, "process_group", None) for m in run.module.modules())
     in_a_trainer_of_its_own(folder, rank)
     other_data(folder, rank)
     one_bad_loss(folder, rank)
@@ -191,6 +202,11 @@ def a_signal_to_one(folder, rank):
     train(chosen, resume=True)
 
 
+def four(folder):
+    """More processes than parts of held-out rows."""
+    train(config(Path(folder), "uneven shares", Path(folder) / "four"))
+
+
 def slowly(folder, out):
     """Train, printing each step."""
     step = FlowModule.training_step
@@ -227,9 +243,19 @@ def test_two_processes_have_the_curve_of_one(folder, two, name):
     for row, wanted in zip(found, expected, strict=True):
         for key, close in zip(("train", "held_out"), CLOSE.get(name, ROUNDING), strict=True):
             assert row[key] == pytest.approx(wanted[key], rel=close), (key, row["step"])
-    if name not in ("pixels", "flow matching"):  # layers have started from the whole batch
+    if name not in (
+        "pixels",
+        "flow matching",
+        "bridge",
+    ):  # layers have started from the whole batch
         assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert load_checkpoint(two / name)["pyflowkern"]["config"]["devices"] == 2
+
+
+def test_four_processes_have_it_too(folder, two):
+    ranks.run(__file__, "four", 4, folder)
+    for row, wanted in zip(metrics(folder / "four"), metrics(two / "uneven shares"), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-6)
 
 
 def test_processes_agree_on_the_end(two):
