@@ -167,6 +167,8 @@ class Chains:
         self.owner = owner
         #: The last one first.  Never changed, but replaced: other threads may read it.
         self._known: list[_Found] = []
+        #: How a call went in which a layer waited for its first data, until the next one.
+        self._first: _Found | None = None
 
     def parts(self, layers: list[Any]) -> list[Layer | Run] | None:
         """Return runs, and layers that are called; None where there are no runs."""
@@ -174,7 +176,22 @@ class Chains:
         found = next((each for each in known if each.holds(layers)), None) or _find(layers)
         if not known or found is not known[0]:
             self._known = [found, *(each for each in known if each is not found)][:_STATES]
+        if found.blocked or self._first is not None:
+            found = self._as_before(found)
         return found.parts if found.runs else None
+
+    def _as_before(self, found: _Found) -> _Found:
+        """Return the runs of a call, for one within a backward pass those of the call that it repeats.
+
+        Checkpointing wants the same ops again, and a layer that waited for its data has started since.
+        """
+        before, self._first = self._first, found if found.blocked else None
+        if before is None or found.blocked or torch._C._current_graph_task_id() == -1:
+            return found
+        if before.layers != found.layers or not all(r.watched.unchanged() for r in before.runs):
+            return found
+        self._first = before  # there may be other calls to repeat
+        return before
 
     def __reduce__(self) -> tuple[type[Chains], tuple[()]]:
         """Copies and pickles start empty."""

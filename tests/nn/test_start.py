@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from laws import normal
+from torch.utils.checkpoint import checkpoint
 
 from pyflowkern import flows, nn
 
@@ -178,6 +179,21 @@ def test_a_functional_call_initialises_the_given_parameters():
     assert torch.equal(z, nn.ActNorm(3)(x)[0])
     assert not layer.initialized
     assert torch.equal(layer(x)[0], z)  # the layer itself was not initialised before
+
+
+@every_flow
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_first_step_may_be_computed_again(name, reentrant):
+    """torch's checkpointing wants the same ops in the backward pass, and the layers have started since."""
+    flow = FLOWS[name]()
+    alone, x = copy.deepcopy(flow), data(flow).requires_grad_()
+    for _ in range(2):
+        for each in (flow, alone):
+            each.zero_grad()
+        checkpoint(flow.log_prob, x, use_reentrant=reentrant).sum().backward()
+        alone.log_prob(x).sum().backward()
+        for p, q in zip(alone.parameters(), flow.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
