@@ -101,13 +101,20 @@ def _curves() -> Iterator[dict[str, Any]]:
             }
 
 
-def _worker(agent: int, rank: int) -> int:
+def _check_runs(agent: subprocess.Popen[bytes]) -> None:
+    """Stop where torchrun has ended before it should, which nobody is to wait for."""
+    if agent.poll() is not None:
+        raise SystemExit(f"a run to kill ended by itself: {Path('killed.log').read_text()}")
+
+
+def _worker(agent: subprocess.Popen[bytes], rank: int) -> int:
     """Return the id of the process that torchrun has started as this rank, waiting for it."""
     while True:
+        _check_runs(agent)
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int(re.search(r"PPid:\s+(\d+)", (path / "status").read_text())[1])  # type: ignore[index]
-                if parent == agent and f"\0RANK={rank}\0" in (path / "environ").read_text():
+                if parent == agent.pid and f"\0RANK={rank}\0" in (path / "environ").read_text():
                     return int(path.name)
             except OSError:  # it has ended
                 continue
@@ -124,8 +131,9 @@ def _recovery() -> Iterator[dict[str, Any]]:
         command = _command(2, *words)
         agent = subprocess.Popen(command, env=_environment_of_runs(), stdout=log, stderr=log)
         while f"step {2 * every:>6}/" not in Path("killed.log").read_text():
+            _check_runs(agent)
             time.sleep(0.05)
-        os.kill(_worker(agent.pid, 1), signal.SIGKILL)
+        os.kill(_worker(agent, 1), signal.SIGKILL)
         begin = time.perf_counter()
         agent.wait()
         seconds = time.perf_counter() - begin
