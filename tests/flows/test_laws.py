@@ -8,7 +8,7 @@ import torch
 from cases.flows import FLOWS, IAF, MAF, NSF, Glow, RealNVP
 from laws import check_gradients, randomize
 from laws import module_checks as laws
-from laws.op_checks import STRIDES
+from laws.graph_checks import STRIDES
 
 from pyflowkern import flows, nn
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from laws.bijections import jacobian_log_det
 from laws.draws import normal
@@ -13,9 +12,6 @@ from laws.ops import hold, results, run
 #: Of the same float64 quantity by two formulas, some hundred operations each: a kernel's and autograd's, or the two
 #: sides of an inner product.  Rounding errors, enlarged by ill-conditioned samples, take some of the 16 digits.
 TWO_FORMULAS = 1e-9
-#: Of float32 results and gradients, in whose sums a compiler changes the order and fuses operations; the absolute bound
-#: is for sums that cancel.
-COMPILED_RTOL, COMPILED_ATOL = 1e-4, 1e-5
 
 
 def check_errors(case, sample, layout=None):
@@ -26,7 +22,7 @@ def check_errors(case, sample, layout=None):
 def check_second_derivatives(case):
     """Derivatives are those of differences, the first and the second; those that may go on are those that may not."""
     for sample in case.small(torch.float64):
-        function, leaves = _of_leaves(case.op, sample)
+        function, leaves = of_leaves(case.op, sample)
         smooth = [i for i, t in enumerate(function(*leaves)) if t.requires_grad]
         if smooth:
             once, again = (_gradients(function, leaves, smooth, graph) for graph in (False, True))
@@ -39,7 +35,7 @@ def check_second_derivatives(case):
 def check_gradients_of_parts(case):
     """Gradients of one result alone, and those of one argument alone, are those of plain PyTorch."""
     for sample in case.small(torch.float64):
-        (ours, leaves), (plain, _) = (_of_leaves(f, sample) for f in (case.op, case.reference))
+        (ours, leaves), (plain, _) = (of_leaves(f, sample) for f in (case.op, case.reference))
         smooth = [i for i, t in enumerate(ours(*leaves)) if t.requires_grad]
         parts = [([i], None) for i in smooth] + [(smooth, j) for j in range(len(leaves)) if smooth]
         for wanted, j in parts:
@@ -64,7 +60,7 @@ def _gradients(function, given, wanted, create_graph=False):
     )
 
 
-def _of_leaves(function, sample):
+def of_leaves(function, sample):
     """Return a function of the differentiated tensors alone, and these, which require gradients."""
     flat, spec = pytree.tree_flatten(sample.tensors)
     places = [
@@ -283,7 +279,7 @@ def _some(function, wanted):
 def check_function_transforms(case):
     """``jvp`` is the adjoint of the gradient, ``vmap`` a loop, ``grad`` autograd."""
     for sample in case.small(torch.float64):
-        function, leaves = _of_leaves(case.op, sample)
+        function, leaves = of_leaves(case.op, sample)
         found = function(*leaves)
         smooth = [i for i, t in enumerate(found) if t.requires_grad]
         leaves = tuple(t.detach() for t in leaves)
@@ -312,91 +308,3 @@ def check_function_transforms(case):
         if leaves:
             for a, *b in zip(torch.func.vmap(function)(*many), *one_by_one, strict=True):
                 torch.testing.assert_close(a, torch.stack(b))
-
-
-class Recorded(TorchDispatchMode):
-    """The ops of this package that run inside, with a copy of their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "pyflowkern":
-            copy = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
-        found = func(*args, **kwargs or {})
-        if func.namespace == "pyflowkern":
-            key = (str(func), str(pytree.tree_map(_kind, (args, found))))
-            self.calls.setdefault(key, (func, copy))
-        return found
-
-
-def _kind(value):
-    """Return what may matter to a schema: not sizes and numbers."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.dim(), value.is_contiguous()
-    return type(value)
-
-
-def recorded(case, dtype=torch.float32):
-    """Return the calls of registered ops that a case comes to, one of each kind."""
-    with Recorded() as seen:
-        for sample in case.small(dtype):
-            run(case.op, sample)
-    return list(seen.calls.values())
-
-
-#: What ``torch.library.opcheck`` looks at; the last traces a graph of symbolic shapes, which takes most of the time.
-REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
-TRACED = "test_aot_dispatch_dynamic"
-
-
-def check_registration(case):
-    """``torch.library.opcheck`` of every op that runs, with gradients where it has a formula.
-
-    Of other dtypes only the shapes, strides and dtypes that a compiler is told can be wrong.
-    """
-    traced = set()
-    for func, args in recorded(case):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Autograd"):
-            args = pytree.tree_map_only(
-                torch.Tensor, lambda t: t.requires_grad_(t.is_floating_point()), args
-            )
-        kind = func, sum(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(args))
-        more = () if kind in traced else (TRACED,)  # one graph for each op and number of tensors
-        torch.library.opcheck(func, args, test_utils=(*REGISTERED, *more))
-        traced.add(kind)
-    for dtype in {torch.bfloat16, torch.float64} & {*case.dtypes}:
-        for func, args in recorded(case, dtype):
-            torch.library.opcheck(func, args, test_utils="test_faketensor")
-
-
-#: Inductor without kernels of its own: it lays out memory, reuses it and compares the strides of every result with what
-#: it was told, as ever, but calls torch for the rest in place of writing C++, whose compilation takes most of the time.
-#: Nothing may come from its cache, which does not see that an op now tells something else.
-STRIDES = {"fallback_by_default": True, "fx_graph_cache": False}
-
-
-def check_compiles(case, compiler, which, options=None):
-    """Into one graph, which has the same values and gradients, for ``which`` of the small samples."""
-    samples = [*case.small(torch.float32)]
-    for sample in samples[which] or samples:
-        function, leaves = _of_leaves(case.op, sample)
-
-        def loss(*given, function=function):
-            found = function(*given)
-            return sum((t.cos() * t).sum() for t in found), found
-
-        compiled = torch.compile(loss, fullgraph=True, backend=compiler, options=options)
-        for f in (loss, compiled):
-            total, values = f(*leaves)
-            found = [*values]
-            if isinstance(total, torch.Tensor) and total.requires_grad:
-                options = {"allow_unused": True, "materialize_grads": True}
-                found += torch.autograd.grad(total, leaves, **options)
-            if f is loss:
-                expected = found
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(
-                a, b, rtol=COMPILED_RTOL, atol=COMPILED_ATOL, equal_nan=True
-            )

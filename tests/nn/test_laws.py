@@ -5,7 +5,7 @@ import torch
 from cases.nn import LAYERS
 from laws import module_checks as laws
 from laws import normal
-from laws.op_checks import STRIDES
+from laws.graph_checks import STRIDES
 from torch.distributions import Independent, Normal, TransformedDistribution
 
 from pyflowkern import flows, nn

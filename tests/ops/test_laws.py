@@ -2,6 +2,7 @@
 
 import pytest
 from cases import CASES
+from laws import graph_checks as graphs
 from laws import op_arguments as arguments
 from laws import op_checks as laws
 
@@ -102,21 +103,21 @@ def test_function_transforms(backend, case):
 @each
 @kernels
 def test_registration(backend, case):
-    laws.check_registration(case)
+    graphs.check_registration(case)
 
 
 @each
 @both
 def test_compiles_into_one_graph(backend, case, request):
     reference = request.node.callspec.params["backend"] == "reference"  # long graphs of one kind
-    laws.check_compiles(case, "aot_eager", slice(1) if reference else slice(1, 3))
+    graphs.check_compiles(case, "aot_eager", slice(1) if reference else slice(1, 3))
 
 
 @each
 @kernels
 def test_inductor_finds_the_strides_that_it_was_told(backend, case):
     """And the first sample, which the test above leaves to this one, compiles into one graph."""
-    laws.check_compiles(case, "inductor", slice(1), laws.STRIDES)
+    graphs.check_compiles(case, "inductor", slice(1), graphs.STRIDES)
 
 
 @public
@@ -160,5 +161,5 @@ def test_every_public_op_has_a_case():
 
 @kernels
 def test_every_registered_op_runs_in_a_case(backend):
-    seen = {func._opname for case in CASES for func, _ in laws.recorded(case)}
+    seen = {func._opname for case in CASES for func, _ in graphs.recorded(case)}
     assert set(_library.OPS) == seen
