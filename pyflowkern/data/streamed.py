@@ -7,7 +7,6 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -92,7 +91,9 @@ class Moments:
         total = self.count + count
         apart = mean - self.mean
         self._squares = self._squares + squares + apart.square() * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
+        # of an infinite number the mean is infinite, whichever part it is in
+        means = self.mean + apart * (count / total)
+        self.mean = torch.where(apart.isfinite(), means, self.mean + mean)
         self.count = total
 
     @property
@@ -126,17 +127,18 @@ class Streamed:
     ) -> None:
         self._file, self._held_out, self._seed, self._batch_of = file, held_out, seed, batch_of
         self._counts = [n - held for n, held in zip(file.counts, held_out, strict=True)]
+        self._rows = sum(self._counts)
         self._most = buffer // math.prod(file.shape)
-        self._windows = lru_cache(maxsize=1)(_windows)
+        self._windows: tuple[int, _Windows] | None = None
         self._buffer: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
-        return sum(self._counts)
+        return self._rows
 
     def shuffled(self, seed: int, pass_: int, begin: int, end: int) -> Batch:
         """Return rows by their places in the order of a pass."""
         end = min(end, len(self))
-        windows = self._windows(tuple(self._counts), self._most, step_seed(seed, -2 - pass_))
+        windows = self._windows_of(step_seed(seed, -2 - pass_))
         parts = []
         while begin < end:
             window = bisect_right(windows.begins, begin) - 1
@@ -166,6 +168,11 @@ class Streamed:
             self._buffer = key, rows, torch.randperm(count, generator=generator)
         return self._buffer[1:]
 
+    def _windows_of(self, seed: int) -> _Windows:
+        if self._windows is None or self._windows[0] != seed:
+            self._windows = seed, _windows(self._counts, self._most, seed)
+        return self._windows[1]
+
 
 @dataclass(frozen=True)
 class _Windows:
@@ -175,7 +182,7 @@ class _Windows:
     begins: list[int]
 
 
-def _windows(counts: tuple[int, ...], most: int, seed: int) -> _Windows:
+def _windows(counts: list[int], most: int, seed: int) -> _Windows:
     """Put blocks into a random order, and as many together as have ``most`` rows; a larger one is alone."""
     order = torch.randperm(len(counts), generator=_generator(seed)).tolist()
     groups, sizes = list[list[int]](), list[int]()

@@ -350,11 +350,7 @@ class Flow(FlowForms):
         return self.event_shape
 
     def _latents(
-        self,
-        n: int,
-        context: Tensor | None,
-        temperature: float,
-        generator: torch.Generator | None,
+        self, n: int, context: Tensor | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``n`` latents and a context of each."""
         n = check_count("n", n, 0)

@@ -179,15 +179,19 @@ def _check_rows_independent(flow: Chunked, *, inverse: bool) -> None:
             and not has_statistics(layer)
         )
         if waits or _takes_moments(layer, inverse):
+            how, remedy = "in training mode", "call flow.eval() first"
+            if waits:
+                remedy = "call the flow with a batch first"
+            elif not layer.training:
+                how, remedy = "without running statistics", "call the flow without chunk"
             raise ValueError(
-                f"chunk needs rows that do not depend on each other, but {name}, a {type(layer).__name__} in training "
-                "mode, takes its statistics from all rows of a call: "
-                + ("call the flow with a batch first" if waits else "call flow.eval() first")
+                f"chunk needs rows that do not depend on each other, but {name}, a {type(layer).__name__} {how}, "
+                f"takes its statistics from all rows of a call: {remedy}"
             )
 
 
 def _takes_moments(layer: torch.nn.Module, inverse: bool) -> bool:
-    if not layer.training:
-        return False
+    if isinstance(layer, _BatchNorm):
+        return layer.training or layer.running_mean is None
     # the inverse of our BatchNorm takes its running statistics in both modes
-    return isinstance(layer, _BatchNorm) or (isinstance(layer, BatchNorm) and not inverse)
+    return isinstance(layer, BatchNorm) and layer.training and not inverse

@@ -115,6 +115,15 @@ def test_moments_of_parts_are_those_of_all():
     assert moments.count == 1000
 
 
+@pytest.mark.parametrize("values", [[np.inf, 1, 2], [1, np.inf, 2], [1, 2, -np.inf]])
+def test_moments_of_parts_are_infinite_where_a_number_is(values):
+    moments, rows = Moments(), torch.tensor(values, dtype=torch.float64)
+    for row in rows:
+        moments.update(row[None])
+    assert moments.mean == rows.mean()
+    assert moments.std.isnan()
+
+
 @pytest.mark.parametrize("classes", [False, True])
 def test_contexts_and_classes(path, classes):
     name = "b" if path.suffix == ".parquet" else "2"

@@ -215,3 +215,6 @@ def test_rows_that_depend_on_each_other_are_refused():
     for call in (lambda: flow.log_prob(x, chunk=5), lambda: flow.sample(9, chunk=5)):
         with pytest.raises(ValueError, match=r"a BatchNorm1d in training mode.* flow\.eval\(\)"):
             call()
+    network[1].running_mean = network[1].running_var = None
+    with pytest.raises(ValueError, match=r"a BatchNorm1d without running statistics"):
+        flow.eval().log_prob(x, chunk=5)
