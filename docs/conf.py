@@ -36,7 +36,18 @@ copybutton_prompt_text = ">>> |... |$ "
 copybutton_prompt_is_regexp = True
 
 #: Packages whose public names are all in the reference.
-REFERENCE = ("", ".flows", ".interop", ".nn", ".ode", ".ops", ".testing", ".train", ".transport")
+REFERENCE = (
+    "",
+    ".data",
+    ".flows",
+    ".interop",
+    ".nn",
+    ".ode",
+    ".ops",
+    ".testing",
+    ".train",
+    ".transport",
+)
 
 
 def name_files(app: Sphinx, page: str, source: list[str]) -> None:
