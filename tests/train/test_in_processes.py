@@ -35,6 +35,13 @@ RUNS = {
         "flow_args": {"transforms": 2, "hidden": [8], "autoregressive": True, "mixing": "none"},
         "batch_size": 15,
     },
+    "streamed": {
+        "data": "t.npy",
+        "stream": "always",
+        "flow": "NSF",
+        "flow_args": {"transforms": 2, "hidden": [8], "mixing": "none"},
+        "batch_size": 15,
+    },
     "idle weights": {
         "data": "one.csv",
         "flow": "NSF",
@@ -47,6 +54,11 @@ RUNS = {
         "flow": "MAF",
         "flow_args": {"transforms": 2, "hidden": [8], "batch_norm": True},
         "batch_size": 16,
+    },
+    "reversible": {
+        "flow": "RealNVP",
+        "flow_args": {"steps": 2, "hidden": 8, "memory": "reversible"},
+        "batch_size": 15,
     },
     "pixels": {
         "data": "digits",
@@ -71,14 +83,14 @@ RUNS = {
 #: How far training and held-out scores may lie from those of one process, relatively: by rounding; by what Adam makes
 #: of it in layers that begin where their gradient is zero, and so is nothing but rounding; by other draws of noise.
 ROUNDING, FROM_ZERO = (1e-6, 1e-6), (2e-3, 2e-3)
-CLOSE = {"actnorm": FROM_ZERO, "batch norm": FROM_ZERO}
+CLOSE = dict.fromkeys(("actnorm", "batch norm", "reversible"), FROM_ZERO)
 CLOSE |= {"pixels": (5e-3, 2e-3), "flow matching": (0.2, 5e-3), "bridge": (0.5, 0.1)}
 
 
 def config(folder, name, out, **changes):
     options = {"data": "t.csv", "out": str(out), **COMMON, **RUNS[name], **changes}
     for key in ("data", "data0", "data1"):
-        if options.get(key, "").endswith(".csv"):
+        if options.get(key, "").endswith((".csv", ".npy")):
             options[key] = str(folder / options[key])
     return TrainConfig.create(options)
 
@@ -89,6 +101,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     x = np.random.default_rng(0).normal(size=(3000, 2))
     x[:, 1] = 5 + 3 * x[:, 0] + 0.1 * x[:, 1]
+    np.save(folder / "t.npy", x)
     np.savetxt(folder / "t.csv", x, delimiter=",", fmt="%.6g")
     np.savetxt(folder / "other.csv", 2 * x, delimiter=",", fmt="%.6g")
     np.savetxt(folder / "one.csv", x[:, 1:], delimiter=",", fmt="%.6g")
