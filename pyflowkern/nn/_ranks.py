@@ -57,9 +57,9 @@ def moments_of_all(
     means, variances = rows[:, : len(mean)], rows[:, len(mean) : -1]
     counts = rows[:, -1:].detach()
     total = counts.sum()
-    total_mean = (counts * means).sum(0) / total
-    squares = (counts * (variances + (means - total_mean).square())).sum(0)
-    return total_mean, squares / total, total
+    parts = counts / total  # products with counts could overflow
+    total_mean = (parts * means).sum(0)
+    return total_mean, (parts * (variances + (means - total_mean).square())).sum(0), total
 
 
 def _gathered(rows: Tensor, group: Any) -> Tensor:

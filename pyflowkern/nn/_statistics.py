@@ -23,5 +23,5 @@ class OfStatistics(Bijection):
             # compilers lose additions to a float64 number without axes
             wanted = old.dtype if old.dim() == 0 else accumulation_dtype(new.dtype)  # type: ignore[union-attr]
             if new is not None and new.dtype != wanted:
-                self._buffers[name] = old.to(new.device)
+                self._buffers[name] = old.to(new.device, wanted)
         return self

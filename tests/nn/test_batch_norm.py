@@ -116,6 +116,13 @@ def test_constant_channels_stay_finite():
     assert not z[:, 0].any()
 
 
+def test_statistics_become_float32_where_float64_becomes_half():
+    layer = nn.BatchNorm(3).double()
+    assert layer.running_mean.dtype == torch.float64
+    assert layer.bfloat16().running_mean.dtype == torch.float32
+    assert layer(batch(8, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_stay_float32_in_half_precision(dtype):
     layer = nn.BatchNorm(3).to(dtype)

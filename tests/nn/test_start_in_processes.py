@@ -130,6 +130,16 @@ def spoilt(rank, kind):
         torch.testing.assert_close(layer.state_dict(), single.state_dict())
 
 
+def huge(rank, kind):
+    """Sums of so large numbers would overflow."""
+    x = (normal(30, C, seed=2) * 1e35 + 3e37).float()
+    layer, single = nn.ActNorm(C, process_group=dist.group.WORLD), nn.ActNorm(C)
+    layer(x[:10] if rank == 0 else x[10:])
+    single(x)
+    assert (single.bias < -2e37).all()
+    torch.testing.assert_close(layer.state_dict(), single.state_dict())
+
+
 def one_exchange(rank, kind):
     """A layer's start is one collective, and so is each of the two passes of a normalization."""
     calls = []
@@ -261,6 +271,7 @@ SCENARIOS = {
     "batch norm of each process": (batch_norm_of_each, ""),
     "Join with uneven inputs": (uneven, ""),
     "bad samples": (spoilt, ""),
+    "huge numbers": (huge, ""),
     "one exchange": (one_exchange, ""),
 }
 
