@@ -30,16 +30,25 @@ def limited_threads(
         rows: the size of a batch.
         shape: the shape of a row; every weight is taken to work once for each of its pixels.
         threads: how many, or 0.
-        processes: how many share this machine: as many share its threads, unless OMP_NUM_THREADS says how many.
+        processes: how many share this machine: as many share its threads, unless OMP_NUM_THREADS or SLURM says how
+            many each has.
     """
     before = torch.get_num_threads()
     weights = sum(p.numel() for p in model.parameters())
     if not threads:
         work = weights * rows * math.prod(shape[1:])
-        most = before if "OMP_NUM_THREADS" in os.environ else max(1, before // processes)
-        threads = 1 if work < _WORTH_SHARING else most
+        threads = 1 if work < _WORTH_SHARING else _own_threads(before, processes)
     torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _own_threads(most: int, processes: int) -> int:
+    """Return how many threads a process has for itself."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return most
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
+        return min(most, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, most // processes)

@@ -13,6 +13,7 @@ from pyflowkern.train.config import ConfigError
 from pyflowkern.train.model import build, score
 from pyflowkern.train.progress import progress
 from pyflowkern.train.ranks import ProcessLost, lost_processes
+from pyflowkern.train.threads import limited_threads
 
 SMALL = {
     "data": "digits",
@@ -76,6 +77,29 @@ def test_processes_that_nobody_starts(tmp_path, monkeypatch, changes, variables,
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(**SMALL, out=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 2),
+        ({"OMP_NUM_THREADS": "8"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"SLURM_CPUS_PER_TASK": "16", "SLURM_STEP_NUM_TASKS": "4"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "4"}, 2),  # a script that srun has not started
+    ],
+    ids=str,
+)
+def test_threads_of_each_of_four_processes(monkeypatch, variables, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with limited_threads(torch.nn.Linear(1000, 1000), 1000, (1000,), processes=4):
+        pass
+    assert chosen == [threads, 8]
 
 
 def test_only_the_first_process_shows_a_bar(monkeypatch, capsys):
