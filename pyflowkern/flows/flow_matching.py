@@ -253,7 +253,8 @@ class FlowMatching(CNF):
         """
         self._check_data("x", x)
         context = self._context_of(context, x.shape[0])
-        return -self._field(s, x, context)
+        velocity: Tensor = self._run(self._field, s, x, context)
+        return -velocity
 
     def _field(self, s: Tensor | float, x: Tensor, context: Tensor | None) -> Tensor:
         """Return the velocity from data to base."""
@@ -304,6 +305,13 @@ class FlowMatching(CNF):
         elif x0.shape != x1.shape:
             raise ValueError(f"x0 must have shape {tuple(x1.shape)}, got {tuple(x0.shape)}")
         self._check_dtype("x0", x0)
+        loss: Tensor = self._run(self._error, x0, x1, context, generator)
+        return loss
+
+    def _error(
+        self, x0: Tensor, x1: Tensor, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return the mean squared error of the velocity between base and data."""
         matcher: Any = self.coupling
         if context is not None and hasattr(matcher, "guided_sample_location_and_conditional_flow"):
             s, xs, us, _, context = matcher.guided_sample_location_and_conditional_flow(

@@ -218,6 +218,17 @@ def not_registered():
     fully_shard(flow)
     with pytest.raises(RuntimeError, match=r"bijection\..* of the flow is sharded .*'sample'"):
         flow.sample(4, context)
+    flow, x, context = CASES["FlowMatching"].make(n=4)
+    arguments = {"loss": (x, context), "velocity": (0.5, x, context)}
+    for method, given in arguments.items():
+        torch.manual_seed(1)
+        expected = getattr(flow, method)(*given)
+        other = fully_shard(copy.deepcopy(flow))
+        with pytest.raises(RuntimeError, match=r"of the flow is sharded over processes"):
+            getattr(other, method)(*given)
+        register_fsdp_forward_method(other, method)
+        torch.manual_seed(1)
+        close(getattr(other, method)(*given), expected)
 
 
 def other_errors():
