@@ -8,7 +8,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -140,6 +139,7 @@ class FlowModule(LightningModule):
         self.signals = StopSignals()
         self.rank, self.ranks = 0, 1
         self._round: list[Tensor] = []
+        self._joined: list[Any] = []
         self._held_out = torch.zeros(0)
         self.facts = data_facts(data)
         self.unit = model.curve_unit
@@ -151,12 +151,12 @@ class FlowModule(LightningModule):
         self.batches = Batches(self.data, size, seed, rank=self.rank, ranks=self.ranks)
         check_shares(self.batches.rows, self.ranks)
         if self.ranks > 1:
-            start_together(self.model, dist.group.WORLD)
+            self._joined += start_together(self.model)
 
     def teardown(self, stage: str) -> None:
         """Let the flow be that of this process alone, whose next call waits for no other."""
-        if self.ranks > 1:
-            start_together(self.model, None)
+        while self._joined:
+            self._joined.pop().process_group = None
 
     def on_fit_start(self) -> None:
         """Compare what the processes have read."""

@@ -120,11 +120,16 @@ def _has_idle_parameters(model: DataModel, data: DataSet, seed: int) -> bool:
     return any(p.requires_grad and p.grad is None for p in trial.parameters())
 
 
-def start_together(model: torch.nn.Module, group: Any) -> None:
-    """Let layers that start from data, or normalize by them, take the batches of a group of processes; None: of one."""
-    for layer in model.modules():
-        if isinstance(layer, (ActNorm, BatchNorm)):
-            layer.process_group = group
+def start_together(model: torch.nn.Module) -> list[ActNorm | BatchNorm]:
+    """Let layers that start from data, or normalize by them, take the batches of all processes; return which.
+
+    Those that were given a group keep it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (ActNorm, BatchNorm))]
+    joined = [layer for layer in layers if layer.process_group is None]
+    for layer in joined:
+        layer.process_group = dist.group.WORLD
+    return joined
 
 
 def check_alike(facts: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import pyflowkern
+from pyflowkern.nn import ActNorm
 from pyflowkern.train import FlowModule, TrainConfig, TrainingInterrupted, train
 from pyflowkern.train.bridges import load_data
 from pyflowkern.train.checkpoint import load_checkpoint
@@ -150,11 +151,15 @@ def in_a_trainer_of_its_own(folder, rank):
     chosen = config(folder, "actnorm", folder / "unused", every=2)
     data = load_data(chosen)
     module = FlowModule(chosen, data, build(chosen, data))
+    given, *others = (m for m in module.model.modules() if isinstance(m, ActNorm))
+    given.process_group = torch.distributed.group.WORLD  # a group of the user's stays
     off = ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar")
     options = {"strategy": "ddp", "accelerator": "cpu", "devices": 2, "max_epochs": 1}
     trainer = Trainer(**options, **dict.fromkeys(off, False))
     trainer.fit(module)
     assert module.step == 2
+    assert given.process_group
+    assert not any(layer.process_group for layer in others)
     assert set(trainer.callback_metrics) == {"held_out"}
     found = [None, None]
     weights = {name: t.tolist() for name, t in module.state_dict().items()}
