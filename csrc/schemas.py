@@ -10,13 +10,35 @@ import torch
 
 from pyflowkern._library import OPS
 
+HEAD = """\
+// Written by csrc/schemas.py.
+#include <torch/csrc/stable/library.h>
+
+#include <exception>
+
+static const char* const kSchemas[] = {"""
+
+#: An exception that leaves here would end the process.
+TAIL = """\
+};
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyflowkern, m) {
+  for (const char* schema : kSchemas) {
+    try {
+      m.def(schema);
+    } catch (const std::exception&) {
+      return;  // the Python package, or a copy of this library, has defined all of them
+    }
+  }
+}
+"""
+
 
 def source() -> str:
     """Return C++ that defines all ops."""
     schemas = [str(getattr(torch.ops.pyflowkern, op).default._schema) for op in OPS]
-    lines = [f'  m.def(R"({schema.removeprefix("pyflowkern::")})");' for schema in schemas]
-    head = "// Written by csrc/schemas.py.\n#include <torch/csrc/stable/library.h>\n"
-    return "\n".join([head, "STABLE_TORCH_LIBRARY_FRAGMENT(pyflowkern, m) {", *lines, "}", ""])
+    lines = [f'    R"({schema.removeprefix("pyflowkern::")})",' for schema in schemas]
+    return "\n".join([HEAD, *lines, TAIL])
 
 
 if __name__ == "__main__":

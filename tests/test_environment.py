@@ -110,3 +110,18 @@ def test_a_library_without_our_functions_is_refused(monkeypatch):
     monkeypatch.setattr(_library.ctypes, "CDLL", lambda path: object())
     found = _library._problem("cpu", Path(NAME), frozenset({"affine"}))
     assert "is not pyflowkern's library: it has no SIMD levels" in found
+
+
+def test_the_schemas_of_exported_programs_change_nothing_where_they_are_known(tmp_path):
+    """An exception in a library that is being loaded would end the process."""
+    _library.require_kernels("cpu")
+    schemas = _library._loaded["cpu"].parent / "libpyflowkern_schemas.so"
+    copy = shutil.copy(schemas, tmp_path)
+    load = "; ".join(f"torch.ops.load_library({str(path)!r})" for path in (schemas, copy))
+    code = f"import torch, pyflowkern; {load}; print(pyflowkern.ops.logit(torch.zeros(2, 1))[1])"
+    result = fresh.run(code)
+    assert result.returncode == 0, result.stderr
+    assert "tensor" in result.stdout
+    result = fresh.run(f"import torch; {load}; print(torch.ops.pyflowkern.logit.default._schema)")
+    assert result.returncode == 0, result.stderr
+    assert "alpha" in result.stdout
