@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyflowkern._library import kernel_serves
+from pyflowkern._library import kernel_serves, observed
 from pyflowkern.core.activations import ACTIVATIONS
 from pyflowkern.core.dtypes import full_precision
 from pyflowkern.core.lists import quick_apply
@@ -208,7 +208,7 @@ class _FieldLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             gradients = _FieldLoss.run(ctx, ctx.saved_tensors)[1]
-        if float(grad) != 1:
+        if observed() or type(grad) is not Tensor or float(grad) != 1:  # who traces has no numbers
             torch._foreach_mul_(gradients, grad)
         of_inputs: list[Tensor | None] = [None, None, None]
         if ctx.inputs:  # x, the target, and if it was given what is joined

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from cases.field_loss import sample
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyflowkern import _library
@@ -102,3 +104,41 @@ def test_tensors_that_do_not_fit_are_an_error_of_the_kernel():
                 _op(*tensors, *lists[:i], wrong, *lists[i + 1 :], *kind)
     with pytest.raises(RuntimeError, match="activation"):
         _op(*tensors, *lists, 9, False, False)
+
+
+def test_a_backward_pass_can_be_traced(backend):
+    """Nothing asks a tensor without numbers for one."""
+    given, other = sample("narrow", 4, torch.float32), sample("narrow", 5, torch.float32)
+    tensors, fixed = given.tensors, given.fixed
+
+    def of_weights(x):
+        weights = [w.detach().requires_grad_() for w in tensors["weights"]]
+        loss = field_loss(**tensors | {"weights": weights}, **fixed | {"x": x})
+        return torch.autograd.grad(3 * loss, weights)
+
+    x = other.fixed["x"][:4]
+    torch.testing.assert_close(make_fx(of_weights)(fixed["x"])(x), of_weights(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        leaf = mode.from_tensor(tensors["weights"][0]).requires_grad_()
+        loss = field_loss(
+            **tensors | {"weights": [leaf, tensors["weights"][1]]}, **fixed | {"x": fake}
+        )
+    (found,) = torch.autograd.grad(loss, leaf)
+    assert found.shape == leaf.shape
+
+
+def test_sizes_that_no_memory_has_are_refused():
+    """Tensors without numbers may say any size, of which products overflow."""
+    _library.require_kernels("cpu")
+    many, no = 2**62, torch.empty(0, 3)
+    weights, biases, rows = [torch.zeros(4, 3)], [torch.zeros(4)], [torch.empty(0, 4)]
+    given = no, torch.empty(0, 4), torch.empty(0, many), None, None, weights, biases, rows
+    with pytest.raises(RuntimeError, match="too many columns"):
+        _op(*given, 0, True, True)
+    wide = [torch.empty(0, many)], [torch.empty(0)], []
+    with pytest.raises(RuntimeError, match="too many columns"):
+        _op(torch.empty(0, many), torch.empty(0, 0), None, None, None, *wide, 0, True, True)
+    tall = [torch.empty(many, 0)], [torch.empty(0)], []
+    with pytest.raises(RuntimeError, match="too many columns"):
+        _op(torch.empty(1, 0), torch.empty(1, 0), None, None, None, *tall, 0, True, True)
