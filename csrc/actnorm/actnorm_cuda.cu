@@ -308,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_grad_cuda(const Tensor& grad_y,
   const DeviceGuard guard(x.get_device_index());
   Plan p = plan_of(x);
   const Tensor gy = with_format(grad_y, p.x.channels_last);
-  const Tensor gl = torch::stable::contiguous(grad_log_det);
+  const Tensor gl = dense_sums(grad_log_det, x);
   const Tensor s = torch::stable::contiguous(log_scale), b = torch::stable::contiguous(bias);
   Tensor grad_x = empty_like_canonical(p.x);
   Tensor gs = empty(s, s.sizes()), gb = empty(b, b.sizes());

@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> run_forward(AffineTensors t) {
 template <RunAffine kRun>
 Tensor run_backward(AffineTensors& t, const Tensor& grad_y, const Tensor& grad_log_det) {
   const Tensor gy = with_format(grad_y, t.x.channels_last);
-  const Tensor gl = torch::stable::contiguous(grad_log_det);
+  const Tensor gl = dense_sums(grad_log_det, t.x.tensor);
   Tensor grad_x = empty_like_canonical(t.x);
   t.args.out = grad_x.mutable_data_ptr();
   t.args.grad_out = gy.const_data_ptr();

@@ -228,7 +228,7 @@ static int block_width(int64_t samples) { return samples >= 256 ? 64 : samples >
 
 static void run_autoregressive_cpu(AutoregressiveArgs& a, const Tensor& x) {
   const int width = block_width(a.samples);
-  const int is_double = dtype_of(x) == kFloat64;
+  const int is_double = is_wide(x);
   const int64_t blocks = (a.samples + width - 1) / width;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(autoregressive_inverse, a, width, is_double, begin, end);

@@ -269,7 +269,7 @@ void launch_family(const AutoregressiveArgs& a, const Tensor& x) {
 
 void run_autoregressive_cuda(AutoregressiveArgs& a, const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
-  with_compute_type(dtype_of(x), [&](auto type) { launch_family<decltype(type)>(a, x); });
+  with_compute_type(full_dtype(x), [&](auto type) { launch_family<decltype(type)>(a, x); });
 }
 
 }  // namespace

@@ -125,8 +125,7 @@ struct Chain {
 
   Chain(const Tensor& like, int64_t samples, const Maybe& context, const Tensor& program,
         const Tensor& numbers, const Tensors& tensors, bool inverse, bool backward)
-      : a(t.args), wide(dtype_of(like) == kFloat64) {
-    STD_TORCH_CHECK(wide || dtype_of(like) == kFloat32, "pyflowkern::chain: float32 or float64");
+      : a(t.args), wide(is_wide(like)) {
     ChainBuilder(t, like, program, numbers, tensors, inverse);
     a.samples = samples;
     STD_TORCH_CHECK(context.has_value() == (a.context > 0) &&

@@ -90,7 +90,7 @@ struct ConvNetwork {
 
   ConvNetwork(const Tensor& x_, const Tensors& weights_, bool residual, bool activate_last,
               bool backward)
-      : x(x_), wide(dtype_of(x_) == kFloat64) {
+      : x(x_), wide(is_wide(x_)) {
     ConvArgs& n = args;
     n.samples = x_.sizes()[0];
     n.height = x_.sizes()[2];

@@ -41,6 +41,15 @@ inline DType dtype_of(const Tensor& t) {
   }
   return kFloat32;
 }
+// That of a tensor for kernels of float32 and float64 alone, which would read others beyond their
+// end.
+inline DType full_dtype(const Tensor& t) {
+  const DType dtype = dtype_of(t);
+  STD_TORCH_CHECK(dtype == kFloat32 || dtype == kFloat64,
+                  "pyflowkern: this op has kernels of float32 and float64 alone");
+  return dtype;
+}
+inline bool is_wide(const Tensor& t) { return full_dtype(t) == kFloat64; }
 
 // An integer of an op's schema as the kind that it names, or the flags that it is made of (see
 // core/codes.h): kernels index and branch with them.
@@ -173,6 +182,13 @@ inline void check_gradient(const Tensor& grad, int64_t count, const Tensor& like
   STD_TORCH_CHECK(grad.numel() == count && grad.scalar_type() == like.scalar_type(),
                   "a gradient must fit its result in size and dtype");
 }
+// Log-dets, their gradients and what all samples share: of the dtype of sums.
+inline Tensor dense_sums(const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == accumulation_type(like),
+      "pyflowkern: log-dets and parameters of all samples are float64 as x is, or float32");
+  return dense(t);
+}
 inline void* data_of(const Tensor& t) { return t.mutable_data_ptr(); }
 // Where the numbers of a tensor lie that may be missing: null stands for that alone, not for a
 // tensor without numbers, which torch may give no address.
@@ -199,7 +215,7 @@ struct Values {
   explicit Values(const std::optional<Tensor>& t) : given(t.has_value()) {
     if (!given) return;
     tensor = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-    wide = tensor.scalar_type() == ScalarType::Double;
+    wide = is_wide(tensor);
     count = tensor.numel();
     data = tensor.mutable_data_ptr();
   }

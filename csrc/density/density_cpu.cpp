@@ -253,7 +253,7 @@ Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& mean,
                        const std::optional<Tensor>& log_std, const std::optional<Tensor>& log_det) {
   NormalTensors t = normal_tensors(z, mean, log_std);
   Tensor out = empty_per_sample(z, t.args.rows);
-  const Tensor add = log_det ? torch::stable::contiguous(*log_det) : Tensor();
+  const Tensor add = log_det ? dense_sums(*log_det, z) : Tensor();
   t.args.log_det = log_det ? address_of(add) : nullptr;
   t.args.out = out.mutable_data_ptr();
   const NormalArgs& a = t.args;
@@ -301,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> normal_log_prob_grad(const Tensor& grad, cons
                                                         int64_t wanted) {
   NormalTensors t = normal_tensors(z, mean, log_std);
   const NormalGrads grads = normal_grads(t, wanted);
-  const Tensor upstream = torch::stable::contiguous(grad);
+  const Tensor upstream = dense_sums(grad, z);
   t.args.grad = upstream.const_data_ptr();
   const NormalArgs& a = t.args;
   const DType dtype = dtype_of(z);

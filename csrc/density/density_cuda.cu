@@ -208,7 +208,7 @@ Tensor normal_log_prob_cuda(const Tensor& z, const std::optional<Tensor>& mean,
   const NormalArgs& a = t.args;
   Tensor out = empty_per_sample(z, a.rows);
   if (a.rows == 0) return out;
-  const Tensor add = log_det ? torch::stable::contiguous(*log_det) : Tensor();
+  const Tensor add = log_det ? dense_sums(*log_det, z) : Tensor();
   with_plan(z, a, [&]<class S, bool kWide, bool kBlock>(const TeamPlan& plan) {
     using T = Compute<S>;
     const Tensor partial = chunk_sums(z, plan);
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> normal_grad_cuda(const Tensor& grad, const Te
   const DeviceGuard guard(z.get_device_index());
   NormalTensors t = normal_tensors(z, mean, log_std);
   NormalGrads grads = normal_grads(t, wanted);
-  const Tensor upstream = torch::stable::contiguous(grad);
+  const Tensor upstream = dense_sums(grad, z);
   t.args.grad = upstream.const_data_ptr();
   const NormalArgs& a = t.args;
   const cudaStream_t stream = current_stream(z);

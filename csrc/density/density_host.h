@@ -16,8 +16,10 @@ struct Parameter {
 
 inline Parameter parameter_of(const std::optional<Tensor>& p, const Canonical& z) {
   if (!p) return {};
-  if (p->dim() == z.tensor.dim()) return {kElement, with_format(*p, z.channels_last)};
-  return {kEvent, torch::stable::contiguous(*p)};
+  if (p->dim() != z.tensor.dim()) return {kEvent, dense_sums(*p, z.tensor)};
+  STD_TORCH_CHECK(p->scalar_type() == z.tensor.scalar_type(),
+                  "pyflowkern: a parameter of each element has the dtype of z");
+  return {kElement, with_format(*p, z.channels_last)};
 }
 
 struct NormalTensors {

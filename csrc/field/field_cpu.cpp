@@ -98,7 +98,7 @@ namespace {
 // out (+)= a b by core/matmul.h, which is faster than torch's BLAS at the sizes of fields.
 void matmul(Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
   constexpr int64_t kDepth = 8192;  // of b packed at a time
-  const bool wide = dtype_of(a) == kFloat64;
+  const bool wide = is_wide(a);
   const int64_t size = wide ? sizeof(double) : sizeof(float);
   MatmulArgs m{};
   m.rows = out.sizes()[0];
@@ -312,7 +312,7 @@ void backward_in_cache(Field& f, bool wide, int64_t size, const FieldGradients& 
 // Sets what tiles of an exact trace need besides the layers, and runs them.
 template <class Run>
 void exact_in_cache(Exact& f, const Run& run) {
-  const bool wide = dtype_of(f.x) == kFloat64;
+  const bool wide = is_wide(f.x);
   const int64_t size = wide ? sizeof(double) : sizeof(float);
   int64_t widest = 0;
   for (const FieldLayer& y : f.layers) widest = y.out_stride > widest ? y.out_stride : widest;
@@ -347,7 +347,7 @@ Tensor OnCpu::exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& k
 
 // ---- ops ---------------------------------------------------------------------------------------
 void run_forward(Field& f, const Tensor& kept) {
-  const bool wide = dtype_of(f.x) == kFloat64;
+  const bool wide = is_wide(f.x);
   if (f.args.flags & kFieldInCache) {
     f.fold_gates();
     forward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float));
@@ -356,7 +356,7 @@ void run_forward(Field& f, const Tensor& kept) {
   }
 }
 void run_backward(Field& f, const Tensor& kept, FieldGradients& to) {
-  const bool wide = dtype_of(f.x) == kFloat64;
+  const bool wide = is_wide(f.x);
   if (f.args.flags & kFieldInCache) {
     f.fold_gates();
     backward_in_cache(f, wide, wide ? sizeof(double) : sizeof(float), to);

@@ -284,7 +284,7 @@ struct OnCuda {
 
 void run_forward(Field& f, const Tensor& kept) {
   bool done = false;
-  with_compute_type(dtype_of(f.x),
+  with_compute_type(full_dtype(f.x),
                     [&](auto type) { done = fused_forward<decltype(type)>(f, stream_of_call); });
   if (!done) wide_forward<OnCuda>(f, kept);
 }

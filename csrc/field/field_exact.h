@@ -139,7 +139,7 @@ struct ExactOutputs {
 
 template <class Device>
 void wide_exact(Exact& f, ExactOutputs& to) {
-  const DType dtype = dtype_of(f.x);
+  const DType dtype = full_dtype(f.x);
   const Tensor ones = f.ones();
   Tensor h = f.x, slopes = f.x;
   for (int l = 0; l < f.hidden; ++l) {
@@ -168,7 +168,7 @@ void wide_exact(Exact& f, ExactOutputs& to) {
 template <class Device>
 Tensor wide_exact_backward(Exact& f, const Tensor& grad_trace, const Tensor& kept,
                            FieldGradients& to) {
-  const DType dtype = dtype_of(f.x);
+  const DType dtype = full_dtype(f.x);
   const Tensor ones = f.ones();
   auto gate_of = [&](int l) { return f.gates.empty() ? nullptr : &to.gates[l]; };
   // from the velocity to the cotangents of the last product

@@ -249,7 +249,7 @@ template <class Device>
 Tensor stacked_input(const Field& f) {
   const FieldArgs& a = f.args;
   Tensor s = empty(f.x, {f.rows(), a.features});
-  Device::stack({a.samples, a.probes, a.features, a.x, a.probe, data_of(s)}, dtype_of(f.x));
+  Device::stack({a.samples, a.probes, a.features, a.x, a.probe, data_of(s)}, full_dtype(f.x));
   return s;
 }
 
@@ -260,7 +260,7 @@ Tensor activated(const Field& f, int l, const Tensor& p, LayerStep step) {
   LayerArgs r = layer_args(f, l, p);
   r.s = data_of(s);
   if (step == kLayerRestore) r.value_kept = has_value(f.args, l);
-  Device::layer(r, step, dtype_of(f.x));
+  Device::layer(r, step, full_dtype(f.x));
   return s;
 }
 
@@ -274,7 +274,7 @@ void wide_forward(const Field& f, const Tensor& kept) {
                                                     : empty(f.x, {f.rows(), f.layers[l].out});
     Device::multiply(p, h, transposed(f.weights[l]));
     if (last) {
-      Device::output(output_args(f, p, input), false, dtype_of(f.x));
+      Device::output(output_args(f, p, input), false, full_dtype(f.x));
     } else {
       h = activated<Device>(f, l, p, kLayerForward);
     }
@@ -323,7 +323,7 @@ Tensors wide_products(const Field& f, const Tensor& kept, const Tensor& input) {
 template <class Device>
 void wide_backward(Field& f, const Tensor& kept, FieldGradients& to) {
   const FieldArgs& a = f.args;
-  const DType dtype = dtype_of(f.x);
+  const DType dtype = full_dtype(f.x);
   const Tensor input = stacked_input<Device>(f);
   Tensors products = wide_products<Device>(f, kept, input);
   int l = a.layers - 1;

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> trace_forward(const Tensor& e, const Tensor& je) {
   Tensor trace = empty(a, {r.rows}), norm = empty(a, {r.rows});
   r.trace = data_of(trace);
   r.norm = data_of(norm);
-  Device::row_dot(r, false, dtype_of(a));
+  Device::row_dot(r, false, full_dtype(a));
   return {trace, norm};
 }
 
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> trace_backward(std::optional<Tensor> grad_trace,
   r.grad_norm = data_of(gn);
   r.grad_a = data_of(grad_a);
   r.grad_b = data_of(grad_b);
-  Device::row_dot(r, true, dtype_of(a));
+  Device::row_dot(r, true, full_dtype(a));
   return {grad_a, grad_b};
 }
 

@@ -98,7 +98,7 @@ Tensor layer_forward_op(const Tensor& p, const Tensor& bias, std::optional<Tenso
   Planes f(p, bias, gate, tangents, activation, false);
   Tensor h = empty_like_canonical(f.p);
   f.args.h = data_of(h);
-  if (!f.nothing()) Device::forward(f, dtype_of(p));
+  if (!f.nothing()) Device::forward(f, full_dtype(p));
   return h;
 }
 
@@ -110,7 +110,7 @@ void layer_inplace_op(const Tensor& p, const Tensor& bias, std::optional<Tensor>
                   "pyflowkern::field_layer_: p must be contiguous or channels_last");
   Planes f(p, bias, gate, tangents, activation, false);
   f.args.h = data_of(p);
-  if (!f.nothing()) Device::forward(f, dtype_of(p));
+  if (!f.nothing()) Device::forward(f, full_dtype(p));
 }
 
 // Gradients of bias and gate; those of p to grad_p, which may be q.
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> layer_gradients(Planes& f, const Tensor& q, const Ten
     a.grad_bias = data_of(of_bias);
   }
   if (f.gated) a.grad_gate = data_of(of_gate);
-  Device::backward(f, dtype_of(like));
+  Device::backward(f, full_dtype(like));
   if (primal) {
     const Tensor top = f.top(grad_p);
     of_bias = torch::stable::view(f.p.channels_last ? channels_to_end(top) : top, {count, width});

@@ -34,6 +34,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
+constexpr int64_t kMostColumns = int64_t{1} << 20;  // tensors without numbers may say any size
 constexpr int64_t kLeastTask = 64, kMostTasks = 16, kMostTile = 96;  // samples, tasks, samples
 
 // An even number of tasks of about equal size: as many threads as there are take equal shares.
@@ -58,13 +59,15 @@ struct Loss {
   Loss(const Tensor& x_, const Tensor& target_, const std::optional<Tensor>& joined,
        const std::optional<Tensor>& scale, const std::optional<Tensor>& weight,
        const Tensors& weights, const Tensors& biases, const Tensors& rows)
-      : x(dense(x_)), target(dense(target_)), wide(dtype_of(x_) == kFloat64) {
+      : x(dense(x_)), target(dense(target_)), wide(is_wide(x_)) {
     STD_TORCH_CHECK(x.dim() == 2 && (!joined || (joined->dim() == 2 && joined->sizes()[1] > 0)),
                     "pyflowkern::field_loss: x and what is joined must be [N, columns]");
     args.samples = x.sizes()[0];
     args.features = x.sizes()[1];
     args.layers = static_cast<int>(weights.size());
     args.joined = joined ? joined->sizes()[1] : 0;
+    STD_TORCH_CHECK(args.features <= kMostColumns && args.joined <= kMostColumns,
+                    "pyflowkern::field_loss: too many columns");
     args.x = x.const_data_ptr();
     args.target = target.const_data_ptr();
     args.c = joined ? of(*joined, args.samples * args.joined, "joined") : x.const_data_ptr();
@@ -80,13 +83,15 @@ struct Loss {
       LossLayer y{};
       y.in = in;
       in = y.out = weights[l].sizes()[0];
+      STD_TORCH_CHECK(in <= kMostColumns, "pyflowkern::field_loss: too many columns");
       y.weight = of(weights[l], y.out * y.in, "a weight");
       y.bias = of(biases[l], y.out, "a bias");
       if (joined) y.rows = of(rows[l], y.out * args.joined, "rows");
       add(y);
     }
     args.outputs = in;
-    STD_TORCH_CHECK(target.numel() == args.samples * in && target.scalar_type() == x.scalar_type(),
+    STD_TORCH_CHECK(target.dim() == 2 && target.sizes()[0] == args.samples &&
+                        target.sizes()[1] == in && target.scalar_type() == x.scalar_type(),
                     "pyflowkern::field_loss: a target of another size or dtype");
     args.layer = layers.data();
   }

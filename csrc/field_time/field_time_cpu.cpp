@@ -96,7 +96,7 @@ namespace {
 
 struct TimeOnCpu {
   static void run(const TimeArgs& a, const Tensor& time, bool backward) {
-    PFK_CALL_LEVEL(time_run, a, backward, dtype_of(time) == kFloat64);
+    PFK_CALL_LEVEL(time_run, a, backward, is_wide(time));
   }
 };
 

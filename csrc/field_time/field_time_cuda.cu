@@ -81,8 +81,7 @@ struct TimeOnCuda {
     PFK_LAUNCH(time_kernel<T>, grid, kThreads, stream, a);
   }
   static void run(const TimeArgs& a, const Tensor& time, bool backward) {
-    dtype_of(time) == kFloat64 ? launch<double>(a, time, backward)
-                               : launch<float>(a, time, backward);
+    is_wide(time) ? launch<double>(a, time, backward) : launch<float>(a, time, backward);
   }
 };
 

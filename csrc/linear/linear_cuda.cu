@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix_grad_cuda(
   const DeviceGuard guard(x.get_device_index());
   const Plan plan = plan_of(x, weight, log_scale, bias, inverse);
   const Tensor gy = with_format(grad_y, plan.x.channels_last);
-  const Tensor gl = torch::stable::contiguous(grad_log_det);
+  const Tensor gl = dense_sums(grad_log_det, x);
   const int64_t size = need_parameters ? plan.shape.channels : 0;
   Tensor grad_x = need_x ? empty_like_canonical(plan.x) : empty(x, {0});
   Tensor gw = empty(weight, {size, size});

@@ -324,7 +324,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> slogdet_inverse_cpu(const Tensor& weight) {
   const SlogdetTensors t = slogdet_tensors(weight);
   const int64_t n = t.args.size;
-  const bool is_double = dtype_of(weight) == kFloat64;
+  const bool is_double = is_wide(weight);
   // a multiply-add costs an eighth of an elementwise operation, a step of the elimination some 32
   parallel_tasks(t.batch, n * (n * n / 8 + 32), [&](int64_t begin, int64_t end) {
     PFK_CALL_LEVEL(slogdet_inverse, t.args, is_double, begin, end);
@@ -346,7 +346,7 @@ Tensor plu_cpu(const Tensor& permutation, const Tensor& lower, const Tensor& upp
   check_permutation(t.args);
   Tensor out = empty(lower, lower.sizes());
   t.args.out = out.mutable_data_ptr();
-  PFK_CALL_LEVEL(plu, t.args, dtype_of(lower) == kFloat64);
+  PFK_CALL_LEVEL(plu, t.args, is_wide(lower));
   return out;
 }
 
@@ -359,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> plu_grad_cpu(const Tensor& grad, const Tensor
   const Tensor upstream = with_format(grad, false);
   t.args.grad = upstream.const_data_ptr();
   const std::tuple<Tensor, Tensor, Tensor> grads = plu_grads(t);
-  PFK_CALL_LEVEL(plu_backward, t.args, dtype_of(lower) == kFloat64);
+  PFK_CALL_LEVEL(plu_backward, t.args, is_wide(lower));
   return grads;
 }
 

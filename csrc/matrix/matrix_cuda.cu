@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> slogdet_inverse_cuda(const Tensor& weight) {
   const int64_t n = t.args.size;
   check_size(n);
   if (t.batch == 0) return {t.sign, t.log_abs_det, t.inverse};
-  with_compute_type(dtype_of(weight), [&](auto type) {
+  with_compute_type(full_dtype(weight), [&](auto type) {
     using T = decltype(type);
     const size_t bytes = n * (n | 1) * sizeof(T);
     const bool fits =
@@ -313,7 +313,7 @@ Tensor plu_cuda(const Tensor& permutation, const Tensor& lower, const Tensor& up
   Tensor out = empty(lower, lower.sizes());
   t.args.out = out.mutable_data_ptr();
   if (a.size == 0) return out;
-  with_compute_type(dtype_of(lower), [&](auto type) {
+  with_compute_type(full_dtype(lower), [&](auto type) {
     using T = decltype(type);
     const cudaStream_t stream = current_stream(lower);
     if (inverse) {
@@ -338,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> plu_grad_cuda(const Tensor& grad, const Tenso
   const std::tuple<Tensor, Tensor, Tensor> grads = plu_grads(t);
   if (a.size == 0) return grads;
   const Tensor scratch = empty(lower, {2 * a.size * a.size});
-  with_compute_type(dtype_of(lower), [&](auto type) {
+  with_compute_type(full_dtype(lower), [&](auto type) {
     using T = decltype(type);
     const cudaStream_t stream = current_stream(lower);
     T *z = static_cast<T*>(scratch.mutable_data_ptr()), *b = z + a.size * a.size;

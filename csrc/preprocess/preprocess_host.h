@@ -80,8 +80,7 @@ struct LogitGradTensors : PreprocessTensors {
 inline LogitGradTensors logit_grad_tensors(const Tensor& grad_y, const Tensor& grad_log_det,
                                            const Tensor& x, double alpha, bool inverse) {
   PreprocessTensors base = logit_tensors(x, alpha, inverse);
-  LogitGradTensors t{base, with_format(grad_y, base.in.channels_last),
-                     torch::stable::contiguous(grad_log_det)};
+  LogitGradTensors t{base, with_format(grad_y, base.in.channels_last), dense_sums(grad_log_det, x)};
   t.args.grad_out = t.grad_y.const_data_ptr();
   t.args.grad_log_det = t.grad_log_det.const_data_ptr();
   return t;

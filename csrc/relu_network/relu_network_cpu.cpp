@@ -50,7 +50,7 @@ struct Network {
 
   Network(const Tensor& x_, const Tensors& weights_, bool residual, bool activate_last,
           bool backward)
-      : x(dense(x_)), wide(dtype_of(x_) == kFloat64) {
+      : x(dense(x_)), wide(is_wide(x_)) {
     args.samples = x.sizes()[0];
     args.layers = static_cast<int>(weights_.size());
     args.residual = residual;

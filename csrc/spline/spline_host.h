@@ -160,7 +160,7 @@ struct SplineOps {
                                           spline_numbers(numbers), flags));
     SplineArgs& a = t.args;
     const Tensor gy = with_format(grad_y, t.x.channels_last);
-    const Tensor gl = torch::stable::contiguous(grad_log_det);
+    const Tensor gl = dense_sums(grad_log_det, x);
     Tensor grad_x = empty_like_canonical(t.x), grads[3];
     for (int i = 0; i < 3; ++i) {
       if (i >= a.sources) {

@@ -44,6 +44,38 @@ def recorded(case, dtype=torch.float32):
     return list(seen.calls.values())
 
 
+def check_no_dtype_is_read_as_another(case):
+    """An exported program that was cast calls ops without Python's checks: in half types, of half the size.
+
+    Kernels of longer numbers refuse them, since they would read beyond the end.
+    """
+    for func, args in recorded(case):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+            continue  # torch's own ops
+
+        def cast(dtype, given=args):
+            return pytree.tree_map_only(
+                torch.Tensor,
+                lambda t: t.to(dtype) if t.dtype == torch.float32 else t.clone(),
+                given,
+            )
+
+        half = cast(torch.bfloat16)
+        with torch.no_grad():
+            try:
+                found = pytree.tree_leaves(func(*half))
+            except (RuntimeError, NotImplementedError):
+                continue
+            rounded = pytree.tree_map_only(
+                torch.Tensor,
+                lambda t: t.float() if t.dtype == torch.bfloat16 else t,
+                cast(torch.bfloat16),
+            )
+            wanted = pytree.tree_leaves(func(*rounded))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=0.1, atol=0.1, equal_nan=True)
+
+
 #: What ``torch.library.opcheck`` looks at; the last traces a graph of symbolic shapes, which takes most of the time.
 REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
 TRACED = "test_aot_dispatch_dynamic"

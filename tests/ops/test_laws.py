@@ -133,6 +133,12 @@ def test_dtypes_may_be_mixed(backend, case):
     arguments.check_mixed_dtypes(case)
 
 
+@each
+@kernels
+def test_no_dtype_is_read_as_another(backend, case):
+    graphs.check_no_dtype_is_read_as_another(case)
+
+
 # --- every op has a case -------------------------------------------------------------------------
 
 
