@@ -17,7 +17,13 @@ from pyflowkern.train.config import TrainConfig
 from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.generators import forked_generators, seed_generators
 from pyflowkern.train.model import data_facts
-from pyflowkern.train.ranks import check_alike, check_shares, start_together, sum_of_all
+from pyflowkern.train.ranks import (
+    check_alike,
+    check_shares,
+    check_strategy,
+    start_together,
+    sum_of_all,
+)
 from pyflowkern.train.signals import StopSignals
 
 __all__ = ["FlowModule", "MovingAverage", "TrainingDiverged", "learning_rate"]
@@ -151,6 +157,7 @@ class FlowModule(LightningModule):
         self.batches = Batches(self.data, size, seed, rank=self.rank, ranks=self.ranks)
         check_shares(self.batches.rows, self.ranks)
         if self.ranks > 1:
+            check_strategy(self.trainer.strategy)
             self._joined += start_together(self.model)
 
     def teardown(self, stage: str) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "check_alike",
     "check_shares",
     "check_started",
+    "check_strategy",
     "lost_processes",
     "start_together",
     "started_by_torchrun",
@@ -104,6 +105,15 @@ def check_shares(rows: int, ranks: int) -> None:
     if rows < ranks:
         raise ConfigError(
             f"a batch of {rows} rows is too small for {ranks} processes: each needs a row at least"
+        )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ConfigError unless each process has all weights: the norm of gradients and averages are taken of those."""
+    if not isinstance(strategy, DDPStrategy):
+        raise ConfigError(
+            f"several processes are trained by Lightning's strategy ddp, got {type(strategy).__name__}; for sharded "
+            "parameters write a loop with torch's fully_shard"
         )
 
 

@@ -3,9 +3,11 @@
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 
 from pyflowkern.train import FlowModule, TrainConfig, TrainingInterrupted, train
 from pyflowkern.train.bridges import load_data
@@ -77,6 +79,16 @@ def test_processes_that_nobody_starts(tmp_path, monkeypatch, changes, variables,
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(**SMALL, out=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_strategies_that_shard_weights_are_refused():
+    """The norm of gradients would be that of a share of them."""
+    chosen = TrainConfig(**SMALL)
+    data = load_data(chosen)
+    module = FlowModule(chosen, data, build(chosen, data))
+    module._trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=FSDPStrategy())
+    with pytest.raises(ConfigError, match="by Lightning's strategy ddp, got FSDPStrategy"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize(
