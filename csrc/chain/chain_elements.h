@@ -322,17 +322,18 @@ void elements_forward(const ChainElements& e, const SplineMap<T>& only, int64_t 
       centred_rows<decltype(kind)::value>(e, width, columns, x, params);
     });
   }
-  each_group(e, only, begin, end, [&](const ChainGroup& g, const auto& m, int64_t from, int64_t to) {
-    if (g.family == kAffineElements) {
-      return with_scale_kind(g.kind, [&](auto kind) {
-        affine_rows<decltype(kind)::value>(e, g, from, to, width, columns, x, params, log_det);
+  each_group(
+      e, only, begin, end, [&](const ChainGroup& g, const auto& m, int64_t from, int64_t to) {
+        if (g.family == kAffineElements) {
+          return with_scale_kind(g.kind, [&](auto kind) {
+            affine_rows<decltype(kind)::value>(e, g, from, to, width, columns, x, params, log_det);
+          });
+        }
+        with_spline(m, [&](auto kind, auto config) {
+          spline_rows<decltype(kind)::value, decltype(config)>(m, e, g, from, to, width, columns, x,
+                                                               params, log_det);
+        });
       });
-    }
-    with_spline(m, [&](auto kind, auto config) {
-      spline_rows<decltype(kind)::value, decltype(config)>(m, e, g, from, to, width, columns, x,
-                                                           params, log_det);
-    });
-  });
 }
 
 template <class T>
@@ -344,18 +345,19 @@ void elements_backward(const ChainElements& e, const SplineMap<T>& only, int64_t
       centred_rows_vjp<decltype(kind)::value>(e, width, columns, x, x_width, params, grad);
     });
   }
-  each_group(e, only, begin, end, [&](const ChainGroup& g, const auto& m, int64_t from, int64_t to) {
-    if (g.family == kAffineElements) {
-      return with_scale_kind(g.kind, [&](auto kind) {
-        affine_rows_vjp<decltype(kind)::value>(e, g, from, to, width, columns, x, x_width, params,
-                                               grad, grad_log);
-      });
-    }
-    with_spline(m, [&](auto kind, auto config) {
-      spline_rows_vjp<decltype(kind)::value, decltype(config)>(
-          m, e, g, from, to, width, columns, x, x_width, params, grad, grad_log);
-    });
-  });
+  each_group(e, only, begin, end,
+             [&](const ChainGroup& g, const auto& m, int64_t from, int64_t to) {
+               if (g.family == kAffineElements) {
+                 return with_scale_kind(g.kind, [&](auto kind) {
+                   affine_rows_vjp<decltype(kind)::value>(e, g, from, to, width, columns, x,
+                                                          x_width, params, grad, grad_log);
+                 });
+               }
+               with_spline(m, [&](auto kind, auto config) {
+                 spline_rows_vjp<decltype(kind)::value, decltype(config)>(
+                     m, e, g, from, to, width, columns, x, x_width, params, grad, grad_log);
+               });
+             });
 }
 
 }  // namespace

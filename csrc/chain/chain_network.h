@@ -2,8 +2,9 @@
 // The networks of a chain on a tile: units are rows, samples are columns.
 //
 //   h = W0 x + b0 (+ C c, or a(C c + d));   plain: h <- Wi a(h) + bi;   residual: h <- h + W'' a(W'
-//   a(h) + b') + b'' between the first layer and the last, or W' h without activation.  What a layer between them computes,
-//   before h is added, may have the context added, or be multiplied by a gate, sigmoid(C c + d).
+//   a(h) + b') + b'' between the first layer and the last, or W' h without activation.  What a
+//   layer between them computes, before h is added, may have the context added, or be multiplied by
+//   a gate, sigmoid(C c + d).
 //
 // Products read a weight as it lies: number by number on the left (core/gemm.h), its transpose by
 // other steps.  A masked layer reads the first inputs of a block of its rows, and no others.

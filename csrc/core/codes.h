@@ -112,8 +112,8 @@ enum ChainLayerFlags : int {
   kLayerContextBias = 32
 };
 constexpr int kAllChainLayerFlags = 2 * kLayerContextBias - 1;
-// kCentredElements: log-scales of a sample have mean 0; kTurnedElements: before a spline, features are
-// turned by half a circle as long as its interval.
+// kCentredElements: log-scales of a sample have mean 0; kTurnedElements: before a spline, features
+// are turned by half a circle as long as its interval.
 enum ChainElementsFlags : int { kCentredElements = 1, kTurnedElements = 2 };
 constexpr int kAllChainElementsFlags = 2 * kTurnedElements - 1;
 // kResidualNetwork: pairs of layers are blocks; kActivateBlocks, kActivateLast: an activation
