@@ -84,7 +84,8 @@ def check_started(strategy: Strategy, config: TrainConfig) -> None:
     devices, nodes = config.devices, config.nodes
     environment = getattr(strategy, "cluster_environment", None)
     of_slurm = isinstance(environment, SLURMEnvironment)
-    tasks = 1 if _by_torchrun() else int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    alone = _by_torchrun() or "SLURM_PTY_PORT" in os.environ  # a shell on a node is one task
+    tasks = 1 if alone else int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks != (devices * nodes if of_slurm else 1):
         raise ConfigError(
             f"devices={devices} and nodes={nodes} want {devices * nodes} processes, and srun has started {tasks}: give "

@@ -81,6 +81,12 @@ def test_processes_that_nobody_starts(tmp_path, monkeypatch, changes, variables,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_shell_that_srun_has_opened_may_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PTY_PORT", "1")
+    assert train(TrainConfig(**SMALL, out=str(tmp_path))).rank == 0
+
+
 def test_strategies_that_shard_weights_are_refused():
     """The norm of gradients would be that of a share of them."""
     chosen = TrainConfig(**SMALL)
