@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -30,6 +31,9 @@ Pair = tuple[Tensor, Tensor]
 _Slot = tuple[dict[str, Any], str, int]
 #: Where a buffer lies, the buffer, and what it held before the call where calls may change it.
 _Buffer = tuple[dict[str, Any], str, Tensor, Tensor | None]
+
+#: Held while modules have other tensors than their own: two threads must not take those of each other for them.
+_CHANGING = threading.RLock()
 
 
 class Walk:
@@ -72,6 +76,10 @@ class Call:
 
     def look_at_modules(self) -> tuple[Tensor, ...] | None:
         """Return the parameters of the layer; None where a part of it must be called as it is, and once."""
+        with _CHANGING:
+            return self._look_at_modules()
+
+    def _look_at_modules(self) -> tuple[Tensor, ...] | None:
         tensors: dict[int, tuple[int, Tensor]] = {}
         for module in self.layer.modules():
             known = module.__dict__
@@ -294,7 +302,8 @@ class Call:
         given = list(tensors)
         for slots, name, i in self._slots:
             t = given[i]
-            if slots.get(name) is not t or t._backward_hooks or t.requires_grad != needs[i]:
+            frozen = needs[i] and not t.requires_grad  # since then
+            if slots.get(name) is not t or t._backward_hooks or frozen:
                 given[i] = t.detach().requires_grad_(needs[i])
         return given
 
@@ -346,14 +355,15 @@ def _products(
 @contextmanager
 def _changed(changes: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
     """Put values under names of dictionaries in a block."""
-    before = [(slots, name, slots.get(name)) for slots, name, _ in changes]
-    for slots, name, value in changes:
-        slots[name] = value
-    try:
-        yield
-    finally:
-        for slots, name, value in before:
+    with _CHANGING:
+        before = [(slots, name, slots.get(name)) for slots, name, _ in changes]
+        for slots, name, value in changes:
             slots[name] = value
+        try:
+            yield
+        finally:
+            for slots, name, value in before:
+                slots[name] = value
 
 
 def _rows(which: Tensor, like: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """``memory="reversible"`` of layers and networks of all kinds: what a second call of them must not change."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from laws.reversible import IMAGES, couplings, results, same, twin
@@ -71,6 +73,34 @@ def test_each_module_has_its_mode_of_the_call(after):
         assert all(norm.training is after for norm in norms)
         found.append([p.grad for p in flow.parameters()])
     same(found[1], found[0])
+
+
+@pytest.mark.parametrize("of", ["input", "hooks", "buffers"])
+def test_threads_leave_a_flow_its_tensors(of):
+    """While a backward pass runs, a layer has copies of tensors that hooks watch, and of buffers that it changes."""
+
+    def network(inputs, outputs):
+        norm = [torch.nn.BatchNorm2d(inputs)] if of == "buffers" else []
+        return torch.nn.Sequential(*norm, torch.nn.Conv2d(inputs, outputs, 1))
+
+    flow = nn.Sequential(*[nn.AffineCoupling(4, network) for _ in range(2)], memory="reversible")
+    flow.double()
+    parameters, buffers = [*flow.parameters()], [*flow.buffers()]
+    x = IMAGES.clone().requires_grad_(of == "input")
+    for p in parameters:
+        if of == "hooks":
+            p.register_hook(lambda g: g)
+
+    def work(_):
+        for _ in range(30):
+            z, log_det = flow(x)
+            torch.autograd.grad(z.sum() + log_det.sum(), x if of == "input" else parameters)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    assert all(a is b for a, b in zip(flow.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(flow.buffers(), buffers, strict=True))
 
 
 def test_weights_that_a_parametrization_caches_have_gradients():
