@@ -176,7 +176,10 @@ PFK_HD V half_turned(V v, Lane<V> bound) {
   using T = Lane<V>;
   const V span = T(2) * bound, rest = v - span * floor_(v / span);
   const V above = select(rest < V(T(0)), rest + span, rest);  // the quotient may have been rounded
-  return select(above > span, above - span, above) - V(bound);
+  const V turned = select(above > span, above - span, above);
+  // angles so large that they are many turns apart may still lie elsewhere
+  const V low = select(turned < V(T(0)), V(T(0)), turned);
+  return select(low > span, span, low) - V(bound);
 }
 
 // A vector of splines, and the half turns of their elements.

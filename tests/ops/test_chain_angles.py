@@ -48,6 +48,19 @@ def test_inverses_of_turned_splines_end_on_the_circle(backend):
     torch.testing.assert_close(back[inside], z.double()[inside], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_angles_stay_on_the_circle(backend, dtype):
+    """Numbers many turns apart are neighbours there: they may be any angle, but no number beyond."""
+    program = ChainProgram(3, [masked(SOFTCLIP, [2, 0, 1], turned=True, activation="elu")])
+    tensors = [0.7 * normal(*w.shape, seed=i, dtype=dtype) for i, w in enumerate(program.tensors)]
+    x = 10 ** torch.linspace(6, 37, 3000, dtype=dtype).view(1000, 3)
+    x = torch.cat([x, -x])
+    for inverse in (False, True):
+        z, log_det = ops.chain(x, program, tensors, inverse=inverse)
+        assert (z.abs() <= SOFTCLIP.bound * (1 + 1e-6)).all()
+        assert log_det.isfinite().all()
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 def test_scales_of_mean_zero_preserve_volume(backend, inverse):
     step = coupling(ScaleMap("softplus", eps=1e-3), [0, 2, 3], [1], centred=True)
