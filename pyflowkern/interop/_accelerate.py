@@ -11,9 +11,10 @@ from pyflowkern.core.checks import check_flag
 from pyflowkern.interop._classes import patch_classes, restore_classes
 from pyflowkern.interop._doors import ReplicaDoor, put, take_away
 from pyflowkern.interop._gains import expected_gain
-from pyflowkern.interop._kinds import kind_of, known_base
+from pyflowkern.interop._kinds import Outcome, kind_of, known_base
 from pyflowkern.interop._patches import patch_functions, restore_functions
 from pyflowkern.interop._report import Entry, Report
+from pyflowkern.nn.chain import WIDE
 
 __all__ = ["accelerate", "restore"]
 
@@ -150,4 +151,14 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
         return None
     runs = outcome.runs if outcome.doors else ""
     gain = outcome.gain or (expected_gain(label) if runs else "")
-    return Entry(name, label, runs, gain, outcome.note)
+    notes = (outcome.note, _of_wide(outcome))
+    return Entry(name, label, runs, gain, "; ".join(filter(None, notes)))
+
+
+def _of_wide(outcome: Outcome) -> str:
+    """Return what to know of a transform with a wide network; empty for others."""
+    layers = [layer for door in outcome.doors if (layer := getattr(door, "layer", None))]
+    link = layers[0]._chain_link() if layers else None
+    if link is None or link.widest <= WIDE:
+        return ""
+    return f"its network has more than {WIDE} units: on the CPU it is called while gradients are recorded"

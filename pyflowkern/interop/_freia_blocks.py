@@ -19,7 +19,7 @@ from pyflowkern.interop._freia_moves import Coupling, Move, all_in_one
 from pyflowkern.interop._freia_parts import Constants, FreiaLayer, called, global_map_of
 from pyflowkern.interop._freia_splines import spline_coupling, watch_domain
 from pyflowkern.interop._images import Form, Forms, evaluate_sequential, served_samples
-from pyflowkern.interop._layers import Runs, layer_of
+from pyflowkern.interop._layers import Runs, layer_of, many
 from pyflowkern.nn.relu_networks import linear_layers
 from pyflowkern.ops import ScaleMap, SplineMap
 
@@ -27,8 +27,6 @@ __all__ = ["AllInOneForm", "BlockDoor", "CouplingForm", "SplineForm", "block_dis
 
 #: Measured: channels of images up to which scale, shift and matrix are faster by one op.
 _FEW = 16
-#: Measured: numbers of vectors from which on an op for each half is faster than the library's, its networks apart.
-_MANY = 50_000
 _LAYERS = (torch.nn.Conv2d, torch.nn.Linear)
 Read = Callable[[torch.nn.Module], Form | None]
 
@@ -245,7 +243,7 @@ class BlockDoor(MethodDoor):
             pair = self._runs.fused([self.module], x, context, inverse=rev)
             if pair is not None:
                 return pair
-        if self._forms is None or (x.dim() == 2 and not self._pays(x)):
+        if self._forms is None or not self._pays(x):
             return None
         if not served_samples(x) or not _alike(x, conditions):
             return None
@@ -256,8 +254,8 @@ class BlockDoor(MethodDoor):
         return form.run(x, tensors, rev, conditions)  # type: ignore[call-arg]
 
     def _pays(self, x: Tensor) -> bool:
-        """Whether ops for each half of vectors are the faster ones."""
-        return self._quick or (not self.layer.is_block and x.numel() >= _MANY)
+        """Whether ops for each half are the faster ones."""
+        return self._quick or x.dim() != 2 or (not self.layer.is_block and many(x))
 
 
 def _alike(x: Tensor, conditions: Sequence[Tensor]) -> bool:

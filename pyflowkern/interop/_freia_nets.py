@@ -86,7 +86,7 @@ class _Line:
         if known != [modules, keys]:
             segments = _segments(modules, keys, nodes)
             self._found = [modules, keys], segments
-        found = [(key, s.parts(places), places) for key, places, s in segments]
+        found = [(k, s.parts(places, x), places) for k, places, s in segments]
         if all(parts is None for _, parts, _ in found):
             return None
         total: Any = 0

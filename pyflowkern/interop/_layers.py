@@ -21,10 +21,13 @@ __all__ = [
     "arguments",
     "known_layer",
     "layer_of",
+    "many",
     "single_doors",
 ]
 
 Pair = tuple[Tensor, Tensor]
+#: Measured: numbers of vectors from which on an op for an affine half is faster than the library's few calls.
+_MANY = 50_000
 #: Where an instance keeps its mark.
 MARK = "_pyflowkern_layer"
 
@@ -55,6 +58,10 @@ class ForeignLayer:
 
     def fit(self, features: int) -> None:
         """Take as many features as all neighbours have, where the transform takes any."""
+
+    def pays(self, x: Tensor) -> bool:
+        """Whether :meth:`by_op` is faster than the library for such an input."""
+        return True
 
     def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
         """Do what the transform does by an op of its own, where no chain serves; None where the library should."""
@@ -94,7 +101,11 @@ class Runs:
         """Copies and pickles start empty."""
         return Runs, (self._make,)
 
-    def parts(self, modules: list[Any]) -> Sequence[Any] | None:
+    def refuse(self, x: object) -> bool:
+        """Whether transforms were too wide for such a call a few calls ago, and should be called one by one."""
+        return isinstance(x, Tensor) and self._chains.refuse(x)
+
+    def parts(self, modules: list[Any], x: Tensor) -> Sequence[Any] | None:
         """Return runs, and layers to be called, data side first; None where there are no runs."""
         if modules != self._modules:
             layers = [self._make(m) for m in modules]
@@ -102,7 +113,7 @@ class Runs:
             for layer in layers if len(sizes) == 1 else ():
                 layer.fit(*sizes)
             self._layers, self._modules = layers, modules  # whole: other threads may read them
-        return self._chains.parts(self._layers)
+        return self._chains.parts(self._layers, x)
 
     def pair(
         self, modules: list[Any], x: Any, context: Any = None, *, inverse: bool = False
@@ -115,7 +126,9 @@ class Runs:
             context: ``[N, K]``, or None.
             inverse: from latent to data.
         """
-        if not isinstance(x, Tensor) or not served(x) or (parts := self.parts(modules)) is None:
+        if not isinstance(x, Tensor) or self._chains.refuse(x) or not served(x):
+            return None
+        if (parts := self.parts(modules, x)) is None:
             return None
         given, total = x, None
         for part in reversed(parts) if inverse else parts:
@@ -136,9 +149,9 @@ class Runs:
         inverse: bool = False,
     ) -> Pair | None:
         """Return the result of all transforms, with the base's density if given, where one op computes all of it."""
-        if not isinstance(x, Tensor) or not served(x):
+        if not isinstance(x, Tensor) or self._chains.refuse(x) or not served(x):
             return None
-        parts = self.parts(modules)
+        parts = self.parts(modules, x)
         if parts is None or len(parts) != 1 or not isinstance(parts[0], Run):
             return None
         return parts[0].fused(x, context, base, inverse=inverse, checked=True)
@@ -149,6 +162,11 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] 
     if not kwargs:
         return (args[0], args[1] if len(args) == 2 else None) if len(args) in (1, 2) else None
     return (args[0], kwargs["context"]) if len(args) == 1 and [*kwargs] == ["context"] else None
+
+
+def many(x: Tensor) -> bool:
+    """Whether one op is faster than the library's few calls for an affine map: on images, many numbers, and GPUs."""
+    return x.dim() != 2 or x.numel() >= _MANY or not x.is_cpu
 
 
 class LayerDoor(MethodDoor):
@@ -169,7 +187,7 @@ class LayerDoor(MethodDoor):
         """Run one op; the library's method where none serves."""
         if (known := arguments(args, kwargs)) is not None:
             pair = self._runs.fused([self.module], *known, inverse=self.inverse)
-            if pair is None:
+            if pair is None and isinstance(known[0], Tensor) and self.layer.pays(known[0]):
                 pair = self.layer.by_op(*known, self.inverse)
             if pair is not None:
                 return pair

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.interop._images import served_samples
-from pyflowkern.interop._layers import ForeignLayer
+from pyflowkern.interop._layers import ForeignLayer, many
 from pyflowkern.interop._networks import (
     Family,
     activation_of,
@@ -81,6 +81,10 @@ class Coupling(ForeignLayer):
         link.modules = [*dict.fromkeys(link.modules)]
         return link
 
+    def pays(self, x: Tensor) -> bool:
+        """Whether an op of the elements is faster than the library."""
+        return _is_spline(self.module) or many(x)
+
     def by_op(self, x: Any, context: Any, inverse: bool) -> Pair | None:
         """Run the network as it is, and one op for what it is for."""
         module, link = self.module, Link()
@@ -142,6 +146,10 @@ class Autoregressive(ForeignLayer):
         link.modules = [*dict.fromkeys(link.modules)]
         return link
 
+    def pays(self, x: Tensor) -> bool:
+        """Whether an op of the elements is faster than the library."""
+        return _is_spline(self.module) or many(x)
+
     def by_op(self, x: Any, context: Any, inverse: bool) -> Pair | None:
         """Run the network as it is, as often as the library does, and one op for what it is for."""
         module = self.module
@@ -176,6 +184,10 @@ class Unconditional(ForeignLayer):
     def link(self) -> Link | None:
         link = Link()
         return link if _add_unconditional(self.module, [*range(self.features)], link) else None
+
+
+def _is_spline(module: object) -> bool:
+    return "Piecewise" in type(module).__name__
 
 
 def _add_unconditional(module: Any, moves: Sequence[int], link: Link) -> bool:

@@ -48,7 +48,7 @@ class CompositeDoor(MethodDoor):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the transforms, as many as possible by one op."""
         pair, known = None, arguments(args, kwargs)
-        if known is not None:
+        if known is not None and not self._runs.refuse(known[0]):
             inverse = self.name == "inverse"
             pair = self._runs.pair(parts_of(self.module), *known, inverse=inverse)
         if pair is None:
@@ -137,6 +137,8 @@ class DensityDoor(MethodDoor):
 
     def fused(self, inputs: Any, context: Any) -> tuple[Tensor, Tensor] | None:
         """Return latents and log-densities where one op computes both; None where it does not."""
+        if self._runs.refuse(inputs):
+            return None
         transform, base = (self.module._modules.get(n) for n in ("_transform", "_distribution"))
         if base is None or known_layer(base) is None:
             return None

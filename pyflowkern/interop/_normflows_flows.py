@@ -78,7 +78,7 @@ class _FlowDoor(MethodDoor):
 
     def _pair(self, x: Any, *others: Any, inverse: bool = False, **named: Any) -> Any:
         """Return both results of the flows; None for other arguments than those of the library, too."""
-        if (context := self._context(others, named)) is _NOT_KNOWN:
+        if self._runs.refuse(x) or (context := self._context(others, named)) is _NOT_KNOWN:
             return None
         return self._runs.pair(self._flows(), x, context, inverse=inverse)
 
@@ -109,6 +109,8 @@ class _FlowDoor(MethodDoor):
         return _in_default_dtype(self._pair(x, *others, **named))
 
     def _log_prob(self, x: Any = None, *others: Any, **named: Any) -> Any:
+        if self._whole.refuse(x) or self._runs.refuse(x):
+            return None
         if (context := self._context(others, named)) is _NOT_KNOWN:
             return None
         flows, base = self._flows(), self.module._modules["q0"]

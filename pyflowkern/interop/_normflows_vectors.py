@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.interop._images import Forms
-from pyflowkern.interop._layers import ForeignLayer, known_layer
+from pyflowkern.interop._layers import ForeignLayer, known_layer, many
 from pyflowkern.interop._nflows_linear import lu_matrix
 from pyflowkern.interop._normflows_images import CouplingForm
 from pyflowkern.interop._normflows_networks import mlp
@@ -203,6 +203,10 @@ class AffineCoupling(Layer):
             return None
         form.link.steps.append(step)
         return form.link
+
+    def pays(self, x: Tensor) -> bool:
+        """Whether an op is faster than the library's few calls."""
+        return many(x)
 
     def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
         """Run the coupling of images."""

@@ -50,6 +50,9 @@ class TransformDoor(MethodDoor):
 
     def pair(self, x: Any, c: Any, *, inverse: bool, graded: bool) -> Pair | None:
         """Return what the transform returns, by one op; None where zuko should run."""
+        # of a wide network, at most an op of the elements is faster
+        if self._runs.refuse(x) and not self.layer.pays(x):
+            return None
         if not _may_run([self.module], graded):
             return None
         return _by_op(self._one, [self.module], x, c, inverse)
@@ -77,7 +80,7 @@ class ComposedDoor(MethodDoor):
 
     def pair(self, x: Any, c: Any, *, inverse: bool, graded: bool) -> Pair | None:
         """Return what the transforms return, by as few ops as possible; None where zuko should run."""
-        modules = parts_of(self.module)
+        modules = None if self._runs.refuse(x) else parts_of(self.module)
         if modules is None or not _may_run(modules, graded):
             return None
         return _by_op(self._runs.pair, modules, x, c, inverse)
@@ -105,7 +108,7 @@ class FlowDoor(MethodDoor):
 
     def log_prob(self, x: Any, c: Any, graded: bool) -> Tensor | None:
         """Return the log-density by one op; None where zuko should run."""
-        modules = self.transforms()
+        modules = None if self._runs.refuse(x) else self.transforms()
         if modules is None or not _may_run(modules, graded):
             return None
         pair = _by_op(self._density, modules, x, c, False)
@@ -119,7 +122,7 @@ class FlowDoor(MethodDoor):
 
     def pair(self, x: Any, c: Any, *, inverse: bool, graded: bool) -> Pair | None:
         """Return what the transforms return; None where zuko should run."""
-        modules = self.transforms()
+        modules = None if self._runs.refuse(x) else self.transforms()
         if modules is None or not _may_run(modules, graded):
             return None
         return _by_op(self._runs.pair, modules, x, c, inverse)

@@ -90,15 +90,21 @@ class Conditional(Called):
         link.steps.append(step)
         return link
 
+    def pays(self, x: Tensor) -> bool:
+        """Whether an op of the elements is faster than zuko: not for affine ones."""
+        return self._spline() is not None
+
+    def _spline(self) -> Univariate | None:
+        found = self.univariate()
+        return found if found is not None and isinstance(found.transform, SplineMap) else None
+
     def by_op(self, x: Tensor, context: Tensor | None, inverse: bool) -> Pair | None:
         """Let the network run as it is, and an op the univariate transforms if they are splines.
 
         Affine ones take zuko a few calls, and are not faster by an op of their own.
         """
-        univariate = self.univariate()
-        if univariate is None or not isinstance(univariate.transform, SplineMap):
-            return None
-        if x.shape[1] != self.features or not served(x):
+        univariate = self._spline()
+        if univariate is None or x.shape[1] != self.features or not served(x):
             return None
         if "meta" in self.module.__dict__:
             return None

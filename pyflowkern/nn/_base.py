@@ -265,7 +265,7 @@ class Sequential(Bijection):
         if self.memory == "reversible" and makes_again(x, context):
             return self._again(x, context, inverse=False)
         given, total = x, None
-        for part in self._parts() if served(x) else self:
+        for part in self._parts(x) if served(x) else self:
             if isinstance(part, Run):
                 x, log_det = part(x, context, checked=x is given)
             else:
@@ -284,21 +284,21 @@ class Sequential(Bijection):
         callers = (self,) if within is None else (self, within)
         if not served(x) or not may_be_read(callers, *map(type, callers)):
             return None
-        parts = self._parts()
+        parts = self._parts(x)
         if len(parts) != 1 or not isinstance(parts[0], Run):
             return None
         pair = parts[0].fused(x, context, "normal", checked=True)
         return None if pair is None else pair[1]
 
-    def _parts(self) -> Sequence[Layer | Run]:
-        """Return the layers, or runs of them that one op replaces, where :func:`served` allows it."""
+    def _parts(self, x: Tensor) -> Sequence[Layer | Run]:
+        """Return the layers, or runs of them that one op replaces, where :func:`served` allows it for ``x``."""
         layers: list[Any] = [*self.layers._modules.values()]
         chains = self.__dict__.get("_chains")
         if (
             chains is None or chains.owner is not self.__dict__["_modules"]
         ):  # of an older file, or of another
             chains = self.__dict__["_chains"] = Chains(self.__dict__["_modules"])
-        parts: list[Layer | Run] | None = chains.parts(layers)
+        parts: list[Layer | Run] | None = chains.parts(layers, x)
         return layers if parts is None else parts
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -306,7 +306,7 @@ class Sequential(Bijection):
         if self.memory == "reversible" and makes_again(z, context):
             return self._again(z, context, inverse=True)
         given, total = z, None
-        for part in reversed(self._parts() if served(z) else list(self)):
+        for part in reversed(self._parts(z) if served(z) else list(self)):
             if isinstance(part, Run):
                 z, log_det = part(z, context, inverse=True, checked=z is given)
             else:
@@ -317,15 +317,20 @@ class Sequential(Bijection):
     def _again(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """Run the layers in one direction without keeping what is between them."""
         guards = self.__dict__.setdefault("_guards", (Guard(), Guard()))
-        found = run_again(self._flat(served(x), inverse), x, context, inverse, guards[inverse])
+        found = run_again(
+            self._flat(x if served(x) else None, inverse), x, context, inverse, guards[inverse]
+        )
         return (x, _none("z" if inverse else "x", x)) if found is None else found
 
-    def _flat(self, fused: bool, inverse: bool) -> Iterator[Layer | Run]:
-        """Yield layers, and runs of them, in the order of a direction, those of sequences inside among them."""
-        parts = self._parts() if fused else list(self)
+    def _flat(self, x: Tensor | None, inverse: bool) -> Iterator[Layer | Run]:
+        """Yield layers, and runs of them that serve ``x`` if given, in the order of a direction.
+
+        Those of sequences inside are among them.
+        """
+        parts = list(self) if x is None else self._parts(x)
         for part in reversed(parts) if inverse else parts:
             if type(part) is Sequential and may_be_read((part,), Sequential):
-                yield from part._flat(fused, inverse)
+                yield from part._flat(x, inverse)
             else:
                 yield part
 

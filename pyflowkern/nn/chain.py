@@ -18,7 +18,7 @@ from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import ElementsStep, LUStep
 
-__all__ = ["Chains", "Layer", "Run", "served", "undisturbed"]
+__all__ = ["WIDE", "Chains", "Layer", "Run", "served", "undisturbed"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -39,12 +39,14 @@ class Layer(Protocol):
 #: layer again before its backward pass, which makes 8 operations for a weight and a sample of a step where layers, that
 #: keep all units, take 6.  Beyond 128 units products are nearly all of the time, and run at 90% of what a core can do:
 #: steps by layers take 0.73 (1,024 units) to 0.93 of the time.  The forward pass by layers does not win.
-_WIDE = 128
+WIDE = 128
 #: Features, and units of any hidden layer, up to which one op runs on CUDA, where a block of threads has all of a tile:
 #: wider layers are left to torch's products.
 _WIDE_ON_CUDA = 128
 #: States whose runs are kept.
 _STATES = 3
+#: Calls for which runs that were too wide are not looked at again.
+_PATIENCE = 64
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _is_cpu = attrgetter("is_cpu")
 
@@ -58,6 +60,8 @@ class Run:
         self._link, self._features = link, features
         self._size = link.context_features or 0
         self._programs: dict[str, ChainProgram] = {}
+        #: Whether layers are the faster ones while gradients are recorded on the CPU.
+        self.wide = link.widest > WIDE
         self._fits_cuda = max(features, *_hidden_sizes(link)) <= _WIDE_ON_CUDA
         #: Whether tensors have other shapes than the program says.
         self.outgrown = False
@@ -118,7 +122,7 @@ class Run:
         if x.is_cuda:
             if not self._fits_cuda:
                 return False
-        elif self._link.widest > _WIDE and torch.is_grad_enabled():
+        elif self.wide and torch.is_grad_enabled():
             return False
         if context is None or not self._size:
             return context is None and not self._size
@@ -159,7 +163,9 @@ class _Found(NamedTuple):
 class Chains:
     """The runs of a sequence of layers, found anew whenever a layer or what it consists of is another.
 
-    Those of a few states are kept, as a training loop goes back and forth between training and evaluation.
+    Those of a few states are kept, as a training loop goes back and forth between training and evaluation.  A look at
+    layers takes some ten microseconds, which those gain nothing from whose networks are too wide to be trained by one
+    op: they are looked at once in a while.  Where they became narrow meanwhile, the op comes some calls later.
     """
 
     def __init__(self, owner: object = None) -> None:
@@ -169,16 +175,29 @@ class Chains:
         self._known: list[_Found] = []
         #: How a call went in which a layer waited for its first data, until the next one.
         self._first: _Found | None = None
+        #: For how many calls that record gradients no run would serve.
+        self._refused = 0
 
-    def parts(self, layers: list[Any]) -> list[Layer | Run] | None:
-        """Return runs, and layers that are called; None where there are no runs."""
+    def refuse(self, x: Tensor) -> bool:
+        """Whether all runs were too wide for such a call a few calls ago, so that the layers should be called."""
+        if self._refused <= 0 or not torch.is_grad_enabled() or not x.is_cpu:
+            return False
+        self._refused -= 1
+        return True
+
+    def parts(self, layers: list[Any], x: Tensor) -> list[Layer | Run] | None:
+        """Return runs, and layers that are called; None where there are no runs, or none that serves ``x``."""
+        if self.refuse(x):
+            return None
         known = self._known
         found = next((each for each in known if each.holds(layers)), None) or _find(layers)
         if not known or found is not known[0]:
             self._known = [found, *(each for each in known if each is not found)][:_STATES]
         if found.blocked or self._first is not None:
             found = self._as_before(found)
-        return found.parts if found.runs else None
+        self._refused = _PATIENCE if found.runs and all(run.wide for run in found.runs) else 0
+        # as at the calls that follow: checkpointing, which repeats some, wants the same ops
+        return found.parts if found.runs and not self.refuse(x) else None
 
     def _as_before(self, found: _Found) -> _Found:
         """Return the runs of a call, for one within a backward pass those of the call that it repeats.

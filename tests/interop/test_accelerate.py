@@ -1,5 +1,6 @@
 """accelerate(): what a model keeps, whichever library it is from."""
 
+import copy
 from functools import partial
 from types import MethodType
 
@@ -10,7 +11,8 @@ import torch
 import zuko
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock, GLOWCouplingBlock
-from laws import glow_script
+from laws import glow_script, normal
+from laws.chains import calls  # noqa: F401
 from nflows.flows import SimpleRealNVP
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import AffineCouplingTransform, CompositeTransform, LULinear
@@ -57,6 +59,36 @@ def test_gains_are_those_of_transforms_that_were_measured():
     )
     assert expected_gain("normflows.MaskedAffineAutoregressive").startswith("4.7-10x a step")
     assert expected_gain("nflows.LULinear") == ""
+
+
+def affine_couplings(hidden):
+    layers = []
+    for i in range(2):
+        net = partial(ResidualNet, hidden_features=hidden)
+        layers.append(AffineCouplingTransform([i, 1 - i, i, 1 - i], net))
+    return CompositeTransform(layers)
+
+
+def test_wide_networks_are_the_library_s_while_gradients_are_recorded(calls):  # noqa: F811
+    model = affine_couplings(130)
+    want = copy.deepcopy(model)
+    report = pyflowkern.accelerate(model)
+    assert all("128 units" in entry.note for entry in report.entries[1:])
+    x = normal(5, 4)
+    calls.clear()  # those that compared
+    looks = model.double().forward._runs._chains
+    torch.testing.assert_close(model(x), want.double()(x))
+    assert not calls
+    assert looks._refused
+    before = looks._refused
+    torch.testing.assert_close(model(x), want(x))
+    assert not calls
+    assert looks._refused == before - 1  # nothing was looked at
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want(x))
+    assert len(calls) == 1
+    narrow = pyflowkern.accelerate(affine_couplings(8))
+    assert not any(entry.note for entry in narrow.entries)
 
 
 def lu_composite():

@@ -26,6 +26,7 @@ from laws.chains import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyflowkern import _library, nn
+from pyflowkern.nn.links import Watched
 
 __all__ = ["calls"]  # a fixture
 
@@ -210,6 +211,28 @@ def test_wide_networks_are_one_op_without_gradients_alone(calls):
     assert not calls
     agrees(flow.double(), x.double())  # which wants none
     assert len(calls) == 1
+
+
+def test_wide_networks_are_looked_at_once_in_a_while_while_gradients_are_recorded(
+    calls, monkeypatch
+):
+    looks, unchanged = [], Watched.unchanged
+    monkeypatch.setattr(Watched, "unchanged", lambda self: looks.append(0) or unchanged(self))
+    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=130))), torch.randn(3, D)
+    randomize(flow)
+    for _ in range(60):
+        flow(x)
+        flow.inverse(x)
+    assert len(looks) == 1
+    assert not calls
+    with torch.no_grad():  # as at first
+        flow(x)
+        assert len(calls) == 1
+    flow[0].conditioner = Affine(D, partial(nn.MLP, hidden=8)).conditioner  # not too wide any more
+    for _ in range(130):
+        flow(x)
+    assert len(calls) > 50
+    agrees(flow.double(), x.double())
 
 
 def test_layers_that_are_too_wide_for_a_block_of_threads_are_called_on_cuda():
