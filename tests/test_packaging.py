@@ -64,6 +64,7 @@ def test_what_the_wheel_holds(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "pyflowkern/py.typed" in names
     assert "pyflowkern/lib/libpyflowkern_cpu.so" in names
+    assert "pyflowkern/lib/libpyflowkern_schemas.so" in names  # for exported programs
     assert any(re.fullmatch(r"pyflowkern/_C\..*so", name) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for name in names:

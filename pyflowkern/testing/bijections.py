@@ -112,7 +112,8 @@ def check_bijection(
     cause: Exception | None = None
     for name in chosen:
         try:
-            found = next(CHECKS[name](case), None)
+            with torch.enable_grad():
+                found = next(CHECKS[name](case), None)
         except Exception as error:
             found, cause = f"raised {type(error).__name__}: {error}", error
         if found is not None:
@@ -130,9 +131,10 @@ def check_bijection(
 def _check_laws(laws: Sequence[str] | None) -> list[str]:
     if laws is None:
         return list(LAWS)
-    if isinstance(laws, str) or not all(name in LAWS for name in laws):
-        raise ValueError(f"laws must be some of {', '.join(LAWS)}, got {laws!r}")
-    return [name for name in LAWS if name in laws]
+    chosen = [laws] if isinstance(laws, str) else list(laws)
+    if isinstance(laws, str) or not chosen or not all(name in LAWS for name in chosen):
+        raise ValueError(f"laws must be some of {', '.join(LAWS)}, got {chosen}")
+    return [name for name in LAWS if name in chosen]
 
 
 def _check_inputs(x: Tensor, context: Tensor | None) -> None:

@@ -153,6 +153,16 @@ def test_each_law_finds_its_fault(bijection, law, words):
     assert not check_bijection(bijection, X, laws=[law], raise_exception=False)
 
 
+def test_an_iterator_of_laws_is_not_used_up_before_they_are_checked():
+    with pytest.raises(BijectionError, match="breaks 1 of 1 laws\n  determinism"):
+        check_bijection(Random(), X, laws=iter(["determinism"]))
+
+
+def test_gradients_are_checked_where_none_are_recorded():
+    with torch.no_grad():
+        assert check_bijection(coupling(), X, laws=["gradients"])
+
+
 def test_every_law_has_a_fault_above():
     marks = test_each_law_finds_its_fault.pytestmark
     assert {case[1] for case in marks[0].args[1]} == set(LAWS)
@@ -177,6 +187,8 @@ def test_parameters_are_put_back_bit_by_bit():
         ({"context": CONTEXT[:2]}, ValueError, "context must have 4 rows"),
         ({"laws": ["inverses"]}, ValueError, "laws must be some of shapes, inverse,"),
         ({"laws": "inverse"}, ValueError, "laws must be some of"),
+        ({"laws": []}, ValueError, "laws must be some of"),  # no law would hold of anything
+        ({"laws": iter(["inverses"])}, ValueError, "laws must be some of"),
         (
             {"bijection": torch.nn.Linear(3, 3)},
             TypeError,
