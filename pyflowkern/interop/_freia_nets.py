@@ -71,6 +71,11 @@ class _Line:
         """Copies and pickles start empty."""
         return _Line, ()
 
+    def refuse(self, x: object) -> bool:
+        """Whether all transforms were too wide for such a call a few calls ago."""
+        segments = self._found[1]
+        return isinstance(x, Tensor) and bool(segments) and all(s.refuse(x) for *_, s in segments)
+
     def run(
         self,
         modules: list[Any],
@@ -167,6 +172,8 @@ class SequenceDoor(MethodDoor):
 
     def run(self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
         """Run all transforms, as many as possible by one op."""
+        if self._line.refuse(x_or_z):
+            return self.own(x_or_z, c, rev, jac)
         found = self._run(x_or_z, c, rev, jac)
         return self.own(x_or_z, c, rev, jac) if found is None else found
 
@@ -226,6 +233,8 @@ class GraphDoor(MethodDoor):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run all nodes, as many as possible by one op."""
+        if args and self._line.refuse(args[0]):
+            return self.own(*args, **kwargs)
         found = self._run(*args, **kwargs)
         return self.own(*args, **kwargs) if found is None else found
 

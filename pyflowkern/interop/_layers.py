@@ -185,6 +185,8 @@ class LayerDoor(MethodDoor):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run one op; the library's method where none serves."""
+        if args and self._runs.refuse(args[0]) and not self.layer.pays(args[0]):
+            return self.own(*args, **kwargs)
         if (known := arguments(args, kwargs)) is not None:
             pair = self._runs.fused([self.module], *known, inverse=self.inverse)
             if pair is None and isinstance(known[0], Tensor) and self.layer.pays(known[0]):
