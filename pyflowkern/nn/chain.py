@@ -180,7 +180,10 @@ class Chains:
 
     def refuse(self, x: Tensor) -> bool:
         """Whether all runs were too wide for such a call a few calls ago, so that the layers should be called."""
-        if self._refused <= 0 or not torch.is_grad_enabled() or not x.is_cpu:
+        # compilers would make a graph for each count
+        if torch.compiler.is_compiling() or self._refused <= 0:
+            return False
+        if not torch.is_grad_enabled() or not x.is_cpu:
             return False
         self._refused -= 1
         return True

@@ -6,7 +6,8 @@ import pytest
 import torch
 from laws.draws import normal
 from nflows import distributions, flows, transforms
-from zuko.flows import MAF
+from torch._dynamo.testing import CompileCounter
+from zuko.flows import MAF, NICE
 
 import pyflowkern
 
@@ -84,3 +85,15 @@ def test_a_compiled_flow_follows_its_parameters_and_is_compiled_once(pair):
                     p.mul_(0.9)
     assert counts[0] > 0
     assert len(set(counts)) == 1
+
+
+def test_distributions_of_wide_networks_are_compiled_once():
+    flow = NICE(4, 0, transforms=2, hidden_features=(130, 130))
+    pyflowkern.accelerate(flow)
+    x, distribution = normal(5, 4, dtype=torch.float32), flow()
+    distribution.log_prob(x)  # what it consists of is made now
+    counter = CompileCounter()
+    compiled = torch.compile(lambda d, x: d.log_prob(x), backend=counter)
+    for _ in range(4):  # calls without a look are counted
+        torch.testing.assert_close(compiled(distribution, x), distribution.log_prob(x))
+    assert counter.frame_count == 1
