@@ -70,7 +70,7 @@ def test_what_the_wheel_holds(wheel):
     for name in names:
         assert name.startswith(("pyflowkern/", "pyflowkern-")), name
         assert not name.endswith((".cpp", ".cu", ".h", ".cuh", ".txt")) or ".dist-info/" in name
-        assert not re.search(r"(^|/)(tests?|bench|conftest)", name), name
+        assert not re.search(r"(^|/)((tests?|bench)/|test_|conftest)", name), name
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "pyflowkern").rglob("*.py")}
     assert modules == {name for name in names if name.endswith(".py")}
 

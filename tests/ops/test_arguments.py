@@ -97,8 +97,10 @@ def calls():
     yield "ChainLayer", "bias", partial(ops.ChainLayer, 3, 2)
     yield "ChainLayer", "context_bias", partial(ops.ChainLayer, 3, 2, context="add")
     layers = [ops.ChainLayer(3, 2), ops.ChainLayer(3, 3)]
-    for flag in ("residual", "activate_last"):
+    for flag in ("residual", "activate_last", "activate_blocks"):
         yield "ChainNetwork", flag, partial(ops.ChainNetwork, layers)
+    yield "ElementsStep", "centred", partial(ops.ElementsStep, ops.ScaleMap("exp"), [0, 1])
+    yield "ElementsStep", "turned", partial(ops.ElementsStep, ops.SplineMap(bins=3), [0, 1])
 
 
 FLAGS = sorted(calls(), key=lambda flag: flag[:2])

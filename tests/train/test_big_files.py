@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import fresh
 import numpy as np
@@ -190,11 +191,14 @@ def test_without_pyarrow_one_line_says_what_is_needed(cli, run, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_the_old_file_and_no_other(number, tmp_path):
+def test_a_signal_leaves_the_old_file_and_no_other(number, tmp_path, request):
     path = tmp_path / "s.npy"
     path.write_text("old")
-    wanted = KeyboardInterrupt if number is signal.SIGINT else SystemExit
-    before = signal.getsignal(number)
+    interrupt = number is signal.SIGINT
+    wanted = KeyboardInterrupt if interrupt else SystemExit
+    # as of a process that ignores none: one behind nohup does
+    before = signal.default_int_handler if interrupt else signal.SIG_DFL
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, before)))
 
     def write():
         with signals_raise(), open_atomic(path) as file:
