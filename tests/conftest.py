@@ -18,7 +18,12 @@ import on_host
 import pytest
 import torch
 
-from pyflowkern import _library, use_reference
+import pyflowkern
+from pyflowkern import _library, _memory, use_reference
+
+# Trainings keep memory for the rest of their process, which other tests share: some take gigabytes, and some
+# want memory of which nothing was written.  What it does is tested in a process of its own.
+pyflowkern.keep_memory = _memory.keep_memory = lambda: True
 
 # small tensors gain nothing from threads, and lose much where others use the processor
 torch.set_num_threads(1)
