@@ -52,7 +52,8 @@ REFERENCE = (
 
 def name_files(app: Sphinx, page: str, source: list[str]) -> None:
     """Write the paths of files outside the pages as text: links to them work in the repository alone."""
-    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", source[0])
+    up = r"\.\./" * (page.count("/") + 1)  # from the page's folder out of docs/
+    source[0] = re.sub(rf"(?<!!)\[([^\]]+)\]\({up}([^)]+)\)", r"\1 (`\2`)", source[0])
 
 
 def find_undocumented(app: Sphinx, error: Exception | None) -> None:

@@ -12,12 +12,18 @@ from PIL import Image
 from pyflowkern import ops
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
+import _pictures
+
 from bench._overview import describe, entries, headlines
 from bench._summary import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/cpu-amd-epyc"
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+PAGES = {
+    str(path.relative_to(ROOT)).removeprefix("docs/"): path.read_text()
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+}
 FUNCTIONS = {n for n in ops.__all__ if f"{n}_reference" in ops.__all__}
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -87,7 +93,7 @@ def test_results_on_a_page_are_the_committed_ones(page):
 
 @every_page
 def test_links_lead_somewhere(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = ROOT if page == "README.md" else (ROOT / "docs" / page).parent
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         assert target.startswith("http") or (folder / target).exists(), target
 
@@ -129,3 +135,19 @@ def test_tables_of_examples_are_those_of_the_committed_results(name):
     written = between("guide.md", f"python examples/{name}.py")
     assert written.strip() == (RESULTS / f"{name}.md").read_text().strip()
     assert (RESULTS / f"{name}.png").stat().st_size < 150_000
+
+
+def test_each_family_has_a_page_of_mathematics_and_its_picture():
+    families = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"core"}
+    pages = {path.stem for path in (ROOT / "docs/mathematics").glob("*.md")} - {"index"}
+    assert families == pages == set(_pictures.KERNELS)
+    for family in families:
+        drawn = (ROOT / f"docs/mathematics/{family}.svg").read_text()
+        assert drawn == _pictures.draw(family), family
+        assert f"({family}.svg)" in PAGES[f"mathematics/{family}.md"]
+        assert f"({family}.md)" in PAGES["mathematics/index.md"]
+
+
+def test_all_committed_plots_are_on_their_page():
+    shown = re.findall(r"\]\(\.\./bench/results/cpu-amd-epyc/(\w+)\.png\)", PAGES["plots.md"])
+    assert sorted(shown) == sorted(path.stem for path in RESULTS.glob("*.png"))
