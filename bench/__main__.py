@@ -18,6 +18,7 @@ from bench import _big, _busy, _environment, _memory, _processes, _report
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
+from bench._html import write_page
 from bench._overview import draw_overview, headlines
 from bench._plot import plot
 from bench._scaling import plot_scaling
@@ -84,11 +85,21 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="pyflowkern.keep_memory() first, which concerns all providers",
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        help="write what was measured, or with summary all that is committed, as one page",
+    )
     return parser.parse_args()
 
 
-def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namespace) -> bool:
-    """Run, print and write the cases of one family; return whether all installed providers agreed with eager."""
+def run_family(
+    family: str, cases: list[Case], plan: Plan, args: argparse.Namespace
+) -> tuple[bool, list[Path]]:
+    """Run, print and write the cases of one family.
+
+    Returns whether all installed providers agreed with eager, and the files that were written.
+    """
     facts = _environment.describe(plan.device) | {
         "keep_memory": "yes" if args.keep_memory else "no"
     }
@@ -113,7 +124,8 @@ def run_family(family: str, cases: list[Case], plan: Plan, args: argparse.Namesp
         if draw(folder / name, title, rows):
             written.append(folder / name)
     print("\n" + "\n".join([*verdicts, *(f"wrote {path}" for path in written)]))
-    return all(row.status == "ok" or row.status.startswith("not installed") for row in rows)
+    good = all(row.status == "ok" or row.status.startswith("not installed") for row in rows)
+    return good, written
 
 
 def _folder(args: argparse.Namespace, device: str, noisy: bool) -> Path:
@@ -131,14 +143,53 @@ def _results(device: torch.device) -> Path | None:
     return ROOT / "results" / _environment.slug(_environment.describe(device), device)
 
 
+def run_families(args: argparse.Namespace, device: torch.device) -> int:
+    """Measure the chosen family, or all; return the exit status."""
+    plan = Plan(
+        device=device,
+        cache_bytes=_environment.cache_bytes(device),
+        rounds=15 if args.quick else 60,
+        seconds=1.0 if args.quick else 5.0,
+        providers=args.providers,
+        passes=args.passes,
+        graphs=args.graphs,
+    )
+    good = True
+    files: list[Path] = []
+    for family, module in families().items():
+        if args.family in (family, "all"):
+            cases = importlib.import_module(module).CASES
+            chosen = [
+                c
+                for c in cases
+                if args.case in c.name
+                and args.device in c.devices
+                and not (args.quick and c.extra)
+            ]
+            if chosen:
+                agreed, written = run_family(family, chosen, plan, args)
+                good = good and agreed
+                files += written
+                if args.html is not None:  # after each family: a run of hours may be interrupted
+                    write_page(args.html, files)
+    if not files:
+        print("no case was chosen (--quick leaves out the extra ones)")
+    return 0 if good and files else 1
+
+
 def main() -> int:
     args = arguments()
+    if args.html is not None and args.family not in (*families(), "all", "summary"):
+        raise SystemExit("--html belongs to a family, all or summary")
     torch.set_num_threads(args.threads)
     if args.keep_memory and not pyflowkern.keep_memory():
         raise SystemExit("--keep-memory needs glibc's allocator")
     device = torch.device(args.device)
     if args.family == "summary":
-        print(summary(args.out or _results(device)))
+        folder = args.out or _results(device)
+        print(summary(folder))
+        if args.html is not None and folder is not None:
+            write_page(args.html, [*folder.glob("*.json"), *folder.glob("*.md")])
         return 0
     if args.family == "overview":
         folder = args.out or _results(device)
@@ -159,31 +210,7 @@ def main() -> int:
     if args.family == "cuda-report":
         print(report())
         return 0
-    plan = Plan(
-        device=device,
-        cache_bytes=_environment.cache_bytes(device),
-        rounds=15 if args.quick else 60,
-        seconds=1.0 if args.quick else 5.0,
-        providers=args.providers,
-        passes=args.passes,
-        graphs=args.graphs,
-    )
-    good, ran = True, False
-    for family, module in families().items():
-        if args.family in (family, "all"):
-            cases = importlib.import_module(module).CASES
-            chosen = [
-                c
-                for c in cases
-                if args.case in c.name
-                and args.device in c.devices
-                and not (args.quick and c.extra)
-            ]
-            if chosen:
-                good, ran = run_family(family, chosen, plan, args) and good, True
-    if not ran:
-        print("no case was chosen (--quick leaves out the extra ones)")
-    return 0 if good and ran else 1
+    return run_families(args, device)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the inst
 from bench import _busy, _environment, _memory, _processes, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import Row, run_case
+from bench._html import write_page
 from bench._scaling import plot_scaling
 from bench._timing import Plan, percentiles
 
@@ -140,6 +141,27 @@ def test_results_have_the_documented_columns(tmp_path):
         "other",
         "absent",
     }
+
+
+def test_a_page_has_every_number_and_picture_and_needs_no_other_file(tmp_path):
+    rows = run_case(tiny(), PLAN)
+    rows.append(replace(rows[0], case="a < b", provider="<them>"))
+    files = _report.write(tmp_path, "tiny", _report.records("tiny", rows, {"device": "x & y"}))
+    (tmp_path / "tiny.png").write_bytes(b"picture")
+    (tmp_path / "own.md").write_text("# Title\n\n| K | MiB |\n|---|---|\n| 4 | 8.1 |\n\nwords\n")
+    write_page(tmp_path / "deep" / "page.html", [*files, tmp_path / "own.md"])
+    page = (tmp_path / "deep" / "page.html").read_text()
+    for record in json.loads((tmp_path / "tiny.json").read_text()):
+        assert (f">{record['p50']:.3g}<" if record["status"] == "ok" else record["status"]) in page
+    assert (
+        page.count("<tr") == len(rows) + 2 + 2
+    )  # the heads of two cases, and the table of own.md
+    assert "&lt;them&gt;" in page
+    assert "<them>" not in page
+    assert "x &amp; y" in page
+    assert "data:image/png;base64,cGljdHVyZQ==" in page
+    assert '<td class="name">8.1</td>' in page
+    assert "http" not in page
 
 
 @pytest.mark.parametrize("name", _steps.models())
