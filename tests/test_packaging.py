@@ -1,5 +1,6 @@
 """The wheel, installed without a compiler: CPU kernels or the reference, and show_config() says which."""
 
+import json
 import os
 import re
 import subprocess
@@ -68,6 +69,9 @@ def test_what_the_wheel_holds(wheel):
     assert "pyflowkern/lib/libpyflowkern_facts.so" in names
     assert wheel.name.split("-")[2:4] == ["py3", "none"]  # one wheel for every Python
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    (bill,) = (name for name in names if name.endswith(".dist-info/sboms/pyflowkern.cdx.json"))
+    inside = {c["name"] for c in json.loads(zipfile.ZipFile(wheel).read(bill))["components"]}
+    assert ("cudart" in inside) == ("pyflowkern/lib/libpyflowkern_cuda.so" in names)
     for name in names:
         assert name.startswith(("pyflowkern/", "pyflowkern-")), name
         assert not name.endswith((".cpp", ".cu", ".h", ".cuh", ".txt")) or ".dist-info/" in name
