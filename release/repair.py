@@ -14,10 +14,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from elftools.elf.dynamic import DynamicSection
-from elftools.elf.elffile import ELFFile
-from elftools.elf.gnuversions import GNUVerNeedSection
-
 #: What every wheel of torch brings.
 TORCH = re.compile(r"lib(torch|c10)\w*\.so")
 #: What manylinux has: the C and C++ libraries and the loader.  A CUDA library is an error: its runtime is static.
@@ -29,6 +25,10 @@ MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11),
 
 def needs(library: Path) -> tuple[set[str], set[str]]:
     """Return the names of the libraries that a library needs, and the versions of their symbols."""
+    from elftools.elf.dynamic import DynamicSection  # comes with auditwheel
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.gnuversions import GNUVerNeedSection
+
     names, versions = set(), set()
     with library.open("rb") as file:
         for section in ELFFile(file).iter_sections():
