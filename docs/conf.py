@@ -10,6 +10,7 @@ from pyflowkern import __version__
 
 project = "pyflowkern"
 author = "the pyflowkern authors"
+project_copyright = author
 release = version = __version__
 
 extensions = [
@@ -31,6 +32,8 @@ napoleon_use_ivar = True  # attributes of a named tuple are described once
 napoleon_use_rtype = False
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"pyflowkern {version}"
 copybutton_prompt_text = ">>> |... |$ "
 copybutton_prompt_is_regexp = True

@@ -54,10 +54,16 @@ def test_python_blocks_run_one_after_the_other(page):
             exec(compile(body, page, "exec"), namespace)
     shapes = {
         "README.md": {"samples": (1000, 5), "log_det": (8,)},
-        "guide.md": {"images": (4, 3, 32, 32), "samples": (3, 5), "states": (3, 3), "new": (8, 6)},
+        "guide.md": {"images": (4, 3, 32, 32), "samples": (3, 5), "states": (3, 3)},
+        "continuous.md": {"threes": (4, 1, 8, 8), "states": (3, 3), "new": (8, 6)},
     }
     for name, shape in shapes.get(page, {}).items():
         assert namespace[name].shape == shape
+    if page == "quick_start.md":
+        assert namespace["nats"] > namespace["nats_of_gaussian"]
+    if page == "inference.md":
+        # a thousand draws alone have 0.03 deviations; the rest is what a training of seconds leaves
+        assert namespace["error_of_mean"].abs().max() < 0.5
 
 
 def test_every_shell_line_is_of_a_kind_that_is_tested():
@@ -67,6 +73,8 @@ def test_every_shell_line_is_of_a_kind_that_is_tested():
 
 @pytest.mark.slow
 def test_commands_run(tmp_path):
+    rows = "".join(f"{i / 9:.3f},{i % 7:.3f}\n" for i in range(200))
+    (tmp_path / "moons.csv").write_text(f"x,y\n{rows}")  # that the quick start writes
     for words in lines("pyflowkern "):
         if "--steps" in words:
             words[words.index("--steps") + 1] = "2"
@@ -96,6 +104,14 @@ def test_links_lead_somewhere(page):
     folder = ROOT if page == "README.md" else (ROOT / "docs" / page).parent
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         assert target.startswith("http") or (folder / target).exists(), target
+
+
+def test_tests_that_a_page_names_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", "".join(PAGES.values()))
+    assert named
+    for path, name in named:
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+        assert (ROOT / path).is_file(), path
 
 
 def test_readme_is_short():
@@ -132,7 +148,7 @@ def test_picture_shows_the_committed_results():
 
 @pytest.mark.parametrize("name", ["moons_to_gaussians", "single_cells", "digits_bridge"])
 def test_tables_of_examples_are_those_of_the_committed_results(name):
-    written = between("guide.md", f"python examples/{name}.py")
+    written = between("continuous.md", f"python examples/{name}.py")
     assert written.strip() == (RESULTS / f"{name}.md").read_text().strip()
     assert (RESULTS / f"{name}.png").stat().st_size < 150_000
 
