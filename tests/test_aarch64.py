@@ -20,7 +20,7 @@ COMPILER = next(
 )
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 FLAGS = (
-    *("-std=gnu++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=gnu++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Werror", f"-I{ROOT / 'csrc'}"),
     *("-DPFK_SIMD_NAMESPACE=baseline", "-DPFK_SIMD_LEVEL=0", "-DPFK_SIMD_LEVELS=1"),
 )
