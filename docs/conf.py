@@ -42,6 +42,7 @@ copybutton_prompt_is_regexp = True
 REFERENCE = (
     "",
     ".data",
+    ".estimation",
     ".flows",
     ".interop",
     ".nn",

@@ -6,16 +6,16 @@ import pkgutil
 
 import pytest
 
-from pyflowkern import flows, nn, ode, ops, testing, transport
+from pyflowkern import estimation, flows, nn, ode, ops, testing, transport
 
 MODULES = [
     f"{package.__name__}.{module.name}"
-    for package in (ops, ode, nn, flows, testing, transport)
+    for package in (ops, ode, nn, flows, testing, transport, estimation)
     for module in pkgutil.iter_modules(package.__path__)
 ]
 PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in (ops, nn, flows, testing, transport)
+    for package in (ops, nn, flows, testing, transport, estimation)
     for name in package.__all__
     if not name.endswith("_reference")  # whose op has the example
     and getattr(getattr(package, name), "__module__", "").startswith(package.__name__)

@@ -19,7 +19,7 @@ ORDER = [
         ("flows", "data", "transport"),
         ("nn",),
         ("ode",),
-        ("ops", "testing"),
+        ("ops", "testing", "estimation"),
         ("core",),
     ],
     ("_library", "_version"),
