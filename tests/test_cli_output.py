@@ -61,3 +61,17 @@ def test_a_config_that_is_a_pipe_is_refused(tmp_path):
 def test_a_flow_larger_than_memory_is_one_line(tmp_path):
     options = ("--data", "digits", "--set", f"hidden={10**12}")
     assert "Glow cannot be built for (1, 8, 8)" in refuses(tmp_path, "train", *options)
+
+
+def test_a_comparison_on_the_command_line(tmp_path):
+    rows = "\n".join(f"{i % 7},{i % 11}" for i in range(60))
+    (tmp_path / "t.csv").write_text(rows)
+    options = ("--set", "hidden=4", "--set", "batch_size=16", "--steps", "2", "--out", "c")
+    flows = ("--flow", "MAF,transforms=1", "--flow", "MAF")
+    result = command(tmp_path, "compare", "--data", "t.csv", *flows, *options)
+    assert result.returncode == 0, result
+    lines = result.stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("flow  "))
+    assert {line.split()[0] for line in lines[head + 1 : head + 3]} == {"MAF", "MAF-2"}
+    assert lines[head + 1].count("best") == 1
+    assert "two flows" in refuses(tmp_path, "compare", "--data", "t.csv", "--flow", "MAF")

@@ -1,5 +1,6 @@
 """Training on Lightning (needs the extra ``pyflowkern[train]``)."""
 
+from pyflowkern.train.comparison import compare
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.module import FlowModule, TrainingDiverged
 from pyflowkern.train.ranks import ProcessLost
@@ -14,5 +15,6 @@ __all__ = [
     "TrainConfig",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "compare",
     "train",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ConfigError", "TrainConfig"]
+__all__ = ["ConfigError", "TrainConfig", "merged"]
 
 
 class ConfigError(ValueError):
@@ -154,3 +154,25 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """Return every option as YAML."""
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def merged(base: dict[str, Any], flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Lay flags over a config; a setting that is no option of the run is an argument of the flow."""
+    known = TrainConfig().to_dict()
+    together, arguments = {**base, **flags}, {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--set wants NAME=VALUE, got {setting!r}")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(f"--set {setting}: the value is not readable as YAML") from None
+        if name in known:
+            together[name] = value
+        else:
+            arguments[name.removeprefix("flow_args.")] = value
+    given = together.get("flow_args", {})
+    if arguments and isinstance(given, dict):  # anything else TrainConfig.create refuses
+        together["flow_args"] = {**given, **arguments}
+    return together
