@@ -14,7 +14,7 @@ import torch
 import bench.models
 import bench.ops
 import pyflowkern
-from bench import _big, _busy, _environment, _memory, _processes, _report
+from bench import _big, _busy, _environment, _gallery, _memory, _processes, _report
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
             "cuda-report",
             "steps",
             "big",
+            "gallery",
             *WHOLE,
         ],
         help="summary: the tables of docs/performance.md; overview: README.md's picture and rows; "
@@ -64,8 +65,10 @@ def arguments() -> argparse.Namespace:
         "busy: training steps beside a process that keeps a core busy; "
         "big: ten million rows, with the peak memory of each process; "
         "memory: memory, time and gradients of a training step of Glow by depth; "
-        "processes: one run by 1, 2 and 4 processes, and after one of them was killed",
+        "processes: one run by 1, 2 and 4 processes, and after one of them was killed; "
+        "gallery: docs/gallery.md, after a run of the named examples",
     )
+    parser.add_argument("names", nargs="*", help="of examples, for gallery")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no extra cases")
@@ -209,6 +212,9 @@ def main() -> int:
         return 0
     if args.family == "cuda-report":
         print(report())
+        return 0
+    if args.family == "gallery":
+        _gallery.write(args.names)
         return 0
     return run_families(args, device)
 

@@ -33,7 +33,7 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["tables.css", "gallery.css"]
 html_title = f"pyflowkern {version}"
 copybutton_prompt_text = ">>> |... |$ "
 copybutton_prompt_is_regexp = True

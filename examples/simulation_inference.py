@@ -1,9 +1,10 @@
 """Simulation-based inference: a conditional spline flow learns the posterior of a simulator's parameters.
 
 The simulator is linear with Gaussian noise, x = A theta + noise, so that its posterior is known in closed
-form; the flow learns it from pairs (theta, x) only.  There are two checks: means and covariances are compared
+form; the flow learns it from pairs (theta, x) only.  There are three checks: means and covariances are compared
 with the exact ones, and in simulation-based calibration (Talts et al. 2018) the rank of the true parameter
-among posterior samples must be uniformly distributed.
+among posterior samples must be uniformly distributed, and a region that holds a share of the flow's posterior, those
+parameters where its density is highest, must hold the truth as often (expected coverage, Hermans et al. 2022).
 
     python examples/simulation_inference.py
 """
@@ -48,11 +49,30 @@ def compare(flow: flows.Flow, observations: int, samples: int) -> tuple[float, f
 
 
 @torch.no_grad()
-def ranks(flow: flows.Flow, observations: int, samples: int) -> Tensor:
-    """Return how many of ``samples`` posterior samples lie below the truth, ``[observations, 2]``."""
+def ranks(flow: flows.Flow, observations: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Return ranks of the truth among posterior samples.
+
+    Returns:
+        How many of ``samples`` lie below the truth, ``[observations, 2]``, and the share of samples whose density is
+        higher than that of the truth, ``[observations]``.
+    """
     theta, x = simulate(observations)
-    drawn = flow.sample(observations * samples, x.repeat_interleave(samples, 0))
-    return (drawn.view(observations, samples, 2) < theta.unsqueeze(1)).sum(1)
+    context = x.repeat_interleave(samples, 0)
+    drawn, log_prob = flow.sample_and_log_prob(observations * samples, context)
+    below = (drawn.view(observations, samples, 2) < theta.unsqueeze(1)).sum(1)
+    higher = log_prob.view(observations, samples) > flow.log_prob(theta, x).unsqueeze(1)
+    return below, higher.float().mean(1)
+
+
+def draw_coverage(ax: plt.Axes, higher: Tensor) -> None:
+    """Show how often regions of highest density hold the truth, with what chance leaves of a calibrated posterior."""
+    nominal = torch.linspace(0, 1, 101)
+    found = (higher <= nominal[:, None]).float().mean(1)
+    width = 1.96 * (nominal * (1 - nominal) / len(higher)).sqrt()
+    ax.fill_between(nominal, nominal - width, nominal + width, color="0.85", label="95% by chance")
+    ax.plot(nominal, found, label="NSF")
+    ax.set(xlabel="share of the posterior", ylabel="holds the truth", title="coverage")
+    ax.legend(fontsize=8)
 
 
 def chi_square(found: Tensor, samples: int, bins: int = 10) -> float:
@@ -80,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     fit(loss, flow.parameters(), args.steps, lr=3e-3, say="NSF")
     samples = 99
     mean_error, log_error = compare(flow, 100, 500)
-    found = ranks(flow, 500, samples)
+    found, higher = ranks(flow, 500 if args.quick else 2000, samples)
+    coverage = {f"coverage of {p}%": float((higher < p / 100).float().mean()) for p in (50, 90)}
     calibration = chi_square(found, samples)
     print(
         f"posterior means are off by {mean_error:.3f} of a posterior's deviation (500 samples alone: 0.045)"
@@ -88,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(f"log-densities are off by {log_error:.3f} nats")
     print(f"ranks: chi-square over degrees of freedom {calibration:.2f} (1 if calibrated)")
 
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3))
+    print(", ".join(f"{name}: {share:.3f}" for name, share in coverage.items()))
+
+    figure, axes = plt.subplots(1, 5, figsize=(14, 3))
     x = torch.tensor([[1.0, -0.5, 0.3]])
     mean, covariance = exact_posterior(x)
     exact = torch.distributions.MultivariateNormal(mean[0], covariance)
@@ -99,8 +122,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         axes[2 + i].hist(found[:, i].numpy(), bins=10, range=(0, samples + 1))
         axes[2 + i].axhline(len(found) / 10, color="black", linewidth=1)
         axes[2 + i].set_title(f"ranks of parameter {i + 1}", fontsize=9)
+    draw_coverage(axes[4], higher)
     save(figure, args.out / "posterior.png")
-    return {"mean_error": mean_error, "log_error": log_error, "calibration": calibration}
+    checks = {"mean_error": mean_error, "log_error": log_error, "calibration": calibration}
+    return {**checks, **coverage}
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ def test_posterior_of_a_simulator(quick):
     assert found["mean_error"] < 0.3  # posterior deviations; the prior's mean is off by about 2
     assert found["log_error"] < 0.5
     assert found["calibration"] < 4  # 18 degrees of freedom; uncalibrated ranks give tens
+    # 500 observations: three standard errors of the share, and what so few steps leave
+    assert abs(found["coverage of 50%"] - 0.5) < 0.1
+    assert abs(found["coverage of 90%"] - 0.9) < 0.07
 
 
 def test_anomalies_are_found(quick):
@@ -110,11 +113,13 @@ def test_anomalies_are_found(quick):
 
 def test_a_mixture_base_leaves_less_between_two_modes(quick):
     found = quick("two_modes")
-    bridges = {name: bridge for name, (_, bridge) in found.items()}
+    bridges = {name: bridge for name, (_, bridge, _) in found.items()}
     assert bridges["MAF, a mixture"] < 0.5 * bridges["MAF, one normal"]
     # splines of 8 bins separate the modes well enough; 0.3% is two standard errors of these shares
     assert bridges["NSF, a mixture"] < bridges["NSF, one normal"] + 0.003
     assert found["MAF, a mixture"][0] > found["MAF, one normal"][0]
+    # where splines separate the modes of one normal, volumes differ by orders of magnitude
+    assert found["NSF, one normal"][2] > 4
 
 
 def test_splines_that_reach_far_enough_give_posteriors_the_right_width(quick):
@@ -220,3 +225,37 @@ def test_threes_become_eights(quick):
     assert found["bridge"]["W2"] < found["threes, left as they are"]["W2"] - 0.4
     assert found["bridge"]["called 8"] > 0.3
     assert found["bridge"]["change"] < 0.7 * found["any training eights"]["change"]
+
+
+def test_temperature_of_glow(quick):
+    found = quick("glow_digits")
+    assert found["variety, T = 0.0"] == 0
+    assert 0 < found["variety, T = 0.3"] < found["variety, T = 1.0"]
+    assert 2 < found["bits per dimension"] < 6
+
+
+def test_a_flow_on_the_torus_has_no_seam(quick):
+    found = quick("torus")
+    assert found["on the torus"]["outside"] == 0
+    # the points lie 2e-5 apart, across the seam
+    assert found["on the torus"]["jump"] < 0.01 < found["on the plane"]["jump"]
+    assert -0.05 < found["on the torus"]["divergence"] < 0.5  # 1.5 for the uniform density
+
+
+def test_a_flow_on_the_sphere(quick, script):
+    found = quick("sphere")
+    assert -0.05 < found["rotated between layers"]["divergence"] < 0.7
+    sphere = script("sphere")
+    torch.manual_seed(0)
+    c = sphere.to_cylinder(torch.nn.functional.normalize(torch.randn(4000, 3), dim=1))
+    # area is du dphi 2: the mean of the density over uniform points times 4 pi is 1
+    mass = sphere.log_density(sphere.to_sphere(c)).exp() * 4 * np.pi
+    assert abs(float(mass.mean()) - 1) < 4 * float(mass.std()) / 4000**0.5
+    torch.testing.assert_close(sphere.to_cylinder(sphere.to_sphere(c)), c, atol=1e-3, rtol=0)
+
+
+def test_series_at_irregular_times(quick):
+    found = quick("irregular_series")
+    assert {*found} == {"ODE-RNN", "RNN, dt", "GRU"}
+    for errors in found.values():  # the curve itself has 0.7; 12 steps leave about that
+        assert all(0 < value < 1.2 for value in errors.values())
