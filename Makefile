@@ -83,7 +83,7 @@ $(VENV)/compilers: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(say) "set-up 2/4: PyTorch, about 200 MB to download, 1 minute or so"
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy \
-	  scikit-build-core ninja cmake
+	  scikit-build-core pybind11 ninja cmake
 	touch $@
 
 $(VENV)/tools: $(VENV)/compilers
@@ -121,4 +121,4 @@ $(VENV)/installed: $(VENV)/compilers $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out pyflowkern/lib
+	rm -rf $(VENV) build dist out pyflowkern/lib pyflowkern/_C*.so

@@ -177,7 +177,7 @@ def _accesses_in_ptx(text: str) -> Iterator[tuple[str, int, list[Counter[Access]
 
 def _sass() -> str:
     """Return the machine code of the CUDA library; "" without cuobjdump or a library."""
-    library = next(_library._candidates("libpyflowkern_cuda.so"), None)
+    library = next((p for p in _library._candidates("libpyflowkern_cuda.so") if p.is_file()), None)
     tool = shutil.which("cuobjdump")
     if tool is None or library is None:
         return ""

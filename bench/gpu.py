@@ -34,6 +34,7 @@ TESTS = (
 #: Modules that the stages import, and the packages that have them.
 PACKAGES = {
     "scikit_build_core": "scikit-build-core",
+    "pybind11": "pybind11",
     "ninja": "ninja",
     "pytest": "pytest",
     "xdist": "pytest-xdist",

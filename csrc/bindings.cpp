@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Facts of this build, and the integers that cross from Python to C++, as JSON that
-// pyflowkern/_C.py reads through ctypes.  It sees neither torch's headers nor Python's, so one
-// wheel serves every Python, and it loads under any torch.
+// The pybind11 module `_C`: facts of this build, and the integers that cross from Python to C++. It
+// sees no torch header, so it imports under any torch.
+#include <pybind11/pybind11.h>
+
 #include <initializer_list>
-#include <map>
-#include <string>
 #include <utility>
 
 #include "core/codes.h"
@@ -12,31 +11,18 @@
 namespace {
 
 using Names = std::initializer_list<std::pair<const char*, int>>;
-using Object = std::map<std::string, std::string>;  // of JSON texts, by name
 
-std::string text_of(const Object& members) {
-  std::string text = "{";
-  for (const auto& [name, value] : members) {
-    if (text.size() > 1) text += ", ";
-    text += '"' + name + "\": " + value;
-  }
-  return text + "}";
+pybind11::dict dict_of(Names names) {
+  pybind11::dict values;
+  for (const auto& [name, value] : names) values[name] = value;
+  return values;
 }
-
-std::string dict_of(Names names) {
-  Object values;
-  for (const auto& [name, value] : names) values[name] = std::to_string(value);
-  return text_of(values);
-}
-
-// No fact holds a quote, a backslash or a control character: CMake's version numbers do not.
-std::string quoted(const std::string& fact) { return '"' + fact + '"'; }
 
 int of(pfk::Activation a) { return static_cast<int>(a); }
 
 // Each of these adds enumerations of core/codes.h, under the names that they have in
 // pyflowkern/core/codes.py.
-void add_affine_codes(Object& c) {
+void add_affine_codes(pybind11::dict& c) {
   using namespace pfk;
   c["ScaleKind"] = dict_of({{"EXP", kExp},
                             {"TANH", kTanh},
@@ -60,7 +46,7 @@ void add_affine_codes(Object& c) {
                              {"FROM_OUTPUT", kFromOutput}});
 }
 
-void add_spline_codes(Object& c) {
+void add_spline_codes(pybind11::dict& c) {
   using namespace pfk;
   c["SplineKind"] = dict_of({{"RATIONAL_QUADRATIC", kRational},
                              {"LINEAR", kLinearSpline},
@@ -78,7 +64,7 @@ void add_spline_codes(Object& c) {
                              {"COUPLING", kSplineCoupling}});
 }
 
-void add_density_and_field_codes(Object& c) {
+void add_density_and_field_codes(pybind11::dict& c) {
   using namespace pfk;
   c["WantedGradient"] = dict_of({{"Z", kGradZ}, {"MEAN", kGradMean}, {"LOG_STD", kGradLogStd}});
   c["FieldActivation"] = dict_of(
@@ -89,7 +75,7 @@ void add_density_and_field_codes(Object& c) {
                             {"FLAT", kFieldFlat}});
 }
 
-void add_network_codes(Object& c) {
+void add_network_codes(pybind11::dict& c) {
   using namespace pfk;
   using A = Activation;
   c["MaskedActivation"] = dict_of({{"IDENTITY", of(A::kIdentity)},
@@ -112,7 +98,7 @@ void add_network_codes(Object& c) {
   c["ElementFamily"] = dict_of({{"AFFINE", kAffineElements}, {"SPLINE", kSplineElements}});
 }
 
-void add_chain_codes(Object& c) {
+void add_chain_codes(pybind11::dict& c) {
   using namespace pfk;
   c["ChainStep"] = dict_of({{"PERMUTE", kPermuteStep},
                             {"ACTNORM", kActNormStep},
@@ -138,14 +124,14 @@ void add_chain_codes(Object& c) {
                                {"ACTIVATED", kActivateContext}});
 }
 
-void add_transport_codes(Object& c) {
+void add_transport_codes(pybind11::dict& c) {
   using namespace pfk;
   c["SinkhornSchedule"] = dict_of(
       {{"ALTERNATING", kAlternating}, {"SYMMETRIC", kSymmetric}, {"ACCELERATED", kAccelerated}});
 }
 
-Object codes() {
-  Object c;
+pybind11::dict codes() {
+  pybind11::dict c;
   add_affine_codes(c);
   add_spline_codes(c);
   add_density_and_field_codes(c);
@@ -157,28 +143,26 @@ Object codes() {
 
 }  // namespace
 
-#define PFK_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The enumerations that cross from Python to C++, by name.
-PFK_EXPORT const char* pyflowkern_codes() {
-  static const std::string text = text_of(codes());
-  return text.c_str();
-}
-
-// The sizes up to which kernels take an argument, by name.
-PFK_EXPORT const char* pyflowkern_limits() {
-  static const std::string text =
-      dict_of({{"MOST_BINS", pfk::kMostBins}, {"MOST_MASKED_LAYERS", pfk::kMaxLayers}});
-  return text.c_str();
-}
-
-// Version, compiler, SIMD levels and CUDA architectures of this build.
-PFK_EXPORT const char* pyflowkern_build_info() {
-  static const std::string text = text_of({{"version", quoted(PFK_VERSION)},
-                                           {"built against torch", quoted(PFK_TORCH)},
-                                           {"oldest torch", quoted("2.11")},
-                                           {"compiler", quoted(PFK_COMPILER)},
-                                           {"SIMD levels", quoted(PFK_SIMD)},
-                                           {"CUDA", quoted(PFK_CUDA)}});
-  return text.c_str();
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts of pyflowkern.";
+  m.def("codes", codes, "Return the enumerations that cross from Python to C++, by name.");
+  m.def(
+      "limits",
+      [] {
+        return dict_of({{"MOST_BINS", pfk::kMostBins}, {"MOST_MASKED_LAYERS", pfk::kMaxLayers}});
+      },
+      "Return the sizes up to which kernels take an argument, by name.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict facts;
+        facts["version"] = PFK_VERSION;
+        facts["built against torch"] = PFK_TORCH;
+        facts["oldest torch"] = "2.11";
+        facts["compiler"] = PFK_COMPILER;
+        facts["SIMD levels"] = PFK_SIMD;
+        facts["CUDA"] = PFK_CUDA;
+        return facts;
+      },
+      "Return version, compiler, SIMD levels and CUDA architectures of this build.");
 }

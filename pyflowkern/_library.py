@@ -72,28 +72,23 @@ _blocks_lock = threading.Lock()
 _traced_block: bool | None = None
 
 
-def built(name: str) -> Iterator[Path]:
-    """Yield the files of this name that the build made: next to this file, else in the installed wheel."""
-    folders = [Path(__file__).parent / "lib"]
-    # a source tree beside an installed wheel of the same version
-    with suppress(metadata.PackageNotFoundError):
-        dist = metadata.distribution("pyflowkern")
-        if dist.version == __version__:
-            folders.append(Path(str(dist.locate_file("pyflowkern/lib"))))
-    return (folder / name for folder in folders if (folder / name).is_file())
-
-
 def _candidates(name: str) -> Iterator[Path]:
-    """Yield the shared objects to load: what the build made, or what the environment names."""
+    """Yield where the shared object may lie: next to this file, else in the installed wheel."""
     if override := _override():
-        path = Path(override).absolute() / name  # a bare name would be looked for elsewhere
-        return iter([path] if path.is_file() else [])
-    return built(name)
+        yield Path(override).absolute() / name  # a bare name would be looked for elsewhere
+        return
+    yield Path(__file__).parent / "lib" / name
+    try:  # running from a source tree beside an installed wheel of the same version
+        dist = metadata.distribution("pyflowkern")
+    except metadata.PackageNotFoundError:
+        return
+    if dist.version == __version__:
+        yield Path(str(dist.locate_file("pyflowkern/lib"))) / name
 
 
 def _load(device: str) -> None:
     name = f"libpyflowkern_{device}.so"
-    path = next(_candidates(name), None)
+    path = next((p for p in _candidates(name) if p.is_file()), None)
     if path is None:
         _errors[device] = (
             f"{name} was not built or not installed; build it with "

@@ -66,8 +66,7 @@ def test_what_the_wheel_holds(wheel):
     assert "pyflowkern/py.typed" in names
     assert "pyflowkern/lib/libpyflowkern_cpu.so" in names
     assert "pyflowkern/lib/libpyflowkern_schemas.so" in names  # for exported programs
-    assert "pyflowkern/lib/libpyflowkern_facts.so" in names
-    assert wheel.name.split("-")[2:4] == ["py3", "none"]  # one wheel for every Python
+    assert any(re.fullmatch(r"pyflowkern/_C\..*so", name) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (bill,) = (name for name in names if name.endswith(".dist-info/sboms/pyflowkern.cdx.json"))
     inside = {c["name"] for c in json.loads(zipfile.ZipFile(wheel).read(bill))["components"]}
