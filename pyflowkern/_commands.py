@@ -379,6 +379,25 @@ def evaluate(
     typer.echo(json.dumps(result) if as_json else line.format(**result))
 
 
+@app.command(short_help="Write the weights of a run to a safetensors file.")
+def export(
+    run: CheckpointArgument,
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+) -> None:
+    """Write the averaged weights of a trained flow to a safetensors file, which holds numbers and text alone.
+
+    In Python, pyflowkern.flows.load_flow makes the flow again, and load_weights reads the weights into one that is made
+    already.  Needs pip install 'pyflowkern[safetensors]'.
+
+    \b
+    Example  pyflowkern export out/table --out table.safetensors
+    """  # noqa: D301
+    from pyflowkern.train.export import export_weights
+
+    units = {"data": "of the data", "standardized": "of standardized columns"}
+    typer.echo(f"{out}: weights; densities are in units {units[export_weights(run, out)]}")
+
+
 @app.command(short_help="Say which kernels run on this machine.")
 def info() -> None:
     """Say, for each device, which operations fused kernels serve, which the PyTorch reference, and why.

@@ -31,7 +31,8 @@ def main() -> None:
             _fail("interrupted", 130)
         raise
     except ModuleNotFoundError as error:
-        _fail(f"this command needs {error.name}: pip install 'pyflowkern[train]'", 2)
+        extra = "safetensors" if error.name == "safetensors" else "train"
+        _fail(f"this command needs {error.name}: pip install 'pyflowkern[{extra}]'", 2)
     except (
         BrokenPipeError
     ):  # who reads our output has seen enough, like `pyflowkern info | head -1`

@@ -12,6 +12,7 @@ from pyflowkern.flows.glow import Glow
 from pyflowkern.flows.likelihood import NegativeLogLikelihood
 from pyflowkern.flows.nsf import NSF
 from pyflowkern.flows.realnvp import RealNVP
+from pyflowkern.flows.weights import load_flow, load_weights, save_weights
 
 __all__ = [
     "CNF",
@@ -31,4 +32,7 @@ __all__ = [
     "RealNVP",
     "StandardNormal",
     "Uniform",
+    "load_flow",
+    "load_weights",
+    "save_weights",
 ]

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from pyflowkern.train.files import write_atomic
+from pyflowkern.core.files import write_atomic
 from pyflowkern.train.generators import forked_generators
 from pyflowkern.train.module import FlowModule, learning_rate
 from pyflowkern.train.plots import image_grid, save_curve, save_grid

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from pyflowkern.core.files import write_atomic
 from pyflowkern.data import Condition
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.data_model import DataModel
-from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import build, with_earlier_defaults
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 
 from pyflowkern import flows
 from pyflowkern._library import require_kernels
+from pyflowkern.core.files import write_atomic
 from pyflowkern.data import load, parts_of
 from pyflowkern.train.config import ConfigError, TrainConfig
-from pyflowkern.train.files import write_atomic
 from pyflowkern.train.measure import peak_memory, seconds_of, step_seconds
 from pyflowkern.train.runner import Run, check_folder, resume_config, train
 

@@ -23,6 +23,7 @@ __all__ = [
     "BRIDGE",
     "DataFlow",
     "DataModel",
+    "arguments_of",
     "build",
     "evaluation",
     "score",
@@ -54,19 +55,10 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataModel:
     if config.flow not in known:
         raise ConfigError(f"unknown flow {config.flow!r}; known are {', '.join(sorted(known))}")
     shape = tuple(facts["shape"])
-    _check_arguments(config, known[config.flow])
-    arguments = dict(config.flow_args)
-    if facts["bits"] is not None:
-        if not _takes(known[config.flow], "bits"):
-            raise ConfigError(
-                f"{config.flow} is a flow of rows, {facts['name']} has images {shape}"
-            )
-        arguments["bits"] = facts["bits"]
-    condition = facts.get("condition") and Condition(**facts["condition"])
-    if condition is not None:
-        arguments |= _context_arguments(config, known[config.flow], condition)
+    arguments = arguments_of(config, facts)
+    condition = _condition_of(facts)
     try:
-        flow = known[config.flow](shape if len(shape) > 1 else shape[0], **arguments)
+        flow = known[config.flow](**arguments)
     except (TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
         raise ConfigError(  # the last three: more weights than memory
             f"{config.flow} cannot be built for {shape}: {' '.join(str(error).split())}"
@@ -79,6 +71,32 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataModel:
             f"{flow.domain[1]:.4g}: {config.flow} must not have a bounded domain here"
         )
     return DataFlow(flow, facts["mean"], facts["std"], condition)
+
+
+def arguments_of(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments, by name, that the flow of a run is made with, for the facts about its data.
+
+    Raises:
+        ConfigError: for an argument that the flow does not take, and data that it is not for.
+    """
+    flow, shape = _known_flows()[config.flow], tuple(facts["shape"])
+    _check_arguments(config, flow)
+    arguments = {"event_shape": shape if len(shape) > 1 else shape[0], **config.flow_args}
+    if facts["bits"] is not None:
+        if not _takes(flow, "bits"):
+            raise ConfigError(
+                f"{config.flow} is a flow of rows, {facts['name']} has images {shape}"
+            )
+        arguments["bits"] = facts["bits"]
+    condition = _condition_of(facts)
+    if condition is not None:
+        arguments |= _context_arguments(config, flow, condition)
+    return arguments
+
+
+def _condition_of(facts: dict[str, Any]) -> Condition | None:
+    stored = facts.get("condition")
+    return Condition(**stored) if stored else None
 
 
 def _context_arguments(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyflowkern.train.files import write_atomic
+from pyflowkern.core.files import write_atomic
 
 __all__ = ["image_grid", "save_curve", "save_grid"]
 

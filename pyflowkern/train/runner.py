@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
 from pyflowkern._memory import keep_memory
+from pyflowkern.core.files import write_atomic
 from pyflowkern.data import DataSet
 from pyflowkern.train.bridges import load_data
 from pyflowkern.train.callbacks import (
@@ -25,7 +26,6 @@ from pyflowkern.train.callbacks import (
 )
 from pyflowkern.train.checkpoint import CheckpointIO, check_resumable
 from pyflowkern.train.config import ConfigError, TrainConfig
-from pyflowkern.train.files import write_atomic
 from pyflowkern.train.model import build, with_defaults, with_earlier_defaults
 from pyflowkern.train.module import FlowModule, TrainingDiverged
 from pyflowkern.train.ranks import (

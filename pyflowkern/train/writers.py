@@ -14,9 +14,9 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
+from pyflowkern.core.files import open_atomic
 from pyflowkern.data import check_pyarrow, parquet_writer
 from pyflowkern.train.config import ConfigError
-from pyflowkern.train.files import open_atomic
 
 __all__ = ["SUFFIXES", "rows_into"]
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from pyflowkern.cli import main
+from pyflowkern.core.files import open_atomic
 from pyflowkern.train import inference
-from pyflowkern.train.files import open_atomic
 from pyflowkern.train.signals import signals_raise
 
 OPTIONS = ["--flow", "RealNVP", "--batch-size", 16, "--set", "every=2", "--set", "hidden=4"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pyflowkern import data, train
+from pyflowkern import core, data, train
 from pyflowkern.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ CONFIGS = sorted((ROOT / "examples").glob("*.yaml"))
 SHRUNK = {"steps": 2, "every": 1, "batch_size": 4, "minutes": 0.0}
 MODULES = [
     f"{package.__name__}.{module.name}"
-    for package in (data, train)
+    for package in (core, data, train)
     for module in pkgutil.iter_modules(package.__path__)
 ]
 

@@ -7,8 +7,8 @@ import fresh
 import numpy as np
 import pytest
 
+from pyflowkern.core.files import write_atomic
 from pyflowkern.train import TrainConfig, train
-from pyflowkern.train.files import write_atomic
 
 TINY = {"data": "t.csv", "flow": "RealNVP", "flow_args": {"steps": 1, "hidden": 4}, "every": 2}
 
@@ -31,7 +31,7 @@ def _umask():
 #: Write over last.ckpt and wait while the file is half written.
 SLOW_WRITER = """
 import os, sys, time; from pathlib import Path
-from pyflowkern.train import files
+from pyflowkern.core import files
 def wait(handle):
     print("writing", flush=True); time.sleep(60)
 os.fsync = wait

@@ -1,0 +1,1 @@
+"""Faults on purpose: fuzzing under sanitizers, kills, a soak. docs/reliability.md shows what was found."""
