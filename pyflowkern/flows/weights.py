@@ -177,7 +177,9 @@ def _recipe(
     except (TypeError, ValueError) as error:
         raise TypeError(f"arguments must be numbers, text, lists or None: {error}") from None
     layers = module.bijection
-    standardized = type(layers) is Sequential and len(layers) > 0 and type(layers[0]) is Standardize
+    standardized = (
+        type(layers) is Sequential and len(layers) > 0 and type(layers[0]) is Standardize
+    )
     name = type(module).__name__
     with torch.device("meta"):
         try:
