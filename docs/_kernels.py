@@ -258,7 +258,11 @@ KERNELS: dict[str, dict[str, Pass]] = {
     "transport": {
         "half an iteration": Pass(
             ("x [B, n, d], y [B, m, d]", "masses, potentials"),
-            ("tile of scores: <x_i, y_j>", "2^score, sums of rows", "n x m is kept up to 4 MiB alone"),
+            (
+                "tile of scores: <x_i, y_j>",
+                "2^score, sums of rows",
+                "n x m is kept up to 4 MiB alone",
+            ),
             ("new potentials, float64", "error of the marginals"),
             ("x, y, masses, potentials",),
             reads="by tiles",
@@ -279,7 +283,11 @@ KERNELS: dict[str, dict[str, Pass]] = {
         ),
         BACKWARD: Pass(
             ("grad out", "x and inputs of layers"),
-            ("group by group: cotangents and", "filters, last layer first;", "filters: sums of <= 16 tasks"),
+            (
+                "group by group: cotangents and",
+                "filters, last layer first;",
+                "filters: sums of <= 16 tasks",
+            ),
             ("grad x, grad context", "grad filters, biases"),
         ),
     },
@@ -292,7 +300,11 @@ KERNELS: dict[str, dict[str, Pass]] = {
         ),
         BACKWARD: Pass(
             ("grad out", "x and inputs of layers"),
-            ("waves of 8192 samples: cotangents,", "last layer first; after them", "G^T times the input, runs of 512"),
+            (
+                "waves of 8192 samples: cotangents,",
+                "last layer first; after them",
+                "G^T times the input, runs of 512",
+            ),
             ("grad x, grad context", "grad weights, biases"),
         ),
     },
