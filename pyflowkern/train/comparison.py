@@ -151,9 +151,9 @@ def _run(
     """Train and score a flow, or read what an earlier process found; its facts and the log-density of each row."""
     folder = Path(config.out)
     path, scores = folder / "result.json", folder / "scores.npy"
-    if resume and path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found, torch.from_numpy(np.load(scores)) if scores.exists() else None
+    if resume and (done := _finished(path, scores)):
+        return done
+    scores.unlink(missing_ok=True)  # of a run that this one replaces
     print(f"{folder.name}:", flush=True)
     found = {"name": folder.name, "flow": config.flow, "flow_args": config.flow_args}
     log_prob = None
@@ -172,6 +172,15 @@ def _run(
         raise
     write_atomic(path, json.dumps(found).encode())
     return found, log_prob
+
+
+def _finished(path: Path, scores: Path) -> tuple[dict[str, Any], Tensor | None] | None:
+    """Return what an earlier process found; None where it did not finish, or its files are damaged."""
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        return found, None if "parameters" not in found else torch.from_numpy(np.load(scores))
+    except (FileNotFoundError, ValueError, TypeError, EOFError):
+        return None  # the checkpoint is still there: the run is scored again
 
 
 def _log_prob(trained: Trained, data: DataSet) -> Tensor:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_what_was_ended_goes_on_with_the_same_numbers(finished, tmp_path, monkey
         compare(configs, tmp_path)
     monkeypatch.setattr(module, "train", right)
     again = compare(configs, tmp_path, resume=True)
+    for name in ("name", "log_prob", "difference_error", "parameters"):
+        assert [row[name] for row in again] == [row[name] for row in rows]
+
+
+def test_damaged_results_are_found_again_from_the_checkpoint(finished, tmp_path):
+    configs, out, rows = finished
+    shutil.copytree(out, tmp_path / "copy")
+    path = tmp_path / "copy" / rows[0]["name"] / "result.json"
+    path.write_text(path.read_text()[:20])
+    (tmp_path / "copy" / rows[1]["name"] / "scores.npy").write_bytes(b"")
+    again = compare(configs, tmp_path / "copy", resume=True)
     for name in ("name", "log_prob", "difference_error", "parameters"):
         assert [row[name] for row in again] == [row[name] for row in rows]
 
