@@ -255,21 +255,11 @@ def compare(
     Example  pyflowkern compare --data table.csv --flow NSF --flow MAF,transforms=3 --steps 1000 --out out/compare
     """  # noqa: D301
     from pyflowkern.train.comparison import compare as run
-    from pyflowkern.train.comparison import table_of
-    from pyflowkern.train.config import TrainConfig, merged
+    from pyflowkern.train.comparison import configs_of, table_of
 
     given = {"data": data, "steps": steps, "seed": seed}
     options = {name: value for name, value in given.items() if value is not None}
-    base = TrainConfig.read(config) if config else {}
-    configs: dict[str, TrainConfig] = {}
-    for text in flow:
-        kind, *arguments = text.split(",")
-        name, count = kind, 1
-        while name in configs:
-            count += 1
-            name = f"{kind}-{count}"
-        settings = [*(set_ or []), *(f"flow_args.{a}" for a in arguments)]
-        configs[name] = TrainConfig.create(merged(base, options | {"flow": kind}, settings))
+    configs = configs_of(flow, config, options, set_ or [])
     rows = run(configs, out, resume=resume, overwrite=overwrite)
     typer.echo(f"{table_of(rows)}\n{out}: comparison.json, comparison.csv and the runs")
 

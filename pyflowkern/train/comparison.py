@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyflowkern.core.files import write_atomic
 from pyflowkern.data import Batches, DataSet, parts_of
 from pyflowkern.estimation import mean_with_error
 from pyflowkern.train.bridges import BRIDGE, load_data
 from pyflowkern.train.checkpoint import Trained, load_trained
-from pyflowkern.train.config import ConfigError, TrainConfig
-from pyflowkern.train.files import write_atomic
+from pyflowkern.train.config import ConfigError, TrainConfig, merged
 from pyflowkern.train.model import build, score, with_defaults
 from pyflowkern.train.module import TrainingDiverged
 from pyflowkern.train.runner import check_folder, train
 from pyflowkern.train.signals import TrainingInterrupted
 from pyflowkern.train.threads import limited_threads
 
-__all__ = ["compare", "table_of"]
+__all__ = ["compare", "configs_of", "table_of"]
 
 #: Rows that are scored at a time, each part under noise of its own seed, the same for all flows.
 _PART = 128
@@ -101,6 +101,23 @@ def compare(
     write_atomic(out / "comparison.csv", text.getvalue().encode())
     write_atomic(out / "comparison.json", (json.dumps(facts, indent=1) + "\n").encode())
     return rows
+
+
+def configs_of(
+    flows: list[str], file: Path | None, options: dict[str, Any], settings: list[str]
+) -> dict[str, TrainConfig]:
+    """Return the options of each run by its name, from texts such as ``NSF,transforms=3`` and what all share."""
+    base = TrainConfig.read(file) if file else {}
+    configs: dict[str, TrainConfig] = {}
+    for text in flows:
+        kind, *arguments = text.split(",")
+        name, count = kind, 1
+        while name in configs:
+            count += 1
+            name = f"{kind}-{count}"
+        given = [*settings, *(f"flow_args.{a}" for a in arguments)]
+        configs[name] = TrainConfig.create(merged(base, options | {"flow": kind}, given))
+    return configs
 
 
 def _check(runs: dict[str, TrainConfig]) -> None:
