@@ -85,7 +85,7 @@ ENTRIES = (
         "simulation_inference",
         "Calibration of a posterior",
         "A spline flow learns the posterior of a simulator from pairs alone, beside the exact one. The ranks of the "
-        "truth are nearly uniform, and regions of the posterior hold the truth about as often as they should (one "
+        "truth are close to uniform, and regions of the posterior hold the truth about as often as they should (one "
         "standard error is 1.1% for 50%, 0.7% for 90%).",
         {
             "regions of 50% hold": "coverage of 50%|.1%",

@@ -1,8 +1,8 @@
 """A variational autoencoder of scikit-learn's digits whose posterior is an inverse autoregressive flow.
 
-A diagonal Gaussian is a poor approximation of the true posterior; an IAF (Kingma et al. 2016) transforms it, and
+A diagonal Gaussian may be a poor approximation of the true posterior; an IAF (Kingma et al. 2016) transforms it, and
 one pass gives a sample and its density.  Both are trained in the same way and compared by the evidence lower
-bound (ELBO) on the log-likelihood.
+bound (ELBO) on the log-likelihood.  For these small images both reach about the same bound.
 
     python examples/iaf_posterior.py
 """
