@@ -195,7 +195,9 @@ def _finished(path: Path, scores: Path) -> tuple[dict[str, Any], Tensor | None] 
     """Return what an earlier process found; None where it did not finish, or its files are damaged."""
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
-        return found, None if "parameters" not in found else torch.from_numpy(np.load(scores))
+        return found, None if "parameters" not in found else torch.from_numpy(
+            np.load(scores, allow_pickle=False)
+        )
     except (FileNotFoundError, ValueError, TypeError, EOFError):
         return None  # the checkpoint is still there: the run is scored again
 
