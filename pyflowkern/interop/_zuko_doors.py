@@ -144,8 +144,9 @@ class FlowDoor(MethodDoor):
     def _vectors(self) -> Any:
         """Return the base if it is one of vectors, with one tensor for each of its two arguments."""
         base: Any = self.module._modules.get("base")
-        if base is not self._base[0] or (base is not None and base.f is not self._base[1]):
-            self._base = base, getattr(base, "f", None), _of_vectors(base)
+        made = getattr(base, "f", None)  # mixtures and flows have none
+        if base is not self._base[0] or made is not self._base[1]:
+            self._base = base, made, _of_vectors(base)
         return base if self._base[2] else None
 
     def _is_standard(self) -> bool:

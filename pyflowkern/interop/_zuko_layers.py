@@ -152,12 +152,12 @@ class MaskedAutoregressive(Conditional):
     ) -> Pair | None:
         if not inverse:
             return univariate(x, self._params(x, context), False)
-        found, log_det = torch.zeros_like(x), None
+        found = torch.zeros_like(x)
         for _ in range(self.module.passes):
-            found, log_det = univariate(x, self._params(found, context), True)
-        if univariate.turn:  # zuko asks the way forward, which differs beyond the circle
-            log_det = -univariate(found, self._params(found, context), False)[1]
-        return None if log_det is None else (found, log_det)
+            found = univariate(x, self._params(found, context), True)[0]
+        # zuko asks the way forward, which differs beyond the circle, and where the passes are too few: a layer without
+        # a mask in the network lets all features see each other
+        return found, -univariate(found, self._params(found, context), False)[1]
 
 
 class Coupling(Conditional):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import zuko
 from laws.chains import calls  # noqa: F401
+from laws.draws import normal
 from laws.zuko_models import CLOSE, FLOWS, ONE_OP, D, K, context, data, make
 from torch.distributions.transforms import _InverseTransform
 
@@ -229,3 +230,47 @@ def test_inverses_of_circular_splines_beyond_the_circle():
     z = torch.tensor([3.2, -3.2, 4.0, 0.3, -7.0, 3.1], dtype=torch.float64)
     z = torch.stack([z.roll(i) for i in range(D)], 1)
     same(pair, lambda flow, z: flow().transform.inv.call_and_ladj(z), z)
+
+
+@pytest.mark.parametrize("size", [0, K], ids=["", "given"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda c: zuko.flows.GMM(D, c, components=3),
+        lambda c: zuko.flows.MAF(D, c, transforms=1, hidden_features=(8,)),
+        lambda c: zuko.lazy.UnconditionalDistribution(
+            torch.distributions.MultivariateNormal, torch.ones(D), 2 * torch.eye(D), buffer=True
+        ),
+    ],
+    ids=["mixture", "flow", "matrix"],
+)
+def test_bases_of_other_kinds(base, size):
+    """Mixtures and flows make their distributions themselves, and a mixture has no ``rsample``."""
+    torch.manual_seed(0)
+    transform = zuko.flows.MAF(D, size, transforms=2, hidden_features=(9, 8)).transform
+    flow = zuko.flows.Flow(transform, base(size)).double()
+    twin = copy.deepcopy(flow)
+    assert "one op" in {entry.runs for entry in pyflowkern.accelerate(twin).entries}
+    x, c = normal(N, D), context(size, N)
+    same((flow, twin), lambda flow, x, c: flow(c).log_prob(x), x, c)
+    for function in (
+        lambda flow, c: flow(c).sample((3,)),
+        lambda flow, c: flow(c).rsample((3,)),
+        lambda flow, c: flow(c).rsample_and_log_prob((3,)),
+    ):
+        found = []
+        for model in (flow, twin):
+            torch.manual_seed(1)
+            found.append(function(model, c))
+        torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_inverses_through_networks_that_are_not_masked_throughout():
+    """A LayerNorm lets all features see each other: no number of passes inverts that, and they count as they are."""
+    torch.manual_seed(0)
+    flow = zuko.flows.NSF(
+        D, transforms=2, hidden_features=(9, 9), activation=partial(torch.nn.LayerNorm, 9)
+    ).double()
+    twin = copy.deepcopy(flow)
+    assert {e.runs for e in pyflowkern.accelerate(twin, strict=True).entries} == {"own op"}
+    same((flow, twin), lambda flow, z: flow().transform.inv.call_and_ladj(z), normal(N, D))
