@@ -17,7 +17,7 @@ from pyflowkern.interop._doors import MethodDoor, the_library_itself
 from pyflowkern.interop._freia_layers import global_numbers
 from pyflowkern.interop._freia_moves import Coupling, Move, all_in_one
 from pyflowkern.interop._freia_parts import Constants, FreiaLayer, called, global_map_of
-from pyflowkern.interop._freia_splines import spline_coupling, watch_domain
+from pyflowkern.interop._freia_splines import watch_domain
 from pyflowkern.interop._images import Form, Forms, evaluate_sequential, served_samples
 from pyflowkern.interop._layers import Runs, layer_of, many
 from pyflowkern.nn.relu_networks import linear_layers
@@ -202,9 +202,11 @@ class SplineForm(CouplingForm):
     """A coupling by splines over intervals that its networks say."""
 
     @classmethod
-    def read_spline(cls, module: torch.nn.Module) -> Form | None:
-        """Return the form of a RationalQuadraticSpline."""
-        found = cls.read(spline_coupling, module)
+    def read_spline(
+        cls, of: Callable[[Any], Coupling | None], module: torch.nn.Module
+    ) -> Form | None:
+        """Return the form of a RationalQuadraticSpline or a LinearSpline."""
+        found = cls.read(of, module)
         if found is not None:
             watch_domain(found.link, module.spline_base)
         return found

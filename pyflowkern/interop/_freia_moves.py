@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._freia_domains import Domain
+from pyflowkern.interop._freia_domains import Domain, Segments
 from pyflowkern.interop._freia_networks import sequential
 from pyflowkern.interop._freia_parts import clamp_of
 from pyflowkern.nn.links import Link
@@ -47,13 +47,13 @@ class Move:
     second: bool | None
     map: ScaleMap | SplineMap
     centred: tuple[int, ...] = ()
-    domain: Domain | None = None
+    domain: Domain | Segments | None = None
 
     @property
     def numbers(self) -> int:
         """How many raw numbers all networks make for an element."""
-        if isinstance(self.map, SplineMap):
-            return self.map.params
+        if self.domain is not None:
+            return self.domain.numbers
         return 1 if self.map.kind == "additive" else 2
 
     @property

@@ -1,4 +1,4 @@
-"""Rational-quadratic splines of FrEIA as steps of a chain."""
+"""Splines of FrEIA: rational-quadratic ones as steps of a chain, and what couplings by linear ones are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._freia_domains import BUFFERS, FACTS, Domain, domain_of
+from pyflowkern.interop._freia_domains import (
+    BUFFERS,
+    FACTS,
+    Domain,
+    Segments,
+    domain_of,
+    segments_of,
+)
 from pyflowkern.interop._freia_layers import CouplingLayer
 from pyflowkern.interop._freia_moves import Coupling, Move
 from pyflowkern.interop._freia_networks import sequential
@@ -19,7 +26,13 @@ from pyflowkern.nn.links import Link
 from pyflowkern.ops import ElementsStep, SplineMap
 from pyflowkern.ops.chain_steps import ActNormStep
 
-__all__ = ["ElementwiseSpline", "SplineCoupling", "spline_coupling", "watch_domain"]
+__all__ = [
+    "ElementwiseSpline",
+    "SplineCoupling",
+    "linear_coupling",
+    "spline_coupling",
+    "watch_domain",
+]
 
 
 def watch_domain(link: Link, base: Any) -> None:
@@ -30,7 +43,15 @@ def watch_domain(link: Link, base: Any) -> None:
 
 def spline_coupling(module: Any) -> Coupling | None:
     """Return what a RationalQuadraticSpline is."""
-    domain = domain_of(module.spline_base)
+    return _halves(module, domain_of(module.spline_base))
+
+
+def linear_coupling(module: Any) -> Coupling | None:
+    """Return what a LinearSpline is."""
+    return _halves(module, segments_of(module.spline_base))
+
+
+def _halves(module: Any, domain: Domain | Segments | None) -> Coupling | None:
     if domain is None:
         return None
     context = sum(int(shape[0]) for shape in module.dims_c) if module.conditional else 0

@@ -40,7 +40,12 @@ from pyflowkern.interop._freia_moves import (
 )
 from pyflowkern.interop._freia_nets import GraphDoor, SequenceDoor, line_of
 from pyflowkern.interop._freia_parts import PREFIXES, FreiaLayer
-from pyflowkern.interop._freia_splines import ElementwiseSpline, SplineCoupling
+from pyflowkern.interop._freia_splines import (
+    ElementwiseSpline,
+    SplineCoupling,
+    linear_coupling,
+    spline_coupling,
+)
 from pyflowkern.interop._images import Form
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import LayerMark
@@ -110,13 +115,16 @@ def _elementwise(module: torch.nn.Module) -> Outcome:
     return Outcome([BlockDoor(layer, None), LayerMark(layer)], runs="one op", note=_ROOTS)
 
 
-def _linear_spline(module: torch.nn.Module) -> Outcome:
-    return Outcome(note="no op has linear splines whose bins have widths of their own")
-
-
 def _blocks(of: Callable[[Any], Coupling | None], quick: bool = False) -> Kind:
     make, read = partial(CouplingLayer, of), partial(CouplingForm.read, of)
     return Kind(partial(_coupling, make, read, quick=quick), _METHODS)
+
+
+def _splines(
+    make: Callable[[Any], FreiaLayer], of: Callable[[Any], Coupling | None], note: str = ""
+) -> Kind:
+    read = partial(SplineForm.read_spline, of)
+    return Kind(partial(_coupling, make, read, note=note, quick=True), _METHODS)
 
 
 def _any_known(modules: list[Any]) -> bool:
@@ -163,12 +171,11 @@ LIBRARY = Library(
         _COUPLINGS + "AffineCouplingOneSided": _blocks(one_sided),
         _COUPLINGS + "ConditionalAffineTransform": _blocks(conditional_affine),
         _COUPLINGS + "GINCouplingBlock": _blocks(gin),
-        _SPLINES + "RationalQuadraticSpline": Kind(
-            partial(_coupling, SplineCoupling, SplineForm.read_spline, note=_ROOTS, quick=True),
-            _METHODS,
-        ),
+        _SPLINES + "RationalQuadraticSpline": _splines(SplineCoupling, spline_coupling, _ROOTS),
         _SPLINES + "ElementwiseRationalQuadraticSpline": Kind(_elementwise, _METHODS),
-        "modules.splines.linear.LinearSpline": Kind(_linear_spline, _METHODS),
+        "modules.splines.linear.LinearSpline": _splines(
+            partial(CouplingLayer, linear_coupling), linear_coupling
+        ),
         "modules.all_in_one_block.AllInOneBlock": _ALL_IN_ONE,
         "all_in_one_block.AllInOneBlock": _ALL_IN_ONE,
         "modules.fixed_transforms.PermuteRandom": Kind(partial(_marked, Permutation), _METHODS),

@@ -21,12 +21,14 @@ from laws.freia_models import (
     WITH,
     D,
     Elementwise,
+    Linear,
     N,
     blocks,
     fc,
     graph,
     sequence,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyflowkern
 from pyflowkern.nn.links import Door
@@ -334,17 +336,36 @@ def test_splines_of_a_condition_are_of_single_precision(calls):  # noqa: F811
 
 
 def test_what_has_no_op_is_reported():
-    class LinearSpline(GLOW):
-        pass
-
-    LinearSpline.__module__, LinearSpline.__qualname__ = (
-        "FrEIA.modules.splines.linear",
-        "LinearSpline",
-    )
-    report = pyflowkern.accelerate(sequence((LinearSpline, None, WITH)))
-    assert [e.note for e in report.left] == [
-        "no op has linear splines whose bins have widths of their own"
+    one_bin = (Linear, None, {**WITH, "bins": 1, "default_domain": (-3.0, 3.0, -3.0, 3.0)})
+    report = pyflowkern.accelerate(sequence(one_bin, (Linear, None, WITH)))
+    assert [(e.name, e.note) for e in report.left] == [
+        ("module_list.0", "its form is not known, or its halves are not those of an op")
     ]
+
+
+@pytest.mark.parametrize("name", ["linear splines", "linear splines of images"])
+def test_linear_splines_are_two_ops_each_half(name):
+    """One goes from positions to bins of the same width, the other from there to heights."""
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    model, twin = pair(name)
+    assert {e.runs for e in pyflowkern.accelerate(copy.deepcopy(model)).entries} == {"own op"}
+    x = data(model) * torch.linspace(0.1, 6, N, dtype=torch.float64).view(
+        N, *[1] * (data(model).dim() - 1)
+    )
+    for rev in (False, True):
+        torch.testing.assert_close(run(twin, x, rev), run(model, x, rev), **CLOSE)
+        seen.clear()
+        with Seen(), torch.no_grad():
+            run(twin, x, rev)
+        assert sum(name.startswith("pyflowkern::spline") for name in seen) == 4 * len(
+            model.module_list
+        )
 
 
 def test_deprecated_networks_run_too():

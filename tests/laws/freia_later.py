@@ -9,13 +9,20 @@ import FrEIA.modules as fm
 import torch
 from torch.nn.functional import softplus
 
-__all__ = ["ActNorm", "ElementwiseRationalQuadraticSpline", "RationalQuadraticSpline"]
+__all__ = [
+    "ActNorm",
+    "ElementwiseRationalQuadraticSpline",
+    "LinearSpline",
+    "RationalQuadraticSpline",
+]
 
 ONE = math.log(math.e - 1)  # whose softplus is 1
 
 
 class _Interval(fm.InvertibleModule):
     """A spline over an interval that raw numbers say: widths, heights, where it lies, derivatives at inner knots."""
+
+    smooth = True
 
     def __init__(self, dims_in, dims_c=(), bins=10, min_bin_sizes=(0.1, 0.1), default_domain=(-3.0, 3.0, -3.0, 3.0),
                  identity_tails=False, domain_clamping=None):  # fmt: skip
@@ -27,7 +34,9 @@ class _Interval(fm.InvertibleModule):
         self.register_buffer("default_width", torch.tensor(default_domain[1] - default_domain[0]))
         self.domain_clamping = domain_clamping
         where = {"total_width": 1} if identity_tails else {"bottom": 1, "left": 1}
-        self.parameter_counts = {"widths": bins, "heights": bins, **where, "deltas": bins - 1}
+        self.parameter_counts = {"widths": bins, "heights": bins, **where}
+        if self.smooth:
+            self.parameter_counts["deltas"] = bins - 1
 
     def _clamped(self, size):
         c = self.domain_clamping
@@ -62,14 +71,31 @@ class _Interval(fm.InvertibleModule):
             torch.cat([start, start + sizes.cumsum(-1)], -1)
             for start, sizes in ((left, widths), (bottom, heights))
         ]
-        deltas = torch.cat([slope, softplus(raw["deltas"] + ONE), slope], -1)
-        inner, log_slope = _in_bins(x, *knots, deltas, rev)
+        if self.smooth:
+            deltas = torch.cat([slope, softplus(raw["deltas"] + ONE), slope], -1)
+            inner, log_slope = _in_bins(x, *knots, deltas, rev)
+        else:
+            inner, log_slope = _in_segments(x, *knots, rev)
         ends = knots[int(rev)]
         inside = (ends[..., 0] < x) & (x <= ends[..., -1])
         slope, shift = slope[..., 0], (bottom - slope * left)[..., 0]
         straight = (x - shift) / slope if rev else slope * x + shift
         log_slope = torch.where(inside, log_slope, slope.log())
         return torch.where(inside, inner, straight), -log_slope if rev else log_slope
+
+
+class _Segments(_Interval):
+    """A spline that is straight in each bin."""
+
+    smooth = False
+
+
+def _in_segments(x, xs, ys, rev):
+    """Return the straight line between the knots of each bin, and the logarithm of its slope."""
+    at = torch.searchsorted((ys if rev else xs)[..., 1:-1].contiguous(), x[..., None].contiguous())
+    x0, y0, x1, y1 = (t.gather(-1, at + i)[..., 0] for i in (0, 1) for t in (xs, ys))
+    slope = (y1 - y0) / (x1 - x0)
+    return x0 + (x - y0) / slope if rev else y0 + (x - x0) * slope, slope.log()
 
 
 def _in_bins(x, xs, ys, deltas, rev):
@@ -96,10 +122,12 @@ def _in_bins(x, xs, ys, deltas, rev):
 class RationalQuadraticSpline(fm.coupling_layers._BaseCouplingBlock):
     """A coupling of two halves by splines."""
 
+    base = _Interval
+
     def __init__(self, dims_in, dims_c=(), subnet_constructor=None, split_len=0.5, **options):
         dims_c = list(dims_c)
         super().__init__(dims_in, dims_c, 0.0, lambda u: u, split_len=split_len)
-        self.spline_base = _Interval(dims_in, dims_c, **options)
+        self.spline_base = self.base(dims_in, dims_c, **options)
         numbers, given = sum(self.spline_base.parameter_counts.values()), self.condition_length
         self.subnet1 = subnet_constructor(self.split_len2 + given, self.split_len1 * numbers)
         self.subnet2 = subnet_constructor(self.split_len1 + given, self.split_len2 * numbers)
@@ -114,6 +142,12 @@ class RationalQuadraticSpline(fm.coupling_layers._BaseCouplingBlock):
         raw = raw.unflatten(1, (x.shape[1], -1)).movedim(2, -1)
         y, log_slope = self.spline_base.transform(x, raw, rev)
         return y, log_slope.flatten(1).sum(1)
+
+
+class LinearSpline(RationalQuadraticSpline):
+    """A coupling of two halves by splines that are straight in each bin."""
+
+    base = _Segments
 
 
 class ElementwiseRationalQuadraticSpline(_Interval):
@@ -170,6 +204,7 @@ class ActNorm(fm.InvertibleModule):
 for _cls, _module in (
     (RationalQuadraticSpline, "splines.rational_quadratic"),
     (ElementwiseRationalQuadraticSpline, "splines.rational_quadratic"),
+    (LinearSpline, "splines.linear"),
     (ActNorm, "invertible_resnet"),
 ):
     _cls.__module__ = f"FrEIA.modules.{_module}"

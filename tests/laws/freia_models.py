@@ -14,6 +14,7 @@ __all__ = [
     "WITH",
     "D",
     "Elementwise",
+    "Linear",
     "N",
     "blocks",
     "fc",
@@ -27,6 +28,7 @@ splines = getattr(fm, "splines", freia_later)
 Spline = splines.RationalQuadraticSpline
 LaterActNorm = fm.ActNorm if splines is not freia_later else freia_later.ActNorm
 Elementwise = splines.ElementwiseRationalQuadraticSpline
+Linear = splines.LinearSpline
 
 
 def fc(inputs, outputs, activation=torch.nn.ReLU, between=()):
@@ -133,6 +135,13 @@ PARTS = {
     "clamped, with identity tails": lambda: sequence(
         (Spline, None, {**WITH, "domain_clamping": 5.0, "identity_tails": True}), (GLOW, 0, WITH)
     ),
+    "linear splines": lambda: sequence(
+        (Linear, 0, WITH),
+        (Linear, None, {**WITH, "identity_tails": True, "bins": 4}),
+        (Linear, None, {**WITH, "default_domain": OBLONG, "domain_clamping": 5.0}),
+        (Linear, 1, {**WITH, "domain_clamping": 4.0, "identity_tails": True, "split_len": 1}),
+        (Linear, None, {**WITH, "min_bin_sizes": (0.0, 0.2)}),
+    ),
     "oblong": lambda: blocks(Spline, default_domain=OBLONG),
     "own network": lambda: sequence((GLOW, 0, WITH), (GLOW, 0, {"subnet_constructor": Net})),
     "branches": lambda: graph([3], split=True),
@@ -146,6 +155,7 @@ IMAGES = {
     "NICE images": lambda: blocks_of_images(fm.NICECouplingBlock),
     "GIN images": lambda: blocks_of_images(fm.GINCouplingBlock),
     "spline images": lambda: blocks_of_images(Spline, domain_clamping=4.0, bins=5),
+    "linear splines of images": lambda: blocks_of_images(Linear, domain_clamping=4.0, bins=5),
     "GIN in blocks of images": lambda: blocks_of_images(ALL, gin_block=True),
 }
 MODELS = {**ONE, **PARTS, **IMAGES}
