@@ -19,9 +19,10 @@ from pyflowkern.nn.links import Link
 from pyflowkern.ops import SplineMap
 from pyflowkern.ops.chain_steps import ElementsStep
 
-__all__ = ["AutoregressiveSpline", "CoupledSpline", "SplineDoor", "spline_map_of"]
+__all__ = ["AutoregressiveSpline", "CdfDoor", "CoupledSpline", "SplineDoor", "spline_map_of"]
 
 _SIZES = ("num_bins", "tails", "min_bin_width", "min_bin_height", "min_derivative")
+_OWN_PARAMETERS = ("unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives")
 _OF_CDF = ("tails", "tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
 
 
@@ -87,12 +88,11 @@ class CoupledSpline(Layer):
         if spline_map is None or cdf.unnormalized_widths.shape[:-1] != (len(moves),):
             return False
         link.watch(cdf, *_OF_CDF)
-        names = ("unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives")
 
         def flat(inverse: bool) -> list[Tensor]:
-            return [torch.cat([cdf._parameters[n] for n in names], -1).view(-1)]
+            return [torch.cat([cdf._parameters[n] for n in _OWN_PARAMETERS], -1).view(-1)]
 
-        link.make(cdf, names[:1], flat)
+        link.make(cdf, _OWN_PARAMETERS[:1], flat)
         link.steps.append(ElementsStep(spline_map, moves))
         return True
 
@@ -154,56 +154,98 @@ class SplineDoor(MethodDoor):
         module = self.module
         net = module._modules.get(self._net)
         width = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
-        spline_map = spline_map_of(module, module.num_bins, width)
-        of_elements = self.name == "_piecewise_cdf"
-        if spline_map is None and not inputs.is_cuda and inputs.dim() == 2:
-            found = _of_features(module, inputs, params, bool(inverse), width)
-            if found is not None:
-                return found[0], found[1] if of_elements else found[1].sum(1)
-        if spline_map is None or not served_samples(inputs) or type(params) is not Tensor:
+        pair = None
+        if served_samples(inputs) and type(params) is Tensor and params.dtype == inputs.dtype:
+            pair = _elements(module, inputs, params, bool(inverse), module.num_bins, width)
+        if pair is None:
             return self.own(inputs, params, inverse)
-        shape = (*inputs.shape, spline_map.params)
-        if params.numel() != math.prod(shape) or params.dtype != inputs.dtype:
-            return self.own(inputs, params, inverse)
-        options = {"inverse": bool(inverse), "elementwise": of_elements}
-        return ops.spline(inputs, params.reshape(shape), spline_map, **options)
+        return pair if self.name == "_piecewise_cdf" else (pair[0], pair[1].flatten(1).sum(1))
+
+
+class CdfDoor(MethodDoor):
+    """``_spline`` of the splines that have parameters of their own, the same for all samples."""
+
+    module: Any
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module, "_spline")
+
+    def run(self, inputs: Any, inverse: Any = False) -> Any:
+        """Run one op."""
+        module, pair = self.module, None
+        parts = [module._parameters[name] for name in _OWN_PARAMETERS]
+        fits = served_samples(inputs) and inputs.shape[1:] == parts[0].shape[:-1]
+        if fits and all(p.dtype == inputs.dtype for p in parts):
+            params = torch.cat(parts, -1).expand(len(inputs), *inputs.shape[1:], -1)
+            bins = parts[0].shape[-1]
+            pair = _elements(module, inputs, params, bool(inverse), bins, None)
+        if pair is None:
+            return self.own(inputs, inverse)
+        return pair[0], pair[1].flatten(1).sum(1)
+
+
+def _elements(
+    spline: Any, x: Tensor, params: Tensor, inverse: bool, bins: int, width: int | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return values and log-derivatives of elements ``x``; None for splines of another form."""
+    spline_map = spline_map_of(spline, bins, width)
+    if spline_map is None:
+        return _of_features(spline, x, params, inverse, bins, width)
+    shape = (*x.shape, spline_map.params)
+    if params.numel() != math.prod(shape):
+        return None
+    return ops.spline(x, params.reshape(shape), spline_map, inverse=inverse, elementwise=True)
 
 
 def _of_features(
-    spline: Any, x: Tensor, params: Tensor, inverse: bool, width: int | None
+    spline: Any, x: Tensor, params: Tensor, inverse: bool, bins: int, width: int | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Return values and log-derivatives of splines whose features have tails of their own.
+    """Return values and log-derivatives of splines that are circular, or whose features differ in tails or bounds.
 
-    None where an input lies outside of its interval: there the library's splines of this kind give 0, and ours do not.
+    All are one op, with a raw derivative at every knot: those at the ends of a linear one say 1, and the two of a
+    circular one are the same.  An input outside of its interval stays what it is; where each feature has tails of its
+    own, the library makes it 0.
     """
-    tails, bound, bins = spline.tails, spline.tail_bound, spline.num_bins
-    size = 3 * bins + 1
-    fits = isinstance(tails, (list, tuple)) and len(tails) == x.shape[1]
-    if not fits or not served_samples(x) or params.numel() != x.numel() * size:
+    tails, bound = spline.tails, spline.tail_bound
+    apart = isinstance(tails, (list, tuple))
+    each = tuple(tails) if apart else (tails,) * (x.shape[1] if x.dim() == 2 else 0)
+    if len(each) != x.shape[1] or x.dim() != 2 or not {*each} <= {"linear", "circular"}:
         return None
-    bounds = torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand(x.shape[1])
-    if not (x.abs() < bounds).all() or params.dtype != x.dtype:
+    if isinstance(bound, bool) or not isinstance(bound, (int, float, Tensor)):
         return None
-    raw, y, log_derivatives = params.reshape(*x.shape, size), [], []
-    for i, (tail, limit) in enumerate(zip(tails, bounds.tolist(), strict=True)):
-        if tail not in ("linear", "circular"):
-            return None
-        # all knots have a raw derivative: those of the ends do not count, or the last one is the first
-        first = raw[:, i, : 2 * bins]
-        rest = raw[:, i, 2 * bins + 1 : -1] if tail == "linear" else raw[:, i, 2 * bins : -1]
-        spline_map = SplineMap(
+    spline_map = _of_knots(spline, bins, width)
+    knots = bins + 1 if apart else bins - 1 if tails == "linear" else bins
+    if spline_map is None or params.numel() != x.numel() * (2 * bins + knots):
+        return None
+    bounds = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    if bounds.dim() > 1 or bounds.numel() not in (1, x.shape[1]) or not (bounds > 0).all():
+        return None  # the library says what is wrong
+    raw = params.reshape(*x.shape, -1)
+    first, inner = raw[..., 2 * bins : 2 * bins + 1], raw[..., 2 * bins :]
+    inner = inner[..., 1:-1] if apart else inner if tails == "linear" else inner[..., 1:]
+    least = spline.min_derivative
+    one = torch.full_like(first, math.log(math.expm1(1 - least)))
+    circular = torch.tensor([[tail == "circular"] for tail in each], device=x.device)
+    end = torch.where(circular, first, one)
+    raw = torch.cat([raw[..., : 2 * bins], end, inner, end], -1)
+    inside = (x >= -bounds) & (x <= bounds)
+    within = torch.where(inside, x, 0.0) / bounds
+    y, log_slope = ops.spline(within, raw, spline_map, inverse=inverse, elementwise=True)
+    outside = torch.zeros_like(x) if apart else x
+    return torch.where(inside, bounds * y, outside), torch.where(inside, log_slope, 0.0)
+
+
+def _of_knots(spline: Any, bins: int, width: int | None) -> SplineMap | None:
+    """Return the map of splines over [-1, 1] with a raw derivative at every knot."""
+    try:
+        return SplineMap(
             bins=bins,
-            bound=limit,
-            tails=tail,
+            bound=1.0,
+            tails="affine",
             min_bin_width=spline.min_bin_width,
             min_bin_height=spline.min_bin_height,
             min_derivative=spline.min_derivative,
             scale=1.0 if width is None else 1.0 / math.sqrt(width),
         )
-        of_one = torch.cat([first, rest], 1).unsqueeze(1)
-        value, log_derivative = ops.spline(
-            x[:, i : i + 1], of_one, spline_map, inverse=inverse, elementwise=True
-        )
-        y.append(value)
-        log_derivatives.append(log_derivative)
-    return torch.cat(y, 1), torch.cat(log_derivatives, 1)
+    except (TypeError, ValueError):  # numbers that the library may find an error in, too
+        return None

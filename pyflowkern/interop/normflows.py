@@ -22,7 +22,7 @@ from pyflowkern.interop._normflows_flows import CLASS_FLOW, FLOW
 from pyflowkern.interop._normflows_images import BlockForm, CouplingForm
 from pyflowkern.interop._normflows_layers import LAYERS, Turned
 from pyflowkern.interop._normflows_parts import PREFIX
-from pyflowkern.interop._normflows_splines import SplineDoor
+from pyflowkern.interop._normflows_splines import CdfDoor, SplineDoor
 from pyflowkern.interop._normflows_vectors import (
     AffineCoupling,
     AffineMatrix,
@@ -84,6 +84,11 @@ def _elements(name: str, net: str, module: torch.nn.Module) -> Outcome:
     return Outcome([SplineDoor(module, name, net)], runs="own op")
 
 
+def _cdf(module: torch.nn.Module) -> Outcome:
+    """Look at splines with parameters of their own, which only where no chain takes them are called."""
+    return Outcome([CdfDoor(module)], runs="own op")
+
+
 #: Transforms of which several together are faster, but not one alone.
 _WITH_OTHERS = (ConstantAffine, AffineMatrix, Permute)
 #: Those that a report does not name where they are left alone: they are in models of images, too.
@@ -106,6 +111,7 @@ LIBRARY = Library(
         "flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive": Kind(
             partial(_elements, "_elementwise", "autoregressive_net"), ("_elementwise",)
         ),
+        "flows.neural_spline.coupling.PiecewiseRationalQuadraticCDF": Kind(_cdf, ("_spline",)),
         "flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling": Kind(
             partial(_elements, "_piecewise_cdf", "transform_net"), ("_piecewise_cdf",)
         ),

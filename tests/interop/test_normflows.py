@@ -131,28 +131,69 @@ def test_classes_of_the_base_stay(calls):
     assert len(calls) == 4
 
 
+def _circular(bound):
+    """Splines with circular and linear tails, of each feature and of all."""
+    options = {"tail_bound": bound}
+    coupled = nf.flows.CircularCoupledRationalQuadraticSpline
+    return [
+        nf.flows.CircularAutoregressiveRationalQuadraticSpline(D, 1, 8, [1, 2], **options),
+        coupled(D, 1, 8, [1, 3], **options),
+        coupled(D, 1, 8, [0], mask=torch.tensor([0, 1, 0, 1]), num_bins=5, **options),
+        coupled(D, 1, 8, [0, 1, 2, 3], reverse_mask=True, **options),
+        nf.flows.CoupledRationalQuadraticSpline(D, 1, 8, tails="circular", **options),
+        nf.flows.CoupledRationalQuadraticSpline(D, 1, 8, tails="linear", **options),
+    ]
+
+
 @pytest.mark.parametrize("inside", [True, False])
-def test_circular_splines_are_those_of_the_library(inside):
-    options = {"tail_bound": torch.tensor([5.0, 3.0, 4.0, 3.0])}
+@pytest.mark.parametrize("each", [True, False])
+def test_circular_splines_are_those_of_the_library(inside, each):
+    """Outside of its interval a feature with tails of its own is 0 there, and others stay what they are."""
     torch.manual_seed(0)
-    model = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian(D),
-        [
-            nf.flows.CircularAutoregressiveRationalQuadraticSpline(D, 1, 8, [1, 2], **options),
-            nf.flows.CircularCoupledRationalQuadraticSpline(D, 1, 8, [1, 3], **options),
-        ],
-    ).double()
+    bound = torch.tensor([5.0, 3.0, 4.0, 3.0]) if each else 3.0
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(D), _circular(bound)).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
     twin = copy.deepcopy(model)
-    assert sum("Piecewise" in e.kind for e in pyflowkern.accelerate(twin).accelerated) == 2
+    report = pyflowkern.accelerate(twin)
+    assert sum("Coupling" in e.kind for e in report.accelerated) == 5
+    assert sum("CDF" in e.kind for e in report.accelerated) == 5
     x = normal(6, D).clamp(-2, 2) * (1 if inside else 3)
+    if not inside:
+        x[0] = torch.tensor([5.0, 3.0, -4.0, -3.0])  # the ends belong to the intervals
+        x[1] = torch.tensor([100.0, -50.0, 1.0, 0.0])
     torch.testing.assert_close(derivatives(twin, x), derivatives(model, x), **CLOSE)
     z = normal(6, D, seed=2).clamp(-2, 2)
     torch.testing.assert_close(
         twin.forward_and_log_det(z), model.forward_and_log_det(z), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("bound", [3.0, torch.tensor([5.0, 3.0, 4.0, 3.0])], ids=["one", "each"])
+def test_circular_splines_are_one_op_for_all_features(bound, monkeypatch):
+    seen = []
+    spline = pyflowkern.ops.spline
+    monkeypatch.setattr(
+        pyflowkern.ops, "spline", lambda x, *a, **k: seen.append(x.shape) or spline(x, *a, **k)
+    )
+    for module, count in zip(_circular(bound)[:5], (1, 2, 2, 2, 2), strict=True):
+        pyflowkern.accelerate(module)
+        seen.clear()
+        module.inverse(normal(6, D, dtype=torch.float32))
+        assert len(seen) == count
+        assert sum(s[1] for s in seen) == D
+
+
+@pytest.mark.parametrize("method", ["forward", "inverse"])
+def test_splines_whose_bounds_fit_no_input_raise_as_before(method):
+    module = nf.flows.CoupledRationalQuadraticSpline(D, 1, 8, tails="circular")
+    module.prqct.tail_bound = torch.ones(D)  # of all features, not of those that are moved
+    twin = copy.deepcopy(module)
+    pyflowkern.accelerate(twin)
+    for m in (module, twin):
+        with pytest.raises(RuntimeError, match=r"must match|broadcast"):
+            getattr(m, method)(normal(6, D, dtype=torch.float32))
 
 
 def test_a_singular_matrix_is_the_librarys_error():
