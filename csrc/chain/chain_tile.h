@@ -60,11 +60,15 @@ Rows<T> kept_block(const ChainArgs& a, int64_t first, int64_t count, int64_t blo
   return {typed<T>(a.kept) + a.blocks * a.features * first + block * size, columns};
 }
 
+// Columns beyond the vectors of this level are zeros: a result holds no number of earlier memory.
 template <class T>
 void keep_rows(const ChainArgs& a, const ChainTileWork<T>& w, int64_t first, int64_t block) {
   const Rows<T> to = kept_block<T>(a, first, w.rows.count, block);
+  const int64_t columns = w.rows.columns;
   for (int64_t d = 0; d < a.features; ++d) {
-    memcpy(to.p + d * to.stride, w.state + d * w.rows.width, w.rows.columns * sizeof(T));
+    T* row = to.p + d * to.stride;
+    memcpy(row, w.state + d * w.rows.width, columns * sizeof(T));
+    memset(row + columns, 0, (to.stride - columns) * sizeof(T));
   }
 }
 

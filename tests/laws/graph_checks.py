@@ -76,6 +76,18 @@ def check_no_dtype_is_read_as_another(case):
             torch.testing.assert_close(a.double(), b.double(), rtol=0.1, atol=0.1, equal_nan=True)
 
 
+def check_every_number_is_written(case):
+    """No result holds what was in memory before, not even what only a backward pass reads.
+
+    The backends of kernels fill fresh memory with NaN.
+    """
+    for func, args in recorded(case):
+        found = pytree.tree_leaves(func(*args))
+        for i, t in enumerate(found):
+            if isinstance(t, torch.Tensor) and t.is_floating_point():
+                assert not t.isnan().any(), f"result {i} of {func.name()}"
+
+
 #: What ``torch.library.opcheck`` looks at; the last traces a graph of symbolic shapes, which takes most of the time.
 REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
 TRACED = "test_aot_dispatch_dynamic"

@@ -102,6 +102,12 @@ def test_function_transforms(backend, case):
 
 @each
 @kernels
+def test_every_number_is_written(backend, case):
+    graphs.check_every_number_is_written(case)
+
+
+@each
+@kernels
 def test_registration(backend, case):
     graphs.check_registration(case)
 
