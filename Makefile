@@ -12,7 +12,7 @@ CUDA_CODE := compute_80,sm_90
 RELEASE_CODE := compute_80,sm_80,sm_86,sm_89,sm_90,sm_100,sm_120
 TOOLS := pytest pytest-xdist hypothesis ruff mypy clang-format types-PyYAML
 
-.PHONY: demo test test-fast fuzz fuzz-sanitized lint format docs build bench gpu wheel wheel-test clean
+.PHONY: demo test test-fast fuzz fuzz-sanitized threads-sanitized lint format docs build bench gpu wheel wheel-test clean
 demo: $(VENV)/installed
 	$(say) "the demonstration, 4 minutes"
 	$(BIN)/pyflowkern demo
@@ -28,16 +28,16 @@ test-fast: $(VENV)/installed
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -P -m fuzz --cases 20000
 
-# the same with CPU kernels that GCC's address and undefined-behaviour sanitizers watch: of the baseline level, not optimized
-SANITIZED := build/sanitized/address
+# the same with CPU kernels that GCC's address and undefined-behaviour sanitizers watch, not optimized; then by eight threads
+# at once under the thread sanitizer. LEVEL=avx2 watches the kernels of that level.
 CASES ?= 1000000
+THREAD_CASES ?= 20000
+LEVEL ?= baseline
 fuzz-sanitized: $(VENV)/installed
-	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPYFLOWKERN_CUDA=OFF -DPYFLOWKERN_SANITIZE=address
-	$(BIN)/cmake --build $(SANITIZED) --target pyflowkern_cpu
-	LD_PRELOAD="$$(for l in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-	  PYFLOWKERN_LIBRARY_DIR=$(abspath $(SANITIZED)) PYTHONPATH=tests $(BIN)/python -P -W ignore -m fuzz --cases $(CASES) --seconds 86400
+	$(BIN)/python -m bench.faults.sanitized address --level $(LEVEL) --cases $(CASES) $(FUZZ)
+
+threads-sanitized: $(VENV)/installed
+	$(BIN)/python -m bench.faults.sanitized thread --level $(LEVEL) --cases $(THREAD_CASES) $(FUZZ)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

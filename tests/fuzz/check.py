@@ -7,6 +7,7 @@ the largest entry in float32.
 
 import torch
 
+from fuzz.call import Call
 from pyflowkern import use_reference
 
 SLACK = 100.0
@@ -139,15 +140,10 @@ def compare(name, results, smooth):
 
 def check_isolation(call, poison):
     """A sample of NaN or inf changes no bit of the others: neither their values nor their own gradients."""
-    named = [name for name in call.batched if tensors_of(call.arguments.get(name))]
-    n = call.arguments[named[0]].shape[0] if named else 0
-    if n < 2:
+    spoilt, target, bad = spoilt_by(call, poison)
+    if target is None:
         return
-    bad = n // 2
-    spoilt = dict(call.arguments)
-    target = named[int(bad) % len(named)]
-    spoilt[target] = copied(spoilt[target])
-    spoilt[target][bad] = poison
+    n = spoilt[target].shape[0]
     others = torch.arange(n) != bad
     good, refused = outcome(call.function, with_leaves(call.arguments))
     found, _ = outcome(call.function, with_leaves(spoilt))
@@ -158,8 +154,31 @@ def check_isolation(call, poison):
         if a.dim() and a.shape[0] == n and not same_bits(a[others], b[others]):
             raise Finding(f"{poison} in {target}[{bad}] changes other samples")
     for name, a, b in zip(leaves, good[1], found[1], strict=False):
-        if name in named and not same_bits(a[others], b[others]):
+        if name in named_of(call) and not same_bits(a[others], b[others]):
             raise Finding(f"{poison} in {target}[{bad}] changes the gradient of others' {name}")
+
+
+def named_of(call):
+    return [name for name in call.batched if tensors_of(call.arguments.get(name))]
+
+
+def spoilt_by(call, poison):
+    """Return the arguments with one sample spoilt, in which argument, and which; None where there are less than two."""
+    named = named_of(call)
+    n = call.arguments[named[0]].shape[0] if named else 0
+    if n < 2:
+        return call.arguments, None, 0
+    bad = n // 2
+    target = named[bad % len(named)]
+    spoilt = copied(call.arguments[target])
+    spoilt[bad] = poison
+    return {**call.arguments, target: spoilt}, target, bad
+
+
+def outcome_of(call, poison=None):
+    """Return outputs and gradients of a call, or its error, with a spoilt sample if there is poison."""
+    arguments = call.arguments if poison is None else spoilt_by(call, poison)[0]
+    return outcome(call.function, with_leaves(arguments))
 
 
 def copied(t):
@@ -176,6 +195,20 @@ def same_bits(a, b):
 
 def check_hostile(call, draw):
     """Something else in the place of one argument: ValueError, TypeError, or a result, as by the reference."""
+    call, what = made_hostile(call, draw)
+    found, refused = hostile_outcome(call, what)
+    with use_reference():
+        plain, plain_refused = hostile_outcome(call, what)
+    if type(refused) is not type(plain_refused):
+        raise Finding(f"{what}: kernel {refused!r}; reference {plain_refused!r}")
+    if refused is None:
+        for a, b in zip(found[0], plain[0], strict=True):
+            if isinstance(a, torch.Tensor) and (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise Finding(f"{what}: {a.shape} {a.dtype}, reference {b.shape} {b.dtype}")
+
+
+def made_hostile(call, draw):
+    """Return the call with something else in the place of one argument, and what that is."""
     name = draw.choice(call.arguments)
     arguments = dict(call.arguments)
     if isinstance(arguments[name], list) and arguments[name] and draw.flag():
@@ -183,16 +216,12 @@ def check_hostile(call, draw):
         arguments[name][draw.random.randrange(len(arguments[name]))] = draw.hostile()
     else:
         arguments[name] = draw.hostile()
-    what = f"{name}={str(arguments[name])[:60]!r}"
+    return Call(call.function, arguments), f"{name}={str(arguments[name])[:60]!r}"
+
+
+def hostile_outcome(call, what):
+    """Return the results of a call or its error; a finding says what was passed."""
     try:
-        found, refused = outcome(call.function, arguments, gradients=False)
-        with use_reference():
-            plain, plain_refused = outcome(call.function, arguments, gradients=False)
+        return outcome(call.function, call.arguments, gradients=False)
     except Finding as finding:
         raise Finding(f"{what}: {finding}") from finding
-    if type(refused) is not type(plain_refused):
-        raise Finding(f"{what}: kernel {refused!r}; reference {plain_refused!r}")
-    if refused is None:
-        for a, b in zip(found[0], plain[0], strict=True):
-            if isinstance(a, torch.Tensor) and (a.shape, a.dtype) != (b.shape, b.dtype):
-                raise Finding(f"{what}: {a.shape} {a.dtype}, reference {b.shape} {b.dtype}")

@@ -1,0 +1,25 @@
+"""Sanitizers watch the CPU kernels: they find a planted fault, and none in calls of one family of ops.
+
+``make fuzz-sanitized`` and ``make threads-sanitized`` do the same with all families and many calls.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
+
+from bench.faults import sanitized
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sanitized.RUNTIMES)
+def test_kernels_of_a_family_are_clean_and_a_planted_fault_is_found(kind):
+    library = sanitized.build(kind, families="actnorm")
+    sanitized.planted(kind, library)
+    threads = ["--threads", "4"] if kind == "thread" else []
+    found = sanitized.fuzz(
+        kind, library, ["--cases", "24", "--targets", "ops.actnorm", "nn.ActNorm", *threads]
+    )
+    assert (found["cases"], found["findings"]) == (24, [])
