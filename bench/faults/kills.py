@@ -93,7 +93,9 @@ def _trial(
         for path in run.glob("*.ckpt"):
             step = load_checkpoint(path)["pyflowkern"]["progress"][0]  # raises for a torn one
             steps += [step] if path.name == "last.ckpt" else []
-    _finish(_go_on(run, folder))  # also of a run at its end: a kill may have come before its last picture
+    _finish(
+        _go_on(run, folder)
+    )  # also of a run at its end: a kill may have come before its last picture
     found = _facts(run)
     wrong = [name for name in whole if _differs(whole[name], found[name])]
     left = [p.name for p in run.iterdir() if p.name.endswith(".tmp")]

@@ -1,8 +1,8 @@
-"""``python -m bench.faults.sanitized address``: the fuzz cases of tests/fuzz, with CPU kernels that a sanitizer watches.
+"""``python -m bench.faults.sanitized address``: the cases of tests/fuzz, with CPU kernels that a sanitizer watches.
 
 ``address`` is GCC's address and undefined-behaviour sanitizers; ``thread`` its thread sanitizer, where eight threads
-make each call at once and every kernel's parallel regions are run by threads that the sanitizer knows.  The library is built
-into build/sanitized first.  It holds a fault on purpose, which the sanitizer must report before a run counts.
+make each call at once and a kernel's parallel regions are run by threads that the sanitizer knows.  The library is
+built into build/sanitized first.  It holds a fault on purpose, which the sanitizer must report before a run counts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def environment(kind: str, folder: Path) -> dict[str, str]:
     compiler = os.environ.get("CXX", "c++")
     runtimes = [
         subprocess.run(
-            [compiler, f"-print-file-name=lib{name}.so"], check=True, capture_output=True, text=True
+            [compiler, f"-print-file-name=lib{name}.so"],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
         for name in RUNTIMES[kind]
     ]

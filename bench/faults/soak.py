@@ -29,8 +29,8 @@ __all__ = ["soak"]
 
 SOLVER = {"method": "rk4", "step_size": 0.5}
 BLOCKS = 12
-#: Shapes of images and sizes of their batches: few, as oneDNN, which torch's convolutions use, keeps what it compiled for
-#: up to 1024 of them.  The first quarter of a run meets all, so that what grows later is a leak.
+#: Shapes of images and sizes of their batches: few, as oneDNN, which torch's convolutions use, keeps what it compiled
+#: for up to 1024 of them.  The first quarter of a run meets all, so that what grows later is a leak.
 IMAGES = ((1, 8, 8), (3, 4, 12), (2, 12, 4))
 IMAGE_BATCHES = (1, 7, 64)
 BATCHES = (1, 2, 7, 64, 257)

@@ -69,9 +69,12 @@ def test_without_comparisons_only_errors_of_another_kind_are_findings(monkeypatc
 
 @pytest.mark.parametrize(
     ("body", "wanted"),
-    [("os.abort()", ["flows.MAF 0 ended its process (-6)"]), ("time.sleep(60)", ["flows.MAF 0 ended its process (-14)"])],
+    [
+        ("os.abort()", ["flows.MAF 0 ended its process (-6)"]),
+        ("time.sleep(60)", ["flows.MAF 0 ended its process (-14)"]),
+    ],
     ids=["a crash", "a hang"],
-)  # fmt: skip
+)
 def test_a_case_that_ends_its_process_is_found_and_the_next_ones_run(tmp_path, body, wanted):
     """By a stand-in for the worker, that prints what it prints."""
     script = tmp_path / "worker.py"

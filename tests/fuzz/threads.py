@@ -47,7 +47,7 @@ class Threads:
 
 
 def functions(target, seed):
-    """Return the functions of a case without arguments, each of which gives a list of tensors or the type of an error."""
+    """Return the functions of a case, without arguments: each gives a list of tensors, or the type of an error."""
     draw = Draw(seed, MODES[seed % len(MODES)])
     if target.startswith("ops."):
         call = ops.CALLS[TARGETS[target]](draw)
@@ -64,7 +64,9 @@ def functions(target, seed):
     module = modules.class_of(TARGETS[target])(**arguments).eval()
     draw.dtype = torch.float32
     x = modules.samples(module, shape, draw)
-    module(x)  # ActNorm takes its first numbers from data, once, which is no work for several threads
+    module(
+        x
+    )  # ActNorm takes its first numbers from data, once, which is no work for several threads
     module = copy.deepcopy(module)  # what is kept from call to call is not copied
     return [
         g

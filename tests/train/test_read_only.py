@@ -35,7 +35,7 @@ try:
 except PermissionError:
     print("refused")
 """
-FEW = ["--set", "hidden=4", "--set", "flow_args.steps=1", "--set", "every=2"]
+FEW = ["--set", "flow_args.hidden=4", "--set", "flow_args.steps=1", "--set", "every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def folder(tmp_path_factory):
     """Return a folder with a table, a run that nobody may write to, and a folder of the same kind without a run."""
     folder = tmp_path_factory.mktemp("read-only")
     np.savetxt(folder / "t.csv", np.random.default_rng(0).normal(size=(50, 2)), delimiter=",")
-    options = {"data": str(folder / "t.csv"), "flow": "RealNVP", "hidden": 4, "every": 2}
-    options |= {"flow_args": {"steps": 1}, "steps": 2, "out": str(folder / "run")}
+    options = {"data": str(folder / "t.csv"), "flow": "RealNVP", "every": 2}
+    options |= {"flow_args": {"steps": 1, "hidden": 4}, "steps": 2, "out": str(folder / "run")}
     train(TrainConfig.create(options))
     (folder / "empty").mkdir()
     (folder / "file").write_text("a file")
@@ -72,12 +72,12 @@ def test_permissions_hold_here(folder):
         "train, a new folder": ("empty", ["train", "--data", "t.csv", "--flow", "RealNVP", *FEW, "--out", "empty/run"]),
         "resume": ("run", ["train", "--resume", "run", "--steps", "4"]),
         "overwrite": ("run", ["train", "--data", "t.csv", "--flow", "RealNVP", *FEW, "--out", "run", "--overwrite"]),
-        "compare": ("empty", ["compare", "--data", "t.csv", "--flow", "MAF", "--steps", "2", "--out", "empty/c"]),
+        "compare": ("empty", ["compare", "--data", "t.csv", "--flow", "MAF", "--flow", "NSF", "--out", "empty/c"]),
         "sample": ("empty", ["sample", "run", "-n", "3", "--out", "empty/s.csv"]),
         "sample, under a file": ("file", ["sample", "run", "-n", "3", "--out", "file/s.npy"]),
         "export": ("empty", ["export", "run", "--out", "empty/w.safetensors"]),
         "export, under a file": ("file", ["export", "run", "--out", "file/w.safetensors"]),
-        "compare, under a file": ("file", ["compare", "--data", "t.csv", "--flow", "MAF", "--out", "file/c"]),
+        "compare, under a file": ("file", ["compare", "--data", "t.csv", "--flow", "MAF", "--flow", "NSF", "--out", "file/c"]),
     }.values(),
 )  # fmt: skip
 def test_one_line_and_nothing_lost(folder, named, words):
