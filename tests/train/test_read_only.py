@@ -36,6 +36,7 @@ except PermissionError:
     print("refused")
 """
 FEW = ["--set", "flow_args.hidden=4", "--set", "flow_args.steps=1", "--set", "every=2"]
+TWO = ["--flow", "MAF", "--flow", "NSF"]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,12 @@ def test_permissions_hold_here(folder):
         "train, a new folder": ("empty", ["train", "--data", "t.csv", "--flow", "RealNVP", *FEW, "--out", "empty/run"]),
         "resume": ("run", ["train", "--resume", "run", "--steps", "4"]),
         "overwrite": ("run", ["train", "--data", "t.csv", "--flow", "RealNVP", *FEW, "--out", "run", "--overwrite"]),
-        "compare": ("empty", ["compare", "--data", "t.csv", "--flow", "MAF", "--flow", "NSF", "--out", "empty/c"]),
+        "compare": ("empty", ["compare", "--data", "t.csv", *TWO, "--out", "empty/c"]),
         "sample": ("empty", ["sample", "run", "-n", "3", "--out", "empty/s.csv"]),
         "sample, under a file": ("file", ["sample", "run", "-n", "3", "--out", "file/s.npy"]),
         "export": ("empty", ["export", "run", "--out", "empty/w.safetensors"]),
         "export, under a file": ("file", ["export", "run", "--out", "file/w.safetensors"]),
-        "compare, under a file": ("file", ["compare", "--data", "t.csv", "--flow", "MAF", "--flow", "NSF", "--out", "file/c"]),
+        "compare, under a file": ("file", ["compare", "--data", "t.csv", *TWO, "--out", "file/c"]),
     }.values(),
 )  # fmt: skip
 def test_one_line_and_nothing_lost(folder, named, words):
