@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from pyflowkern.interop._check import disagreement
-from pyflowkern.interop._freia_blocks import (
+from pyflowkern.interop._freia.blocks import (
     AllInOneForm,
     BlockDoor,
     CouplingForm,
     SplineForm,
     block_disagreement,
 )
-from pyflowkern.interop._freia_layers import (
+from pyflowkern.interop._freia.layers import (
     ActNorm,
     AllInOne,
     CouplingLayer,
@@ -29,7 +29,7 @@ from pyflowkern.interop._freia_layers import (
     NewActNorm,
     Permutation,
 )
-from pyflowkern.interop._freia_moves import (
+from pyflowkern.interop._freia.moves import (
     Coupling,
     conditional_affine,
     gin,
@@ -38,9 +38,9 @@ from pyflowkern.interop._freia_moves import (
     one_sided,
     rnvp,
 )
-from pyflowkern.interop._freia_nets import GraphDoor, SequenceDoor, line_of
-from pyflowkern.interop._freia_parts import PREFIXES, FreiaLayer
-from pyflowkern.interop._freia_splines import (
+from pyflowkern.interop._freia.nets import GraphDoor, SequenceDoor, line_of
+from pyflowkern.interop._freia.parts import PREFIXES, FreiaLayer
+from pyflowkern.interop._freia.splines import (
     ElementwiseSpline,
     SplineCoupling,
     linear_coupling,

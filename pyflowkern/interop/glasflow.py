@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyflowkern.interop._kinds import Library
-from pyflowkern.interop._nflows_elements import Coupling
+from pyflowkern.interop._nflows.elements import Coupling
 from pyflowkern.interop.nessai import FLOW
 from pyflowkern.interop.nflows import elements
 

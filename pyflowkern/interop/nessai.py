@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyflowkern.interop._kinds import Kind, Library, Outcome
-from pyflowkern.interop._nflows_flows import NessaiDoor
+from pyflowkern.interop._nflows.flows import NessaiDoor
 from pyflowkern.interop.nflows import BASE
 
 __all__ = ["FLOW", "LIBRARY"]

@@ -8,23 +8,15 @@ from typing import Any
 import torch
 
 from pyflowkern.interop._check import disagreement, own_disagreement
-from pyflowkern.interop._functions_nflows import (
+from pyflowkern.interop._kinds import Kind, Library, Outcome
+from pyflowkern.interop._layers import ForeignLayer, LayerMark, known_layer, single_doors
+from pyflowkern.interop._nflows.elements import Autoregressive, Coupling, Unconditional
+from pyflowkern.interop._nflows.flows import CompositeDoor, FlowDoor, Identity, Normal
+from pyflowkern.interop._nflows.functions import (
     rational_quadratic_spline,
     unconstrained_rational_quadratic_spline,
 )
-from pyflowkern.interop._functions_nflows_polynomial import (
-    cubic_spline,
-    linear_spline,
-    quadratic_spline,
-    unconstrained_cubic_spline,
-    unconstrained_linear_spline,
-    unconstrained_quadratic_spline,
-)
-from pyflowkern.interop._kinds import Kind, Library, Outcome
-from pyflowkern.interop._layers import ForeignLayer, LayerMark, known_layer, single_doors
-from pyflowkern.interop._nflows_elements import Autoregressive, Coupling, Unconditional
-from pyflowkern.interop._nflows_flows import CompositeDoor, FlowDoor, Identity, Normal
-from pyflowkern.interop._nflows_linear import (
+from pyflowkern.interop._nflows.linear import (
     ActNorm,
     Affine,
     BatchNorm,
@@ -34,7 +26,15 @@ from pyflowkern.interop._nflows_linear import (
     OneByOneConvolution,
     Permutation,
 )
-from pyflowkern.interop._nflows_names import PREFIXES
+from pyflowkern.interop._nflows.names import PREFIXES
+from pyflowkern.interop._nflows.polynomial_functions import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+    unconstrained_cubic_spline,
+    unconstrained_linear_spline,
+    unconstrained_quadratic_spline,
+)
 
 __all__ = [
     "BASE",

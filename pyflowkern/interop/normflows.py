@@ -11,19 +11,19 @@ from functools import partial
 import torch
 
 from pyflowkern.interop._check import disagreement
-from pyflowkern.interop._functions_normflows import (
-    rational_quadratic_spline,
-    unconstrained_rational_quadratic_spline,
-)
 from pyflowkern.interop._images import Form, FormDoor, form_disagreement
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import LayerMark, single_doors
-from pyflowkern.interop._normflows_flows import CLASS_FLOW, FLOW
-from pyflowkern.interop._normflows_images import BlockForm, CouplingForm
-from pyflowkern.interop._normflows_layers import LAYERS, Turned
-from pyflowkern.interop._normflows_parts import PREFIX
-from pyflowkern.interop._normflows_splines import CdfDoor, SplineDoor
-from pyflowkern.interop._normflows_vectors import (
+from pyflowkern.interop._normflows.flows import CLASS_FLOW, FLOW
+from pyflowkern.interop._normflows.functions import (
+    rational_quadratic_spline,
+    unconstrained_rational_quadratic_spline,
+)
+from pyflowkern.interop._normflows.images import BlockForm, CouplingForm
+from pyflowkern.interop._normflows.layers import LAYERS, Turned
+from pyflowkern.interop._normflows.parts import PREFIX
+from pyflowkern.interop._normflows.splines import CdfDoor, SplineDoor
+from pyflowkern.interop._normflows.vectors import (
     AffineCoupling,
     AffineMatrix,
     ConstantAffine,

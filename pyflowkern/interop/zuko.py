@@ -12,8 +12,8 @@ from pyflowkern.interop._check import comparable, disagreement, same_values
 from pyflowkern.interop._doors import the_library_itself
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._layers import LayerMark
-from pyflowkern.interop._zuko_continuous import ContinuousDoor
-from pyflowkern.interop._zuko_doors import (
+from pyflowkern.interop._zuko.continuous import ContinuousDoor
+from pyflowkern.interop._zuko.doors import (
     ComposedDoor,
     FlowDoor,
     TransformDoor,
@@ -21,7 +21,7 @@ from pyflowkern.interop._zuko_doors import (
     layer_of,
     parts_of,
 )
-from pyflowkern.interop._zuko_layers import (
+from pyflowkern.interop._zuko.layers import (
     Called,
     Conditional,
     Coupling,

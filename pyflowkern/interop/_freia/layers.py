@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._freia_moves import Coupling, all_in_one
-from pyflowkern.interop._freia_parts import (
+from pyflowkern.interop._freia.moves import Coupling, all_in_one
+from pyflowkern.interop._freia.parts import (
     LOG_FIFTH,
     Constants,
     FreiaLayer,

@@ -1,11 +1,11 @@
-"""nflows' functions for linear, quadratic and cubic splines, by one op each; see :mod:`._functions_nflows`."""
+"""nflows' functions for linear, quadratic and cubic splines, by one op each; see :mod:`.functions`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._functions_nflows import check_tails, library_errors
+from pyflowkern.interop._nflows.functions import check_tails, library_errors
 from pyflowkern.interop._splines import (
     Box,
     Pair,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern.core.structure import Structure
-from pyflowkern.interop._normflows_parts import is_named
+from pyflowkern.interop._normflows.parts import is_named
 from pyflowkern.nn.links import ACTIVATIONS, Link, activation_name
 from pyflowkern.ops.chain_network import ChainLayer, ChainNetwork
 

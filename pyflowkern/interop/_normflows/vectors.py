@@ -12,10 +12,10 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.interop._images import Forms
 from pyflowkern.interop._layers import ForeignLayer, known_layer, many
-from pyflowkern.interop._nflows_linear import lu_matrix
-from pyflowkern.interop._normflows_images import CouplingForm
-from pyflowkern.interop._normflows_networks import mlp
-from pyflowkern.interop._normflows_parts import Awaits, is_named
+from pyflowkern.interop._nflows.linear import lu_matrix
+from pyflowkern.interop._normflows.images import CouplingForm
+from pyflowkern.interop._normflows.networks import mlp
+from pyflowkern.interop._normflows.parts import Awaits, is_named
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap

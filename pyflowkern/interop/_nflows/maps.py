@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._nflows_names import PREFIXES
+from pyflowkern.interop._nflows.names import PREFIXES
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.elements import ElementMap
 from pyflowkern.ops.scale_map import ScaleMap

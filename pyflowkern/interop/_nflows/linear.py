@@ -13,7 +13,7 @@ from torch.nn import functional
 from pyflowkern.core.structure import Structure
 from pyflowkern.interop._images import served_samples
 from pyflowkern.interop._layers import ForeignLayer, layer_of
-from pyflowkern.interop._nflows_names import is_named
+from pyflowkern.interop._nflows.names import is_named
 from pyflowkern.interop._watches import Holds, InTraining
 from pyflowkern.nn.links import Link, hooked
 from pyflowkern.ops import actnorm, invertible_linear, plu_matrix, slogdet_inverse

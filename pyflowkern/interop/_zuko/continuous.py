@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.interop._doors import MethodDoor, is_off
-from pyflowkern.interop._zuko_networks import is_of, linears_of
+from pyflowkern.interop._zuko.networks import is_of, linears_of
 from pyflowkern.nn.chain import undisturbed
 from pyflowkern.nn.links import Link, Watched, obstructed
 
@@ -66,7 +66,7 @@ class ContinuousDoor(MethodDoor):
 
     def run(self, c: Tensor | None = None) -> Any:
         """Return the transform of a context."""
-        from pyflowkern.interop._zuko_objects import continuous
+        from pyflowkern.interop._zuko.objects import continuous
 
         return continuous(self.own(c), self, c)
 

@@ -12,8 +12,8 @@ from pyflowkern import ops
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.interop._images import served_samples
 from pyflowkern.interop._networks import masked_network, residual_network
-from pyflowkern.interop._normflows_parts import FAMILY, is_named
-from pyflowkern.interop._normflows_vectors import Layer
+from pyflowkern.interop._normflows.parts import FAMILY, is_named
+from pyflowkern.interop._normflows.vectors import Layer
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import SplineMap

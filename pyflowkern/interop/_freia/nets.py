@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyflowkern.interop._doors import MethodDoor
-from pyflowkern.interop._freia_blocks import side_by_side
-from pyflowkern.interop._freia_parts import FreiaLayer
+from pyflowkern.interop._freia.blocks import side_by_side
+from pyflowkern.interop._freia.parts import FreiaLayer
 from pyflowkern.interop._layers import known_layer
 from pyflowkern.nn.chain import Chains, Run
 from pyflowkern.nn.links import Link

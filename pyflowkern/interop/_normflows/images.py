@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyflowkern import ops
 from pyflowkern.interop._images import Form, evaluate_sequential
-from pyflowkern.interop._normflows_parts import Awaits, is_named, scale_map_of
+from pyflowkern.interop._normflows.parts import Awaits, is_named, scale_map_of
 from pyflowkern.ops import ScaleMap
 
 __all__ = ["BlockForm", "CouplingForm"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.interop._kinds import Kind, Outcome
 from pyflowkern.interop._layers import ForeignLayer, Runs, known_layer
-from pyflowkern.interop._normflows_parts import is_named
-from pyflowkern.interop._normflows_vectors import layer_of
+from pyflowkern.interop._normflows.parts import is_named
+from pyflowkern.interop._normflows.vectors import layer_of
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_steps import ActNormStep
 

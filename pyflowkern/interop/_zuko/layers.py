@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyflowkern.interop._layers import ForeignLayer
 from pyflowkern.interop._watches import Holds
-from pyflowkern.interop._zuko_elements import Univariate, name_of, univariate_of
-from pyflowkern.interop._zuko_networks import dense_network, is_of, masked_network
-from pyflowkern.interop._zuko_unconditional import UNCONDITIONAL
+from pyflowkern.interop._zuko.elements import Univariate, name_of, univariate_of
+from pyflowkern.interop._zuko.networks import dense_network, is_of, masked_network
+from pyflowkern.interop._zuko.unconditional import UNCONDITIONAL
 from pyflowkern.nn.chain import served
 from pyflowkern.nn.links import Link
 from pyflowkern.ops.chain_network import ChainNetwork

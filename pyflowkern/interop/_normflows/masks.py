@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pyflowkern.interop._normflows_networks import Ends, mlp
-from pyflowkern.interop._normflows_vectors import Layer
+from pyflowkern.interop._normflows.networks import Ends, mlp
+from pyflowkern.interop._normflows.vectors import Layer
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._freia_domains import (
+from pyflowkern.interop._freia.domains import (
     BUFFERS,
     FACTS,
     Domain,
@@ -17,10 +17,10 @@ from pyflowkern.interop._freia_domains import (
     domain_of,
     segments_of,
 )
-from pyflowkern.interop._freia_layers import CouplingLayer
-from pyflowkern.interop._freia_moves import Coupling, Move
-from pyflowkern.interop._freia_networks import sequential
-from pyflowkern.interop._freia_parts import FreiaLayer
+from pyflowkern.interop._freia.layers import CouplingLayer
+from pyflowkern.interop._freia.moves import Coupling, Move
+from pyflowkern.interop._freia.networks import sequential
+from pyflowkern.interop._freia.parts import FreiaLayer
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ElementsStep, SplineMap

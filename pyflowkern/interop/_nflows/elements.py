@@ -20,13 +20,13 @@ from pyflowkern.interop._networks import (
     multilayer,
     residual_network,
 )
-from pyflowkern.interop._nflows_maps import (
+from pyflowkern.interop._nflows.maps import (
     Elements,
     autoregressive_elements,
     coupling_elements,
     unconditional_elements,
 )
-from pyflowkern.interop._nflows_names import PREFIXES, is_named
+from pyflowkern.interop._nflows.names import PREFIXES, is_named
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link, activation_name
 from pyflowkern.ops.chain_network import ChainNetwork

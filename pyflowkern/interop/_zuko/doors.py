@@ -12,9 +12,9 @@ from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.interop._doors import MethodDoor, is_off
 from pyflowkern.interop._layers import MARK, Runs
 from pyflowkern.interop._watches import Holds
-from pyflowkern.interop._zuko_elements import name_of
-from pyflowkern.interop._zuko_layers import Called, Conditional
-from pyflowkern.interop._zuko_networks import is_of
+from pyflowkern.interop._zuko.elements import name_of
+from pyflowkern.interop._zuko.layers import Called, Conditional
+from pyflowkern.interop._zuko.networks import is_of
 from pyflowkern.nn.chain import served
 
 __all__ = ["ComposedDoor", "FlowDoor", "TransformDoor", "is_known", "layer_of", "parts_of"]
@@ -44,7 +44,7 @@ class TransformDoor(MethodDoor):
 
     def run(self, c: Tensor | None = None) -> Any:
         """Return the transform of a context."""
-        from pyflowkern.interop._zuko_objects import equipped
+        from pyflowkern.interop._zuko.objects import equipped
 
         return equipped(self.own(c), self, c)
 
@@ -74,7 +74,7 @@ class ComposedDoor(MethodDoor):
         modules = parts_of(self.module)
         if modules is None or _hooked(modules) or not _plain(c):
             return self.own(c)
-        from pyflowkern.interop._zuko_objects import ComposedTransform
+        from pyflowkern.interop._zuko.objects import ComposedTransform
 
         return ComposedTransform(self, c)
 
@@ -102,7 +102,7 @@ class FlowDoor(MethodDoor):
         ends = [children.get("transform"), children.get("base")]
         if modules is None or None in ends or _hooked(modules + ends) or not _plain(c):
             return self.own(c)
-        from pyflowkern.interop._zuko_objects import NormalizingFlow
+        from pyflowkern.interop._zuko.objects import NormalizingFlow
 
         return NormalizingFlow(self, c)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.interop._freia_domains import Domain, Segments
-from pyflowkern.interop._freia_networks import sequential
-from pyflowkern.interop._freia_parts import clamp_of
+from pyflowkern.interop._freia.domains import Domain, Segments
+from pyflowkern.interop._freia.networks import sequential
+from pyflowkern.interop._freia.parts import clamp_of
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ElementsStep, ScaleMap, SplineMap
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyflowkern.interop._normflows_autoregressive import MaskedAffine
-from pyflowkern.interop._normflows_masks import MaskedCoupling
-from pyflowkern.interop._normflows_parts import is_named
-from pyflowkern.interop._normflows_splines import AutoregressiveSpline, CoupledSpline
-from pyflowkern.interop._normflows_vectors import (
+from pyflowkern.interop._normflows.autoregressive import MaskedAffine
+from pyflowkern.interop._normflows.masks import MaskedCoupling
+from pyflowkern.interop._normflows.parts import is_named
+from pyflowkern.interop._normflows.splines import AutoregressiveSpline, CoupledSpline
+from pyflowkern.interop._normflows.vectors import (
     AffineCoupling,
     AffineMatrix,
     ConstantAffine,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pyflowkern.interop._networks import masked_network
-from pyflowkern.interop._normflows_parts import FAMILY
-from pyflowkern.interop._normflows_vectors import Layer
+from pyflowkern.interop._normflows.parts import FAMILY
+from pyflowkern.interop._normflows.vectors import Layer
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
 from pyflowkern.ops.chain_steps import ElementsStep

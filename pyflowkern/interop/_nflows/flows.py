@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.interop._layers import ForeignLayer, Runs, arguments, known_layer, layer_of
-from pyflowkern.interop._nflows_names import is_named
+from pyflowkern.interop._nflows.names import is_named
 from pyflowkern.interop._watches import Holds
 from pyflowkern.nn.links import Link, hooked
 from pyflowkern.ops.chain_steps import ActNormStep

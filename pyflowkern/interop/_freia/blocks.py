@@ -14,10 +14,10 @@ from pyflowkern import ops
 from pyflowkern.core.structure import Structure
 from pyflowkern.interop._check import comparable, same_values
 from pyflowkern.interop._doors import MethodDoor, the_library_itself
-from pyflowkern.interop._freia_layers import global_numbers
-from pyflowkern.interop._freia_moves import Coupling, Move, all_in_one
-from pyflowkern.interop._freia_parts import Constants, FreiaLayer, called, global_map_of
-from pyflowkern.interop._freia_splines import watch_domain
+from pyflowkern.interop._freia.layers import global_numbers
+from pyflowkern.interop._freia.moves import Coupling, Move, all_in_one
+from pyflowkern.interop._freia.parts import Constants, FreiaLayer, called, global_map_of
+from pyflowkern.interop._freia.splines import watch_domain
 from pyflowkern.interop._images import Form, Forms, evaluate_sequential, served_samples
 from pyflowkern.interop._layers import Runs, layer_of, many
 from pyflowkern.nn.relu_networks import linear_layers

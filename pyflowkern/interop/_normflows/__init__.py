@@ -1,0 +1,1 @@
+"""Flows of normflows as steps of a chain; its spline functions."""
