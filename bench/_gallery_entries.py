@@ -56,7 +56,8 @@ ENTRIES = (
         "two_modes",
         "Two modes, and a Jacobian that must vary",
         "To leave the gap empty from one normal, the log-determinant must vary by many nats between the modes: "
-        "splines do that. Affine layers do not, and leave a bridge, unless the base is a mixture of two Gaussians.",
+        "splines do that. Affine layers do not, and leave a bridge, unless the base is a mixture of two Gaussians. "
+        "[Why, in one dimension](course/two_modes.md).",
         {
             "NSF, one normal: between the modes": "NSF, one normal: 1|.1%",
             "range of log det, nats": "NSF, one normal: 2|.1f",
@@ -78,7 +79,7 @@ ENTRIES = (
         "affine_cnf",
         "An affine field changes log-densities by -T tr A",
         "Left, data and latents of a linear field. Right, the error of Hutchinson's estimate, which is right on "
-        "average; the exact trace is off by rounding.",
+        "average; the exact trace is off by rounding. [The derivation](course/affine_cnf.md).",
         {"largest error of log-det and states": "result|.1e"},
     ),
     Entry(
@@ -156,7 +157,7 @@ ENTRIES = (
         "A variational autoencoder with a flow as posterior",
         "Digits, their reconstructions and new ones, with a diagonal Gaussian and with an inverse autoregressive flow "
         "as approximate posterior. With eight latents both reach the same bound: the decoder can learn such that "
-        "posteriors are nearly Gaussian.",
+        "posteriors are nearly Gaussian. [MAF or IAF](course/maf_iaf.md).",
         {"ELBO in nats, Gaussian": "Gaussian|.2f", "IAF": "IAF|.2f"},
     ),
     Entry(

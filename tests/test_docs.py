@@ -13,6 +13,7 @@ from pyflowkern import ops
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
+import _course
 import _pictures
 
 from bench._overview import describe, entries, headlines
@@ -165,6 +166,15 @@ def test_each_family_has_a_page_of_mathematics_and_its_picture():
         assert drawn == _pictures.draw(family), family
         assert f"({family}.svg)" in PAGES[f"mathematics/{family}.md"]
         assert f"({family}.md)" in PAGES["mathematics/index.md"]
+
+
+def test_each_page_of_the_course_has_its_picture():
+    pages = {path.stem for path in (ROOT / "docs/course").glob("*.md")} - {"index"}
+    assert pages == set(_course.PICTURES)
+    for page, draw in _course.PICTURES.items():
+        assert (ROOT / f"docs/course/{page}.svg").read_text() == draw(), page
+        assert f"({page}.svg)" in PAGES[f"course/{page}.md"]
+        assert f"({page}.md)" in PAGES["course/index.md"]
 
 
 def test_all_committed_plots_are_on_their_page():
