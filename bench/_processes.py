@@ -28,6 +28,8 @@ __all__ = ["measure"]
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 2, 4)
 STEPS = 200
+#: One process on rows that are moved by their last bit: what rounding alone does to the curve.
+MOVED = "1, rows moved by their last bit"
 ROWS, DIMS = 20_000, 8
 #: Options of runs: rows, where nothing else is random, and pixels, whose noise each process draws for itself.
 RUNS: dict[str, list[str]] = {
@@ -90,15 +92,26 @@ def _curves() -> Iterator[dict[str, Any]]:
             _run(ranks, *options, "--steps", STEPS, "--set", f"every={STEPS // 5}", "--out", out)
             curve = _curve(out)
             alone = alone or curve
-            yield {
-                "run": name,
-                "processes": ranks,
-                "step_ms": round(_milliseconds(curve), 2),
-                "difference": _difference(alone, curve),
-                "last": curve["held_out"][-1],
-                "train": curve["train"],
-                "held_out": curve["held_out"],
-            }
+            yield _row(name, ranks, alone, curve)
+        if "rows.npy" in options:
+            moved = ["moved.npy" if word == "rows.npy" else word for word in options]
+            _run(1, *moved, "--steps", STEPS, "--set", f"every={STEPS // 5}", "--out", "moved")
+            yield _row(name, MOVED, alone, _curve("moved")) | {"step_ms": None}  # as above
+
+
+def _row(
+    name: str, ranks: int | str, alone: dict[str, list[float]], curve: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Return what is kept of one run, beside that of one process."""
+    return {
+        "run": name,
+        "processes": ranks,
+        "step_ms": round(_milliseconds(curve), 2),
+        "difference": _difference(alone, curve),
+        "last": curve["held_out"][-1],
+        "train": curve["train"],
+        "held_out": curve["held_out"],
+    }
 
 
 def _check_runs(agent: subprocess.Popen[bytes]) -> None:
@@ -152,6 +165,10 @@ def _recovery() -> Iterator[dict[str, Any]]:
         }
 
 
+def _time(row: dict[str, Any]) -> str:
+    return "" if row["step_ms"] is None else f"{row['step_ms']:.1f}"
+
+
 def _table(rows: list[dict[str, Any]], cores: int) -> str:
     """Return what docs/scale.md shows."""
     lines = [
@@ -161,9 +178,9 @@ def _table(rows: list[dict[str, Any]], cores: int) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['run']} | {r['processes']} | {r['step_ms']:.1f} | {r['last']:.4f} | {r['difference']:.1e} |"
+        f"| {r['run']} | {r['processes']} | {_time(r)} | {r['last']:.4f} | {r['difference']:.1e} |"
         for r in rows
-        if "step_ms" in r
+        if "last" in r
     ]
     lines += [
         "",
@@ -195,7 +212,8 @@ def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(8, 3))
     FigureCanvasAgg(figure)
     for panel, name in zip(figure.subplots(1, len(RUNS)), RUNS, strict=True):
-        for i, row in enumerate(row for row in rows if row["run"] == name):
+        shown = [row for row in rows if row["run"] == name and row["processes"] in RANKS]
+        for i, row in enumerate(shown):
             steps = np.linspace(0, STEPS, len(row["held_out"]))
             style = {"marker": "osx"[i], "markersize": 9 - 3 * i, "linewidth": 3 - i}
             panel.plot(steps, row["held_out"], label=f"{row['processes']} processes", **style)
@@ -216,7 +234,9 @@ def measure(out: Path) -> list[dict[str, Any]]:
         try:
             random = np.random.default_rng(0)
             mixed = random.normal(size=(ROWS, DIMS)) @ random.normal(size=(DIMS, DIMS))
-            np.save("rows.npy", (np.tanh(mixed) + 0.1 * mixed).astype(np.float32))
+            values = (np.tanh(mixed) + 0.1 * mixed).astype(np.float32)
+            np.save("rows.npy", values)
+            np.save("moved.npy", np.nextafter(values, np.float32(np.inf)))
             rows = [*_curves(), *_recovery()]
         finally:
             os.chdir(before)

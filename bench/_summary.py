@@ -65,8 +65,16 @@ PEERS = (
     ("small_flows", "log_prob NSF D=6 5 x (50, 50), batch 1", "call", ("zuko",)),
     ("ffjord", "training step D=6", "call", ("eager", "checkpointed")),
     ("transport", "1000 x 1000, d=2", "forward", ("POT", "POT on tensors")),
+    ("flow_matching", "step without transport d=2 ", "call", ("torchcfm", "torchcfm compiled")),
+    ("flow_matching", "step without transport d=50 ", "call", ("torchcfm", "torchcfm compiled")),
     ("flow_matching", "training step d=2 ", "call", ("torchcfm", "independent")),
     ("flow_matching", "training step d=50 ", "call", ("torchcfm", "independent")),
+    (
+        "flow_matching",
+        "plan of 16384 samples, d=2",
+        "call",
+        ("POT, 1 iterations", "POT lazy, 1 iterations"),
+    ),
     ("ode", "dopri5 2-64x3-2", "call", ("eager", "our solver")),
     ("ode", "dopri5 of 1000000", "call", ("eager",)),
 )
@@ -76,7 +84,6 @@ EXPLAINED = {
     "our solver": "our solver with torch's layers",
     "checkpointed": "ours, checkpointed",
     "independent": "ours without transport",
-    "torchcfm": "torch's layers and POT's plan",
 }
 LARGE = 20.0  # ratios to the floor above this say nothing: most of the time is the overhead of the call
 
