@@ -14,7 +14,16 @@ import torch
 import bench.models
 import bench.ops
 import pyflowkern
-from bench import _big, _busy, _environment, _gallery, _memory, _processes, _report
+from bench import (
+    _big,
+    _busy,
+    _environment,
+    _gallery,
+    _memory,
+    _papers,
+    _processes,
+    _report,
+)
 from bench._case import Case
 from bench._cuda_report import report
 from bench._harness import Row, run_case
@@ -31,6 +40,7 @@ ROOT = Path(__file__).parent
 WHOLE: dict[str, Callable[[Path], object]] = {
     "busy": _busy.measure,
     "memory": _memory.measure,
+    "papers": _papers.measure,
     "processes": _processes.measure,
 }
 
@@ -65,6 +75,7 @@ def arguments() -> argparse.Namespace:
         "busy: training steps beside a process that keeps a core busy; "
         "big: ten million rows, with the peak memory of each process; "
         "memory: memory, time and gradients of a training step of Glow by depth; "
+        "papers: steps of the flows of the papers' table, and their hours; "
         "processes: one run by 1, 2 and 4 processes, and after one of them was killed; "
         "gallery: docs/gallery.md, after a run of the named examples",
     )

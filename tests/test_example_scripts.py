@@ -47,11 +47,43 @@ def test_every_script_is_tested_and_says_how_to_run_it():
         assert f"python examples/{name}.py" in (EXAMPLES / f"{name}.py").read_text()
 
 
-def test_power_on_a_synthetic_table(quick):
+def test_power_on_a_synthetic_table(quick, tmp_path):
     found = quick("power_density")
-    # the columns are skewed and some are integers: any flow beats the Gaussian within 60 steps
-    assert found["NSF"] > found["Gaussian"]
-    assert found["MAF"] > found["Gaussian"] - 1
+    assert len(found) == 7
+    # the columns are skewed and some are integers: splines beat the Gaussian within 60 steps
+    for name in ("NSF (C)", "NSF (AR)"):
+        assert found[name] > found["Gaussian"]
+    assert found["MAF (5)"] > found["Gaussian"] - 1
+    kept = json.loads((tmp_path / "power.json").read_text())
+    assert {row["model"]: row["test"] for row in kept} == found
+    # what was trained is only scored, and the others stay
+    again = quick("power_density", "--model", "RealNVP (5)", "--resume")
+    assert again == found
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(script, tmp_path):
+    common = script("common")
+
+    def train(name, stop=0):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 1)
+
+        def look(step, minutes):
+            if step == stop:
+                raise InterruptedError
+
+        settings = {"look": look, "looks": 6, "module": net, "checkpoint": tmp_path / name}
+        loss = lambda: net(torch.randn(8, 3)).square().mean()  # noqa: E731
+        course = common.fit(loss, net.parameters(), 12, **settings)
+        return net, course
+
+    whole, course = train("whole")
+    with pytest.raises(InterruptedError):
+        train("stopped", stop=6)
+    resumed, rest = train("stopped")  # from step 4, the look before
+    assert rest == course[4:]
+    assert torch.equal(whole.weight, resumed.weight)
+    assert train("stopped")[1] == []
 
 
 def test_the_preprocessing_of_power(script):
