@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench import _environment
+from bench import _environment, _memory_vectors
 from bench._results import too_busy, write
 from bench._timing import Neighbours
 from pyflowkern import flows, nn
@@ -202,6 +202,7 @@ def measure(
         out = RESULTS.parents[1] / "out" / "bench" / out.name
     write(out / "memory.json", kept, table(rows))
     draw(out / "memory.png", rows)
+    _memory_vectors.measure(out)
     return rows
 
 
@@ -221,21 +222,32 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw memory and time against the depth."""
+    """Draw memory, time and differences of gradients against the depth."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(13, 4))
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
+    *panels, last = figure.subplots(1, 3)
     drawn = (("peak_mib", "peak of a step (MiB)"), ("time", "time of a step, stored = 1"))
     for axes, (name, label) in zip(panels, drawn, strict=True):
         for way in WAYS:
             points = sorted((row["K"], row[name]) for row in rows if row["way"] == way)
             axes.plot(*zip(*points, strict=True), "o-", label=way, markersize=4)
-        axes.set(xlabel="K, steps a level", ylabel=label, xscale="log", ylim=(0, None))
+        axes.set(ylabel=label, ylim=(0, None))
+    differences = (
+        ("stored", "rounding", "float32 from float64, both stored"),
+        ("reversible", "difference", "reversible from stored, float32"),
+        ("reversible", "difference_float64", "reversible from stored, float64"),
+    )
+    for way, name, label in differences:
+        points = sorted((row["K"], row[name]) for row in rows if row["way"] == way)
+        last.plot(*zip(*points, strict=True), "o-", label=label, markersize=4)
+    last.set(ylabel="relative difference of gradients", yscale="log")
+    for axes in (*panels, last):
+        axes.set(xlabel="K, steps a level")
         axes.set_xscale("log", base=2)
-        axes.legend()
+        axes.legend(fontsize=8)
     batch = "x".join(map(str, (BATCH, *SHAPE)))
     figure.suptitle(f"Glow, {batch}, L={LEVELS}, hidden {HIDDEN}: a training step")
     figure.tight_layout()

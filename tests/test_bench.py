@@ -223,6 +223,10 @@ def test_memory_is_measured_against_depth(tmp_path, monkeypatch):
     assert all(row["difference"] < 1e-5 and row["ms"] > 0 <= row["resident_mib"] for row in rows)
     assert (tmp_path / "memory.md").read_text().count("\n") == 2 + len(rows)
     assert (tmp_path / "memory.png").stat().st_size > 1000
+    vectors = json.loads((tmp_path / "memory_vectors.json").read_text())["rows"]
+    for row in vectors:  # one op, or layers that keep nothing: much less than layers that keep all
+        assert row["reversible_mib"] < 2 < 40 < row["layers_mib"]
+        assert row["stored_mib"] < 2 or "256" in row["flow"]
 
 
 def test_hours_of_published_budgets(tmp_path, monkeypatch):

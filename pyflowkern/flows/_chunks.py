@@ -66,7 +66,8 @@ def log_prob_in_chunks(
     def density(x: Tensor, context: Tensor | None) -> tuple[Tensor]:
         return (flow.log_prob(x, context).to(home),)
 
-    return _joined(density, n, _parts(x, n, chunk, flow), _parts(context, n, chunk, flow))[0]
+    parts = _parts(x, n, chunk, flow), _parts(context, n, chunk, flow)
+    return _joined(density, n, flow._anchor, *parts)[0]
 
 
 def decode_in_chunks(
@@ -85,25 +86,36 @@ def decode_in_chunks(
     chunk = check_count("chunk", chunk)
     _check_rows_independent(flow, inverse=True)
     n = z.shape[0]
-    return _joined(decode, n, _parts(z, n, chunk, flow), _parts(context, n, chunk, flow))
+    parts = _parts(z, n, chunk, flow), _parts(context, n, chunk, flow)
+    return _joined(decode, n, flow._anchor, *parts)
 
 
 def _joined(
-    call: Callable[..., tuple[Tensor, ...]], n: int, *rows: Iterable[Part]
+    call: Callable[..., tuple[Tensor, ...]], n: int, at: Tensor, *rows: Iterable[Part]
 ) -> tuple[Tensor, ...]:
     """Return what ``call`` makes of the parts of each set of ``n`` rows, one after the other.
 
     Where gradients are recorded, the activations of a part are not kept but computed again in the backward pass, whose
     memory is then that of a part, too (Chen et al. 2016, *Training deep nets with sublinear memory cost*).
+
+    Args:
+        call: computes a part.
+        n: how many rows there are.
+        at: a tensor on the device that computes.
+        *rows: what gives the parts.
     """
 
     def compute(*parts: Part) -> tuple[Tensor, ...]:
         return call(*(part() for part in parts))
 
+    def on_device(at: Tensor, *parts: Part) -> tuple[Tensor, ...]:
+        return compute(*parts)
+
     if observed():
         return tuple(map(torch.cat, zip(*map(compute, *rows), strict=True)))
     if torch.is_grad_enabled():
-        again = partial(checkpoint, compute, use_reentrant=False)
+        # random numbers are drawn again from the generators of the devices that arguments lie on
+        again = partial(checkpoint, on_device, at, use_reentrant=False)
         return tuple(map(torch.cat, zip(*map(again, *rows), strict=True)))
     whole: tuple[Tensor, ...] = ()
     begin = 0

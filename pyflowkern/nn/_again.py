@@ -27,6 +27,7 @@ from pyflowkern.ode.parameters import leaf_nodes
 __all__ = ["Call", "Walk"]
 
 Pair = tuple[Tensor, Tensor]
+_ENGINE: Any = torch.autograd.Variable._execution_engine
 #: A dictionary of a module, a name in it, and a number among the tensors of the layer.
 _Slot = tuple[dict[str, Any], str, int]
 #: Where a buffer lies, the buffer, and what it held before the call where calls may change it.
@@ -39,21 +40,31 @@ _CHANGING = threading.RLock()
 class Walk:
     """What the layers of one pass share: the random numbers before the next layer, and how far a backward pass is."""
 
-    def __init__(self, guard: Guard, looks: bool, inverse: bool) -> None:
+    def __init__(self, guard: Guard, looks: bool, inverse: bool, *, keeps: bool = False) -> None:
         self.guard, self.looks, self.inverse = guard, looks, inverse
+        #: Whether all layers keep their inputs.
+        self.keeps = keeps
         self.state: RandomState | None = None
         #: Whether errors have been found to add up on the way back.
         self.drifted = False
         # of each backward pass, as a graph that is kept may have several
-        self._reached: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._reached: dict[int, tuple[Tensor, Tensor | None] | None] = {}
 
     def arrive(self, x: Tensor, bad: Tensor | None) -> None:
         """Leave a layer's input, and which of its samples are not finite, for the layer before it."""
-        self._reached[torch._C._current_graph_task_id()] = x, bad
+        task = torch._C._current_graph_task_id()
+        if (
+            task not in self._reached
+        ):  # whichever layer the pass ends at, nothing stays with a graph
+            _ENGINE.queue_callback(lambda: self._reached.pop(task, None))
+        self._reached[task] = x, bad
 
-    def here(self) -> tuple[Tensor, Tensor | None]:
-        """Return what the layer behind has left."""
-        return self._reached.pop(torch._C._current_graph_task_id())
+    def here(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return what the layer behind has left; None where it left nothing."""
+        task = torch._C._current_graph_task_id()
+        if (found := self._reached.get(task)) is not None:
+            self._reached[task] = None
+        return found
 
 
 class Call:
@@ -213,13 +224,16 @@ class Call:
         """Return leaves the sum of whose gradients is that of the input, what the layer makes of it, and ``grads``."""
         walk, lost = self.walk, None
         if self.keeps:
+            walk.here()  # forgotten: the input itself is at hand
             assert end is not None
             x = end.detach().requires_grad_(needs)
             with drawing_again(self._drawn, x.device):
                 pair = self._run(x, context)
             self._leave(x, not_finite(x), needs)
             return (x,), pair, grads
-        y, bad = walk.here() if end is None else (end.detach(), not_finite(end))
+        left = walk.here() if end is None else (end.detach(), not_finite(end))
+        assert left is not None
+        y, bad = left
         if bad is not None:
             y = _without_dead(y, bad, grads)
 

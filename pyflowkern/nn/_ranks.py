@@ -22,13 +22,14 @@ def process_groups(layer: torch.nn.Module) -> list[Any]:
     """Return the process groups over which the layer's gradients are averaged: none where one process trains it.
 
     They are the group of the ``DistributedDataParallel`` whose forward is running, or those of the mesh over which
-    ``fully_shard`` shards the layer's parameters, one for each axis.  A backward pass may call a layer again, as
-    checkpointing does: then they are those of its last call.
+    ``fully_shard`` shards the layer's parameters, one for each axis; a layer without such parameters has those of the
+    module around it.  A backward pass may call a layer again, as checkpointing does: then they are those of its last
+    call.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
-    for part in _sharded(layer):
-        mesh = part.sharded_param.device_mesh
+    mesh = _mesh_of(layer)
+    if mesh is not None:
         return [mesh.get_group(axis) for axis in range(mesh.ndim)]
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None:
@@ -98,8 +99,30 @@ def write_parameters(layer: torch.nn.Module, values: dict[str, Tensor]) -> None:
             _write_part(part.sharded_param, value)
 
 
+def _mesh_of(layer: torch.nn.Module) -> Any:
+    """Return the mesh over which ``fully_shard`` has the layer, None where it has not."""
+    for part in _sharded(layer):
+        return part.sharded_param.device_mesh
+    if not getattr(layer, "_is_fsdp_managed_module", False):
+        return None
+    around = []
+    for group in _groups():
+        inside = [each for module in group.modules for each in module.modules()]
+        if any(each is layer for each in inside):
+            around.append((len(inside), group.fsdp_params[0].sharded_param.device_mesh))
+    return min(around, key=lambda found: found[0])[1] if around else None
+
+
 def _sharded(layer: torch.nn.Module) -> Iterator[Any]:
-    """Yield FSDP2's record of each parameter of the layer; torch has no public function for it."""
+    """Yield FSDP2's record of each parameter of the layer."""
+    for group in _groups():
+        for part in group.fsdp_params:
+            if part._module_info.module is layer:
+                yield part
+
+
+def _groups() -> Iterator[Any]:
+    """Yield FSDP2's records of parameters that are sharded together; torch has no public function for it."""
     module = sys.modules.get("torch.distributed._composable_state")
     if module is None or "torch.distributed.fsdp" not in sys.modules:
         return
@@ -108,10 +131,7 @@ def _sharded(layer: torch.nn.Module) -> Iterator[Any]:
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # torch before 2.12 has one a state
             groups = [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
-            for part in () if group is None else group.fsdp_params:
-                if part._module_info.module is layer:
-                    yield part
+        yield from (group for group in groups if group is not None and group.fsdp_params)
 
 
 def _write_part(parameter: Any, value: Tensor) -> None:

@@ -30,6 +30,8 @@ __all__ = ["MEMORY", "makes_again", "run_again"]
 MEMORY = ("stored", "reversible")
 Pair = tuple[Tensor, Tensor]
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+#: Where torch defines what it does with the tensors that a checkpointed part keeps, in both of its runs.
+_CHECKPOINT = "torch.utils.checkpoint"
 _ONCE = (
     "memory='reversible' has first derivatives only, as the activations that a second one depends on were not kept: "
     "make the flow with memory='stored' for it"
@@ -79,11 +81,21 @@ def run_again(
     """
     parts = list(parts)
     flat: list[Any] = [t for p in parts for t in (p.layers if isinstance(p, Run) else [p])]
-    walk = Walk(guard, guard.begin(flat), inverse)
+    walk = Walk(guard, guard.begin(flat), inverse, keeps=_run_again_by_torch())
     places = {id(layer): i for i, layer in enumerate(flat)}
     found = _run(parts, places, walk, x, context)
     guard.report()
     return found
+
+
+def _run_again_by_torch() -> bool:
+    """Whether a checkpoint of torch's runs these layers, now or again in a backward pass.
+
+    It takes what the second run saves for what the first one did, so that both must save the same, whatever was found
+    of errors between the two.  So all layers keep their inputs, which the checkpoint holds only once it needs them.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == _CHECKPOINT
 
 
 def _run(
@@ -135,7 +147,8 @@ def _plan(
         if not recorded:
             steps.append(_Step(part, False))
             continue
-        call.keeps = part._way_back(walk.inverse) == "keep" or call.place in walk.guard.kept
+        call.keeps = walk.keeps or part._way_back(walk.inverse) == "keep"
+        call.keeps |= call.place in walk.guard.kept
         steps.append(_Step(part, True, call, tensors))
     return steps
 

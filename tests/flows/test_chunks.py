@@ -77,6 +77,40 @@ def test_gradients_are_those_of_one_call(name):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_noise_is_the_same_when_a_chunk_is_computed_again(device):
+    """That of pixels: gradients by other noise than that of the loss would be those of another loss."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    flow, _, _ = case("Glow")
+    flow.to(device)
+    pixels = torch.randint(256, (ROWS, 2, 4, 4), dtype=torch.uint8)
+    found = []
+    for given in ({}, {"chunk": ROWS}):
+        flow.zero_grad()
+        torch.manual_seed(0)
+        flow.log_prob(pixels.to(device), **given).sum().backward()
+        found.append([p.grad.clone() for p in flow.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_is_told_which_device_draws(monkeypatch):
+    """It looks at tensors among its arguments for it, wherever the rows lie."""
+    flow, x, _ = case("RealNVP")
+    seen = []
+    original = torch.utils.checkpoint._infer_device_type
+
+    def noted(*given):
+        seen.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "_infer_device_type", noted)
+    flow.log_prob(x.numpy(), chunk=10)
+    flow.rsample(ROWS, chunk=10)
+    assert len(seen) >= 6
+    assert all(any(t is flow._anchor for t in given) for given in seen)
+
+
 def test_gradients_of_gradients_and_transforms_know_chunks():
     flow, x, context = case("MAF with contexts")
     flow.double()

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pyflowkern import flows, nn
+from pyflowkern.nn._again import Call
 
 CASES = {case.name: case for case in FLOWS}
 FIXED = {"divergence": "exact", "method": "rk4", "step_size": 0.5}
@@ -156,6 +157,37 @@ def sharded(name, steps):
         torch.testing.assert_close(whole(q.grad), expected / 2, atol=1e-8, rtol=1e-8, msg=key)
 
 
+def remade(units):
+    """Flows that keep no activations have the gradients of those that do, under both wrappers."""
+    case = CASES["Glow three levels"]
+    alone, x, context = case.make(n=8)
+    flow, again = case.make(n=8)[0], []
+    for part in flow.modules():
+        if isinstance(part, nn.Sequential):
+            part.memory = "reversible"
+    loss = flows.NegativeLogLikelihood(flow)
+    if units == "ddp":
+        loss = DistributedDataParallel(loss)
+    else:
+        kind = {"flow": (), "sequences": nn.Sequential, "steps": STEPS}[units]
+        for part in [m for m in flow.modules() if isinstance(m, kind)]:
+            fully_shard(part)
+        shard(flow, steps=False)
+    original = Call.again
+    Call.again = lambda *given: (again.append(1), original(*given))[1]
+    try:
+        for _ in range(2):
+            for each in (alone.train(), flow.train()):
+                each.zero_grad()
+            loss(mine(x), mine(context)).backward()
+            flows.NegativeLogLikelihood(alone)(x, context).backward()
+            for (key, p), q in zip(alone.named_parameters(), flow.parameters(), strict=True):
+                torch.testing.assert_close(whole(q.grad), p.grad, atol=1e-8, rtol=1e-8, msg=key)
+    finally:
+        Call.again = original
+    assert again  # layers without parameters, where all others are sharded by themselves
+
+
 def starts_sharded():
     """ActNorm starts from the batch of both processes, whichever module is sharded, through a registered method."""
     for steps in (False, True):
@@ -265,6 +297,8 @@ def processes(folder):
     direct_calls()
     for name, steps in (("Glow three levels", True), ("NSF", True), ("MAF", False), ("CNF", True)):
         sharded(name, steps)
+    for units in ("ddp", "flow", "sequences", "steps"):
+        remade(units)
     starts_sharded()
     parts_alone()
     not_registered()

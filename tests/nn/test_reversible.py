@@ -1,6 +1,7 @@
 """``memory="reversible"``: passes that keep no activations train as those that do."""
 
 import copy
+import gc
 import warnings
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from pyflowkern import flows, nn, use_reference
+from pyflowkern.nn._again import Walk
 
 DISCRETE = [case for case in FLOWS if not case.no_graph]
 
@@ -167,6 +169,20 @@ def test_graphs_are_used_as_any_other():
             [*first, some[-1], x.grad, *(p.grad for p in f.parameters() if p.requires_grad)]
         )
     same(*found)
+
+
+def test_a_graph_that_is_kept_holds_nothing_of_a_backward_pass():
+    """Also of one that ends between the layers, and where the first layer has its input at hand."""
+    flow = couplings()
+    for kept in (set(), {0}):
+        z, log_det = flow(IMAGES.clone().requires_grad_())
+        flow._guards[0].kept = kept
+        loss = z.sum() + log_det.sum()
+        torch.autograd.grad(loss, flow[2].conditioner.last.bias, retain_graph=True)
+        loss.backward(retain_graph=True)
+        walks = [each for each in gc.get_objects() if isinstance(each, Walk)]
+        assert any(walk.guard is flow._guards[0] for walk in walks)
+        assert not any(walk._reached for walk in walks)
 
 
 def test_a_functional_call_has_the_gradients_of_its_tensors():

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from laws.reversible import IMAGES, couplings, results, same, twin
+from torch.utils.checkpoint import checkpoint
 
 from pyflowkern import nn
 from pyflowkern.nn import _drift
@@ -89,3 +90,32 @@ def test_a_sample_without_gradient_spoils_nothing():
     z, log_det = flow(IMAGES[fine])
     (z.sum() + log_det.sum()).backward()
     torch.testing.assert_close(found, [p.grad for p in flow.parameters()])
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_what_is_found_between_the_two_runs_of_a_checkpoint_changes_neither(place):
+    """Of two parts one is differentiated, and what does not come back is found, before the other runs again."""
+    layers, crush = [*couplings(2).float()], _Crush()
+    layers.insert(place, crush)
+    whole = nn.Sequential(*layers, memory="reversible")
+    x = IMAGES.float()
+    results(whole, whole, x)
+    crush.sample = 1
+
+    def call(x):
+        pairs = [checkpoint(whole, part, use_reentrant=False) for part in (x, 2 * x)]
+        return tuple(map(torch.cat, zip(*pairs, strict=True)))
+
+    found = results(call, whole, x)
+    whole.memory = "stored"
+    same(found, results(call, whole, x), 1e-6)
+
+
+def test_a_bad_tensor_is_found_in_a_checkpoint_too():
+    flow, scale = couplings(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    network = flow[1].conditioner
+    forward = network.forward
+    network.forward = lambda h, context=None: forward(h, context) * scale
+    z, _ = checkpoint(flow, IMAGES, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="is no parameter of it"):
+        z.sum().backward()

@@ -178,9 +178,9 @@ def uneven(rank, kind):
     torch.testing.assert_close(*states)
 
 
-def normalizing(synchronize=True):
+def normalizing(synchronize=True, affine=True):
     torch.manual_seed(0)
-    kind = {"synchronize": synchronize}
+    kind = {"synchronize": synchronize, "affine": affine}
     return nn.Sequential(nn.BatchNorm(C, **kind), nn.InvertibleLinear(C), nn.BatchNorm(C, **kind))
 
 
@@ -201,6 +201,26 @@ def batch_norm(rank, kind):
         wrapped.module.state_dict(), alone.state_dict(), atol=1e-4, rtol=1e-5
     )
     assert torch.equal(wrapped.module.eval()(batch(0))[0], wrapped.module(batch(0))[0])
+
+
+def batch_norm_sharded(rank, kind):
+    """Also of layers that have nothing to shard, whose statistics are those of all processes as well."""
+    flow, alone = normalizing(affine=kind == "learned"), normalizing(affine=kind == "learned")
+    if kind == "left alone":
+        fully_shard(flow, ignored_params={*flow[0].parameters(), *flow[2].parameters()})
+    else:
+        fully_shard(flow)
+    for step in range(2):
+        alone.zero_grad()
+        flow.zero_grad()
+        loss_of(flow(batch(rank) + step)).backward()
+        z, log_det = alone(both() + step)
+        parts = [(z[:10], log_det[:10]), (z[10:], log_det[10:])]
+        (sum(map(loss_of, parts)) / 2).backward()
+        for p, q in zip(flow[1].parameters(), alone[1].parameters(), strict=True):
+            torch.testing.assert_close(whole(p.grad), q.grad, atol=1e-4, rtol=1e-4)
+    for p, q in zip(flow.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-5)
 
 
 class Again(torch.nn.Module):
@@ -269,6 +289,9 @@ SCENARIOS = {
     "batch norm, one process without data": (batch_norm_of_input, ""),
     "batch norm, computed again": (batch_norm_again, ""),
     "batch norm of each process": (batch_norm_of_each, ""),
+    "batch norm, sharded": (batch_norm_sharded, "learned"),
+    "batch norm, sharded, without parameters": (batch_norm_sharded, "plain"),
+    "batch norm, whose parameters are not sharded": (batch_norm_sharded, "left alone"),
     "Join with uneven inputs": (uneven, ""),
     "bad samples": (spoilt, ""),
     "huge numbers": (huge, ""),
