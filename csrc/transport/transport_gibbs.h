@@ -68,16 +68,22 @@ PFK_HD void gibbs_rows(const GibbsArgs& a, int64_t first, T* sums) {
   const T* kernel = typed<T>(a.kernel) + first * a.row;
   const T* columns = typed<T>(a.columns);
   if (columns) {
-    Vec<T> sum[R];
+    double total[R] = {};
+    for (int64_t begin = 0; begin < a.row; begin += kSumColumns) {
+      const int64_t end = begin + kSumColumns < a.row ? begin + kSumColumns : a.row;
+      Vec<T> sum[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] = T(0);
-    for (int64_t j = 0; j < a.row; j += w) {
-      const Vec<T> column = Vec<T>::load(columns + j);
+      for (int r = 0; r < R; ++r) sum[r] = T(0);
+      for (int64_t j = begin; j < end; j += w) {
+        const Vec<T> column = Vec<T>::load(columns + j);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r] += Vec<T>::load(kernel + r * a.row + j) * column;
+        for (int r = 0; r < R; ++r) sum[r] += Vec<T>::load(kernel + r * a.row + j) * column;
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) total[r] += sum_lanes(sum[r]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) a.factors[first + r] = 1 / sum_lanes(sum[r]);
+    for (int r = 0; r < R; ++r) a.factors[first + r] = 1 / total[r];
   }
   Vec<T> weight[R];
 #pragma GCC unroll 8

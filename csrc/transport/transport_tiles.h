@@ -154,7 +154,11 @@ template <class T, class F>
 void each_tile(const ScoreArgs& s, int64_t first, int64_t rows, F f) {
   if (s.kept) {
     T* kept = const_cast<T*>(typed<T>(s.kept)) + first * s.kept_row;  // f only reads what is kept
-    return f(0, whole_panels<T>(s.columns), Rows<T>{kept, s.kept_row});
+    for (int64_t j = 0; j < s.columns; j += kSumColumns) {
+      const int64_t left = whole_panels<T>(s.columns - j);
+      f(j, left < kSumColumns ? left : kSumColumns, Rows<T>{kept + j, s.kept_row});
+    }
+    return;
   }
   alignas(64) T memory[kTransportRows * kTileColumns<T>];
   const Rows<T> tile{memory, kTileColumns<T>};
@@ -315,6 +319,32 @@ void product_blocks(const PlanProductArgs& a, int64_t begin, int64_t end) {
   free(sum);
 }
 
+// A term of a row that is drawn from: none where a column has no mass, which is never drawn.
+template <class T>
+PFK_HD Vec<T> drawn_term(Vec<T> t) {
+  return select(t > Vec<T>(T(1 - Float<T>::kBias)), exp2_of_score(t), Vec<T>(T(0)));
+}
+
+// The column of a tile of a row up to which terms exceed `rest`; that of the largest one should
+// rounding leave something over.
+template <class T>
+int64_t column_in_tile(const ScoreArgs& s, int64_t row, int64_t tile, T shift, double rest) {
+  const int64_t column = tile * kTileColumns<T>, most = s.columns - column;
+  const int64_t count = most < kTileColumns<T> ? most : kTileColumns<T>;
+  const int64_t width = whole_panels<T>(count);
+  alignas(64) T terms[kTileColumns<T>];
+  fill_tile<T>(s, row, 1, column, width, Rows<T>{terms, kTileColumns<T>});
+  each_score(s, terms, column, width, shift,
+             [&](Vec<T> t, int64_t j) { drawn_term(t).store(terms + j); });
+  int64_t largest = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    if (rest < terms[j]) return column + j;
+    if (terms[j] > terms[largest]) largest = j;
+    rest -= terms[j];
+  }
+  return column + largest;
+}
+
 // A column of each row, drawn by the inverse of the row's distribution function: a pass finds the
 // sums of the tiles, and the tile in which the uniform number lies is made once more.
 template <class T>
@@ -333,34 +363,24 @@ void draw_block(const PlanDrawArgs& a, int64_t block) {
       for (int64_t r = 0; r < rows; ++r) {
         Vec<T> sum = T(0);
         each_score(s, tile.p + r * tile.stride, column, width, shift[r],
-                   [&](Vec<T> t, int64_t) { sum += exp2_of_score(t); });
+                   [&](Vec<T> t, int64_t) { sum += drawn_term(t); });
         total[r] += sums[r * tiles + column / kTileColumns<T>] = sum_lanes(sum);
       }
     });
     if (attempt == 1 || are_good(total, rows)) break;
     shifted_sums<T>(s, first, rows, shift, total);  // potentials that solve nothing
   }
-  alignas(64) T terms[kTileColumns<T>];
   for (int64_t r = 0; r < rows; ++r) {
+    const double* sum = sums + r * tiles;
     double rest = 0;
-    for (int64_t i = 0; i < tiles; ++i) rest += sums[r * tiles + i];
-    rest *= a.uniforms[first + r];
-    int64_t i = 0;
-    while (i + 1 < tiles && !(rest < sums[r * tiles + i])) rest -= sums[r * tiles + i++];
-    const int64_t column = i * kTileColumns<T>, most = s.columns - column;
-    const int64_t count = most < kTileColumns<T> ? most : kTileColumns<T>;
-    const int64_t width = whole_panels<T>(count);
-    fill_tile<T>(s, first + r, 1, column, width, Rows<T>{terms, kTileColumns<T>});
-    each_score(s, terms, column, width, shift[r], [&](Vec<T> t, int64_t j) {
-      const Mask<T> counts = t > T(1 - Float<T>::kBias);  // a column without mass is never drawn
-      select(counts, exp2_of_score(t), Vec<T>(T(0))).store(terms + j);
-    });
-    int64_t j = 0, last = 0;  // last: with a term that counts, should rounding leave something over
-    for (; j < count && !(rest < terms[j]); ++j) {
-      if (terms[j] > terms[last]) last = j;
-      rest -= terms[j];
+    int64_t i = 0, last = 0;  // last: with a column that has mass
+    for (int64_t k = 0; k < tiles; ++k) {
+      rest += sum[k];
+      if (sum[k] > 0) last = k;
     }
-    a.out[first + r] = column + (j < count ? j : last);
+    rest *= a.uniforms[first + r];
+    while (i < last && !(rest < sum[i])) rest -= sum[i++];
+    a.out[first + r] = column_in_tile(s, first + r, i, shift[r], rest);
   }
   free(sums);
 }

@@ -21,12 +21,14 @@ from pyflowkern.flows._guidance import (
     check_labels,
     weights_of,
 )
+from pyflowkern.flows.bases import StandardNormal
 from pyflowkern.flows.cnf import CNF
 from pyflowkern.nn import BijectionTransform, MultiScale, VectorField, VectorFieldMLP
 from pyflowkern.transport import (
     ConditionalFlowMatcher,
     ExactOptimalTransportConditionalFlowMatcher,
     SinkhornOptimalTransportConditionalFlowMatcher,
+    TargetConditionalFlowMatcher,
 )
 
 __all__ = ["FlowMatching"]
@@ -77,7 +79,7 @@ class FlowMatching(CNF):
     Raises:
         TypeError: for a coupling that is neither a name nor a matcher, and for settings that are unknown or fixed.
         ValueError: for an unknown coupling, classes together with ``context_features``, a dropout out of range or
-            without a context, and as :class:`CNF`.
+            without a context, another base than that at which a matcher's paths begin, and as :class:`CNF`.
 
     Source: Lipman et al. 2023, *Flow Matching for Generative Modeling*; Tong et al. 2024, *Improving and
     generalizing flow-based generative models with minibatch optimal transport*; Ho and Salimans 2022,
@@ -122,6 +124,12 @@ class FlowMatching(CNF):
         if classes:
             features = classes + (dropout > 0)
         super().__init__(event_shape, hidden, context_features=features, **options)
+        begins = isinstance(matcher, TargetConditionalFlowMatcher)  # at the standard normal
+        if begins and not isinstance(self.base, StandardNormal):
+            raise ValueError(
+                "base must be the standard normal, where paths of TargetConditionalFlowMatcher begin, "
+                f"got {type(self.base).__name__}"
+            )
         self.coupling, self.classes, self.context_dropout = matcher, classes, dropout
         learned = dropout > 0 and not classes
         self.null_context = torch.nn.Parameter(torch.zeros(features)) if learned else None

@@ -27,6 +27,23 @@ def costs(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return scale * (x.double()[..., :, None, :] - y.double()[..., None, :, :]).square().sum(-1)
 
 
+def decided(value: Tensor) -> float:
+    """Return a number on which it depends what is computed next.
+
+    Raises:
+        ValueError: under ``vmap``, where each problem would go its own way.
+    """
+    try:
+        return float(value)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ValueError(
+            "tolerance must be 0, epsilon_scaling None and schedule another than 'accelerated' under vmap, where "
+            "iterations cannot depend on numbers; or give the problems as the axis B"
+        ) from error
+
+
 def sinkhorn(
     x: Tensor,
     y: Tensor,
@@ -112,7 +129,7 @@ class _Problem:
         """
         last, error = self.last, self.error
         # the error may stay the same for many iterations: rounding must not count as growth
-        smallest = last is None or bool(error <= last.error * (1 + ROUNDING))
+        smallest = last is None or decided(error <= last.error * (1 + ROUNDING)) > 0
         if last is not None and last.prolonged and not smallest:
             self.last = None
             return last.g
@@ -124,7 +141,7 @@ class _Problem:
                 slope = (mass * step * change).sum() / (mass * change * change).sum()
                 length = (-slope).clamp(0.0, LONGEST_STEP).nan_to_num(0.0)
         least = error if last is None else torch.minimum(error, last.error)
-        self.last = _Step(g, step, least, bool(length > 0))
+        self.last = _Step(g, step, least, decided(length) > 0)
         return g if last is None else g + length * (g - last.g)
 
     def take(self, g: Tensor, epsilon: float, accelerated: bool) -> None:
@@ -137,7 +154,7 @@ class _Problem:
         self.last = None
         for _ in range(most):
             g, self.error = self.half(1, epsilon)
-            if tolerance > 0 and not float(self.error) > tolerance:
+            if tolerance > 0 and not decided(self.error) > tolerance:
                 return
             self.take(g, epsilon, accelerated)
 
@@ -146,7 +163,7 @@ class _Problem:
         for _ in range(most):
             g, self.error = self.half(1, epsilon)
             self.take(g, epsilon, accelerated)
-            if not float(self.error) > LEVEL_TOLERANCE:
+            if not decided(self.error) > LEVEL_TOLERANCE:
                 return
 
     def both(self, epsilon: float, blend: float) -> list[Tensor]:
@@ -157,7 +174,7 @@ class _Problem:
     def symmetric(self, epsilon: float, most: int, tolerance: float) -> None:
         for _ in range(most):
             new = self.both(epsilon, 0.5)
-            if tolerance > 0 and not float(self.error) > tolerance:
+            if tolerance > 0 and not decided(self.error) > tolerance:
                 return
             self.potential = new
             self.done += 1
@@ -168,7 +185,7 @@ class _Problem:
         if not scaling > 0:
             return []
         points = torch.cat([self.x, self.y]).double()
-        extent = float((points.amax(0) - points.amin(0)).square().sum())
+        extent = decided((points.amax(0) - points.amin(0)).square().sum())
         levels: list[float] = []
         while extent > epsilon and len(levels) < most:
             levels.append(extent)

@@ -112,7 +112,8 @@ def sinkhorn(
 
     Raises:
         TypeError: for tensors that are not float32 or float64.
-        ValueError: for shapes that do not fit, no points, and numbers that are out of range.
+        ValueError: for shapes that do not fit, no points, and numbers that are out of range; and under ``vmap`` unless
+            the tolerance is 0, without larger epsilons and prolonged steps.
 
     Example:
         >>> import torch
@@ -314,14 +315,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
     plan, (epsilon, scale), penalties = ctx.saved_tensors, ctx.options[:2], ctx.options[6:8]
-    sides, grads = (PlanTensors(*plan), PlanTensors(*plan).transposed()), list[Tensor | None]()
-    for p in sides:
-        of_points = plain.gradient_of_points(_product, p, epsilon, scale)
-        grads.append(of_points * grad[:, None, None].to(p.x.dtype))
-    for p, penalty in zip(sides, penalties, strict=True):
-        grads.append(plain.gradient_of_mass(p.f, p.b, epsilon, penalty) * grad[:, None])
-    wanted = ctx.needs_input_grad
-    return (*(t if w else None for t, w in zip(grads, wanted, strict=False)), *[None] * 8)
+    sides, wanted = (PlanTensors(*plan), PlanTensors(*plan).transposed()), ctx.needs_input_grad
+    grads: list[Tensor | None] = [None] * 4
+    for i, p in enumerate(sides):
+        if wanted[i]:  # a pass over all pairs
+            of_points = plain.gradient_of_points(_product, p, epsilon, scale)
+            grads[i] = of_points * grad[:, None, None].to(p.x.dtype)
+        if wanted[2 + i]:
+            of_mass = plain.gradient_of_mass(p.f, p.b, epsilon, penalties[i])
+            grads[2 + i] = of_mass * grad[:, None]
+    return (*grads, *[None] * 8)
 
 
 def _product(*inputs: Any) -> Tensor:

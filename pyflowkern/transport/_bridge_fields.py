@@ -271,7 +271,8 @@ class BridgeFields(nn.Module):
 
         Raises:
             TypeError: for a base that is neither, or another dtype.
-            ValueError: for another shape, an unknown divergence, and times that are equal or outside of the bridge.
+            ValueError: for another shape, an unknown divergence, times that are equal or outside of the bridge, and a
+                base whose log-densities are not one for each sample.
         """
         self._check("x", x)
         span = self._span(start, end, None)
@@ -302,8 +303,14 @@ class BridgeFields(nn.Module):
         out = ode.solve(slopes, (x, zero), list(span[::-1]), **settings)
         warn_unless_ok(out.status)
         first, change = (y[-1] for y in out.ys)
-        log_prob: Tensor = density(first) + change
-        return log_prob
+        log_prob = density(first)
+        if not isinstance(log_prob, Tensor) or log_prob.shape != change.shape:
+            shape = tuple(log_prob.shape) if isinstance(log_prob, Tensor) else log_prob
+            raise ValueError(
+                f"base must return a log-density for each sample, shape ({len(x)},), got {shape}"
+            )
+        total: Tensor = log_prob + change
+        return total
 
     def extra_repr(self) -> str:
         """Return the arguments."""

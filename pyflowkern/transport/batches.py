@@ -41,7 +41,8 @@ class PairedBatches:
         ahead: whether a thread solves plans ahead of time.
 
     Raises:
-        TypeError: for a source that is neither a tensor nor a function, and an ``ahead`` that is no bool.
+        TypeError: for a source that is neither a tensor nor a function, another sampler, and an ``ahead`` that is no
+            bool.
         ValueError: for sizes that do not fit.
 
     Example:
@@ -71,7 +72,11 @@ class PairedBatches:
             raise ValueError(f"batch_size must divide plan_size, got {batch_size} and {plan_size}")
         check_generator(generator)
         self.ahead = check_flag("ahead", ahead)
-        self.sampler = sampler or OTPlanSampler("sinkhorn", 0.01, normalize_cost="spread")
+        if sampler is None:
+            sampler = OTPlanSampler("sinkhorn", 0.01, normalize_cost="spread")
+        elif not isinstance(sampler, OTPlanSampler):
+            raise TypeError(f"sampler must be an OTPlanSampler, got {type(sampler).__name__}")
+        self.sampler = sampler
         if self.sampler.mass < 1:
             raise ValueError(
                 "sampler must give every sample a partner: a plan of the whole mass, "

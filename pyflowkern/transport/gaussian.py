@@ -37,6 +37,10 @@ class GaussianPath:
         coupling_covariance: :math:`C`, ``[d, d]``.
         sigma: the volatility, 0 or more.
 
+    Raises:
+        TypeError: for what is no floating tensor.
+        ValueError: as :func:`gaussian_bridge`, and for a coupling of another shape.
+
     Example:
         >>> import torch
         >>> from pyflowkern import transport
@@ -56,9 +60,17 @@ class GaussianPath:
         coupling_covariance: Tensor,
         sigma: float,
     ) -> None:
-        self.mean0, self.cov0, self.mean1, self.cov1 = mean0, cov0, mean1, cov1
-        self.coupling_covariance, self.sigma = coupling_covariance, sigma
-        self._identity = torch.eye(len(mean0), dtype=torch.float64, device=mean0.device)
+        gaussians = _parse(mean0, cov0, mean1, cov1)
+        self.mean0, self.cov0, self.mean1, self.cov1 = gaussians
+        check_floating("coupling_covariance", coupling_covariance)
+        if coupling_covariance.shape != self.cov0.shape:
+            raise ValueError(
+                f"coupling_covariance must have shape {tuple(self.cov0.shape)}, "
+                f"got {tuple(coupling_covariance.shape)}"
+            )
+        self.coupling_covariance = coupling_covariance.detach().double()
+        self.sigma = _volatility(sigma)
+        self._identity = torch.eye(len(self.mean0), dtype=torch.float64, device=self.mean0.device)
 
     def marginal(self, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and covariance at time ``t``: ``[d]`` and ``[d, d]``, or ``[N, d]`` and ``[N, d, d]`` of ``[N]``.
@@ -206,6 +218,8 @@ class GaussianBridge(GaussianPath):
     def __init__(
         self, mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor, sigma: float
     ) -> None:
+        mean0, cov0, mean1, cov1 = _parse(mean0, cov0, mean1, cov1)
+        sigma = _volatility(sigma)
         root, inverse = _root(cov0), _root(cov0, -0.5)
         values, vectors = torch.linalg.eigh(root @ cov1 @ root)
         width = sigma**2
@@ -258,9 +272,7 @@ def gaussian_bridge(
         >>> tuple(bridge.sample(10, steps=5).shape)
         (6, 10, 2)
     """
-    gaussians = _parse(mean0, cov0, mean1, cov1)
-    volatility = 0.0 if sigma == 0 else positive("sigma", sigma)
-    return GaussianBridge(*gaussians, volatility)
+    return GaussianBridge(mean0, cov0, mean1, cov1, sigma)
 
 
 def independent_gaussian_path(
@@ -288,14 +300,18 @@ def independent_gaussian_path(
         >>> path.probability_flow(0.0, torch.ones(1, 1))
         tensor([[-1.]])
     """
-    gaussians = _parse(mean0, cov0, mean1, cov1)
-    return GaussianPath(*gaussians, torch.zeros_like(gaussians[1]), 0.0)
+    check_floating("cov0", cov0)
+    return GaussianPath(mean0, cov0, mean1, cov1, torch.zeros_like(cov0), 0.0)
 
 
 def _root(matrix: Tensor, power: float = 0.5) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0) ** power) @ vectors.mT
     return root
+
+
+def _volatility(sigma: float) -> float:
+    return 0.0 if sigma == 0 else positive("sigma", sigma)
 
 
 def _parse(*gaussians: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

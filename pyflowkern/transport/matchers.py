@@ -324,8 +324,8 @@ class SchrodingerBridgeConditionalFlowMatcher(_Coupled):
         sigma = positive("sigma", sigma)
         if sigma < 1e-3:
             warnings.warn("a sigma this small makes velocities near both ends huge", stacklevel=2)
-        reg = 2 * sigma**2
-        super().__init__(sigma, ot_method and OTPlanSampler(ot_method, reg), replace)  # type: ignore[arg-type]
+        sampler = None if ot_method is None else OTPlanSampler(ot_method, 2 * sigma**2)
+        super().__init__(sigma, sampler, replace)
 
     def compute_sigma_t(self, t: Any) -> Any:
         """Return ``sigma sqrt(t (1 - t))``."""

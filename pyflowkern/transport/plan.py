@@ -15,6 +15,8 @@ __all__ = ["Plan", "draw"]
 
 #: Draws without replacement give up after this many for each cell that is wanted, and some more.
 MOST_DRAWS, SOME_MORE = 100, 10_000
+#: Distances by differences of coordinates: products lose digits.
+DIFFERENCES = "donot_use_mm_for_euclid_dist"
 
 
 class Plan:
@@ -30,6 +32,8 @@ class Plan:
         epsilon: the weight of the entropy.
         scale: the cost is ``scale`` times the squared distance.
         batched: whether results have the axis of problems.
+        penalties: the weights :math:`\rho` of the penalties on the marginals of ``x`` and ``y``, None for one that is
+            held.
 
     Example:
         >>> import torch
@@ -52,10 +56,12 @@ class Plan:
         epsilon: float,
         scale: float = 1.0,
         batched: bool = False,
+        penalties: tuple[float | None, float | None] = (None, None),
     ) -> None:
         self._tensors = PlanTensors(*(t.detach() for t in (x, y, a, b, f, g)))
         self.x, self.y, self.a, self.b, self.f, self.g = self._tensors
         self.epsilon, self.scale, self.batched = epsilon, scale, batched
+        self.penalties = penalties
         self._sums: Tensor | None = None
 
     @property
@@ -67,7 +73,7 @@ class Plan:
     @property
     def T(self) -> Plan:
         """The transposed plan, from ``y`` to ``x``."""
-        return self._like(self._tensors.transposed())
+        return self._like(self._tensors.transposed(), self.penalties[::-1])
 
     def __matmul__(self, matrix: Tensor) -> Tensor:
         """Multiply by ``[m, k]`` or ``[m]``, after the axis of problems if there is one; differentiable in it.
@@ -111,7 +117,8 @@ class Plan:
     def dense(self) -> Tensor:
         """Return the whole matrix ``[n, m]``, of the dtype of the points; for small problems."""
         x, y = self.x.double(), self.y.double()
-        cost = self.scale * (x[:, :, None] - y[:, None]).square().sum(-1)
+        # of differences, but without a matrix for each coordinate
+        cost = self.scale * torch.cdist(x, y, compute_mode=DIFFERENCES).square()
         score = (self.f[:, :, None] + self.g[:, None] - cost) / self.epsilon
         out = (self.a[:, :, None] * self.b[:, None] * score.exp()).to(self.x.dtype)
         return out if self.batched else out[0]
@@ -119,8 +126,8 @@ class Plan:
     def conditional_mean(self, values: Tensor | None = None) -> Tensor:
         r"""Return :math:`\sum_j P_{ij} v_j / \sum_j P_{ij}`, ``[n, k]``.
 
-        The values ``v`` ``[m, k]`` are the points ``y`` if None.  A point of ``x``
-        without mass has a mean as well: masses ``a`` cancel.
+        The values ``v`` ``[m, k]`` are the points ``y`` if None.  A point of ``x`` without mass has a mean as well, as
+        masses ``a`` cancel, and so has one whose penalized marginal sends out next to nothing.
         """
         given = self.y if values is None else (values if self.batched else values[None])
         if given.dim() != 3 or given.shape[:2] != self.y.shape[:2]:
@@ -128,7 +135,7 @@ class Plan:
                 f"values must have shape {self.shape[:-2] + self.shape[-1:]} and one axis more, "
                 f"got {tuple(given.shape if self.batched else given.shape[1:])}"
             )
-        rows = self._like(self._tensors.per_mass())
+        rows = self._like(self._tensors.per_mass()._replace(f=self._undamped()))
         centre = given.detach().mean(1, keepdim=True)
         sums = rows._product(torch.cat([given - centre, torch.ones_like(given[..., :1])], -1))
         out = sums[..., :-1] / sums[..., -1:] + centre
@@ -205,8 +212,21 @@ class Plan:
 
     # --- what the rest is made of -----------------------------------------------------------------
 
-    def _like(self, tensors: PlanTensors) -> Plan:
-        return Plan(*tensors, epsilon=self.epsilon, scale=self.scale, batched=self.batched)
+    def _like(
+        self, tensors: PlanTensors, penalties: tuple[float | None, float | None] | None = None
+    ) -> Plan:
+        return Plan(
+            *tensors,
+            epsilon=self.epsilon,
+            scale=self.scale,
+            batched=self.batched,
+            penalties=penalties or self.penalties,
+        )
+
+    def _undamped(self) -> Tensor:
+        """Return the soft minimum that ``f`` is a part of: with it rows sum to their masses, whatever they send."""
+        rho = self.penalties[0]
+        return self.f if rho is None else self.f * (1 + self.epsilon / rho)
 
     def _product(self, matrix: Tensor) -> Tensor:
         return ops.plan_product(*self._tensors, matrix, epsilon=self.epsilon, scale=self.scale)

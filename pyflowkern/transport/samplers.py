@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NoReturn
 
 import torch
@@ -30,6 +31,11 @@ __all__ = ["OTPlanSampler", "wasserstein"]
 
 METHODS = ("exact", "sinkhorn", "unbalanced", "partial")
 EXACT = ("exact", "partial")
+#: Without numbers, so that a loop over batches says it once.
+NOT_SOLVED = (
+    "a plan of OTPlanSampler did not converge: its marginals are off by more than tolerance; "
+    "take a larger reg, more max_iterations, or warn=False"
+)
 
 
 class OTPlanSampler:
@@ -46,6 +52,9 @@ class OTPlanSampler:
         normalize_cost: whether ``reg`` and ``reg_m`` are in units of the largest cost, so that they do not depend on
             the scale of the data; or "spread": in units of the mean cost of centred batches, which does not depend on
             their distance either, and is cheap.
+        num_threads: as in torchcfm, for code that gives it; changes nothing: SciPy has one thread, and all else has
+            those of torch.
+        warn: whether a plan whose iterations ran out before its marginals were within ``tolerance`` gives a warning.
         mass: the part that "partial" carries, in (0, 1], rounded to whole pairs; all of it if not given.
         max_iterations: most iterations of a plan that is not exact.
         tolerance: the error of its marginals at which it is solved.  A hundredth of the mass is less than what draws
@@ -74,6 +83,8 @@ class OTPlanSampler:
         reg: float = 0.05,
         reg_m: float = 1.0,
         normalize_cost: bool | str = False,
+        num_threads: int | str = 1,
+        warn: bool = True,
         *,
         mass: float = 1.0,
         max_iterations: int = 1000,
@@ -92,7 +103,8 @@ class OTPlanSampler:
                 )
         else:
             check_flag("normalize_cost", normalize_cost)
-        self.normalize_cost = normalize_cost
+        self.normalize_cost, self.num_threads = normalize_cost, num_threads
+        self.warn = check_flag("warn", warn)
         self.max_iterations, self.tolerance = max_iterations, tolerance
 
     def solve(self, x0: Tensor, x1: Tensor) -> Solution:
@@ -120,8 +132,11 @@ class OTPlanSampler:
             penalty_x=penalty,
             penalty_y=penalty,
         )
-        if not math.isfinite(solution.error):  # one look, which waits for the device, tells all
+        error = float(solution.error)  # one look, which waits for the device, tells all
+        if not math.isfinite(error):
             _refuse(x0, x1)
+        if self.warn and error > self.tolerance:
+            warnings.warn(NOT_SOLVED, RuntimeWarning, stacklevel=2)
         return solution
 
     def get_map(self, x0: Tensor, x1: Tensor) -> Tensor:
@@ -293,7 +308,11 @@ def wasserstein(
         power: ``p``, 1 or 2; of "sinkhorn" 2 alone.
 
     Raises:
-        ValueError: for another method or power.
+        ValueError: for another method or power, and for an exact distance of batches whose counts differ and have no
+            common multiple up to 4096.
+
+    Warns:
+        RuntimeWarning: where Sinkhorn's iteration did not converge: ``reg`` is too small for the distance.
 
     Example:
         >>> import torch
@@ -308,7 +327,10 @@ def wasserstein(
     if power not in (1, 2) or (power == 1 and method == "sinkhorn"):
         raise ValueError(f"power must be 2, or 1 if exact, got {power!r}")
     if method == "sinkhorn":
-        cost = OTPlanSampler("sinkhorn", reg).solve(x0, x1).plan.transport_cost()
+        check_pair(x0, x1)
+        # the sum is off by the error of the marginals times the largest cost
+        sampler = OTPlanSampler("sinkhorn", reg, tolerance=1e-6, max_iterations=10_000)
+        cost = sampler.solve(x0.double(), x1.double()).plan.transport_cost()
         return float(cost.clamp(min=0).sqrt())
     x0, x1 = _flat(x0, x1, finite=True)
     costs = reduced_costs(x0, x1) if power == 2 else squared_distances(x0, x1).sqrt()

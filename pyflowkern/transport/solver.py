@@ -106,7 +106,15 @@ def solve_clouds(
 ) -> Solution:
     """Solve problems of checked clouds; the options are those of :func:`pyflowkern.ops.sinkhorn`."""
     out = ops.sinkhorn(*clouds[:4], epsilon=epsilon, scale=scale, tolerance=tolerance, **options)
-    plan = Plan(*clouds[:4], out.f, out.g, epsilon=epsilon, scale=scale, batched=clouds.batched)
+    plan = Plan(
+        *clouds[:4],
+        out.f,
+        out.g,
+        epsilon=epsilon,
+        scale=scale,
+        batched=clouds.batched,
+        penalties=(options.get("penalty_x"), options.get("penalty_y")),
+    )
     return Solution(out.cost.to(clouds.x.dtype), plan, out.error, out.iterations, float(tolerance))
 
 

@@ -121,6 +121,15 @@ def test_trained_samples_have_the_mean_and_spread_of_the_data() -> None:
         (lambda: flows.FlowMatching(2, coupling="exact"), ValueError, "coupling"),
         (lambda: flows.FlowMatching(2, coupling=3), TypeError, "coupling"),
         (lambda: flows.FlowMatching(2, blocks=2), TypeError, "blocks"),
+        (
+            lambda: flows.FlowMatching(
+                2,
+                coupling=transport.TargetConditionalFlowMatcher(0.1),
+                base=flows.MixtureOfGaussians(2, 3),
+            ),
+            ValueError,
+            "base",
+        ),
         (lambda: flows.FlowMatching(2).loss(torch.randn(4, 3)), ValueError, "x1"),
         (lambda: flows.FlowMatching(2).loss(torch.randn(4, 2), x0=torch.randn(3, 2)), ValueError, "x0"),
         (lambda: flows.FlowMatching(2).loss(torch.randn(4, 2).double()), TypeError, "x1"),

@@ -233,6 +233,7 @@ def test_wrong_arguments_are_named(options, message):
 
 def test_wrong_samples_are_named():
     bridge, (x0, x1) = small("dsbm_imf"), clouds()
+    normal = torch.distributions.Normal(0.0, 1.0)  # a density for each number, not for each sample
     for call, kind, message in (
         (lambda: bridge.loss(x0), ValueError, "x1 must be given"),
         (lambda: bridge.loss([x0, x1], x1), ValueError, "x1 must be None"),
@@ -259,6 +260,8 @@ def test_wrong_samples_are_named():
         (lambda: bridge.log_prob(x0, torch.sum, end=0.0), ValueError, "must differ"),
         (lambda: bridge.drift(torch.zeros(3), x0), ValueError, "t must be"),
         (lambda: bridge.log_prob(x0, 3.0), TypeError, "base must be"),
+        (lambda: bridge.log_prob(x0[:2], normal), ValueError, r"shape \(2,\), got \(2, 2\)"),
+        (lambda: bridge.log_prob(x0, torch.sum), ValueError, "base must return a log-density"),
         (lambda: bridge.log_prob(x0, torch.sum, divergence="no"), ValueError, "divergence must"),
         (lambda: small("sf2m").next_iteration(), ValueError, "has no iterations"),
         (lambda: transport.SchrodingerBridge((2, 2)), ValueError, "event_shape must be D or"),

@@ -367,3 +367,11 @@ def test_wrong_arguments():
         bridge.score(0.5, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="steps must be"):
         bridge.sample(3, steps=0)
+    for arguments, match in (
+        ((m, one, m, one, one[:1], 0.0), "coupling_covariance must have shape"),
+        ((m, one, m, one, one, -1.0), "sigma must be"),
+        ((m, one, m, -one, one, 1.0), "cov1 must be positive definite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            transport.GaussianPath(*arguments)
+    assert transport.GaussianPath(m, one, m, one, one / 2, 1).cov0.dtype == F64
