@@ -1,7 +1,7 @@
 """Entropic optimal transport: Sinkhorn's iteration.
 
 A target that is missed: 512 problems in one call in a tenth of the time of 512 calls.  Both do the same work, and a
-call takes one and a half times as long as a core takes for its problem: one call can gain that, and the second core.
+call takes 1.6 times as long as a core takes for its problem: one call can gain that, and the second core.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ on_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("schedule", ["alternating", "symmetric"])
 @pytest.mark.parametrize("d", [2, 5])
 def test_long_rows_are_summed_in_double(backend, schedule, d):
-    """A point and 200,000 others, whose kernel is kept: equal terms are rounded alike each time, if in float32 alone."""
+    """A point and 200,000 others, whose kernel is kept: equal terms round alike, if in float32 alone."""
     y = 1e-3 * normal(1, 200_000, d)
     x, one = torch.zeros(1, 1, d).double(), torch.ones(1, 1).double()
     b = torch.full((1, 200_000), 1 / 200_000).double()
