@@ -22,7 +22,7 @@ from pyflowkern.cli import main
 from pyflowkern.train import FlowModule, TrainConfig
 from pyflowkern.train.checkpoint import load_checkpoint
 
-COMMANDS = ("demo", "train", "compare", "sample", "evaluate", "export", "info")
+COMMANDS = ("demo", "train", "compare", "sample", "evaluate", "plot", "export", "info")
 SMALL = ["--batch-size", "16", "--set", "every=2", "--set", "hidden=4", "--set", "levels=1"]
 SMALL += ["--set", "flow_args.steps=1"]
 

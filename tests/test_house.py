@@ -13,7 +13,7 @@ FAMILIES = sorted(p.name for p in (ROOT / "csrc").iterdir() if p.is_dir() and p.
 #: From what imports everything to what imports nothing; what stands together may import each other.
 ORDER = [
     *[
-        ("cli", "_commands"),
+        ("cli", "_commands", "_run_commands"),
         ("train",),
         ("interop",),
         ("flows", "data", "transport"),

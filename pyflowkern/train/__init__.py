@@ -3,6 +3,7 @@
 from pyflowkern.train.comparison import compare
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.module import FlowModule, TrainingDiverged
+from pyflowkern.train.pictures import plot
 from pyflowkern.train.ranks import ProcessLost
 from pyflowkern.train.runner import Run, train
 from pyflowkern.train.signals import TrainingInterrupted
@@ -16,5 +17,6 @@ __all__ = [
     "TrainingDiverged",
     "TrainingInterrupted",
     "compare",
+    "plot",
     "train",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from pyflowkern.core.files import write_atomic
 from pyflowkern.train.generators import forked_generators
 from pyflowkern.train.module import FlowModule, learning_rate
-from pyflowkern.train.plots import image_grid, save_curve, save_grid
+from pyflowkern.train.pictures import why_not_drawn
+from pyflowkern.train.plots import curve_picture, image_grid, save_grid
 from pyflowkern.train.signals import StopSignals, TrainingInterrupted
 
 __all__ = ["FIELDS", "Bar", "EventLog", "History", "KeepLastAndBest", "SampleGrid", "StopEarly"]
@@ -78,11 +80,20 @@ class History(Callback):
             self._draw_curve(_flow_module(pl_module))
 
     def _draw_curve(self, module: FlowModule) -> None:
-        """Draw the curve, then wait 20 times as long as that took: in small runs drawing is most of the cost."""
-        if module.rank:
+        """Draw the curve, then wait 20 times as long as that took: in small runs drawing is most of the cost.
+
+        A curve that cannot be drawn is a line on stderr, once.
+        """
+        if module.rank or self._next_curve == math.inf:
             return
         start = time.monotonic()
-        save_curve(self.out / "curve.png", self.rows, module.unit)
+        try:
+            picture = curve_picture(self.rows, module.unit)
+        except Exception as error:  # a run is worth more than its picture
+            self._next_curve = math.inf
+            print(why_not_drawn(error, self.out), file=sys.stderr, flush=True)
+            return
+        write_atomic(self.out / "curve.png", picture)
         end = time.monotonic()
         self._next_curve = end + 20 * (end - start)
 

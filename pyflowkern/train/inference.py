@@ -26,7 +26,7 @@ from pyflowkern.train.signals import signals_raise
 from pyflowkern.train.threads import limited_threads
 from pyflowkern.train.writers import rows_into
 
-__all__ = ["evaluate_checkpoint", "save_samples"]
+__all__ = ["BRIDGE_STEPS", "evaluate_checkpoint", "held_out_or_file", "save_samples"]
 
 
 #: Values that are drawn or scored at a time; the flow needs some hundred times as many numbers meanwhile.
@@ -193,7 +193,7 @@ def evaluate_checkpoint(
     """
     trained = load_trained(checkpoint)
     shape, moments = tuple(trained.facts["shape"]), Moments()
-    parts, total = _parts(trained, source)
+    parts, total = held_out_or_file(trained, source)
     at_once = _IMAGES
     if trained.facts["bits"] is None and not isinstance(trained.model, DataBridge):
         at_once = max(_IMAGES, _SCORED // math.prod(shape))
@@ -216,7 +216,7 @@ def evaluate_checkpoint(
     }
 
 
-def _parts(trained: Trained, source: str | None) -> tuple[Iterable[Batch], int | None]:
+def held_out_or_file(trained: Trained, source: str | None) -> tuple[Iterable[Batch], int | None]:
     """Return the held-out rows of the run's own data or of a named set, else every row of a file; and how many."""
     config, facts = trained.config, trained.facts
     if isinstance(trained.model, DataBridge) and source is not None:

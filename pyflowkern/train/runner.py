@@ -28,6 +28,7 @@ from pyflowkern.train.checkpoint import CheckpointIO, check_resumable
 from pyflowkern.train.config import ConfigError, TrainConfig
 from pyflowkern.train.model import build, with_defaults, with_earlier_defaults
 from pyflowkern.train.module import FlowModule, TrainingDiverged
+from pyflowkern.train.pictures import PICTURES, draw_at_end
 from pyflowkern.train.ranks import (
     check_started,
     lost_processes,
@@ -41,7 +42,7 @@ from pyflowkern.train.threads import limited_threads
 __all__ = ["Run", "check_folder", "resume_config", "train"]
 
 #: What an earlier run leaves, beside TensorBoard's logs.
-_LEFT = ("last.ckpt", "best.ckpt", "metrics.csv", "curve.png", "samples.png")
+_LEFT = ("last.ckpt", "best.ckpt", "metrics.csv", "curve.png", "samples.png", *PICTURES)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def train(
     overwrite: bool = False,
 ) -> Run:
     """Train and write ``last.ckpt``, ``best.ckpt``, ``metrics.csv``, ``curve.png`` and, for images, ``samples.png``.
+
+    At its end a run draws held-out data beside samples, as :func:`plot` does again.  What cannot be drawn, for want of
+    matplotlib or for another reason, is a line on stderr.
 
     Nothing is written before the data, the flow and a checkpoint to go on from have been found good.  SIGINT (Ctrl-C),
     SIGTERM and SIGHUP end the run after the step that they come in, with a checkpoint; a second one ends it at once.
@@ -127,6 +131,7 @@ def train(
             if trainer.is_global_zero:
                 _begin(out, config, checkpoint, remark)
             _fit(trainer, module, checkpoint)
+            draw_at_end(module, out)
         except OSError as error:  # TensorBoard's do not say which file
             if error.filename is not None:
                 raise

@@ -360,4 +360,6 @@ def test_the_command_line_starts_processes(folder, two, tmp_path, how):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("metrics.csv") == done.stdout.count("step      8/8") == 1
+    assert "plots" not in done.stderr  # none failed, and the first process alone has drawn
+    assert (tmp_path / "run" / "pairs.png").stat().st_size > 5000
     assert_same_bits(tmp_path / "run", two / "uneven shares")

@@ -17,7 +17,7 @@ def config(out, **changes):
 
 
 def test_a_flow_with_its_own_loss_is_shown_and_timed_by_it(tmp_path, monkeypatch):
-    """No ODE is solved in a run, and none in the steps that are timed; an evaluation of the run solves one."""
+    """No ODE is solved in training or in the steps that are timed; pictures and evaluations of the run solve some."""
     solves = []
     solve = ContinuousBijection.integrate
     monkeypatch.setattr(
