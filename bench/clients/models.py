@@ -273,6 +273,8 @@ MODELS = [
         context=8,
     ),
     _zuko("NICE D=6, 5 x (50, 50)", partial(zuko_flow, "NICE", 6, (50, 50)), 6, 200),
+    _zuko("NICE D=2, 5 x (130, 130)", partial(zuko_flow, "NICE", 2, (130, 130)), 2, 64),
+    _zuko("NICE D=6, 5 x (256, 256)", partial(zuko_flow, "NICE", 6, (256, 256)), 6, 1000),
     _zuko(
         "NSF couplings D=6, 5 x (50, 50)", partial(zuko_flow, "NSF", 6, (50, 50), passes=2), 6, 200
     ),

@@ -14,7 +14,6 @@ from pyflowkern.interop._gains import expected_gain
 from pyflowkern.interop._kinds import Outcome, kind_of, known_base
 from pyflowkern.interop._patches import patch_functions, restore_functions
 from pyflowkern.interop._report import Entry, Report
-from pyflowkern.nn.chain import WIDE
 
 __all__ = ["accelerate", "restore"]
 
@@ -159,6 +158,6 @@ def _of_wide(outcome: Outcome) -> str:
     """Return what to know of a transform with a wide network; empty for others."""
     layers = [layer for door in outcome.doors if (layer := getattr(door, "layer", None))]
     link = layers[0]._chain_link() if layers else None
-    if link is None or link.widest <= WIDE:
+    if link is None or not link.wide:
         return ""
-    return f"its network has more than {WIDE} units: on the CPU it is called while gradients are recorded"
+    return "its network is so wide that on the CPU it is called while gradients are recorded"

@@ -123,7 +123,7 @@ def multilayer(
     if None in found or activation is None:
         return None
     link.context_features = joined
-    link.widest = max([0, *(layer.outputs for layer in found[:-1] if layer is not None)])
+    link.network(found)
     return _network(found, activation, False, True, "joined" if joined else "none")
 
 
@@ -156,7 +156,7 @@ def residual_network(family: Family, net: Any, link: Link) -> ChainNetwork | Non
     if None in layers:
         return None
     link.context_features = context
-    link.widest = max(layer.outputs for layer in layers[:-1] if layer is not None)
+    link.network(layers)
     return _network(layers, activation, True, False, "joined" if context else "none")
 
 

@@ -122,7 +122,7 @@ def _network(
     ]
     if None in found or not _context(net, link):
         return None
-    link.widest = max(layer.outputs for layer in found[:-1] if layer is not None)
+    link.network(found)
     try:
         return ChainNetwork(
             [layer for layer in found if layer is not None],

@@ -18,7 +18,7 @@ from pyflowkern.ops.chain import CHAIN_DTYPES, computes, run_chain
 from pyflowkern.ops.chain_program import ChainProgram
 from pyflowkern.ops.chain_steps import ElementsStep, LUStep
 
-__all__ = ["WIDE", "Chains", "Layer", "Run", "served", "undisturbed"]
+__all__ = ["Chains", "Layer", "Run", "served", "undisturbed"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -35,11 +35,6 @@ class Layer(Protocol):
     def _chain_link(self) -> Link | None: ...
 
 
-#: Units of a network without masks up to which one op is the faster one with gradients, too.  The op computes each
-#: layer again before its backward pass, which makes 8 operations for a weight and a sample of a step where layers, that
-#: keep all units, take 6.  Beyond 128 units products are nearly all of the time, and run at 90% of what a core can do:
-#: steps by layers take 0.73 (1,024 units) to 0.93 of the time.  The forward pass by layers does not win.
-WIDE = 128
 #: Features, and units of any hidden layer, up to which one op runs on CUDA, where a block of threads has all of a tile:
 #: wider layers are left to torch's products.
 _WIDE_ON_CUDA = 128
@@ -61,7 +56,7 @@ class Run:
         self._size = link.context_features or 0
         self._programs: dict[str, ChainProgram] = {}
         #: Whether layers are the faster ones while gradients are recorded on the CPU.
-        self.wide = link.widest > WIDE
+        self.wide = link.wide
         self._fits_cuda = max(features, *_hidden_sizes(link)) <= _WIDE_ON_CUDA
         #: Whether tensors have other shapes than the program says.
         self.outgrown = False

@@ -1,6 +1,7 @@
 """accelerate(): what a model keeps, whichever library it is from."""
 
 import copy
+import itertools
 from functools import partial
 from types import MethodType
 
@@ -73,7 +74,7 @@ def test_wide_networks_are_the_library_s_while_gradients_are_recorded(calls):  #
     model = affine_couplings(130)
     want = copy.deepcopy(model)
     report = pyflowkern.accelerate(model)
-    assert all("128 units" in entry.note for entry in report.entries[1:])
+    assert all("so wide" in entry.note for entry in report.entries[1:])
     x = normal(5, 4)
     calls.clear()  # those that compared
     looks = model.double().forward._runs._chains
@@ -89,6 +90,49 @@ def test_wide_networks_are_the_library_s_while_gradients_are_recorded(calls):  #
     assert len(calls) == 1
     narrow = pyflowkern.accelerate(affine_couplings(8))
     assert not any(entry.note for entry in narrow.entries)
+
+
+def of_zuko(hidden):
+    return zuko.flows.NICE(4, transforms=2, hidden_features=hidden)
+
+
+def of_normflows(hidden):
+    nets = [nf.nets.MLP([2, *hidden, 4]) for _ in range(2)]
+    flows = [nf.flows.AffineCouplingBlock(net) for net in nets]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(4), flows)
+
+
+def of_freia(hidden):
+    def subnet(inputs, outputs):
+        sizes = [inputs, *hidden, outputs]
+        layers = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+        between = [part for layer in layers for part in (layer, torch.nn.ReLU())]
+        return torch.nn.Sequential(*between[:-1])
+
+    model = SequenceINN(4)
+    for _ in range(2):
+        model.append(AllInOneBlock, subnet_constructor=subnet)
+    return model
+
+
+def training_density(model, x):
+    if isinstance(model, SequenceINN):
+        return model(x)[1]
+    return model().log_prob(x) if isinstance(model, zuko.flows.NICE) else model.log_prob(x)
+
+
+@pytest.mark.parametrize("build", [of_zuko, of_normflows, of_freia])
+@pytest.mark.parametrize(
+    ("hidden", "ops"), [((300,), 1), ((200, 200), 1), ((300, 300), 0), ((200, 200, 200), 0)]
+)
+def test_how_wide_networks_may_be_depends_on_their_depth(build, hidden, ops, calls):  # noqa: F811
+    model = build(hidden).double()
+    twin, x = copy.deepcopy(model), normal(5, 4)
+    report = pyflowkern.accelerate(twin)
+    assert any("so wide" in entry.note for entry in report.entries) == (ops == 0)
+    calls.clear()
+    torch.testing.assert_close(training_density(twin, x), training_density(model, x))
+    assert len(calls) == ops
 
 
 def lu_composite():

@@ -88,7 +88,7 @@ def test_a_compiled_flow_follows_its_parameters_and_is_compiled_once(pair):
 
 
 def test_distributions_of_wide_networks_are_compiled_once():
-    flow = NICE(4, 0, transforms=2, hidden_features=(130, 130))
+    flow = NICE(4, 0, transforms=2, hidden_features=(130, 130, 130))
     pyflowkern.accelerate(flow)
     x, distribution = normal(5, 4, dtype=torch.float32), flow()
     distribution.log_prob(x)  # what it consists of is made now

@@ -1,6 +1,7 @@
 """Runs of layers as one op: the same results, derivatives, training and files."""
 
 import copy
+import itertools
 import pickle
 from functools import partial
 from types import SimpleNamespace
@@ -26,7 +27,8 @@ from laws.chains import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyflowkern import _library, nn
-from pyflowkern.nn.links import Watched
+from pyflowkern.nn.links import WIDE, WIDE_AND_DEEP, Watched, is_wide
+from pyflowkern.ops import ChainLayer
 
 __all__ = ["calls"]  # a fixture
 
@@ -204,8 +206,38 @@ def test_shallow_copies_have_their_own_layers(calls):
     agrees(flow, x)
 
 
+def layers_of(*sizes):
+    return [ChainLayer(out, into) for into, out in itertools.pairwise(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wide"),
+    [
+        ((3, 6), False),
+        ((3, 2048, 6), False),  # no product of many inputs and many units
+        ((400, 2048, 6), True),
+        ((3, WIDE, WIDE, 6), False),
+        ((3, WIDE + 1, WIDE + 1, 6), True),
+        ((3, 2048, 16, 2048, 6), False),
+        ((3, *[WIDE_AND_DEEP] * 5, 6), False),
+        ((3, *[WIDE_AND_DEEP + 1] * 3, 6), True),
+    ],
+)
+def test_how_wide_a_network_may_be_depends_on_its_depth(sizes, wide):
+    assert is_wide(layers_of(*sizes)) == wide
+
+
+@pytest.mark.parametrize(("layers", "ops"), [(1, 1), (2, 1), (3, 0)])
+def test_networks_of_few_layers_are_one_op_though_they_are_wider(layers, ops, calls):
+    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=200, layers=layers))), normal(3, D)
+    randomize(flow.double())
+    flow(x)
+    assert len(calls) == ops
+    agrees(flow, x)
+
+
 def test_wide_networks_are_one_op_without_gradients_alone(calls):
-    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=130))), torch.randn(3, D)
+    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=130, layers=3))), torch.randn(3, D)
     randomize(flow)
     flow(x)
     assert not calls
@@ -218,7 +250,7 @@ def test_wide_networks_are_looked_at_once_in_a_while_while_gradients_are_recorde
 ):
     looks, unchanged = [], Watched.unchanged
     monkeypatch.setattr(Watched, "unchanged", lambda self: looks.append(0) or unchanged(self))
-    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=130))), torch.randn(3, D)
+    flow, x = nn.Sequential(Affine(D, partial(nn.MLP, hidden=130, layers=3))), torch.randn(3, D)
     randomize(flow)
     for _ in range(60):
         flow(x)

@@ -49,9 +49,7 @@ def sequential(
         if one is None:
             return None
         found.append(one)
-    # products are most of the time only where a layer has many inputs and many units
-    narrow = [min(layer.inputs, layer.outputs) for layer in found]
-    link.widest = max(link.widest, *narrow)
+    link.network(found)
     try:
         return ChainNetwork(found, activation, context="joined" if context else "none")
     except ValueError:  # layers that do not fit each other: calling them says so

@@ -64,7 +64,7 @@ def mlp(net: Any, link: Link, ends: Ends | None = None) -> ChainNetwork | None:
     if activation is None or None in found:
         return None
     layers = [layer for layer in found if layer is not None]
-    link.widest = max(link.widest, *(layer.outputs for layer in layers[:-1]), 0)
+    link.network(layers)
     try:
         return ChainNetwork(layers, activation)
     except ValueError:  # layers that do not fit each other

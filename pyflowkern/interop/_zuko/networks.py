@@ -47,7 +47,7 @@ def dense_network(net: object, features: int, context: int, link: Link) -> Chain
         if layer is None:
             return None
         layers.append(layer)
-    link.widest = max([0, *(layer.outputs for layer in layers[:-1])])
+    link.network(layers)
     return _network(layers, activation, features, context, link)
 
 
