@@ -25,13 +25,17 @@ EQUAL_TOTALS = 1e-5
 
 
 class Clouds(NamedTuple):
-    """A batch of problems: points ``[B, n, d]`` and ``[B, m, d]``, masses ``[B, n]`` and ``[B, m]`` in float64."""
+    """A batch of problems: points ``[B, n, d]`` and ``[B, m, d]``, masses ``[B, n]`` and ``[B, m]`` in float64.
+
+    ``size`` is the largest squared distance of a point from the mean of its cloud, where it is known.
+    """
 
     x: Tensor
     y: Tensor
     a: Tensor
     b: Tensor
     batched: bool
+    size: float = 0.0
 
 
 def positive(name: str, value: float) -> float:
@@ -79,8 +83,7 @@ def parse_clouds(
         x, y = x[None], y[None]
     clouds = Clouds(x, y, _masses("a", a, x), _masses("b", b, y), batched)
     check_same_device(x=x, y=y, a=clouds.a, b=clouds.b)
-    _check_numbers(clouds, balanced)
-    return clouds
+    return clouds._replace(size=_check_numbers(clouds, balanced))
 
 
 def clouds_of_equal_masses(x: Tensor, y: Tensor) -> Clouds:
@@ -101,14 +104,21 @@ def _masses(name: str, masses: Tensor | None, points: Tensor) -> Tensor:
     return masses.double()
 
 
-def _check_numbers(clouds: Clouds, balanced: bool) -> None:
+def _check_numbers(clouds: Clouds, balanced: bool) -> float:
+    """Raise for bad numbers, else return the size of the clouds: one look at the device."""
     with torch.no_grad():
+        sizes = [
+            (t - t.mean(1, keepdim=True)).square().sum(-1).double().flatten()
+            for t in (clouds.x, clouds.y)
+        ]
+        largest = torch.cat([*sizes, sizes[0].new_zeros(1)]).amax()  # of no problem: 0
         totals = [clouds.a.sum(-1), clouds.b.sum(-1)]
         apart = (totals[0] - totals[1]).abs() > EQUAL_TOTALS * torch.maximum(*totals)
         points = [t.isfinite().all() for t in (clouds.x, clouds.y)]
         masses = [(t.isfinite() & (t >= 0)).all() for t in (clouds.a, clouds.b)]
         some = [(t > 0).all() for t in totals]
-        fine = torch.stack([*points, *masses, *some, ~apart.any()]).tolist()
+        flags = torch.stack([*points, *masses, *some, ~apart.any()])
+        *fine, size = torch.cat([flags.double(), largest[None]]).tolist()
     wanted = [
         "x must be finite, got NaN or inf",
         "y must be finite, got NaN or inf",
@@ -126,6 +136,7 @@ def _check_numbers(clouds: Clouds, balanced: bool) -> None:
             "a and b must have the same total unless unbalanced is given, "
             f"got {float(totals[0][worst])} and {float(totals[1][worst])}"
         )
+    return float(size)
 
 
 def check_generator(generator: torch.Generator | None) -> None:

@@ -106,6 +106,20 @@ class Plan:
         """Return the mass that reaches each point of ``y``, ``[m]``."""
         return self.T.row_sums()
 
+    def marginal_error(self) -> Tensor:
+        """Return by how much marginals are off in all, in units of mass and computed in float64; the larger of both.
+
+        A penalized marginal is compared with what it is for these potentials where they are a solution.
+        """
+        wide = self._like(self._tensors._replace(x=self.x.double(), y=self.y.double()))
+        errors = []
+        for plan in (wide, wide.T):
+            rho, sums = plan.penalties[0], plan._product(torch.ones_like(plan.y[..., :1]))[..., 0]
+            wanted = plan.a if rho is None else plan.a * torch.exp(-plan.f / rho)
+            errors.append((sums - wanted).abs().sum(-1))
+        error = torch.maximum(*errors)
+        return error if self.batched else error[0]
+
     def growth(self) -> Tensor:
         r"""Return what part of its mass each point of ``x`` sends out, :math:`\sum_j P_{ij} / a_i`, ``[n]``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyflowkern import ops
@@ -16,6 +17,9 @@ __all__ = ["COSTS", "sinkhorn", "sinkhorn_divergence", "solve_clouds"]
 
 #: What the squared distance is multiplied by.
 COSTS = {"sqeuclidean": 1.0, "half_sqeuclidean": 0.5}
+
+#: The part of the tolerance from which on rounding may matter, as an estimate of it that is four times too small does.
+ROUNDING = 0.25
 
 Unbalanced = float | tuple[float | None, float | None] | None
 
@@ -43,6 +47,10 @@ def sinkhorn(
     one, so that small ones converge as fast as they can; the number of iterations still grows like
     ``1 / epsilon``, and a problem that is not solved after ``max_iterations`` says so in its status.  The error of the
     cost is of second order in that of the marginals.
+
+    Float32 rounds a score by some ``1e-7`` of the squared extent of the clouds over epsilon.  Where that may exceed the
+    tolerance, the error is computed once more in float64, so that no problem is called converged but for
+    rounding; iterations do not help then, float64 does.
 
     Args:
         x: ``[n, d]``, or a batch of problems ``[B, n, d]``; float32 or float64.
@@ -88,8 +96,9 @@ def sinkhorn(
     """
     epsilon, scale = positive("epsilon", epsilon), _scale_of(cost)
     penalties = parse_penalties(unbalanced)
-    return solve_clouds(
-        parse_clouds(x, y, a, b, balanced=penalties == (None, None)),
+    clouds = parse_clouds(x, y, a, b, balanced=penalties == (None, None))
+    solution = solve_clouds(
+        clouds,
         epsilon=epsilon,
         scale=scale,
         max_iterations=max_iterations,
@@ -99,6 +108,10 @@ def sinkhorn(
         penalty_x=penalties[0],
         penalty_y=penalties[1],
     )
+    rounding = scale * clouds.size / epsilon * torch.finfo(x.dtype).eps
+    if x.dtype == torch.float32 and rounding > ROUNDING * tolerance:
+        solution.error = torch.maximum(solution.error, solution.plan.marginal_error())
+    return solution
 
 
 def solve_clouds(
@@ -184,7 +197,7 @@ def sinkhorn_divergence(
             penalty_y=penalty,
         ).cost
 
-    x, y, a, b, batched = clouds
+    x, y, a, b, batched, _ = clouds
     # of a cloud with itself both potentials are one, which halfway steps find at once
     own = value(Clouds(x, x, a, a, True), "symmetric") + value(
         Clouds(y, y, b, b, True), "symmetric"

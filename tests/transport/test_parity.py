@@ -158,6 +158,47 @@ def test_a_point_that_sends_out_next_to_nothing_has_an_image(backend, dtype):
     torch.testing.assert_close(turned.conditional_mean()[-1], wanted, rtol=1e-2, atol=0)
 
 
+def marginals(found, x, y):
+    """Return by how much both marginals of equal masses are off, in float64."""
+    cost = torch.cdist(
+        x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+    scores = (found.f[:, None] + found.g - cost) / found.plan.epsilon
+    dense = scores.exp() / cost.numel()
+    return [float((dense.sum(axis) - 1 / cost.shape[1 - axis]).abs().sum()) for axis in (1, 0)]
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)  # the reference computes in float64
+@pytest.mark.parametrize(("d", "apart", "epsilon"), [(3, 20, 6e-3), (784, 10, 0.2), (50, 0, 1.0)])
+def test_no_plan_is_called_converged_that_float32_cannot_tell(backend, d, apart, epsilon):
+    """Two clusters far apart for their epsilon: rounded scores are solved, those that were asked for are not."""
+    x, y = (torch.randn(200, d, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    for cloud in (x, y):
+        cloud[:100] += apart
+        cloud[100:] -= apart
+    found = transport.sinkhorn(x, y, epsilon=epsilon)
+    worst = max(marginals(found, x, y))
+    assert float(found.plan.marginal_error()) == pytest.approx(worst, rel=1e-6)
+    assert (found.status is transport.Status.converged) == (apart == 0)
+    if apart:
+        assert float(found.error) == pytest.approx(worst, rel=1e-6)
+    wide = transport.sinkhorn(x.double(), y.double(), epsilon=epsilon, max_iterations=5000)
+    assert wide.status is transport.Status.converged
+    assert max(marginals(wide, x, y)) < 1.1e-3
+
+
+def test_marginal_errors_of_penalties_and_of_batches():
+    x, y = torch.randn(3, 6, 2), torch.randn(3, 5, 2)
+    exact = {"epsilon": 0.5, "tolerance": 1e-9, "max_iterations": 10_000}
+    for unbalanced in (None, 0.7, (None, 0.7)):
+        found = transport.sinkhorn(x.double(), y.double(), unbalanced=unbalanced, **exact)
+        assert found.plan.marginal_error().shape == (3,)
+        assert float(found.plan.marginal_error().max()) < 1e-8
+    few = transport.sinkhorn(x.double(), y.double(), epsilon=0.5, max_iterations=1, tolerance=0.0)
+    torch.testing.assert_close(few.plan.marginal_error(), few.error)
+    assert transport.sinkhorn(x[:0], y[:0], epsilon=0.5).plan.marginal_error().shape == (0,)
+
+
 class Largest(TorchDispatchMode):
     """Notes how many numbers the largest result of an operation has."""
 
