@@ -6,6 +6,8 @@ import fcntl
 import os
 import secrets
 import stat
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,10 @@ from typing import BinaryIO
 __all__ = ["open_atomic", "write_atomic"]
 
 _PREFIX, _SUFFIX = ".pyflowkern-", ".tmp"
+#: Stands in the names of this machine's files: on some file systems locks do not reach other machines.
+_HOST = f"{zlib.crc32(os.uname().nodename.encode()):08x}"
+#: Seconds after which a file of another machine that nobody has written to is abandoned.
+_DAY = 86_400
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
@@ -37,7 +43,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     The data goes to a temporary file beside ``path``, is flushed to the disk and then renamed.  The temporary name
     is random and is opened only if nothing has it, so that a link which someone else put there is never followed.
     A block that raises leaves nothing.  A process that is killed while it writes leaves its temporary file; the next
-    write into the folder removes it.
+    write of this machine into the folder removes it, that of another one a day later, as locks may not reach it.
 
     Raises:
         OSError: naming ``path``, for a full disk, a folder without permission and the like; those of the block that
@@ -92,7 +98,7 @@ def _is_about(error: OSError, path: Path) -> bool:
 def _open_temporary(folder: Path) -> tuple[Path, int]:
     """Create a file under a random name and lock it; the lock says that its writer is alive."""
     while True:
-        temporary = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        temporary = folder / f"{_PREFIX}{_HOST}{secrets.token_hex(4)}{_SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(temporary, flags, 0o666)
         with suppress(OSError):  # a file system without locks: nothing is removed there either
@@ -104,9 +110,11 @@ def _open_temporary(folder: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove temporary files whose writers are dead: nobody holds their locks."""
+    """Remove temporary files whose writers are dead: nobody holds their locks, and on other machines writes to them."""
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError):  # removed by another process, or not ours to open
+            if not path.name.startswith(_PREFIX + _HOST) and _is_recent(path):
+                continue
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if stat.S_ISREG(os.fstat(handle).st_mode):
@@ -114,3 +122,7 @@ def _remove_abandoned(folder: Path) -> None:
                     path.unlink()
             finally:
                 os.close(handle)
+
+
+def _is_recent(path: Path) -> bool:
+    return time.time() - path.lstat().st_mtime < _DAY

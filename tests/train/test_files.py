@@ -2,11 +2,13 @@
 
 import os
 import re
+import time
 
 import fresh
 import numpy as np
 import pytest
 
+from pyflowkern.core import files
 from pyflowkern.core.files import write_atomic
 from pyflowkern.train import TrainConfig, train
 
@@ -66,10 +68,24 @@ def test_the_file_of_a_living_writer_is_left_alone(writer, tmp_path):
     assert before < set(tmp_path.iterdir())
 
 
+def test_the_file_of_another_machine_is_left_alone_for_a_day(tmp_path):
+    """Its lock may not be seen from here."""
+    of_another = tmp_path / f".pyflowkern-{'0' * 16}.tmp"
+    of_another.touch()
+    for hours, there in ((0, True), (23, True), (25, False)):
+        os.utime(of_another, times=(time.time() - 3600 * hours,) * 2)
+        write_atomic(tmp_path / "x.csv", b"1")
+        assert of_another.exists() == there
+    ours = tmp_path / f".pyflowkern-{files._HOST}{'0' * 8}.tmp"
+    ours.touch()
+    write_atomic(tmp_path / "x.csv", b"1")
+    assert not ours.exists()
+
+
 def test_links_and_pipes_that_look_like_temporary_files_are_neither_followed_nor_opened(tmp_path):
     (tmp_path / "secret").write_text("secret")
-    (tmp_path / ".pyflowkern-0000.tmp").symlink_to(tmp_path / "secret")
-    os.mkfifo(tmp_path / ".pyflowkern-0001.tmp")
+    (tmp_path / f".pyflowkern-{files._HOST}0.tmp").symlink_to(tmp_path / "secret")
+    os.mkfifo(tmp_path / f".pyflowkern-{files._HOST}1.tmp")
     # the name that earlier versions took
     (tmp_path / f".x.{os.getpid()}.csv").symlink_to(tmp_path / "secret")
     write_atomic(tmp_path / "x.csv", b"1")

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from lightning.pytorch import Trainer
 import pyflowkern
 from pyflowkern.nn import ActNorm
 from pyflowkern.nn._again import Call
-from pyflowkern.nn.chain import WIDE
 from pyflowkern.train import FlowModule, TrainConfig, TrainingInterrupted, train
 from pyflowkern.train.bridges import load_data
 from pyflowkern.train.checkpoint import load_checkpoint
@@ -62,7 +62,7 @@ RUNS = {
         "flow": "RealNVP",
         "flow_args": {
             "steps": 2,
-            "hidden": 2 * WIDE,
+            "hidden": 256,
             "memory": "reversible",
         },  # no op replaces them
         "lr": 5e-4,  # so many weights, and larger steps make much of rounding
@@ -338,28 +338,31 @@ ENVIRONMENT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["torchrun", "devices"])
+@pytest.mark.parametrize("how", ["torchrun", "machines", "devices"])
 def test_the_command_line_starts_processes(folder, two, tmp_path, how):
-    """What forks cannot show: torchrun's processes, and those that Lightning starts."""
+    """What forks cannot show: processes of torchrun, on what are two machines to it, too, and of Lightning."""
     chosen = config(folder, "uneven shares", tmp_path / "run")
     (tmp_path / "run.yaml").write_text(chosen.to_yaml())
     package = ["-m", "pyflowkern", "train", str(tmp_path / "run.yaml")]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node"]
     if how == "torchrun":
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            *package,
-        ]
+        commands = [[*torchrun, "2", "--standalone", *package]]
+    elif how == "machines":
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            meet = f"127.0.0.1:{place.getsockname()[1]}"
+        there = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
+        commands = [[*torchrun, "1", *there, "--local-addr", "127.0.0.1", *package]] * 2
     else:
-        command = [*package, "--devices", "2"]
-    done = subprocess.run(
-        [sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("metrics.csv") == done.stdout.count("step      8/8") == 1
-    assert "plots" not in done.stderr  # none failed, and the first process alone has drawn
+        commands = [[*package, "--devices", "2"]]
+    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([sys.executable, *c], text=True, **options) for c in commands]
+    said = [process.communicate() for process in started]
+    assert not any(process.returncode for process in started), said
+    printed = "".join(out for out, _ in said)
+    assert printed.count("metrics.csv") == printed.count("step      8/8") == 1
+    assert "plots" not in "".join(
+        e for _, e in said
+    )  # none failed, and the first process alone has drawn
     assert (tmp_path / "run" / "pairs.png").stat().st_size > 5000
     assert_same_bits(tmp_path / "run", two / "uneven shares")
