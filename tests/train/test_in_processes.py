@@ -62,7 +62,7 @@ RUNS = {
         "flow": "RealNVP",
         "flow_args": {
             "steps": 2,
-            "hidden": 256,
+            "hidden": 300,
             "memory": "reversible",
         },  # no op replaces them
         "lr": 5e-4,  # so many weights, and larger steps make much of rounding
