@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -64,7 +65,7 @@ def run(entry: Entry) -> None:
     with tempfile.TemporaryDirectory() as folder:
         script = importlib.import_module(entry.script)
         begin = time.process_time()
-        found = script.main([*entry.given.split(), "--out", folder])
+        found = script.main([*shlex.split(entry.given), "--out", folder])
         minutes = (time.process_time() - begin) / 60
         (picture,) = Path(folder).glob("*.png")
         KEPT.mkdir(exist_ok=True)
@@ -108,8 +109,9 @@ def page() -> str:
     for entry in ENTRIES:
         own = entry.script in kept
         folder = "gallery" if own else "../bench/results/cpu-amd-epyc"
-        picture = f"![{entry.title}]({folder}/{entry.script}.png)\n\n" if entry.picture else ""
-        time_taken = f", {60 * kept[entry.script]['minutes']:.0f} CPU seconds" if own else ""
+        picture = f"![{entry.title}]({folder}/{entry.script}.png)\n\n"
+        seconds = 60 * kept[entry.script]["minutes"] if own else 0
+        time_taken = f", {seconds:.0f} CPU seconds" if seconds >= 1 else ""
         parts.append(
             f"## {entry.title}\n\n{picture}{entry.text}\n\n"
             f"{numbers_of(entry, kept)}\n\n"

