@@ -39,7 +39,8 @@ class Solution:
         cost: the value of the objective, ``[]`` or ``[B]``, of the dtype of the points.  Differentiable in points and
             masses by the envelope theorem: :math:`\partial_{x_i} = \sum_j P_{ij}\, \partial_{x_i} C_{ij}`.
         f: the potential of ``x``, ``[n]`` or ``[B, n]``, float64, without gradient; ``g``: of ``y``.
-        error: the sum of the differences between a marginal of the plan and what it should be, ``[]`` or ``[B]``.
+        error: the sum of the differences between a marginal of the plan and what it should be, ``[]`` or ``[B]``; see
+            :meth:`Plan.marginal_error` for that of float32.
         iterations: how many were taken, those of larger epsilons among them, int64, ``[]`` or ``[B]``.
         plan: the :class:`Plan`.
         tolerance: the error up to which a problem counts as converged.

@@ -149,7 +149,8 @@ def sinkhorn_divergence(
     .. math:: S(\alpha, \beta) = OT_\varepsilon(\alpha, \beta) - \tfrac12 OT_\varepsilon(\alpha, \alpha)
               - \tfrac12 OT_\varepsilon(\beta, \beta) + \tfrac{\varepsilon}{2} (m_\alpha - m_\beta)^2
 
-    with the masses :math:`m` of both, which differ only if ``unbalanced``.  Differentiable in ``x, y, a, b``.
+    with the masses :math:`m` of both, which differ only if ``unbalanced``.  Differentiable in ``x, y, a, b``.  Like the
+    costs that it is made of, it is off by a term of second order in the tolerance, also below zero.
 
     Args:
         x: as in :func:`sinkhorn`, and so are the others unless told otherwise.
