@@ -220,10 +220,12 @@ def _histograms(ax: Any, columns: Sequence[Any], limits: tuple[float, float]) ->
 
 
 def _points(ax: Any, pairs: Sequence[Any], order: Any) -> None:
-    """Draw points in a random order, so that no set hides another."""
-    colours = [c for c, rows in zip(_COLOURS, pairs, strict=False) for _ in range(len(rows))]
-    rows = np.concatenate(pairs)[order]
-    ax.scatter(*rows.T, c=np.array(colours)[order], s=2.5, alpha=0.6, linewidths=0)
+    """Draw points in a random order, so that no set hides another; those of small sets are larger."""
+    counts = [len(rows) for rows in pairs]
+    colours = np.repeat(_COLOURS[: len(pairs)], counts)
+    sizes = np.repeat([np.clip(3000 / max(1, n), 2.5, 10) for n in counts], counts)
+    x, y = np.concatenate(pairs)[order].T
+    ax.scatter(x, y, c=colours[order], s=sizes[order], alpha=0.6, linewidths=0)
 
 
 def _contours(ax: Any, pairs: Sequence[Any], limits: Sequence[tuple[float, float]]) -> None:
