@@ -9,6 +9,7 @@ import torch
 
 from pyflowkern.core.checks import check_flag
 from pyflowkern.interop._classes import patch_classes, restore_classes
+from pyflowkern.interop._defects import known_defect
 from pyflowkern.interop._doors import ReplicaDoor, put, take_away
 from pyflowkern.interop._gains import expected_gain
 from pyflowkern.interop._kinds import Outcome, kind_of, known_base
@@ -150,7 +151,8 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
         return None
     runs = outcome.runs if outcome.doors else ""
     gain = outcome.gain or (expected_gain(label) if runs else "")
-    notes = (outcome.note, _of_wide(outcome))
+    defect = known_defect(label) if runs else ""
+    notes = (outcome.note, defect, _of_wide(outcome))
     return Entry(name, label, runs, gain, "; ".join(filter(None, notes)))
 
 

@@ -32,7 +32,7 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
     if form is not None and form in _agreed:
         return ""
     try:
-        twin = comparable(copy.deepcopy(module))
+        twin = comparable(_copied(module))
     except Exception as error:
         return f"it cannot be copied to be compared: {type(error).__name__}"
     why = _differs(make(twin), twin)
@@ -41,6 +41,18 @@ def disagreement(module: torch.nn.Module, make: Callable[[torch.nn.Module], Fore
             _agreed.clear()
         _agreed.add(form)
     return why
+
+
+def _copied(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy without the matrices that nflows keeps in evaluation, which are of other parameters than its own.
+
+    They may be results of recorded operations, which cannot be copied.
+    """
+    caches = [
+        vars(cache) for m in module.modules() if hasattr(cache := vars(m).get("cache"), "__dict__")
+    ]
+    kept = [value for cache in caches for value in cache.values() if isinstance(value, Tensor)]
+    return copy.deepcopy(module, {id(value): None for value in kept})
 
 
 #: Forms of transforms that agreed with the library.
@@ -133,7 +145,7 @@ def own_disagreement(
     Both directions are compared, on vectors or, where the library does not take these, on images of 4x4 pixels.
     """
     try:
-        twin = comparable(copy.deepcopy(module))
+        twin = comparable(_copied(module))
     except Exception as error:
         return f"it cannot be copied to be compared: {type(error).__name__}"
     layer, why = make(twin), ""

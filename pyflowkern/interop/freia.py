@@ -85,7 +85,6 @@ def _coupling(
     make: Callable[[Any], FreiaLayer],
     read: Callable[[torch.nn.Module], Form | None],
     module: torch.nn.Module,
-    note: str = "",
     quick: bool = False,
 ) -> Outcome:
     """Look at a coupling: in a chain where its networks are known, else with its networks called."""
@@ -99,10 +98,7 @@ def _coupling(
     if why and own:
         return Outcome(note=own)
     doors = [BlockDoor(layer, None if own else read, quick), LayerMark(layer)]
-    return Outcome(doors, runs="own op" if why else "one op", note=note)
-
-
-_ROOTS = "where the library raises for a negative discriminant, values come out"
+    return Outcome(doors, runs="own op" if why else "one op")
 
 
 def _elementwise(module: torch.nn.Module) -> Outcome:
@@ -112,7 +108,7 @@ def _elementwise(module: torch.nn.Module) -> Outcome:
         return Outcome(note="of splines of images, only couplings are known")
     if why := disagreement(module, ElementwiseSpline):
         return Outcome(note=why)
-    return Outcome([BlockDoor(layer, None), LayerMark(layer)], runs="one op", note=_ROOTS)
+    return Outcome([BlockDoor(layer, None), LayerMark(layer)], runs="one op")
 
 
 def _blocks(of: Callable[[Any], Coupling | None], quick: bool = False) -> Kind:
@@ -120,11 +116,9 @@ def _blocks(of: Callable[[Any], Coupling | None], quick: bool = False) -> Kind:
     return Kind(partial(_coupling, make, read, quick=quick), _METHODS)
 
 
-def _splines(
-    make: Callable[[Any], FreiaLayer], of: Callable[[Any], Coupling | None], note: str = ""
-) -> Kind:
+def _splines(make: Callable[[Any], FreiaLayer], of: Callable[[Any], Coupling | None]) -> Kind:
     read = partial(SplineForm.read_spline, of)
-    return Kind(partial(_coupling, make, read, note=note, quick=True), _METHODS)
+    return Kind(partial(_coupling, make, read, quick=True), _METHODS)
 
 
 def _any_known(modules: list[Any]) -> bool:
@@ -171,7 +165,7 @@ LIBRARY = Library(
         _COUPLINGS + "AffineCouplingOneSided": _blocks(one_sided),
         _COUPLINGS + "ConditionalAffineTransform": _blocks(conditional_affine),
         _COUPLINGS + "GINCouplingBlock": _blocks(gin),
-        _SPLINES + "RationalQuadraticSpline": _splines(SplineCoupling, spline_coupling, _ROOTS),
+        _SPLINES + "RationalQuadraticSpline": _splines(SplineCoupling, spline_coupling),
         _SPLINES + "ElementwiseRationalQuadraticSpline": Kind(_elementwise, _METHODS),
         "modules.splines.linear.LinearSpline": _splines(
             partial(CouplingLayer, linear_coupling), linear_coupling

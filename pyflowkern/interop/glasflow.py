@@ -9,7 +9,13 @@ from pyflowkern.interop.nflows import elements
 
 __all__ = ["LIBRARY"]
 
-_MASKED = ("Affine", "PiecewiseLinear", "PiecewiseQuadratic", "PiecewiseRationalQuadratic")
+_MASKED = (
+    "Affine",
+    "PiecewiseLinear",
+    "PiecewiseQuadratic",
+    "PiecewiseCubicAutoregressive",  # as it is called there
+    "PiecewiseRationalQuadratic",
+)
 LIBRARY = Library(
     "glasflow",
     ("glasflow",),
@@ -17,6 +23,8 @@ LIBRARY = Library(
         "transforms.coupling.AffineCouplingTransform": elements(Coupling),
         "flows.realnvp.RealNVP": FLOW,
         "flows.nsf.CouplingNSF": FLOW,
+        "flows.coupling.CouplingFlow": FLOW,
+        "flows.autoregressive.MaskedAutoregressiveFlow": FLOW,
         **{f"flows.autoregressive.Masked{name}AutoregressiveFlow": FLOW for name in _MASKED},
     },
 )

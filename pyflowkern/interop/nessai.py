@@ -8,7 +8,7 @@ import torch
 
 from pyflowkern.interop._kinds import Kind, Library, Outcome
 from pyflowkern.interop._nflows.flows import NessaiDoor
-from pyflowkern.interop.nflows import BASE
+from pyflowkern.interop.nflows import BASE, LINEAR
 
 __all__ = ["FLOW", "LIBRARY"]
 
@@ -29,5 +29,6 @@ LIBRARY = Library(
         "flows.nsf.NeuralSplineFlow": FLOW,
         "flows.maf.MaskedAutoregressiveFlow": FLOW,
         "flows.distributions.MultivariateNormal": BASE,
+        "flows.transforms.LULinear": LINEAR,  # deprecated, and the same as its base
     },
 )

@@ -39,6 +39,7 @@ from pyflowkern.interop._nflows.polynomial_functions import (
 __all__ = [
     "BASE",
     "LIBRARY",
+    "LINEAR",
     "cubic_spline",
     "elements",
     "linear_spline",
@@ -68,10 +69,13 @@ def marked(make: Make, note: str = "") -> Kind:
 def _linear(module: torch.nn.Module) -> Outcome:
     if why := disagreement(module, LULinear):
         return Outcome(note=why)
-    note = _CACHED if module.using_cache else ""
+    note = f"{_CACHED}; {_OF_FLOATS}" if module.using_cache else ""
     return Outcome(single_doors(LULinear(module)), runs="one op", note=note)
 
 
+_OF_FLOATS = (
+    "the inverse that nflows 0.14 keeps is made in float32 on the CPU, and raises elsewhere"
+)
 _CACHED = "weights are read at each call, where the library keeps a cache in evaluation mode"
 
 
@@ -87,24 +91,15 @@ def elements(make: Make) -> Kind:
 
     def look(module: torch.nn.Module) -> Outcome:
         layer: Any = make(module)
-        kind = type(module).__name__.removeprefix("Masked").removeprefix("Piecewise")
-        note = next((note for name, note in _INVERSES.items() if kind.startswith(name)), "")
         why = disagreement(module, make)
         if not why:
-            return Outcome(single_doors(layer), runs="one op", note=note)
+            return Outcome(single_doors(layer), runs="one op")
         if other := own_disagreement(module, make):
             return Outcome(note=other)
         layer.chained = False
         return Outcome(single_doors(layer), runs="own op", note=f"its network is called: {why}")
 
     return Kind(look)
-
-
-#: Of splines whose inverse is less exact in the library, at any precision.
-_INVERSES = {
-    "Cubic": "the inverse is exact to rounding; the library's solves its cubic equations to 1e-6",
-    "Linear": "the inverse is exact to rounding; the library's is off in the last bin, by 1e-4",
-}
 
 
 def _act_norm(module: torch.nn.Module) -> Outcome:
@@ -157,6 +152,7 @@ def _flow(module: torch.nn.Module) -> Outcome:
     return Outcome([FlowDoor(module, "_log_prob")], runs="one op")
 
 
+LINEAR = Kind(_linear)
 BASE = Kind(_base, ("log_prob", "_log_prob"))
 _SPLINES = ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
 _PIECEWISE = tuple(f"Piecewise{kind}" for kind in _SPLINES)
@@ -189,7 +185,7 @@ LIBRARY = Library(
             f"transforms.permutations.{name}": marked(Permutation)
             for name in ("Permutation", "RandomPermutation", "ReversePermutation")
         },
-        "transforms.lu.LULinear": Kind(_linear),
+        "transforms.lu.LULinear": LINEAR,
         "transforms.conv.OneByOneConvolution": Kind(_convolution),
         "transforms.linear.NaiveLinear": marked(Linear),
         "transforms.qr.QRLinear": marked(Linear),

@@ -51,7 +51,7 @@ def _vectors(
     if why := disagreement(module, make):
         return Outcome(note=why)
     doors = single_doors(layer, "inverse", "forward") if alone else [LayerMark(layer)]
-    return Outcome(doors, runs="one op", note=layer.note)
+    return Outcome(doors, runs="one op")
 
 
 def _coupling(module: torch.nn.Module) -> Outcome:

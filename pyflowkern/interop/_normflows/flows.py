@@ -226,8 +226,7 @@ def _has_layers(module: torch.nn.Module) -> bool:
 def _look(module: torch.nn.Module) -> Outcome:
     if not _has_layers(module):
         return Outcome()
-    note = "as in the library, log-dets are in torch's default dtype, but log_prob's"
-    return Outcome([_FlowDoor(module, name) for name in _METHODS], runs="one op", note=note)
+    return Outcome([_FlowDoor(module, name) for name in _METHODS], runs="one op")
 
 
 def _look_at_classes(module: torch.nn.Module) -> Outcome:

@@ -26,8 +26,6 @@ class MaskedCoupling(Layer):
     From data to latent that is two steps with a network each, both of which read what passes.
     """
 
-    note = "scales and shifts that are infinite stay so: the library makes NaN of them"
-
     def __init__(self, module: Any) -> None:
         super().__init__(module, module.b.numel() if module.b.dim() == 2 else 0)
 

@@ -46,8 +46,6 @@ class Layer(ForeignLayer):
     """A transform of normflows, whose ``forward`` goes from latent to data."""
 
     module: Any
-    #: What a report says of it.
-    note = ""
 
     def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Pair:
         """Run the library's own transform from data to latent."""
