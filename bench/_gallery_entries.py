@@ -181,7 +181,7 @@ ENTRIES = (
         "[tables of the papers](papers.md). The data are a file that has to be downloaded first.",
         {
             label: ("fashion_bits.md", label.split(", ")[-1], "bits/dim")
-            for label in ("bits/dim, Glow", "RealNVP", "flow matching")
+            for label in ("bits/dim, Glow", "RealNVP", "flow matching", "NSF")
         },
         "--data fashion/usr/share/datasets/fashion-mnist",
     ),
