@@ -60,7 +60,7 @@ def functions(target, seed):
     arguments, shape = modules.MODULES[TARGETS[target]]()
     if shape is None:
         return []
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     module = modules.class_of(TARGETS[target])(**arguments).eval()
     draw.dtype = torch.float32
     x = modules.samples(module, shape, draw)
