@@ -3,7 +3,7 @@
 Each trial starts a run, kills it after a random part of the time that a whole run takes, and again with what is left
 of it, until ``--each`` kills have met it; then it is resumed to its end.  The weights, averaged and trained, the
 state of the optimizer and the scores must be those of a run that nobody killed, bit by bit, and every checkpoint on the
-way must be whole.
+way must be whole.  Runs fork from a process that has imported Lightning, which takes longer than such a training.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+import fresh
 
 from bench.faults import _record
 from pyflowkern.train.checkpoint import load_checkpoint
@@ -40,18 +43,18 @@ OPTIONS = [
 OPTIONS += ["--set", "every=10", "--batch-size", "16", "--set", "warmup=5"]
 
 
-def _start(*words: object, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from pyflowkern.cli import main; main()", *map(str, words)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def _start(*words: object, folder: Path) -> fresh.Process:
+    return fresh.Process("from pyflowkern.cli import main; main()", *words, cwd=folder)
 
 
-def _finish(process: subprocess.Popen[bytes]) -> None:
-    error = process.communicate()[1]
+def _finish(process: fresh.Process) -> None:
+    with process:
+        error = process.communicate()[1]
     if process.returncode:
-        raise RuntimeError(f"a run ended with {process.returncode}: {error.decode()[-500:]}")
+        raise RuntimeError(f"a run ended with {process.returncode}: {error[-500:]}")
 
 
-def _go_on(run: Path, folder: Path) -> subprocess.Popen[bytes]:
+def _go_on(run: Path, folder: Path) -> fresh.Process:
     """Resume a run, or start it where a kill came before its folder held a config."""
     if (run / "config.yaml").exists():
         return _start("train", "--resume", run, folder=folder)
@@ -84,12 +87,12 @@ def _trial(
     """Kill a run at these moments and let it end; return kills that met it, steps of checkpoints, what is wrong."""
     met, steps = 0, []
     for moment in moments:
-        process = _go_on(run, folder)
-        time.sleep(moment)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            met += 1
-        process.communicate()
+        with _go_on(run, folder) as process:
+            time.sleep(moment)
+            with suppress(ProcessLookupError):  # it may have ended already
+                process.kill()
+            process.communicate()
+        met += process.returncode == -signal.SIGKILL
         for path in run.glob("*.ckpt"):
             step = load_checkpoint(path)["pyflowkern"]["progress"][0]  # raises for a torn one
             steps += [step] if path.name == "last.ckpt" else []
