@@ -41,32 +41,48 @@ def work(targets, numbers, run):
 
 
 def supervise(command, numbers, seconds):
-    """Run cases by processes; return the findings, and how many cases were begun."""
+    """Run cases by processes; return the findings, and how many cases were begun.
+
+    It ends early after so many seconds, or by SIGTERM where :func:`main` has set it up.
+    """
     findings, next_case, begin, count = [], numbers.start, time.monotonic(), 0
     while next_case < numbers.stop and time.monotonic() - begin < seconds:
         stop = min(numbers.stop, next_case + BATCH)
         process = subprocess.Popen(
             [*command, "--worker", str(next_case), str(stop)], stdout=subprocess.PIPE, text=True
         )
-        last, late = "before its first case", False
-        for line in process.stdout:
-            kind, _, rest = line.strip().partition(" ")
-            if kind == "case":
-                number, _, last = rest.partition(" ")
-                next_case, count = int(number) + 1, count + 1
-            elif kind in ("finding", "broken"):
-                findings.append(rest)
-                print(line, end="", flush=True)
-            if time.monotonic() - begin > seconds:
-                late = True
-                process.kill()
+        last, over = "before its first case", False
+        try:
+            for line in process.stdout:
+                kind, _, rest = line.strip().partition(" ")
+                if kind == "case":
+                    number, _, last = rest.partition(" ")
+                    next_case, count = int(number) + 1, count + 1
+                elif kind in ("finding", "broken"):
+                    findings.append(rest)
+                    print(line, end="", flush=True)
+                if time.monotonic() - begin > seconds:
+                    raise Ended
+        except Ended:
+            over = True
+            process.kill()
         code = process.wait()
-        if code and not late:
+        if over:
+            break
+        if code:
             findings.append(f"{last} ended its process ({code})")
             print("crash  ", findings[-1], flush=True)
             if last.startswith("before"):
                 break
     return findings, count
+
+
+class Ended(Exception):
+    """Raised when no more cases are wanted."""
+
+
+def end(*_):
+    raise Ended
 
 
 def rule_of(args):
@@ -107,6 +123,7 @@ def main():
     command += ["--crashes-only"] if args.crashes_only else []
     command += ["--threads", str(args.threads)] if args.threads else []
     begin, size = time.monotonic(), len(args.targets)
+    signal.signal(signal.SIGTERM, end)
     findings, count = supervise(command, range(start * size, stop * size), args.seconds)
     spent = time.monotonic() - begin
     print(f"{count} cases, {len(findings)} findings, {spent:.0f} s")
