@@ -1,7 +1,7 @@
 """``python -m bench.faults.kills --times 50``: ``kill -9`` at random moments of ``pyflowkern train``.
 
-Each trial starts a run, kills it after a random part of the time that a whole run takes, and again with what is left
-of it, until ``--each`` kills have met it; then it is resumed to its end.  The weights, averaged and trained, the
+Each trial starts a run, kills it after a random part of half the time that a whole run takes, resumes and kills it,
+again and again, until ``--each`` kills have met it or it has ended; then it is resumed to its end.  The weights, averaged and trained, the
 state of the optimizer and the scores must be those of a run that nobody killed, bit by bit, and every checkpoint on the
 way must be whole.  Runs fork from a process that has imported Lightning, which takes longer than such a training.
 """
@@ -92,6 +92,8 @@ def _trial(
             with suppress(ProcessLookupError):  # it may have ended already
                 process.kill()
             process.communicate()
+        if process.returncode == 0:  # at its end before the moment
+            break
         met += process.returncode == -signal.SIGKILL
         for path in run.glob("*.ckpt"):
             step = load_checkpoint(path)["pyflowkern"]["progress"][0]  # raises for a torn one
@@ -120,7 +122,7 @@ def kills(times: int, seed: int = 0, each: int = 5) -> dict[str, Any]:
         whole = _facts(folder / "whole")
         met, trials, wrong, reached = 0, 0, [], []
         while met < times:
-            moments = [draw.uniform(0, seconds) for _ in range(min(each, times - met))]
+            moments = [draw.uniform(0, seconds / 2) for _ in range(min(each, times - met))]
             found = _trial(folder / f"run{trials}", folder, moments, whole)
             met, trials, reached = met + found[0], trials + 1, reached + found[1]
             wrong += [found[2]] if found[2] else []
