@@ -1,9 +1,9 @@
 """``python -m bench.faults.kills --times 50``: ``kill -9`` at random moments of ``pyflowkern train``.
 
-Each trial starts a run, kills it after a random part of half the time that a whole run takes, resumes and kills it,
-again and again, until ``--each`` kills have met it or it has ended; then it is resumed to its end.  The weights, averaged and trained, the
-state of the optimizer and the scores must be those of a run that nobody killed, bit by bit, and every checkpoint on the
-way must be whole.  Runs fork from a process that has imported Lightning, which takes longer than such a training.
+Each trial starts a run, kills it after a random part of half the time that a whole run takes, and resumes and kills it
+until ``--each`` kills have met it or it has ended; then it is resumed to its end.  The weights, averaged and trained,
+the state of the optimizer and the scores must be those of a run that nobody killed, bit by bit, and every checkpoint on
+the way must be whole.  Runs fork from a process that has imported Lightning, which takes longer than such a training.
 """
 
 from __future__ import annotations
