@@ -29,8 +29,8 @@ LEVELS = {"baseline": 1, "avx2": 2, "avx512": 3}
 RUNTIMES = {"address": ("asan", "ubsan", "stdc++"), "thread": ("tsan", "stdc++")}
 REPORTS = {"address": "heap-buffer-overflow", "thread": "data race"}
 WORDS = {
-    "address": "random calls of everything public, {level} kernels under AddressSanitizer and UBSan{rule}",
-    "thread": "random calls by eight threads at once, {level} kernels under ThreadSanitizer",
+    "address": "random calls of everything public, {level} kernels{some} under AddressSanitizer and UBSan{rule}",
+    "thread": "random calls by eight threads at once, {level} kernels{some} under ThreadSanitizer",
 }
 
 
@@ -122,15 +122,19 @@ def _processor_seconds() -> float:
 
 def _summary(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """Return the words of the table."""
-    rule = ", no reference" if args.crashes_only else ""
+    rule = ", nothing compared" if args.crashes_only else ""
+    some = "" if args.families == "*" else f" of {', '.join(args.families.split(';'))}"
     options = [args.kind, f"--level {args.level}", f"--cases {args.cases}"]
     options += ["--crashes-only"] if args.crashes_only else []
+    options += [] if args.families == "*" else [f"--families '{args.families}'"]
+    options += [f"--first {args.first}"] if args.first else []
     found = len(result["findings"])
     return {
         "level": args.level,
         "first_seed": args.first,
         "crashes_only": args.crashes_only,
-        "tried": WORDS[args.kind].format(level=args.level, rule=rule),
+        "families": args.families,
+        "tried": WORDS[args.kind].format(level=args.level, some=some, rule=rule),
         "amount": f"{result['cases']:,} cases in {result['processor_seconds'] / 60:.0f} minutes of a processor; "
         "the planted fault was reported",
         "found": f"{found} findings" if found != 1 else "1 finding",
@@ -148,9 +152,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed of each target")
     parser.add_argument("--crashes-only", action="store_true", help="see python -m fuzz --help")
     parser.add_argument("--targets", nargs="+", default=[], help="some ops, layers or flows alone")
+    parser.add_argument(
+        "--families", default="*", help="kernels of some families, as affine;chain"
+    )
+    parser.add_argument("--library", type=Path, help="a folder whose library is built already")
     parser.add_argument("--out", type=Path, default=_record.RESULTS)
     args = parser.parse_args()
-    folder = build(args.kind, args.level)
+    folder = args.library or build(args.kind, args.level, args.families)
     planted(args.kind, folder)
     options = ["--cases", str(args.cases), "--first", str(args.first)]
     options += ["--seconds", str(args.seconds)]

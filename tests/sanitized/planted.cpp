@@ -10,7 +10,8 @@ extern "C" __attribute__((visibility("default"))) int pyflowkern_planted_fault(i
 #ifdef __SANITIZE_THREAD__
   int sum = 0;
   const auto add = [](int64_t begin, int64_t end, void* sum) {
-    for (int64_t i = begin; i < end; ++i) *static_cast<volatile int*>(sum) += 1;
+    volatile int& total = *static_cast<volatile int*>(sum);
+    for (int64_t i = begin; i < end; ++i) total = total + 1;
   };
   torch_parallel_for(0, n, 1, add, &sum);
   return sum;
