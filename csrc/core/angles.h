@@ -37,8 +37,9 @@ PFK_HD SinCos<Vec<T>> sincos_(Vec<T> x) {
   const typename V::RawInt k = bits(shifted);
   const Mask<T> odd = {(k & 1) != 0};
   const V s = select(odd, of_rest.cos, of_rest.sin), c = select(odd, of_rest.sin, of_rest.cos);
-  SinCos<V> found = {from_bits<T>(bits(s) ^ ((k & 2) << Turn::kToSign)),
-                     from_bits<T>(bits(c) ^ (((k + 1) & 2) << Turn::kToSign))};
+  SinCos<V> found = {
+      from_bits<T>(bits(s) ^ ((k & 2) << Turn::kToSign)),
+      from_bits<T>(bits(c) ^ ((plus_bits<T>(k, typename V::RawInt{} + 1) & 2) << Turn::kToSign))};
   const Mask<T> far = abs_(x) > V(Turn::kMost);
   if (!any_lane(far)) return found;
   for (int i = 0; i < V::kLanes; ++i) {

@@ -96,6 +96,18 @@ template <class T>
 PFK_HD Vec<T> from_bits(typename Vec<T>::RawInt i) {
   return Vec<T>((typename Vec<T>::Raw)i);
 }
+// Sums and differences of bits wrap: those of NaN, or of numbers that a formula is not for, may be
+// any, and integers with a sign must not overflow.
+template <class T>
+PFK_HD typename Vec<T>::RawInt plus_bits(typename Vec<T>::RawInt a, typename Vec<T>::RawInt b) {
+  using Word = typename Vec<T>::RawWord;
+  return (typename Vec<T>::RawInt)((Word)a + (Word)b);
+}
+template <class T>
+PFK_HD typename Vec<T>::RawInt minus_bits(typename Vec<T>::RawInt a, typename Vec<T>::RawInt b) {
+  using Word = typename Vec<T>::RawWord;
+  return (typename Vec<T>::RawInt)((Word)a - (Word)b);
+}
 
 template <class T>
 PFK_HD Vec<T> abs_(Vec<T> x) {
@@ -124,7 +136,8 @@ PFK_HD Vec<T> floor_(Vec<T> x) {
 // 2^k for integer lanes that hold k as rounded bits of (k + kRound).
 template <class T>
 PFK_HD Vec<T> two_to(typename Vec<T>::RawInt k) {
-  return from_bits<T>((k + Float<T>::kBias) << Float<T>::kMantissa);
+  const typename Vec<T>::RawInt bias = typename Vec<T>::RawInt{} + Float<T>::kBias;
+  return from_bits<T>(plus_bits<T>(k, bias) << Float<T>::kMantissa);
 }
 
 // ---- exponential --------------------------------------------------------------------------------
@@ -152,7 +165,7 @@ PFK_HD Reduced<T> reduce_exp(Vec<T> x) {
                        2.75573192472187308e-6, 2.75572632790884969e-7, 2.50520710942935468e-8,
                        2.09181377376427364e-9, 1.60866279567803688e-10});
   }
-  return {r + r2 * q, bits(shifted) - bits(Vec<T>(F::kRound))};
+  return {r + r2 * q, minus_bits<T>(bits(shifted), bits(Vec<T>(F::kRound)))};
 }
 
 template <class T>
@@ -162,7 +175,7 @@ PFK_HD Vec<T> exp_(Vec<T> x) {
   const Reduced<T> e = reduce_exp(x);
   // multiplied by two powers of two: one alone would be out of range where the result is subnormal
   const typename Vec<T>::RawInt half = e.k >> 1;
-  return (e.em1 + T(1)) * two_to<T>(half) * two_to<T>(e.k - half);
+  return (e.em1 + T(1)) * two_to<T>(half) * two_to<T>(minus_bits<T>(e.k, half));
 }
 
 // e^x - 1 = 2^k (e^r - 1) + (2^k - 1): exact where it matters, at k = 0.  Infinite from 88
@@ -188,9 +201,9 @@ PFK_HD Vec<T> log_(Vec<T> x) {
   const Vec<T> scaled = select(tiny, x * F::kTinyScale, x);
   const T root_half = T(0.70710678118654752440);
   typename Vec<T>::RawInt i = bits(scaled);
-  const typename Vec<T>::RawInt offset = i - bits(Vec<T>(root_half));
+  const typename Vec<T>::RawInt offset = minus_bits<T>(i, bits(Vec<T>(root_half)));
   const typename Vec<T>::RawInt e = offset >> F::kMantissa;
-  const Vec<T> m = from_bits<T>(i - (e << F::kMantissa));
+  const Vec<T> m = from_bits<T>(minus_bits<T>(i, e << F::kMantissa));
   const Vec<T> f = m - T(1);
   const Vec<T> s = f / (f + T(2));
   const Vec<T> z = s * s;
@@ -273,9 +286,10 @@ PFK_HD V log_normal(V x) {
     // x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2 / 2 + f^3 r(f); relative
     // error 3.4e-9
     using F = Float<float>;
-    const typename V::RawInt i = bits(x), offset = i - bits(V(0.70710678118654752440f));
-    const typename V::RawInt e = offset >> F::kMantissa;
-    const V f = from_bits<float>(i - (e << F::kMantissa)) - V(1.0f), square = f * f;
+    const typename V::RawInt i = bits(x);
+    const typename V::RawInt e =
+        minus_bits<float>(i, bits(V(0.70710678118654752440f))) >> F::kMantissa;
+    const V f = from_bits<float>(minus_bits<float>(i, e << F::kMantissa)) - V(1.0f), square = f * f;
     const V r =
         polynomial(f, {0.333333313f, -0.24999997f, 0.200007156f, -0.166678026f, 0.142490581f,
                        -0.124256872f, 0.116854198f, -0.114797339f, 0.0697161183f});

@@ -33,16 +33,16 @@ PFK_HD void convert(uint32_t word, double& x) {
 #if !defined(__CUDACC__)
 template <class T>
 struct WordOf<Vec<T>> {
-  using type = typename Vec<T>::RawInt;
+  using type = typename Vec<T>::RawWord;
 };
 PFK_HD Mask<float> has_bit(Word<Vec<float>> word, int bit) { return {(word & bit) != 0}; }
 PFK_HD Mask<double> has_bit(Word<Vec<double>> word, int bit) { return {(word & bit) != 0}; }
 PFK_HD void convert(Word<Vec<float>> word, Vec<float>& x) {
-  x = __builtin_convertvector(word, Vec<float>::Raw);
+  x = __builtin_convertvector((Vec<float>::RawInt)word, Vec<float>::Raw);
 }
 PFK_HD void convert(Word<Vec<double>> word, Vec<double>& x) {  // few processors do it by themselves
   const Vec<double> shift = Float<double>::kRound;
-  x = from_bits<double>(word + bits(shift)) - shift;
+  x = from_bits<double>(plus_bits<double>((Vec<double>::RawInt)word, bits(shift))) - shift;
 }
 #endif
 
@@ -74,7 +74,7 @@ PFK_HD NormalPair<V> box_muller(Word<V> radius, Word<V> angle) {
 PFK_HD void store_normals(const Words::Raw (&word)[4], float* out) {
   using V = Vec<float>;
   const NormalPair<V> z =
-      box_muller<V>((V::RawInt)beside(word[0], word[2]), (V::RawInt)beside(word[1], word[3]));
+      box_muller<V>((Word<V>)beside(word[0], word[2]), (Word<V>)beside(word[1], word[3]));
 #if PFK_SIMD_LEVEL == 2
   const V::RawInt low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
 #elif PFK_SIMD_LEVEL == 1
@@ -88,8 +88,8 @@ PFK_HD void store_normals(const Words::Raw (&word)[4], float* out) {
 PFK_HD void store_normals(const Words::Raw (&word)[4], double* out) {
   using V = Vec<double>;
   for (int pair = 0; pair < kNormals; pair += 2) {
-    const NormalPair<V> z = box_muller<V>((V::RawInt)(word[pair] & 0xffffffffu),
-                                          (V::RawInt)(word[pair + 1] & 0xffffffffu));
+    const NormalPair<V> z =
+        box_muller<V>((Word<V>)(word[pair] & 0xffffffffu), (Word<V>)(word[pair + 1] & 0xffffffffu));
     for (int lane = 0; lane < V::kLanes; ++lane) {
       out[lane * kNormals + pair] = z.first.v[lane];
       out[lane * kNormals + pair + 1] = z.second.v[lane];

@@ -51,7 +51,7 @@ PFK_HD Vec<T> exp2_below(Vec<T> t) {
   const Vec<T> shifted = t + F::kRound;
   const Vec<T> f = t - (shifted - F::kRound);
   return exp2_fraction(f) *
-         from_bits<T>((bits(shifted) << F::kMantissa) + (typename Vec<T>::RawInt)Vec<T>(T(1)).v);
+         from_bits<T>(plus_bits<T>(bits(shifted) << F::kMantissa, bits(Vec<T>(T(1)))));
 }
 
 #endif

@@ -78,11 +78,13 @@ template <>
 struct VecTypes<float> {
   typedef float Raw __attribute__((vector_size(kVecBytes)));
   typedef int32_t RawInt __attribute__((vector_size(kVecBytes)));
+  typedef uint32_t RawWord __attribute__((vector_size(kVecBytes)));
 };
 template <>
 struct VecTypes<double> {
   typedef double Raw __attribute__((vector_size(kVecBytes)));
   typedef int64_t RawInt __attribute__((vector_size(kVecBytes)));
+  typedef uint64_t RawWord __attribute__((vector_size(kVecBytes)));
 };
 
 // ---- vectors ------------------------------------------------------------------------------------
@@ -90,6 +92,7 @@ template <class T>
 struct Vec {
   using Raw = typename VecTypes<T>::Raw;
   using RawInt = typename VecTypes<T>::RawInt;
+  using RawWord = typename VecTypes<T>::RawWord;
   static constexpr int kLanes = kVecBytes / sizeof(T);
 
   Raw v;

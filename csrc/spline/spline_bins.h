@@ -48,7 +48,9 @@ struct FixedSum {
 
   static PFK_HD V scaled(V e) { return e * V(134217728.0f); }
   static PFK_HD FixedSum zero() { return {Vec<float>::RawInt{}}; }
-  PFK_HD void add(V e) { total += __builtin_convertvector(e.v, Vec<float>::RawInt); }
+  PFK_HD void add(V e) {
+    total = plus_bits<float>(total, __builtin_convertvector(e.v, Vec<float>::RawInt));
+  }
   PFK_HD V value() const { return V(__builtin_convertvector(total, Vec<float>::Raw)); }
 };
 static PFK_HD FixedSum select_sum(Mask<float> mask, const FixedSum& a, const FixedSum& b) {
@@ -58,7 +60,7 @@ static PFK_HD FixedSum choose_sum(bool first, const FixedSum& a, const FixedSum&
   return first ? a : b;
 }
 static PFK_HD Vec<float> rest_of(const FixedSum& whole, const FixedSum& part) {
-  return FixedSum{whole.total - part.total}.value();
+  return FixedSum{minus_bits<float>(whole.total, part.total)}.value();
 }
 #endif
 

@@ -46,7 +46,7 @@ PFK_HD Vec<T> exp2_of_score(Vec<T> t) {
                        0.000154035304637243542, 0.0000152527338415567726, 1.32154325359123762e-6,
                        1.01780570877339411e-7, 7.07419429728852101e-9, 4.45581790833606449e-10});
   }
-  return from_bits<T>(bits(p) + (bits(shifted) << F::kMantissa));
+  return from_bits<T>(plus_bits<T>(bits(p), bits(shifted) << F::kMantissa));
 }
 
 // ---- few coordinates ---------------------------------------------------------------------------
