@@ -30,7 +30,7 @@ RUNTIMES = {"address": ("asan", "ubsan", "stdc++"), "thread": ("tsan", "stdc++")
 REPORTS = {"address": "heap-buffer-overflow", "thread": "data race"}
 WORDS = {
     "address": "random calls of everything public, {level} kernels{some} under AddressSanitizer and UBSan{rule}",
-    "thread": "random calls by eight threads at once, {level} kernels{some} under ThreadSanitizer",
+    "thread": "random calls by eight threads at once, {level} kernels{some} under ThreadSanitizer{rule}",
 }
 
 
@@ -124,16 +124,19 @@ def _summary(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]
     """Return the words of the table."""
     rule = ", nothing compared" if args.crashes_only else ""
     some = "" if args.families == "*" else f" of {', '.join(args.families.split(';'))}"
+    rule += f", {len(args.targets)} targets alone" if args.targets else ""
     options = [args.kind, f"--level {args.level}", f"--cases {args.cases}"]
     options += ["--crashes-only"] if args.crashes_only else []
     options += [] if args.families == "*" else [f"--families '{args.families}'"]
     options += [f"--first {args.first}"] if args.first else []
+    options += [f"--targets {' '.join(args.targets)}"] if args.targets else []
     found = len(result["findings"])
     return {
         "level": args.level,
         "first_seed": args.first,
         "crashes_only": args.crashes_only,
         "families": args.families,
+        "targets": args.targets,
         "tried": WORDS[args.kind].format(level=args.level, some=some, rule=rule),
         "amount": f"{result['cases']:,} cases in {result['processor_seconds'] / 60:.0f} minutes of a processor; "
         "the planted fault was reported",
@@ -167,9 +170,8 @@ def main() -> int:
     options += ["--targets", *args.targets] if args.targets else []
     result = fuzz(args.kind, folder, options)
     result |= _summary(args, result)
-    if not args.targets:
-        name = f"{args.kind}-{args.level}" + ("-crashes" if args.crashes_only else "")
-        print(_record.write(name, result, args.out))
+    name = f"{args.kind}-{args.level}" + ("-crashes" if args.crashes_only else "")
+    print(_record.write(name + ("-some" if args.targets else ""), result, args.out))
     print(result["amount"], result["found"])
     return int(bool(result["findings"]))
 
