@@ -129,7 +129,7 @@ def _summary(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]
     options += ["--crashes-only"] if args.crashes_only else []
     options += [] if args.families == "*" else [f"--families '{args.families}'"]
     options += [f"--first {args.first}"] if args.first else []
-    options += [f"--targets {' '.join(args.targets)}"] if args.targets else []
+    options += ["--targets ..."] if args.targets else []
     found = len(result["findings"])
     return {
         "level": args.level,
