@@ -29,7 +29,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: The tests that need a GPU; other folders need packages that this machine may lack.
 TESTS = (
     *("tests/core", "tests/ops", "tests/ode", "tests/transport", "tests/test_gpu.py"),
-    *("tests/nn", "tests/flows/test_laws.py"),
+    *("tests/nn", "tests/flows/test_laws.py", "tests/flows/test_chunks.py"),
 )
 #: Modules that the stages import, and the packages that have them.
 PACKAGES = {
