@@ -12,7 +12,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the inst
 
 from bench.faults import sanitized
 
-#: Of one source, as each takes long to compile.  Its calls met all that was found so far: sums of the bits of bad numbers, and of random words.
+#: One source, as each takes long to compile.  Its calls met all that was found so far: sums of the bits of bad numbers,
+#: and of random words.
 FAMILIES = "preprocess"
 TARGETS = ["ops.add_noise", "ops.logit", "nn.Logit"]
 
