@@ -93,8 +93,8 @@ def summary(folder: Path | None) -> str:
     if folder is None:
         return "Not measured yet."
     lines = [
-        "| case | pass | ms | vs eager | vs compile | time / floor |",
-        "|---|---|---|---|---|---|",
+        "| case | pass | ms | vs eager | vs compile | time / floor | SIMD |",
+        "|---|---|---|---|---|---|---|",
     ]
     where: dict[str, None] = {}
     for family, case, pass_ in HEADLINES:
@@ -104,9 +104,9 @@ def summary(folder: Path | None) -> str:
         floor = row["ratio_to_floor"]
         cells = [name, row["pass"], milliseconds(float(row["p50"]))]
         cells += [f"{_short(row[key])}x" if row[key] else "" for key in _SPEEDUPS]
-        cells += [_short(floor) if floor and float(floor) < LARGE else ""]
+        cells += [_short(floor) if floor and float(floor) < LARGE else "", row["simd"]]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| case | pass | ms | other libraries take |", "|---|---|---|---|"]
+    lines += ["", "| case | pass | ms | other libraries take | SIMD |", "|---|---|---|---|---|"]
     for family, case, pass_, peers in PEERS:
         path = folder / f"{family}.csv"
         row = find_row(path, case, pass_)
@@ -116,7 +116,7 @@ def summary(folder: Path | None) -> str:
         ]
         name = f"sampling {row['case']}" if family == "autoregressive" else row["case"]
         name = f"{family}: {name}" if family in (*EAGER, "flow_matching") else name
-        cells = [name, row["pass"], milliseconds(float(row["p50"])), ", ".join(times)]
+        cells = [name, row["pass"], milliseconds(float(row["p50"])), ", ".join(times), row["simd"]]
         lines.append(f"| {' | '.join(cells)} |")
     if (path := folder / "busy.json").is_file():
         lines += ["", *_beside_a_busy_process(json.loads(path.read_text()))]

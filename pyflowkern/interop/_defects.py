@@ -10,6 +10,7 @@ _ROOTS = (
 )
 _FIRST_BATCH = "as in the library, a first batch starts it in evaluation mode, too"
 _UNBOUNDED = "as in the library, no scale has a bound, so that values may overflow; log-determinants do so there alone"
+_DTYPE = "as in the library, log-dets are in torch's default dtype, except those within log_prob"
 
 #: The beginning of a class's name in reports, what it contains, and what is to be said of it.
 DEFECTS = (
@@ -38,16 +39,8 @@ DEFECTS = (
     ("normflows.AffineCouplingBlock", "", _UNBOUNDED),
     ("normflows.GlowBlock", "", f"{_FIRST_BATCH}; {_UNBOUNDED}"),
     ("normflows.ActNorm", "", _FIRST_BATCH),
-    (
-        "normflows.NormalizingFlow",
-        "",
-        "as in the library, log-dets are in torch's default dtype, but log_prob's",
-    ),
-    (
-        "normflows.ConditionalNormalizingFlow",
-        "",
-        "as in the library, log-dets are in torch's default dtype, but log_prob's",
-    ),
+    ("normflows.NormalizingFlow", "", _DTYPE),
+    ("normflows.ConditionalNormalizingFlow", "", _DTYPE),
     ("zuko.FFJTransform", "", "as in zuko, there are no second derivatives"),
     (
         "FrEIA.",

@@ -53,9 +53,8 @@ class Walk:
     def arrive(self, x: Tensor, bad: Tensor | None) -> None:
         """Leave a layer's input, and which of its samples are not finite, for the layer before it."""
         task = torch._C._current_graph_task_id()
-        if (
-            task not in self._reached
-        ):  # whichever layer the pass ends at, nothing stays with a graph
+        if task not in self._reached:
+            # whichever layer the pass ends at, nothing stays with a graph
             _ENGINE.queue_callback(lambda: self._reached.pop(task, None))
         self._reached[task] = x, bad
 

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,20 +124,10 @@ def test_compilers_see_the_library():
 
 def test_threads_share_a_model(name):
     model, twin = pair(name)
-    want, found = log_prob(name, model), []
-
-    def run():
-        with torch.no_grad():
-            found.extend(log_prob(name, twin) for _ in range(5))
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 20
-    for got in found:
-        torch.testing.assert_close(got, want, **CLOSE)
+    want = log_prob(name, model)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: log_prob(name, twin), range(20)):
+            torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_restore_gives_the_methods_back(name):

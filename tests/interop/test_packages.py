@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,22 +175,15 @@ def test_a_compiled_model_gives_the_same(name):
 
 def test_threads_share_a_model(name):
     model, twin = pair(name)
-    want, found = log_prob(name, model), []
+    want, x, c = log_prob(name, model), normal(N, D), normal(N, K, seed=1)
 
-    def run():
-        with torch.no_grad():
-            x, c = normal(N, D), normal(N, K, seed=1)
-            own = name.startswith("sbi")
-            found.extend(-twin.loss(x, c) if own else twin.log_prob(x) for _ in range(5))
+    @torch.no_grad()
+    def run(_):
+        return -twin.loss(x, c) if name.startswith("sbi") else twin.log_prob(x)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 20
-    for got in found:
-        torch.testing.assert_close(got, want, **CLOSE)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(run, range(20)):
+            torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_restore_gives_the_methods_back(name):
