@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import warnings
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = ["soak"]
 
 SOLVER = {"method": "rk4", "step_size": 0.5}
 BLOCKS = 12
+#: What is noted at each look.
+LOOK = ("hours", "resident_mib", "threads", "files")
 #: Shapes of images and sizes of their batches: few, as oneDNN, which torch's convolutions use, keeps what it compiled
 #: for up to 1024 of them.  The first quarter of a run meets all, so that what grows later is a leak.
 IMAGES = ((1, 8, 8), (3, 4, 12), (2, 12, 4))
@@ -97,16 +100,14 @@ def _round(draw: random.Random, only: str | None = None) -> str:
     return name
 
 
-def _state() -> dict[str, float]:
+def _state() -> tuple[float, float, float]:
     """Return resident MiB, threads and open files of this process."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "resident_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
-        "threads": len(os.listdir("/proc/self/task")),
-        "files": len(os.listdir("/proc/self/fd")) - 1,  # that of the listing itself
-    }
+    threads = len(os.listdir("/proc/self/task"))
+    files = len(os.listdir("/proc/self/fd")) - 1  # that of the listing itself
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, threads, files
 
 
 def slope(times: list[float], values: list[float]) -> tuple[float, float]:
@@ -133,7 +134,9 @@ def soak(
     draw = random.Random(seed)
     torch.manual_seed(seed)
     names: dict[str, int] = {}
-    rows: list[dict[str, float]] = []
+    # memory of all looks from the start, each page of it written: what is noted later makes nothing grow
+    looks = {key: array("d", bytes(8 * (int(60 * minutes / every) + 1))) for key in LOOK}
+    count = 0
     begin = time.monotonic()
     looked = begin
     while (now := time.monotonic()) - begin < 60 * minutes:
@@ -141,18 +144,21 @@ def soak(
         names[name] = names.get(name, 0) + 1
         if now - looked >= every:
             looked = now
-            rows.append({"hours": (now - begin) / 3600, **_state()})
-    rows = rows[len(rows) // 4 :]
-    if len(rows) < 2 * BLOCKS:
-        raise ValueError(f"minutes must give {2 * BLOCKS} looks after warming up, got {len(rows)}")
-    times = [row["hours"] for row in rows]
-    memory = slope(times, [row["resident_mib"] for row in rows])
-    held = {key: sorted({int(row[key]) for row in rows}) for key in ("threads", "files")}
+            for key, value in zip(LOOK, ((now - begin) / 3600, *_state()), strict=True):
+                looks[key][count] = value
+            count += 1
+    rows = {key: values[count // 4 : count].tolist() for key, values in looks.items()}
+    if count - count // 4 < 2 * BLOCKS:
+        raise ValueError(
+            f"minutes must give {2 * BLOCKS} looks after warming up, got {count - count // 4}"
+        )
+    memory = slope(rows["hours"], rows["resident_mib"])
+    held = {key: sorted({int(v) for v in rows[key]}) for key in ("threads", "files")}
     return {
         "minutes": minutes,
         "seed": seed,
         "rounds": names,
-        "resident_mib": [round(rows[0]["resident_mib"], 1), round(rows[-1]["resident_mib"], 1)],
+        "resident_mib": [round(rows["resident_mib"][0], 1), round(rows["resident_mib"][-1], 1)],
         "mib_per_hour": [round(memory[0], 2), round(memory[1], 2)],
         **held,
     }
