@@ -61,6 +61,12 @@ def test_files_are_short():
     assert not long
 
 
+def test_no_file_holds_both_sides_of_a_merge():
+    marks = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)  # a line of = is a heading elsewhere
+    files = tracked("*.md", "*.py", "*.cpp", "*.cu", "*.h", "*.cuh", "*.yml", "*.yaml", "*.toml")
+    assert not [path for path in files if marks.search(path.read_text())]
+
+
 def test_functions_fit_a_screen():
     """60 lines below the docstring."""
     long = {
