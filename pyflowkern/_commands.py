@@ -226,7 +226,11 @@ def compare(
         int | None, typer.Option(help="Decides split and start.  [default: 0]")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a comparison that was ended.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a comparison that was ended; try flows again that diverged.",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the comparison in the folder.")

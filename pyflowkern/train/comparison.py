@@ -50,7 +50,8 @@ def compare(
 
     Each run lies in a folder of ``out`` under its name.  What is scored are the averaged weights of the last step: the
     best of all evaluations would have been chosen by the rows that it is scored on.  Writes ``comparison.json`` and
-    ``comparison.csv``; a run that is finished is not begun again by ``resume``, one that was ended goes on.
+    ``comparison.csv``; by ``resume`` a run that is finished is not begun again, one that was ended goes on, and one
+    that diverged is tried again, from its last checkpoint.
 
     Args:
         configs: the options of each run by its name, with the same data, split, steps and batch size.
@@ -191,13 +192,13 @@ def _run(
     return found, log_prob
 
 
-def _finished(path: Path, scores: Path) -> tuple[dict[str, Any], Tensor | None] | None:
-    """Return what an earlier process found; None where it did not finish, or its files are damaged."""
+def _finished(path: Path, scores: Path) -> tuple[dict[str, Any], Tensor] | None:
+    """Return what an earlier process found; None where it did not finish, diverged, or its files are damaged."""
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
-        return found, None if "parameters" not in found else torch.from_numpy(
-            np.load(scores, allow_pickle=False)
-        )
+        if "parameters" not in found:
+            return None  # it diverged: another try from its last checkpoint costs a few steps
+        return found, torch.from_numpy(np.load(scores, allow_pickle=False))
     except (FileNotFoundError, ValueError, TypeError, EOFError):
         return None  # the checkpoint is still there: the run is scored again
 

@@ -1,6 +1,7 @@
 """Comparisons of flows: the same rows, paired differences, resume, and one line for every mistake."""
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -12,6 +13,7 @@ import torch
 
 from pyflowkern.train import ConfigError, TrainConfig, compare
 from pyflowkern.train import comparison as module
+from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.inference import evaluate_checkpoint
 
 
@@ -75,6 +77,36 @@ def test_what_was_ended_goes_on_with_the_same_numbers(finished, tmp_path, monkey
     monkeypatch.setattr(module, "train", ended)
     with pytest.raises(KeyboardInterrupt):
         compare(configs, tmp_path)
+    monkeypatch.setattr(module, "train", right)
+    again = compare(configs, tmp_path, resume=True)
+    for name in ("name", "log_prob", "difference_error", "parameters"):
+        assert [row[name] for row in again] == [row[name] for row in rows]
+
+
+def test_a_flow_that_diverged_is_tried_again_from_its_last_checkpoint(
+    finished, tmp_path, monkeypatch
+):
+    configs, _, rows = finished
+    configs = {name: replace(c, max_bad_steps=1) for name, c in configs.items()}
+    objective, right, steps = DataModel.objective, module.train, itertools.count()
+
+    def bad_from_some_step_on(self, rows):
+        loss, shown = objective(self, rows)
+        return (loss / (next(steps) < 2) if torch.is_grad_enabled() else loss), shown
+
+    def diverges(config, data, **options):
+        with monkeypatch.context() as patch:
+            if config.out.endswith("MAF-2"):
+                patch.setattr(DataModel, "objective", bad_from_some_step_on)
+            return right(config, data, **options)
+
+    monkeypatch.setattr(module, "train", diverges)
+    first = compare(configs, tmp_path)
+    assert first[-1]["name"] == "MAF-2"
+    assert "not finite" in first[-1]["problem"]
+    checkpoint = (tmp_path / "MAF-2/last.ckpt").read_bytes()
+    assert compare(configs, tmp_path, resume=True) == first  # and diverges again
+    assert (tmp_path / "MAF-2/last.ckpt").read_bytes() == checkpoint
     monkeypatch.setattr(module, "train", right)
     again = compare(configs, tmp_path, resume=True)
     for name in ("name", "log_prob", "difference_error", "parameters"):
