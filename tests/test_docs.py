@@ -121,6 +121,16 @@ def test_tests_that_a_page_names_exist():
         assert (ROOT / path).is_file(), path
 
 
+def test_files_that_the_architecture_names_exist():
+    """By the end of their path: a page may leave out what goes before, and the stem after its first use."""
+    names = re.findall(r"`([\w/]+\.(?:py|h|cpp|cuh|cu|md|supp))`", PAGES["architecture.md"])
+    assert len(names) > 100
+    folders = ("csrc", "pyflowkern", "tests", "docs", "bench", "examples")
+    there = [str(path) for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    missing = [name for name in names if not any(path.endswith(name) for path in there)]
+    assert not missing
+
+
 def test_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) < 150
 
