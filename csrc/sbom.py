@@ -1,8 +1,8 @@
 """Write the bill of materials of a wheel: CycloneDX 1.6 as JSON, which PEP 770 puts into ``.dist-info/sboms``.
 
-Called by CMake as ``python csrc/sbom.py FILE --version ... --torch ... --compiler ... [--cuda ...]``.  It names what a
-scanner could not see from the outside: the code of others that is compiled into the libraries.  Packages that are
-installed beside the wheel stand in its METADATA.  The same arguments give the same bytes.
+Called by CMake as ``python csrc/sbom.py FILE --version ... --torch ... --pybind11 ... --compiler ... [--cuda ...]``.
+It names what a scanner could not see from the outside: the code of others that is compiled into the libraries.
+Packages that are installed beside the wheel stand in its METADATA.  The same arguments give the same bytes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def library(kind: str, name: str, version: str, licence: Json, text: str, **more
     }
 
 
-def bill(version: str, torch: str, compiler: str, cuda: str) -> Json:
+def bill(version: str, torch: str, pybind11: str, compiler: str, cuda: str) -> Json:
     """Return the document; an empty ``cuda`` is a build without CUDA kernels."""
     ours = library(
         "pypi",
@@ -43,7 +43,14 @@ def bill(version: str, torch: str, compiler: str, cuda: str) -> Json:
             torch.partition("+")[0],
             {"id": "BSD-3-Clause"},
             "Its headers are compiled into libpyflowkern_*.so. Its libraries are not part of the wheel.",
-        )
+        ),
+        library(
+            "pypi",
+            "pybind11",
+            pybind11,
+            {"id": "BSD-3-Clause"},
+            "A library of headers, compiled into _C.",
+        ),
     ]
     if cuda:
         parts.append(
@@ -76,12 +83,12 @@ def main() -> None:
     """Write the file that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    for name in ("version", "torch", "compiler"):
+    for name in ("version", "torch", "pybind11", "compiler"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--cuda", default="")
     given = parser.parse_args()
-    text = json.dumps(bill(given.version, given.torch, given.compiler, given.cuda), indent=1)
-    given.file.write_text(text + "\n")
+    document = bill(given.version, given.torch, given.pybind11, given.compiler, given.cuda)
+    given.file.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

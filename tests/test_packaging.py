@@ -70,6 +70,7 @@ def test_what_the_wheel_holds(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (bill,) = (name for name in names if name.endswith(".dist-info/sboms/pyflowkern.cdx.json"))
     inside = {c["name"] for c in json.loads(zipfile.ZipFile(wheel).read(bill))["components"]}
+    assert {"torch", "pybind11"} <= inside
     assert ("cudart" in inside) == ("pyflowkern/lib/libpyflowkern_cuda.so" in names)
     for name in names:
         assert name.startswith(("pyflowkern/", "pyflowkern-")), name

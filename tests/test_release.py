@@ -102,7 +102,8 @@ def test_a_build_without_torch_says_so(sources, tmp_path):
 def test_bill_of_materials(tmp_path, cuda):
     """CycloneDX: what is inside is named, and every reference leads to something."""
     path = tmp_path / "bill.json"
-    facts = ["--version", "1.2.3", "--torch", "2.13.0+cpu", "--compiler", "GNU 12.2.0"]
+    facts = ["--version", "1.2.3", "--torch", "2.13.0+cpu", "--pybind11", "3.1.0"]
+    facts += ["--compiler", "GNU 12.2.0"]
     command = [sys.executable, ROOT / "csrc/sbom.py", path, *facts, "--cuda", cuda]
     subprocess.run(command, check=True)
     bill = json.loads(path.read_text())
@@ -111,7 +112,8 @@ def test_bill_of_materials(tmp_path, cuda):
     assert (ours["purl"], ours["version"]) == ("pkg:pypi/pyflowkern@1.2.3", "1.2.3")
     assert bill["metadata"]["tools"]["components"][0]["version"] == "12.2.0"
     inside = {part["name"]: part["version"] for part in bill["components"]}
-    assert inside == {"torch": "2.13.0"} | ({"cudart": cuda} if cuda else {})
+    headers = {"torch": "2.13.0", "pybind11": "3.1.0"}
+    assert inside == headers | ({"cudart": cuda} if cuda else {})
     known = {part["bom-ref"] for part in [ours, *bill["components"]]}
     assert {link["ref"] for link in bill["dependencies"]} == known
     assert set(bill["dependencies"][0]["dependsOn"]) == known - {ours["bom-ref"]}
@@ -124,13 +126,15 @@ def steps(workflow):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.name)
 def test_workflows_are_pinned_and_may_do_little(path):
-    workflow = yaml.safe_load(path.read_text())
+    text = path.read_text()
+    workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {"contents": "read"}
     assert True in workflow  # YAML 1.1 reads the key "on" so
     for step in steps(workflow):
         assert ("uses" in step) != ("run" in step)
-        if "uses" in step:
-            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", step["uses"]), step
+        if "uses" in step:  # by commit, which nobody can move; a comment names the release
+            assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), step
+            assert re.search(rf"{re.escape(step['uses'])} # v\d+\.\d+\.\d+$", text, re.MULTILINE)
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
         # names of branches and tags are text of strangers: they reach a shell as variables alone
@@ -148,6 +152,11 @@ def test_wheels_are_built_tested_attested_and_kept():
     assert {"pypa/cibuildwheel", "actions/attest-build-provenance"} <= set(used)
     assert used.count("actions/upload-artifact") == 2
     assert set(jobs["release"]["needs"]) == {"wheels", "sdist"}
+    pythons = jobs["wheels"]["strategy"]["matrix"]["python"]
+    built = (ROOT / "pyproject.toml").read_text()
+    assert f"build = {json.dumps([f'{python}-*' for python in pythons])}" in built
+    made = len(pythons) * len(jobs["wheels"]["strategy"]["matrix"]["runner"]) + 1
+    assert any(f'wc -l)" = {made}' in step.get("run", "") for step in jobs["release"]["steps"])
     assert jobs["release"]["permissions"] == {
         "attestations": "write",
         "contents": "write",
