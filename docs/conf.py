@@ -7,6 +7,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 from pyflowkern import __version__
+from pyflowkern.interop._patches import PATCHES
 
 project = "pyflowkern"
 author = "the pyflowkern authors"
@@ -45,6 +46,8 @@ REFERENCE = (
     ".estimation",
     ".flows",
     ".interop",
+    ".interop.sbi",
+    ".interop.torchdiffeq",
     ".nn",
     ".ode",
     ".ops",
@@ -63,11 +66,15 @@ def name_files(app: Sphinx, page: str, source: list[str]) -> None:
 def find_undocumented(app: Sphinx, error: Exception | None) -> None:
     """Warn of public names without an entry in the reference."""
     found = app.env.domaindata["py"]["objects"]
-    for module in () if error else map("pyflowkern{}".format, REFERENCE):
-        package = importlib.import_module(module)
-        for name in package.__all__:
-            if f"{module}.{name}" not in found and not name.startswith("__"):
-                logging.getLogger(__name__).warning("%s.%s is not in the reference", module, name)
+    wanted = {
+        f"{module}.{name}"
+        for module in map("pyflowkern{}".format, REFERENCE)
+        for name in importlib.import_module(module).__all__
+        if not name.startswith("__")
+    }
+    wanted |= {f"{patch.ours}.{name}" for patch in PATCHES for name in patch.names}
+    for name in () if error else sorted(wanted - found.keys()):
+        logging.getLogger(__name__).warning("%s is not in the reference", name)
 
 
 def setup(app: Sphinx) -> None:

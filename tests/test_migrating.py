@@ -16,16 +16,13 @@ ROWS = [pytest.param(*row, id=row[0]) for row in ROW.findall(PAGE)]
 
 
 def resolve(name):
-    """Return the object of a dotted name: the longest module that can be imported, then attributes."""
-    parts = name.split(".")
-    module, n = importlib.import_module(parts[0]), 1
-    while n < len(parts):
-        if hasattr(module, parts[n]):
-            break
-        module, n = importlib.import_module(".".join(parts[: n + 1])), n + 1
-    for part in parts[n:]:
-        module = getattr(module, part)
-    return module
+    """Return the object of a dotted name: of each part an attribute, or a module that is not imported yet."""
+    path, *parts = name.split(".")
+    found = importlib.import_module(path)
+    for part in parts:
+        path = f"{path}.{part}"
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
+    return found
 
 
 @pytest.mark.parametrize(("theirs", "ours"), ROWS)
