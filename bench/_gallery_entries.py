@@ -29,9 +29,10 @@ class Entry:
 
 INTRODUCTION = """# Gallery
 
-Every example is one script, which draws one picture and prints a few numbers; `--quick` runs it in seconds. The
-pictures and numbers are those of full runs on one core with seed 0, or longer ones ([continuous flows](continuous.md)).
-`python -m bench gallery NAME` runs an example again, keeps what it found, and writes this page.
+Every example is one script, which draws one picture and prints a few numbers; `--quick` runs it in seconds. They need
+the extra `[train]` ([install](install.md#extras)). The pictures and numbers are those of full runs on one core with
+seed 0, or longer ones ([continuous flows](continuous.md)). `python -m bench gallery NAME` runs an example again, keeps
+what it found, and writes this page.
 """
 
 ENTRIES = (
