@@ -3,29 +3,39 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
-from pyflowkern import estimation, flows, nn, ode, ops, testing, transport
+import pyflowkern
+from pyflowkern import data, estimation, flows, interop, nn, ode, ops, testing, train, transport
 
+PACKAGES = (ops, ode, nn, flows, testing, transport, estimation, interop, data, train)
 MODULES = [
-    f"{package.__name__}.{module.name}"
-    for package in (ops, ode, nn, flows, testing, transport, estimation)
-    for module in pkgutil.iter_modules(package.__path__)
+    module.name
+    for module in pkgutil.walk_packages(pyflowkern.__path__, "pyflowkern.")
+    if (path := Path(module.module_finder.find_spec(module.name).origin)).suffix == ".py"
+    and ">>>" in path.read_text()
 ]
 PUBLIC = [
     pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in (ops, nn, flows, testing, transport, estimation)
+    for package in (pyflowkern, *PACKAGES)
     for name in package.__all__
     if not name.endswith("_reference")  # whose op has the example
     and getattr(getattr(package, name), "__module__", "").startswith(package.__name__)
 ]
 
 
+def test_every_package_has_examples():
+    for package in PACKAGES:
+        assert any(name.startswith(package.__name__) for name in MODULES)
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_examples(module):
+def test_examples(module, tmp_path, monkeypatch):
     if module == "pyflowkern.flows.weights":
         pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)  # some write files
     found = doctest.testmod(importlib.import_module(module))
     assert found.failed == 0
 

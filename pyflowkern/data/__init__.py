@@ -128,7 +128,7 @@ def load(
 
 
 def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairSet:
-    """Load two files of rows with the same columns.
+    r"""Load two files of rows with the same columns.
 
     Args:
         first: A path.
@@ -137,6 +137,11 @@ def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairS
 
     Raises:
         DataError: One line that names the file and the row at fault.
+
+    Example:
+        >>> _ = Path("a.csv").write_text("1,2\n" * 20 + "3,4\n"), Path("b.csv").write_text("5,6\n" * 20 + "7,8\n")
+        >>> load_pairs("a.csv", "b.csv").shape
+        (2,)
     """
     paths = Path(first), Path(second)
     tables = [read(path) for path in paths]
@@ -144,10 +149,20 @@ def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairS
 
 
 def read(source: str | Path, *, size: int = 32) -> tuple[Tensor, list[str]]:
-    """Read every row of a file or folder, unsplit: ``uint8 [N, C, H, W]`` or ``float32 [N, D]``, and column names.
+    r"""Read every row of a file or folder, unsplit: ``uint8 [N, C, H, W]`` or ``float32 [N, D]``, and column names.
+
+    Args:
+        source: a path.
+        size: side of the images of a folder.
 
     Raises:
         DataError: One line that names the file and the row at fault.
+
+    Example:
+        >>> _ = Path("t.csv").write_text("a,b\n1,2\n3,4\n")
+        >>> read("t.csv")
+        (tensor([[1., 2.],
+                [3., 4.]]), ['a', 'b'])
     """
     path, suffix = _existing(source), Path(source).suffix.lower()
     if path.is_dir():
@@ -161,7 +176,12 @@ def read(source: str | Path, *, size: int = 32) -> tuple[Tensor, list[str]]:
 
 
 class Parts(NamedTuple):
-    """The rows of a file in their order, a part at a time."""
+    """The rows of a file in their order, a part at a time.
+
+    Example:
+        >>> Parts(iter([(torch.zeros(2, 3), [])]), total=2).total
+        2
+    """
 
     parts: Iterator[tuple[Tensor, list[str]]]  #: what :func:`read` gives of all rows
     total: int | None  #: how many rows there are, if the file says so

@@ -38,8 +38,18 @@ class Columns:
 def find_columns(name: str, header: Sequence[str], width: int, wanted: Sequence[str]) -> list[int]:
     """Return the places of columns, which are given by their names or by their numbers from 1 on.
 
+    Args:
+        name: of the file, for errors.
+        header: names of the columns, or none.
+        width: how many columns there are.
+        wanted: the columns.
+
     Raises:
         DataError: for a column that is not there or given twice, and where no other is left.
+
+    Example:
+        >>> find_columns("t.csv", ["age", "dose", "size"], 3, ["size", "1"])
+        [2, 0]
     """
     places = []
     for column in wanted:
@@ -71,6 +81,15 @@ def take_context(
 
     Returns:
         The rows with their context, the places of the context's columns, and the classes, none for numbers.
+
+    Raises:
+        DataError: for images, columns that are not there, and classes that are no whole numbers or not known.
+
+    Example:
+        >>> table = torch.tensor([[0.5, 3.0], [0.7, 4.0]])
+        >>> rows, places, classes = take_context("t.csv", table, ["a", "kind"], Columns(["kind"], True))
+        >>> tuple(rows.shape), rows.context.tolist(), places, classes
+        ((2, 1), [0, 1], [1], [3, 4])
     """
     if rows.dim() != 2:
         raise DataError(f"{name}: holds images, which have no columns for a context")

@@ -23,7 +23,16 @@ __all__ = [
 
 
 class DataError(ValueError):
-    """Data that cannot be used.  The message is one line that names the file and, if known, the row."""
+    """Data that cannot be used.  The message is one line that names the file and, if known, the row.
+
+    Example:
+        >>> from pyflowkern.data import load
+        >>> try:
+        ...     load("no_such_table.csv")
+        ... except DataError as error:
+        ...     print(error)
+        no_such_table.csv: no such file or folder, nor one of the named sets (photos, digits)
+    """
 
     exit_code = 2
 
@@ -68,7 +77,13 @@ Batch = Tensor | Conditioned
 
 
 def parts_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Return the rows of a batch, and their context if they have one."""
+    """Return the rows of a batch, and their context if they have one.
+
+    Example:
+        >>> rows, context = parts_of(Conditioned(torch.zeros(5, 2), torch.arange(5)))
+        >>> tuple(rows.shape), context.tolist(), parts_of(torch.zeros(5, 2))[1]
+        ((5, 2), [0, 1, 2, 3, 4], None)
+    """
     return (batch.rows, batch.context) if isinstance(batch, Conditioned) else (batch, None)
 
 
@@ -96,6 +111,10 @@ class Condition:
 
     ``classes`` are the numbers that a file has for them, in order; mean and standard deviation come from the training
     rows alone.
+
+    Example:
+        >>> Condition(["digit"], classes=[0, 1, 2]).mean is None
+        True
     """
 
     columns: list[str]
@@ -111,18 +130,23 @@ class DataSet:
     Images are ``uint8 [N, C, H, W]`` with ``levels`` used values, modelled as ``bits``-bit integers.  Vectors are
     ``float32 [N, D]`` in the units of the file; ``mean`` and ``std`` come from the training rows alone.  With a
     ``condition`` both parts are :class:`Conditioned`.
+
+    Example:
+        >>> data = DataSet("numbers", torch.randn(90, 3), torch.randn(10, 3))
+        >>> data.shape, data.is_image
+        ((3,), False)
     """
 
-    name: str
-    train: Rows | InTurn
-    validation: Batch
-    bits: int | None = None
-    levels: int = 256
-    flip: bool = False
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    columns: list[str] = field(default_factory=list)
-    condition: Condition | None = None
+    name: str  #: of the file or the named set
+    train: Rows | InTurn  #: training rows
+    validation: Batch  #: rows that were held out
+    bits: int | None = None  #: of an integer pixel; None for vectors
+    levels: int = 256  #: how many values pixels have
+    flip: bool = False  #: whether training images are mirrored at random
+    mean: Tensor | None = None  #: ``[D]``, of the columns of vectors
+    std: Tensor | None = None  #: ``[D]``, their standard deviations
+    columns: list[str] = field(default_factory=list)  #: names of the columns, or none
+    condition: Condition | None = None  #: what the contexts are
     checksum: int | None = None  #: of all rows, where they were read one after the other
 
     @property

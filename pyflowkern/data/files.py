@@ -125,7 +125,23 @@ def _table_row(path: Path, line: int, cells: list[str], width: int) -> list[floa
 def vector_set(
     path: Path, rows: Tensor, columns: list[str], seed: int, context: Columns | None = None
 ) -> DataSet:
-    """Return vectors as a data set, split at random, with the statistics that standardise them."""
+    """Return vectors as a data set, split at random, with the statistics that standardise them.
+
+    Args:
+        path: of the file, for its name and errors.
+        rows: ``float32 [N, D]``.
+        columns: names of the columns, or none.
+        seed: decides the split.
+        context: the columns that are contexts of the others.
+
+    Raises:
+        DataError: one line, for less than two rows, and for a column that is constant or overflows.
+
+    Example:
+        >>> data = vector_set(Path("t.csv"), torch.randn(50, 2), ["a", "b"], seed=0)
+        >>> len(data.train), len(data.validation), data.columns
+        (45, 5, ['a', 'b'])
+    """
     if len(rows) < 2:
         raise DataError(f"{path}: needs 2 rows at least, has {len(rows)}")
     train, held_out = split_rows(len(rows), seed)
@@ -183,7 +199,21 @@ def check_moments(
 
 
 def image_set(path: Path, images: Tensor, seed: int) -> DataSet:
-    """Return ``uint8 [N, C, H, W]`` as a data set, split at random by image."""
+    """Return ``uint8 [N, C, H, W]`` as a data set, split at random by image.
+
+    Args:
+        path: of the file, for its name and errors.
+        images: the images.
+        seed: decides the split.
+
+    Raises:
+        DataError: one line, for less than two images.
+
+    Example:
+        >>> data = image_set(Path("images.npy"), torch.zeros(50, 3, 8, 8, dtype=torch.uint8), seed=0)
+        >>> data.shape, data.bits, len(data.validation)
+        ((3, 8, 8), 8, 5)
+    """
     if len(images) < 2:
         raise DataError(f"{path}: needs 2 images at least, has {len(images)}")
     train, held_out = split_rows(len(images), seed)

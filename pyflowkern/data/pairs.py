@@ -35,7 +35,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairSet(DataSet):
-    """A data set whose rows ``[2, D]`` are a row of each table; they belong together by chance alone."""
+    """A data set whose rows ``[2, D]`` are a row of each table; they belong together by chance alone.
+
+    Example:
+        >>> tables = torch.randn(20, 3), torch.randn(30, 3)
+        >>> data = pair_set((Path("a.csv"), Path("b.csv")), tables, [], seed=0)
+        >>> data.shape, tuple(data.validation.shape), len(data.train)
+        ((3,), (2, 2, 3), 27)
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -21,7 +21,18 @@ ROWS = 2**16
 
 
 def check_pyarrow(path: Path) -> Any:
-    """Return pyarrow with its Parquet part, imported only here; raise DataError where it is not installed."""
+    """Return pyarrow with its Parquet part, imported only here.
+
+    Args:
+        path: what the error names.
+
+    Raises:
+        DataError: one line, where pyarrow is not installed.
+
+    Example:
+        >>> check_pyarrow(Path("rows.parquet")).__name__
+        'pyarrow'
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -116,6 +127,17 @@ def parquet_writer(
         path: what errors name.
         file: is written to.
         columns: their names.
+
+    Raises:
+        DataError: one line, where pyarrow is not installed.
+
+    Example:
+        >>> import torch
+        >>> path = Path("rows.parquet")
+        >>> with path.open("wb") as file, parquet_writer(path, file, ["a", "b"]) as write:
+        ...     write(torch.zeros(3, 2))
+        >>> ParquetTable(path).columns, ParquetTable(path).counts
+        (['a', 'b'], [3])
     """
     arrow = check_pyarrow(path)
     schema = arrow.schema([arrow.field(name, arrow.float32()) for name in columns])

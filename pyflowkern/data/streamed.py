@@ -37,7 +37,15 @@ HELD_OUT = 2**16
 
 
 class Blocks(Protocol):
-    """A file of rows that is read in blocks."""
+    """A file of rows that is read in blocks.
+
+    Example:
+        >>> import numpy as np
+        >>> np.save("rows.npy", np.zeros((100_000, 2), np.float32))
+        >>> blocks: Blocks = open_blocks(Path("rows.npy"))
+        >>> blocks.shape, blocks.counts, tuple(blocks.read(3).shape)
+        ((2,), [32768, 32768, 32768, 1696], (1696, 2))
+    """
 
     name: str
     columns: list[str]  #: names of the columns, or none
@@ -51,8 +59,17 @@ class Blocks(Protocol):
 def open_blocks(path: Path) -> Blocks:
     """Return a file that can be read in blocks of any order.
 
+    Args:
+        path: a ``.npy`` or a Parquet file.
+
     Raises:
         DataError: one line, for a file of another kind, and one that is damaged or empty.
+
+    Example:
+        >>> import numpy as np
+        >>> np.save("rows.npy", np.zeros((5, 2), np.float32))
+        >>> open_blocks(Path("rows.npy")).counts
+        [5]
     """
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".parquet"):
@@ -115,6 +132,13 @@ class Streamed:
         seed: says which.
         batch_of: makes a batch of rows as they are in the file.
         buffer: about how many numbers are in memory; one block at least.
+
+    Example:
+        >>> import numpy as np
+        >>> np.save("rows.npy", np.arange(10, dtype=np.float32)[:, None])
+        >>> rows = Streamed(open_blocks(Path("rows.npy")), held_out=[2], seed=0, batch_of=lambda rows: rows)
+        >>> len(rows), len(rows.shuffled(0, 0, 0, 4))
+        (8, 4)
     """
 
     def __init__(
@@ -234,6 +258,13 @@ def streamed_set(
 
     Raises:
         DataError: one line that names the file and, if known, the row.
+
+    Example:
+        >>> import numpy as np
+        >>> np.save("rows.npy", np.arange(100, dtype=np.float32).reshape(50, 2))
+        >>> data = streamed_set(open_blocks(Path("rows.npy")), seed=0)
+        >>> len(data.train), tuple(data.validation.shape), tuple(data.mean.shape)
+        (45, (5, 2), (2,))
     """
     total = sum(file.counts)
     if total < 2:

@@ -33,9 +33,8 @@ class LikelihoodBounds:
     """
 
     elbo: Tensor  #: ``[N]`` in nats: the mean over draws of the log-density
-    iwbo: (
-        Tensor  #: ``[N]`` in nats: the log of the mean over draws of the density, which is closer
-    )
+    #: ``[N]`` in nats: the log of the mean over draws of the density, which is closer
+    iwbo: Tensor
     draws: int  #: how many draws of noise each row had
     dims: int  #: numbers in a row
 

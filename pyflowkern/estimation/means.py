@@ -20,9 +20,8 @@ class Estimate(NamedTuple):
     """
 
     value: float  #: the estimate
-    standard_error: (
-        float  #: its standard deviation, as it follows from the spread of what was averaged
-    )
+    #: its standard deviation, as it follows from the spread of what was averaged
+    standard_error: float
 
 
 def mean_with_error(values: Tensor) -> Estimate:

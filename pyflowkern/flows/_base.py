@@ -58,6 +58,9 @@ class Flow(FlowForms):
         ValueError: for an event shape without positive sizes, bits or alpha out of range, a base of
             another shape, and a domain with ``bits``.
 
+    Source: Rezende and Mohamed, "Variational inference with normalizing flows" (2015); Papamakarios, Nalisnick,
+    Rezende, Mohamed and Lakshminarayanan, "Normalizing flows for probabilistic modeling and inference" (2021).
+
     Example:
         >>> import torch
         >>> from pyflowkern import flows, nn

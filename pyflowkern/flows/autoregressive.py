@@ -106,7 +106,9 @@ class MAF(Flow):
 
 
 class IAF(MAF):
-    """Inverse autoregressive flow: :class:`MAF` with the directions of its layers exchanged.
+    r"""Inverse autoregressive flow: :class:`MAF` with the directions of its layers exchanged.
+
+    .. math:: x_i = s(u_i)\, z_i + t_i, \qquad (t_i, u_i) = g_i(z_{<i}, \text{context})
 
     A sample is one pass of each network, and ``sample_and_log_prob`` gives its density in the same
     pass, with gradients: what a variational posterior needs. The density of a point that was not

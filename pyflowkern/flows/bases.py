@@ -95,6 +95,9 @@ class MixtureOfGaussians(torch.nn.Module):
         ValueError: for a count below 1, a negative spread, a scale that is not positive, or means of
             another shape.
 
+    Source: as a base e.g. Izmailov, Kirichenko, Finzi and Wilson, "Semi-supervised learning with normalizing flows"
+    (2020).
+
     Example:
         >>> import torch
         >>> from pyflowkern import flows

@@ -235,7 +235,11 @@ class CNF(Flow):
 
 
 class FFJORD(CNF):
-    """FFJORD: a CNF with concatsquash layers and Hutchinson's estimator, in one or more blocks.
+    r"""FFJORD: a CNF with concatsquash layers and Hutchinson's estimator, in one or more blocks.
+
+    A layer of its fields multiplies by a gate of the time, and adds a bias of it:
+
+    .. math:: h' = a\bigl(\sigma(c + t\,u) \circ (W h + b) + t\,v\bigr) .
 
     With ``levels`` it is FFJORD's multi-scale flow on images: fields of convolutions, then a
     squeeze, fields again, and half of the channels become latents.
@@ -246,6 +250,9 @@ class FFJORD(CNF):
         blocks: fields one after another.
         **options: of :class:`CNF`; among them ``eval_divergence``, which decides how the trace is computed in eval
             mode, where two calls return the same.
+
+    Raises:
+        TypeError, ValueError: as :class:`CNF`.
 
     Source: Grathwohl et al. 2019, *FFJORD: Free-form Continuous Dynamics for Scalable Reversible
     Generative Models*.

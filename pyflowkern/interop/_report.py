@@ -20,6 +20,11 @@ class Entry:
         runs: what runs now: ``"one op"`` with its neighbours, ``"own op"``, or empty where it was left alone.
         gain: what to expect of that, from committed measurements; empty where nothing was measured.
         note: why it was left alone, under which condition it runs, or a known defect of the library.
+
+    Example:
+        >>> from pyflowkern.interop import Entry
+        >>> Entry("transform", "nflows.LULinear", runs="one op").note
+        ''
     """
 
     name: str

@@ -106,6 +106,8 @@ class Permutation(HasPermutations, Bijection):
         ValueError: for an order that is not a permutation of ``0 ... C - 1``, or no channels; when called, for another
             number of channels.
 
+    Source: between couplings Dinh, Krueger and Bengio, "NICE: Non-linear independent components estimation" (2015).
+
     Example:
         >>> import torch
         >>> from pyflowkern import nn
@@ -182,6 +184,8 @@ class Reverse(Permutation):
     Raises:
         TypeError: for channels that are not an int.
         ValueError: for less than one channel.
+
+    Source: between autoregressive layers Papamakarios, Pavlakou and Murray, "Masked autoregressive flow" (2017).
 
     Example:
         >>> import torch

@@ -77,6 +77,8 @@ def odeint(
         RuntimeWarning: if the solve could not go on; the rest of the result is the last finite state.
         UserWarning: for options that no method has, or not this one.
 
+    Source: Chen, Rubanova, Bettencourt and Duvenaud, "Neural ordinary differential equations" (2018).
+
     Example:
         >>> import torch
         >>> from pyflowkern import ode
@@ -244,6 +246,10 @@ def odeint_dense(
 
     Returns:
         A :class:`DenseOutput`.
+
+    Raises:
+        TypeError: as :func:`odeint`.
+        ValueError: as :func:`odeint`.
 
     Example:
         >>> import torch

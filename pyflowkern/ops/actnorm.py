@@ -34,7 +34,11 @@ __all__ = ["actnorm", "actnorm_reference", "channel_moments", "channel_moments_r
 def actnorm(
     x: Tensor, log_scale: Tensor, bias: Tensor, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    r"""Scale and shift each channel: :math:`y = e^{\ell}(x + b)` (Kingma and Dhariwal 2018).
+    r"""Scale and shift each channel.
+
+    .. math:: y = e^{\ell}(x + b), \qquad \log|\det| = |\text{space}| \sum_c \ell_c ,
+
+    with the opposite sign for the inverse.
 
     Args:
         x: input ``[N, C, *space]``, contiguous or channels_last.
@@ -48,6 +52,8 @@ def actnorm(
     Raises:
         TypeError: for tensors that are not floating-point.
         ValueError: for parameters that are not ``[C]``.
+
+    Source: Kingma and Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions" (2018).
 
     Example:
         >>> import torch
@@ -70,7 +76,9 @@ def actnorm(
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and (biased) variance of each channel over batch and space, in one pass.
+    r"""Return mean and (biased) variance of each channel over batch and space, in one pass.
+
+    .. math:: m_c = \frac{1}{n} \sum_{i=1}^{n} x_{ci}, \qquad v_c = \frac{1}{n} \sum_{i=1}^{n} (x_{ci} - m_c)^2
 
     Args:
         x: ``[N, C, *space]``.
@@ -81,6 +89,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: for a tensor that is not floating-point.
         ValueError: for fewer than two axes.
+
+    Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), for how parts are merged.
 
     Example:
         >>> import torch

@@ -104,6 +104,8 @@ def dequantize(
 def quantize(y: Tensor, *, bits: int = 8, alpha: float | None = None) -> Tensor:
     r"""Undo :func:`dequantize`: :math:`\lfloor 2^b v \rfloor` within the levels; nan gives 0.
 
+    Without a logit :math:`v` is ``y``, with one it is :math:`(\sigma(y) - \alpha) / (1 - 2\alpha)`.
+
     Args:
         y: floating-point tensor of any shape.
         bits: bits of a value, 1 to 8.

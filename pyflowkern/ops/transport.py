@@ -90,6 +90,12 @@ def sinkhorn(
 ) -> Sinkhorn:
     r"""Solve a batch of entropic transport problems with costs :math:`s\,|x_i - y_j|^2`.
 
+    .. math:: \min_P \sum_{ij} P_{ij}\, s\,|x_i - y_j|^2 + \varepsilon\, \mathrm{KL}(P \,|\, a \otimes b), \qquad
+              P_{ij} = a_i\, b_j\, e^{(f_i + g_j - s\,|x_i - y_j|^2) / \varepsilon},
+
+    over plans with marginals ``a`` and ``b``.  A marginal with a penalty is not held: it costs
+    :math:`\rho\,\mathrm{KL}` of what it is from what it should be.
+
     The gradients of ``cost`` follow from the envelope theorem, :math:`\bar x_i = \sum_j P_{ij}\, 2 s (x_i - y_j)` and
     :math:`\bar a_i = f_i` (plus a constant): right where the iteration has converged.  Potentials have none.
 
@@ -114,6 +120,9 @@ def sinkhorn(
         TypeError: for tensors that are not float32 or float64.
         ValueError: for shapes that do not fit, no points, and numbers that are out of range; and under ``vmap`` unless
             the tolerance is 0, without larger epsilons and prolonged steps.
+
+    Sources: Cuturi (2013); Chizat, Peyre, Schmitzer and Vialard (2018) for penalties; Anderson (1965) for prolonged
+    steps.
 
     Example:
         >>> import torch
@@ -147,7 +156,7 @@ def plan_product(
     epsilon: float,
     scale: float = 1.0,
 ) -> Tensor:
-    r"""Return :math:`P M` for the plan of given potentials, ``[B, n, k]``.
+    r"""Return :math:`P M` for the plan of given potentials, ``[B, n, k]``, with :math:`P` as in :func:`sinkhorn`.
 
     Swap ``x`` and ``y``, ``a`` and ``b``, ``f`` and ``g`` for the transposed plan.  The result is differentiable in
     ``matrix``; the plan counts as a constant.

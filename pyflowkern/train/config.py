@@ -13,7 +13,15 @@ __all__ = ["ConfigError", "TrainConfig", "merged"]
 
 
 class ConfigError(ValueError):
-    """A run that was asked for wrongly.  The message is one line."""
+    """A run that was asked for wrongly.  The message is one line.
+
+    Example:
+        >>> try:
+        ...     TrainConfig.create({"steps": 0})
+        ... except ConfigError as error:
+        ...     print(error)
+        steps must be positive, got 0
+    """
 
     exit_code = 2
 
@@ -55,12 +63,15 @@ def _shown(value: Any, longest: int = 80) -> str:
 class TrainConfig:
     """The options of a training run.
 
+    Raises:
+        ConfigError: by :meth:`create`, one line, for unknown options and values that are out of range.
+
     Example:
         >>> TrainConfig.create({"data": "digits", "flow": "RealNVP", "steps": 100}).steps
         100
     """
 
-    data: str = "photos"
+    data: str = "photos"  #: photos, digits, a .csv, .npy or .parquet file, or a folder of images
     size: int = 32  #: side of patches or images, for photos and folders
     data0: str = ""  #: of a bridge, in place of data: where it begins
     data1: str = ""  #: and where it ends
@@ -69,16 +80,18 @@ class TrainConfig:
     labels: bool = False  #: the labels of digits as classes
     stream: str = "auto"  #: leave the rows of a .npy or .parquet file there: always, never, or auto, from 1 GiB on
     flow: str = "Glow"  #: a class of pyflowkern.flows, or SchrodingerBridge
-    flow_args: dict[str, Any] = field(default_factory=dict)
-    out: str = "out/train"
-    steps: int = 2000
-    batch_size: int = 64
-    lr: float = 1e-3
+    flow_args: dict[str, Any] = field(default_factory=dict)  #: arguments of the flow, by name
+    out: str = "out/train"  #: folder of the run
+    steps: int = 2000  #: training steps
+    batch_size: int = 64  #: rows of a step, of all processes together
+    lr: float = 1e-3  #: learning rate of AdamW, at its largest
     warmup: int = 50  #: steps of linear warm-up; a cosine follows
     final_lr: float = 0.05  #: where the cosine ends, as a fraction of lr
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  #: of AdamW
     clip: float = 1.0  #: largest gradient norm
-    ema: float = 0.999
+    ema: float = (
+        0.999  #: decay of the moving average of the weights, which is evaluated and sampled
+    )
     precision: str = "32-true"  #: or bf16-mixed
     every: int = 100  #: steps between evaluations; a checkpoint follows each
     patience: int = 0  #: evaluations without progress before stopping early; 0: never
@@ -87,7 +100,7 @@ class TrainConfig:
     threads: int = 0  #: CPU threads; 0: one for a small flow, as many as PyTorch has for others
     devices: int = 1  #: processes a machine, each with a GPU of its own if there are any; torchrun's number comes first
     nodes: int = 1  #: machines
-    seed: int = 0
+    seed: int = 0  #: of the split, the first weights and every random number of the run
 
     @classmethod
     def create(cls, options: dict[str, Any]) -> TrainConfig:

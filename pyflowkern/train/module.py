@@ -35,7 +35,14 @@ _PART = 128
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many consecutive steps had a loss or gradient that was not finite."""
+    """Too many consecutive steps had a loss or gradient that was not finite.
+
+    The last good state is in ``last.ckpt``.
+
+    Example:
+        >>> TrainingDiverged("stopped at step 8").exit_code  # of a command that ends so
+        1
+    """
 
     exit_code = 1
 
@@ -131,6 +138,18 @@ class FlowModule(LightningModule):
 
     Several processes share each batch: rows and their mirroring are those of one process.  What a flow draws in a step
     (noise, dropout, probes of continuous flows) is drawn anew for each row, and so by each process for itself.
+
+    :func:`train` makes one, and a trainer with the callbacks that write checkpoints and curves.
+
+    Args:
+        config: the options of the run.
+        data: its rows.
+        model: the flow in the units of the data.
+
+    Example:
+        >>> run = train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
+        >>> run.module.evaluated.sample(5).shape  # by the averaged weights  # doctest: +SKIP
+        torch.Size([5, 1, 8, 8])
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, model: DataModel) -> None:

@@ -42,7 +42,12 @@ _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe",
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run ended, so that this one cannot go on.  The message is one line."""
+    """Another process of the run ended, so that this one cannot go on.  The message is one line.
+
+    Example:
+        >>> ProcessLost("another process of the run ended").exit_code  # of a command that ends so
+        1
+    """
 
     exit_code = 1
 

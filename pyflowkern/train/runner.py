@@ -47,11 +47,17 @@ _LEFT = ("last.ckpt", "best.ckpt", "metrics.csv", "curve.png", "samples.png", *P
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run leaves behind."""
+    """What a training run leaves behind.
 
-    module: FlowModule
-    history: list[dict[str, float]]
-    out: Path
+    Example:
+        >>> run = train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
+        >>> run.history[-1]["held_out"], run.out / "last.ckpt"  # doctest: +SKIP
+        (2.94, PosixPath('out/digits/last.ckpt'))
+    """
+
+    module: FlowModule  #: what was trained; ``module.evaluated`` has the averaged weights
+    history: list[dict[str, float]]  #: the rows of ``metrics.csv``, one for each evaluation
+    out: Path  #: the folder of the run
 
     @property
     def rank(self) -> int:

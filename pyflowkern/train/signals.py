@@ -17,6 +17,13 @@ class TrainingInterrupted(RuntimeError):
 
     ``exit_code`` is what a shell reports for a process that this signal ended: 130 for SIGINT (Ctrl-C), 143 for
     SIGTERM, 129 for SIGHUP.
+
+    Example:
+        >>> stopped = TrainingInterrupted(signal.SIGTERM, 20, "out/digits")
+        >>> print(stopped)
+        stopped by SIGTERM after step 20; go on with: pyflowkern train --resume out/digits
+        >>> stopped.exit_code
+        143
     """
 
     def __init__(self, number: signal.Signals, step: int, out: str) -> None:

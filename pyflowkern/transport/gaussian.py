@@ -27,9 +27,13 @@ __all__ = ["GaussianBridge", "GaussianPath", "gaussian_bridge", "independent_gau
 
 
 class GaussianPath:
-    r"""A Gaussian process on :math:`[0, 1]` with given ends, coupling and volatility: see the module for its formulas.
+    r"""A Gaussian process on :math:`[0, 1]` with given ends, coupling and volatility.
 
-    Made by :func:`independent_gaussian_path`; :class:`GaussianBridge` is one, too.
+    .. math:: m_t = (1 - t) m_0 + t m_1, \qquad
+              \Sigma_t = (1 - t)^2 A + t^2 B + t (1 - t) (C + C^\top + \sigma^2 I)
+
+    are mean and covariance at the time ``t``, for the coupling :math:`C = \mathrm{Cov}(x_0, x_1)`.  Made by
+    :func:`independent_gaussian_path`; :class:`GaussianBridge` is one, too.
 
     Args:
         mean0: ``[d]``; ``cov0``: ``[d, d]``, positive definite.
@@ -291,6 +295,8 @@ def independent_gaussian_path(
 
     Raises:
         TypeError, ValueError: as :func:`gaussian_bridge`.
+
+    Source: Lipman, Chen, Ben-Hamu, Nickel and Le (2023); Albergo and Vanden-Eijnden (2023).
 
     Example:
         >>> import torch

@@ -35,6 +35,8 @@ class Plan:
         penalties: the weights :math:`\rho` of the penalties on the marginals of ``x`` and ``y``, None for one that is
             held.
 
+    Source: Cuturi, "Sinkhorn distances: Lightspeed computation of optimal transport" (2013).
+
     Example:
         >>> import torch
         >>> from pyflowkern import transport
