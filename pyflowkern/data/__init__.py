@@ -190,7 +190,15 @@ class Parts(NamedTuple):
 def read_parts(source: str | Path, *, size: int = 32, numbers: int = 2**16) -> Parts:
     r"""Read a file or folder as :func:`read` does, about so many numbers at a time, in whole rows.
 
-    Images come in multiples of 128, but for the last.  Errors are those of :func:`read`, when the row at fault is read.
+    Images come in multiples of 128, but for the last.
+
+    Args:
+        source: a path.
+        size: side of the images of a folder.
+        numbers: about how many come at a time.
+
+    Raises:
+        DataError: as :func:`read`, when the row at fault is read.
 
     Example:
         >>> from pathlib import Path

@@ -27,6 +27,11 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
     Rank 0 has the seeds of a run in one process.
 
+    Args:
+        seed: of the run.
+        step: of the training.
+        rank: of the process.
+
     Example:
         >>> step_seed(0, 1) != step_seed(1, 0)
         True
@@ -43,6 +48,13 @@ class Batches:
     """Batches of a data set by step: every pass is a new permutation, images are mirrored at random if asked.
 
     Of several processes each has its share of every batch, and together they have the batch of one process.
+
+    Args:
+        data: the data set, of which training rows are taken.
+        batch_size: rows of a batch of all processes together.
+        seed: decides the order, with the number of the pass.
+        rank: which of the processes this is.
+        ranks: how many there are.
 
     Example:
         >>> data = DataSet("numbers", torch.arange(8.0)[:, None], torch.zeros(1, 1))

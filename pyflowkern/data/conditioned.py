@@ -20,6 +20,10 @@ MOST_CLASSES = 1000
 class Columns:
     """The columns of a table that are contexts, by name or number: numbers, or one with classes.
 
+    Args:
+        names: of the columns, or their numbers from 1 on, as text.
+        classes: whether it is one column of whole numbers that are classes.
+
     Example:
         >>> Columns.parse("age, 3", "").names
         ['age', '3']

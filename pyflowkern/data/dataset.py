@@ -43,6 +43,10 @@ class Conditioned:
 
     Contexts are numbers ``[N, K]`` in the units of the file, or classes ``[N]``, int64 from 0 on.
 
+    Args:
+        rows: ``[N, ...]``.
+        context: ``[N, K]`` or ``[N]``.
+
     Example:
         >>> rows = Conditioned(torch.zeros(5, 2), torch.arange(5))
         >>> len(rows), rows[torch.tensor([4, 0])].context.tolist(), len(rows.split(3))
@@ -78,6 +82,9 @@ Batch = Tensor | Conditioned
 
 def parts_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Return the rows of a batch, and their context if they have one.
+
+    Args:
+        batch: a tensor, or rows with contexts.
 
     Example:
         >>> rows, context = parts_of(Conditioned(torch.zeros(5, 2), torch.arange(5)))
@@ -117,10 +124,10 @@ class Condition:
         True
     """
 
-    columns: list[str]
-    classes: list[int] = field(default_factory=list)
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    columns: list[str]  #: names of the columns
+    classes: list[int] = field(default_factory=list)  #: none for numbers
+    mean: Tensor | None = None  #: ``[K]``, of numbers
+    std: Tensor | None = None  #: ``[K]``
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,9 @@ class BijectionTransform(Transform):
         domain: where the data lie, over events; None for all real numbers.
         codomain: where the latent lies.
 
+    Raises:
+        ValueError: for a cache size but 0 and 1, and when called as the layer.
+
     Example:
         >>> import torch
         >>> from torch.distributions import Independent, Normal, TransformedDistribution

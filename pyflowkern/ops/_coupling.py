@@ -28,6 +28,12 @@ LAYOUTS = ("blocked", "interleaved", "feature_major")
 def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
     """Return how many channels pass and how many are transformed by a ``"channel"`` split.
 
+    These are ``C - C // 2`` and ``C // 2`` of ``C`` channels.
+
+    Args:
+        channels: ``C``.
+        swap: exchange the two numbers.
+
     Raises:
         TypeError: for channels that are no int, and ``swap`` that is no bool.
         ValueError: for a negative number of channels.
@@ -45,6 +51,10 @@ def channel_split_sizes(channels: int, swap: bool = False) -> tuple[int, int]:
 
 def checkerboard_mask(event_shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """Return a boolean ``[C, *space]``: True where the spatial coordinates sum to an odd number.
+
+    Args:
+        event_shape: ``(C, *space)``.
+        device: of the result; None for the default.
 
     Raises:
         TypeError: for a shape that is no sequence of ints.

@@ -243,6 +243,9 @@ PRESETS = {
 def scale_map(spec: str | ScaleMap) -> ScaleMap:
     """Return the :class:`ScaleMap` of a name (with its usual constants) or pass one through.
 
+    Args:
+        spec: a kind of :class:`ScaleMap` by its name, or a map.
+
     Raises:
         ValueError: for another name.
 

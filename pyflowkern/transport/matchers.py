@@ -196,7 +196,7 @@ class _Coupled(ConditionalFlowMatcher):
 
 
 class ExactOptimalTransportConditionalFlowMatcher(_Coupled):
-    r"""Straight paths between pairs of the exact plan of each batch.
+    r"""Straight paths between pairs of the exact plan of each batch, :math:`\mu_t = (1 - t) x_0 + t x_1`.
 
     Args:
         sigma: as in :class:`ConditionalFlowMatcher`.

@@ -21,6 +21,10 @@ class RectifiedFlow(ConditionalFlowMatcher):
     The first round takes independent pairs.  Each next one takes those of :meth:`reflow`: where a learned flow ends
     is the partner of where it began, and a flow matched to them needs fewer steps.
 
+    .. math:: x_t = (1 - t)\, x_0 + t\, x_1, \qquad u_t = x_1 - x_0, \qquad x_1 = x_0 + \int_0^1 v(t, x_t)\,dt
+
+    after a reflow with the velocity :math:`v`.
+
     Source: Liu, Gong and Liu (2023).
 
     Example:
