@@ -28,6 +28,7 @@ myst_heading_anchors = 3  # links between pages name headings, as on the web vie
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as the source has them: functions have no text that can be read
 python_use_unqualified_type_names = True
 napoleon_use_ivar = True  # attributes of a named tuple are described once
 napoleon_use_rtype = False
