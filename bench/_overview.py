@@ -131,7 +131,7 @@ def draw_overview(folder: Path, path: Path) -> None:
         panel.text(ratio, i, f" {_short(ratio)}x ", **place)
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set_xscale("log")
-    panel.set_xlim(0.5, 600)
+    panel.set_xlim(0.3, 600)
     panel.set_xticks([1, 2, 5, 10, 100], ["equal", "2x", "5x", "10x", "100x"])
     panel.set_yticks(range(len(shown)), [entry.work for entry in shown], fontsize=8)
     panel.invert_yaxis()
