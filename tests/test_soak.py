@@ -29,7 +29,9 @@ def test_a_leak_is_found(monkeypatch):
         return "leak"
 
     monkeypatch.setattr(module, "_round", leaks)
-    found = module.soak(0.05, every=0.02)
+    # of all tests' objects, which takes longer than the time between two looks
+    monkeypatch.setattr(module.gc, "collect", lambda: 0)
+    found = module.soak(0.1, every=0.02)
     rate, half = found["mib_per_hour"]
     assert rate - half > 0
     assert found["rounds"] == {"leak": len(kept)}
