@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import time
 from dataclasses import replace
@@ -31,6 +32,9 @@ from pyflowkern.train.threads import limited_threads
 
 __all__ = ["compare", "configs_of", "table_of"]
 
+#: A comma between two arguments of a flow: what closes a list or a mapping comes behind what opens it.
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")
+_ARGUMENT = re.compile(r"\w+=")
 #: Rows that are scored at a time, each part under noise of its own seed, the same for all flows.
 _PART = 128
 #: Seconds in which steps, and samples, are measured, and how many measurements are enough.
@@ -107,11 +111,17 @@ def compare(
 def configs_of(
     flows: list[str], file: Path | None, options: dict[str, Any], settings: list[str]
 ) -> dict[str, TrainConfig]:
-    """Return the options of each run by its name, from texts such as ``NSF,transforms=3`` and what all share."""
+    """Return the options of each run by its name, from texts such as ``NSF,transforms=3`` and what all share.
+
+    Raises:
+        ConfigError: one line, for a text or an option that cannot be used.
+    """
     base = TrainConfig.read(file) if file else {}
     configs: dict[str, TrainConfig] = {}
     for text in flows:
-        kind, *arguments = text.split(",")
+        kind, *arguments = _COMMA.split(text)
+        if wrong := [a for a in arguments if not _ARGUMENT.match(a)]:
+            raise ConfigError(f"--flow {text}: wants NAME=VALUE behind a comma, got {wrong[0]!r}")
         name, count = kind, 1
         while name in configs:
             count += 1

@@ -13,6 +13,7 @@ import torch
 
 from pyflowkern.train import ConfigError, TrainConfig, compare
 from pyflowkern.train import comparison as module
+from pyflowkern.train.comparison import configs_of
 from pyflowkern.train.data_model import DataModel
 from pyflowkern.train.inference import evaluate_checkpoint
 
@@ -147,6 +148,21 @@ def test_mistakes_are_told_before_anything_is_written(shared, tmp_path, names, c
     with pytest.raises(ConfigError, match=words):
         compare(configs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_flows_are_named_with_their_arguments():
+    texts = ["NSF,hidden=[16, 8],bins=4", "MAF", "MAF,transforms=2", "NSF,hidden=[8,8]"]
+    configs = configs_of(texts, None, {"steps": 7}, ["hidden=32", "lr=0.1"])
+    assert {name: c.flow_args for name, c in configs.items()} == {
+        "NSF": {"hidden": [16, 8], "bins": 4},
+        "MAF": {"hidden": 32},
+        "MAF-2": {"hidden": 32, "transforms": 2},
+        "NSF-2": {"hidden": [8, 8]},
+    }
+    assert {(c.steps, c.lr) for c in configs.values()} == {(7, 0.1)}
+    for text in ("MAF,transforms", "MAF,", "MAF,hidden=[8,8],16"):
+        with pytest.raises(ConfigError, match="wants NAME=VALUE behind a comma"):
+            configs_of([text, "NSF"], None, {}, [])
 
 
 def test_budgets_must_be_the_same(shared, tmp_path):
