@@ -26,6 +26,7 @@ __all__ = [
     "check_floating",
     "check_list",
     "check_number",
+    "check_real",
     "check_same_device",
     "check_shape",
     "check_sizes",
@@ -108,6 +109,12 @@ def check_floating(name: str, t: Tensor) -> None:
         )
     if t.layout != torch.strided:
         check_dense(name, t)
+
+
+def check_real(name: str, t: Tensor) -> None:
+    """Raise TypeError for a complex tensor, of which a cast would drop a part with no more than a warning."""
+    if t.is_complex():
+        raise TypeError(f"{name} must be real, got {t.dtype}")
 
 
 def check_dense(name: str, t: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.distributions import (
 from torch.distributions import Uniform as TorchUniform
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_batched, check_count, check_number
+from pyflowkern.core.checks import check_batched, check_count, check_number, check_real
 from pyflowkern.core.draws import normal_like, uniform_like
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.flows._arguments import check_flags
@@ -130,10 +130,12 @@ class MixtureOfGaussians(torch.nn.Module):
             raise ValueError(f"scale must be positive, got {scale}")
         if means is not None and not isinstance(means, Tensor):
             raise TypeError(f"means must be a torch.Tensor, got {type(means).__name__}")
-        if means is not None and tuple(means.shape) != (components, dims):
-            raise ValueError(
-                f"means must have shape {(components, dims)}, got {tuple(means.shape)}"
-            )
+        if means is not None:
+            check_real("means", means)
+            if tuple(means.shape) != (components, dims):
+                raise ValueError(
+                    f"means must have shape {(components, dims)}, got {tuple(means.shape)}"
+                )
         self.dims, self.components = dims, components
         first = spread * torch.randn(components, dims) if means is None else means.detach().clone()
         for name, value in (

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_channels, check_count, check_flag, check_number
+from pyflowkern.core.checks import (
+    check_channels,
+    check_count,
+    check_flag,
+    check_number,
+    check_real,
+)
 from pyflowkern.nn._base import Bijection, zero_log_det
 from pyflowkern.nn._chain_networks import coupling_network
 from pyflowkern.nn._coupling import Conditioner, Coupling, build_conditioner, condition
@@ -194,6 +200,8 @@ class CircularShift(Bijection):
         if not 0 < bound < torch.inf:
             raise ValueError(f"bound must be positive and finite, got {bound}")
         self.channels, self.bound = channels, bound
+        if isinstance(shift, Tensor):
+            check_real("shift", shift)
         amount = torch.as_tensor(shift, dtype=torch.get_default_dtype())
         if amount.dim() and tuple(amount.shape) != (channels,):
             raise ValueError(

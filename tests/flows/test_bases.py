@@ -111,3 +111,8 @@ def test_a_flow_on_a_mixture_copies_and_trains():
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_means_are_real():
+    with pytest.raises(TypeError, match=r"means must be real, got torch\.complex64"):
+        flows.MixtureOfGaussians(2, 3, means=torch.zeros(3, 2, dtype=torch.complex64))
