@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -12,15 +14,23 @@ from pyflowkern.interop._classes import patch_classes, restore_classes
 from pyflowkern.interop._defects import known_defect
 from pyflowkern.interop._doors import ReplicaDoor, put, take_away
 from pyflowkern.interop._gains import expected_gain
-from pyflowkern.interop._kinds import Outcome, kind_of, known_base
+from pyflowkern.interop._kinds import Kind, Outcome, kind_of, known_base, label_of_unknown
 from pyflowkern.interop._patches import patch_functions, restore_functions
 from pyflowkern.interop._report import Entry, Report
 
 __all__ = ["accelerate", "restore"]
 
+
+class _Hold:
+    """One call of ``accelerate()`` without a model that was not undone."""
+
+    def __init__(self) -> None:
+        #: Of its report.
+        self.entries: list[Entry] = []
+
+
 _lock = threading.RLock()
-#: One for each call of ``accelerate()`` without a model that was not undone.
-_holds: list[object] = []
+_holds: list[_Hold] = []
 
 
 def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) -> Report:
@@ -44,8 +54,9 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
         strict: raise where a part that was recognised had to be left alone.
 
     Returns:
-        What was done with each part, and why others were left; ``print`` shows a table.  It is a context manager, too,
-        at whose end all is undone.
+        What was done with each part, and why others were left; ``print`` shows a table.  Without a model it first lists
+        the libraries, and then, once each, what is left alone of the models that are met.  It is a context manager,
+        too, at whose end all is undone.
 
     Raises:
         TypeError: for a model that is no module.
@@ -64,13 +75,13 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
             raise ValueError(
                 "strict=True needs a model: which ones the process will build is not known yet"
             )
-        hold = object()
+        hold = _Hold()
         with _lock:
-            classes, functions = patch_classes(_equip_all), patch_functions()
+            classes, functions = patch_classes(_equip_noted), patch_functions()
+            hold.entries += [Entry("", name, "one op") for name in classes]
+            hold.entries += [Entry("", name, "own op", note="functions") for name in functions]
             _holds.append(hold)
-        entries = [Entry("", name, "one op") for name in classes]
-        entries += [Entry("", name, "own op", note="functions") for name in functions]
-        return Report(entries, undo=partial(_release, hold))
+        return Report(hold.entries, undo=partial(_release, hold))
     _check(model)
     report = Report(_equip_all(model), undo=partial(restore, model))
     if strict and report.left:
@@ -105,7 +116,7 @@ def restore(model: torch.nn.Module | None = None) -> None:
         take_away(module)
 
 
-def _release(hold: object) -> None:
+def _release(hold: _Hold) -> None:
     """End one call of ``accelerate()``; the last one undoes what all of them did."""
     with _lock:
         if hold in _holds:
@@ -119,22 +130,66 @@ def _check(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def _equip_noted(model: torch.nn.Module) -> None:
+    """Put doors on a model that the process has built; what is left alone of it goes into the reports, once."""
+    left = [replace(entry, name="") for entry in _equip_all(model) if not entry.runs]
+    for hold in [
+        *_holds
+    ]:  # without the lock, whose holder may wait for the one of classes, which is held here
+        hold.entries += [entry for entry in dict.fromkeys(left) if entry not in hold.entries]
+
+
+class _Part(NamedTuple):
+    """What is to be said of one module.
+
+    Args:
+        known: whether its class is known, or that of a base.
+        whole: whether it is one transform, and not a sequence of transforms.
+    """
+
+    entry: Entry
+    known: bool
+    whole: bool
+
+    def covers(self, part: _Part) -> bool:
+        """Whether nothing is to be said of a part of this transform that is left alone, as it runs within this one."""
+        above, name = self.entry.name, part.entry.name
+        if not self.whole or name == above or not name.startswith(f"{above}." if above else ""):
+            return False
+        return bool(self.entry.runs) or not part.known
+
+
 def _equip_all(model: torch.nn.Module) -> list[Entry]:
     """Put doors on all modules that are known, parts first; return what is to be said, the model first."""
-    entries = [_equip(name, module) for name, module in reversed([*model.named_modules()])]
-    return [entry for entry in reversed(entries) if entry is not None]
+    parts = [_equip(name, module) for name, module in reversed([*model.named_modules()])]
+    found = [part for part in reversed(parts) if part is not None]
+    wholes = [part for part in found if part.whole]
+    return [
+        part.entry
+        for part in found
+        if part.entry.runs or not any(whole.covers(part) for whole in wholes)
+    ]
 
 
-def _equip(name: str, module: torch.nn.Module) -> Entry | None:
+def _equip(name: str, module: torch.nn.Module) -> _Part | None:
     """Put doors on one module; return what is to be said of it."""
-    found = kind_of(type(module))
-    if found is None:
-        base = known_base(type(module))
-        kind = f"{type(module).__module__}.{type(module).__name__}"
-        return Entry(name, kind, note=f"a subclass of {base} may do anything") if base else None
-    known, label = found
+    cls = type(module)
+    if (found := kind_of(cls)) is not None:
+        kind, label = found
+        entry = _equip_known(name, module, kind, label)
+        return None if entry is None else _Part(entry, True, not kind.holds)
+    if (base := known_base(cls)) is not None:
+        note = f"a subclass of {base[1]} may do anything"
+        entry = Entry(name, f"{cls.__module__}.{cls.__name__}", note=note)
+        return _Part(entry, True, not base[0].holds)
+    label = label_of_unknown(cls)
+    return _Part(Entry(name, label, note="no op knows it"), False, True) if label else None
+
+
+def _equip_known(name: str, module: torch.nn.Module, kind: Kind, label: str) -> Entry | None:
+    """Put doors on a module of a class that is known; return what is to be said of it."""
     take_away(module)  # of an earlier call
-    if any(method in module.__dict__ for method in known.methods):
+    if any(method in module.__dict__ for method in kind.methods):
         return Entry(name, label, note="a method was replaced for this instance")
     try:  # what is compared is on the CPU, in the dtypes that it is given, and draws nothing of the user's
         with (
@@ -142,12 +197,12 @@ def _equip(name: str, module: torch.nn.Module) -> Entry | None:
             torch.autocast("cpu", enabled=False),
             torch.random.fork_rng(devices=[]),
         ):
-            outcome = known.look(module)
+            outcome = kind.look(module)
     except Exception as error:  # an instance that is not what its class makes of others
         return Entry(name, label, note=f"looking at it failed: {type(error).__name__}: {error}")
     for door in (*outcome.doors, *([ReplicaDoor(module)] if outcome.doors else [])):
         put(door)
-    if not outcome.runs and (known.quiet or not outcome.note):
+    if not outcome.runs and (kind.quiet or not outcome.note):
         return None
     runs = outcome.runs if outcome.doors else ""
     gain = outcome.gain or (expected_gain(label) if runs else "")

@@ -41,7 +41,7 @@ def patch_classes(equip: Equip) -> list[str]:
                     continue
                 found.append(prefix)
                 for where, kind in library.kinds.items():
-                    if (cls := _class_of(f"{prefix}.{where}")) is not None:
+                    if kind.methods and (cls := _class_of(f"{prefix}.{where}")) is not None:
                         for name in kind.methods:
                             _patch(cls, name, equip)
     return found

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pyflowkern import ops
 from pyflowkern.interop._images import Form
+from pyflowkern.interop._watches import is_fixed
 from pyflowkern.nn.convolutions import convolutions
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
@@ -126,6 +127,10 @@ class FlowForm(Form):
         if PriorForm.read(net[4], link) is None:
             return None
         if factors:
+            ones = torch.ones(mixing.l_eye.shape, device="cpu")
+            masks = {"l_mask": ones.tril(-1), "u_mask": ones.triu(1), "l_eye": ones.triu().tril()}
+            if not all(is_fixed(link, mixing, *mask) for mask in masks.items()):
+                return None
             link.read(mixing, "w_p", "w_l", "w_u", "w_s", "s_sign")
         else:
             link.read(mixing, "weight")

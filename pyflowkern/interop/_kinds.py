@@ -18,6 +18,7 @@ __all__ = [
     "class_test",
     "kind_of",
     "known_base",
+    "label_of_unknown",
     "libraries",
 ]
 
@@ -29,8 +30,7 @@ def class_test(*prefixes: str) -> Callable[..., bool]:
     """
 
     def is_of(thing: object, *places: str) -> bool:
-        cls = type(thing)
-        name = f"{cls.__module__}.{cls.__qualname__}"
+        name = _place_of(type(thing))
         return any(name == f"{prefix}.{place}" for prefix in prefixes for place in places)
 
     return is_of
@@ -61,11 +61,13 @@ class Kind:
         look: finds out what is done with an instance; its parts have their doors already.
         methods: the methods that doors stand for.
         quiet: whether instances that are left alone are no news.
+        holds: whether it consists of transforms that count by themselves, as sequences and flows do.
     """
 
     look: Callable[[torch.nn.Module], Outcome]
     methods: Sequence[str] = ("forward", "inverse")
     quiet: bool = False
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,47 @@ class Library:
         name: for reports.
         prefixes: the packages in which it, or a copy of it, lies.
         kinds: by module below the package and class, such as ``"transforms.lu.LULinear"``.
+        roots: classes of which all its transforms and densities are subclasses, by module and class.
+        plain: those of them of which nothing is to be said where no kind knows them: they only reshape, or hold others.
     """
 
     name: str
     prefixes: Sequence[str]
     kinds: Mapping[str, Kind]
+    roots: Sequence[str] = ()
+    plain: Sequence[str] = ()
 
     def kind_of(self, cls: type) -> Kind | None:
         """Return what is known of a class; None for nothing."""
-        where = f"{cls.__module__}.{cls.__qualname__}"
-        for prefix in self.prefixes:
-            if where.startswith(prefix + "."):
-                return self.kinds.get(where[len(prefix) + 1 :])
-        return None
+        return self.kinds.get(self._within(cls))
+
+    def label(self, cls: type) -> str:
+        """Return how reports call a class of this library that no kind knows; empty for one of another place."""
+        where = self._within(cls)
+        return f"{self.name}.{cls.__name__}" if where else ""
+
+    def has(self, cls: type, places: Sequence[str]) -> bool:
+        """Whether a class is one of those that lie at some places of this library."""
+        return self._within(cls) in places
+
+    def _within(self, cls: type) -> str:
+        """Return where a class lies in the package; empty for one of another package."""
+        where = _place_of(cls)
+        found = next((p for p in self.prefixes if where.startswith(p + ".")), None)
+        return "" if found is None else where[len(found) + 1 :]
 
 
 #: Modules of this package that have a ``LIBRARY``; each is imported with the first look at a model.
-LIBRARIES: tuple[str, ...] = ("nflows", "nessai", "glasflow", "normflows", "glow", "zuko", "freia")
+LIBRARIES: tuple[str, ...] = (
+    "nflows",
+    "nessai",
+    "glasflow",
+    "normflows",
+    "glow",
+    "zuko",
+    "sbi",
+    "freia",
+)
 
 
 def libraries() -> list[Library]:
@@ -108,6 +134,20 @@ def kind_of(cls: type) -> tuple[Kind, str] | None:
     return None
 
 
-def known_base(cls: type) -> str:
-    """Return how reports call the nearest known class that this one is a subclass of; empty for none."""
-    return next((found[1] for base in cls.__mro__[1:] if (found := kind_of(base))), "")
+def known_base(cls: type) -> tuple[Kind, str] | None:
+    """Return what is known of the nearest known class that this one is a subclass of, and how reports call that."""
+    return next((found for base in cls.__mro__[1:] if (found := kind_of(base))), None)
+
+
+def label_of_unknown(cls: type) -> str:
+    """Return how reports call a transform or a density that no kind knows; empty for other classes, and plain ones."""
+    found = libraries()
+    if any(library.has(cls, library.plain) for library in found):
+        return ""
+    if not any(library.has(base, library.roots) for library in found for base in cls.__mro__):
+        return ""
+    return next((label for library in found if (label := library.label(cls))), _place_of(cls))
+
+
+def _place_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -42,6 +42,7 @@ class ForeignLayer:
 
     def __init__(self, module: torch.nn.Module, features: int = 0) -> None:
         self.module, self.features = module, features
+        self._class = type(module)
         #: Whether chains may stand for it.
         self.chained = True
 
@@ -56,8 +57,9 @@ class ForeignLayer:
         """Return what the transform is in a chain of the other direction; None where it cannot be in one."""
         return None
 
-    def fit(self, features: int) -> None:
-        """Take as many features as all neighbours have, where the transform takes any."""
+    def fitted(self, features: int) -> ForeignLayer:
+        """Return the layer of as many features as all neighbours have: another one where the transform takes any."""
+        return self
 
     def pays(self, x: Tensor) -> bool:
         """Whether :meth:`by_op` is faster than the library for such an input."""
@@ -68,7 +70,9 @@ class ForeignLayer:
         return None
 
     def _chain_link(self) -> Link | None:
-        link = self.link() if self.features and self.chained else None
+        # a parametrization puts another class in its place, which may do anything
+        same = type(self.module) is self._class
+        link = self.link() if same and self.features and self.chained else None
         if link is not None:
             link.turned = self.turned
         return link
@@ -93,8 +97,8 @@ class Runs:
 
     def __init__(self, make: Callable[[torch.nn.Module], ForeignLayer]) -> None:
         self._make = make
-        self._modules: list[Any] = []
-        self._layers: list[ForeignLayer] = []
+        #: Modules, and the layers that they are: replaced as a whole, as other threads may read it.
+        self._known: tuple[list[Any], list[ForeignLayer]] = [], []
         self._chains = Chains()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,13 +111,14 @@ class Runs:
 
     def parts(self, modules: list[Any], x: Tensor) -> Sequence[Any] | None:
         """Return runs, and layers to be called, data side first; None where there are no runs."""
-        if modules != self._modules:
+        known, layers = self._known
+        if modules != known:
             layers = [self._make(m) for m in modules]
             sizes = {layer.features for layer in layers} - {0}
-            for layer in layers if len(sizes) == 1 else ():
-                layer.fit(*sizes)
-            self._layers, self._modules = layers, modules  # whole: other threads may read them
-        return self._chains.parts(self._layers, x)
+            if len(sizes) == 1:
+                layers = [layer.fitted(*sizes) for layer in layers]
+            self._known = modules, layers
+        return self._chains.parts(layers, x)
 
     def pair(
         self, modules: list[Any], x: Any, context: Any = None, *, inverse: bool = False

@@ -78,6 +78,9 @@ def activation_of(owners: Sequence[Any], link: Link, attribute: str = "activatio
             link.watch(owner, attribute)
         else:
             name, options = ACTIVATIONS.get(type(module), ("", {}))
+            # one in place writes into what a residual block adds in the end
+            if "inplace" in module.__dict__:
+                options = {**options, "inplace": False}
             if any(getattr(module, key) != value for key, value in options.items()):
                 return None
             link.watch(owner)
@@ -149,9 +152,10 @@ def residual_network(family: Family, net: Any, link: Link) -> ChainNetwork | Non
     for block in found:
         first, second = block._modules["linear_layers"]._modules.values()
         layers.append(_linear(first, link))
-        layers.append(_linear(second, link, gate=_context_layer(block, context)))
-        if context and layers[-1] is None:
+        gate = _context_layer(block, context) if context else None
+        if context and gate is None:
             return None
+        layers.append(_linear(second, link, gate=gate))
     layers.append(_linear(inner.get("final_layer"), link))
     if None in layers:
         return None
@@ -254,7 +258,7 @@ class _MadeForm:
         self.family, self.net, self.blocks, self.residual = family, net, blocks, residual
         self.order, self.parameters = order, parameters
         layer = net._modules.get("context_layer")
-        self.context = 0 if layer is None else int(layer.weight.shape[1])
+        self.context = 0 if layer is None else int(layer.in_features)
         self.first = family.first_context if self.context else "none"
 
     def layers(self, linears: Sequence[Any], link: Link) -> list[ChainLayer] | None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Holds", "InTraining"]
+from pyflowkern.nn.links import Link
+
+__all__ = ["Holds", "InTraining", "is_fixed"]
 
 
 class Holds:
@@ -104,3 +106,12 @@ class InTraining:
 
     def __call__(self) -> bool:
         return self._module.training
+
+
+def is_fixed(link: Link, module: torch.nn.Module, name: str, values: Tensor) -> bool:
+    """Whether a buffer has the values that steps take for granted, such as those of a unit matrix; it is noted then."""
+    now = module._buffers.get(name)
+    if now is None or now.shape != values.shape or not torch.equal(now, values.to(now)):
+        return False
+    link.holds.append(Holds(module, name))
+    return True

@@ -53,12 +53,13 @@ from pyflowkern.interop._layers import LayerMark
 __all__ = ["LIBRARY"]
 
 _METHODS = ("forward",)
+_OF_IMAGES = "it is of images, of which only couplings are known"
 
 
 def _marked(make: Callable[[Any], FreiaLayer], module: torch.nn.Module) -> Outcome:
     """Look at a transform that is faster only with others."""
     if not make(module).features:
-        return Outcome()
+        return Outcome(note=_OF_IMAGES)
     if why := disagreement(module, make):
         return Outcome(note=why)
     return Outcome([LayerMark(make(module))], runs="one op")
@@ -70,7 +71,7 @@ def _actnorm(module: torch.nn.Module) -> Outcome:
         return _marked(ActNorm, module)
     layer = NewActNorm(module)
     if not layer.features:
-        return Outcome()
+        return Outcome(note=_OF_IMAGES)
     twin = copy.deepcopy(module)
     with torch.no_grad():
         torch.nn.init.constant_(twin.log_scale, 0.3)  # type: ignore[arg-type]
@@ -145,7 +146,8 @@ def _graph(module: Any) -> Outcome:
     return Outcome([GraphDoor(module)], runs="one op")
 
 
-_GRAPH, _SEQUENCE = Kind(_graph, _METHODS, quiet=True), Kind(_sequence, _METHODS, quiet=True)
+_GRAPH = Kind(_graph, _METHODS, quiet=True, holds=True)
+_SEQUENCE = Kind(_sequence, _METHODS, quiet=True, holds=True)
 _ALL_IN_ONE = Kind(partial(_coupling, AllInOne, AllInOneForm.read_block), _METHODS)
 _COUPLINGS = "modules.coupling_layers."
 _SPLINES = "modules.splines.rational_quadratic."
@@ -176,7 +178,14 @@ LIBRARY = Library(
         "modules.fixed_transforms.FixedLinearTransform": Kind(
             partial(_marked, FixedLinear), _METHODS
         ),
-        "modules.invertible_resnet.ActNorm": Kind(_actnorm, _METHODS, quiet=True),
+        "modules.invertible_resnet.ActNorm": Kind(_actnorm, _METHODS),
         "modules.orthogonal.HouseholderPerm": Kind(partial(_marked, Householder), _METHODS),
     },
+    roots=("modules.base.InvertibleModule",),
+    plain=(
+        "modules.graph_topology.Concat",
+        "modules.graph_topology.Split",
+        "modules.reshapes.Flatten",
+        "modules.reshapes.Reshape",
+    ),
 )

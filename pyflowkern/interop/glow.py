@@ -163,7 +163,7 @@ LIBRARY = _Script(
     "glow",
     (),
     {
-        "Block": Kind(_block, (*_DIRECTIONS,), quiet=False),
-        "Flow": Kind(_flow, (*_DIRECTIONS,), quiet=False),
+        "Block": Kind(_block, (*_DIRECTIONS,), holds=True),
+        "Flow": Kind(_flow, (*_DIRECTIONS,)),
     },
 )

@@ -20,7 +20,7 @@ def _flow(module: torch.nn.Module) -> Outcome:
     return Outcome(doors, runs="one op")
 
 
-FLOW = Kind(_flow, _METHODS)
+FLOW = Kind(_flow, _METHODS, holds=True)
 LIBRARY = Library(
     "nessai",
     ("nessai",),

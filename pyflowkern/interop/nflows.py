@@ -127,7 +127,7 @@ def _unsized(make: Make) -> Kind:
             return Outcome(note=why)
         return Outcome([LayerMark(make(module))], runs="one op")
 
-    return Kind(look, quiet=True)
+    return Kind(look)
 
 
 class _Sized:
@@ -137,9 +137,7 @@ class _Sized:
         self._make = make
 
     def __call__(self, module: torch.nn.Module) -> ForeignLayer:
-        layer = self._make(module)
-        layer.fit(3)
-        return layer
+        return self._make(module).fitted(3)
 
 
 def _base(module: torch.nn.Module) -> Outcome:
@@ -156,7 +154,8 @@ LINEAR = Kind(_linear)
 BASE = Kind(_base, ("log_prob", "_log_prob"))
 _SPLINES = ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
 _PIECEWISE = tuple(f"Piecewise{kind}" for kind in _SPLINES)
-_FLOW = Kind(_flow, ("_log_prob", "log_prob"))
+_FLOW = Kind(_flow, ("_log_prob", "log_prob"), holds=True)
+_COMPOSITE = Kind(_composite, holds=True)
 LIBRARY = Library(
     "nflows",
     PREFIXES,
@@ -164,9 +163,9 @@ LIBRARY = Library(
         "flows.base.Flow": _FLOW,
         "flows.autoregressive.MaskedAutoregressiveFlow": _FLOW,
         "flows.realnvp.SimpleRealNVP": _FLOW,
-        "transforms.base.CompositeTransform": Kind(_composite),
-        "transforms.nonlinearities.CompositeCDFTransform": Kind(_composite),
-        "transforms.base.InverseTransform": Kind(_inverse, quiet=True),
+        "transforms.base.CompositeTransform": _COMPOSITE,
+        "transforms.nonlinearities.CompositeCDFTransform": _COMPOSITE,
+        "transforms.base.InverseTransform": Kind(_inverse, quiet=True, holds=True),
         **{
             f"transforms.coupling.{name}CouplingTransform": elements(Coupling)
             for name in ("Affine", "Additive", *_PIECEWISE)
@@ -198,4 +197,10 @@ LIBRARY = Library(
         "distributions.normal.StandardNormal": BASE,
         "distributions.normal.DiagonalNormal": BASE,
     },
+    roots=("transforms.base.Transform", "distributions.base.Distribution"),
+    plain=(
+        "transforms.base.MultiscaleCompositeTransform",
+        "transforms.reshape.ReshapeTransform",
+        "transforms.reshape.SqueezeTransform",
+    ),
 )

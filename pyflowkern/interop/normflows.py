@@ -22,7 +22,7 @@ from pyflowkern.interop._normflows.functions import (
 from pyflowkern.interop._normflows.images import BlockForm, CouplingForm
 from pyflowkern.interop._normflows.layers import LAYERS, Turned
 from pyflowkern.interop._normflows.parts import PREFIX
-from pyflowkern.interop._normflows.splines import CdfDoor, SplineDoor
+from pyflowkern.interop._normflows.splines import CdfDoor, SplineDoor, spline_disagreement
 from pyflowkern.interop._normflows.vectors import (
     AffineCoupling,
     AffineMatrix,
@@ -46,8 +46,8 @@ def _vectors(
 ) -> Outcome:
     """Look at a transform of vectors; those that are fast ``alone`` get methods of their own."""
     layer = make(module)
-    if not layer.features:
-        return Outcome()
+    if not layer.features:  # what is turned round says itself why
+        return Outcome(note="" if isinstance(layer, Turned) else _OF_IMAGES)
     if why := disagreement(module, make):
         return Outcome(note=why)
     doors = single_doors(layer, "inverse", "forward") if alone else [LayerMark(layer)]
@@ -79,20 +79,26 @@ def _images(read: Callable[[torch.nn.Module], Form | None], module: torch.nn.Mod
     return Outcome(doors, runs="own op")
 
 
-def _elements(name: str, net: str, module: torch.nn.Module) -> Outcome:
-    """Look at what a spline flow consists of: its elements are one op where its network must be called."""
-    return Outcome([SplineDoor(module, name, net)], runs="own op")
+def _splines(name: str, module: torch.nn.Module) -> Outcome:
+    """Look at what a spline flow consists of: its elements are one op where its network must be called.
 
-
-def _cdf(module: torch.nn.Module) -> Outcome:
-    """Look at splines with parameters of their own, which only where no chain takes them are called."""
-    return Outcome([CdfDoor(module)], runs="own op")
+    Splines with parameters of their own are called only where no chain takes them.
+    """
+    if why := spline_disagreement(module, name):
+        return Outcome(note=why)
+    door = CdfDoor if name == "_spline" else SplineDoor
+    return Outcome([door(module, name)], runs="own op")
 
 
 #: Transforms of which several together are faster, but not one alone.
 _WITH_OTHERS = (ConstantAffine, AffineMatrix, Permute)
-#: Those that a report does not name where they are left alone: they are in models of images, too.
-_QUIET = (ConstantAffine,)
+_OF_IMAGES = "it is of images, of which only couplings and GlowBlocks are known"
+#: Transforms that consist of splines, and the method that one op does.
+_SPLINES = {
+    "autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive": "_elementwise",
+    "coupling.PiecewiseRationalQuadraticCDF": "_spline",
+    "coupling.PiecewiseRationalQuadraticCoupling": "_piecewise_cdf",
+}
 
 LIBRARY = Library(
     PREFIX,
@@ -102,18 +108,26 @@ LIBRARY = Library(
         "core.ConditionalNormalizingFlow": FLOW,
         "core.ClassCondFlow": CLASS_FLOW,
         **{
-            name: Kind(partial(_vectors, layer, layer not in _WITH_OTHERS), quiet=layer in _QUIET)
+            name: Kind(partial(_vectors, layer, layer not in _WITH_OTHERS))
             for name, layer in LAYERS.items()
         },
         "flows.affine.coupling.AffineCouplingBlock": Kind(_coupling),
         "flows.affine.glow.GlowBlock": Kind(partial(_images, BlockForm.read)),
         "flows.base.Reverse": Kind(partial(_vectors, Turned, True)),
-        "flows.neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive": Kind(
-            partial(_elements, "_elementwise", "autoregressive_net"), ("_elementwise",)
-        ),
-        "flows.neural_spline.coupling.PiecewiseRationalQuadraticCDF": Kind(_cdf, ("_spline",)),
-        "flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling": Kind(
-            partial(_elements, "_piecewise_cdf", "transform_net"), ("_piecewise_cdf",)
-        ),
+        **{
+            f"flows.neural_spline.{where}": Kind(partial(_splines, name), (name,))
+            for where, name in _SPLINES.items()
+        },
     },
+    roots=("flows.base.Flow", "distributions.base.BaseDistribution"),
+    plain=(
+        "distributions.base.DiagGaussian",  # one op with its flow
+        "flows.base.Composite",
+        # what they hold has its own op
+        "flows.neural_spline.wrapper.CircularAutoregressiveRationalQuadraticSpline",
+        "flows.neural_spline.wrapper.CircularCoupledRationalQuadraticSpline",
+        "flows.reshape.Merge",
+        "flows.reshape.Split",
+        "flows.reshape.Squeeze",
+    ),
 )

@@ -1,4 +1,4 @@
-"""Flows of this package as density estimators of sbi 0.27 (simulation-based inference).
+"""sbi 0.27 (simulation-based inference): what is known of it, and flows of this package as its density estimators.
 
 .. code-block:: python
 
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from pyflowkern.core.checks import check_flag
 from pyflowkern.flows import MAF, Flow
+from pyflowkern.interop._kinds import Kind, Library, Outcome
+from pyflowkern.interop._sbi.doors import OdeDoor, why_left
+from pyflowkern.interop._sbi.fields import ESTIMATORS
 from pyflowkern.nn import Standardize
 
-__all__ = ["FlowEstimator", "density_estimator"]
+__all__ = ["LIBRARY", "FlowEstimator", "density_estimator"]
 
 
 def density_estimator(
@@ -209,3 +212,26 @@ def _register() -> None:
     """Make the estimator count as sbi's, which asks by ``isinstance``, where sbi is in use."""
     if (module := sys.modules.get("sbi.neural_nets.estimators.base")) is not None:
         module.ConditionalDensityEstimator.register(FlowEstimator)
+
+
+def _look_at_ode(module: torch.nn.Module) -> Outcome:
+    if why := why_left(module):
+        return Outcome(note=why)
+    return Outcome([OdeDoor(module)], runs="own op", note="zuko's own solver, the same steps")
+
+
+def _look_at_estimator(module: torch.nn.Module) -> Outcome:
+    return Outcome(
+        note="it is trained as before; what a posterior makes of it is faster by accelerate() without a model, or by"
+        " accelerate(posterior.potential_fn.neural_ode)"
+    )
+
+
+LIBRARY = Library(
+    "sbi",
+    ("sbi",),
+    {
+        "samplers.ode_solvers.zuko_ode.ZukoNeuralODE": Kind(_look_at_ode, ("get_distribution",)),
+        **{where: Kind(_look_at_estimator, ()) for where in ESTIMATORS},
+    },
+)

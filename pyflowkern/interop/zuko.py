@@ -94,8 +94,11 @@ def _twin(module: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _unconditional(module: torch.nn.Module) -> Outcome:
-    if Unconditional(module).link() is None or disagreement(module, Unconditional):
-        return Outcome()
+    if Unconditional(module).link() is None:
+        name = getattr(module.f, "__name__", type(module.f).__name__)
+        return Outcome(note=f"no op knows its transform, {name}")
+    if why := disagreement(module, Unconditional):
+        return Outcome(note=why)
     return Outcome([LayerMark(Unconditional(module))])
 
 
@@ -167,10 +170,12 @@ LIBRARY = Library(
         "flows.autoregressive.MaskedAutoregressiveTransform": _transform(MaskedAutoregressive),
         "flows.coupling.GeneralCouplingTransform": _transform(Coupling),
         "flows.gaussianization.ElementWiseTransform": _transform(ElementWise),
-        "lazy.UnconditionalTransform": Kind(_unconditional, ("forward",), quiet=True),
-        "lazy.LazyInverse": Kind(_inverse, ("forward",), quiet=True),
-        "lazy.LazyComposedTransform": Kind(_composed, ("forward",), quiet=True),
+        "lazy.UnconditionalTransform": Kind(_unconditional, ("forward",)),
+        "lazy.LazyInverse": Kind(_inverse, ("forward",), quiet=True, holds=True),
+        "lazy.LazyComposedTransform": Kind(_composed, ("forward",), quiet=True, holds=True),
         "flows.continuous.FFJTransform": Kind(_continuous, ("forward",)),
-        **{where: Kind(_flow, ("forward",), quiet=True) for where in _FLOWS},
+        **{where: Kind(_flow, ("forward",), quiet=True, holds=True) for where in _FLOWS},
     },
+    roots=("lazy.LazyTransform", "lazy.LazyDistribution"),
+    plain=("lazy.UnconditionalDistribution",),
 )

@@ -196,11 +196,12 @@ def hooked(module: torch.nn.Module) -> bool:
 
 
 def obstructed(link: Link) -> bool:
-    """Whether layers must be called now though they have a link: for hooks, or data that they wait for."""
+    """Whether layers must be called now though they have a link: for hooks, methods, parts, data that they wait for."""
     dicts = [m.__dict__ for m in link.modules]
     return (
         any(map(any, map(_hooks, dicts)))
         or any(_replaced(d, name) for d in dicts for name in _METHODS)
+        or any(getattr(m, name, None) is not None for m, name in link.absent)
         or any(waits() for waits in link.waits)
     )
 
@@ -281,9 +282,9 @@ class Watched:
         """Return the tensors as they are now; None where one is missing, or is no plain tensor."""
         try:
             found: list[Any] = [*map(getitem, map(getitem, self._homes, self._kinds), self._names)]
+            for at, make in self._link.made:
+                made = make(inverse)
+                found[at : at + len(made)] = made
         except KeyError:
             return None
-        for at, make in self._link.made:
-            made = make(inverse)
-            found[at : at + len(made)] = made
         return found if PLAIN_TENSORS.issuperset(map(type, found)) else None

@@ -220,3 +220,25 @@ def test_a_method_that_replaces_a_door_is_called(method):
     got = run(x)
     pyflowkern.restore(model)
     torch.testing.assert_close(got, run(x))
+
+
+@pytest.mark.parametrize("layer", ["ActNorm", "AffineConstFlow"])
+def test_norms_of_one_feature_are_steps_like_others(layer, calls):
+    """There the library's log-determinant is that of one pixel, which is the feature."""
+    torch.manual_seed(0)
+    norms = [getattr(nf.flows, layer)((1,)), nf.flows.Reverse(getattr(nf.flows, layer)((1,)))]
+    spline = nf.flows.AutoregressiveRationalQuadraticSpline(1, 1, 8)
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(1), [norms[0], spline, norms[1]])
+    model = model.double()
+    x = normal(6, 1)
+    model.log_prob(x)  # norms start here
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    twin = copy.deepcopy(model)
+    assert not pyflowkern.accelerate(twin).left
+    calls.clear()
+    torch.testing.assert_close(derivatives(twin, x), derivatives(model, x), **CLOSE)
+    assert len(calls) == 1
+    wide = normal(6, 3)  # one scale for all features
+    torch.testing.assert_close(twin.flows[0].inverse(wide), model.flows[0].inverse(wide), **CLOSE)

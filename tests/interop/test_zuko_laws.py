@@ -295,7 +295,8 @@ def test_other_transforms_are_left_alone_and_said_so(build, why):
     flow = build().double()
     twin = copy.deepcopy(flow)
     report = pyflowkern.accelerate(twin)
-    assert {e.note for e in report.left} == {why}
+    clips = "no op knows its transform, SoftclipTransform"
+    assert {e.note for e in report.left} - {clips} == {why}
     assert not report.accelerated
     agree(flow, twin)
     with pytest.raises(ValueError, match=why):
@@ -350,6 +351,7 @@ def test_unknown_transforms_between_known_ones_run_as_they_are():
     [
         {},
         {"exact": False},
+        {"activation": torch.nn.GELU},
         {"activation": torch.nn.Tanh, "hidden_features": (9,)},
         {"activation": torch.nn.SiLU, "hidden_features": (9, 8, 7), "freqs": 2},
         {"hidden_features": (), "exact": False},
@@ -392,7 +394,7 @@ def test_continuous_flows_keep_what_they_are():
     twin.transform.ode[1].register_forward_hook(lambda *_: seen.append(1))
     agree(flow, twin)
     assert seen
-    flow = CNF(3, activation=torch.nn.GELU)
+    flow = CNF(3, activation=torch.nn.Mish)
     assert [e.note for e in pyflowkern.accelerate(flow).left] == [
         "its network is no MLP with an activation whose slope is known"
     ]

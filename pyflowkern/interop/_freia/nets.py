@@ -246,7 +246,8 @@ class GraphDoor(MethodDoor):
         if len(conditions) != len(module.condition_nodes):
             return None
         if self._list is not module.node_list:
-            self._list, self._graph = module.node_list, line_of(module)
+            # in this order: other threads may look between
+            self._graph, self._list = line_of(module), module.node_list
         graph = self._graph
         if graph is None:
             return None

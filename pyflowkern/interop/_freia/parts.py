@@ -60,7 +60,7 @@ class Constants:
     """Tensors of one number that steps take, made once for each dtype and device."""
 
     def __init__(self, shape: Sequence[int], value: float) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.device("cpu"):
             self._double = Structure(torch.full(tuple(shape), value, dtype=torch.float64))
             self._single = Structure(torch.full(tuple(shape), value, dtype=torch.float32))
 

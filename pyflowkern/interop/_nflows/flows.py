@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -22,9 +23,11 @@ __all__ = ["CompositeDoor", "DensityDoor", "FlowDoor", "Identity", "NessaiDoor",
 class Identity(ForeignLayer):
     """``transforms.standard.IdentityTransform``."""
 
-    def fit(self, features: int) -> None:
-        """Take as many features as its neighbours have."""
-        self.features = features
+    def fitted(self, features: int) -> Identity:
+        """Return the layer of as many features as its neighbours have."""
+        other = copy.copy(self)  # it may have other neighbours elsewhere
+        other.features = features
+        return other
 
     def link(self) -> Link | None:
         link = Link()

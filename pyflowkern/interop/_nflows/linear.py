@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -183,7 +184,7 @@ class _Scaling(ForeignLayer):
         return link
 
     def _tensors(self, inverse: bool) -> Sequence[Any]:
-        """Return the logarithm of the scale, and what is added before it; None where the library must be called."""
+        """Return the logarithm of the scale, and what is added before it."""
         raise NotImplementedError
 
     def _turned_tensors(self, inverse: bool) -> Sequence[Any]:
@@ -271,22 +272,37 @@ class Affine(_Scaling):
         self._any = fits and not sizes
         super().__init__(module, sizes.pop() if fits and sizes else 0)
 
-    def fit(self, features: int) -> None:
-        """Take as many features as its neighbours have, if it is made of single numbers."""
-        if self._any:
-            self.features = features
+    def fitted(self, features: int) -> Affine:
+        """Return the layer of as many features as its neighbours have, if it is made of single numbers."""
+        if not self._any:
+            return self
+        other = copy.copy(self)  # it may have other neighbours elsewhere
+        other.features = features
+        return other
+
+    def link(self) -> Link | None:
+        return super().link() if self._is_positive() else None
+
+    def turned(self) -> Link | None:
+        """Return the link of the steps from latent to data."""
+        return super().turned() if self._is_positive() else None
+
+    def _is_positive(self) -> bool:
+        return bool((self.module._scale > 0).all())
+
+    def _link(self, make: Any) -> Link:
+        link = super()._link(make)
+        link.holds.append(Holds(self.module, "_scale"))
+        return link
 
     def _tensors(self, inverse: bool) -> Sequence[Any]:
         scale, shift = self.module._scale, self.module._shift
-        return self._of_each(scale, torch.log(scale), shift / scale)
+        return self._of_each(torch.log(scale), shift / scale)
 
     def _turned_tensors(self, inverse: bool) -> Sequence[Any]:
-        scale = self.module._scale
-        return self._of_each(scale, -torch.log(scale), -self.module._shift)
+        return self._of_each(-torch.log(self.module._scale), -self.module._shift)
 
-    def _of_each(self, scale: Tensor, *numbers: Tensor) -> Sequence[Any]:
-        if not bool((scale > 0).all()):
-            return [None, None]
+    def _of_each(self, *numbers: Tensor) -> Sequence[Any]:
         return [t.expand(self.features).contiguous() for t in numbers]
 
 
@@ -296,17 +312,20 @@ class Inverse(ForeignLayer):
     module: Any
 
     def __init__(self, module: Any) -> None:
-        self._inner = layer_of(module._transform)
-        super().__init__(module, self._inner.features)
+        super().__init__(module, layer_of(module._transform).features)
 
     def link(self) -> Link | None:
-        return self._of(self._inner._chain_link())
+        return self._of(False)
 
     def turned(self) -> Link | None:
         """Return the link of the steps in the other direction."""
-        return self._of(self._inner.turned())
+        return self._of(True)
 
-    def _of(self, link: Link | None) -> Link | None:
+    def _of(self, turned: bool) -> Link | None:
+        inner = layer_of(self.module._transform)  # another one may be there now
+        if inner.features != self.features:
+            return None
+        link = inner.turned() if turned else inner._chain_link()
         if link is not None:
             link.backwards = not link.backwards
             link.turned = self.turned

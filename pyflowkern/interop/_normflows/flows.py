@@ -236,5 +236,5 @@ def _look_at_classes(module: torch.nn.Module) -> Outcome:
 
 
 _OF_CLASSES = ("log_prob", "forward_kld", "sample")
-FLOW = Kind(_look, _METHODS, quiet=True)
-CLASS_FLOW = Kind(_look_at_classes, _OF_CLASSES, quiet=True)
+FLOW = Kind(_look, _METHODS, quiet=True, holds=True)
+CLASS_FLOW = Kind(_look_at_classes, _OF_CLASSES, quiet=True, holds=True)

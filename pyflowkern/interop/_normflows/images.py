@@ -10,6 +10,7 @@ from torch import Tensor
 from pyflowkern import ops
 from pyflowkern.interop._images import Form, evaluate_sequential
 from pyflowkern.interop._normflows.parts import Awaits, is_named, scale_map_of
+from pyflowkern.interop._watches import is_fixed
 from pyflowkern.ops import ScaleMap
 
 __all__ = ["BlockForm", "CouplingForm"]
@@ -123,6 +124,8 @@ class BlockForm(Form):
         link.waits.append(Awaits(norm))
         link.read(norm, "s", "t")
         if form.factors:
+            if not is_fixed(link, mixing, "eye", torch.eye(channels, device="cpu")):
+                return None
             link.read(mixing, "P", "L", "U", "log_S", "sign_S")
         else:
             link.read(mixing, "W")

@@ -25,8 +25,8 @@ class Ends:
     """
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        self.inputs = Structure(torch.tensor(inputs))
-        self.outputs = Structure(torch.tensor(outputs))
+        self.inputs = Structure(torch.tensor(inputs, device="cpu"))
+        self.outputs = Structure(torch.tensor(outputs, device="cpu"))
 
 
 def mlp(net: Any, link: Link, ends: Ends | None = None) -> ChainNetwork | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
+from pyflowkern.interop._check import comparable, same_values
 from pyflowkern.interop._doors import MethodDoor
 from pyflowkern.interop._images import served_samples
 from pyflowkern.interop._networks import masked_network, residual_network
@@ -19,8 +21,16 @@ from pyflowkern.nn.links import Link
 from pyflowkern.ops import SplineMap
 from pyflowkern.ops.chain_steps import ElementsStep
 
-__all__ = ["AutoregressiveSpline", "CdfDoor", "CoupledSpline", "SplineDoor", "spline_map_of"]
+__all__ = [
+    "AutoregressiveSpline",
+    "CdfDoor",
+    "CoupledSpline",
+    "SplineDoor",
+    "spline_disagreement",
+    "spline_map_of",
+]
 
+Pair = tuple[Tensor, Tensor]
 _SIZES = ("num_bins", "tails", "min_bin_width", "min_bin_height", "min_derivative")
 _OWN_PARAMETERS = ("unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives")
 _OF_CDF = ("tails", "tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
@@ -103,7 +113,7 @@ class AutoregressiveSpline(Layer):
     def __init__(self, module: Any) -> None:
         inner = module._modules.get("mprqat")
         net = None if inner is None else inner._modules.get("autoregressive_net")
-        super().__init__(module, 0 if net is None else net.initial_layer.weight.shape[1])
+        super().__init__(module, 0 if net is None else int(net.initial_layer.in_features))
 
     def link(self) -> Link | None:
         inner = self.module._modules.get("mprqat")
@@ -140,26 +150,41 @@ class SplineDoor(MethodDoor):
     Args:
         module: a coupling or an autoregressive transform.
         name: ``_piecewise_cdf`` or ``_elementwise``.
-        net: the name of the network, whose width counts.
     """
 
     module: Any
 
-    def __init__(self, module: torch.nn.Module, name: str, net: str) -> None:
-        super().__init__(module, name)
-        self._net = net
-
     def run(self, inputs: Any, params: Any, inverse: Any = False) -> Any:
         """Run one op."""
+        pair = self.by_op(inputs, params, bool(inverse))
+        return self.own(inputs, params, inverse) if pair is None else pair
+
+    def by_op(self, inputs: Any, params: Any, inverse: bool) -> Pair | None:
+        """Return what the method does by one op; None where the library must."""
+        if (
+            not served_samples(inputs)
+            or type(params) is not Tensor
+            or params.dtype != inputs.dtype
+        ):
+            return None
+        module, coupled = self.module, self.name == "_piecewise_cdf"
+        net = module._modules.get("transform_net" if coupled else "autoregressive_net")
+        width = getattr(net, "hidden_features", None)
+        if width is None and coupled:
+            width = getattr(net, "hidden_channels", None)
+        pair = _elements(module, inputs, params, inverse, module.num_bins, width)
+        return pair if pair is None or coupled else (pair[0], pair[1].flatten(1).sum(1))
+
+    def numbers(self, draw: torch.Generator) -> tuple[Tensor, ...]:
+        """Return numbers to call the method with."""
         module = self.module
-        net = module._modules.get(self._net)
-        width = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
-        pair = None
-        if served_samples(inputs) and type(params) is Tensor and params.dtype == inputs.dtype:
-            pair = _elements(module, inputs, params, bool(inverse), module.num_bins, width)
-        if pair is None:
-            return self.own(inputs, params, inverse)
-        return pair if self.name == "_piecewise_cdf" else (pair[0], pair[1].flatten(1).sum(1))
+        if self.name == "_piecewise_cdf":
+            features, per = len(module.transform_features), module._transform_dim_multiplier()
+        else:
+            per = module._output_dim_multiplier()
+            features = module.autoregressive_net.final_layer.out_features // per
+        sizes = ((7, features), (7, features, per))
+        return tuple(3 * torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes)
 
 
 class CdfDoor(MethodDoor):
@@ -167,21 +192,47 @@ class CdfDoor(MethodDoor):
 
     module: Any
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__(module, "_spline")
-
     def run(self, inputs: Any, inverse: Any = False) -> Any:
         """Run one op."""
-        module, pair = self.module, None
-        parts = [module._parameters[name] for name in _OWN_PARAMETERS]
-        fits = served_samples(inputs) and inputs.shape[1:] == parts[0].shape[:-1]
-        if fits and all(p.dtype == inputs.dtype for p in parts):
-            params = torch.cat(parts, -1).expand(len(inputs), *inputs.shape[1:], -1)
-            bins = parts[0].shape[-1]
-            pair = _elements(module, inputs, params, bool(inverse), bins, None)
-        if pair is None:
-            return self.own(inputs, inverse)
-        return pair[0], pair[1].flatten(1).sum(1)
+        pair = self.by_op(inputs, bool(inverse))
+        return self.own(inputs, inverse) if pair is None else pair
+
+    def by_op(self, inputs: Any, inverse: bool) -> Pair | None:
+        """Return what the method does by one op; None where the library must."""
+        module = self.module
+        parts = [p for n in _OWN_PARAMETERS if (p := module._parameters.get(n)) is not None]
+        if len(parts) < len(_OWN_PARAMETERS) or not served_samples(inputs):
+            return None
+        if inputs.shape[1:] != parts[0].shape[:-1] or any(p.dtype != inputs.dtype for p in parts):
+            return None
+        params = torch.cat(parts, -1).expand(len(inputs), *inputs.shape[1:], -1)
+        pair = _elements(module, inputs, params, inverse, parts[0].shape[-1], None)
+        return None if pair is None else (pair[0], pair[1].flatten(1).sum(1))
+
+    def numbers(self, draw: torch.Generator) -> tuple[Tensor, ...]:
+        """Return numbers to call the method with."""
+        shape = self.module.unnormalized_widths.shape[:-1]
+        return (3 * torch.randn(7, *shape, generator=draw, dtype=torch.float64),)
+
+
+def spline_disagreement(module: torch.nn.Module, name: str) -> str:
+    """Return why one op must not stand for a method of splines, found by running both; empty if it may."""
+    try:
+        twin = comparable(copy.deepcopy(module))
+    except Exception as error:
+        return f"it cannot be copied to be compared: {type(error).__name__}"
+    door: Any = (CdfDoor if name == "_spline" else SplineDoor)(twin, name)
+    for inverse in (False, True):
+        given = door.numbers(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            got = door.by_op(*given, inverse)
+            if got is None:
+                return "its form is not known"
+            # the library divides the parameters in place
+            want = door.own(*(t.clone() for t in given), inverse)
+        if not same_values(got, want):
+            return "its values are not those of the form that its name says"
+    return ""
 
 
 def _elements(

@@ -16,7 +16,7 @@ from pyflowkern.interop._nflows.linear import lu_matrix
 from pyflowkern.interop._normflows.images import CouplingForm
 from pyflowkern.interop._normflows.networks import mlp
 from pyflowkern.interop._normflows.parts import Awaits, is_named
-from pyflowkern.interop._watches import Holds
+from pyflowkern.interop._watches import Holds, is_fixed
 from pyflowkern.nn.links import Link
 from pyflowkern.ops import ScaleMap
 from pyflowkern.ops.chain_steps import (
@@ -113,15 +113,14 @@ class ConstantAffine(Layer):
         return turned_round(self._link(lambda s, t: (s, t * torch.exp(-s))))
 
     def _link(self, of: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Link | None:
-        # of one feature the library takes the log-determinant for that of pixels
-        if self.module.batch_dims != [0]:
+        module = self.module
+        if module.batch_dims not in ([0], [0, 1]):  # the second is of one feature
             return None
         link = Link([ActNormStep()])
-        link.watch(self.module, "batch_dims")
-        module = self.module
+        link.watch(module, "batch_dims")
         link.make(module, ("s", "t"), lambda inverse: of(module.s[0], module.t[0]))
-        if is_named(self.module, "flows.normalization.ActNorm"):
-            link.waits.append(Awaits(self.module))
+        if is_named(module, "flows.normalization.ActNorm"):
+            link.waits.append(Awaits(module))
         return link
 
 
@@ -142,6 +141,10 @@ class AffineMatrix(Layer):
         module = self.module
         link = Link([LinearStep()])
         link.watch(module, "use_lu", "num_channels")
+        if module.use_lu and not is_fixed(
+            link, module, "eye", torch.eye(self.features, device="cpu")
+        ):
+            return None
         names = ("log_S", "L") if module.use_lu else ("W", "W")
         link.make(module, names, lambda inverse: self._matrix(inverse, turned))
         return link

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,38 +10,12 @@ from torch.nn import functional
 
 from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.interop._doors import MethodDoor, is_off
+from pyflowkern.interop._slopes import SLOPES
 from pyflowkern.interop._zuko.networks import is_of, linears_of
 from pyflowkern.nn.chain import undisturbed
 from pyflowkern.nn.links import Link, Watched, obstructed
 
-__all__ = ["ContinuousDoor", "VelocityAndTrace"]
-
-
-def _leaky_slope(a: Tensor) -> Tensor:
-    return torch.where(a > 0, 1.0, 0.01)
-
-
-def _silu_slope(a: Tensor) -> Tensor:
-    s = torch.sigmoid(a)
-    return s * (1 + a * (1 - s))
-
-
-def _sigmoid_slope(a: Tensor) -> Tensor:
-    s = torch.sigmoid(a)
-    return s * (1 - s)
-
-
-#: Activations and their slopes; both can be differentiated again.
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "identity": (lambda a: a, torch.ones_like),
-    "relu": (functional.relu, lambda a: (a > 0).to(a.dtype)),
-    "leaky_relu": (functional.leaky_relu, lambda a: _leaky_slope(a).to(a.dtype)),
-    # exp is not taken where it could overflow: its gradient would be inf times 0
-    "elu": (functional.elu, lambda a: a.clamp(max=0).exp()),
-    "tanh": (torch.tanh, lambda a: 1 - torch.tanh(a).square()),
-    "sigmoid": (torch.sigmoid, _sigmoid_slope),
-    "silu": (functional.silu, _silu_slope),
-}
+__all__ = ["ContinuousDoor", "VelocityAndTrace", "may_solve", "spreads"]
 
 
 class _Form(NamedTuple):
@@ -72,44 +45,26 @@ class ContinuousDoor(MethodDoor):
 
     def field(self, x: Any, c: Any) -> VelocityAndTrace | None:
         """Return the field at the present parameters; None where zuko should run its own."""
-        if not self._serves(x, c):
+        module = self.module
+        if "f" in module.__dict__ or not may_solve(x, c) or not spreads(x, c):
             return None
-        if self._form is None or not self._form.watched.unchanged():
-            self._form = self._find()
-        if self._form is None or self.module._buffers["freqs"] is None:
+        form = self._form
+        if form is None or not form.watched.unchanged():
+            self._form = form = self._find()
+        freqs = module._buffers["freqs"]
+        if form is None or freqs is None or (tensors := form.watched.tensors()) is None:
             return None
-        tensors = self._form.watched.tensors()
-        if tensors is None or not all(
-            t.dtype == x.dtype and t.device == x.device for t in tensors
-        ):
+        if not all(t.dtype == x.dtype and t.device == x.device for t in (*tensors, freqs)):
             return None
         parts = iter(tensors)
-        layers = [(next(parts), next(parts) if biased else None) for biased in self._form.biased]
-        times = 2 * self.module._buffers["freqs"].numel()
+        layers = [(next(parts), next(parts) if biased else None) for biased in form.biased]
         contexts = 0 if c is None else c.shape[-1]
         if (
-            layers[0][0].shape[1] != times + x.shape[-1] + contexts
+            layers[0][0].shape[1] != 2 * freqs.numel() + x.shape[-1] + contexts
             or layers[-1][0].shape[0] != x.shape[-1]
         ):
             return None
-        return VelocityAndTrace(layers, self._form.activation, self.module._buffers["freqs"], c)
-
-    def _serves(self, x: Any, c: Any) -> bool:
-        if is_off() or torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS:
-            return False
-        if not x.dim() or not x.is_floating_point() or not undisturbed(x):
-            return False
-        if torch._C._functorch.maybe_current_level() is not None:
-            return False
-        if c is None:
-            return True
-        if type(c) not in PLAIN_TENSORS or not c.dim() or c.dtype != x.dtype:
-            return False
-        # zuko's solver keeps the shape of x
-        lead, batch = x.shape[:-1], c.shape[:-1]
-        return len(batch) <= len(lead) and all(
-            b in (1, a) for a, b in zip(reversed(lead), reversed(batch), strict=False)
-        )
+        return VelocityAndTrace(layers, form.activation, freqs, c)
 
     def _find(self) -> _Form | None:
         module, link = self.module, Link()
@@ -117,7 +72,7 @@ class ContinuousDoor(MethodDoor):
         if not is_of(net, "nn.MLP") or (found := linears_of(net, "nn.Linear", link)) is None:
             return None
         linears, activation = found
-        if activation not in _ACTIVATIONS:
+        if activation not in SLOPES:
             return None
         biased = []
         for linear in linears:
@@ -131,6 +86,33 @@ class ContinuousDoor(MethodDoor):
             biased.append(bias is not None)
         link.watch(module)
         return None if obstructed(link) else _Form(Watched(link), activation, biased)
+
+
+def may_solve(x: Any, c: Any) -> bool:
+    """Whether a field in closed form may stand for that of a solve from ``x`` under a context."""
+    if is_off() or torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS:
+        return False
+    if not x.dim() or not x.is_floating_point() or not undisturbed(x):
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return c is None or (type(c) in PLAIN_TENSORS and c.dim() > 0 and c.dtype == x.dtype)
+
+
+def spreads(x: Tensor, c: Tensor | None, event: int = 1) -> bool:
+    """Whether a context is for ``x [*, D]`` as it is, without more dimensions: zuko's solver keeps its shape.
+
+    Args:
+        x: the state.
+        c: a context, or None.
+        event: how many of its axes, the last ones, are no batch.
+    """
+    if c is None:
+        return True
+    lead, batch = x.shape[:-1], c.shape[: c.dim() - event]
+    return len(batch) <= len(lead) and all(
+        b in (1, a) for a, b in zip(reversed(lead), reversed(batch), strict=False)
+    )
 
 
 class VelocityAndTrace:
@@ -154,7 +136,7 @@ class VelocityAndTrace:
         context: Tensor | None,
     ) -> None:
         self._layers, self._freqs, self._context = layers, freqs, context
-        self._activation, self._slope = _ACTIVATIONS[activation]
+        self._activation, self._slope = SLOPES[activation]
         self._features = layers[-1][0].shape[0]
         with torch.no_grad():
             self._kept = self._middle()

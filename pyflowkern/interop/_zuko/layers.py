@@ -15,7 +15,7 @@ from pyflowkern.interop._zuko.elements import Univariate, name_of, univariate_of
 from pyflowkern.interop._zuko.networks import dense_network, is_of, masked_network
 from pyflowkern.interop._zuko.unconditional import UNCONDITIONAL
 from pyflowkern.nn.chain import served
-from pyflowkern.nn.links import Link
+from pyflowkern.nn.links import Link, hooked
 from pyflowkern.ops.chain_network import ChainNetwork
 from pyflowkern.ops.chain_steps import ElementsStep
 from pyflowkern.ops.spline_map import SplineMap
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Pair = tuple[Tensor, Tensor]
+_ACTIVATIONS = "torch.nn.modules.activation"
 
 
 class Called(ForeignLayer):
@@ -240,12 +241,11 @@ class ElementWise(Conditional):
     def _apply(
         self, univariate: Univariate, x: Tensor, context: Tensor | None, inverse: bool
     ) -> Pair | None:
-        phi = self.module._modules.get("phi")
-        if phi is not None:
+        net = self.module._modules.get("hyper")
+        # zuko has called it already, for the transform that it made
+        if context is None or net is None or not _may_be_called_again(net):
             return None
-        if context is None or "hyper" not in self.module._modules:
-            return None
-        params = self.module.hyper(context).unflatten(-1, (-1, self.module.total))
+        params = net(context).unflatten(-1, (-1, self.module.total))
         return univariate(x, params, inverse)
 
 
@@ -293,10 +293,33 @@ def sizes_of(net: Any) -> tuple[int, int]:
     if not (is_of(net, "nn.MLP") or is_of(net, "nn.MaskedMLP")):
         return 0, 0
     layers = [*net._modules.values()]
-    ends: list[Any] = [getattr(layers[i], "weight", None) for i in (0, -1)] if layers else []
-    if len(ends) < 2 or any(not isinstance(w, Tensor) or w.dim() != 2 for w in ends):
-        return 0, 0
-    return ends[0].shape[1], ends[1].shape[0]
+    ends = [_shape_of(layers[i]) for i in (0, -1)] if layers else []
+    first, last = ends if len(ends) == 2 else (None, None)
+    return (0, 0) if first is None or last is None else (first[1], last[0])
+
+
+def _shape_of(layer: Any) -> tuple[int, int] | None:
+    """Return how many numbers a linear layer returns and reads; None for others, and for stacks of them.
+
+    A weight that is parametrized is not asked for: spectral normalization makes a step at each look.
+    """
+    if (weight := layer._parameters.get("weight")) is not None:
+        return (weight.shape[0], weight.shape[1]) if weight.dim() == 2 else None
+    outputs, inputs = (getattr(layer, name, None) for name in ("out_features", "in_features"))
+    return (outputs, inputs) if isinstance(outputs, int) and isinstance(inputs, int) else None
+
+
+def _may_be_called_again(net: torch.nn.Module) -> bool:
+    """Whether nobody would notice another call of a network: it draws nothing, keeps nothing and has no hooks."""
+    return all(
+        not hooked(part)
+        and "forward" not in part.__dict__
+        and (
+            is_of(part, "nn.MLP", "nn.Linear", "nn.Residual", "nn.LayerNorm")
+            or (type(part).__module__ == _ACTIVATIONS and type(part) is not torch.nn.RReLU)
+        )
+        for part in net.modules()
+    )
 
 
 def _packed(phi: torch.nn.ParameterList, inverse: bool) -> Sequence[Tensor]:

@@ -1,0 +1,1 @@
+"""How the fields of sbi's flow matching and score estimators run."""
