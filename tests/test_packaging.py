@@ -80,14 +80,6 @@ def test_what_the_wheel_holds(wheel):
     assert modules == {name for name in names if name.endswith(".py")}
 
 
-def test_the_build_facts_and_the_libraries_agree(wheel, bare):
-    facts = bare("import pyflowkern; print(pyflowkern.show_config())")
-    compiled = not re.search(r"^CUDA: none$", facts, re.MULTILINE)
-    assert compiled == (
-        "pyflowkern/lib/libpyflowkern_cuda.so" in zipfile.ZipFile(wheel).namelist()
-    )
-
-
 # Each family once: compares with the reference, and prints for each op what has computed it.
 COMPUTE = """
 import os, shutil, pathlib, torch, pyflowkern
@@ -136,10 +128,50 @@ assert torch.isfinite(loss) and torch.isfinite(flow.sample(2)).all()
 """
 
 
-def test_kernels_without_a_compiler(bare):
-    served = dict(line.split() for line in bare(COMPUTE).splitlines())
+#: What is printed after the results, or in their place.
+PAGE = "print('---')\nprint(pyflowkern.show_config())\nprint('---')\n"
+LOADED = "print('libpyflowkern' in open('/proc/self/maps').read())\n"
+ASK = """
+from pyflowkern._library import require_kernels
+try:
+    require_kernels()
+except RuntimeError as error:
+    print(error)
+"""
+COMMAND = """
+import sys
+sys.argv = ["pyflowkern", "info"]
+from pyflowkern.cli import main
+main()
+"""
+
+
+# One process for each setting: to start one takes seconds.
+@pytest.fixture(scope="session")
+def kernels(bare):
+    """Return by what each op was computed, and the page of facts."""
+    results, page, _ = bare(COMPUTE + PAGE).split("---\n")
+    return dict(line.split() for line in results.splitlines()), page
+
+
+@pytest.fixture(scope="session")
+def disabled(bare):
+    """Return the same without kernels, and what is said of libraries and of kernels that are asked for."""
+    found = bare(COMPUTE + PAGE + LOADED + ASK, PYFLOWKERN_DISABLE_KERNELS="1")
+    results, page, rest = found.split("---\n")
+    return dict(line.split() for line in results.splitlines()), page, rest.splitlines()
+
+
+def test_the_build_facts_and_the_libraries_agree(wheel, kernels):
+    compiled = not re.search(r"^CUDA: none$", kernels[1], re.MULTILINE)
+    assert compiled == (
+        "pyflowkern/lib/libpyflowkern_cuda.so" in zipfile.ZipFile(wheel).namelist()
+    )
+
+
+def test_kernels_without_a_compiler(kernels):
+    served, page = kernels
     assert set(served.values()) == {"kernel"}, served
-    page = bare("import pyflowkern; print(pyflowkern.show_config())")
     assert re.search(
         r"^cpu: kernels \((baseline|avx2|avx512)\) from .*libpyflowkern_cpu.so$", page, re.M
     )
@@ -147,35 +179,26 @@ def test_kernels_without_a_compiler(bare):
         assert re.search(rf"^  kernels for .*\b{op}\b", page, re.M)
 
 
-def test_disabled_kernels(bare):
-    off = {"PYFLOWKERN_DISABLE_KERNELS": "1"}
-    served = dict(line.split() for line in bare(COMPUTE, **off).splitlines())
+def test_disabled_kernels(disabled):
+    served, page, (loaded, _) = disabled
+    assert len(served) == 6
     assert set(served.values()) == {"reference"}, served
-    page = bare("import pyflowkern; print(pyflowkern.show_config())", **off)
     for device in ("cpu", "cuda"):
         assert f"{device}: reference, because PYFLOWKERN_DISABLE_KERNELS=1 is set" in page
     assert "kernels for" not in page
-    loaded = "print('libpyflowkern' in open('/proc/self/maps').read())"
-    code = f"import pyflowkern; {loaded}"
-    assert bare(code, **off).strip() == "False"
-    assert bare(code, PYFLOWKERN_DISABLE_KERNELS="0").strip() == "True"
+    assert loaded == "False"
 
 
-def test_asking_for_disabled_kernels_says_why(bare):
-    code = """
-from pyflowkern._library import require_kernels
-try:
-    require_kernels()
-except RuntimeError as error:
-    print(error)
-"""
-    message = bare(code, PYFLOWKERN_DISABLE_KERNELS="1")
+def test_asking_for_disabled_kernels_says_why(disabled):
+    message = disabled[2][1]
     assert (
         "no pyflowkern kernels for cpu: PYFLOWKERN_DISABLE_KERNELS=1 is set; unset it" in message
     )
 
 
-def test_the_command_line_runs(bare):
-    assert "pyflowkern" in bare(
-        "import sys; sys.argv = ['pyflowkern', 'info']; from pyflowkern.cli import main; main()"
-    )
+def test_the_command_line_runs_and_a_zero_disables_nothing(bare):
+    code = f"import pyflowkern\n{LOADED}{COMMAND}"
+    loaded, *page = bare(code, PYFLOWKERN_DISABLE_KERNELS="0").splitlines()
+    assert loaded == "True"
+    assert "pyflowkern" in page[0]
+    assert any(line.startswith("cpu: kernels (") for line in page)

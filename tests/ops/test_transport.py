@@ -11,6 +11,8 @@ from laws import normal, unit
 from pyflowkern import ops
 
 FLOAT64 = 1e-9  # of sums of some hundred terms, with potentials of size 10 over an epsilon of 0.1
+#: Three times what these problems need, but for one; on CUDA all that are allowed are launched, needed or not.
+ENOUGH = 300
 
 
 def plan(x, y, a, b, f, g, epsilon):
@@ -29,7 +31,7 @@ def test_the_plan_has_the_marginals(backend, schedule, scaling):
         **given,
         epsilon=0.1,
         tolerance=1e-10,
-        max_iterations=5000,
+        max_iterations=ENOUGH,
         schedule=schedule,
         epsilon_scaling=scaling,
     )
@@ -46,7 +48,7 @@ def test_the_plan_has_the_marginals(backend, schedule, scaling):
 def test_the_gradient_is_that_of_the_plan(backend):
     given = clouds(1, 9, 7, 2, torch.float64)
     leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
-    out = ops.sinkhorn(**leaves, epsilon=0.3, tolerance=1e-13, max_iterations=2000)
+    out = ops.sinkhorn(**leaves, epsilon=0.3, tolerance=1e-13, max_iterations=ENOUGH)
     out.cost.sum().backward()
     p = plan(**given, f=out.f, g=out.g, epsilon=0.3)
     difference = given["x"][:, :, None] - given["y"][:, None]
@@ -59,7 +61,7 @@ def test_the_gradient_is_that_of_the_plan(backend):
 def test_two_points_are_transported_at_their_distance(backend):
     x, y = torch.tensor([[[1.0, 2.0]]]).double(), torch.tensor([[[4.0, 6.0]]]).double()
     one = torch.ones(1, 1).double()
-    out = ops.sinkhorn(x, y, one, one, epsilon=0.1)
+    out = ops.sinkhorn(x, y, one, one, epsilon=0.1, max_iterations=10)
     assert out.cost.item() == pytest.approx(25.0, rel=1e-14)
     assert out.iterations.item() == 1
 
@@ -69,7 +71,7 @@ def test_a_small_epsilon_finds_the_best_permutation(backend):
     x, y = normal(1, n, 2), normal(1, n, 2, seed=1)
     mass = torch.full((1, n), 1 / n, dtype=torch.float64)
     out = ops.sinkhorn(
-        x, y, mass, mass, epsilon=1e-3, epsilon_scaling=0.5, max_iterations=20_000, tolerance=1e-8
+        x, y, mass, mass, epsilon=1e-3, epsilon_scaling=0.5, max_iterations=ENOUGH, tolerance=1e-8
     )
     cost = (x[0][:, None] - y[0]).square().sum(-1)
     orders = list(itertools.permutations(range(n)))
@@ -80,7 +82,7 @@ def test_a_small_epsilon_finds_the_best_permutation(backend):
 
 def test_prolonged_steps_need_a_third_of_the_iterations(backend):
     given = clouds(1, 60, 60, 2, torch.float64, scale=1.0)
-    options = {"epsilon": 0.02, "epsilon_scaling": 0.5, "tolerance": 1e-3, "max_iterations": 2000}
+    options = {"epsilon": 0.02, "epsilon_scaling": 0.5, "tolerance": 1e-3, "max_iterations": 700}
     plain, fast = (ops.sinkhorn(**given, **options, schedule=s) for s in SCHEDULES[::2])
     assert (plain.error <= 1e-3).all()
     assert (fast.error <= 1e-3).all()
@@ -115,7 +117,7 @@ def test_a_prolonged_step_that_makes_the_error_larger_is_taken_back(backend, see
         mass = torch.rand(1, 12, generator=generator, dtype=torch.float64) ** 4
         given[name] = mass / mass.sum()
     given = {name: t.to(backend) for name, t in given.items()}
-    options = {"epsilon": 1.0, "epsilon_scaling": 0.5, "tolerance": 1e-3, "max_iterations": 2000}
+    options = {"epsilon": 1.0, "epsilon_scaling": 0.5, "tolerance": 1e-3, "max_iterations": ENOUGH}
     plain, fast = (ops.sinkhorn(**given, **options, schedule=s) for s in SCHEDULES[::2])
     assert fast.error.item() <= 1e-3
     assert fast.iterations.item() <= plain.iterations.item()
@@ -175,7 +177,7 @@ def test_a_translation_adds_its_square_and_costs_no_digits(backend, d):
 
 def test_points_without_mass_change_nothing(backend):
     given = clouds(1, 10, 12, 2, torch.float64)
-    options = {"epsilon": 0.2, "tolerance": 1e-12, "max_iterations": 3000}
+    options = {"epsilon": 0.2, "tolerance": 1e-12, "max_iterations": ENOUGH}
     expected = ops.sinkhorn(**given, **options)
     x = torch.cat((given["x"], torch.full((1, 3, 2), 50.0).double()), 1)
     a = torch.cat((given["a"], torch.zeros(1, 3).double()), 1)
@@ -206,7 +208,7 @@ def test_a_point_without_mass_does_not_end_the_iteration(backend):
 def test_penalized_marginals_minimize_the_objective(backend):
     given = clouds(1, 6, 5, 2, torch.float64, apart=0.3)
     out = ops.sinkhorn(
-        **given, epsilon=0.2, penalty_x=0.5, penalty_y=1.5, tolerance=1e-13, max_iterations=2000
+        **given, epsilon=0.2, penalty_x=0.5, penalty_y=1.5, tolerance=1e-13, max_iterations=ENOUGH
     )
     cost = (given["x"][:, :, None] - given["y"][:, None]).square().sum(-1)
     product = given["a"][:, :, None] * given["b"][:, None]
