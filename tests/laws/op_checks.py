@@ -190,25 +190,27 @@ def check_bad_samples(case):
         if batch is None or batch.n < 3:
             continue
         good, count, cotangents = run(case.op, sample)
-        at = batch.n // 2
-        others = torch.arange(batch.n) != at
-        for (name, place), (poison, where) in _poisoned(case, sample, batch):
+        for (name, place), poisons in _poisoned(case, sample, batch):
             spoilt = sample.map(lambda t: t)
             given = spoilt.tensors if name in spoilt.tensors else spoilt.fixed
             leaves, spec = pytree.tree_flatten(given[name])
             leaves[place] = leaves[place].detach().clone()
-            row = batch.view(leaves[place], case.rows[name])[at]
-            row[where if where is ... else (where,) * row.dim()] = poison
+            rows = batch.view(leaves[place], case.rows[name])
+            others = torch.ones(batch.n, dtype=torch.bool)
+            for at, poison, where in poisons:
+                rows[at][where if where is ... else (where,) * rows[at].dim()] = poison
+                others[at] = False
             given[name] = pytree.tree_unflatten(leaves, spec)
             found, _, _ = run(case.op, spoilt, cotangents=cotangents)
-            what = f"{poison} in {name} ({sample})"
+            what = f"{poisons} in {name} ({sample})"
             for a, b in zip(found[:count], good[:count], strict=True):
                 assert same(batch.part(a, others), batch.part(b, others)), what
-            if math.isnan(poison) and (where is ... or name == next(iter(case.rows))):
-                own = [batch.part(a, ~others) for a in found[:count]]
-                assert (
-                    not all(a.isfinite().all() for a in own) or not own[0].is_floating_point()
-                ), what
+            for at, poison, where in poisons:
+                if math.isnan(poison) and (where is ... or name == next(iter(case.rows))):
+                    own = [batch.part(a, slice(at, at + 1)) for a in found[:count]]
+                    assert (
+                        not all(a.isfinite().all() for a in own) or not own[0].is_floating_point()
+                    ), what
             for i, key in enumerate(_names(sample)):
                 a, b = found[count + i], good[count + i]
                 if key in case.rows and batch.view(a, case.rows[key]) is not None:
@@ -217,9 +219,21 @@ def check_bad_samples(case):
 
 
 def _poisoned(case, sample, batch):
-    """Yield places and what to put there: all in the first, NaN in every one, and a third of the rest in turn."""
+    """Yield places and what to put there, as rows of the batch, numbers and where in the row.
+
+    Of a few samples one: all numbers in the first place, NaN in every one, and a third of the rest in turn.  Of many
+    samples one for each number of a kind, at once: a NaN would hide the largest of other numbers.
+    """
+    n, most = batch.n, len(POISON)
     for i, place in enumerate(_places(case, sample, batch)):
-        yield from ((place, p) for j, p in enumerate(POISON) if not (i and j) or (i + j) % 3 == 0)
+        if n >= 3 * most:
+            rows = [(n * (2 * j + 1) // (2 * most), *p) for j, p in enumerate(POISON)]
+            for kind in (math.isnan, math.isinf, math.isfinite):
+                yield place, [row for row in rows if kind(row[1])]
+            continue
+        for j, p in enumerate(POISON):
+            if not (i and j) or (i + j) % 3 == 0:
+                yield place, [(n // 2, *p)]
 
 
 def _places(case, sample, batch):
