@@ -49,8 +49,12 @@ BATCH = torch.stack([GOOD[0], torch.tensor([0.2, 3.0]).double(), GOOD[1], GOOD[2
 KEPT = torch.arange(4) != 1
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    # what a recorded solve gives depends on the adjoint; all of them are recorded in the test below
+    [*((s, False) for s in SETTINGS), *((s, True) for s in SETTINGS[1:3])],
+    ids=str,
+)
 def test_only_the_sample_that_blows_up_is_nan(options, recorded):
     flow, _ = make(**options)
     with (

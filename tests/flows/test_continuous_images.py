@@ -100,9 +100,9 @@ def test_learns_stripes():
         return torch.randn(n, 1, 1, 4).expand(n, 1, 4, 4) + 0.3 * torch.randn(n, 1, 4, 4)
 
     losses = []
-    for _ in range(60):
+    for _ in range(20):
         optimizer.zero_grad()
-        loss = -flow.log_prob(data(128)).mean()
+        loss = -flow.log_prob(data(64)).mean()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
