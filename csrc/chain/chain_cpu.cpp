@@ -195,7 +195,8 @@ Tensors place_gradients(Chain& chain, const Tensors& tensors) {
     ChainGrad& g = chain.t.grads[i];
     grads.push_back(empty(chain.t.like, tensors[i].sizes()));
     g.out = data_of(grads.back());
-    if (g.rows == 0) memset(g.out, 0, tensors[i].numel() * chain.t.like.element_size());
+    const int64_t bytes = tensors[i].numel() * chain.t.like.element_size();
+    if (g.rows == 0 && bytes > 0) memset(g.out, 0, bytes);  // without bytes there may be no address
   }
   return grads;
 }

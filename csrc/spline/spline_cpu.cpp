@@ -291,9 +291,10 @@ void copy_passing(const SplineArgs& a, const Tensor& out, int64_t begin, int64_t
   char* to = static_cast<char*>(a.out);
   for (int64_t n = begin; n < end; ++n) {
     if (a.masked) {
+      // without bytes there may be no address
       if (sample > 0) memcpy(to + n * sample, from + n * sample, sample);
       const SplineSource& s = a.source[0];
-      if (a.full && a.backward)
+      if (a.full && a.backward && s.sample > 0)
         memset(static_cast<char*>(s.grad) + n * s.sample * size, 0, s.sample * size);
       continue;
     }
@@ -302,7 +303,7 @@ void copy_passing(const SplineArgs& a, const Tensor& out, int64_t begin, int64_t
     const int64_t start = a.pass_start * (a.channels_last ? 1 : a.space) * size;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = n * sample + r * a.channels * size + start;
-      if (bytes > 0) memcpy(to + at, from + at, bytes);  // else there may be no address
+      if (bytes > 0) memcpy(to + at, from + at, bytes);
     }
   }
 }
