@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count, check_dtype_of, check_flag, is_integer
+from pyflowkern.core.checks import (
+    check_count,
+    check_dtype_of,
+    check_flag,
+    check_number,
+    is_integer,
+)
 from pyflowkern.nn._blocks import gate_layers, linear_layer, residual_block, run_blocks
 from pyflowkern.nn._coupling import condition
 from pyflowkern.nn.convolutions import convolutions
@@ -333,8 +339,9 @@ class PeriodicInput(torch.nn.Module):
         bound: ``B``, half the circle's length.
 
     Raises:
-        TypeError: for sizes that are not ints, and a context given to a network that takes none.
-        ValueError: for negative sizes.
+        TypeError: for sizes that are not ints, a bound that is no number, and a context given to a network that
+            takes none.
+        ValueError: for negative sizes, and a bound that is not positive and finite.
 
     Source: Rezende et al., "Normalizing Flows on Tori and Spheres" (2020).
 
@@ -355,6 +362,9 @@ class PeriodicInput(torch.nn.Module):
         bound: float = torch.pi,
     ) -> None:
         super().__init__()
+        bound = check_number("bound", bound)
+        if not 0 < bound < torch.inf:
+            raise ValueError(f"bound must be positive and finite, got {bound}")
         self.factor = torch.pi / bound
         in_features, out_features = _sizes(in_features, out_features)
         self.net = conditioner(2 * in_features, out_features)

@@ -155,6 +155,16 @@ def test_an_error_inside_a_network_with_contexts_stays_what_it_is():
         (lambda: nn.channel_mask(-1), ValueError, "channels must be at least 1, got -1"),
         (lambda: nn.CircularShift(2.0), TypeError, "channels must be an int, got float"),
         (
+            lambda: nn.PeriodicInput(2, 4, nn.MLP, bound=torch.zeros(2, 3).to_sparse()),
+            TypeError,
+            "bound must be a number, got Tensor",
+        ),
+        (
+            lambda: nn.PeriodicInput(2, 4, nn.MLP, bound=0),
+            ValueError,
+            "bound must be positive and finite, got 0",
+        ),
+        (
             lambda: nn.CircularShift(2, shift=torch.zeros(2, dtype=torch.complex64)),
             TypeError,
             "shift must be real, got torch.complex64",
