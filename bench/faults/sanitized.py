@@ -75,7 +75,7 @@ def environment(kind: str, folder: Path) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": f"halt_on_error=1:report_signal_unsafe=0:suppressions={suppressions}",
         "OMP_NUM_THREADS": "1",
-        "PYFLOWKERN_LIBRARY_DIR": str(folder),
+        "PYFLOWKERN_LIBRARY_DIR": str(folder.resolve()),  # cases run in another folder
         "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}",
     }
 
@@ -86,17 +86,29 @@ def _python(*words: str) -> list[str]:
     return [*fixed, sys.executable, "-P", "-W", "ignore", *words]
 
 
+#: Commits the fault of the library whose kernels run; without kernels it is no report that ends it.
+PLANTED = """
+import ctypes
+from pyflowkern import _library
+_library.require_kernels("cpu")
+ctypes.CDLL(str(_library._loaded["cpu"])).pyflowkern_planted_fault(64)
+"""
+
+
 def planted(kind: str, folder: Path) -> None:
-    """Commit the fault that lies in the library.
+    """Commit the fault that lies in the library, in a process that is started like that of the cases.
 
     Raises:
         RuntimeError: if the sanitizer does not report it, so that no finding would mean nothing.
     """
-    code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1]).pyflowkern_planted_fault(64)"
-    library = str(folder / "libpyflowkern_cpu.so")
-    done = subprocess.run(
-        _python("-c", code, library), env=environment(kind, folder), capture_output=True, text=True
-    )
+    with tempfile.TemporaryDirectory() as name:
+        done = subprocess.run(
+            _python("-c", PLANTED),
+            env=environment(kind, folder),
+            cwd=name,
+            capture_output=True,
+            text=True,
+        )
     if done.returncode == 0 or REPORTS[kind] not in done.stderr:
         raise RuntimeError(f"the planted fault was not reported: {done.stderr[-2000:]}")
 

@@ -28,7 +28,7 @@ def coupling_reference(
         parts[which], log_slope = elements(parts[which], smap.split(rows), smap, inverse)
         return torch.cat(parts, 1), sum_per_sample(log_slope)
     if rows.shape[1] != c:  # parameters of the transformed channels only: give every channel some
-        by_channel = mask.reshape(c, -1)[:, 0]
+        by_channel = mask if mask.dim() == 1 else mask.flatten(1).any(1)  # there may be no space
         rows = rows.index_select(1, (by_channel.cumsum(0) - 1).clamp(0, rows.shape[1] - 1))
     # elements that pass get zeros for parameters: whatever they hold must reach neither y nor a gradient
     rows = torch.where(mask.unsqueeze(-1), rows, 0.0)

@@ -53,6 +53,21 @@ def test_full_mask_over_channels(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("space", [(0,), (0, 2), (2, 0)])
+def test_images_without_pixels_change_no_volume(backend, space):
+    """Also where parameters are of the transformed channels alone."""
+    mask = torch.tensor([True, False, True])
+    for channels in (2, 3):
+        x = torch.zeros(4, 3, *space, requires_grad=True)
+        p = torch.zeros(4, channels * SMAP.params, *space, requires_grad=True)
+        y, log_det = spline_coupling(x, p, SMAP, split=mask)
+        assert y.shape == x.shape
+        assert torch.equal(log_det, torch.zeros(4))
+        (y.sum() + log_det.sum()).backward()
+        assert x.grad.shape == x.shape
+        assert p.grad.shape == p.shape
+
+
 def test_unused_parameters_cannot_do_harm(backend):
     x, p = coupling("checkerboard", (2, 3, 4, 4), False).tensors.values()
     mask = checkerboard_mask((3, 4, 4))
