@@ -181,6 +181,27 @@ def test_a_mixture_base_leaves_less_between_two_modes(quick):
     assert found["NSF, one normal"][2] > 4
 
 
+def test_densities_of_the_plane(quick, script):
+    found = quick("density_panels")
+    for name, distances in found.items():
+        # no flow is nearer to the truth than the truth: two standard errors of 2000 points are 0.05
+        assert all(-0.05 < distance < 3 for distance in distances.values()), name
+    assert found["moons"]["NSF"] < 0.7  # what 40 steps give
+
+
+@pytest.mark.parametrize("name", ["moons", "rings", "spirals", "board"])
+def test_the_true_densities_of_the_plane(script, name):
+    panels = script("density_panels")
+    side = torch.linspace(-3.6, 3.6, 121)[:-1] + 0.03
+    log_prob = panels.true_log_prob(name, torch.cartesian_prod(side, side), 500)
+    assert abs(float(log_prob.exp().sum()) * 0.06**2 - 1) < 2e-3
+    # samples are of that density: their mean log-density is the negative entropy
+    entropy = -float((log_prob.exp() * log_prob.nan_to_num(0, neginf=0)).sum()) * 0.06**2
+    torch.manual_seed(0)
+    own = -float(panels.true_log_prob(name, panels.draw(name, 4000), 500).mean())
+    assert abs(own - entropy) < 0.05
+
+
 def test_splines_that_reach_far_enough_give_posteriors_the_right_width(quick):
     ratios = quick("spline_bound")
     # the tails beyond 3 alone would give 1.9; after so few steps it is 1.5
