@@ -24,7 +24,7 @@ from pyflowkern.interop._sbi.doors import OdeDoor, why_left
 from pyflowkern.interop._sbi.fields import ESTIMATORS
 from pyflowkern.nn import Standardize
 
-__all__ = ["LIBRARY", "FlowEstimator", "density_estimator"]
+__all__ = ["FlowEstimator", "density_estimator"]
 
 
 def density_estimator(
