@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyflowkern.core.activations import ACTIVATIONS
-from pyflowkern.core.checks import check_context, check_count, check_floating, check_shape
+from pyflowkern.core.checks import (
+    check_context,
+    check_count,
+    check_floating,
+    check_same_device,
+    check_shape,
+)
 from pyflowkern.core.dtypes import accumulation_dtype, autocasts, cast
 from pyflowkern.nn._fields import (
     DivergenceField,
@@ -203,7 +209,7 @@ class VectorFieldMLP(DivergenceField):
 
         Raises:
             TypeError: for a target that is not floating-point, and as calling the field.
-            ValueError: for a target of another shape, and as calling the field.
+            ValueError: for a target of another shape or device, and as calling the field.
 
         Source: Lipman et al. 2023, *Flow Matching for Generative Modeling*.
 
@@ -217,6 +223,7 @@ class VectorFieldMLP(DivergenceField):
         check_floating("target", target)
         check_shape("target", target, x.shape)
         check_context(context, self.context_features, x)
+        check_same_device(x=x, target=target, context=context)
         layers = self._joined(t, x, context)
         fits = target.dtype == x.dtype and of_samples(scale, x) and of_samples(weight, x)
         if layers is None or not fits:

@@ -304,6 +304,9 @@ def test_wrong_targets_of_the_squared_error_are_named():
     field, x = make("concat"), normal(6, 3)
     with pytest.raises(ValueError, match="target must have shape"):
         field.squared_error(0.5, x, x[:, :2])
+    for pair in ((x, x.to("meta")), (x.to("meta"), x)):
+        with pytest.raises(ValueError, match="all tensors must be on one device"):
+            field.squared_error(0.5, *pair)
     with pytest.raises(TypeError, match="target must be"):
         field.squared_error(0.5, x, x.long())
 
