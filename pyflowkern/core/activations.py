@@ -83,21 +83,44 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return an activation of vector fields and its derivative, both differentiable by autograd to any order.
+    """Return an activation and its derivative, both differentiable by autograd to any order.
+
+    At a kink the derivative is that from the left, as autograd's.
 
     Args:
         a: what is activated.
-        activation: "tanh", "softplus", "silu" or "gelu".
+        activation: one of :data:`ACTIVATIONS`.
     """
     if activation == "tanh":
         h = torch.tanh(a)
         return h, 1 - h * h
-    if activation == "softplus":
-        return softplus(a), torch.sigmoid(a)
-    if activation == "silu":
-        near = a.clamp(-_SILU_BOUND, _SILU_BOUND)
-        return silu(a), torch.sigmoid(near) * (1 + near * torch.sigmoid(-near))
+    if activation == "sigmoid":
+        h = torch.sigmoid(a)
+        return h, h * torch.sigmoid(-a)
+    if activation == "gelu":
+        return _gelu_and_slope(a)
+    return ACTIVATIONS[activation](a), _SLOPES[activation](a)
+
+
+def _gelu_and_slope(a: Tensor) -> tuple[Tensor, Tensor]:
     wide = cast(a, accumulation_dtype(a.dtype))
     near = wide.clamp(-_GELU_BOUND, _GELU_BOUND)
     cdf, density = _normal_cdf(near), torch.exp(-0.5 * near * near) / math.sqrt(2 * math.pi)
     return cast(wide * cdf, a.dtype), cast(cdf + near * density, a.dtype)
+
+
+def _silu_slope(a: Tensor) -> Tensor:
+    near = a.clamp(-_SILU_BOUND, _SILU_BOUND)
+    return torch.sigmoid(near) * (1 + near * torch.sigmoid(-near))
+
+
+#: Of those that share nothing with the activation.
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": torch.ones_like,
+    "relu": lambda a: (a > 0).to(a.dtype),
+    "leaky_relu": lambda a: (a > 0).to(a.dtype).clamp_min(0.01),
+    # exp is not taken where it could overflow: its gradient would be inf times 0
+    "elu": lambda a: a.clamp(max=0).exp(),
+    "silu": _silu_slope,
+    "softplus": torch.sigmoid,
+}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyflowkern.core.activations import ACTIVATIONS, activation_and_slope
 from pyflowkern.interop._kinds import class_test
-from pyflowkern.interop._slopes import SLOPES, Function
 from pyflowkern.nn.links import Link, activation_name
 
 __all__ = ["Dual", "Network", "is_of", "network_of"]
@@ -17,7 +17,6 @@ __all__ = ["Dual", "Network", "is_of", "network_of"]
 #: Whether an object is of exactly the class of sbi that lies there.
 is_of = class_test("sbi")
 _NETS = "neural_nets.net_builders.vector_field_nets."
-_Activation = tuple[Function, Function]
 
 
 class Dual(NamedTuple):
@@ -37,11 +36,12 @@ class Dual(NamedTuple):
         found = self.tangents
         return Dual(value, None if found is None else functional.linear(found, weight))
 
-    def activated(self, activation: _Activation) -> Dual:
-        """Return what an activation, given with its slope, makes of it."""
-        function, slope = activation
-        tangents = None if self.tangents is None else slope(self.value) * self.tangents
-        return Dual(function(self.value), tangents)
+    def activated(self, activation: str) -> Dual:
+        """Return what an activation makes of it."""
+        if self.tangents is None:
+            return Dual(ACTIVATIONS[activation](self.value), None)
+        value, slope = activation_and_slope(self.value, activation)
+        return Dual(value, slope * self.tangents)
 
     def shifted(self, shift: Tensor) -> Dual:
         """Return the sum with what does not depend on the input."""
@@ -104,7 +104,7 @@ class Network:
 class _Plain(Network):
     """``VectorFieldMLP``: linear layers of one width, with LayerNorm and connections past each layer where wanted."""
 
-    def __init__(self, net: Any, link: Link, activation: _Activation) -> None:
+    def __init__(self, net: Any, link: Link, activation: str) -> None:
         super().__init__(net, link)
         link.facts.append((net, ("skip_connections", "layer_norm")))
         self._activation = activation
@@ -135,7 +135,9 @@ class _Plain(Network):
         merge, width = net.input_merge_layer, net.input_layer.out_features
         # condition and time are the same for many samples, and go through their layers once
         of_condition = functional.linear(
-            activation[0](net.condition_layer(condition)), merge.weight[:, width:], merge.bias
+            ACTIVATIONS[activation](net.condition_layer(condition)),
+            merge.weight[:, width:],
+            merge.bias,
         )
         of_time = net.time_linear_layer(net.time_emb(time)).squeeze(0)
         first = net.input_layer
@@ -158,7 +160,7 @@ class _Plain(Network):
 class _Adaptive(Network):
     """``VectorFieldAdaMLP``: residual blocks that time and condition scale, shift and gate."""
 
-    def __init__(self, net: Any, link: Link, activations: list[_Activation]) -> None:
+    def __init__(self, net: Any, link: Link, activations: list[str]) -> None:
         super().__init__(net, link)
         self._activations = activations
 
@@ -211,6 +213,7 @@ def network_of(net: object, link: Link) -> Network | None:
     return _Adaptive.read(net, link) if is_of(net, f"{_NETS}VectorFieldAdaMLP") else None
 
 
-def _activation(module: torch.nn.Module | None, link: Link) -> _Activation | None:
-    """Return an activation with its slope, after noting it; None for one that is not known."""
-    return SLOPES.get(activation_name([module], link) or "")
+def _activation(module: torch.nn.Module | None, link: Link) -> str | None:
+    """Return the name of an activation, after noting it; None for one that is not known, or not in float64."""
+    name = activation_name([module], link)
+    return name if link.in_float64 else None

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyflowkern.core.activations import ACTIVATIONS, activation_and_slope
 from pyflowkern.core.dtypes import PLAIN_TENSORS
 from pyflowkern.interop._doors import MethodDoor, is_off
-from pyflowkern.interop._slopes import SLOPES
 from pyflowkern.interop._zuko.networks import is_of, linears_of
 from pyflowkern.nn.chain import undisturbed
 from pyflowkern.nn.links import Link, Watched, obstructed
@@ -72,7 +72,7 @@ class ContinuousDoor(MethodDoor):
         if not is_of(net, "nn.MLP") or (found := linears_of(net, "nn.Linear", link)) is None:
             return None
         linears, activation = found
-        if activation not in SLOPES:
+        if not link.in_float64:
             return None
         biased = []
         for linear in linears:
@@ -136,7 +136,7 @@ class VelocityAndTrace:
         context: Tensor | None,
     ) -> None:
         self._layers, self._freqs, self._context = layers, freqs, context
-        self._activation, self._slope = SLOPES[activation]
+        self._activation = activation
         self._features = layers[-1][0].shape[0]
         with torch.no_grad():
             self._kept = self._middle()
@@ -145,7 +145,7 @@ class VelocityAndTrace:
         """Return the field."""
         hidden = self._units(t, x)[-1]
         return (
-            functional.linear(self._activation(hidden), *self._layers[-1])
+            functional.linear(self._activated(hidden), *self._layers[-1])
             if len(self._layers) > 1
             else hidden
         )
@@ -156,7 +156,7 @@ class VelocityAndTrace:
         if len(self._layers) == 1:
             return units[0], self._middle().expand(x.shape[:-1])
         middle = self._middle() if torch.is_grad_enabled() else self._kept
-        velocity = functional.linear(self._activation(units[-1]), *self._layers[-1])
+        velocity = functional.linear(self._activated(units[-1]), *self._layers[-1])
         slopes = [*map(self._slope, units)]
         if len(slopes) == 1:
             return velocity, slopes[0] @ middle
@@ -175,8 +175,14 @@ class VelocityAndTrace:
             return units[0], (tangent * probe).sum(-1)
         for unit, (weight, _) in zip(units, self._layers[1:], strict=True):
             tangent = functional.linear(self._slope(unit) * tangent, weight)
-        velocity = functional.linear(self._activation(units[-1]), *self._layers[-1])
+        velocity = functional.linear(self._activated(units[-1]), *self._layers[-1])
         return velocity, (tangent * probe).sum(-1)
+
+    def _activated(self, a: Tensor) -> Tensor:
+        return ACTIVATIONS[self._activation](a)
+
+    def _slope(self, a: Tensor) -> Tensor:
+        return activation_and_slope(a, self._activation)[1]
 
     def _weight(self) -> Tensor:
         """Return the columns of the first weight that belong to the state."""
@@ -203,5 +209,5 @@ class VelocityAndTrace:
             shift = shift + functional.linear(self._context, weight[:, at + self._features :])
         units = [functional.linear(x, self._weight()) + shift]
         for layer in self._layers[1:-1]:
-            units.append(functional.linear(self._activation(units[-1]), *layer))
+            units.append(functional.linear(self._activated(units[-1]), *layer))
         return units
