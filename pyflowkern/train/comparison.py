@@ -32,8 +32,6 @@ from pyflowkern.train.threads import limited_threads
 
 __all__ = ["compare", "configs_of", "table_of"]
 
-#: A comma between two arguments of a flow: what closes a list or a mapping comes behind what opens it.
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")
 _ARGUMENT = re.compile(r"\w+=")
 #: Rows that are scored at a time, each part under noise of its own seed, the same for all flows.
 _PART = 128
@@ -119,7 +117,7 @@ def configs_of(
     base = TrainConfig.read(file) if file else {}
     configs: dict[str, TrainConfig] = {}
     for text in flows:
-        kind, *arguments = _COMMA.split(text)
+        kind, *arguments = _parts(text)
         if wrong := [a for a in arguments if not _ARGUMENT.match(a)]:
             raise ConfigError(f"--flow {text}: wants NAME=VALUE behind a comma, got {wrong[0]!r}")
         name, count = kind, 1
@@ -129,6 +127,18 @@ def configs_of(
         given = [*settings, *(f"flow_args.{a}" for a in arguments)]
         configs[name] = TrainConfig.create(merged(base, options | {"flow": kind}, given))
     return configs
+
+
+def _parts(text: str) -> list[str]:
+    """Divide a text at its commas, but for those within lists and mappings."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _check(runs: dict[str, TrainConfig]) -> None:

@@ -152,12 +152,14 @@ def test_mistakes_are_told_before_anything_is_written(shared, tmp_path, names, c
 
 def test_flows_are_named_with_their_arguments():
     texts = ["NSF,hidden=[16, 8],bins=4", "MAF", "MAF,transforms=2", "NSF,hidden=[8,8]"]
+    texts.append("NSF,a=[[1,2],[3,4]],b={c: 1, d: [2]}")
     configs = configs_of(texts, None, {"steps": 7}, ["hidden=32", "lr=0.1"])
     assert {name: c.flow_args for name, c in configs.items()} == {
         "NSF": {"hidden": [16, 8], "bins": 4},
         "MAF": {"hidden": 32},
         "MAF-2": {"hidden": 32, "transforms": 2},
         "NSF-2": {"hidden": [8, 8]},
+        "NSF-3": {"hidden": 32, "a": [[1, 2], [3, 4]], "b": {"c": 1, "d": [2]}},
     }
     assert {(c.steps, c.lr) for c in configs.values()} == {(7, 0.1)}
     for text in ("MAF,transforms", "MAF,", "MAF,hidden=[8,8],16"):
