@@ -51,7 +51,8 @@ def accelerate(model: torch.nn.Module | None = None, *, strict: bool = False) ->
 
     Args:
         model: any module; what is known inside of it is accelerated.  None for all models of this process.
-        strict: raise where a part that was recognised had to be left alone.
+        strict: raise where a transform or a density of one of the libraries had to be left alone, also one that no op
+            knows.
 
     Returns:
         What was done with each part, and why others were left; ``print`` shows a table.  Without a model it first lists
