@@ -26,3 +26,12 @@ def test_kernels_of_some_families_are_clean_and_a_planted_fault_is_found(kind):
     threads = ["--threads", "4"] if kind == "thread" else []
     found = sanitized.fuzz(kind, library, ["--cases", "24", "--targets", *TARGETS, *threads])
     assert (found["cases"], found["findings"]) == (24, [])
+
+
+def test_a_run_without_kernels_does_not_count(tmp_path, monkeypatch):
+    """A folder without a library leaves plain PyTorch to be watched; a relative one is that of the caller."""
+    with pytest.raises(RuntimeError, match="no pyflowkern kernels for cpu"):
+        sanitized.planted("address", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = sanitized.environment("address", Path("here"))["PYFLOWKERN_LIBRARY_DIR"]
+    assert found == str(tmp_path / "here")
