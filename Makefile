@@ -109,7 +109,7 @@ $(VENV)/release: $(VENV)/compilers
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed
-	$(BIN)/python -m pip install -q -c constraints.txt sphinx furo myst-parser sphinx-copybutton
+	$(BIN)/python -m pip install -q -c constraints.txt sphinx furo myst-parser sphinx-copybutton sphinx-mathjax-offline
 	touch $@
 
 # Of the output only the progress is shown, [7/47] Building ...; all of it if the build fails.

@@ -6,8 +6,9 @@ import argparse
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,7 @@ def arguments() -> argparse.Namespace:
             *families(),
             "all",
             "summary",
+            "pictures",
             "overview",
             "cuda-report",
             "steps",
@@ -70,6 +72,7 @@ def arguments() -> argparse.Namespace:
             *WHOLE,
         ],
         help="summary: the tables of docs/performance.md; overview: README.md's picture and rows; "
+        "pictures: those of all families again, from their results; "
         "cuda-report: registers, accesses and bytes of the kernels; "
         "steps: launches and graphs of training steps; "
         "busy: training steps beside a process that keeps a core busy; "
@@ -133,13 +136,17 @@ def run_family(
         print("\n".join([*lines, f"({time.monotonic() - begin:.0f} s)"]), flush=True)
     folder = _folder(args, _environment.slug(facts, plan.device), any(row.noisy for row in rows))
     written = _report.write(folder, family, _report.records(family, rows, facts))
-    title = f"{family} on {facts['device']}, {facts['threads']} threads"
-    for draw, name in ((plot, f"{family}.png"), (plot_scaling, f"{family}_scaling.png")):
-        if draw(folder / name, title, rows):
-            written.append(folder / name)
+    written += draw(folder, family, rows, facts)
     print("\n" + "\n".join([*verdicts, *(f"wrote {path}" for path in written)]))
     good = all(row.status == "ok" or row.status.startswith("not installed") for row in rows)
     return good, written
+
+
+def draw(folder: Path, family: str, rows: list[Row], facts: Mapping[str, Any]) -> list[Path]:
+    """Draw the results of one family, and return the pictures."""
+    title = f"{family} on {facts['device']}, {facts['threads']} threads"
+    pictures = {folder / f"{family}.png": plot, folder / f"{family}_scaling.png": plot_scaling}
+    return [path for path, drawn in pictures.items() if drawn(path, title, rows)]
 
 
 def _folder(args: argparse.Namespace, device: str, noisy: bool) -> Path:
@@ -204,6 +211,12 @@ def main() -> int:
         print(summary(folder))
         if args.html is not None and folder is not None:
             write_page(args.html, [*folder.glob("*.json"), *folder.glob("*.md")])
+        return 0
+    if args.family == "pictures":
+        folder = args.out or _results(device)
+        for family in families():
+            if (folder / f"{family}.json").is_file():
+                draw(folder, family, *_report.read(folder / f"{family}.json"))
         return 0
     if args.family == "overview":
         folder = args.out or _results(device)

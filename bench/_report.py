@@ -6,13 +6,14 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from bench._case import Case
 from bench._harness import Row
 
-__all__ = ["COLUMNS", "check_targets", "records", "table", "write"]
+__all__ = ["COLUMNS", "check_targets", "read", "records", "table", "write"]
 
 #: The columns of a CSV; the facts of the machine (``_environment.describe``) follow.
 COLUMNS = (
@@ -55,6 +56,18 @@ def write(
         writer.writerows(found)
     paths[1].write_text(json.dumps(list(found), indent=1) + "\n")
     return paths
+
+
+def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of a ``<family>.json``, and the facts of the machine that all share."""
+    found = json.loads(path.read_text())
+    names = {field.name for field in fields(Row)}
+    rows = []
+    for record in found:
+        record["pass_"] = record.pop("pass")
+        measured = {key: math.nan if record[key] is None else record[key] for key in names}
+        rows.append(Row(**measured))
+    return rows, {key: value for key, value in found[0].items() if key not in names}
 
 
 def table(rows: Sequence[Row]) -> str:

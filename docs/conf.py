@@ -19,10 +19,11 @@ release = version = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a network
 ]
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -36,6 +37,7 @@ napoleon_use_ivar = True  # attributes of a named tuple are described once
 napoleon_use_rtype = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines names of modules, like links
 html_static_path = ["_static"]
 html_css_files = ["tables.css", "gallery.css"]
 html_title = f"pyflowkern {version}"

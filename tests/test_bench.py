@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not part of the installed package
 
-from bench import _busy, _environment, _memory, _papers, _processes, _report, _steps
+from bench import _busy, _environment, _memory, _papers, _plot, _processes, _report, _steps
 from bench._case import Case, Lazy, random_inputs
 from bench._harness import Row, run_case
 from bench._html import write_page
@@ -182,6 +182,26 @@ def test_scaling_is_drawn_where_cases_differ_only_in_a_number(tmp_path):
     rows.append(Row("one layer D=64", "ours", "call", "float32", p50=64.0))
     assert plot_scaling(picture, "title", rows)
     assert picture.stat().st_size > 1000
+
+
+def test_bars_of_a_case_lie_side_by_side_and_cases_apart():
+    rows = [Row(case, who, "call", "float32") for case, who in (("a", "zuko"), ("a", "ours"))]
+    rows += [Row("b", "ours", "forward", "float64"), Row("b", "ours", "inverse", "float64")]
+    places, middles = _plot._places(rows, ["ours", "compile", "zuko"])
+    assert places == {("a", "ours"): 1, ("a", "zuko"): 2, ("b float64", "ours"): 4}
+    assert middles == {"a": 1.5, "b float64": 4}
+
+
+def test_pictures_are_drawn_again_from_what_was_written(tmp_path):
+    facts = {"device": "x", "threads": 2}
+    rows = [Row("one", who, "call", "float32", "ms", 1.0, 2.0, 3.0) for who in ("eager", "ours")]
+    rows[1].speedup_vs_eager, rows[1].noisy = 2.5, True
+    written = _report.write(tmp_path, "tiny", _report.records("tiny", rows, facts))
+    again, shared = _report.read(written[1])
+    assert repr(again) == repr(rows)  # nan is not nan
+    assert shared == {"family": "tiny", **facts}
+    assert _plot.plot(tmp_path / "tiny.png", "title", again)
+    assert not _plot.plot(tmp_path / "none.png", "title", again[:1])
 
 
 def test_curves_of_processes_are_compared():
