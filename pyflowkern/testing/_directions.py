@@ -18,7 +18,7 @@ Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 def directions(bijection: Any) -> tuple[Map, Map]:
     if isinstance(bijection, tuple) and len(bijection) == 2 and all(map(callable, bijection)):
-        return bijection
+        return _of_function(bijection[0]), _of_function(bijection[1])
     if isinstance(bijection, Transform):
         return _of_transform(bijection), _of_transform(bijection.inv)
     if isinstance(bijection, torch.nn.Module):
@@ -35,10 +35,24 @@ def directions(bijection: Any) -> tuple[Map, Map]:
 
 def _with_context(call: Callable[..., tuple[Tensor, Tensor]]) -> Map:
     def run(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        value, log_det = call(x) if context is None else call(x, context)
-        return value, log_det
+        return _pair(call(x) if context is None else call(x, context))
 
     return run
+
+
+def _pair(results: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(results, tuple | list) or len(results) != 2:
+        what = (
+            f"{len(results)} of them"
+            if isinstance(results, tuple | list)
+            else type(results).__name__
+        )
+        raise TypeError(f"wants two results, the value and its log_det, got {what}")
+    return results[0], results[1]
+
+
+def _of_function(call: Map) -> Map:
+    return lambda x, context: _pair(call(x, context))
 
 
 def _of_transform(transform: Transform) -> Map:
@@ -55,7 +69,7 @@ def _of_freia(module: torch.nn.Module, rev: bool) -> Map:
 
     def run(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         given = {} if context is None else {"c": (context,)}
-        value, log_det = module(x if bare else (x,), **given, rev=rev, jac=True)
+        value, log_det = _pair(module(x if bare else (x,), **given, rev=rev, jac=True))
         return (value[0] if isinstance(value, tuple | list) else value), log_det
 
     return run

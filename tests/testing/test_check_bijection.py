@@ -80,6 +80,21 @@ class Double(Scale):
         return z, log_det.double()
 
 
+class ValueAlone(Scale):
+    def scaled(self, x, log_scale):
+        return x * log_scale.exp()
+
+
+class Column(Scale):
+    def scaled(self, x, log_scale):
+        return x * log_scale.exp(), log_scale.sum().expand(len(x), 1)
+
+
+class InPlace(Scale):
+    def scaled(self, x, log_scale):
+        return x.mul_(log_scale.detach().exp()), log_scale.sum().expand(len(x))
+
+
 def pair(scale):
     """Return both directions of ``z = scale x`` as functions."""
     log_det = 3 * math.log(scale)
@@ -151,6 +166,29 @@ def test_each_law_finds_its_fault(bijection, law, words):
     with pytest.raises(BijectionError, match=f"breaks 1 of 1 laws\n  {law}: {words}"):
         check_bijection(bijection, X, laws=[law])
     assert not check_bijection(bijection, X, laws=[law], raise_exception=False)
+
+
+@pytest.mark.parametrize(
+    ("bijection", "words"),
+    [
+        (
+            ValueAlone(),
+            "raised TypeError: wants two results, the value and its log_det, got Tensor",
+        ),
+        (
+            (lambda x, context: (x, x[:, 0], x), lambda z, context: z),
+            "raised TypeError: wants two results, the value and its log_det, got 3 of them",
+        ),
+        (Column(), "forward: log_det must have shape (4,), got (4, 1)"),
+        (InPlace(), "forward: writes into its argument"),
+    ],
+)
+def test_results_of_a_wrong_form_are_all_that_is_said(bijection, words):
+    x = X.clone()
+    words = f"breaks 1 of 9 laws, the others were not looked at\n  shapes: {words}"
+    with pytest.raises(BijectionError, match=re.escape(words) + "$"):
+        check_bijection(bijection, x)
+    assert torch.equal(x, X)  # whoever writes into it
 
 
 def test_an_iterator_of_laws_is_not_used_up_before_they_are_checked():
