@@ -125,7 +125,11 @@ def evaluate(
     from pyflowkern.train.inference import evaluate_checkpoint
 
     result = evaluate_checkpoint(run, data, seed=seed, bar=progress)
-    line = "{score:.4f} +- {standard_error:.4f} {unit}, mean over {rows} rows of {data} after {step} steps"
+    what = "negative log-density, " if result["unit"] == "nats" else ""
+    line = (
+        f"{{score:.4f}} +- {{standard_error:.4f}} {{unit}} ({what}lower is better), "
+        "mean over {rows} rows of {data} after {step} steps"
+    )
     typer.echo(json.dumps(result) if as_json else line.format(**result))
 
 

@@ -87,6 +87,7 @@ def table(tmp_path_factory):
     (folder / "table.csv").write_text("\n".join(lines))
     options = ("--data", folder / "table.csv", "--flow", "RealNVP", "--steps", 4)
     printed = succeeds("train", *options, "--out", folder / "run", *SMALL)
+    assert "nats are of the negative log-density: lower is better" in printed
     assert re.search(r"step +4/4  train -?\d+\.\d+  held out -?\d+\.\d+ nats", printed)
     return folder
 
@@ -161,6 +162,10 @@ def test_table_from_training_to_score(table):
     np.testing.assert_array_equal(calm, calm[:1].repeat(3, 0))
     held_out = json.loads(succeeds("evaluate", run, "--json"))
     assert (held_out["rows"], held_out["unit"]) == (8, "nats")
+    line = succeeds("evaluate", run)
+    assert f"{held_out['score']:.4f} +- " in line
+    assert " nats (negative log-density, lower is better), mean over 8 rows of" in line
+    assert all(text == str(np.float32(text)) for row in rows for text in row)  # no digit more
     succeeds("evaluate", run, "--data", "s.csv")
 
 
@@ -263,11 +268,11 @@ BAD = {
     "missing": ("none.csv", lambda path: None, "none.csv: no such file"),
     "empty": ("t.csv", _text(""), "t.csv: holds no rows"),
     "binary": ("t.csv", lambda path: path.write_bytes(b"\xff\xfe\x00"), "t.csv: not a readable"),
-    "nan": ("t.csv", _text("a,b\n1,2\n3,nan\n"), "t.csv, row 3: holds NaN or inf"),
-    "gap": ("t.csv", _text("a,b\n1,2\n3,\n"), "t.csv, row 3: '' is not a number"),
-    "first row": ("t.csv", _text("1,NA\n1,2\n3,4\n"), "t.csv, row 1: 'NA' is not a number"),
+    "nan": ("t.csv", _text("a,b\n1,2\n3,nan\n"), "t.csv, row 3, column 2 (b): holds NaN"),
+    "gap": ("t.csv", _text("a,b\n1,2\n3,\n"), "t.csv, row 3, column 2 (b): is empty,"),
+    "first row": ("t.csv", _text("1,NA\n1,2\n3,4\n"), "t.csv, row 1, column 2: 'NA' is not a"),
     "short row": ("t.csv", _text("1,2\n3,4\n5\n"), "t.csv, row 3: 1 columns instead of 2"),
-    "npy nan": ("a.npy", _save(NAN), "a.npy, row 13: holds NaN or inf"),
+    "npy nan": ("a.npy", _save(NAN), "a.npy, row 13, column 2: holds NaN or inf"),
     "npy empty": ("a.npy", _save(np.zeros((0, 2))), "a.npy: is empty"),
     "npy text": ("a.npy", _text("text"), "a.npy: not a readable"),
     "npz": ("a.npy", _archive, "a.npy: is an archive"),
@@ -284,6 +289,14 @@ def test_bad_data_stops_training_and_scoring(case, tmp_path, table):
     write(tmp_path / name)
     assert message in refuses(tmp_path, "train", "--data", name, "--flow", "RealNVP")
     assert message in refuses(tmp_path, "evaluate", table / "run", "--data", name)
+
+
+def test_columns_too_many_are_named(table, tmp_path):
+    Path("more.csv").write_text("length,width,kind\n1,2,3\n4,5,6\n")
+    line = refuses(tmp_path, "evaluate", table / "run", "--data", "more.csv")
+    assert (
+        "more.csv: has the column 'kind', which the flow was not trained on; leave it out" in line
+    )
 
 
 def test_data_of_another_shape_is_not_scored(table, digits, tmp_path):
@@ -392,5 +405,5 @@ def test_a_separate_process_shows_no_traceback(arguments, tmp_path):
     )
     assert result.returncode == 2
     assert result.stdout == ""
-    assert re.fullmatch(r"pyflowkern: (t.csv, row 3|none): .*\n", result.stderr)
+    assert re.fullmatch(r"pyflowkern: (t.csv, row 3, column 2|none): .*\n", result.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]

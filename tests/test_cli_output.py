@@ -74,4 +74,5 @@ def test_a_comparison_on_the_command_line(tmp_path):
     head = next(i for i, line in enumerate(lines) if line.startswith("flow  "))
     assert {line.split()[0] for line in lines[head + 1 : head + 3]} == {"MAF", "MAF-2"}
     assert lines[head + 1].count("best") == 1
+    assert lines[head + 3] == "held-out nats are of the log-density: higher is better"
     assert "two flows" in refuses(tmp_path, "compare", "--data", "t.csv", "--flow", "MAF")

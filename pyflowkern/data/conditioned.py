@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyflowkern.data.dataset import Conditioned, DataError
+from pyflowkern.data.dataset import Conditioned, DataError, column_at
 
 __all__ = ["Columns", "class_numbers", "find_columns", "take_context"]
 
@@ -101,7 +101,7 @@ def take_context(
     rest = [i for i in range(rows.shape[1]) if i not in places]
     context, known = rows[:, places], list[int]()
     if wanted.classes:
-        where = f"{name}, column {places[0] + 1}"
+        where = f"{name}, {column_at(places[0], header)}"
         context, known = class_numbers(where, context[:, 0], classes)
     return Conditioned(rows[:, rest].contiguous(), context), places, known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ __all__ = [
     "DataSet",
     "InTurn",
     "Rows",
+    "column_at",
     "parts_of",
     "split_rows",
 ]
@@ -178,6 +180,14 @@ class DataSet:
                 if part is not None:
                     crc = zlib.crc32(part.contiguous().numpy().tobytes(), crc)
         return crc
+
+
+def column_at(place: int, columns: Sequence[str]) -> str:
+    """Return how errors call the column at a place, from 0 on; ``columns`` are names of all, or none."""
+    if not columns:
+        return f"column {place + 1}"
+    name = " ".join(columns[place].split())[:40]  # errors are one line
+    return f"column {place + 1} ({name})"
 
 
 def split_rows(rows: int, seed: int, fraction: float = 0.1) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyflowkern.data.conditioned import Columns, take_context
-from pyflowkern.data.dataset import Condition, DataError, DataSet, split_rows
+from pyflowkern.data.dataset import Condition, DataError, DataSet, column_at, split_rows
 from pyflowkern.data.photos import read_image
 
 __all__ = [
@@ -46,6 +46,8 @@ IMAGE_SUFFIXES = {
 }
 
 LARGEST = torch.finfo(torch.float32).max
+#: What other tables have between columns.
+_SEPARATORS = {";": "semicolons", "\t": "tabs", " ": "spaces"}
 
 
 def check_regular(path: Path) -> None:
@@ -87,7 +89,7 @@ def table_parts(path: Path, numbers: int) -> Iterator[tuple[Tensor, list[str]]]:
             header, width = [cell.strip() for cell in cells], len(cells)
             continue
         width = width or len(cells)
-        rows.append(_table_row(path, line, cells, width))
+        rows.append(_table_row(path, line, cells, width, header))
         if len(rows) * width >= numbers:
             yield torch.tensor(rows, dtype=torch.float32), header
             rows, some = [], True
@@ -109,17 +111,32 @@ def _table_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}: not a readable table ({error})") from None
 
 
-def _table_row(path: Path, line: int, cells: list[str], width: int) -> list[float]:
+def _table_row(
+    path: Path, line: int, cells: list[str], width: int, header: list[str]
+) -> list[float]:
     numbers = _numbers(cells)
+    if len(cells) != width:
+        raise DataError(f"{path}, row {line}: {len(cells)} columns instead of {width}")
     if numbers is None:
-        bad = next(c for c in cells if _numbers([c]) is None)
-        raise DataError(f"{path}, row {line}: {bad.strip()[:40]!r} is not a number")
-    if len(numbers) != width:
-        raise DataError(f"{path}, row {line}: {len(numbers)} columns instead of {width}")
-    for cell, number in zip(cells, numbers, strict=True):
+        _check_separator(path, line, cells)
+        place = next(i for i, cell in enumerate(cells) if _numbers([cell]) is None)
+        held = cells[place].strip()[:40]
+        what = f"{held!r} is not a number" if held else "is empty, wants a number"
+        raise DataError(f"{path}, row {line}, {column_at(place, header)}: {what}")
+    for place, (cell, number) in enumerate(zip(cells, numbers, strict=True)):
         if not abs(number) <= LARGEST:  # false for NaN, too
-            raise DataError(f"{path}, row {line}: {_unusable(cell, number)}")
+            where = f"{path}, row {line}, {column_at(place, header)}"
+            raise DataError(f"{where}: {_unusable(cell, number)}")
     return numbers
+
+
+def _check_separator(path: Path, line: int, cells: list[str]) -> None:
+    """Raise DataError for numbers that are separated, but not by commas."""
+    for mark, name in _SEPARATORS.items():
+        if len(cells) == 1 and mark in cells[0] and _numbers(cells[0].split(mark)) is not None:
+            raise DataError(
+                f"{path}, row {line}: numbers are separated by {name}; a .csv file has commas"
+            )
 
 
 def vector_set(
@@ -146,14 +163,15 @@ def vector_set(
         raise DataError(f"{path}: needs 2 rows at least, has {len(rows)}")
     train, held_out = split_rows(len(rows), seed)
     if context is None:
-        mean, std = moments_of(str(path), rows[train])
+        mean, std = moments_of(str(path), rows[train], columns=columns)
         return DataSet(str(path), rows[train], rows[held_out], mean=mean, std=std, columns=columns)
     both, places, classes = take_context(str(path), rows, columns, context)
     rest = [i for i in range(rows.shape[1]) if i not in places]
-    mean, std = moments_of(str(path), both.rows[train], rest)
+    mean, std = moments_of(str(path), both.rows[train], rest, columns=columns)
     condition = Condition([columns[i] if columns else str(i + 1) for i in places], classes)
     if not classes:
-        moments = moments_of(str(path), both.context[train], places, "so nothing depends on it")
+        rows, why = both.context[train], "so nothing depends on it"
+        moments = moments_of(str(path), rows, places, why, columns)
         condition = replace(condition, mean=moments[0], std=moments[1])
     names = [columns[i] for i in rest] if columns else []
     data = DataSet(str(path), both[train], both[held_out], columns=names, condition=condition)
@@ -165,6 +183,7 @@ def moments_of(
     rows: Tensor,
     places: Sequence[int] | None = None,
     constant: str = "so it has no density",
+    columns: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each column; raise DataError for one that is constant.
 
@@ -173,9 +192,11 @@ def moments_of(
         rows: ``[N, columns]``.
         places: where the columns stand in the file, from 0 on; as they come if None.
         constant: what follows from a constant column.
+        columns: names of all columns of the file, or none.
     """
     doubles = rows.double()
-    return check_moments(name, doubles.mean(0), doubles.std(0, correction=0), places, constant)
+    mean, std = doubles.mean(0), doubles.std(0, correction=0)
+    return check_moments(name, mean, std, places, constant, columns)
 
 
 def check_moments(
@@ -184,16 +205,17 @@ def check_moments(
     std: Tensor,
     places: Sequence[int] | None = None,
     constant: str = "so it has no density",
+    columns: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return float64 moments of columns as float32; raise DataError for a column that is constant.  Args as above."""
     smallest = torch.finfo(torch.float32).tiny
     for i, (centre, spread) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)):
-        column = 1 + (i if places is None else places[i])
+        column = column_at(i if places is None else places[i], columns)
         if spread == 0 or spread <= 1e-7 * abs(centre):
-            raise DataError(f"{name}, column {column}: constant, {constant}; leave it out")
+            raise DataError(f"{name}, {column}: constant, {constant}; leave it out")
         if spread < smallest:
             raise DataError(
-                f"{name}, column {column}: its spread of {spread:.2g} is too small for float32; scale it up"
+                f"{name}, {column}: its spread of {spread:.2g} is too small for float32; scale it up"
             )
     return mean.float(), std.float()
 
@@ -292,7 +314,11 @@ def _array_rows(path: Path, array: np.ndarray[Any, Any], row: int = 0) -> Tensor
 
 
 def check_finite(
-    name: str, rows: np.ndarray[Any, Any], value: Callable[[int, int], Any], row: int = 0
+    name: str,
+    rows: np.ndarray[Any, Any],
+    value: Callable[[int, int], Any],
+    row: int = 0,
+    columns: Sequence[str] = (),
 ) -> None:
     """Raise DataError for the first number that float32 cannot hold.
 
@@ -301,12 +327,14 @@ def check_finite(
         rows: float32 ``[n, D]``, where such a number is inf or NaN.
         value: gives the number as the file has it.
         row: number of the first row in the file, from 0 on.
+        columns: their names, or none.
     """
     if np.isfinite(rows).all():
         return
     i, j = (int(k) for k in np.argwhere(~np.isfinite(rows))[0])
     held = value(i, j)
-    raise DataError(f"{name}, row {row + i + 1}: {_unusable(str(held), float(held))}")
+    where = f"{name}, row {row + i + 1}, {column_at(j, columns)}"
+    raise DataError(f"{where}: {_unusable(str(held), float(held))}")
 
 
 def _copied(path: Path, array: np.ndarray[Any, Any], dtype: type) -> np.ndarray[Any, Any]:

@@ -66,7 +66,7 @@ def pair_set(
         kept, left = split_rows(len(rows), 2 * seed + k)
         train.append(rows[kept])
         held_out.append(rows[left])
-    mean, std = moments_of(" and ".join(map(str, paths)), torch.cat(train))
+    mean, std = moments_of(" and ".join(map(str, paths)), torch.cat(train), columns=columns)
     count = min(map(len, held_out))
     return PairSet(
         f"{paths[0]} to {paths[1]}",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyflowkern.data.dataset import DataError
+from pyflowkern.data.dataset import DataError, column_at
 from pyflowkern.data.files import check_finite, check_regular
 
 __all__ = ["ParquetTable", "check_pyarrow", "parquet_writer"]
@@ -102,9 +102,12 @@ class ParquetTable:
             for i, column in enumerate(batch.columns):
                 if column.null_count:
                     at = 1 + row + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-                    raise DataError(f"{self.name}, row {at}: {self.columns[i]!r} is empty")
+                    where = f"{self.name}, row {at}, {column_at(i, self.columns)}"
+                    raise DataError(f"{where}: is empty, wants a number")
                 values[:, i] = column.to_numpy(zero_copy_only=False)
-        check_finite(self.name, values, lambda i, j: batch.columns[j][i].as_py(), row)
+        check_finite(
+            self.name, values, lambda i, j: batch.columns[j][i].as_py(), row, self.columns
+        )
         return torch.from_numpy(values)
 
     def _tried(self, read: Callable[[], Any]) -> Any:

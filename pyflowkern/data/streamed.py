@@ -22,7 +22,7 @@ from pyflowkern.data.conditioned import (
     find_columns,
     take_context,
 )
-from pyflowkern.data.dataset import Batch, Condition, Conditioned, DataError, DataSet
+from pyflowkern.data.dataset import Batch, Condition, Conditioned, DataError, DataSet, column_at
 from pyflowkern.data.files import ArrayFile, check_moments
 from pyflowkern.data.parquet import ParquetTable
 
@@ -290,13 +290,14 @@ def streamed_set(
         return replace(data, train=Streamed(file, shares, seed, _as_it_is, buffer), bits=8)
     classes = list[int]()
     if label:
-        _, classes = class_numbers(f"{file.name}, column {places[0] + 1}", values)
+        _, classes = class_numbers(f"{file.name}, {column_at(places[0], file.columns)}", values)
 
     def batch_of(rows: Tensor) -> Batch:
         return _conditioned(file, rows, context, classes)
 
     rest = [i for i in range(file.shape[0]) if i not in places]
-    mean, std = check_moments(file.name, moments.mean[rest], moments.std[rest], rest)
+    found = moments.mean[rest], moments.std[rest]
+    mean, std = check_moments(file.name, *found, rest, columns=file.columns)
     return replace(
         data,
         train=Streamed(file, shares, seed, batch_of, buffer),
@@ -327,5 +328,6 @@ def _condition(file: Blocks, moments: Moments, places: list[int], classes: list[
     if classes:
         return Condition(names, classes)
     parts = moments.mean[places], moments.std[places]
-    mean, std = check_moments(file.name, *parts, places, "so nothing depends on it")
+    why = "so nothing depends on it"
+    mean, std = check_moments(file.name, *parts, places, why, file.columns)
     return Condition(names, mean=mean, std=std)

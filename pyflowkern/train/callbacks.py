@@ -47,6 +47,8 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Initialise from one batch and score the untrained flow."""
         module = _flow_module(pl_module)
+        if self.talk and not module.rank and module.unit == "nats":
+            print("nats are of the negative log-density: lower is better", flush=True)
         if not self.rows:
             self._append(trainer, module, module.first_score(), module.held_out(module.model))
         self._start = time.monotonic()

@@ -323,4 +323,5 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         lines.append([*line, f"{row['samples_per_second']:.0f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)).rstrip() for x in lines]
-    return "\n".join([*text, *problems])
+    sign = "held-out nats are of the log-density: higher is better"
+    return "\n".join([*text, *problems, *([sign] if len(lines) > 1 else [])])

@@ -241,15 +241,20 @@ def _of_kind(trained: Trained, source: str, rows: Tensor, header: list[str]) -> 
     if condition := trained.facts.get("condition"):
         taken = with_context(trained, source, rows, header)
         header = [name for name in header if name not in condition["columns"]]
-    _check_kind(trained.facts, source, tuple(taken.shape[1:]), bits)
     wanted = trained.facts["columns"]
-    if header == wanted or not (header and wanted):
-        return taken
-    if missing := [name for name in wanted if name not in header]:
+    named = bool(header and wanted)
+    if named and (missing := [name for name in wanted if name not in header]):
         known = ", ".join(header)
         raise DataError(
             f"{source}: has no column {missing[0]!r}, which the flow was trained on; its columns are {known}"
         )
+    if named and (others := [name for name in header if name not in wanted]):
+        raise DataError(
+            f"{source}: has the column {others[0]!r}, which the flow was not trained on; leave it out"
+        )
+    _check_kind(trained.facts, source, tuple(taken.shape[1:]), bits)
+    if header == wanted or not named:
+        return taken
     order = [header.index(name) for name in wanted]
     if isinstance(taken, Conditioned):
         return replace(taken, rows=taken.rows[:, order])

@@ -81,4 +81,5 @@ def _table(file: BinaryIO, columns: list[str]) -> Write:
 
     if columns:
         write([columns])
-    return lambda rows: write(rows.tolist())
+    # the shortest text of a float32, which as a Python float would have the digits of a double
+    return lambda rows: write(rows.numpy().astype("U").tolist())

@@ -193,17 +193,17 @@ def _damaged(path):
 
 
 BAD = {
-    "nan": ("t.npy", _numbers(np.nan), "t.npy, row 701: holds NaN or inf"),
-    "nan in a group": ("t.parquet", _numbers(np.nan), "t.parquet, row 701: holds NaN or inf"),
-    "too large": ("t.parquet", _numbers(1e39), "row 701: holds 1e+39, which is too large"),
-    "null": ("t.parquet", _columns(a=[1, 2, 3, None, 5.0]), "t.parquet, row 4: 'a' is empty"),
+    "nan": ("t.npy", _numbers(np.nan), "t.npy, row 701, column 3: holds NaN"),
+    "nan in a group": ("t.parquet", _numbers(np.nan), "t.parquet, row 701, column 3 (c): holds NaN"),
+    "too large": ("t.parquet", _numbers(1e39), "row 701, column 3 (c): holds 1e+39, which"),
+    "null": ("t.parquet", _columns(a=[1, 2, 3, None, 5.0]), "t.parquet, row 4, column 1 (a): is empty"),
     "text": ("t.parquet", _columns(a=[1.0, 2], b=["x", "y"]), "column 'b' holds values of type string"),
     "truth": ("t.parquet", _columns(a=[True, False]), "column 'a' holds values of type bool"),
     "lists": ("t.parquet", _columns(a=[[1.0], [2.0]]), "column 'a' holds values of type list"),
     "no rows": ("t.parquet", _columns(a=pyarrow.array([], "float")), "holds no rows of numbers"),
     "no columns": ("t.parquet", _columns(), "t.parquet: holds no rows of numbers"),
     "one row": ("t.parquet", _columns(a=[1.0]), "t.parquet: needs 2 rows at least, has 1"),
-    "constant": ("t.parquet", _columns(a=[1.0] * 5), "t.parquet, column 1: constant"),
+    "constant": ("t.parquet", _columns(a=[1.0] * 5), "t.parquet, column 1 (a): constant"),
     "cut": ("t.parquet", _cut, "t.parquet: not a readable Parquet file"),
     "damaged": ("t.parquet", _damaged, "t.parquet: not a readable Parquet file"),
     "empty": ("t.parquet", lambda path: path.touch(), "t.parquet: not a readable Parquet file"),
@@ -225,7 +225,9 @@ def test_bad_files_are_one_line(tmp_path, case, stream):
 def test_other_errors(path, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"only \.npy and \.parquet files can be read in blocks"):
         load(tmp_path / "t.csv", stream=True)
-    with pytest.raises(DataError, match=r"column 3: holds .* but classes are whole numbers"):
+    with pytest.raises(
+        DataError, match=r"column 3( \(c\))?: holds .* but classes are whole numbers"
+    ):
         streamed(path, context=Columns(["3"], True))
     file = open_blocks(path)
     if path.suffix == ".npy":

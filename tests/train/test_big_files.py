@@ -103,7 +103,7 @@ def test_a_bad_row_far_into_a_file_is_named(cli, run, monkeypatch):
     rows[800, 1] = np.nan
     np.save("bad.npy", rows)
     out, err = cli("evaluate", run, "--data", "bad.npy", code=2)
-    assert (out, err) == ("", "pyflowkern: bad.npy, row 801: holds NaN or inf\n")
+    assert (out, err) == ("", "pyflowkern: bad.npy, row 801, column 2: holds NaN or inf\n")
     parquet.write_table(pyarrow.table({"a": [1.0, 2.0]}), "one.parquet")
     _, err = cli("evaluate", run, "--data", "one.parquet", code=2)
     assert "holds rows of 1 numbers; the flow was trained on rows of 2 numbers" in err
