@@ -15,6 +15,7 @@ from pyflowkern.core.dtypes import autocasts
 
 __all__ = [
     "check_batched",
+    "check_callable",
     "check_channels",
     "check_choice",
     "check_context",
@@ -24,6 +25,7 @@ __all__ = [
     "check_dtype_of",
     "check_flag",
     "check_floating",
+    "check_generator",
     "check_list",
     "check_number",
     "check_real",
@@ -72,10 +74,31 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, torch.SymInt):
         return value
     if type(value) is not int and not is_integer(value):  # the first test is the faster one
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        traced = isinstance(value, Tensor) and torch.jit.is_tracing()
+        hint = (
+            ": torch.jit.trace makes sizes tensors, use torch.export in its place"
+            if traced
+            else ""
+        )
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}{hint}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {type(value).__name__}")
+
+
+def check_generator(generator: torch.Generator | None) -> torch.device:
+    """Return the device that a generator draws on, the CPU if there is none; raise TypeError for all else."""
+    if generator is None:
+        return torch.device("cpu")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    return generator.device
 
 
 def check_choice(name: str, value: str, known: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count
+from pyflowkern.core.checks import check_count, check_generator
 from pyflowkern.estimation.means import Estimate, mean_with_error
 
 __all__ = ["LikelihoodBounds", "Noisy", "likelihood_bounds"]
@@ -91,7 +91,7 @@ def likelihood_bounds(
         Both bounds of each row, float64.
 
     Raises:
-        TypeError: for an ``x`` that is not uint8, and counts that are no ints.
+        TypeError: for an ``x`` that is not uint8, a context that is no tensor, and counts that are no ints.
         ValueError: for no rows, a context with another number of rows, counts below 1, and as ``flow.log_prob``.
 
     Source: Theis, van den Oord and Bethge (2016); Burda, Grosse and Salakhutdinov (2016); Ho et al., Flow++ (2019).
@@ -111,12 +111,14 @@ def likelihood_bounds(
         raise TypeError(f"x must be a uint8 tensor of integers, got {kind}")
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must have shape [N, ...] with N at least 1, got {tuple(x.shape)}")
+    if context is not None and not isinstance(context, Tensor):
+        raise TypeError(f"context must be a tensor, got {type(context).__name__}")
     if context is not None and len(context) != len(x):
         raise ValueError(f"context must have {len(x)} rows, one a row of x, got {len(context)}")
     rows = max(1, chunk // draws)
     elbo, iwbo = [], []
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        seed = torch.randint(2**62, (), generator=generator, device=_device(generator))
+        seed = torch.randint(2**62, (), generator=generator, device=check_generator(generator))
         torch.manual_seed(int(seed))
         for begin in range(0, len(x), rows):
             some = slice(begin, begin + rows)
@@ -124,10 +126,6 @@ def likelihood_bounds(
             elbo.append(logs.mean(1))
             iwbo.append(logs.logsumexp(1) - math.log(draws))
     return LikelihoodBounds(torch.cat(elbo), torch.cat(iwbo), draws, math.prod(x.shape[1:]))
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
 
 
 def _noisy(flow: Noisy, x: Tensor, context: Tensor | None, draws: int, chunk: int) -> Tensor:

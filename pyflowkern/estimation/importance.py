@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count
+from pyflowkern.core.checks import check_callable, check_count
 from pyflowkern.estimation.means import check_values
 
 __all__ = [
@@ -154,6 +154,9 @@ def importance_sampling(
     """
     check_count("n", n)
     check_count("chunk", chunk)
+    check_callable("log_target", log_target)
+    if values is not None:
+        check_callable("values", values)
     weights: list[Tensor] = []
     averaged: list[Tensor] = []
     for begin in range(0, n, chunk):

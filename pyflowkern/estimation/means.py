@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_generator
+
 __all__ = ["Estimate", "mean_with_error"]
 
 
@@ -67,5 +69,5 @@ def check_values(name: str, values: Tensor, axes: int) -> None:
 
 def random_numbers(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Return uniform numbers, float64, on the device of the generator."""
-    device = generator.device if generator is not None else torch.device("cpu")
+    device = check_generator(generator)
     return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)

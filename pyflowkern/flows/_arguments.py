@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count, check_flag, is_integer, takes_two
+from pyflowkern.core.checks import check_count, check_flag, check_number, is_integer, takes_two
 
 __all__ = [
     "ConditionerFactory",
     "check_counts",
     "check_flags",
+    "check_temperature",
     "expand_context",
     "parse_event",
     "parse_shape",
@@ -80,6 +82,16 @@ def plain_ints(values: Sequence[int]) -> Sequence[int]:
     if isinstance(values, Iterable) and all(is_integer(v) for v in values):
         return tuple(int(v) for v in values)
     return values
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise unless it is a finite number from 0 on, which may be in a tensor."""
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature)
+    elif temperature.numel() != 1:
+        raise TypeError(f"temperature must be one number, got {tuple(temperature.shape)}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
 
 
 def expand_context(context: Tensor | None, n: int, features: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from pyflowkern import ops
 from pyflowkern.core.checks import check_count, check_dtype
-from pyflowkern.flows._arguments import check_flags, expand_context, parse_shape
+from pyflowkern.flows._arguments import check_flags, check_temperature, expand_context, parse_shape
 from pyflowkern.flows._chunks import Array, decode_in_chunks, log_prob_in_chunks
 from pyflowkern.flows._domain import Domain, PixelDomain, without_density
 from pyflowkern.flows._forms import FlowForms
@@ -357,8 +357,7 @@ class Flow(FlowForms):
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``n`` latents and a context of each."""
         n = check_count("n", n, 0)
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        check_temperature(temperature)
         context = self._context_of(context, n)
         latents = self._run(self.base.sample, n, temperature=temperature, generator=generator)  # type: ignore
         return latents, context

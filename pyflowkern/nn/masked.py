@@ -236,8 +236,11 @@ def _widths(hidden: Sequence[int], residual: bool) -> list[int]:
 
 
 def _order(order: Sequence[int] | Tensor | None, features: int) -> list[int]:
-    known = list(range(features)) if order is None else list(order)
-    ints = [int(i) for i in known]
+    try:
+        known = list(range(features)) if order is None else list(order)
+        ints = [int(i) for i in known]
+    except (TypeError, ValueError):
+        raise TypeError(f"order must be a sequence of ints, got {order!r}") from None
     if ints != known or sorted(ints) != list(range(features)):
         raise ValueError(f"order must be a permutation of 0 ... {features - 1}, got {known}")
     return ints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -242,6 +243,12 @@ def _for_all(params: Tensor, x: Tensor) -> Tensor:
 
 
 def _spline_map(spline: SplineMap | None, options: dict[str, Any]) -> SplineMap:
+    known = [f.name for f in fields(SplineMap) if f.init]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(
+            f"SplineCoupling takes no argument {unknown[0]!r}; of splines it takes {', '.join(known)}, and a network's "
+            "are given with it, as by functools.partial(nn.MLP, hidden=64)"
+        )
     if spline is None:
         return SplineMap(**options)
     if not isinstance(spline, SplineMap):

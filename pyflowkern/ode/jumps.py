@@ -54,7 +54,7 @@ def jump_times(jump_t: Tensor | Sequence[float] | None) -> list[float]:
         return []
     try:
         times = [number(t) for t in jump_t]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"jump_t must be a tensor or a sequence of numbers, got {jump_t!r}"
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_callable
 from pyflowkern.ode.packing import Packing
 
 __all__ = ["NORMS", "MaxSample", "Norm", "Rms", "norm_of"]
@@ -111,6 +112,7 @@ def norm_of(packing: Packing, norm: str | Callable[[Any], Tensor] | None) -> Nor
         norm: one of :data:`NORMS`, a function of a state in the user's structure, or None for "rms".
     """
     if norm is not None and not isinstance(norm, str):
+        check_callable("norm", norm)
         user = norm
         return lambda r: user(packing.unpack(r))
     if norm is None:

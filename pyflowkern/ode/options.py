@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.checks import check_callable, check_flag
 from pyflowkern.ode.callbacks import Callbacks
 from pyflowkern.ode.norms import norm_of
 from pyflowkern.ode.packing import Packing, check_allowed
@@ -98,6 +99,8 @@ class Options:
             raise ValueError(f"interp must be 'linear' or 'cubic', got {self.interp!r}")
         if not isinstance(self.perturb, bool):
             raise TypeError(f"perturb must be a bool, got {type(self.perturb).__name__}")
+        if self.grid is not None:
+            check_callable("grid", self.grid)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -183,6 +186,10 @@ def options_for(
         raise ValueError(f"compat must be None or 'torchdiffeq', got {compat!r}")
     if control not in ("batch", "device", "sample"):
         raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
+    if not isinstance(backward, Mapping | None):
+        raise TypeError(f"backward must be a dict of settings, got {type(backward).__name__}")
+    for name, value in (("dense", dense), ("checkpoint", settings.get("checkpoint", True))):
+        check_flag(name, value)
     chosen = tableau(method if compat is None else name_from_torchdiffeq(method))
     if dense or chosen.error is not None or settings.get("interp") == "cubic":
         chosen = end_slope(chosen)

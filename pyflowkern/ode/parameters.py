@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["leaf_node", "leaf_nodes", "parameters_of", "tensors_in"]
+__all__ = ["check_params", "leaf_node", "leaf_nodes", "parameters_of", "tensors_in"]
 
 #: Most objects to inspect.  What a field reads is close to it; a data set that it refers to must not be searched whole.
 LIMIT = 5000
@@ -51,6 +51,15 @@ def parameters_of(
     count = len(tensors)
     tensors.update({id(p): p for p in tensors_in(func) if id(p) not in tensors})
     return list(tensors.values()), count
+
+
+def check_params(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the user's list of tensors; raise TypeError for anything else."""
+    given = list(params) if isinstance(params, Iterable) else [params]
+    for p in given:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must be tensors, got {type(p).__name__}")
+    return given
 
 
 # --- graphs --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pyflowkern.ode.jumps import jump_times, stretches
 from pyflowkern.ode.loops import reversible
 from pyflowkern.ode.options import Options, options_for
 from pyflowkern.ode.packing import Field, Packing
-from pyflowkern.ode.parameters import parameters_of, tensors_in
+from pyflowkern.ode.parameters import check_params, parameters_of, tensors_in
 from pyflowkern.ode.solution import DenseOutput, Inside, Solution, Stats, Status, Trajectory
 from pyflowkern.ode.steppers import Graph
 from pyflowkern.ode.tableaus import Tableau
@@ -360,7 +360,7 @@ def _first_slope(
             "torch.autograd.grad, and a batch axis with control='sample' in place of vmap"
         )
     if params is not None:
-        params = list(params)
+        params = check_params(params)
         if options.per_sample or not y0.requires_grad:
             return None, *parameters_of(func, y0, params)
     leaf = y0.detach().requires_grad_()

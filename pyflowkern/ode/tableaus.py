@@ -384,9 +384,11 @@ def torchdiffeq_dense(method: Tableau) -> Tableau:
 
 
 def tableau(method: str | Tableau) -> Tableau:
-    """Return the tableau of a method's name; raise ValueError where there is none."""
+    """Return the tableau of a method's name; raise ValueError where there is none, TypeError for what is no name."""
     if isinstance(method, Tableau):
         return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a Tableau, got {type(method).__name__}")
     method = _ALIASES.get(method, method)
     if method not in TABLEAUS:
         if method in _NEAREST:

@@ -345,6 +345,8 @@ def settings_of_options(
         func: the field, which a ``grid_constructor`` is called with.
         y0: the first state, for the same purpose.
     """
+    if not isinstance(options, Mapping):
+        raise TypeError(f"{name} must be a dict of options, got {type(options).__name__}")
     fixed = tableau(method).error is None
     allowed = {*(_FIXED if fixed else _ADAPTIVE), *_BOTH}
     known: dict[str, Any] = {}

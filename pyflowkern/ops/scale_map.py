@@ -102,13 +102,13 @@ class ScaleMap:
 
     def __post_init__(self) -> None:
         check_choice("scale_map", self.kind, KINDS)
-        if self.kind == "sigmoid" and self.max_scale == math.inf:
-            object.__setattr__(self, "max_scale", 1.0)
         for name in ("clamp", "gain", "offset", "eps", "max_scale", "shift_gain"):
             value = check_number(name, getattr(self, name))
             object.__setattr__(self, name, value)
             if not (math.isfinite(value) or (name == "max_scale" and value == math.inf)):
                 raise ValueError(f"{name} must be finite, got {value}")
+        if self.kind == "sigmoid" and self.max_scale == math.inf:
+            object.__setattr__(self, "max_scale", 1.0)
         for name in ("shift_first", "divide"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         if not self.clamp > 0:

@@ -9,7 +9,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_choice, check_count, check_flag, check_floating
+from pyflowkern.core.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_floating,
+    check_number,
+)
 from pyflowkern.core.draws import uniform_like
 from pyflowkern.transport._arguments import (
     check_generator,
@@ -324,7 +330,7 @@ def wasserstein(
     method = "exact" if method is None else method
     if method not in ("exact", "sinkhorn"):
         raise ValueError(f"method must be 'exact' or 'sinkhorn', got {method!r}")
-    if power not in (1, 2) or (power == 1 and method == "sinkhorn"):
+    if check_number("power", power) not in (1, 2) or (power == 1 and method == "sinkhorn"):
         raise ValueError(f"power must be 2, or 1 if exact, got {power!r}")
     if method == "sinkhorn":
         check_pair(x0, x1)

@@ -125,6 +125,9 @@ def test_columns_are_found_by_their_names(cli, context):
         out, err = cli("evaluate", "run", "--data", "other.csv", code=code)
         assert out == (wanted if code == 0 else "")
     assert "other.csv: has no column 'a', which the flow was trained on; its columns are" in err
+    parquet.write_table(pyarrow.table({**columns, "run": columns["a"]}), "more.parquet")
+    _, err = cli("evaluate", "run", "--data", "more.parquet", code=2)
+    assert "has the column 'run', which the flow was not trained on; leave it out" in err
 
 
 def test_samples_are_the_same_in_every_file_and_written_in_parts(cli, run, monkeypatch):
