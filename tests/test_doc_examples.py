@@ -41,5 +41,13 @@ def test_examples(module, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("public", PUBLIC)
-def test_what_is_public_has_an_example(public):
+def test_what_is_public_has_an_example_that_runs_by_itself(public, tmp_path, monkeypatch):
+    """With the imports that it has, as one who reads ``help()`` would copy it."""
+    if public.__module__ == "pyflowkern.flows.weights":
+        pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
     assert ">>>" in public.__doc__
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(recurse=False).find(public, "example", globs={}):
+        runner.run(example)
+    assert runner.failures == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fresh
 import pytest
+import torch
 from PIL import Image
 
 from pyflowkern import ops
@@ -68,6 +69,12 @@ def test_python_blocks_run_one_after_the_other(page):
     if page == "inference.md":
         # a thousand draws alone have 0.03 deviations; the rest is what a training of seconds leaves
         assert namespace["error_of_mean"].abs().max() < 0.5
+        assert namespace["corrected"].abs().max() < 0.1  # 5000 draws: 0.02 and less
+        found, design, noise = (namespace[name] for name in ("found", "design", "noise"))
+        covariance = design @ design.T + noise**2 * torch.eye(3)
+        evidence = torch.distributions.MultivariateNormal(torch.zeros(3), covariance)
+        exact = float(evidence.log_prob(namespace["observed"]))
+        assert abs(found.log_normalizer - exact) < 5 * found.standard_error
 
 
 def test_every_shell_line_is_of_a_kind_that_is_tested():

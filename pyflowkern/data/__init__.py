@@ -107,6 +107,7 @@ def load(
         DataError: One line that names the file and the row at fault.
 
     Example:
+        >>> from pyflowkern.data import load
         >>> load("digits").shape
         (1, 8, 8)
     """
@@ -139,6 +140,8 @@ def load_pairs(first: str | Path, second: str | Path, *, seed: int = 0) -> PairS
         DataError: One line that names the file and the row at fault.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import load_pairs
         >>> _ = Path("a.csv").write_text("1,2\n" * 20 + "3,4\n"), Path("b.csv").write_text("5,6\n" * 20 + "7,8\n")
         >>> load_pairs("a.csv", "b.csv").shape
         (2,)
@@ -159,6 +162,8 @@ def read(source: str | Path, *, size: int = 32) -> tuple[Tensor, list[str]]:
         DataError: One line that names the file and the row at fault.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import read
         >>> _ = Path("t.csv").write_text("a,b\n1,2\n3,4\n")
         >>> read("t.csv")
         (tensor([[1., 2.],
@@ -179,6 +184,8 @@ class Parts(NamedTuple):
     """The rows of a file in their order, a part at a time.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import Parts
         >>> Parts(iter([(torch.zeros(2, 3), [])]), total=2).total
         2
     """
@@ -201,6 +208,7 @@ def read_parts(source: str | Path, *, size: int = 32, numbers: int = 2**16) -> P
         DataError: as :func:`read`, when the row at fault is read.
 
     Example:
+        >>> from pyflowkern.data import read_parts
         >>> from pathlib import Path
         >>> _ = Path("t.csv").write_text("a,b" + 5 * "\n1,2")
         >>> [(rows.shape[0], header) for rows, header in read_parts("t.csv", numbers=6).parts]

@@ -33,6 +33,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
         rank: of the process.
 
     Example:
+        >>> from pyflowkern.data import step_seed
         >>> step_seed(0, 1) != step_seed(1, 0)
         True
     """
@@ -57,6 +58,8 @@ class Batches:
         ranks: how many there are.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import Batches, DataSet
         >>> data = DataSet("numbers", torch.arange(8.0)[:, None], torch.zeros(1, 1))
         >>> batches = Batches(data, 4, seed=0)
         >>> sorted(torch.cat([batches.batch(0), batches.batch(1)]).flatten().int().tolist())

@@ -25,6 +25,7 @@ class Columns:
         classes: whether it is one column of whole numbers that are classes.
 
     Example:
+        >>> from pyflowkern.data import Columns
         >>> Columns.parse("age, 3", "").names
         ['age', '3']
     """
@@ -52,6 +53,7 @@ def find_columns(name: str, header: Sequence[str], width: int, wanted: Sequence[
         DataError: for a column that is not there or given twice, and where no other is left.
 
     Example:
+        >>> from pyflowkern.data import find_columns
         >>> find_columns("t.csv", ["age", "dose", "size"], 3, ["size", "1"])
         [2, 0]
     """
@@ -90,6 +92,8 @@ def take_context(
         DataError: for images, columns that are not there, and classes that are no whole numbers or not known.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import Columns, take_context
         >>> table = torch.tensor([[0.5, 3.0], [0.7, 4.0]])
         >>> rows, places, classes = take_context("t.csv", table, ["a", "kind"], Columns(["kind"], True))
         >>> tuple(rows.shape), rows.context.tolist(), places, classes

@@ -28,6 +28,7 @@ class DataError(ValueError):
     """Data that cannot be used.  The message is one line that names the file and, if known, the row.
 
     Example:
+        >>> from pyflowkern.data import DataError
         >>> from pyflowkern.data import load
         >>> try:
         ...     load("no_such_table.csv")
@@ -50,6 +51,8 @@ class Conditioned:
         context: ``[N, K]`` or ``[N]``.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import Conditioned
         >>> rows = Conditioned(torch.zeros(5, 2), torch.arange(5))
         >>> len(rows), rows[torch.tensor([4, 0])].context.tolist(), len(rows.split(3))
         (5, [4, 0], 2)
@@ -89,6 +92,8 @@ def parts_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
         batch: a tensor, or rows with contexts.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import Conditioned, parts_of
         >>> rows, context = parts_of(Conditioned(torch.zeros(5, 2), torch.arange(5)))
         >>> tuple(rows.shape), context.tolist(), parts_of(torch.zeros(5, 2))[1]
         ((5, 2), [0, 1, 2, 3, 4], None)
@@ -122,6 +127,7 @@ class Condition:
     rows alone.
 
     Example:
+        >>> from pyflowkern.data import Condition
         >>> Condition(["digit"], classes=[0, 1, 2]).mean is None
         True
     """
@@ -141,6 +147,8 @@ class DataSet:
     ``condition`` both parts are :class:`Conditioned`.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import DataSet
         >>> data = DataSet("numbers", torch.randn(90, 3), torch.randn(10, 3))
         >>> data.shape, data.is_image
         ((3,), False)

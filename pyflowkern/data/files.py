@@ -155,6 +155,9 @@ def vector_set(
         DataError: one line, for less than two rows, and for a column that is constant or overflows.
 
     Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pyflowkern.data import vector_set
         >>> data = vector_set(Path("t.csv"), torch.randn(50, 2), ["a", "b"], seed=0)
         >>> len(data.train), len(data.validation), data.columns
         (45, 5, ['a', 'b'])
@@ -232,6 +235,9 @@ def image_set(path: Path, images: Tensor, seed: int) -> DataSet:
         DataError: one line, for less than two images.
 
     Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pyflowkern.data import image_set
         >>> data = image_set(Path("images.npy"), torch.zeros(50, 3, 8, 8, dtype=torch.uint8), seed=0)
         >>> data.shape, data.bits, len(data.validation)
         ((3, 8, 8), 8, 5)

@@ -38,6 +38,9 @@ class PairSet(DataSet):
     """A data set whose rows ``[2, D]`` are a row of each table; they belong together by chance alone.
 
     Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from pyflowkern.data.pairs import pair_set
         >>> tables = torch.randn(20, 3), torch.randn(30, 3)
         >>> data = pair_set((Path("a.csv"), Path("b.csv")), tables, [], seed=0)
         >>> data.shape, tuple(data.validation.shape), len(data.train)

@@ -30,6 +30,8 @@ def check_pyarrow(path: Path) -> Any:
         DataError: one line, where pyarrow is not installed.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import check_pyarrow
         >>> check_pyarrow(Path("rows.parquet")).__name__
         'pyarrow'
     """
@@ -135,6 +137,9 @@ def parquet_writer(
         DataError: one line, where pyarrow is not installed.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import parquet_writer
+        >>> from pyflowkern.data.parquet import ParquetTable
         >>> import torch
         >>> path = Path("rows.parquet")
         >>> with path.open("wb") as file, parquet_writer(path, file, ["a", "b"]) as write:

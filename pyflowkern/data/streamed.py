@@ -40,6 +40,8 @@ class Blocks(Protocol):
     """A file of rows that is read in blocks.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import Blocks, open_blocks
         >>> import numpy as np
         >>> np.save("rows.npy", np.zeros((100_000, 2), np.float32))
         >>> blocks: Blocks = open_blocks(Path("rows.npy"))
@@ -66,6 +68,8 @@ def open_blocks(path: Path) -> Blocks:
         DataError: one line, for a file of another kind, and one that is damaged or empty.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import open_blocks
         >>> import numpy as np
         >>> np.save("rows.npy", np.zeros((5, 2), np.float32))
         >>> open_blocks(Path("rows.npy")).counts
@@ -85,6 +89,8 @@ class Moments:
     Source: Chan, Golub and LeVeque 1983, *Algorithms for computing the sample variance*.
 
     Example:
+        >>> import torch
+        >>> from pyflowkern.data import Moments
         >>> moments = Moments()
         >>> for part in torch.arange(10.0).split(4):
         ...     moments.update(part)
@@ -134,6 +140,8 @@ class Streamed:
         buffer: about how many numbers are in memory; one block at least.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import Streamed, open_blocks
         >>> import numpy as np
         >>> np.save("rows.npy", np.arange(10, dtype=np.float32)[:, None])
         >>> rows = Streamed(open_blocks(Path("rows.npy")), held_out=[2], seed=0, batch_of=lambda rows: rows)
@@ -260,6 +268,8 @@ def streamed_set(
         DataError: one line that names the file and, if known, the row.
 
     Example:
+        >>> from pathlib import Path
+        >>> from pyflowkern.data import open_blocks, streamed_set
         >>> import numpy as np
         >>> np.save("rows.npy", np.arange(100, dtype=np.float32).reshape(50, 2))
         >>> data = streamed_set(open_blocks(Path("rows.npy")), seed=0)

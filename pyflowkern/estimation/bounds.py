@@ -27,6 +27,7 @@ class LikelihoodBounds:
     """Two bounds from below of the log-probability of each row.
 
     Example:
+        >>> from pyflowkern.estimation import LikelihoodBounds
         >>> import torch
         >>> LikelihoodBounds(torch.tensor([-3.0, -5.0]), torch.tensor([-2.0, -4.0]), 8, 2).mean_iwbo.value
         -3.0
@@ -97,6 +98,7 @@ def likelihood_bounds(
     Source: Theis, van den Oord and Bethge (2016); Burda, Grosse and Salakhutdinov (2016); Ho et al., Flow++ (2019).
 
     Example:
+        >>> from pyflowkern.estimation import likelihood_bounds
         >>> import torch
         >>> from pyflowkern import flows
         >>> flow = flows.RealNVP((1, 4, 4), steps=1, hidden=4, bits=3)

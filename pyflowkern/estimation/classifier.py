@@ -61,6 +61,7 @@ def classifier_test(
     Source: Lopez-Paz and Oquab, Revisiting classifier two-sample tests (2017).
 
     Example:
+        >>> from pyflowkern.estimation import classifier_test
         >>> import torch
         >>> seeded = torch.Generator().manual_seed(0)
         >>> x, y = torch.randn(2, 300, 2, generator=seeded)

@@ -37,6 +37,7 @@ class ImportanceEstimate:
     """What importance sampling gave.
 
     Example:
+        >>> from pyflowkern.estimation import importance_estimate
         >>> import torch
         >>> round(importance_estimate(torch.zeros(100)).effective_sample_size, 6)
         100.0
@@ -86,6 +87,7 @@ def importance_estimate(log_weights: Tensor, values: Tensor | None = None) -> Im
     Source: Kong (1992) for the effective sample size; Owen, Monte Carlo theory, methods and examples (2013), chapter 9.
 
     Example:
+        >>> from pyflowkern.estimation import importance_estimate
         >>> import torch
         >>> x = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0)).double()
         >>> shifted = importance_estimate(0.5 * x[:, 0] - 0.125 + 1.0, x)  # e N(0.5, 1) over N(0, 1)
@@ -145,6 +147,7 @@ def importance_sampling(
     Source: Mueller et al., Neural importance sampling (2019), for flows as proposals.
 
     Example:
+        >>> from pyflowkern.estimation import importance_sampling
         >>> import torch
         >>> from pyflowkern import flows
         >>> flow = flows.MAF(2, transforms=1, hidden=(4,))
@@ -197,6 +200,7 @@ def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
     (2009) for the fit.
 
     Example:
+        >>> from pyflowkern.estimation import pareto_smoothed
         >>> import torch
         >>> u = torch.rand(20_000, generator=torch.Generator().manual_seed(0)).double()
         >>> k = pareto_smoothed(-0.5 * u.log())[1]  # weights u^(-1/2): a tail of shape 1/2

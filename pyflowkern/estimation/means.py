@@ -17,6 +17,7 @@ class Estimate(NamedTuple):
     """A number that was estimated, and its standard error.
 
     Example:
+        >>> from pyflowkern.estimation import Estimate
         >>> Estimate(1.25, 0.01)
         Estimate(value=1.25, standard_error=0.01)
     """
@@ -45,6 +46,7 @@ def mean_with_error(values: Tensor) -> Estimate:
         ValueError: for another shape, and for no values.
 
     Example:
+        >>> from pyflowkern.estimation import mean_with_error
         >>> import torch
         >>> mean_with_error(torch.tensor([1.0, 3.0]))
         Estimate(value=2.0, standard_error=1.0)

@@ -24,6 +24,7 @@ class TwoSample(NamedTuple):
     """A statistic of two samples, and how seldom samples of one law have one as large.
 
     Example:
+        >>> from pyflowkern.estimation import TwoSample
         >>> TwoSample(0.03, 0.4).p_value < 0.05
         False
     """
@@ -74,6 +75,7 @@ def mmd_test(
     Source: Gretton et al., A kernel two-sample test (2012).
 
     Example:
+        >>> from pyflowkern.estimation import mmd_test
         >>> import torch
         >>> seeded = torch.Generator().manual_seed(0)
         >>> x, y = torch.randn(2, 200, 3, generator=seeded)
@@ -127,6 +129,7 @@ def energy_test(
     Source: Szekely and Rizzo (2004, 2013).
 
     Example:
+        >>> from pyflowkern.estimation import energy_test
         >>> import torch
         >>> seeded = torch.Generator().manual_seed(0)
         >>> x, y = torch.randn(2, 200, 3, generator=seeded)
@@ -174,6 +177,7 @@ def sliced_test(
     Source: Rabin et al. (2012); Bonneel et al. (2015).
 
     Example:
+        >>> from pyflowkern.estimation import sliced_test
         >>> import torch
         >>> seeded = torch.Generator().manual_seed(0)
         >>> x, y = torch.randn(2, 200, 3, generator=seeded)

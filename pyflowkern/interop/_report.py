@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 __all__ = ["Entry", "Report"]
 
+#: Letters of a note that stands below the table, once, where several modules have it.
+_LONG = 30
 _HEADS = ("module", "class", "what runs now", "gain", "why, or what to know")
 
 
@@ -36,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What was accelerated and what was left alone; as a text it is a table.
+    """What was accelerated and what was left alone; as a text it is a table, with long notes that repeat below it.
 
     In a ``with`` statement, the end of the block undoes what was done.
 
@@ -73,8 +76,11 @@ class Report:
             self.undo()
 
     def __str__(self) -> str:
+        times = Counter(entry.note for entry in self.entries)
+        below = [note for note, count in times.items() if count > 1 and len(note) > _LONG]
+        marks = {note: f"[{i}]" for i, note in enumerate(below, start=1)}
         rows = [_HEADS] + [
-            (e.name or "(model)", e.kind, e.runs or "as before", e.gain, e.note)
+            (e.name or "(model)", e.kind, e.runs or "as before", e.gain, marks.get(e.note, e.note))
             for e in self.entries
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -83,4 +89,4 @@ class Report:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"{mark} {note}" for note, mark in marks.items())])

@@ -62,7 +62,7 @@ class VectorField(DivergenceField):
     Example:
         >>> import torch
         >>> from pyflowkern import nn
-        >>> class Spiral(DivergenceField):
+        >>> class Spiral(torch.nn.Module):
         ...     def forward(self, t, x):
         ...         return torch.stack((3 * x[:, 0] - x[:, 1], x[:, 0] + 4 * x[:, 1]), 1)
         >>> field = nn.VectorField(Spiral())

@@ -74,6 +74,8 @@ def compare(
         OSError: naming the file that could not be written.
 
     Example:
+        >>> from dataclasses import replace
+        >>> from pyflowkern.train import TrainConfig, compare
         >>> shared = TrainConfig(data="table.csv", steps=500)
         >>> compare({n: replace(shared, flow=n) for n in ("NSF", "MAF")}, "out/table")  # doctest: +SKIP
     """

@@ -16,6 +16,7 @@ class ConfigError(ValueError):
     """A run that was asked for wrongly.  The message is one line.
 
     Example:
+        >>> from pyflowkern.train import ConfigError, TrainConfig
         >>> try:
         ...     TrainConfig.create({"steps": 0})
         ... except ConfigError as error:
@@ -67,6 +68,7 @@ class TrainConfig:
         ConfigError: by :meth:`create`, one line, for unknown options and values that are out of range.
 
     Example:
+        >>> from pyflowkern.train import TrainConfig
         >>> TrainConfig.create({"data": "digits", "flow": "RealNVP", "steps": 100}).steps
         100
     """

@@ -40,6 +40,7 @@ class TrainingDiverged(RuntimeError):
     The last good state is in ``last.ckpt``.
 
     Example:
+        >>> from pyflowkern.train import TrainingDiverged
         >>> TrainingDiverged("stopped at step 8").exit_code  # of a command that ends so
         1
     """
@@ -147,6 +148,7 @@ class FlowModule(LightningModule):
         model: the flow in the units of the data.
 
     Example:
+        >>> from pyflowkern.train import TrainConfig, train
         >>> run = train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
         >>> run.module.evaluated.sample(5).shape  # by the averaged weights  # doctest: +SKIP
         torch.Size([5, 1, 8, 8])

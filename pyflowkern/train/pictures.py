@@ -72,6 +72,7 @@ def plot(
         OSError: naming the file that could not be written.
 
     Example:
+        >>> from pyflowkern.train import plot
         >>> plot("out/table")  # doctest: +SKIP
         {'out/table/pairs.png': '200 held-out rows, 2000 samples'}
     """

@@ -45,6 +45,7 @@ class ProcessLost(RuntimeError):
     """Another process of the run ended, so that this one cannot go on.  The message is one line.
 
     Example:
+        >>> from pyflowkern.train import ProcessLost
         >>> ProcessLost("another process of the run ended").exit_code  # of a command that ends so
         1
     """

@@ -50,6 +50,7 @@ class Run:
     """What a training run leaves behind.
 
     Example:
+        >>> from pyflowkern.train import TrainConfig, train
         >>> run = train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
         >>> run.history[-1]["held_out"], run.out / "last.ckpt"  # doctest: +SKIP
         (2.94, PosixPath('out/digits/last.ckpt'))
@@ -115,6 +116,7 @@ def train(
         OSError: naming the file that could not be written.
 
     Example:
+        >>> from pyflowkern.train import TrainConfig, train
         >>> train(TrainConfig(data="digits", steps=200, out="out/digits"))  # doctest: +SKIP
     """
     out, config = Path(config.out), started_by_torchrun(with_defaults(config))

@@ -19,6 +19,8 @@ class TrainingInterrupted(RuntimeError):
     SIGTERM, 129 for SIGHUP.
 
     Example:
+        >>> import signal
+        >>> from pyflowkern.train import TrainingInterrupted
         >>> stopped = TrainingInterrupted(signal.SIGTERM, 20, "out/digits")
         >>> print(stopped)
         stopped by SIGTERM after step 20; go on with: pyflowkern train --resume out/digits

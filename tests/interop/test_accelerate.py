@@ -54,6 +54,16 @@ def test_a_report_is_a_table():
     assert lines[3].endswith("may do anything")
 
 
+def test_a_long_note_of_several_modules_stands_once_below_the_table():
+    note = "a known defect of the library, which takes a long line to say"
+    entries = [pyflowkern.interop.Entry(f"{i}", "lib.A", "one op", note=note) for i in range(3)]
+    entries += [pyflowkern.interop.Entry("3", "lib.B", note="short"), entries[0]]
+    lines = str(pyflowkern.interop.Report(entries)).splitlines()
+    assert lines[-1] == f"[1] {note}"
+    assert [line.split()[-1] for line in lines[2:-1]] == ["[1]", "[1]", "[1]", "short", "[1]"]
+    assert max(map(len, lines[:-1])) < 80
+
+
 def test_gains_are_those_of_transforms_that_were_measured():
     assert expected_gain("nflows.PiecewiseRationalQuadraticCouplingTransform").startswith(
         "5-6.2x a step"
