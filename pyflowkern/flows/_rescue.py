@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ode
+from pyflowkern.core.outside_graphs import outside_graphs
 from pyflowkern.ode.options import name_from_torchdiffeq
 from pyflowkern.ode.tableaus import tableau
 from pyflowkern.ode.unrolled import unrolls
 
-__all__ = ["Dynamics", "check_export", "guarded", "outside_graphs", "rows_like", "solve_rows"]
+__all__ = ["Dynamics", "check_export", "guarded", "rows_like", "solve_rows"]
 
 Dynamics = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -32,9 +33,9 @@ _STEPS_PER_SAMPLE: dict[str, Any] = {
 }
 
 
-#: Runs a function as it is under torch.compile, and says why where only a whole graph is wanted.
-outside_graphs = torch.compiler.disable(
-    reason="the ODE of a continuous flow is part of a graph where its steps are fixed and few (method='rk4', "
+#: Decorates what no graph holds.
+outside_graph = outside_graphs(
+    "the ODE of a continuous flow is part of a graph where its steps are fixed and few (method='rk4', "
     "step_size=0.1), with adjoint='direct': take such ones, or compile without fullgraph=True"
 )
 
@@ -64,10 +65,10 @@ def solve_rows(
     """
     if unrolls(times, **settings):  # nothing looks at numbers there
         return _masked(solve(bad), bad), bad
-    return _solve_rows(solve, bad, settings)  # type: ignore[no-any-return]
+    return _solve_rows(solve, bad, settings)
 
 
-@outside_graphs  # type: ignore[untyped-decorator]
+@outside_graph
 def _solve_rows(
     solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:

@@ -12,6 +12,7 @@ from pyflowkern._library import transformed
 from pyflowkern.core.checks import check_floating
 from pyflowkern.core.dtypes import accumulation_dtype
 from pyflowkern.core.first_derivative import first_derivative_only
+from pyflowkern.core.outside_graphs import outside_graphs
 from pyflowkern.ops.elements import ElementMap, apply_elements, element_map
 
 __all__ = ["jacobi_inverse"]
@@ -143,8 +144,8 @@ def _residual(z: Tensor, back: Tensor) -> Tensor:
     return ((z - back).abs() / (1 + z.abs())).amax(1)
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="gradients of jacobi_inverse come from a further iteration, which no graph holds: compile without "
+@outside_graphs(
+    "gradients of jacobi_inverse come from a further iteration, which no graph holds: compile without "
     "fullgraph=True or under torch.no_grad(), or use a MaskedMLP"
 )
 def _with_gradients(residual: Tensor, x: Tensor, *plan: Any) -> Tensor:

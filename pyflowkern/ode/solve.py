@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowkern.core.outside_graphs import outside_graphs
 from pyflowkern.ode.adjoints.continuous import Continuous
 from pyflowkern.ode.adjoints.direct import Direct, run
 from pyflowkern.ode.adjoints.problem import Problem, autocast_like_now
@@ -273,8 +274,8 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
     return solver
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator]  # a graph for every step
-    reason="the steps of an ODE (pyflowkern.ode.solve) are compiled where they are fixed, 128 evaluations of the field "
+@outside_graphs(  # a graph for every step
+    "the steps of an ODE (pyflowkern.ode.solve) are compiled where they are fixed, 128 evaluations of the field "
     "at most, with adjoint='direct': take such ones, compile without fullgraph=True, or compile the field alone"
 )
 def _solve(
