@@ -67,8 +67,8 @@ def build(config: TrainConfig, data: DataSet | dict[str, Any]) -> DataModel:
         return DataBridge(flow, facts["mean"], facts["std"])
     if flow.domain is not None and flow.preprocess is None:
         raise ConfigError(
-            f"a run standardises its columns, which leaves no values between {flow.domain[0]:.4g} and "
-            f"{flow.domain[1]:.4g}: {config.flow} must not have a bounded domain here"
+            f"{config.flow} is asked for with values from {flow.domain[0]:.4g} to {flow.domain[1]:.4g}, but a run "
+            "standardises its columns: leave out tails and circular, or train such a flow in Python"
         )
     return DataFlow(flow, facts["mean"], facts["std"], condition)
 
