@@ -50,7 +50,7 @@ __all__ = [
 LIBRARY = torch.library.Library("pyflowkern", "DEF")
 
 #: Counts the changes of schemas and of the numbers in core/codes.py; csrc/core/simd.cpp has the same.
-SCHEMAS = 9
+SCHEMAS = 10
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _loaded: dict[str, Path] = {}

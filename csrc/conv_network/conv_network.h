@@ -76,9 +76,15 @@ void each_band(const ConvArgs& n, ConvBand g, F f) {
   }
 }
 
+// What is kept of a group: a margin of its own, as another group's thread writes what lies before
+// it, and the inputs of the layers.
+template <class T>
+T* kept_group(const ConvArgs& n, const ConvBand& g) {
+  return typed<T>(n.kept) + g.first / n.images * n.kept_size;
+}
 template <class T>
 T* kept_input(const ConvArgs& n, int l, const ConvBand& g) {
-  return typed<T>(n.kept) + kConvMargin + g.first / n.images * n.kept_size + n.layer[l].kept;
+  return kept_group<T>(n, g) + n.layer[l].kept;
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -116,6 +122,7 @@ void forward_group(const ConvArgs& n, const ConvWork<T>& w, const ConvBand& g) {
   const int last = n.layers - 1;
   load_images(n, n.x, n.layer[0].in, g, w.edge);
   const T* input = w.edge;
+  if (n.kept) zero_row(kept_group<T>(n, g), kConvMargin);
   for (int l = 0; l < last; ++l) {
     const bool block_ends = n.residual && l % 2 == 0;
     const bool activate = l + 1 < last || n.activate_last;

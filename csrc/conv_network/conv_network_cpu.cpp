@@ -121,6 +121,7 @@ struct ConvNetwork {
     packed = empty(x_, {size});
     set_groups();
     size = 0;
+    n.kept_size = kConvMargin;
     for (ConvLayer& y : layers) {
       y.packed = at_element(packed, size);
       size += y.in * y.out * y.side * y.side;
@@ -152,7 +153,7 @@ struct ConvNetwork {
   void* at_element(const Tensor& t, int64_t i) const {
     return static_cast<char*>(data_of(t)) + i * (wide ? sizeof(double) : sizeof(float));
   }
-  int64_t kept_numel() const { return args.groups * args.kept_size + 2 * kConvMargin; }
+  int64_t kept_numel() const { return args.groups * args.kept_size + kConvMargin; }
   void pack() const {
     parallel_tasks(args.layers, packed.numel() / args.layers, [&](int64_t begin, int64_t end) {
       PFK_CALL_LEVEL(conv_pack_layers, args, wide, begin, end);
@@ -194,7 +195,6 @@ std::tuple<Tensor, Tensor> conv_network(const Tensor& x, const std::optional<Ten
   if (keep) {
     n.kept = data_of(kept);
     const size_t margin = kConvMargin * kept.element_size();
-    memset(n.kept, 0, margin);
     memset(c.at_element(kept, kept.numel() - kConvMargin), 0, margin);
   }
   c.pack();

@@ -16,7 +16,7 @@ int supported_level() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : avx2 ? 1 : 0;
+  return avx512 && PFK_SIMD_LEVELS > 2 ? 2 : avx2 ? 1 : 0;
 #else
   return 0;
 #endif
@@ -61,4 +61,4 @@ extern "C" __attribute__((visibility("default"))) const char* pyflowkern_version
 
 // Counts the changes of the ops' schemas and of the numbers in core/codes.h: Python refuses a
 // library that was built for other ones, as a kernel takes its arguments as they come.
-extern "C" __attribute__((visibility("default"))) int pyflowkern_schemas() { return 9; }
+extern "C" __attribute__((visibility("default"))) int pyflowkern_schemas() { return 10; }

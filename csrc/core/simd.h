@@ -13,6 +13,7 @@ int simd_level();
 
 }  // namespace pfk
 
+// A library may be built with the first of the levels alone, as those for sanitizers are.
 #if defined(PFK_SIMD_LEVELS) && PFK_SIMD_LEVELS > 1
 #define PFK_DECLARE_LEVELS(...) \
   namespace pfk {               \
@@ -26,10 +27,16 @@ int simd_level();
   __VA_ARGS__;                  \
   }                             \
   }
+#if PFK_SIMD_LEVELS > 2
 #define PFK_CALL_LEVEL(function, ...)                                \
   (::pfk::simd_level() == 2   ? ::pfk::avx512::function(__VA_ARGS__) \
    : ::pfk::simd_level() == 1 ? ::pfk::avx2::function(__VA_ARGS__)   \
                               : ::pfk::baseline::function(__VA_ARGS__))
+#else
+#define PFK_CALL_LEVEL(function, ...)                            \
+  (::pfk::simd_level() == 1 ? ::pfk::avx2::function(__VA_ARGS__) \
+                            : ::pfk::baseline::function(__VA_ARGS__))
+#endif
 #else
 #define PFK_DECLARE_LEVELS(...) \
   namespace pfk {               \

@@ -177,7 +177,7 @@ def _kept_numbers(x: Tensor, weights: list[Tensor]) -> int:
     row = images * plane + 16
     row += 16 * (row % 64 == 0)
     groups = (x.shape[0] + images - 1) // images
-    return groups * sum(w.shape[1] for w in weights[1:]) * row + 32
+    return groups * (16 + sum(w.shape[1] for w in weights[1:]) * row) + 16
 
 
 def _fake(
