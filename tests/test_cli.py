@@ -89,7 +89,17 @@ def table(tmp_path_factory):
     printed = succeeds("train", *options, "--out", folder / "run", *SMALL)
     assert "nats are of the negative log-density: lower is better" in printed
     assert re.search(r"step +4/4  train -?\d+\.\d+  held out -?\d+\.\d+ nats", printed)
+    assert "values repeat" not in printed
     return folder
+
+
+def test_a_column_of_integers_is_named_before_the_first_step(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(400, 2))
+    rows[:, 1] = np.arange(400) % 3
+    np.savetxt("table.csv", rows, delimiter=",")
+    options = ("--data", "table.csv", "--flow", "RealNVP", "--steps", 1, "--out", "run", *SMALL)
+    first = succeeds("train", *options).splitlines()[0]
+    assert first.startswith("table.csv, column 2: 3 values in 40 rows; ")
 
 
 # ---------------------------------------------------------------- help

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from pyflowkern._memory import keep_memory
 from pyflowkern.core.files import write_atomic
 from pyflowkern.data import DataSet
+from pyflowkern.data.dataset import repeated_columns
 from pyflowkern.train.bridges import load_data
 from pyflowkern.train.callbacks import (
     Bar,
@@ -137,7 +138,7 @@ def train(
         trainer, history = _trainer(module, out, done)
         try:
             if trainer.is_global_zero:
-                _begin(out, config, checkpoint, remark)
+                _begin(out, module, checkpoint, remark)
             _fit(trainer, module, checkpoint)
             draw_at_end(module, out)
         except OSError as error:  # TensorBoard's do not say which file
@@ -147,13 +148,15 @@ def train(
     return Run(module, history.rows, out)
 
 
-def _begin(out: Path, config: TrainConfig, checkpoint: Path | None, remark: str) -> None:
-    """Make the folder that of this run."""
+def _begin(out: Path, module: FlowModule, checkpoint: Path | None, remark: str) -> None:
+    """Make the folder that of this run, and say what is unusual."""
     if remark:
         print(remark, flush=True)
     if not checkpoint:
         _remove_run(out)
-    write_atomic(out / "config.yaml", config.to_yaml().encode())
+        for line in repeated_columns(module.data) if module.unit == "nats" else ():
+            print(line, flush=True)
+    write_atomic(out / "config.yaml", module.config.to_yaml().encode())
 
 
 def _checkpoint_of(out: Path) -> tuple[Path | None, str]:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pyflowkern.data import Batches, DataError, DataSet, load, photos, step_seed
+from pyflowkern.data.dataset import repeated_columns
 from pyflowkern.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Crops, grid_patches
 
 
@@ -128,6 +129,18 @@ def test_fingerprint_tells_data_apart(tmp_path):
     rows[7, 1] += 1
     np.save(tmp_path / "b.npy", rows)
     assert load(tmp_path / "a.npy").fingerprint() != load(tmp_path / "b.npy").fingerprint()
+
+
+def test_columns_whose_values_repeat_are_named():
+    """Five numbers in 100 rows have no density; 11 might be rounded, and images are integers in any case."""
+    rows = torch.randn(100, 4)
+    rows[:, 1], rows[:, 2] = torch.arange(100) % 5, torch.arange(100) % 11
+    named = DataSet("t.csv", rows, rows, columns=["a", "hits", "c", "d"])
+    (line,) = repeated_columns(named)
+    assert line.startswith("t.csv, column 2 (hits): 5 values in 100 rows; ")
+    assert len(repeated_columns(DataSet("t.npy", rows, rows[:, 1:2]))) == 1
+    images = torch.zeros(100, 1, 2, 2, dtype=torch.uint8)
+    assert repeated_columns(DataSet("images", images, images, bits=8)) == []
 
 
 def _write_image(path):
