@@ -166,6 +166,9 @@ class DataSet:
     columns: list[str] = field(default_factory=list)  #: names of the columns, or none
     condition: Condition | None = None  #: what the contexts are
     checksum: int | None = None  #: of all rows, where they were read one after the other
+    places: list[int] = field(
+        default_factory=list
+    )  #: of the columns in the file, from 0 on; none: as they come
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -193,24 +196,30 @@ class DataSet:
 
 def column_at(place: int, columns: Sequence[str]) -> str:
     """Return how errors call the column at a place, from 0 on; ``columns`` are names of all, or none."""
-    if not columns:
-        return f"column {place + 1}"
-    name = " ".join(columns[place].split())[:40]  # errors are one line
-    return f"column {place + 1} ({name})"
+    return _column(place, columns[place] if columns else "")
+
+
+def _column(place: int, name: str) -> str:
+    name = " ".join(name.split())[:40]  # errors are one line
+    return f"column {place + 1} ({name})" if name else f"column {place + 1}"
 
 
 def repeated_columns(data: DataSet) -> list[str]:
-    """Return a line for each column of vectors whose values occur ten times or more, which then has no density.
+    """Return a line for each column of vectors whose values occur ten times on average, or more: it has no density.
 
     The values are those of held-out rows, the first 10,000 of them.
     """
     rows = parts_of(data.validation)[0][:10_000]
+    if data.is_image:
+        return []
+    places = data.places or range(rows.shape[1])
+    names = data.columns or [""] * len(places)
     lines = []
-    for place in () if data.is_image else range(rows.shape[1]):
-        different = len(rows[:, place].unique())
-        if 10 * different <= len(rows):
+    for place, name, column in zip(places, names, rows.unbind(1), strict=True):
+        different = len(column.unique())
+        if 0 < 10 * different <= len(rows):
             lines.append(
-                f"{data.name}, {column_at(place, data.columns)}: {different} values in {len(rows)} rows; "
+                f"{data.name}, {_column(place, name)}: {different} values in {len(rows)} held-out rows; "
                 "log-densities grow without bound where values repeat: add noise as wide as their steps, "
                 "or leave the column out"
             )

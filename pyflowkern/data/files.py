@@ -178,7 +178,7 @@ def vector_set(
         condition = replace(condition, mean=moments[0], std=moments[1])
     names = [columns[i] for i in rest] if columns else []
     data = DataSet(str(path), both[train], both[held_out], columns=names, condition=condition)
-    return replace(data, mean=mean, std=std)
+    return replace(data, mean=mean, std=std, places=rest)
 
 
 def moments_of(

@@ -316,6 +316,7 @@ def streamed_set(
         std=std,
         columns=[file.columns[i] for i in rest] if file.columns else [],
         condition=None if context is None else _condition(file, moments, places, classes),
+        places=rest,
     )
 
 

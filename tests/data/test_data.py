@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pyflowkern.data import Batches, DataError, DataSet, load, photos, step_seed
-from pyflowkern.data.dataset import repeated_columns
+from pyflowkern.data import Batches, Columns, DataError, DataSet, load, photos, step_seed
+from pyflowkern.data.dataset import column_at, repeated_columns
 from pyflowkern.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Crops, grid_patches
 
 
@@ -137,10 +137,29 @@ def test_columns_whose_values_repeat_are_named():
     rows[:, 1], rows[:, 2] = torch.arange(100) % 5, torch.arange(100) % 11
     named = DataSet("t.csv", rows, rows, columns=["a", "hits", "c", "d"])
     (line,) = repeated_columns(named)
-    assert line.startswith("t.csv, column 2 (hits): 5 values in 100 rows; ")
+    assert line.startswith("t.csv, column 2 (hits): 5 values in 100 held-out rows; ")
     assert len(repeated_columns(DataSet("t.npy", rows, rows[:, 1:2]))) == 1
     images = torch.zeros(100, 1, 2, 2, dtype=torch.uint8)
     assert repeated_columns(DataSet("images", images, images, bits=8)) == []
+
+
+@pytest.mark.parametrize("context", [Columns(["1"], classes=False), Columns(["2"], classes=True)])
+@pytest.mark.parametrize(("name", "stream"), [("t.npy", False), ("t.npy", True), ("t.csv", False)])
+def test_a_column_has_its_number_in_the_file_beside_contexts(name, stream, context, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(400, 3))
+    rows[:, 1], rows[:, 2] = np.arange(400) % 20, np.arange(400) % 3
+    if name == "t.npy":
+        np.save(tmp_path / name, rows)
+    else:
+        np.savetxt(tmp_path / name, rows, delimiter=",", header="a,b,c", comments="")
+    line = repeated_columns(load(tmp_path / name, context=context, stream=stream))[-1]
+    column = "column 3 (c)" if name == "t.csv" else "column 3"
+    assert f"{name}, {column}: 3 values in 40 held-out rows; " in line
+
+
+def test_a_column_without_a_name_is_called_by_its_number():
+    """As the first one of a table that pandas wrote with its index."""
+    assert column_at(0, ["", "b"]) == column_at(0, []) == "column 1"
 
 
 def _write_image(path):

@@ -111,6 +111,14 @@ def test_resume_is_exact(tmp_path, monkeypatch, changes):
         train(swapped, resume=True)
 
 
+def test_a_column_of_integers_is_named_before_the_first_step(tmp_path, capsys):
+    """Of the columns that are modelled: x, kind and y, the second to the fourth of the file."""
+    train(config(tmp_path, context_columns="dose", steps=1))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "rows.csv, column 3 (kind): 3 values in 30 held-out rows; log-densities grow" in first
+    assert second == "nats are of the negative log-density: lower is better"
+
+
 @pytest.mark.parametrize("flow", ["FlowMatching", "MAF"])
 def test_labels_of_a_table_are_the_numbers_of_its_column(tmp_path, flow):
     """FlowMatching has classes of its own; other flows take them as one-hot vectors."""
