@@ -53,8 +53,8 @@ def outside_graphs(reason: str) -> Callable[[_Function], _Function]:
 
 def _skipped(function: Callable[..., Any]) -> bool:
     """Keep the compiler from the function's own frame, after a break of the graph; False where torch cannot."""
-    frames: Any = torch._C._dynamo.eval_frame
     try:
+        frames: Any = torch._C._dynamo.eval_frame
         skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
         frames.set_code_exec_strategy(function.__code__, skip)
     except (AttributeError, TypeError):

@@ -33,13 +33,6 @@ _STEPS_PER_SAMPLE: dict[str, Any] = {
 }
 
 
-#: Decorates what no graph holds.
-outside_graph = outside_graphs(
-    "the ODE of a continuous flow is part of a graph where its steps are fixed and few (method='rk4', "
-    "step_size=0.1), with adjoint='direct': take such ones, or compile without fullgraph=True"
-)
-
-
 def solve_rows(
     solve: Callable[..., ode.Solution],
     bad: Tensor,
@@ -68,7 +61,10 @@ def solve_rows(
     return _solve_rows(solve, bad, settings)
 
 
-@outside_graph
+@outside_graphs(
+    "the ODE of a continuous flow is part of a graph where its steps are fixed and few (method='rk4', "
+    "step_size=0.1), with adjoint='direct': take such ones, or compile without fullgraph=True"
+)
 def _solve_rows(
     solve: Callable[..., ode.Solution], bad: Tensor, settings: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:

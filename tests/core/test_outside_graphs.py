@@ -40,6 +40,14 @@ MINE = outside_graphs("it is left out")(_inner)
 TORCHS = torch.compiler.disable(_inner, reason="it is left out")
 
 
+def test_without_the_parts_of_torch_that_it_needs_it_is_torchs_own(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C._dynamo, "eval_frame")
+        called = outside_graphs("it is left out")(_inner)
+    assert called.__code__ is TORCHS.__code__
+    assert called(torch.tensor(0.0)) == 0
+
+
 @pytest.mark.parametrize("called", [MINE, TORCHS])
 def test_a_compiler_sees_what_is_before_and_after_and_nothing_of_the_function(called):
     graphs = []
