@@ -13,7 +13,7 @@ int simd_level();
 
 }  // namespace pfk
 
-// A library may be built with the first of the levels alone, as those for sanitizers are.
+// A library may be built without the last levels, as those for sanitizers are.
 #if defined(PFK_SIMD_LEVELS) && PFK_SIMD_LEVELS > 1
 #define PFK_DECLARE_LEVELS(...) \
   namespace pfk {               \
