@@ -88,8 +88,9 @@ def check_temperature(temperature: float | Tensor) -> None:
     """Raise unless it is a finite number from 0 on, which may be in a tensor."""
     if not isinstance(temperature, Tensor):
         check_number("temperature", temperature)
-    elif temperature.numel() != 1:
-        raise TypeError(f"temperature must be one number, got {tuple(temperature.shape)}")
+    elif temperature.numel() != 1 or temperature.is_complex():
+        kind = f"{tuple(temperature.shape)} of {temperature.dtype}"
+        raise TypeError(f"temperature must be one real number, got {kind}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_count, check_dtype
+from pyflowkern.core.checks import check_count, check_dtype, check_number
 from pyflowkern.flows._arguments import check_flags, check_temperature, expand_context, parse_shape
 from pyflowkern.flows._chunks import Array, decode_in_chunks, log_prob_in_chunks
 from pyflowkern.flows._domain import Domain, PixelDomain, without_density
@@ -88,6 +88,7 @@ class Flow(FlowForms):
         if not isinstance(bijection, Bijection):
             raise TypeError(f"bijection must be a nn.Bijection, got {type(bijection).__name__}")
         check_flags(periodic=periodic)
+        check_number("alpha", alpha)
         if domain is not None and bits is not None:
             raise ValueError(f"domain must be None with bits={bits}, got {domain}")
         self.context_features = check_count("context_features", context_features, 0)

@@ -188,8 +188,9 @@ def options_for(
         raise ValueError(f"control must be 'batch', 'device' or 'sample', got {control!r}")
     if not isinstance(backward, Mapping | None):
         raise TypeError(f"backward must be a dict of settings, got {type(backward).__name__}")
-    for name, value in (("dense", dense), ("checkpoint", settings.get("checkpoint", True))):
-        check_flag(name, value)
+    check_flag("dense", dense)
+    for name in ("checkpoint", "seminorm"):
+        check_flag(name, settings.get(name, True))
     chosen = tableau(method if compat is None else name_from_torchdiffeq(method))
     if dense or chosen.error is not None or settings.get("interp") == "cubic":
         chosen = end_slope(chosen)

@@ -55,7 +55,11 @@ def parameters_of(
 
 def check_params(params: Iterable[Tensor]) -> list[Tensor]:
     """Return the user's list of tensors; raise TypeError for anything else."""
-    given = list(params) if isinstance(params, Iterable) else [params]
+    if isinstance(params, Tensor) or not isinstance(
+        params, Iterable
+    ):  # its rows are none of the field's
+        raise TypeError(f"params must be a sequence of tensors, got {type(params).__name__}")
+    given = list(params)
     for p in given:
         if not isinstance(p, Tensor):
             raise TypeError(f"params must be tensors, got {type(p).__name__}")

@@ -248,7 +248,7 @@ def _by_stretches(jump_t: Tensor | Sequence[float]) -> Callable[..., tuple[Tenso
     ) -> tuple[Tensor, Trajectory]:
         if options.per_sample:
             raise ValueError("jump_t goes with control='batch' or 'device': one time for all")
-        params = None if params is None else list(params)
+        params = None if params is None else check_params(params)
         out = Trajectory(y0.new_empty(0), stats=Stats(0, 0, 0))
         states, y, left = [y0], y0, options.max_steps
         for part in stretches(times, jumps, y0):

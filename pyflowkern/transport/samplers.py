@@ -330,6 +330,7 @@ def wasserstein(
     method = "exact" if method is None else method
     if method not in ("exact", "sinkhorn"):
         raise ValueError(f"method must be 'exact' or 'sinkhorn', got {method!r}")
+    check_number("reg", reg)
     if check_number("power", power) not in (1, 2) or (power == 1 and method == "sinkhorn"):
         raise ValueError(f"power must be 2, or 1 if exact, got {power!r}")
     if method == "sinkhorn":
