@@ -15,7 +15,7 @@ COLORS = (*(f"C{i}" for i in range(10)), "black", "goldenrod", "navy", "lime", "
 
 
 def plot(path: Path, title: str, rows: Sequence[Row]) -> bool:
-    """Draw the rows into a PNG; return False where matplotlib is not installed."""
+    """Draw the rows into a PNG; return False where no row has a speed-up, or matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
