@@ -40,8 +40,10 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> bool:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(passes), sharey=True, sharex=True, squeeze=False)[0]
     for panel, pass_ in zip(panels, passes, strict=True):
-        _bars(panel, [row for row in shown if row.pass_ == pass_], places, colors)
-        panel.set_title(pass_, fontsize=9)
+        bars = [row for row in shown if row.pass_ == pass_]
+        _bars(panel, bars, places, colors)
+        unit = bars[0].metric
+        panel.set_title(pass_ if unit == "ms" else f"{pass_}: times less {unit}", fontsize=9)
     panels[0].set_yticks([*ticks.values()], [*ticks], fontsize=7)
     panels[0].set_ylim(max(places.values()) + 1.2, 0)
     handles = [panels[0].barh([0], [0], left=1, color=colors[provider]) for provider in drawn]
