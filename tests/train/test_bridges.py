@@ -154,7 +154,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code, capsys.readouterr().err
-    assert "squared distance, mean over 1 rows" in capsys.readouterr().out
+    assert "squared distance (lower is better), mean over 1 rows" in capsys.readouterr().out
     assert len((tmp_path / "ends.csv").read_text().splitlines()) == 8
     monkeypatch.setattr("sys.argv", ["pyflowkern", "train", "--data0", str(a)])
     with pytest.raises(SystemExit) as ended:
