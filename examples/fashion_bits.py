@@ -32,7 +32,7 @@ from pyflowkern import flows
 SHAPE, PIXELS = (1, 28, 28), 28 * 28
 FLOWS = ("Glow", "RealNVP", "flow matching", "NSF")
 BATCH, RATE = 32, 1e-3
-STEPS, PROBES = 8, 2  # of rk4 and of Hutchinson's estimate, where flow matching is scored
+STEPS, PROBES = 32, 2  # of rk4 and of Hutchinson's estimate, where flow matching is scored; 8 were 0.04 bits too good
 Scores = tuple[Tensor, dict[str, Any]]
 
 
