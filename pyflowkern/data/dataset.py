@@ -166,9 +166,7 @@ class DataSet:
     columns: list[str] = field(default_factory=list)  #: names of the columns, or none
     condition: Condition | None = None  #: what the contexts are
     checksum: int | None = None  #: of all rows, where they were read one after the other
-    places: list[int] = field(
-        default_factory=list
-    )  #: of the columns in the file, from 0 on; none: as they come
+    places: list[int] = field(default_factory=list)  #: of columns in the file; none: as they come
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from pyflowkern.core.checks import check_floating, check_number, check_same_devi
 
 __all__ = [
     "Clouds",
-    "check_generator",
     "check_pair",
     "clouds_of_equal_masses",
     "parse_clouds",
@@ -137,12 +136,6 @@ def _check_numbers(clouds: Clouds, balanced: bool) -> float:
             f"got {float(totals[0][worst])} and {float(totals[1][worst])}"
         )
     return float(size)
-
-
-def check_generator(generator: torch.Generator | None) -> None:
-    """Raise TypeError unless ``generator`` is one or None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def check_pair(x0: Tensor, x1: Tensor) -> None:

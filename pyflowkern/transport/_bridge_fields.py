@@ -18,6 +18,7 @@ from pyflowkern.core.checks import (
     check_dtype,
     check_flag,
     check_floating,
+    check_generator,
     check_number,
     is_integer,
 )
@@ -27,7 +28,7 @@ from pyflowkern.ode.solve import warn_unless_ok
 from pyflowkern.ops.field import ACTIVATIONS
 from pyflowkern.ops.field_time import TIMES
 from pyflowkern.ops.philox import draw_seed
-from pyflowkern.transport._arguments import check_generator, positive
+from pyflowkern.transport._arguments import positive
 from pyflowkern.transport._bridge_steps import walk
 
 __all__ = ["BridgeFields", "Density"]

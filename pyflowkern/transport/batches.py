@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count, check_flag
+from pyflowkern.core.checks import check_count, check_flag, check_generator
 from pyflowkern.transport._ahead import Ahead
-from pyflowkern.transport._arguments import check_generator
 from pyflowkern.transport.samplers import OTPlanSampler
 
 __all__ = ["PairedBatches"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_choice, check_count, check_same_device
+from pyflowkern.core.checks import check_choice, check_count, check_generator, check_same_device
 from pyflowkern.ops.philox import draw_seed
-from pyflowkern.transport._arguments import check_generator, check_pair, positive
+from pyflowkern.transport._arguments import check_pair, positive
 from pyflowkern.transport._bridge_fields import BridgeFields, equal_times
 from pyflowkern.transport._bridge_steps import (
     Drift,

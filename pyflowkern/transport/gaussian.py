@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_count, check_floating, check_number
+from pyflowkern.core.checks import check_count, check_floating, check_generator, check_number
 from pyflowkern.core.draws import normal_like
-from pyflowkern.transport._arguments import check_generator, positive
+from pyflowkern.transport._arguments import positive
 
 __all__ = ["GaussianBridge", "GaussianPath", "gaussian_bridge", "independent_gaussian_path"]
 

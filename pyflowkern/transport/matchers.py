@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowkern.core.checks import check_flag, check_floating, check_number, check_shape
+from pyflowkern.core.checks import (
+    check_flag,
+    check_floating,
+    check_generator,
+    check_number,
+    check_shape,
+)
 from pyflowkern.core.draws import normal_like, uniform_like
-from pyflowkern.transport._arguments import check_generator, check_pair, positive
+from pyflowkern.transport._arguments import check_pair, positive
 from pyflowkern.transport.samplers import OTPlanSampler
 
 __all__ = [

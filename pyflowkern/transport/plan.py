@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from pyflowkern import ops
-from pyflowkern.core.checks import check_count, check_flag, check_floating
+from pyflowkern.core.checks import check_count, check_flag, check_floating, check_generator
 from pyflowkern.core.draws import uniform_like
 from pyflowkern.ops.plan_tensors import PlanTensors
-from pyflowkern.transport._arguments import check_generator
 
 __all__ = ["Plan", "draw"]
 

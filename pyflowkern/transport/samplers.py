@@ -14,11 +14,11 @@ from pyflowkern.core.checks import (
     check_count,
     check_flag,
     check_floating,
+    check_generator,
     check_number,
 )
 from pyflowkern.core.draws import uniform_like
 from pyflowkern.transport._arguments import (
-    check_generator,
     check_pair,
     clouds_of_equal_masses,
     positive,
