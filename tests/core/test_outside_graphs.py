@@ -67,3 +67,14 @@ def test_a_compiler_sees_what_is_before_and_after_and_nothing_of_the_function(ca
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="it is left out"):
         torch.compile(whole, backend="eager", fullgraph=True)(x)
+
+
+def test_the_first_compiled_call_breaks_the_graph_once_and_says_why():
+    """Of functions that ran never before: later calls find what the first one has made."""
+    fresh, other = (outside_graphs("it is left out")(lambda x: x.cos()) for _ in range(2))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="it is left out"):
+        torch.compile(lambda x: fresh(x.sin()), backend="eager", fullgraph=True)(torch.ones(3))
+    torch._dynamo.utils.counters.clear()
+    torch.compile(lambda x: other(x.sin()).tanh(), backend="eager")(torch.ones(3))
+    assert len(torch._dynamo.utils.counters["graph_break"]) == 1
